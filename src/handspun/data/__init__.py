@@ -1,0 +1,1 @@
+"""Rows to conversations to examples to batches."""

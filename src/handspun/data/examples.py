@@ -1,0 +1,175 @@
+"""Examples: the token ids of a row and which of them are learned, with an account of every row."""
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from handspun.config import DataFormat
+from handspun.data.chat_template import ChatTemplate, Encoded
+from handspun.data.conversations import DroppedRow, recognise_format, to_conversation, used_columns
+from handspun.data.rows import Row
+from handspun.errors import DataError, TemplateError
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """What the model reads (`input_ids`), what it is taught (`learned`, one bool per id), and from where."""
+
+    input_ids: list[int]
+    learned: list[bool]
+    file: str
+    row: int
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def learned_tokens(self) -> int:
+        """Tokens that the loss is taken over."""
+        return sum(self.learned)
+
+
+@dataclass(frozen=True)
+class RowNote:
+    """Something that happened to a row."""
+
+    file: str
+    row: int
+    text: str
+
+
+@dataclass
+class RowAccount:
+    """What became of every row: rows = kept + dropped; truncated and noted rows are among the kept."""
+
+    rows: int = 0
+    kept: int = 0
+    dropped: list[RowNote] = field(default_factory=list)
+    truncated: list[RowNote] = field(default_factory=list)
+    notes: list[RowNote] = field(default_factory=list)
+    formats: dict[str, str] = field(default_factory=dict)
+    """file -> its format, as recognised or named."""
+    unused_columns: dict[str, list[str]] = field(default_factory=dict)
+    """file -> columns that are not read."""
+
+    def dropped_by_reason(self) -> dict[str, list[RowNote]]:
+        """The dropped rows under their reasons, the most frequent first."""
+        reasons = Counter(note.text for note in self.dropped)
+        return {reason: [n for n in self.dropped if n.text == reason] for reason, _ in reasons.most_common()}
+
+
+def hold_out(rows: Sequence[Row], ratio: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows), each in its old order; which rows is drawn with the seed.
+
+    At least one row is held out and one is left, whatever the ratio.
+    """
+    if len(rows) < 2:
+        raise DataError(
+            f"there is {len(rows)} row, too few to hold some out: give more rows, or --eval-ratio 0.",
+            file=rows[0].file if rows else None,
+        )
+    count = min(max(round(len(rows) * ratio), 1), len(rows) - 1)
+    held = set(random.Random(seed).sample(range(len(rows)), count))
+    kept = [row for i, row in enumerate(rows) if i not in held]
+    return kept, [row for i, row in enumerate(rows) if i in held]
+
+
+def build_examples(
+    rows: Sequence[Row],
+    template: ChatTemplate,
+    *,
+    max_length: int,
+    data_format: DataFormat = "auto",
+    system_prompt: str | None = None,
+    strict: bool = False,
+) -> tuple[list[Example], RowAccount]:
+    """Rows to examples of at most `max_length` tokens, and the account of every row.
+
+    A row that cannot teach anything is dropped and accounted for with its reason. Raises DataError if no row
+    is left, and under `strict` if one was dropped or truncated.
+    """
+    account = RowAccount(rows=len(rows), formats=_formats(rows, data_format))
+    account.unused_columns = _unused_columns(rows, account.formats)
+    examples: list[Example] = []
+    for row in rows:
+        made = list(_examples_of(row, template, account, max_length, system_prompt))
+        account.kept += bool(made)
+        examples += made
+    _refuse_if_lost(account, strict)
+    return examples, account
+
+
+def _examples_of(
+    row: Row, template: ChatTemplate, account: RowAccount, max_length: int, system_prompt: str | None
+) -> Iterator[Example]:
+    try:
+        conversation = to_conversation(row, account.formats[row.file], system_prompt=system_prompt)
+        encoded = template.encode(conversation.messages, conversation.tools)
+    except (DroppedRow, TemplateError) as error:
+        account.dropped.append(RowNote(row.file, row.number, str(error)))
+        return
+    if conversation.note:
+        account.notes.append(RowNote(row.file, row.number, conversation.note))
+    cut = [_truncate(whole, max_length) for whole in encoded]
+    if not any(part.input_ids for part in cut):
+        longest = max(len(whole.input_ids) for whole in encoded)
+        reason = f"nothing learned is left within max_length {max_length}"
+        account.dropped.append(RowNote(row.file, row.number, reason))
+        account.truncated.append(RowNote(row.file, row.number, f"{longest} tokens"))
+        return
+    lengths = [len(whole.input_ids) for whole in encoded if len(whole.input_ids) > max_length]
+    if lengths:
+        account.truncated.append(RowNote(row.file, row.number, f"{max(lengths)} tokens"))
+    for part in cut:
+        if part.input_ids:
+            yield Example(part.input_ids, part.learned, row.file, row.number)
+
+
+def _truncate(encoded: Encoded, max_length: int) -> Encoded:
+    """The first `max_length` ids, ending with a learned one: what follows the last learned token teaches
+    nothing, and so an example with nothing learned left is empty. The first id is never learned: nothing
+    predicts it."""
+    learned = encoded.learned[:max_length]
+    if learned:
+        learned[0] = False
+    length = max((i + 1 for i, is_learned in enumerate(learned) if is_learned), default=0)
+    return Encoded(encoded.input_ids[:length], learned[:length])
+
+
+def _formats(rows: Iterable[Row], data_format: DataFormat) -> dict[str, str]:
+    """The format of each file, recognised from the columns of all its rows."""
+    columns: dict[str, dict[str, None]] = {}
+    for row in rows:
+        columns.setdefault(row.file, {}).update(dict.fromkeys(row.values))
+    return {
+        file: recognise_format(list(names), file) if data_format == "auto" else data_format
+        for file, names in columns.items()
+    }
+
+
+def _unused_columns(rows: Iterable[Row], formats: dict[str, str]) -> dict[str, list[str]]:
+    unused: dict[str, dict[str, None]] = {}
+    for row in rows:
+        names = [name for name in row.values if name not in used_columns(formats[row.file])]
+        unused.setdefault(row.file, {}).update(dict.fromkeys(names))
+    return {file: list(names) for file, names in unused.items() if names}
+
+
+def _refuse_if_lost(account: RowAccount, strict: bool) -> None:
+    first = account.dropped[0] if account.dropped else None
+    if account.kept == 0:
+        reasons = "; ".join(f"{reason}: {len(n)}" for reason, n in account.dropped_by_reason().items())
+        raise DataError(
+            f"none of its {account.rows} rows can be trained on ({reasons}). `handspun preview` shows what is "
+            "read.",
+            file=first.file if first else None,
+        )
+    lost = [*account.dropped, *account.truncated]
+    if strict and lost:
+        shown = "\n".join(f"  {note.file}, row {note.row}: {note.text}" for note in lost[:20])
+        more = f"\n  and {len(lost) - 20} more" if len(lost) > 20 else ""
+        raise DataError(
+            f"{len(account.dropped)} rows dropped and {len(account.truncated)} truncated, which --strict "
+            f"refuses:\n{shown}{more}\nMend the rows, raise --max-length, or leave --strict out."
+        )

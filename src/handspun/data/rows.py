@@ -1,0 +1,149 @@
+"""Rows of a table, from files, folders or the hub, with the file and number that each came from."""
+
+import difflib
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from handspun.data.row_files import SUFFIXES, read_file, without_nulls
+from handspun.errors import DataError
+
+_HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[^:/]+)(?=:))?(:(?P<split>[^:/]+))?")
+# What `datasets` writes beside the data.
+_NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_SPLIT = re.compile(r"(train|test|valid|validation|val|dev|eval)(?![a-z])")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record of the user's data.
+
+    file: path (or hub id) it came from, as the user would type it.
+    number: 1 for the first data row of that file (a csv header is not counted).
+    values: column name -> cell; csv and tsv cells are untouched strings.
+    """
+
+    file: str
+    number: int
+    values: dict[str, Any]
+
+
+def read_rows(source: str) -> list[Row]:
+    """All rows of a file, of a folder's files, or of a hub dataset; at least one.
+
+    A folder means the csv, tsv, json, jsonl, ndjson and parquet files directly in it, by name; if there are
+    none, those in its folder `train`, or else `data`. Hidden files and `datasets`' own notes are no data.
+    A hub dataset is `org/name`, `org/name:split` or `org/name:config:split`; the split is train if not given.
+    Raises DataError.
+    """
+    if not source.strip() or "\0" in source:
+        raise DataError(f"{source!r} names no data. Expected a file, a folder, or a hub dataset (org/name).")
+    path = Path(source).expanduser()
+    try:
+        if not path.exists():
+            hub = _HUB_ID.fullmatch(source)
+            if hub and path.suffix.lower() not in SUFFIXES and not path.parent.is_dir():
+                return _hub_rows(source, hub)
+            raise _missing(path)
+        files = _folder_files(path) if path.is_dir() else [path]
+        return [row for file in files for row in _file_rows(file)]
+    except OSError as error:
+        raise DataError(
+            f"the system refuses to read it ({error.strerror or error}). Check its permissions and the disk.",
+            file=str(error.filename or source),
+        ) from error
+
+
+def _file_rows(path: Path) -> list[Row]:
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DataError(
+            "expected a regular file, found a device or a pipe. Save the data to a file first.", file=str(path)
+        )
+    return [Row(str(path), number, values) for number, values in enumerate(read_file(path), 1)]
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    for place in (folder, folder / "train", folder / "data"):
+        files = _data_files(place) if place.is_dir() else []
+        if files:
+            _check_splits(files, place)
+            return files
+    found = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    raise DataError(
+        f"expected files ending in {', '.join(SUFFIXES)} in this folder, found "
+        f"{_listed(found) if found else 'nothing'}. Name the folder that holds the data, or a file.",
+        file=str(folder),
+    )
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.name not in _NOT_ROWS
+    )
+
+
+def _check_splits(files: list[Path], folder: Path) -> None:
+    """Raises DataError if rows for testing lie beside rows for training: both would be trained on."""
+    splits = {file.name: match[1] for file in files if (match := _SPLIT.match(file.name.lower()))}
+    held_out = [name for name, split in splits.items() if split != "train"]
+    if held_out and "train" in splits.values():
+        raise DataError(
+            f"this folder holds rows to train on and others to test on ({_listed(held_out)}), and all would be "
+            "read. Name one file, or move the test files to a folder of their own.",
+            file=str(folder),
+        )
+
+
+def _missing(path: Path) -> DataError:
+    if path.is_symlink():
+        return DataError(f"it is a link to {path.readlink()}, which does not exist.", file=str(path))
+    missing = path
+    while not missing.parent.exists():
+        missing = missing.parent
+    siblings = (
+        {entry.name.lower(): entry.name for entry in missing.parent.iterdir()} if missing.parent.is_dir() else {}
+    )
+    close = [siblings[name] for name in difflib.get_close_matches(missing.name.lower(), siblings)]
+    hint = f" Did you mean {' or '.join(str(missing.with_name(name)) for name in close)}?" if close else ""
+    return DataError(
+        f"there is no file or folder {missing}.{hint} Expected a file ({', '.join(SUFFIXES)}), a folder of such "
+        "files, or a dataset on the hub, which would look like org/name.",
+        file=str(path),
+    )
+
+
+def _hub_rows(source: str, hub: re.Match[str]) -> list[Row]:
+    """Rows of a hub dataset as `datasets` reads them (which takes csv cells for numbers where it can)."""
+    import datasets
+
+    name, config, split = hub["name"], hub["config"], hub["split"] or "train"
+    try:
+        dataset = datasets.load_dataset(name, config, split=split)
+        rows = [Row(source, number, _values(values)) for number, values in enumerate(dataset, 1)]
+    except Exception as error:  # whatever the network, the hub or the dataset's files bring about
+        raise DataError(
+            f"there is no such file or folder here, and the hub dataset {name!r} (split {split!r}) cannot be "
+            f"loaded: {_first_line(error)} Check the spelling and the network. A split is named as "
+            "org/name:split, a configuration as org/name:config:split. Or download the files and name them.",
+            file=source,
+        ) from error
+    if not rows:
+        raise DataError(f"the split {split!r} has no rows; at least one is expected.", file=source)
+    return rows
+
+
+def _values(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: without_nulls(value) for name, value in values.items()}
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if line.endswith((".", "!", "?")) else f"{line}."
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,1 @@
+"""Decoding: processors -> choose -> step -> loop, by hand."""

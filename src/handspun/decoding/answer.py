@@ -1,0 +1,124 @@
+"""One answer while it is being written, and the job that it is part of."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from handspun.decoding.detokenize import Vocabulary
+from handspun.decoding.engine import Engine
+from handspun.decoding.options import ResolvedOptions
+from handspun.decoding.results import FinishReason, GenerationChunk, GenerationResult
+from handspun.decoding.stop import AnswerText
+from handspun.decoding.tool_calls import parse_tool_calls
+from handspun.models.load import ChatModel
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one call of `generate` works with."""
+
+    model: ChatModel
+    options: ResolvedOptions
+    vocabulary: Vocabulary
+    prompts: list[list[int]]
+    """Token ids of each prompt."""
+    limits: list[int]
+    """Most new tokens for each prompt."""
+    logprobs: bool
+    with_tools: bool
+    batch_size: int
+    should_stop: Callable[[], bool]
+
+
+@dataclass
+class Answer:
+    """The tokens and the text of one answer so far."""
+
+    job: Job
+    prompt_index: int
+    return_index: int
+    text: AnswerText
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @classmethod
+    def start(cls, job: Job, prompt_index: int, return_index: int = 0) -> "Answer":
+        """An answer that has no token yet."""
+        return cls(job, prompt_index, return_index, AnswerText.start(job.vocabulary, job.options.stop_strings))
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt that is answered."""
+        return self.job.prompts[self.prompt_index]
+
+    def copy(self) -> "Answer":
+        """The same answer, to go on from in another way."""
+        return replace(self, text=self.text.copy(), token_ids=list(self.token_ids), logprobs=list(self.logprobs))
+
+    def add(self, token_id: int, logprob: float | None = None) -> GenerationChunk:
+        """Adds a token, and ends the answer if it is at an eos, a stop string or its limit, in that order."""
+        self.token_ids.append(token_id)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        if token_id in self.job.options.eos_token_ids:
+            return self.finish("eos", token_id)
+        shown = self.text.push(token_id)
+        if self.text.stop_string is not None or len(self.token_ids) == self.job.limits[self.prompt_index]:
+            return self.finish("length", token_id, shown)
+        return GenerationChunk(
+            prompt_index=self.prompt_index, return_index=self.return_index, text=shown, token_ids=[token_id]
+        )
+
+    def finish(self, reason: FinishReason, token_id: int | None = None, shown: str = "") -> GenerationChunk:
+        """Ends the answer; what was held back of its text is shown, or completes a stop string after all."""
+        shown += self.text.finish()
+        self.finish_reason = "stop" if self.text.stop_string is not None else reason
+        return GenerationChunk(
+            prompt_index=self.prompt_index,
+            return_index=self.return_index,
+            text=shown,
+            token_ids=[] if token_id is None else [token_id],
+            finish_reason=self.finish_reason,
+            result=self.result(),
+        )
+
+    def result(self) -> GenerationResult:
+        """The ended answer as the user gets it."""
+        assert self.finish_reason is not None
+        return GenerationResult(
+            text=self.text.text,
+            token_ids=self.token_ids,
+            prompt_token_ids=self.prompt_token_ids,
+            finish_reason=self.finish_reason,
+            stop_string=self.text.stop_string,
+            logprobs=self.logprobs if self.job.logprobs else None,
+            prompt_index=self.prompt_index,
+            return_index=self.return_index,
+            tool_calls=parse_tool_calls(self.text.text)[1] if self.job.with_tools else [],
+        )
+
+
+def prefill(engine: Engine, answers: Sequence[Answer], job: Job) -> Tensor:
+    """Feeds the answers' prompts, each prompt once. Returns logits, a row for each answer."""
+    indices = sorted({answer.prompt_index for answer in answers})
+    ids, mask = pad_left([job.prompts[i] for i in indices], job.options.pad_token_id, job.model.device)
+    logits = engine.prefill(ids, mask)
+    rows = torch.tensor([indices.index(answer.prompt_index) for answer in answers], device=logits.device)
+    if rows.tolist() != list(range(len(indices))):
+        engine.reorder(rows)
+        logits = logits[rows]
+    return logits
+
+
+def pad_left(prompts: Sequence[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask), both (prompts, longest), padded on the left with mask 0."""
+    length = max(map(len, prompts))
+    ids = [[pad_token_id] * (length - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+__all__ = ["Answer", "Job", "pad_left", "prefill"]

@@ -1,0 +1,205 @@
+"""Options made concrete: what the user gave, then the model's generation_config, then the defaults."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from torch import Tensor
+
+from handspun.config import GenerationOptions, option_name
+from handspun.errors import ConfigError
+from handspun.models.end_of_turn import eos_token_ids
+from handspun.models.load import ChatModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedOptions:
+    """GenerationOptions with nothing left open; the defaults are those that its texts name."""
+
+    max_new_tokens: int = 512
+    min_new_tokens: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    num_return_sequences: int = 1
+    stop_strings: tuple[str, ...] = ()
+    seed: int | tuple[int, ...] = 0
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end an answer."""
+    pad_token_id: int = 0
+    """What fills the left of shorter prompts; the mask, not this id, says what is padding."""
+
+
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(ResolvedOptions)}
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+_BEAMS = ("length_penalty", "early_stopping")
+_ANY = ("max_new_tokens", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "stop_strings")
+# settings of a generation_config that change what transformers generates and that have no counterpart here,
+# with the value at which they do nothing
+_NOT_TAKEN: dict[str, Any] = {
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "diversity_penalty": 0.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "exponential_decay_length_penalty": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": 1,
+    "max_length": 20,
+    "min_length": 0,
+    "num_beam_groups": 1,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "watermarking_config": None,
+}
+
+
+def resolve(given: GenerationOptions, model: ChatModel, *, chat: bool) -> tuple[ResolvedOptions, list[str]]:
+    """Every option's value, and what the user should be told about where it came from.
+
+    Raises ConfigError if what the user gave has no effect or cannot be done.
+    """
+    chosen = {field.name: getattr(given, field.name) for field in fields(given)}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if "stop_strings" in chosen:
+        chosen["stop_strings"] = stop_tuple(chosen["stop_strings"])
+    own = _settings_of(model, (*_ANY, *_SAMPLING, *_BEAMS, "do_sample", "num_beams", "num_return_sequences"))
+    taken = {name: value for name, value in _taken(chosen, own).items() if value != _DEFAULTS[name]}
+    _check_taken(taken, _strategy(chosen, own))
+    defaults = {"stop_strings": _default_stop_strings(model) if chat else ()}
+    options = ResolvedOptions(
+        **{**defaults, **taken, **chosen, **_strategy(chosen, own)},
+        eos_token_ids=_eos_token_ids(model, chat=chat),
+        pad_token_id=_pad_token_id(model),
+    )
+    _check(options, chosen)
+    return options, _notices(taken, model, options)
+
+
+def _settings_of(model: ChatModel, names: tuple[str, ...]) -> dict[str, Any]:
+    """What the model's own generation_config sets. transformers' global defaults (such as top_k 50) are None
+    there, and so left out."""
+    config = model.model.generation_config
+    values: dict[str, Any] = {name: getattr(config, name, None) for name in names}
+    if values.get("stop_strings") is not None:
+        values["stop_strings"] = stop_tuple(values["stop_strings"])
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _strategy(chosen: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """do_sample and num_beams. They exclude each other, and the one that the user gave wins."""
+    if chosen.get("num_beams", 1) > 1:
+        return {"do_sample": False, "num_beams": chosen["num_beams"]}
+    if chosen.get("do_sample", own.get("do_sample", False)):
+        return {"do_sample": True, "num_beams": 1}
+    return {"do_sample": False, "num_beams": chosen.get("num_beams", own.get("num_beams", 1))}
+
+
+def _taken(chosen: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What is taken over from the model: what the user did not give, and only what has an effect."""
+    strategy = _strategy(chosen, own)
+    names: tuple[str, ...] = (*_ANY, "do_sample", "num_beams")
+    names += _SAMPLING if strategy["do_sample"] else ()
+    names += _BEAMS if strategy["num_beams"] > 1 else ()
+    values = {**own, **strategy}
+    if strategy["do_sample"] or own.get("num_return_sequences", 1) <= strategy["num_beams"]:
+        names += ("num_return_sequences",)
+    return {name: values[name] for name in names if name in own and name not in chosen}
+
+
+def _check_taken(taken: dict[str, Any], strategy: dict[str, Any]) -> None:
+    try:
+        GenerationOptions(
+            **{**taken, "do_sample": strategy["do_sample"] or None, "num_beams": strategy["num_beams"]}
+        )
+    except ConfigError as error:
+        raise ConfigError(
+            [
+                f"the model's generation_config cannot be used: {problem} Give another value: it wins."
+                for problem in error.problems
+            ]
+        ) from error
+
+
+def _check(options: ResolvedOptions, chosen: dict[str, Any]) -> None:
+    problems = []
+    idle = [option_name(name) for name in _SAMPLING if name in chosen]
+    if idle and not options.do_sample:
+        problems.append(
+            f"{', '.join(idle)} only change what is sampled, and nothing is sampled here: neither the "
+            "options nor the model's generation_config ask for it. Add --do-sample."
+        )
+    returned = options.num_return_sequences
+    if not options.do_sample and returned > options.num_beams:
+        problems.append(
+            f"--num-return-sequences {returned} needs as many different answers, and there is "
+            f"{'one greedy answer' if options.num_beams == 1 else f'only --num-beams {options.num_beams}'}. "
+            f"Add --do-sample, or --num-beams {returned}."
+        )
+    if "" in options.stop_strings:
+        problems.append(
+            "--stop-strings holds an empty string, which would end every answer at once. Leave it out."
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _notices(taken: dict[str, Any], model: ChatModel, options: ResolvedOptions) -> list[str]:
+    notices = []
+    if taken:
+        values = ", ".join(f"{name} {value}" for name, value in sorted(taken.items()))
+        notices.append(f"from the model's generation_config: {values}")
+    other = {
+        name: value for name, value in _settings_of(model, tuple(_NOT_TAKEN)).items() if value != _NOT_TAKEN[name]
+    }
+    if other:
+        values = ", ".join(f"{name} {value}" for name, value in sorted(other.items()))
+        notices.append(f"not taken from the model's generation_config (there is no such option here): {values}")
+    if not options.eos_token_ids:
+        notices.append(
+            "neither the model nor its tokenizer names an end-of-sequence token: answers end at a stop "
+            "string or at max_new_tokens"
+        )
+    return notices
+
+
+def _default_stop_strings(model: ChatModel) -> tuple[str, ...]:
+    return model.template.end_of_turn, "\nUser:"
+
+
+def _eos_token_ids(model: ChatModel, *, chat: bool) -> tuple[int, ...]:
+    eos = eos_token_ids(model.model)
+    if not eos and model.tokenizer.eos_token_id is not None:
+        eos = [model.tokenizer.eos_token_id]
+    if chat:
+        eos.append(model.template.end_of_turn_id)
+    return tuple(dict.fromkeys(eos))
+
+
+def _pad_token_id(model: ChatModel) -> int:
+    """0 is an id as good as any other; some models name one that their embeddings do not hold (-1)."""
+    embeddings = model.model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)
+    rows = embeddings.shape[0]
+    for pad in (getattr(model.model.generation_config, "pad_token_id", None), model.tokenizer.pad_token_id):
+        if pad is not None and 0 <= pad < rows:
+            return int(pad)
+    return 0
+
+
+def stop_tuple(stop_strings: str | Iterable[str]) -> tuple[str, ...]:
+    """One stop string, or several, as a tuple."""
+    return (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+
+
+__all__ = ["ResolvedOptions", "resolve", "stop_tuple"]

@@ -1,0 +1,102 @@
+"""From what the user gives as prompts to token ids."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from handspun.data.conversations import Message
+from handspun.errors import ConfigError, DataError
+from handspun.models.load import ChatModel
+
+Prompt = str | Sequence[Message]
+"""A user message (or, without a template, a text), or a conversation."""
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A single prompt becomes a list of one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(item, dict) for item in prompts):
+        return [prompts]  # type: ignore[list-item]  # dicts are messages: this is one conversation
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def encode_prompts(
+    model: ChatModel,
+    prompts: list[Prompt],
+    *,
+    chat: bool,
+    system_prompt: str | None,
+    tools: list[dict[str, Any]] | None,
+) -> list[list[int]]:
+    """Token ids of each prompt.
+
+    Raises ConfigError for what plain text cannot have, DataError for a prompt that is empty, malformed or
+    longer than the model's context.
+    """
+    if not chat:
+        _check_plain(prompts, system_prompt, tools)
+    encoded = []
+    for number, prompt in enumerate(prompts, start=1):
+        if chat:
+            ids = model.template.encode_prompt(_conversation(prompt, number, system_prompt), tools)
+        else:
+            ids = _plain_ids(model, prompt)
+        _check_length(model, ids, number)
+        encoded.append(ids)
+    return encoded
+
+
+def context_length(model: ChatModel) -> int | None:
+    """Most tokens, prompt and answer together, that the model has positions for; None if it does not say."""
+    length = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length is not None and length > 0 else None
+
+
+def _conversation(prompt: Prompt, number: int, system_prompt: str | None) -> list[Message]:
+    messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if not messages:
+        raise DataError(f"prompt {number} is a conversation without messages: expected at least one.")
+    for i, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise DataError(
+                f"prompt {number}, message {i}: expected {{'role': 'user', 'content': 'text'}}, found {message!r}."
+            )
+    if system_prompt is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return messages
+
+
+def _check_plain(prompts: list[Prompt], system_prompt: str | None, tools: list[dict[str, Any]] | None) -> None:
+    problems = []
+    if system_prompt is not None:
+        problems.append("--system-prompt needs a chat template: leave out --no-chat (chat=False), or the prompt.")
+    if tools:
+        problems.append("tools need a chat template: leave out --no-chat (chat=False), or the tools.")
+    if any(not isinstance(prompt, str) for prompt in prompts):
+        problems.append(
+            "a conversation needs a chat template: give a string, or leave out --no-chat (chat=False)."
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _plain_ids(model: ChatModel, prompt: Prompt) -> list[int]:
+    ids: list[int] = model.tokenizer(prompt, verbose=False)["input_ids"]
+    return ids
+
+
+def _check_length(model: ChatModel, ids: list[int], number: int) -> None:
+    limit = context_length(model)
+    if not ids:
+        raise DataError(
+            f"prompt {number} is empty, and this model's tokenizer puts no token at the start of a text: "
+            "there is nothing to go on from. Give it at least one character."
+        )
+    if limit is not None and len(ids) >= limit:
+        raise DataError(
+            f"prompt {number} has {len(ids)} tokens, and {model.name} has a context of {limit} for prompt "
+            f"and answer together. Shorten it to at most {limit - 1} tokens."
+        )
+
+
+__all__ = ["Prompt", "as_prompts", "context_length", "encode_prompts"]

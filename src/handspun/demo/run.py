@@ -1,0 +1,99 @@
+"""The whole job on the embedded model and data: ask, train, ask again, and decode in three ways."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from handspun.config import TrainConfig
+from handspun.decoding.generate import generate
+from handspun.models.embedded import EMBEDDED_NAME
+from handspun.models.load import ChatModel, load
+from handspun.run import TrainedRun, train
+
+DEMO_DATA = Path(__file__).with_name("demo.csv")
+HELD_OUT_DATA = Path(__file__).with_name("held_out.csv")
+
+BEFORE_AND_AFTER = [
+    "Who are you, and who made you?",
+    "Complete the analogy.\nKitten is to cat as calf is to",
+    'Extract the email address.\nThe flyer says, "Send your photos to contest@redfern.example by noon."',
+    "A bus carries 40 people. How many people are in 3 full buses if 8 get off?",
+]
+
+GREEDY_PROMPT = "Give me a brief introduction to Shanghai Jiao Tong University."
+SAMPLING_PROMPT = "Tell me a joke about computers."
+BEAM_PROMPT = "What is the sum of the first 100 natural numbers? Please think step by step."
+
+
+def demo_config(
+    output_dir: str, *, num_epochs: int = 3, threads: int | None = None, overwrite: bool = False
+) -> TrainConfig:
+    """The run of the demonstration."""
+    return TrainConfig(
+        model=EMBEDDED_NAME,
+        data=str(DEMO_DATA),
+        eval_data=str(HELD_OUT_DATA),
+        output_dir=output_dir,
+        num_epochs=num_epochs,
+        learning_rate=5e-5,
+        threads=threads,
+        overwrite=overwrite,
+    )
+
+
+def run_demo(
+    output_dir: str, *, num_epochs: int = 3, threads: int | None = None, overwrite: bool = False
+) -> TrainedRun:
+    """Trains the demonstration and shows its answers before and after, then the three decodings."""
+    console = Console(highlight=False)
+    config = demo_config(output_dir, num_epochs=num_epochs, threads=threads, overwrite=overwrite)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    _say(console, "asking the model as it is")
+    before = _answers(load(EMBEDDED_NAME, notice=lambda text: _say(console, text)))
+    run = train(config, console=console)
+    assert run.model is not None
+    _show_answers(console, before, _answers(run.model))
+    show_three_decodings(run.model, console)
+    _say(console, f"\nTalk to it: handspun chat --model {run.checkpoints[-1]}")
+    return run
+
+
+def show_three_decodings(model: ChatModel, console: Console, *, max_new_tokens: int = 256) -> None:
+    """Greedy, sampling three times, and beam search, each on its prompt."""
+
+    def show(title: str, prompt: str, **options: Any) -> None:
+        console.print(f"\n[bold]{title}[/]", highlight=False)
+        console.print(f"> {prompt}", markup=False, soft_wrap=True)
+        for result in generate(model, prompt, max_new_tokens=max_new_tokens, **options):
+            console.print(result.text, markup=False, soft_wrap=True)
+
+    show("Greedy", GREEDY_PROMPT, do_sample=False)
+    show(
+        "Sampling, three times, temperature 0.7",
+        SAMPLING_PROMPT,
+        do_sample=True,
+        temperature=0.7,
+        num_return_sequences=3,
+    )
+    show("Beam search, 4 beams", BEAM_PROMPT, num_beams=4)
+
+
+def _answers(model: ChatModel) -> list[str]:
+    return [result.text for result in generate(model, BEFORE_AND_AFTER, max_new_tokens=48)]
+
+
+def _show_answers(console: Console, before: list[str], after: list[str]) -> None:
+    table = Table(title="Answers to prompts that were not trained on", show_lines=True, expand=True)
+    for name in ("prompt", "before", "after"):
+        table.add_column(name, ratio=1, overflow="fold")
+    for row in zip(BEFORE_AND_AFTER, before, after, strict=True):
+        table.add_row(*(cell.strip() for cell in row))
+    console.print(table, markup=False)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)

@@ -1,0 +1,243 @@
+"""Models by name: a hub id, a folder, a LoRA adapter's folder, a .gguf file, or the embedded one.
+
+Nothing is executed that comes with a model: weights are read from safetensors (or GGUF) files only, and
+`trust_remote_code` stays off.
+"""
+
+import difflib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from handspun.config import Dtype
+from handspun.data.chat_template import ChatTemplate
+from handspun.errors import ModelError
+from handspun.models.embedded import EMBEDDED_NAME, embedded_folder
+from handspun.models.quiet import quiet
+
+_SUFFIXES_OF_PICKLES = (".bin", ".pt", ".pth")
+
+
+@dataclass(eq=False)
+class ChatModel:
+    """A causal language model in eval mode, its tokenizer, and the name it was loaded by."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """Raises TemplateError if the tokenizer has no chat template."""
+        return ChatTemplate(self.tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+
+def load(
+    name: str,
+    *,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    notice: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+) -> ChatModel:
+    """A chat model by its name.
+
+    name: hub id, folder, folder of a LoRA adapter (merged into its base), .gguf file, or "smollm2-135m".
+    dtype: of the weights; "auto" is float32 on a CPU, bfloat16 on a GPU that has it.
+    notice: told what the user should know, such as a conversion that is done once.
+
+    Raises ModelError if there is no such model, or it is incomplete.
+    """
+    torch_device = resolve_device(device)
+    source = model_source(name, notice)
+    weights = resolve_dtype(dtype, torch_device)
+    if source.adapter is not None:
+        model = _with_adapter(_load_weights(source, weights), source.adapter)
+    else:
+        model = _load_weights(source, weights)
+    model.to(torch_device)  # type: ignore[arg-type]  # transformers wraps it and loses its types
+    return ChatModel(model.eval(), load_tokenizer(source), name)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files are, in the terms of transformers' `from_pretrained`."""
+
+    name: str
+    location: str
+    gguf_file: str | None = None
+    adapter: Path | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments that every `from_pretrained` of it needs."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+def model_source(name: str, notice: Callable[[str], None]) -> ModelSource:
+    """Finds a model's files; for a hub id, nothing is fetched yet. Raises ModelError."""
+    path = Path(name).expanduser()
+    if name == EMBEDDED_NAME:
+        return ModelSource(name, str(embedded_folder(notice)))
+    if path.is_file() and path.suffix == ".gguf":
+        return ModelSource(name, str(path.parent), gguf_file=path.name)
+    if path.is_dir():
+        return _folder_source(name, path, notice)
+    if path.exists():
+        raise ModelError(
+            f"{name} is a file: expected a model's folder, a .gguf file or a hub id such as Qwen/Qwen2.5-0.5B."
+        )
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")) or name.endswith((".gguf", "/")):
+        near = difflib.get_close_matches(path.name, _names_beside(path), 1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise ModelError(
+            f"there is no model {name}: no such folder or file, and no hub id (they look like "
+            f"Qwen/Qwen2.5-0.5B). {EMBEDDED_NAME} is embedded and needs no network.{hint}"
+        )
+    notice(f"{name}: from the hub, or its cache")
+    return ModelSource(name, name)
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; an adapter folder's own one where it has one."""
+    if source.adapter is not None and (source.adapter / "tokenizer.json").exists():
+        source = ModelSource(source.name, str(source.adapter))
+    found: PreTrainedTokenizerBase
+    found = _from_pretrained(AutoTokenizer, source.name, source.location, **source.arguments)
+    return found
+
+
+def load_config(source: ModelSource) -> PretrainedConfig:
+    """The model's config alone, without its weights."""
+    config: PretrainedConfig = _from_pretrained(AutoConfig, source.name, source.location, **source.arguments)
+    return config
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" to the best device there is. Raises ModelError if the named one is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"--device {device} cannot be used here ({reason}). Use cpu or auto.") from error
+    return found
+
+
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """ "auto" is float32 on a CPU and bfloat16 on a GPU that has it."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Most tokens that the model can read, if its config says so."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def _folder_source(name: str, path: Path, notice: Callable[[str], None]) -> ModelSource:
+    if (path / "adapter_config.json").exists():
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        found = model_source(base, notice)
+        return ModelSource(name, found.location, found.gguf_file, adapter=path)
+    if not (path / "config.json").exists():
+        raise ModelError(
+            f"{name} is a folder without config.json: expected a transformers model folder (config.json, "
+            f"model.safetensors, tokenizer.json), found {_listing(path)}."
+        )
+    if not any(path.glob("*.safetensors")):
+        pickles = [file.name for file in path.iterdir() if file.suffix in _SUFFIXES_OF_PICKLES]
+        if pickles:
+            raise ModelError(
+                f"{name} has its weights only as pickles ({', '.join(sorted(pickles)[:3])}), which can run code "
+                "when they are read. Convert them where you trust them: "
+                "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder) writes safetensors."
+            )
+        raise ModelError(
+            f"{name} is a model folder without weights: expected *.safetensors, found {_listing(path)}."
+        )
+    return ModelSource(name, str(path))
+
+
+def _load_weights(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+    """Raises ModelError where transformers would fill missing weights with random ones."""
+    quantisation = {}
+    if source.gguf_file:
+        from transformers import GgufConfig
+
+        quantisation = {"quantization_config": GgufConfig(dequantize=True)}
+    model, info = _from_pretrained(
+        AutoModelForCausalLM,
+        source.name,
+        source.location,
+        dtype=dtype,
+        output_loading_info=True,
+        **({} if source.gguf_file else {"use_safetensors": True}),
+        **quantisation,
+        **source.arguments,
+    )
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise ModelError(
+            f"{source.name} lacks {len(missing)} of its weights (first {missing[0]}): they would be random. The "
+            "files are incomplete, or of another architecture than config.json says."
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def _with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    from peft import PeftModel
+
+    with quiet():
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    if (adapter / "generation_config.json").exists():
+        merged.generation_config = GenerationConfig.from_pretrained(adapter)
+    return merged
+
+
+def _from_pretrained(auto: Any, name: str, location: str, **arguments: Any) -> Any:
+    """`auto.from_pretrained`, quiet, with its failures in words for people."""
+    try:
+        with quiet():
+            return auto.from_pretrained(location, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(location).exists():
+            raise ModelError(f"{name} cannot be read as a model: {reason}") from error
+        raise ModelError(
+            f"{name} cannot be had from the hub: {reason}\nCheck its spelling and the network, name a folder that "
+            f"holds it, or use the embedded model: --model {EMBEDDED_NAME}"
+        ) from error
+
+
+def _names_beside(path: Path) -> list[str]:
+    return [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+
+
+def _listing(path: Path) -> str:
+    names = sorted(file.name for file in path.iterdir())
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"

@@ -1,0 +1,53 @@
+"""LoRA through peft: low-rank adapters on every linear layer but the head (Hu et al. 2021, arXiv:2106.09685)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel
+
+from handspun.models.quiet import quiet
+
+
+def add_lora(
+    model: PreTrainedModel,
+    base_name: str,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    new_token_ids: Sequence[int] = (),
+) -> PreTrainedModel:
+    """The model with trainable adapters; everything else is frozen.
+
+    base_name: recorded in the adapter's config, so that it finds its base again.
+    new_token_ids: ids whose embedding rows are trained too, in the head as well: adapters alone cannot teach
+        a model to say a token that it never learned.
+    """
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        trainable_token_indices=_embedding_rows(model, new_token_ids) if new_token_ids else None,
+    )
+    model.name_or_path = base_name
+    with quiet():
+        adapted: Any = get_peft_model(model, config)  # called and saved like the model that it wraps
+    adapted.peft_config["default"].base_model_name_or_path = base_name
+    wrapped: PreTrainedModel = adapted
+    return wrapped
+
+
+def _embedding_rows(model: PreTrainedModel, token_ids: Sequence[int]) -> dict[str, list[int]]:
+    """The modules that hold the rows: the input embedding and, where it is not the same tensor, the head."""
+    rows = {_module_name(model, model.get_input_embeddings()): list(token_ids)}
+    if not model.config.get_text_config().tie_word_embeddings:
+        rows[_module_name(model, model.get_output_embeddings())] = list(token_ids)
+    return rows
+
+
+def _module_name(model: PreTrainedModel, module: object) -> str:
+    name: str = next(name for name, found in model.named_modules() if found is module)
+    return name.rpartition(".")[2]

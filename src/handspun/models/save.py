@@ -1,0 +1,40 @@
+"""Models to folders that transformers, peft, vLLM, CTranslate2 and llama.cpp's converter read."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from handspun.models.quiet import quiet
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype
+) -> None:
+    """Weights as safetensors of the given type, config, generation_config, and the tokenizer with its template.
+
+    A model with LoRA adapters gives a standard adapter folder: the adapters alone.
+    """
+    if hasattr(model, "peft_config"):
+        with quiet():
+            model.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's template of a model card, with nothing filled in
+    else:
+        _save_weights(model, folder, dtype)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _save_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    cast: dict[int, torch.Tensor] = {}  # tied weights are one tensor, and must stay one
+    state = {
+        name: cast.setdefault(tensor.data_ptr(), tensor.to(dtype)) if tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    with quiet():
+        model.save_pretrained(folder, state_dict=state)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")  # of the file, not of the model in memory
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

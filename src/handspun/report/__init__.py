@@ -1,0 +1,1 @@
+"""What a run, its rows and its examples look like to a person."""

@@ -1,0 +1,49 @@
+"""The machine and the versions that a run was made with."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+_PACKAGES = ["handspun", "torch", "transformers", "tokenizers", "peft", "datasets", "safetensors"]
+
+
+def environment() -> dict[str, object]:
+    """Facts that a reader of the run's numbers needs."""
+    return {
+        "machine": cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_bytes": total_memory(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "command": sys.argv,
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def cpu_name() -> str:
+    """`AMD EPYC 7B13`, or what the system calls its processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def total_memory() -> int | None:
+    """Bytes of memory in the machine, where the system says it."""
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def peak_memory() -> int | None:
+    """Most bytes that this process has held in memory, where the system says it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

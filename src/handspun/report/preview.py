@@ -1,0 +1,38 @@
+"""Rendered examples in which one sees what is learned."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from handspun.data.examples import Example
+
+
+def learned_runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
+    """(text, is it learned) in order; the texts end to end are the example as the model reads it."""
+    pairs = zip(example.input_ids, example.learned, strict=True)
+    for is_learned, run in groupby(pairs, key=lambda pair: pair[1]):
+        ids = [id for id, _ in run]
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        yield str(text), is_learned
+
+
+def coloured(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Learned tokens in bold green on the terminal."""
+    text = Text()
+    for run, is_learned in learned_runs(example, tokenizer):
+        text.append(run, style="bold green" if is_learned else "dim")
+    return text
+
+
+def bracketed(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Learned tokens between ⟦ and ⟧, for files and for terminals without colour."""
+    runs = learned_runs(example, tokenizer)
+    return "".join(f"⟦{run}⟧" if is_learned else run for run, is_learned in runs)
+
+
+def spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """The first example and others at even distances, so that a preview shows the whole of a file."""
+    count = min(count, len(examples))
+    return [examples[i * len(examples) // count] for i in range(count)]

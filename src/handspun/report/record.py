@@ -1,0 +1,52 @@
+"""run.json: what was trained on what, with what, and what came of it."""
+
+import json
+import os
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from handspun.config import TrainConfig
+from handspun.data.prepare import ExampleSet
+from handspun.report.environment import environment
+from handspun.training.checkpoint import errors_for_people
+from handspun.training.preflight import Plan
+
+
+def run_facts(
+    config: TrainConfig, training: ExampleSet, held_out: ExampleSet | None, plan: Plan, max_length: int
+) -> dict[str, Any]:
+    """What is known before the first step."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": {
+            **asdict(config),
+            "learning_rate": config.peak_learning_rate,
+            "max_length": max_length,
+        },
+        "data": {
+            "train": _set_facts(training),
+            "held_out": _set_facts(held_out) if held_out else None,
+        },
+        "plan": asdict(plan),
+        "environment": environment(),
+    }
+
+
+def write_run(folder: Path, facts: dict[str, Any]) -> None:
+    """Replaces run.json in one move, so that a reader never sees half of it."""
+    partial = folder / ".run.json.partial"
+    with errors_for_people(folder / "run.json"):
+        partial.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, folder / "run.json")
+
+
+def _set_facts(examples: ExampleSet) -> dict[str, Any]:
+    return {
+        "sha256": examples.fingerprint,
+        "examples": len(examples.examples),
+        "tokens": sum(len(example) for example in examples.examples),
+        "learned_tokens": sum(example.learned_tokens for example in examples.examples),
+        "rows": asdict(examples.account),
+    }

@@ -1,0 +1,118 @@
+"""Answers, conversations and previews on a terminal."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.rule import Rule
+
+from handspun.config import DataConfig, GenerationOptions
+from handspun.data.chat_template import ChatTemplate
+from handspun.data.conversations import Message
+from handspun.data.prepare import prepare_examples, resolve_max_length
+from handspun.decoding.generate import generate, stream
+from handspun.decoding.results import GenerationResult
+from handspun.models.load import ChatModel, context_length, load_config, load_tokenizer, model_source
+from handspun.report.account import account_lines, length_lines
+from handspun.report.preview import bracketed, coloured, spread
+
+
+def show_preview(config: DataConfig, model: str, console: Console, *, examples: int, plain: bool) -> None:
+    """Rendered examples, the length distribution, and the account of every row."""
+    source = model_source(model, lambda text: print(text, file=sys.stderr))
+    tokenizer = load_tokenizer(source)
+    max_length = resolve_max_length(config.max_length, context_length(load_config(source)))
+    made, _ = prepare_examples(config, ChatTemplate(tokenizer), max_length=max_length)
+    how = "between ⟦ and ⟧" if plain else "in green"
+    console.print(f"what is learned is {how}\n", markup=False)
+    for example in spread(made.examples, examples):
+        title = f"{example.file}, row {example.row}: {len(example)} tokens, {example.learned_tokens} learned"
+        console.print(f"--- {title}" if plain else Rule(title, align="left"), markup=False)
+        text = bracketed(example, tokenizer) if plain else coloured(example, tokenizer)
+        console.print(text, markup=False, soft_wrap=True)
+    console.print("---\n" if plain else Rule(), markup=False)
+    for line in [*length_lines(made.examples), "", *account_lines(made.account, max_length=max_length)]:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def show_answers(
+    model: ChatModel,
+    prompts: Sequence[str],
+    options: GenerationOptions,
+    console: Console,
+    *,
+    chat: bool = True,
+    system_prompt: str | None = None,
+    batch_size: int = 8,
+    as_json: bool = False,
+    logprobs: bool = False,
+) -> list[GenerationResult]:
+    """Prints each answer as it is complete: the text alone if there is one answer, else under its prompt."""
+    results = generate(
+        model,
+        list(prompts),
+        options=options,
+        chat=chat,
+        system_prompt=system_prompt,
+        batch_size=batch_size,
+        logprobs=logprobs,
+    )
+    for result in results:
+        if as_json:
+            record = {"prompt": prompts[result.prompt_index], **asdict(result)}
+            print(json.dumps(record, ensure_ascii=False))
+        elif len(results) == 1:
+            console.print(result.text, markup=False, soft_wrap=True)
+        else:
+            _under_its_prompt(console, prompts[result.prompt_index], result)
+    return results
+
+
+def _under_its_prompt(console: Console, prompt: str, result: GenerationResult) -> None:
+    if result.return_index == 0:
+        console.print(f"> {prompt}", style="bold", markup=False, soft_wrap=True)
+    console.print(result.text, markup=False, soft_wrap=True)
+    console.print()
+
+
+def hold_conversation(
+    model: ChatModel, options: GenerationOptions, console: Console, *, system_prompt: str | None
+) -> None:
+    """Reads a line, streams an answer, remembers both, until /quit or the end of the input."""
+    console.print(f"{model.name}. /reset begins anew, /quit leaves, Ctrl-C stops an answer.", markup=False)
+    messages: list[Message] = []
+    while True:
+        try:
+            said = console.input("[bold green]you:[/] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if said == "/quit":
+            return
+        if said == "/reset":
+            messages = []
+            continue
+        if said:
+            messages = [*messages, {"role": "user", "content": said}]
+            answer = _stream_answer(model, messages, options, console, system_prompt)
+            messages = [*messages, {"role": "assistant", "content": answer}]
+
+
+def _stream_answer(
+    model: ChatModel,
+    messages: list[Message],
+    options: GenerationOptions,
+    console: Console,
+    system_prompt: str | None,
+) -> str:
+    answer = ""
+    try:
+        for chunk in stream(model, [messages], options=options, system_prompt=system_prompt):
+            answer += chunk.text
+            console.print(chunk.text, end="", markup=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        console.print(" (stopped)", end="", style="dim")
+    console.print()
+    return answer

@@ -1,0 +1,169 @@
+"""The training loop. It yields events and does nothing else with them: its caller logs, shows and saves."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from transformers import PreTrainedModel
+
+from handspun.config import TrainConfig
+from handspun.data.batches import batches, epoch_order, micro_batches
+from handspun.data.examples import Example
+from handspun.errors import TrainingError
+from handspun.training.evaluate import evaluate
+from handspun.training.forward import padded_loss
+from handspun.training.optim import lr_at, make_optimizer
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step: loss is the mean over the batch's learned tokens, before the update."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    rows: int
+    tokens: int
+    learned_tokens: int
+    padded_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out loss, a mean over learned tokens; `best` if it is the lowest so far."""
+
+    step: int
+    epoch: int
+    loss: float
+    learned_tokens: int
+    best: bool
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """All rows have been seen once more."""
+
+    step: int
+    epoch: int
+
+
+Event = Step | Evaluation | EpochEnd
+
+
+@dataclass
+class TrainingState:
+    """What changes while a model is trained."""
+
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    best_loss: float = math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """A run's fixed parts: examples, options, and how a forward pass is made."""
+
+    config: TrainConfig
+    examples: Sequence[Example]
+    held_out: Sequence[Example] = ()
+    pad_token_id: int
+    dtype: torch.dtype = torch.float32
+    clock: Callable[[], float] = field(default=time.perf_counter)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last, shorter batch is one too."""
+        return math.ceil(len(self.examples) / self.config.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.steps_per_epoch * self.config.num_epochs
+
+
+def start(model: PreTrainedModel, config: TrainConfig) -> TrainingState:
+    """The state before the first step."""
+    return TrainingState(model, make_optimizer(model, config))
+
+
+def train(loop: Loop, state: TrainingState) -> Iterator[Event]:
+    """All epochs: a Step after each optimiser step, an Evaluation at the start, every `eval_steps` and at the
+    end of each epoch (with held-out rows), and an EpochEnd.
+
+    Raises TrainingError before a step whose loss or gradient is not finite.
+    """
+    config = loop.config
+    state.model.train()
+    yield from _evaluation(loop, state, epoch=0)
+    for epoch in range(1, config.num_epochs + 1):
+        order = epoch_order(len(loop.examples), seed=config.seed, epoch=epoch)
+        for batch in batches(loop.examples, order, config.batch_size):
+            yield train_step(loop, state, batch, epoch)
+            if config.eval_steps and state.step % config.eval_steps == 0 and state.step % loop.steps_per_epoch:
+                yield from _evaluation(loop, state, epoch)
+        yield from _evaluation(loop, state, epoch)
+        yield EpochEnd(state.step, epoch)
+
+
+def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch: int) -> Step:
+    """One optimiser step on a batch: forward and backward in micro-batches, clip, update.
+
+    Losses are divided by the learned tokens of the whole batch, so how it is cut changes nothing.
+    """
+    began = loop.clock()
+    learned_tokens = sum(example.learned_tokens for example in batch)
+    loss, padded_tokens = 0.0, 0
+    for part in micro_batches(batch, loop.config.max_tokens):
+        part_sum, _ = padded_loss(state.model, part, pad_token_id=loop.pad_token_id, dtype=loop.dtype)
+        part_loss = part_sum / learned_tokens
+        part_loss.backward()
+        loss += part_loss.item()
+        padded_tokens += len(part) * max(len(example) for example in part)
+    grad_norm = clip_grad_norm_(state.model.parameters(), loop.config.max_grad_norm or math.inf).item()
+    _refuse_not_finite(loss, grad_norm, batch, state.step + 1)
+    learning_rate = lr_at(state.step, loop.total_steps, loop.config)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    tokens = sum(len(example) for example in batch)
+    return Step(
+        state.step, loop.total_steps, epoch, loss, learning_rate, grad_norm,
+        len(batch), tokens, learned_tokens, padded_tokens, loop.clock() - began,
+    )  # fmt: skip
+
+
+def _evaluation(loop: Loop, state: TrainingState, epoch: int) -> Iterator[Evaluation]:
+    if not loop.held_out:
+        return
+    loss, learned_tokens = evaluate(
+        state.model,
+        loop.held_out,
+        max_tokens=loop.config.max_tokens,
+        pad_token_id=loop.pad_token_id,
+        dtype=loop.dtype,
+    )
+    best = loss < state.best_loss
+    if best:
+        state.best_loss = loss
+    yield Evaluation(state.step, epoch, loss, learned_tokens, best)
+
+
+def _refuse_not_finite(loss: float, grad_norm: float, batch: Sequence[Example], step: int) -> None:
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    rows = "\n".join(f"  {example.file}, row {example.row}" for example in batch)
+    raise TrainingError(
+        f"step {step} was not made: its loss is {loss} and its gradient's norm {grad_norm}. The weights are as "
+        f"they were before it. Its rows:\n{rows}\n"
+        "Look at them with `handspun preview`; a lower --learning-rate, or --dtype float32, may help."
+    )

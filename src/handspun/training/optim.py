@@ -1,0 +1,36 @@
+"""The optimiser, and the learning rate as a function of the step."""
+
+import math
+
+import torch
+
+from handspun.config import TrainConfig
+
+
+def lr_at(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Learning rate of optimiser step `step` (0 to total_steps - 1).
+
+    Warm-up rises linearly and reaches the peak at its last step; the schedule then falls and would reach zero
+    one step after the last, so that no step is wasted on a rate of zero.
+    """
+    peak = config.peak_learning_rate
+    warmup_steps = math.ceil(total_steps * config.warmup_ratio)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if config.lr_schedule == "constant":
+        return peak
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    if config.lr_schedule == "linear":
+        return peak * (1 - progress)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) over what is trainable, with weight decay on
+    matrices only: biases and norms are kept out of it, as GPT-2's training and its successors do."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.peak_learning_rate, fused=True)

@@ -1,0 +1,49 @@
+"""Options: each default once, all problems at once, each with its remedy."""
+
+import pytest
+
+from handspun.config import GenerationOptions, TrainConfig
+from handspun.errors import ConfigError
+
+
+def problems(make: type, **options: object) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        make(**options)
+    return caught.value.problems
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    found = problems(TrainConfig, batch_size=0, num_epochs=0, learning_rate=-1.0)
+    assert [text.split()[0] for text in found] == ["--num-epochs", "--batch-size", "--learning-rate"]
+    assert found[1] == "--batch-size is 0: expected at least 1."
+
+
+def test_held_out_rows_come_from_one_place() -> None:
+    (found,) = problems(TrainConfig, eval_data="held_out.csv", eval_ratio=0.1)
+    assert "--eval-data and --eval-ratio exclude each other" in found
+
+
+def test_beams_with_top_p_and_no_sampling_is_a_contradiction() -> None:
+    (found,) = problems(GenerationOptions, num_beams=4, top_p=0.9)
+    assert found.startswith("--top-p only change what is sampled, and --num-beams 4 does not sample.")
+
+
+def test_beams_and_sampling_exclude_each_other() -> None:
+    (found,) = problems(GenerationOptions, num_beams=4, do_sample=True)
+    assert "exclude each other" in found
+
+
+def test_more_answers_than_beams_cannot_be_had() -> None:
+    (found,) = problems(GenerationOptions, num_beams=2, num_return_sequences=3)
+    assert "--num-return-sequences 3 is more than --num-beams 2" in found
+
+
+def test_beam_options_without_beams_are_said_to_have_no_effect() -> None:
+    assert len(problems(GenerationOptions, length_penalty=0.6, early_stopping=True)) == 2
+
+
+@pytest.mark.parametrize(
+    ("lora", "given", "expected"), [(False, None, 2e-5), (True, None, 2e-4), (True, 1e-3, 1e-3)]
+)
+def test_the_default_learning_rate_depends_on_lora(lora: bool, given: float | None, expected: float) -> None:
+    assert TrainConfig(lora=lora, learning_rate=given).peak_learning_rate == expected

@@ -1,0 +1,51 @@
+"""Order, batches, micro-batches and padding."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from handspun.data.batches import batches, collate, epoch_order, micro_batches
+from handspun.data.examples import Example
+
+
+def example(length: int, row: int = 1) -> Example:
+    return Example(list(range(1, length + 1)), [i > 0 for i in range(length)], "rows.csv", row)
+
+
+def test_an_order_is_a_function_of_seed_and_epoch() -> None:
+    assert epoch_order(100, seed=1, epoch=1) == epoch_order(100, seed=1, epoch=1)
+    assert epoch_order(100, seed=1, epoch=1) != epoch_order(100, seed=1, epoch=2)
+    assert epoch_order(100, seed=1, epoch=1) != epoch_order(100, seed=2, epoch=1)
+    assert sorted(epoch_order(100, seed=1, epoch=1)) == list(range(100))
+
+
+def test_the_last_shorter_batch_is_trained_on() -> None:
+    made = list(batches([example(3, row) for row in range(7)], range(7), 3))
+    assert [[e.row for e in batch] for batch in made] == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=20), st.integers(1, 100))
+def test_micro_batches_hold_every_row_once_and_keep_to_max_tokens(lengths: list[int], max_tokens: int) -> None:
+    rows = [example(length, row) for row, length in enumerate(lengths)]
+    parts = list(micro_batches(rows, max_tokens))
+    assert sorted(e.row for part in parts for e in part) == list(range(len(rows)))
+    for part in parts:
+        assert len(part) == 1 or len(part) * max(len(e) for e in part) <= max_tokens
+
+
+def test_collate_pads_on_the_right_and_masks_by_hand() -> None:
+    batch = collate(
+        [Example([5, 6, 7], [False, True, True], "a", 1), Example([8], [False], "a", 2)], pad_token_id=0
+    )
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, -100, -100]]
+
+
+def test_a_learned_pad_token_is_learned_and_padding_is_not() -> None:
+    """Where pad and eos are one id, masking by its value would mask the end of turn."""
+    eos = 2
+    batch = collate([Example([1, eos], [False, True], "a", 1), Example([1, 3, eos], [False, True, True], "a", 2)],
+                    pad_token_id=eos)  # fmt: skip
+    assert batch["labels"].tolist() == [[-100, eos, -100], [-100, 3, eos]]
+    assert torch.equal(batch["attention_mask"], torch.tensor([[1, 1, 0], [1, 1, 1]]))

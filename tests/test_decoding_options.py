@@ -1,0 +1,122 @@
+"""Where each option comes from: the user, then the model's generation_config, then the defaults."""
+
+import pytest
+from tests.tiny import tiny_model, tiny_tokenizer
+
+from handspun.config import GenerationOptions
+from handspun.decoding.options import ResolvedOptions, resolve
+from handspun.errors import ConfigError
+from handspun.models.load import ChatModel
+
+_QWEN = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
+"""What Qwen2.5's instruct models have in their generation_config.json."""
+
+
+def _model(**generation_config) -> ChatModel:
+    model = tiny_model("qwen2")
+    for name, value in generation_config.items():
+        setattr(model.generation_config, name, value)
+    return ChatModel(model, tiny_tokenizer(), "tiny")
+
+
+def _resolve(model, *, chat=False, **given):
+    return resolve(GenerationOptions(**given), model, chat=chat)
+
+
+def test_a_model_that_says_nothing_is_decoded_greedily_without_filters():
+    options, notices = _resolve(_model(eos_token_id=3))
+    assert options == ResolvedOptions(eos_token_ids=(3,), pad_token_id=320)
+    assert (options.do_sample, options.top_k, options.max_new_tokens) == (False, 0, 512)
+    assert notices == []
+
+
+def test_what_is_taken_from_the_model_is_said():
+    options, notices = _resolve(_model(eos_token_id=3, **_QWEN))
+    assert {name: getattr(options, name) for name in _QWEN} == _QWEN
+    assert notices == [
+        "from the model's generation_config: do_sample True, repetition_penalty 1.1, temperature 0.7, top_k 20, "
+        "top_p 0.8"
+    ]
+
+
+def test_what_the_user_gives_wins():
+    options, notices = _resolve(_model(eos_token_id=3, **_QWEN), temperature=1.2, top_k=0, repetition_penalty=1.0)
+    assert (options.temperature, options.top_k, options.repetition_penalty) == (1.2, 0, 1.0)
+    assert notices == ["from the model's generation_config: do_sample True, top_p 0.8"]
+
+
+def test_without_sampling_the_model_s_sampling_settings_are_not_taken():
+    for given in ({"do_sample": False}, {"num_beams": 4}):
+        options, notices = _resolve(_model(eos_token_id=3, **_QWEN), **given)
+        assert (options.do_sample, options.temperature, options.top_p) == (False, 1.0, 1.0)
+        assert notices == ["from the model's generation_config: repetition_penalty 1.1"]
+
+
+def test_the_user_s_sampling_wins_over_the_model_s_beams():
+    model = _model(eos_token_id=3, num_beams=4, length_penalty=2.0)
+    options, notices = _resolve(model, do_sample=True, temperature=0.5)
+    assert (options.do_sample, options.num_beams, notices) == (True, 1, [])
+    options, notices = _resolve(model)
+    assert (options.num_beams, options.length_penalty) == (4, 2.0)
+    assert notices == ["from the model's generation_config: length_penalty 2.0, num_beams 4"]
+
+
+def test_a_setting_of_the_model_that_does_nothing_is_not_worth_a_line():
+    assert _resolve(_model(eos_token_id=3, repetition_penalty=1.0, temperature=0.3, top_k=50))[1] == []
+
+
+def test_a_setting_of_the_model_that_there_is_not_here_is_said():
+    _, notices = _resolve(_model(eos_token_id=3, typical_p=0.9, suppress_tokens=[5], min_length=0))
+    assert notices == [
+        "not taken from the model's generation_config (there is no such option here): suppress_tokens [5], "
+        "typical_p 0.9"
+    ]
+
+
+def test_a_setting_of_the_model_that_is_out_of_range_is_an_error_with_a_remedy():
+    model = _model(eos_token_id=3, do_sample=True, temperature=0.0)
+    with pytest.raises(ConfigError, match="generation_config cannot be used: --temperature is 0"):
+        _resolve(model)
+    assert _resolve(model, temperature=0.5)[0].temperature == 0.5
+    assert not _resolve(model, do_sample=False)[0].do_sample
+
+
+def test_sampling_settings_without_sampling_are_an_error():
+    with pytest.raises(ConfigError, match=r"--temperature, --top-p only change what is sampled.*Add --do-sample"):
+        _resolve(_model(), temperature=0.5, top_p=0.9)
+    assert _resolve(_model(do_sample=True), temperature=0.5)[0].do_sample
+
+
+def test_several_greedy_answers_are_an_error():
+    with pytest.raises(ConfigError, match=r"--num-return-sequences 3 .* one greedy answer"):
+        _resolve(_model(), num_return_sequences=3)
+    with pytest.raises(ConfigError, match="only --num-beams 2"):
+        _resolve(_model(num_beams=2), num_return_sequences=3)
+
+
+def test_an_empty_stop_string_is_an_error():
+    with pytest.raises(ConfigError, match="empty string"):
+        _resolve(_model(), stop_strings=("",))
+
+
+def test_a_chat_ends_with_the_template_s_turn_besides_the_model_s_eos():
+    options, _ = _resolve(_model(eos_token_id=[320, 5]), chat=True)
+    assert options.eos_token_ids == (320, 5, 322)
+    assert options.stop_strings == ("<|im_end|>", "\nUser:")
+    assert _resolve(_model(eos_token_id=322), chat=True)[0].eos_token_ids == (322,)
+    assert _resolve(_model(), chat=True, stop_strings=())[0].stop_strings == ()
+
+
+def test_the_tokenizer_s_eos_serves_where_the_model_names_none():
+    assert _resolve(_model())[0].eos_token_ids == (322,)
+    model = _model()
+    model.tokenizer.eos_token = None
+    options, notices = _resolve(model)
+    assert options.eos_token_ids == ()
+    assert "names an end-of-sequence token" in notices[0]
+
+
+def test_a_pad_id_of_0_is_not_taken_for_none_and_one_out_of_range_is():
+    assert _resolve(_model(pad_token_id=0))[0].pad_token_id == 0
+    assert _resolve(_model(pad_token_id=-1))[0].pad_token_id == 320
+    assert _resolve(_model(pad_token_id=9999))[0].pad_token_id == 320

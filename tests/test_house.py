@@ -1,0 +1,108 @@
+"""The house itself: what imports what, how long files are, what is public."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import handspun
+
+SOURCE = Path(handspun.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+# A room imports only from rooms above it. `training` and `decoding` do not know each other.
+ROOMS = [
+    {"errors", "config"},
+    {"data"},
+    {"models"},
+    {"training", "decoding"},
+    {"report"},
+    {"run"},
+    {"demo"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(tree: ast.AST) -> set[str]:
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.append(node.module)
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("handspun.")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_go_one_way(path: Path) -> None:
+    room = room_of(path)
+    for other in imported_rooms(TREES[path]) - {room}:
+        assert FLOOR[other] <= FLOOR[room], f"{room} imports {other}, which is below it"
+        assert {room, other} != {"training", "decoding"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_files_stay_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_every_public_thing_has_a_docstring(path: Path) -> None:
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    public = [node for node in TREES[path].body if isinstance(node, kinds) and not node.name.startswith("_")]
+    assert not [node.name for node in public if not ast.get_docstring(node)]
+    assert ast.get_docstring(TREES[path])
+
+
+def test_train_step_fits_on_one_screen() -> None:
+    tree = TREES[SOURCE / "training" / "loop.py"]
+    step = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "train_step")
+    assert step.end_lineno is not None
+    body = step.end_lineno - step.body[1].lineno + 1  # without the docstring
+    assert body <= 30
+
+
+def test_no_room_has_the_name_of_a_public_function() -> None:
+    folders = {path.name for path in SOURCE.iterdir() if path.is_dir()}
+    assert not folders & set(handspun.__all__)
+
+
+def test_exported_members() -> None:
+    assert handspun.__all__ == sorted(handspun.__all__)
+    assert handspun.__all__ == [
+        "ChatModel",
+        "ConfigError",
+        "DataError",
+        "GenerationChunk",
+        "GenerationOptions",
+        "GenerationResult",
+        "HandspunError",
+        "ModelError",
+        "OutputError",
+        "TemplateError",
+        "TrainConfig",
+        "TrainedRun",
+        "TrainingError",
+        "generate",
+        "load",
+        "stream",
+        "train",
+    ]
+    for name in handspun.__all__:
+        assert getattr(handspun, name).__name__ == name
+
+
+@pytest.mark.parametrize("code", ["import handspun", "from handspun.cli import main; main(['train', '--help'])"])
+def test_import_and_help_bring_in_neither_torch_nor_transformers(code: str) -> None:
+    heavy = "; import sys; sys.exit(bool({'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code + heavy], stdout=subprocess.DEVNULL, check=False)
+    assert done.returncode == 0

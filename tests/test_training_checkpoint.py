@@ -1,0 +1,89 @@
+"""A checkpoint is whole or is not there."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from handspun.errors import OutputError
+from handspun.models.end_of_turn import make_end_of_turn_eos
+from handspun.models.load import ChatModel
+from handspun.training.checkpoint import errors_for_people, is_checkpoint, link_checkpoint, save_checkpoint
+
+
+def save_tiny(chat: ChatModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    save_checkpoint(chat.model, chat.tokenizer, folder, dtype=dtype, facts={"step": 3})
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_an_ordinary_transformers_folder(tiny_chat: ChatModel, tmp_path: Path, dtype: torch.dtype) -> None:
+    make_end_of_turn_eos(tiny_chat)
+    folder = save_tiny(tiny_chat, tmp_path / "checkpoint-epoch-1", dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert model.dtype == dtype
+    assert model.config.tie_word_embeddings
+    for name, tensor in tiny_chat.model.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor.to(dtype), rtol=0, atol=0)
+    assert tiny_chat.model.dtype == torch.float32  # the model in training is as it was
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == tiny_chat.tokenizer.chat_template
+    end_of_turn, end_of_text = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == [end_of_turn, end_of_text]
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == [end_of_turn, end_of_text]
+    assert not list(folder.glob("*.bin")) + list(folder.glob("*.pt"))
+
+
+def test_a_changed_byte_is_noticed(tiny_chat: ChatModel, tmp_path: Path) -> None:
+    folder = save_tiny(tiny_chat, tmp_path / "checkpoint")
+    assert is_checkpoint(folder)
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert not is_checkpoint(folder)
+
+
+def test_a_folder_without_a_manifest_is_no_checkpoint(tiny_chat: ChatModel, tmp_path: Path) -> None:
+    folder = save_tiny(tiny_chat, tmp_path / "checkpoint")
+    (folder / "manifest.json").unlink()
+    assert not is_checkpoint(folder)
+    assert not is_checkpoint(tmp_path / "nothing")
+
+
+def test_a_failed_save_leaves_the_earlier_checkpoint_and_nothing_else(
+    tiny_chat: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny(tiny_chat, tmp_path / "checkpoint-best")
+
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tiny_chat.tokenizer, "save_pretrained", full_disk)
+    with pytest.raises(OutputError, match="no room left on the disk"):
+        save_tiny(tiny_chat, folder)
+    assert is_checkpoint(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-best"]
+
+
+def test_a_full_disk_under_safetensors_is_an_error_for_people(tmp_path: Path) -> None:
+    """safetensors wraps the system's error in its own, with these words."""
+    with pytest.raises(OutputError, match="no room left on the disk"), errors_for_people(tmp_path / "checkpoint"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_a_second_name_shares_the_files(tiny_chat: ChatModel, tmp_path: Path) -> None:
+    best = save_tiny(tiny_chat, tmp_path / "checkpoint-best")
+    link_checkpoint(best, tmp_path / "checkpoint-epoch-1")
+    again = tmp_path / "checkpoint-epoch-1"
+    assert is_checkpoint(again)
+    assert (again / "model.safetensors").stat().st_ino == (best / "model.safetensors").stat().st_ino
+    save_tiny(tiny_chat, best)  # replacing one name leaves the other
+    shutil.rmtree(best)
+    assert is_checkpoint(again)

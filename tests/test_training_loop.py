@@ -1,0 +1,149 @@
+"""The loop: every row, every token once, the same result however the work is cut, and it learns."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from handspun.config import TrainConfig
+from handspun.data.examples import Example
+from handspun.decoding.generate import generate
+from handspun.errors import TrainingError
+from handspun.models.end_of_turn import make_end_of_turn_eos
+from handspun.models.load import ChatModel
+from handspun.training.evaluate import evaluate
+from handspun.training.loop import EpochEnd, Evaluation, Event, Loop, Step, start, train
+from tiny import tiny_model
+
+QUESTIONS = {
+    "What is red?": "a colour",
+    "What is two and two?": "four",
+    "Name a city.": "Shanghai",
+    "Say it in capitals: hello": "HELLO",
+    "Tell me a joke.": "No.",
+    "List three numbers.": "1, 2, 3",
+    "Who are you?": "I am tiny.",
+    "What does é look like?": "é",
+}
+
+
+def random_examples(count: int, *, seed: int = 0) -> list[Example]:
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for row in range(count):
+        length = int(torch.randint(6, 30, (1,), generator=generator))
+        ids = torch.randint(0, 300, (length,), generator=generator).tolist()
+        examples.append(Example(ids, [i >= length // 2 for i in range(length)], "rows.csv", row + 1))
+    return examples
+
+
+def run(config: TrainConfig, examples: list[Example], held_out: list[Example] | None = None) -> list[Event]:
+    model = tiny_model("qwen2", initializer_range=0.05)
+    loop = Loop(config=config, examples=examples, held_out=held_out or [], pad_token_id=0)
+    return list(train(loop, start(model, config)))
+
+
+def steps(events: list[Event]) -> list[Step]:
+    return [event for event in events if isinstance(event, Step)]
+
+
+def test_every_row_is_trained_once_an_epoch_the_last_shorter_batch_too() -> None:
+    examples = random_examples(7)
+    made = steps(run(TrainConfig(num_epochs=2, batch_size=3), examples))
+    assert [step.rows for step in made] == [3, 3, 1, 3, 3, 1]
+    assert [step.step for step in made] == [1, 2, 3, 4, 5, 6]
+    assert {step.total_steps for step in made} == {6}
+    assert sum(step.tokens for step in made) == 2 * sum(len(e) for e in examples)
+    assert sum(step.learned_tokens for step in made) == 2 * sum(e.learned_tokens for e in examples)
+
+
+def test_how_a_batch_is_cut_does_not_change_losses_or_gradients() -> None:
+    config = TrainConfig(num_epochs=2, batch_size=6, learning_rate=1e-3)
+    whole = steps(run(config, random_examples(24)))
+    for max_tokens in (1, 50):
+        cut = steps(run(replace(config, max_tokens=max_tokens), random_examples(24)))
+        assert [s.loss for s in cut] == pytest.approx([s.loss for s in whole], rel=1e-5)
+        assert [s.grad_norm for s in cut] == pytest.approx([s.grad_norm for s in whole], rel=1e-4)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another_order() -> None:
+    config = TrainConfig(num_epochs=1, batch_size=4)
+    losses = [[s.loss for s in steps(run(replace(config, seed=seed), random_examples(12)))] for seed in (3, 3, 4)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_held_out_loss_is_weighted_by_tokens_whatever_the_batch() -> None:
+    model, held_out = tiny_model("llama"), random_examples(9, seed=5)
+    losses = [
+        evaluate(model, held_out, max_tokens=max_tokens, pad_token_id=0, dtype=torch.float32)[0]
+        for max_tokens in (1, 60, 10_000)
+    ]
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
+
+
+def test_events_come_in_order_and_the_best_is_marked() -> None:
+    config = TrainConfig(num_epochs=2, batch_size=4, eval_steps=1, learning_rate=1e-3)
+    events = run(config, random_examples(8), random_examples(4, seed=9))
+    kinds = [type(event).__name__ for event in events]
+    epoch = ["Step", "Evaluation", "Step", "Evaluation", "EpochEnd"]
+    assert kinds == ["Evaluation", *epoch, *epoch]
+    evaluations = [event for event in events if isinstance(event, Evaluation)]
+    lowest = math.inf
+    for evaluation in evaluations:
+        assert evaluation.best == (evaluation.loss < lowest)
+        lowest = min(lowest, evaluation.loss)
+    assert [event.epoch for event in events if isinstance(event, EpochEnd)] == [1, 2]
+
+
+def test_clipping_bounds_the_update_and_zero_turns_it_off() -> None:
+    """With plain AdamW the first update does not depend on the gradient's scale, so the norm is looked at."""
+    config = TrainConfig(num_epochs=1, batch_size=8, max_grad_norm=0.0)
+    unclipped = steps(run(config, random_examples(8)))[0]
+    clipped = steps(run(replace(config, max_grad_norm=1e-9), random_examples(8)))[0]
+    assert unclipped.grad_norm == pytest.approx(clipped.grad_norm)  # the norm before clipping is what is told
+    model = tiny_model("qwen2", initializer_range=0.05)
+    before = model.lm_head.weight.detach().clone()
+    tight = replace(config, max_grad_norm=1e-12, learning_rate=1e-3, warmup_ratio=0.0)
+    list(train(Loop(config=tight, examples=random_examples(8), pad_token_id=0), start(model, tight)))
+    # a gradient far below AdamW's epsilon of 1e-8 hardly moves anything
+    assert (model.lm_head.weight - before).abs().max() < 1e-6
+
+
+def test_a_loss_that_is_no_number_stops_before_the_step_and_names_its_rows() -> None:
+    model = tiny_model("qwen2")
+    with torch.no_grad():
+        model.lm_head.weight[5] = math.nan
+    config = TrainConfig(num_epochs=1, batch_size=2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(TrainingError, match=r"step 1 was not made: its loss is nan") as caught:
+        list(train(Loop(config=config, examples=random_examples(2), pad_token_id=0), start(model, config)))
+    assert "rows.csv, row 1" in str(caught.value)
+    assert "rows.csv, row 2" in str(caught.value)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_nan_held_out_loss_is_reported_as_it_is() -> None:
+    model = tiny_model("qwen2")
+    with torch.no_grad():
+        model.lm_head.weight[5] = math.nan
+    loss, _ = evaluate(model, random_examples(2), max_tokens=100, pad_token_id=0, dtype=torch.float32)
+    assert math.isnan(loss)
+
+
+def test_overfitting_eight_rows_reproduces_them_word_for_word(tiny_chat: ChatModel) -> None:
+    make_end_of_turn_eos(tiny_chat)
+    examples = []
+    for row, (question, answer) in enumerate(QUESTIONS.items()):
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        (encoded,) = tiny_chat.template.encode(messages)
+        examples.append(Example(encoded.input_ids, encoded.learned, "rows.csv", row + 1))
+    config = TrainConfig(num_epochs=150, batch_size=8, learning_rate=1e-2)
+    loop = Loop(config=config, examples=examples, pad_token_id=0)
+    last = [event for event in train(loop, start(tiny_chat.model, config)) if isinstance(event, Step)][-1]
+    assert last.loss < 0.05
+    tiny_chat.model.eval()
+    answers = generate(tiny_chat, list(QUESTIONS), max_new_tokens=30)
+    assert [answer.text for answer in answers] == list(QUESTIONS.values())
+    assert {answer.finish_reason for answer in answers} == {"eos"}

@@ -1,0 +1,90 @@
+"""The loss equals the model's own, adds up over micro-batches, and counts what is learned."""
+
+import math
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from handspun.data.batches import collate
+from handspun.data.examples import Example
+from handspun.training.forward import padded_loss
+from handspun.training.loss import cross_entropy_sum
+from tiny import tiny_model
+
+FAMILIES = ["qwen2", "llama"]
+
+
+def example(length: int, learned_from: int, seed: int = 0) -> Example:
+    ids = torch.randint(0, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Example(ids, [i >= learned_from for i in range(length)], "rows.csv", seed + 1)
+
+
+BATCH = [example(9, 4, 1), example(17, 10, 2), example(5, 2, 3)]
+
+
+def test_the_shift_by_hand() -> None:
+    """Two positions, three words. p(2 | first) = 1/2 by hand; the label of the first position has no partner."""
+    logits = torch.log(torch.tensor([[[0.25, 0.25, 0.5], [0.9, 0.05, 0.05]]]))
+    loss, count = cross_entropy_sum(logits, torch.tensor([[1, 2]]))
+    assert count == 1
+    assert loss.item() == pytest.approx(math.log(2))
+
+
+def test_nothing_learned_gives_zero_and_a_graph() -> None:
+    logits = torch.zeros(1, 3, 5, requires_grad=True)
+    loss, count = cross_entropy_sum(logits, torch.full((1, 3), -100))
+    loss.backward()
+    assert (loss.item(), count) == (0.0, 0)
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_equals_the_models_own(family: str) -> None:
+    model = tiny_model(family)
+    batch = collate(BATCH, pad_token_id=0)
+    theirs = model(**batch).loss
+    ours, count = padded_loss(model, BATCH, pad_token_id=0, dtype=torch.float32)
+    assert count == sum(e.learned_tokens for e in BATCH)
+    assert (ours / count).item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_the_models_own(family: str) -> None:
+    model = tiny_model(family)
+    model(**collate(BATCH, pad_token_id=0)).loss.backward()
+    theirs = gradients(model)
+    ours, count = padded_loss(model, BATCH, pad_token_id=0, dtype=torch.float32)
+    (ours / count).backward()
+    assert_close(gradients(model), theirs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_row_at_a_time_gives_the_gradient_of_the_batch(family: str) -> None:
+    model = tiny_model(family)
+    whole, count = padded_loss(model, BATCH, pad_token_id=0, dtype=torch.float32)
+    (whole / count).backward()
+    together = gradients(model)
+    for row in BATCH:
+        loss, _ = padded_loss(model, [row], pad_token_id=0, dtype=torch.float32)
+        (loss / count).backward()
+    assert_close(gradients(model), together)
+
+
+def test_the_pad_id_does_not_matter() -> None:
+    model = tiny_model("qwen2")
+    losses = [padded_loss(model, BATCH, pad_token_id=pad, dtype=torch.float32)[0].item() for pad in (0, 7, 299)]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())

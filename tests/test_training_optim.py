@@ -1,0 +1,49 @@
+"""The learning rate as a table, and what is decayed."""
+
+import pytest
+import torch
+
+from handspun.config import TrainConfig
+from handspun.training.optim import lr_at, make_optimizer
+from tiny import tiny_model
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # ten steps, two of warm-up: 0.5, 1, then the schedule over the eight that are left
+        ("constant", [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ("cosine", [0.5, 1, 1, 0.9619, 0.8536, 0.6913, 0.5, 0.3087, 0.1464, 0.0381]),
+    ],
+)
+def test_learning_rate_by_step(schedule: str, expected: list[float]) -> None:
+    config = TrainConfig(learning_rate=1.0, lr_schedule=schedule, warmup_ratio=0.2)
+    assert [lr_at(step, 10, config) for step in range(10)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_no_warmup_divides_by_nothing() -> None:
+    config = TrainConfig(learning_rate=1.0, warmup_ratio=0.0)
+    assert lr_at(0, 1, config) == 1.0
+
+
+def test_a_run_of_warmup_alone_ends_at_the_peak() -> None:
+    config = TrainConfig(learning_rate=1.0, warmup_ratio=1.0)
+    assert [lr_at(step, 4, config) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_biases_and_norms_are_not_decayed() -> None:
+    optimizer = make_optimizer(tiny_model("qwen2"), TrainConfig(weight_decay=0.1))
+    decayed, spared = optimizer.param_groups
+    assert decayed["weight_decay"] == 0.1
+    assert {p.ndim for p in decayed["params"]} == {2}
+    assert spared["weight_decay"] == 0.0
+    assert {p.ndim for p in spared["params"]} == {1}
+
+
+def test_frozen_parameters_are_not_given_to_the_optimizer() -> None:
+    model = tiny_model("qwen2").requires_grad_(False)
+    head = model.get_output_embeddings().weight.requires_grad_(True)
+    groups = make_optimizer(model, TrainConfig()).param_groups
+    assert [p is head for group in groups for p in group["params"]] == [True]
+    assert isinstance(head, torch.Tensor)
