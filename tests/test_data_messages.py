@@ -1,6 +1,7 @@
 """Messages and tools in all their spellings, and the reason where one cannot be learned from."""
 
 import json
+from datetime import date
 from typing import Any
 
 import pytest
@@ -161,6 +162,13 @@ def test_no_tools_are_none(tools: Any) -> None:
 )
 def test_tools_that_nobody_could_call_drop_the_row(tools: Any, reason: str) -> None:
     assert dropped("messages", messages=[user(), assistant()], tools=tools) == reason
+
+
+def test_a_date_as_argument_is_not_learned_as_something_else() -> None:
+    call = {"name": "book", "arguments": {"day": date(2026, 1, 2)}}
+    assert "Object of type date is not JSON serializable" in dropped(
+        "messages", messages=[user(), assistant(tool_calls=[call])]
+    )
 
 
 def test_tools_of_a_wrong_type_are_named() -> None:

@@ -167,7 +167,7 @@ def test_a_folder_is_its_data_files_in_order(write: Write) -> None:
     }.items():
         write(name, content)
     write("d/dataset_info.json", "{}")
-    write("d/old/c.csv", "a\n3\n")
+    write("d/old.csv/c.csv", "a\n3\n")
     assert read_rows("d") == [Row("d/a.jsonl", 1, {"a": "1"}), Row("d/b.csv", 1, {"a": "2"})]
 
 

@@ -12,7 +12,7 @@ from handspun.decoding.generate import generate, stream
 from handspun.decoding.options import ResolvedOptions
 from handspun.decoding.processors import process
 from handspun.decoding.sampling import gumbel_noise
-from handspun.errors import ConfigError, DataError, TemplateError
+from handspun.errors import ConfigError, DataError, ModelError, TemplateError
 from handspun.models.load import ChatModel
 
 _PROMPTS = [[5, 9, 13, 4], [8], [11, 6, 17, 9, 10, 12, 21, 5, 19]]
@@ -242,6 +242,13 @@ def test_text_is_streamed_as_soon_as_it_is_certain():
     assert [chunk.text for chunk in chunks] == ["a", "", "", "", "\nUs.", "b", ""]
 
 
+@pytest.mark.parametrize(("limit", "reason"), [(100, "eos"), (5, "length")])
+def test_what_was_held_back_is_shown_when_the_answer_ends_otherwise(limit, reason):
+    chunks = list(stream(_speaking("a\nUse"), "Hi", max_new_tokens=limit, notice=str))
+    assert "".join(chunk.text for chunk in chunks) == "a\nUse" == chunks[-1].result.text
+    assert chunks[-1].finish_reason == reason
+
+
 def test_beams_cannot_be_streamed_and_that_is_said_at_once(chat):
     with pytest.raises(ConfigError, match="--num-beams 2 cannot be streamed"):
         stream(chat, "Hi", num_beams=2, notice=str)
@@ -278,6 +285,13 @@ def test_a_prompt_that_fills_the_context_is_refused():
     model = ChatModel(tiny_model("llama", max_position_embeddings=24), tiny_tokenizer(), "short")
     with pytest.raises(DataError, match="prompt 2 has 24 tokens, and short has a context of 24"):
         generate(model, ["a", "b" * 24], chat=False, notice=str)
+
+
+def test_a_model_that_keeps_no_cache_is_refused():
+    model = tiny_model("llama")
+    model.forward = lambda **given: type(model).forward(model, **{**given, "past_key_values": None})
+    with pytest.raises(ModelError, match="LlamaForCausalLM does not keep its keys and values"):
+        generate(ChatModel(model, tiny_tokenizer(), "forgetful"), "Hi", notice=str)
 
 
 def test_an_empty_text_without_a_bos_is_refused(chat):

@@ -44,7 +44,7 @@ def to_conversation(row: Row, data_format: str, *, system_prompt: str | None) ->
     messages, cut = _answered(messages)
     messages = _with_system(messages, row, system_prompt)
     tools = read_tools(row.values.get("tools"), _cell(row, "tools"))
-    _check_unicode([messages, tools])
+    _check_writable([messages, tools])
     return Conversation(messages, tools, row.file, row.number, "; ".join(filter(None, (note, cut))) or None)
 
 
@@ -142,12 +142,14 @@ def _refuse(row: Row, data_format: str) -> None:
             raise DroppedRow(f"{column} is false: a rejected answer")
 
 
-def _check_unicode(value: Any) -> None:
-    """Raises DroppedRow if a text holds half of a surrogate pair, which no tokenizer can take."""
+def _check_writable(value: Any) -> None:
+    """Raises DroppedRow for what no template can write as it is: half of a surrogate pair, a date as argument."""
     try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise DroppedRow("broken Unicode (a lone surrogate)") from None
+    except TypeError as error:
+        raise DroppedRow(f"a value that JSON does not have in a tool or its arguments ({error})") from None
 
 
 def _cell(row: Row, column: str) -> Cell:

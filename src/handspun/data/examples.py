@@ -111,28 +111,25 @@ def _examples_of(
         return
     if conversation.note:
         account.notes.append(RowNote(row.file, row.number, conversation.note))
-    cut = [_truncate(whole, max_length) for whole in encoded]
-    if not any(part.input_ids for part in cut):
-        longest = max(len(whole.input_ids) for whole in encoded)
+    whole = [_up_to_the_last_learned(example) for example in encoded]
+    longest = max(len(example.input_ids) for example in whole)
+    if longest > max_length:
+        account.truncated.append(RowNote(row.file, row.number, f"{longest} tokens"))
+    cut = [_up_to_the_last_learned(Encoded(e.input_ids[:max_length], e.learned[:max_length])) for e in whole]
+    if not any(example.input_ids for example in cut):
         reason = f"nothing learned is left within max_length {max_length}"
         account.dropped.append(RowNote(row.file, row.number, reason))
-        account.truncated.append(RowNote(row.file, row.number, f"{longest} tokens"))
-        return
-    lengths = [len(whole.input_ids) for whole in encoded if len(whole.input_ids) > max_length]
-    if lengths:
-        account.truncated.append(RowNote(row.file, row.number, f"{max(lengths)} tokens"))
-    for part in cut:
-        if part.input_ids:
-            yield Example(part.input_ids, part.learned, row.file, row.number)
+    for example in cut:
+        if example.input_ids:
+            yield Example(example.input_ids, example.learned, row.file, row.number)
 
 
-def _truncate(encoded: Encoded, max_length: int) -> Encoded:
-    """The first `max_length` ids, ending with a learned one: what follows the last learned token teaches
-    nothing, and so an example with nothing learned left is empty. The first id is never learned: nothing
-    predicts it."""
-    learned = encoded.learned[:max_length]
-    if learned:
-        learned[0] = False
+def _up_to_the_last_learned(encoded: Encoded) -> Encoded:
+    """Without what follows the last learned token: it teaches nothing. With none learned, nothing is left.
+
+    The first id is never learned: nothing predicts it.
+    """
+    learned = [False, *encoded.learned[1:]]
     length = max((i + 1 for i, is_learned in enumerate(learned) if is_learned), default=0)
     return Encoded(encoded.input_ids[:length], learned[:length])
 

@@ -82,7 +82,10 @@ def _data_files(folder: Path) -> list[Path]:
     return sorted(
         file
         for file in folder.iterdir()
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.name not in _NOT_ROWS
+        if file.suffix.lower() in SUFFIXES
+        and not file.name.startswith(".")
+        and file.name not in _NOT_ROWS
+        and not file.is_dir()
     )
 
 

@@ -1,0 +1,130 @@
+"""Every row is accounted for: kept, truncated, dropped and why."""
+
+from pathlib import Path
+
+import pytest
+
+from handspun.config import DataConfig
+from handspun.data.chat_template import ChatTemplate
+from handspun.data.examples import build_examples, hold_out
+from handspun.data.prepare import fingerprint, prepare_examples, resolve_max_length
+from handspun.data.rows import Row
+from handspun.errors import ConfigError, DataError
+from handspun.report.account import account_lines, length_lines
+from tiny import tiny_tokenizer
+
+TEMPLATE = ChatTemplate(tiny_tokenizer())
+
+
+def rows_of(*pairs: tuple[str, str]) -> list[Row]:
+    return [Row("rows.csv", i, {"instruction": a, "output": b}) for i, (a, b) in enumerate(pairs, start=1)]
+
+
+def test_empty_outputs_are_dropped_counted_and_listed() -> None:
+    rows = rows_of(("Say hi.", "Hi."), ("Say nothing.", ""), ("Say yes.", "Yes."), ("Blank.", "  \n"))
+    examples, account = build_examples(rows, TEMPLATE, max_length=100)
+    assert [example.row for example in examples] == [1, 3]
+    assert (account.rows, account.kept) == (4, 2)
+    ((reason, notes),) = account.dropped_by_reason().items()
+    assert "output" in reason
+    assert [note.row for note in notes] == [2, 4]
+    assert any("(rows 2, 4)" in line for line in account_lines(account, max_length=100))
+
+
+def test_pandas_missing_words_are_answers_like_any_other() -> None:
+    rows = rows_of(("a", "N/A"), ("b", "None"), ("c", "NA"), ("d", "nan"), ("e", "007"))
+    examples, account = build_examples(rows, TEMPLATE, max_length=100)
+    assert account.kept == 5
+    tokenizer = TEMPLATE.tokenizer
+    learned = [[i for i, on in zip(e.input_ids, e.learned, strict=True) if on] for e in examples]
+    assert [tokenizer.decode(ids) for ids in learned] == [f"{r.values['output']}<|im_end|>" for r in rows]
+
+
+def test_truncation_keeps_the_front_and_is_counted() -> None:
+    rows = rows_of(("Count.", "one two three four five six seven eight nine ten"), ("Hi.", "Hi."))
+    (whole, _), _ = build_examples(rows, TEMPLATE, max_length=1000)
+    cut_at = len(whole) - 4
+    (cut, _), account = build_examples(rows, TEMPLATE, max_length=cut_at)
+    assert cut.input_ids == whole.input_ids[:cut_at]
+    assert [(note.row, note.text) for note in account.truncated] == [(1, f"{len(whole)} tokens")]
+    assert account.kept == 2
+
+
+def test_a_row_with_nothing_learned_left_is_dropped_with_its_reason() -> None:
+    rows = rows_of(("A very long question that fills all the room there is.", "Yes."), ("Hi.", "Hi."))
+    examples, account = build_examples(rows, TEMPLATE, max_length=25)
+    assert [example.row for example in examples] == [2]
+    assert [note.text for note in account.dropped] == ["nothing learned is left within max_length 25"]
+    assert account.kept + len(account.dropped) == account.rows
+
+
+def test_strict_names_the_rows_that_would_be_lost() -> None:
+    with pytest.raises(DataError, match=r"1 rows dropped and 0 truncated") as caught:
+        build_examples(rows_of(("a", "b"), ("c", "")), TEMPLATE, max_length=100, strict=True)
+    assert "rows.csv, row 2" in str(caught.value)
+
+
+def test_no_row_left_is_an_error_that_says_why() -> None:
+    with pytest.raises(DataError, match="none of its 2 rows can be trained on"):
+        build_examples(rows_of(("a", ""), ("b", "")), TEMPLATE, max_length=100)
+
+
+def test_no_conversation_format_is_taken_from_a_neighbouring_file() -> None:
+    rows = [*rows_of(("a", "b")), Row("chat.jsonl", 1, {"prompt": "c", "completion": "d", "id": 7})]
+    _, account = build_examples(rows, TEMPLATE, max_length=100)
+    assert account.formats == {"rows.csv": "alpaca", "chat.jsonl": "prompt-completion"}
+    assert account.unused_columns == {"chat.jsonl": ["id"]}
+
+
+def test_holding_out_is_by_rows_seeded_and_complete() -> None:
+    rows = rows_of(*[(f"question {i}", "answer") for i in range(20)])
+    kept, held = hold_out(rows, 0.25, seed=1)
+    assert (len(kept), len(held)) == (15, 5)
+    assert sorted(row.number for row in kept + held) == list(range(1, 21))
+    assert hold_out(rows, 0.25, seed=1) == (kept, held)
+    assert hold_out(rows, 0.25, seed=2) != (kept, held)
+    assert [len(part) for part in hold_out(rows[:2], 0.01, seed=0)] == [1, 1]
+
+
+def test_one_row_cannot_be_shared() -> None:
+    with pytest.raises(DataError, match="too few to hold some out"):
+        hold_out(rows_of(("a", "b")), 0.5, seed=0)
+
+
+def test_the_fingerprint_is_of_the_values() -> None:
+    assert fingerprint(rows_of(("a", "b"))) == fingerprint(
+        [Row("other.csv", 9, {"output": "b", "instruction": "a"})]
+    )
+    assert fingerprint(rows_of(("a", "b"))) != fingerprint(rows_of(("a", "c")))
+
+
+def test_max_length_is_2048_or_the_models_limit() -> None:
+    assert [resolve_max_length(None, limit) for limit in (None, 32768, 512)] == [2048, 2048, 512]
+    assert resolve_max_length(100, 512) == 100
+    with pytest.raises(ConfigError, match="reads at most 512"):
+        resolve_max_length(513, 512)
+
+
+def test_rows_come_from_files(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("instruction,output\nSay hi.,Hi.\n", encoding="utf-8")
+    (tmp_path / "held.jsonl").write_text('{"prompt": "Say yes.", "completion": "Yes."}\n', encoding="utf-8")
+    training, held_out = prepare_examples(
+        DataConfig(data=str(tmp_path / "train.csv")),
+        TEMPLATE,
+        max_length=99,
+        eval_data=str(tmp_path / "held.jsonl"),
+    )
+    assert held_out is not None
+    assert (len(training.examples), len(held_out.examples)) == (1, 1)
+
+
+def test_lengths_are_told_with_quantiles_and_bars() -> None:
+    rows = rows_of(*[("a", "b" * n) for n in range(1, 11)])
+    examples, _ = build_examples(rows, TEMPLATE, max_length=1000)
+    lines = length_lines(examples)
+    lengths = sorted(len(e) for e in examples)
+    assert (
+        f"least {lengths[0]}  median {lengths[4]}  90 % {lengths[8]}  99 % {lengths[9]}  most {lengths[9]}"
+        in lines[0]
+    )
+    assert sum(int(line.split()[-1]) for line in lines[1:-1]) == 10

@@ -1,0 +1,156 @@
+"""A whole run on a tiny model: what is written, what is said, what is refused."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import handspun
+from handspun.errors import DataError, OutputError
+from handspun.run import train
+from handspun.training.checkpoint import is_checkpoint
+
+ROWS = "instruction,input,output\n" + "".join(f"Say {n}.,,It is {n}.\n" for n in range(20))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "train.csv"
+    path.write_text(ROWS, encoding="utf-8")
+    return path
+
+
+def config(tiny_folder: Path, data: Path, **options: object) -> handspun.TrainConfig:
+    values = {"num_epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "eval_ratio": 0.2, **options}
+    return handspun.TrainConfig(
+        model=str(tiny_folder), data=str(data), output_dir=str(data.with_name("output")), **values
+    )
+
+
+def quiet_console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def printed_to(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_it_leaves_checkpoints_a_log_metrics_and_a_record(tiny_folder: Path, data: Path, lora: bool) -> None:
+    run = train(config(tiny_folder, data, lora=lora), console=quiet_console())
+    output = data.with_name("output")
+    assert [path.name for path in run.checkpoints] == ["checkpoint-epoch-1", "checkpoint-epoch-2"]
+    assert all(is_checkpoint(path) for path in run.checkpoints)
+    assert run.best_checkpoint == output / "checkpoint-best"
+    assert is_checkpoint(output / "checkpoint-best")
+    metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [event for event in metrics if event["event"] == "step"]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    assert sum(step["rows"] for step in steps) == 2 * 16
+    record = json.loads((output / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["config"]["learning_rate"] == 1e-3
+    assert record["config"]["max_length"] == 512
+    assert record["data"]["train"]["rows"]["kept"] == 16
+    assert record["data"]["held_out"]["rows"]["kept"] == 4
+    assert record["environment"]["versions"]["torch"]
+    assert [e["step"] for e in record["evaluations"]] == [0, 2, 4]
+    assert handspun.generate(handspun.load(str(run.checkpoints[-1])), "Say 3.", max_new_tokens=5)[0].token_ids
+
+
+def test_the_log_is_plain_lines_in_file_and_output(tiny_folder: Path, data: Path) -> None:
+    console = quiet_console()
+    train(config(tiny_folder, data), console=console)
+    printed = printed_to(console)
+    logged = (data.with_name("output") / "train.log").read_text(encoding="utf-8")
+    for text in (printed, logged):
+        assert "\x1b" not in text
+        assert "\r" not in text
+        assert "rows: 16 read, 16 kept, 0 dropped" in text
+        assert re.search(r"step 1/4  epoch 1  loss \d\.\d{4}  lr 1\.00e-03  grad ", text)
+        assert re.search(r"held-out loss \d\.\d{4} before, \d\.\d{4} after; best", text)
+    assert re.sub(r"^\d\d:\d\d:\d\d ", "", logged, flags=re.MULTILINE) == printed
+
+
+def test_a_base_models_new_end_of_turn_is_said_and_saved(tiny_folder: Path, data: Path) -> None:
+    run = train(config(tiny_folder, data, lora=True), console=quiet_console())
+    logged = (data.with_name("output") / "train.log").read_text(encoding="utf-8")
+    assert "the end of turn <|im_end|> was no eos of the base model" in logged
+    assert "its embedding row is trained beside the adapters" in logged
+    adapter = json.loads((run.checkpoints[-1] / "adapter_config.json").read_text())
+    assert adapter["trainable_token_indices"]
+    generation = json.loads((run.checkpoints[-1] / "generation_config.json").read_text())
+    assert len(generation["eos_token_id"]) == 2
+
+
+def test_the_best_checkpoint_is_kept_not_the_last(tiny_folder: Path, data: Path) -> None:
+    """A rate so high that the second epoch is worse than the first."""
+    made = config(tiny_folder, data, learning_rate=0.5, warmup_ratio=0.0, lr_schedule="constant", eval_steps=1)
+    run = train(made, console=quiet_console())
+    best = min(run.evaluations, key=lambda e: e.loss)
+    if best.step == 0:
+        assert run.best_checkpoint is None
+        assert not data.with_name("output").joinpath("checkpoint-best").exists()
+    else:
+        manifest = json.loads((data.with_name("output") / "checkpoint-best" / "manifest.json").read_text())
+        assert manifest["step"] == best.step
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(tiny_folder: Path, data: Path) -> None:
+    console = quiet_console()
+    run = train(config(tiny_folder, data, dry_run=True), console=console)
+    printed = printed_to(console)
+    assert not data.with_name("output").exists()
+    assert run.plan.steps == 4
+    assert "16 examples x 2 epochs in batches of 8: 4 steps" in printed
+    assert "predicted peak memory" in printed
+
+
+def test_the_plan_of_a_dry_run_is_that_of_the_run(tiny_folder: Path, data: Path) -> None:
+    console = quiet_console()
+    for lora in (False, True):
+        dry = train(config(tiny_folder, data, lora=lora, dry_run=True), console=console).plan
+        real = train(config(tiny_folder, data, lora=lora, overwrite=True), console=console).plan
+        assert (dry.steps, dry.tokens, dry.learned_tokens) == (real.steps, real.tokens, real.learned_tokens)
+        assert abs(dry.trainable - real.trainable) <= 2 * 32  # the new end of turn's rows
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(tiny_folder: Path, data: Path) -> None:
+    console = quiet_console()
+    train(config(tiny_folder, data, num_epochs=1), console=console)
+    other = data.with_name("output") / "notes.txt"
+    other.write_text("mine")
+    with pytest.raises(OutputError, match=r"holds an earlier run .*--overwrite"):
+        train(config(tiny_folder, data, num_epochs=1), console=console)
+    train(config(tiny_folder, data, num_epochs=1, overwrite=True), console=console)
+    assert other.read_text() == "mine"
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_first_step(
+    tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("handspun.run.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(OutputError, match=r"0\.0 GB free, and 2 checkpoints"):
+        train(config(tiny_folder, data), console=quiet_console())
+
+
+def test_a_run_that_fails_says_so_in_its_record(
+    tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise OutputError("the disk is gone")
+
+    monkeypatch.setattr("handspun.run.save_checkpoint", broken)
+    with pytest.raises(OutputError, match="the disk is gone"):
+        train(config(tiny_folder, data), console=quiet_console())
+    assert json.loads((data.with_name("output") / "run.json").read_text())["status"] == "failed"
+
+
+def test_held_out_rows_of_a_file_that_is_not_there(tiny_folder: Path, data: Path) -> None:
+    made = config(tiny_folder, data, eval_ratio=0.0, eval_data=str(data.with_name("trian.csv")))
+    with pytest.raises(DataError, match=r"train\.csv"):
+        train(made, console=quiet_console())
