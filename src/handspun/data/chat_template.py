@@ -13,7 +13,7 @@ whole, because BPE merges across the seams of smaller pieces.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -35,10 +35,11 @@ _SCHEMA_WORDS = {"string", "number", "integer", "boolean", "object", "array", "n
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one example, and for each whether it is learned."""
+    """Token ids of one example, and for each whether it is learned. note: what the template left out."""
 
     input_ids: list[int]
     learned: list[bool]
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,13 @@ class ChatTemplate:
         messages, tools = hidden.conversation(messages, tools)
         full = self._render(messages, tools)
         self._nothing_left_out(full, hidden, messages)
-        together, alone = [], []
+        together: list[tuple[int, int]] = []
+        alone: list[tuple[str, tuple[int, int]]] = []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
+            if i == 0:
+                raise TemplateError("it begins with an assistant turn, which no prompt comes before.")
             head = self._render(messages[:i], tools, generation_prompt=True)
             turn = self._render(messages[: i + 1], tools)
             if not turn.startswith(head):
@@ -113,8 +117,10 @@ class ChatTemplate:
                 together.append((len(head), len(turn)))
             else:
                 alone.append((turn, (len(head), len(turn))))
-        examples = [self._tokenize(full, hidden, together)] if together else []
-        return examples + [self._tokenize(turn, hidden, [span]) for turn, span in alone]
+        texts = [(full, together)] if together else []
+        texts += [(turn, [span]) for turn, span in alone]
+        note = hidden.reasoning_left_out(text for text, _ in texts)
+        return [self._tokenize(text, hidden, spans, note) for text, spans in texts]
 
     def encode_prompt(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Ids of the conversation and the generation prompt: a prefix of the ids that `encode` trains."""
@@ -137,7 +143,9 @@ class ChatTemplate:
         assert isinstance(text, str)
         return text
 
-    def _tokenize(self, rendered: str, hidden: "_Sentinels", spans: list[tuple[int, int]]) -> Encoded:
+    def _tokenize(
+        self, rendered: str, hidden: "_Sentinels", spans: list[tuple[int, int]], note: str | None = None
+    ) -> Encoded:
         """Rendered text with sentinels, and the learned spans in it, to ids and mask."""
         starts = [_revealed_length(hidden, rendered[:start]) for start, _ in spans]
         ends = [_revealed_length(hidden, rendered[:end]) for _, end in spans]
@@ -171,7 +179,7 @@ class ChatTemplate:
                 add([self._added[token.content][0]], start)
             strip_next = token is not None and token.rstrip
             position = end
-        return Encoded(input_ids, learned)
+        return Encoded(input_ids, learned, note)
 
     def _encode_run(self, run: str, *, first: bool) -> list[int]:
         ids: list[int] = (self._first_run if first else self._later_run).encode(run, add_special_tokens=False).ids
@@ -278,12 +286,21 @@ class _Sentinels:
         if isinstance(value, dict):
             # Templates look keys up by name, so a key is hidden only if it could forge something.
             return {
-                self._hide(key, "data", what) if self._any_added.search(key) else key: self._json(item, what)
+                self._hide(key, "data", what) if self._could_forge(key) else key: self._json(item, what)
                 for key, item in value.items()
             }
         if isinstance(value, list):
             return [self._json(item, what) for item in value]
         return value
+
+    def _could_forge(self, key: str) -> bool:
+        return bool(self._any_added.search(key)) or _OPEN in key or _CLOSE in key
+
+    def reasoning_left_out(self, rendered: Iterable[str]) -> str | None:
+        """What to tell of reasoning that none of the texts shows."""
+        shown = {int(match[2]) for text in rendered for match in _SENTINEL.finditer(text)}
+        lost = [i for i, value in enumerate(self.values) if value.what == "the reasoning" and i not in shown]
+        return "the template leaves out the reasoning of an assistant turn" if lost else None
 
     def _hide(self, text: str, owner: str, what: str) -> str:
         """White space at both ends stays, so that a template that trims its contents trims these."""

@@ -109,8 +109,8 @@ def _examples_of(
     except (DroppedRow, TemplateError) as error:
         account.dropped.append(RowNote(row.file, row.number, str(error)))
         return
-    if conversation.note:
-        account.notes.append(RowNote(row.file, row.number, conversation.note))
+    for note in filter(None, {conversation.note, *(example.note for example in encoded)}):
+        account.notes.append(RowNote(row.file, row.number, note))
     whole = [_up_to_the_last_learned(example) for example in encoded]
     longest = max(len(example.input_ids) for example in whole)
     if longest > max_length:

@@ -73,6 +73,10 @@ def fingerprint(rows: Sequence[Row]) -> str:
     """sha256 of the rows' values in their order, whatever files they stand in."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(row.values, sort_keys=True, ensure_ascii=False, default=str).encode())
+        digest.update(
+            json.dumps(row.values, sort_keys=True, ensure_ascii=False, default=str).encode(
+                "utf-8", "surrogatepass"
+            )
+        )
         digest.update(b"\n")
     return digest.hexdigest()

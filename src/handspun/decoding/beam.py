@@ -97,34 +97,46 @@ def _advance(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of every search: scores (prompts, beams) and logits (prompts * beams, vocab) to the scores,
     parents (index of a beam in its search) and tokens of the beams that go on, each (prompts, beams)."""
-    job = searches[0].job
-    n, length = job.options.num_beams, len(searches[0].beams[0].token_ids) + 1
+    options, length = searches[0].job.options, len(searches[0].beams[0].token_ids) + 1
     own = logits.log_softmax(-1)
     filtered = process(
         own,
         input_ids=engine.input_ids,
         attention_mask=engine.attention_mask,
         generated=length - 1,
-        options=job.options,
+        options=options,
     )
-    width = max(2, 1 + len(job.options.eos_token_ids)) * n
+    width = max(2, 1 + len(options.eos_token_ids)) * options.num_beams
     total = (filtered.view(*scores.shape, -1) + scores[..., None]).flatten(1)  # (prompts, beams * vocab)
-    top, index = total.topk(width)
-    parents, tokens = index // own.shape[-1], index % own.shape[-1]  # (prompts, width)
+    top, index = total.topk(width)  # (prompts, width), as are the next four
+    parents, tokens = index // own.shape[-1], index % own.shape[-1]
     logprobs = own.view(len(searches), -1).gather(1, index)
     candidates = [
         _candidates(search, *chosen)
         for search, *chosen in zip(searches, parents.tolist(), tokens.tolist(), logprobs.tolist(), strict=True)
     ]
+    scores, order = _settle(searches, candidates, top, length)
+    return scores, parents.gather(1, order), tokens.gather(1, order)
+
+
+def _settle(
+    searches: list[Search], candidates: list[list[Answer]], top: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """Turns the ended ones of each search's candidates into hypotheses, and the others into its beams.
+
+    top: (prompts, width), accumulated log-probabilities, the best first; length: generated tokens.
+    Returns the beams' scores and their places among the candidates, both (prompts, beams).
+    """
+    options = searches[0].job.options
     ended = torch.tensor([[c.finish_reason is not None for c in row] for row in candidates], device=top.device)
-    running = top + ended * _NEVER
-    order = running.topk(n).indices
-    best, ranked = running.gather(1, order), (top / length**job.options.length_penalty).tolist()
+    running, order = (top + ended * _NEVER).topk(options.num_beams)
+    divided = (top / length**options.length_penalty).tolist()
     for i, search in enumerate(searches):
-        search.keep([(ranked[i][j], candidates[i][j]) for j in range(n) if ended[i, j]])
+        best = [j for j in range(options.num_beams) if ended[i, j]]
+        search.keep([(divided[i][j], candidates[i][j]) for j in best])
         search.beams = [candidates[i][j] for j in order[i].tolist()]
-        search.done = bool(ended[i].all()) or search.has_ended(best[i, 0], length)
-    return best, parents.gather(1, order), tokens.gather(1, order)
+        search.done = bool(ended[i].all()) or search.has_ended(running[i, 0], length)
+    return running, order
 
 
 def _candidates(search: Search, parents: list[int], tokens: list[int], logprobs: list[float]) -> list[Answer]:

@@ -1,4 +1,8 @@
-"""Decoding: processors -> choose -> step -> loop."""
+"""Answers to prompts: processors -> choose -> step -> loop.
+
+`generate` and `stream` make a job of what they are given; `_decode` is the loop of greedy decoding and
+sampling, and `beam_search` the other one.
+"""
 
 import difflib
 import sys
@@ -109,23 +113,22 @@ def _job(
         raise ConfigError(f"batch_size is {batch_size}: expected at least 1.")
     resolved, notices = resolve(_with_given(options, given), model, chat=chat)
     several = as_prompts(prompts)
-    if isinstance(resolved.seed, tuple) and len(resolved.seed) != len(several):
-        raise ConfigError(
-            f"--seed has {len(resolved.seed)} seeds for {len(several)} prompts: give one, or one for each prompt."
-        )
+    _check_seeds(resolved, len(several))
     encoded = encode_prompts(model, several, chat=chat, system_prompt=system_prompt, tools=tools)
-    limits = _limits(model, encoded, resolved.max_new_tokens)
-    if limits and min(limits) < resolved.max_new_tokens:
-        notices.append(
-            f"max_new_tokens {resolved.max_new_tokens} is cut to {min(limits)} where prompt and answer "
-            f"together fill the model's context of {context_length(model)} tokens"
-        )
+    limits = _limits(model, encoded, resolved.max_new_tokens, notices)
     for text in notices:
         notice(text)
     return Job(
-        model, resolved, vocabulary(model.tokenizer), encoded, limits, logprobs, bool(tools), batch_size,
-        should_stop or (lambda: False),
-    )  # fmt: skip
+        model=model,
+        options=resolved,
+        vocabulary=vocabulary(model.tokenizer),
+        prompts=encoded,
+        limits=limits,
+        logprobs=logprobs,
+        with_tools=bool(tools),
+        batch_size=batch_size,
+        should_stop=should_stop or (lambda: False),
+    )
 
 
 def _with_given(options: GenerationOptions | None, given: dict[str, Any]) -> GenerationOptions:
@@ -142,9 +145,25 @@ def _with_given(options: GenerationOptions | None, given: dict[str, Any]) -> Gen
     return replace(options or GenerationOptions(), **given)
 
 
-def _limits(model: ChatModel, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
+def _check_seeds(options: ResolvedOptions, prompts: int) -> None:
+    if isinstance(options.seed, tuple) and len(options.seed) != prompts:
+        raise ConfigError(
+            f"--seed has {len(options.seed)} seeds for {prompts} prompts: give one, or one for each prompt."
+        )
+
+
+def _limits(model: ChatModel, prompts: list[list[int]], max_new_tokens: int, notices: list[str]) -> list[int]:
+    """Most new tokens for each prompt. Adds a notice where that is less than max_new_tokens."""
     context = context_length(model)
-    return [min(max_new_tokens, context - len(ids)) if context else max_new_tokens for ids in prompts]
+    if context is None:
+        return [max_new_tokens] * len(prompts)
+    limits = [min(max_new_tokens, context - len(ids)) for ids in prompts]
+    if limits and min(limits) < max_new_tokens:
+        notices.append(
+            f"max_new_tokens {max_new_tokens} is cut to {min(limits)} where prompt and answer together fill the "
+            f"model's context of {context} tokens"
+        )
+    return limits
 
 
 def answer_all(job: Job) -> list[GenerationResult]:
