@@ -23,12 +23,21 @@ def example(length: int, learned_from: int, seed: int = 0) -> Example:
 BATCH = [example(9, 4, 1), example(17, 10, 2), example(5, 2, 3)]
 
 
-def test_the_shift_by_hand() -> None:
-    """Two positions, three words. p(2 | first) = 1/2 by hand; the label of the first position has no partner."""
-    logits = torch.log(torch.tensor([[[0.25, 0.25, 0.5], [0.9, 0.05, 0.05]]]))
-    loss, count = cross_entropy_sum(logits, torch.tensor([[1, 2]]))
+def test_a_sum_and_a_count_by_hand() -> None:
+    """-log 1/2 - log 1/4 over two learned positions; the third is not learned."""
+    logits = torch.log(torch.tensor([[[0.25, 0.25, 0.5], [0.25, 0.5, 0.25], [0.9, 0.05, 0.05]]]))
+    loss, count = cross_entropy_sum(logits, torch.tensor([[2, 0, -100]]))
+    assert count == 2
+    assert loss.item() == pytest.approx(math.log(8))
+
+
+def test_the_first_learned_token_is_predicted_by_the_position_before_it() -> None:
+    model = tiny_model("llama")
+    one = Example([7, 8, 9], [False, False, True], "rows.csv", 1)
+    loss, count = padded_loss(model, [one], pad_token_id=0, dtype=torch.float32)
+    logits = model(torch.tensor([[7, 8]])).logits[0, -1]
     assert count == 1
-    assert loss.item() == pytest.approx(math.log(2))
+    assert loss.item() == pytest.approx(-logits.log_softmax(-1)[9].item(), rel=1e-6)
 
 
 def test_nothing_learned_gives_zero_and_a_graph() -> None:

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch
 from transformers import PreTrainedModel
 
-from handspun.data.batches import collate
+from handspun.data.batches import IGNORED, collate
 from handspun.data.examples import Example
 from handspun.training.loss import cross_entropy_sum
 
@@ -21,8 +21,11 @@ def padded_loss(
     batch = {
         name: tensor.to(model.device) for name, tensor in collate(examples, pad_token_id=pad_token_id).items()
     }
-    labels = batch.pop("labels")
+    # The logits at a position predict the next token: logits[:, :-1] go against labels[:, 1:]. They are asked
+    # for only where some row learns, since the head is a large part of a small model.
+    targets = batch.pop("labels")[:, 1:]  # (batch, length - 1)
+    positions = (targets != IGNORED).any(dim=0).nonzero().flatten()
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(model.device.type, dtype)
     with autocast:
-        logits = model(**batch, use_cache=False).logits  # (batch, length, vocab)
-    return cross_entropy_sum(logits, labels)
+        logits = model(**batch, use_cache=False, logits_to_keep=positions).logits  # (batch, positions, vocab)
+    return cross_entropy_sum(logits, targets[:, positions])

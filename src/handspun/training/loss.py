@@ -6,14 +6,12 @@ import torch.nn.functional as F
 from handspun.data.batches import IGNORED
 
 
-def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
+def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
     """(sum over learned tokens of -log p(token | what is before it), their number).
 
-    logits: (batch, length, vocab); labels: (batch, length), -100 where nothing is learned. The logits at a
-    position predict the next token, so the last ones and the first label have no partner.
+    logits: (batch, positions, vocab); targets: (batch, positions), the token that each position predicts, -100
+    where nothing is learned. The shift by one is the caller's.
     """
-    predictions = logits[:, :-1]  # (batch, length - 1, vocab)
-    targets = labels[:, 1:]  # (batch, length - 1)
     learned = targets != IGNORED
-    loss = F.cross_entropy(predictions[learned].float(), targets[learned], reduction="sum")
+    loss = F.cross_entropy(logits[learned].float(), targets[learned], reduction="sum")
     return loss, int(learned.sum())

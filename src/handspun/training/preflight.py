@@ -64,7 +64,8 @@ def _peak_memory(
     config: PretrainedConfig, parameters: int, trainable: int, tokens: int, learned_tokens: int
 ) -> int:
     """Weights, gradients and AdamW's two moments; what the largest micro-batch keeps for its backward pass;
-    and the logits with their gradient, beside the learned ones, their softmax and its gradient."""
+    and the logits where some row learns with their gradient, beside the learned ones, their softmax and its
+    gradient."""
     text = config.get_text_config()
     kept_per_layer = 10 * text.hidden_size + 5 * text.intermediate_size
     activations = tokens * kept_per_layer * text.num_hidden_layers
