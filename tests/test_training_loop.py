@@ -1,10 +1,13 @@
 """The loop: every row, every token once, the same result however the work is cut, and it learns."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
@@ -13,6 +16,8 @@ from handspun.errors import TrainingError
 from handspun.models.end_of_turn import make_end_of_turn_eos
 from handspun.models.load import ChatModel
 from handspun.training.evaluate import evaluate
+from handspun.training.execution import execution_of
+from handspun.training.forward import Padded
 from handspun.training.loop import EpochEnd, Evaluation, Event, Loop, Step, start, train
 from tiny import tiny_model
 
@@ -40,8 +45,15 @@ def random_examples(count: int, *, seed: int = 0) -> list[Example]:
 
 def run(config: TrainConfig, examples: list[Example], held_out: list[Example] | None = None) -> list[Event]:
     model = tiny_model("qwen2", initializer_range=0.05)
-    loop = Loop(config=config, examples=examples, held_out=held_out or [], pad_token_id=0)
-    return list(train(loop, start(model, config)))
+    return list(events_of(model, config, examples, held_out or []))
+
+
+def events_of(
+    model: PreTrainedModel, config: TrainConfig, examples: list[Example], held_out: list[Example]
+) -> Iterator[Event]:
+    with execution_of(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
+        loop = Loop(config=config, examples=examples, held_out=held_out, execution=execution)
+        yield from train(loop, start(model, config))
 
 
 def steps(events: list[Event]) -> list[Step]:
@@ -58,8 +70,9 @@ def test_every_row_is_trained_once_an_epoch_the_last_shorter_batch_too() -> None
     assert sum(step.learned_tokens for step in made) == 2 * sum(e.learned_tokens for e in examples)
 
 
-def test_how_a_batch_is_cut_does_not_change_losses_or_gradients() -> None:
-    config = TrainConfig(num_epochs=2, batch_size=6, learning_rate=1e-3)
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_how_a_batch_is_cut_does_not_change_losses_or_gradients(batching: Any) -> None:
+    config = TrainConfig(num_epochs=2, batch_size=6, learning_rate=1e-3, batching=batching)
     whole = steps(run(config, random_examples(24)))
     for max_tokens in (1, 50):
         cut = steps(run(replace(config, max_tokens=max_tokens), random_examples(24)))
@@ -76,7 +89,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another_order() -> No
 def test_held_out_loss_is_weighted_by_tokens_whatever_the_batch() -> None:
     model, held_out = tiny_model("llama"), random_examples(9, seed=5)
     losses = [
-        evaluate(model, held_out, max_tokens=max_tokens, pad_token_id=0, dtype=torch.float32)[0]
+        evaluate(model, Padded(model, torch.float32, 0), held_out, max_tokens=max_tokens)[0]
         for max_tokens in (1, 60, 10_000)
     ]
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
@@ -105,7 +118,7 @@ def test_clipping_bounds_the_update_and_zero_turns_it_off() -> None:
     model = tiny_model("qwen2", initializer_range=0.05)
     before = model.lm_head.weight.detach().clone()
     tight = replace(config, max_grad_norm=1e-12, learning_rate=1e-3, warmup_ratio=0.0)
-    list(train(Loop(config=tight, examples=random_examples(8), pad_token_id=0), start(model, tight)))
+    list(events_of(model, tight, random_examples(8), []))
     # a gradient far below AdamW's epsilon of 1e-8 hardly moves anything
     assert (model.lm_head.weight - before).abs().max() < 1e-6
 
@@ -117,7 +130,7 @@ def test_a_loss_that_is_no_number_stops_before_the_step_and_names_its_rows() -> 
     config = TrainConfig(num_epochs=1, batch_size=2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(TrainingError, match=r"step 1 was not made: its loss is nan") as caught:
-        list(train(Loop(config=config, examples=random_examples(2), pad_token_id=0), start(model, config)))
+        list(events_of(model, config, random_examples(2), []))
     assert "rows.csv, row 1" in str(caught.value)
     assert "rows.csv, row 2" in str(caught.value)
     for name, parameter in model.named_parameters():
@@ -128,7 +141,7 @@ def test_a_nan_held_out_loss_is_reported_as_it_is() -> None:
     model = tiny_model("qwen2")
     with torch.no_grad():
         model.lm_head.weight[5] = math.nan
-    loss, _ = evaluate(model, random_examples(2), max_tokens=100, pad_token_id=0, dtype=torch.float32)
+    loss, _ = evaluate(model, Padded(model, torch.float32, 0), random_examples(2), max_tokens=100)
     assert math.isnan(loss)
 
 
@@ -140,8 +153,7 @@ def test_overfitting_eight_rows_reproduces_them_word_for_word(tiny_chat: ChatMod
         (encoded,) = tiny_chat.template.encode(messages)
         examples.append(Example(encoded.input_ids, encoded.learned, "rows.csv", row + 1))
     config = TrainConfig(num_epochs=150, batch_size=8, learning_rate=1e-2)
-    loop = Loop(config=config, examples=examples, pad_token_id=0)
-    last = [event for event in train(loop, start(tiny_chat.model, config)) if isinstance(event, Step)][-1]
+    last = steps(list(events_of(tiny_chat.model, config, examples, [])))[-1]
     assert last.loss < 0.05
     tiny_chat.model.eval()
     answers = generate(tiny_chat, list(QUESTIONS), max_new_tokens=30)

@@ -60,6 +60,10 @@ class TrainConfig(DataConfig):
     max_tokens: int = 2048
     """Tokens in a micro-batch, padding included; a single longer row makes one of its own."""
 
+    batching: Literal["packed", "padded"] = "packed"
+    """How a micro-batch is computed: rows end to end behind the prefix that they share, or padded. The
+    results are the same."""
+
     learning_rate: float | None = None
     """Peak learning rate of AdamW; if not given, 2e-5, and 2e-4 with LoRA."""
 

@@ -34,7 +34,9 @@ from handspun.report.environment import peak_memory
 from handspun.report.log import RunLog, duration
 from handspun.report.plan import plan_lines
 from handspun.report.record import run_facts, write_run
+from handspun.training.allocator import keep_freed_memory
 from handspun.training.checkpoint import errors_for_people, link_checkpoint, save_checkpoint
+from handspun.training.execution import execution_of
 from handspun.training.loop import EpochEnd, Evaluation, Loop, start
 from handspun.training.loop import train as training_events
 from handspun.training.preflight import Plan, make_plan
@@ -61,6 +63,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
     Lines of the log also go to `console` (default: standard output). Raises a HandspunError for anything that
     the user can mend: data, options, model, disk.
     """
+    keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)  # LoRA's initial values, and dropout
@@ -150,20 +153,22 @@ def _run_loop(
 ) -> None:
     """The loop's events, turned into lines, records and checkpoints."""
     assert run.model is not None
-    pad_token_id = run.model.tokenizer.pad_token_id
-    loop = Loop(
-        config=config,
-        examples=training.examples,
-        held_out=held_out.examples if held_out else [],
-        pad_token_id=pad_token_id if pad_token_id is not None else 0,  # masked: any id would do
+    model, pad_token_id = run.model.model, run.model.tokenizer.pad_token_id
+    with execution_of(
+        model,
+        config,
+        training.examples,
         dtype=resolve_dtype(config.dtype, run.model.device),
-    )
-    state = start(run.model.model, config)
-    for event in training_events(loop, state):
-        log.event(event)
-        if isinstance(event, Evaluation | EpochEnd):
-            _keep(run, event, config, log)
-            write_run(run.output_dir, {**facts, **_results(run), "status": "running"})
+        pad_token_id=pad_token_id if pad_token_id is not None else 0,  # masked: any id would do
+        notice=log.line,
+    ) as execution:
+        held_out_examples = held_out.examples if held_out else []
+        loop = Loop(config=config, examples=training.examples, held_out=held_out_examples, execution=execution)
+        for event in training_events(loop, start(model, config)):
+            log.event(event)
+            if isinstance(event, Evaluation | EpochEnd):
+                _keep(run, event, config, log)
+                write_run(run.output_dir, {**facts, **_results(run), "status": "running"})
 
 
 def _keep(run: TrainedRun, event: Evaluation | EpochEnd, config: TrainConfig, log: RunLog) -> None:

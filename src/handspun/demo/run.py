@@ -12,6 +12,7 @@ from handspun.decoding.generate import generate
 from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.load import ChatModel, load
 from handspun.run import TrainedRun, train
+from handspun.training.allocator import keep_freed_memory
 
 DEMO_DATA = Path(__file__).with_name("demo.csv")
 HELD_OUT_DATA = Path(__file__).with_name("held_out.csv")
@@ -48,6 +49,7 @@ def run_demo(
     output_dir: str, *, num_epochs: int = 3, threads: int | None = None, overwrite: bool = False
 ) -> TrainedRun:
     """Trains the demonstration and shows its answers before and after, then the three decodings."""
+    keep_freed_memory()
     console = Console(highlight=False)
     config = demo_config(output_dir, num_epochs=num_epochs, threads=threads, overwrite=overwrite)
     if threads is not None:

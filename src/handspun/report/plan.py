@@ -7,14 +7,13 @@ from handspun.training.preflight import Plan
 def plan_lines(plan: Plan, config: TrainConfig, max_length: int) -> list[str]:
     """Steps, tokens, memory and disk."""
     what = f"LoRA rank {config.lora_rank}, " if config.lora else ""
-    padding = 1 - plan.tokens / plan.padded_tokens
     return [
         f"model {config.model}: {plan.parameters / 1e6:.1f}M parameters, {what}"
         f"{plan.trainable / 1e6:.1f}M trained",
         f"plan: {plan.examples} examples x {config.num_epochs} epochs in batches of {config.batch_size}: "
         f"{plan.steps} steps",
-        f"tokens in an epoch: {plan.tokens}, {plan.learned_tokens} of them learned; "
-        f"{plan.micro_batches} micro-batches of at most {config.max_tokens}, {padding:.0%} padding; "
+        f"tokens in an epoch: {plan.tokens}, {plan.learned_tokens} of them learned, {plan.computed_tokens} "
+        f"computed ({plan.batching}); {plan.micro_batches} micro-batches of at most {config.max_tokens}; "
         f"rows of at most {max_length}",
         f"learning rate {config.peak_learning_rate:g}, {config.lr_schedule} after "
         f"{config.warmup_ratio:.0%} warm-up; seed {config.seed}",

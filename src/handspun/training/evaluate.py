@@ -2,30 +2,19 @@
 
 from collections.abc import Sequence
 
-import torch
 from transformers import PreTrainedModel
 
-from handspun.data.batches import micro_batches
 from handspun.data.examples import Example
-from handspun.training.forward import padded_loss
+from handspun.training.execution import Execution
 
 
-@torch.no_grad()
 def evaluate(
-    model: PreTrainedModel,
-    examples: Sequence[Example],
-    *,
-    max_tokens: int,
-    pad_token_id: int,
-    dtype: torch.dtype,
+    model: PreTrainedModel, execution: Execution, examples: Sequence[Example], *, max_tokens: int
 ) -> tuple[float, int]:
     """(mean loss a learned token, number of learned tokens), with dropout off. A NaN stays a NaN."""
     was_training = model.training
     model.eval()
-    loss_sum, learned_tokens = 0.0, 0
-    for part in micro_batches(examples, max_tokens):
-        loss, count = padded_loss(model, part, pad_token_id=pad_token_id, dtype=dtype)
-        loss_sum += loss.item()
-        learned_tokens += count
+    loss_sum = sum(execution.loss(part) for part in execution.cut(examples, max_tokens))
     model.train(was_training)
+    learned_tokens = sum(example.learned_tokens for example in examples)
     return loss_sum / learned_tokens, learned_tokens

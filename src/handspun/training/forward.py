@@ -1,14 +1,42 @@
-"""Padded execution: a micro-batch of examples to its loss, in the plainest way there is."""
+"""Padded execution: a micro-batch of examples to its loss, in the plainest way there is. The reference."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from handspun.data.batches import IGNORED, collate
+from handspun.data.batches import IGNORED, collate, micro_batches
 from handspun.data.examples import Example
 from handspun.training.loss import cross_entropy_sum
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Padded execution of a model."""
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+    pad_token_id: int
+
+    def cut(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
+        """The batch in micro-batches, padding included."""
+        return micro_batches(batch, max_tokens)
+
+    def loss(self, part: Sequence[Example]) -> float:
+        """The loss summed over the part's learned tokens, without a gradient."""
+        with torch.no_grad():
+            return self._loss(part).item()
+
+    def backward(self, part: Sequence[Example], divisor: int) -> float:
+        """Adds the gradient of the part's loss sum / `divisor`; returns the sum."""
+        loss = self._loss(part)
+        (loss / divisor).backward()
+        return loss.item()
+
+    def _loss(self, part: Sequence[Example]) -> torch.Tensor:
+        return padded_loss(self.model, part, pad_token_id=self.pad_token_id, dtype=self.dtype)[0]
 
 
 def padded_loss(

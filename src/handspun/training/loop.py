@@ -10,11 +10,11 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
 from handspun.config import TrainConfig
-from handspun.data.batches import batches, epoch_order, micro_batches
+from handspun.data.batches import batches, epoch_order
 from handspun.data.examples import Example
 from handspun.errors import TrainingError
 from handspun.training.evaluate import evaluate
-from handspun.training.forward import padded_loss
+from handspun.training.execution import Execution
 from handspun.training.optim import lr_at, make_optimizer
 
 
@@ -31,7 +31,6 @@ class Step:
     rows: int
     tokens: int
     learned_tokens: int
-    padded_tokens: int
     seconds: float
 
 
@@ -69,13 +68,12 @@ class TrainingState:
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """A run's fixed parts: examples, options, and how a forward pass is made."""
+    """A run's fixed parts: examples, options, and how a micro-batch is computed."""
 
     config: TrainConfig
     examples: Sequence[Example]
     held_out: Sequence[Example] = ()
-    pad_token_id: int
-    dtype: torch.dtype = torch.float32
+    execution: Execution
     clock: Callable[[], float] = field(default=time.perf_counter)
 
     @property
@@ -120,13 +118,9 @@ def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch
     """
     began = loop.clock()
     learned_tokens = sum(example.learned_tokens for example in batch)
-    loss, padded_tokens = 0.0, 0
-    for part in micro_batches(batch, loop.config.max_tokens):
-        part_sum, _ = padded_loss(state.model, part, pad_token_id=loop.pad_token_id, dtype=loop.dtype)
-        part_loss = part_sum / learned_tokens
-        part_loss.backward()
-        loss += part_loss.item()
-        padded_tokens += len(part) * max(len(example) for example in part)
+    loss = 0.0
+    for part in loop.execution.cut(batch, loop.config.max_tokens):
+        loss += loop.execution.backward(part, learned_tokens) / learned_tokens
     grad_norm = clip_grad_norm_(state.model.parameters(), loop.config.max_grad_norm or math.inf).item()
     _refuse_not_finite(loss, grad_norm, batch, state.step + 1)
     learning_rate = lr_at(state.step, loop.total_steps, loop.config)
@@ -138,20 +132,14 @@ def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch
     tokens = sum(len(example) for example in batch)
     return Step(
         state.step, loop.total_steps, epoch, loss, learning_rate, grad_norm,
-        len(batch), tokens, learned_tokens, padded_tokens, loop.clock() - began,
+        len(batch), tokens, learned_tokens, loop.clock() - began,
     )  # fmt: skip
 
 
 def _evaluation(loop: Loop, state: TrainingState, epoch: int) -> Iterator[Evaluation]:
     if not loop.held_out:
         return
-    loss, learned_tokens = evaluate(
-        state.model,
-        loop.held_out,
-        max_tokens=loop.config.max_tokens,
-        pad_token_id=loop.pad_token_id,
-        dtype=loop.dtype,
-    )
+    loss, learned_tokens = evaluate(state.model, loop.execution, loop.held_out, max_tokens=loop.config.max_tokens)
     best = loss < state.best_loss
     if best:
         state.best_loss = loss

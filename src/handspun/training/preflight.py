@@ -9,18 +9,22 @@ from transformers import PretrainedConfig, PreTrainedModel
 from handspun.config import TrainConfig
 from handspun.data.batches import batches, epoch_order, micro_batches
 from handspun.data.examples import Example
+from handspun.training.execution import cannot_pack, shares_prefix
+from handspun.training.packed import CHUNK_BYTES, packed_micro_batches, shared_prefix
 
 
 @dataclass(frozen=True)
 class Plan:
     """Counts are exact, memory is predicted. Tokens are those of one epoch."""
 
+    batching: str
     examples: int
     steps: int
     micro_batches: int
     tokens: int
     learned_tokens: int
-    padded_tokens: int
+    computed_tokens: int
+    """Padding is in it, and a shared prefix once."""
     parameters: int
     trainable: int
     peak_memory: int
@@ -31,44 +35,60 @@ class Plan:
 
 def make_plan(model: PreTrainedModel, examples: Sequence[Example], config: TrainConfig) -> Plan:
     """The plan of a run. Only the shapes of the model are looked at: it may be on the meta device."""
-    cuts = [
-        part
-        for batch in batches(examples, epoch_order(len(examples), seed=config.seed, epoch=1), config.batch_size)
-        for part in micro_batches(batch, config.max_tokens)
+    packed = config.batching == "packed" and cannot_pack(model.config) is None
+    cut = packed_micro_batches if packed else micro_batches
+    order = epoch_order(len(examples), seed=config.seed, epoch=1)
+    parts = [
+        part for batch in batches(examples, order, config.batch_size) for part in cut(batch, config.max_tokens)
     ]
-    sizes = [len(part) * max(len(example) for example in part) for part in cuts]
+    share_prefix = packed and shares_prefix(model.config, config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    largest = max(zip(sizes, cuts, strict=True), key=lambda pair: pair[0])
-    learned_in_largest = sum(example.learned_tokens for example in largest[1])
-    saved = trainable if config.lora else parameters
+    kept = max(_kept(part, model, packed, share_prefix) for part in parts)
     return Plan(
+        batching="packed" if packed else "padded",
         examples=len(examples),
         steps=-(-len(examples) // config.batch_size) * config.num_epochs,
-        micro_batches=len(cuts),
+        micro_batches=len(parts),
         tokens=sum(len(example) for example in examples),
         learned_tokens=sum(example.learned_tokens for example in examples),
-        padded_tokens=sum(sizes),
+        computed_tokens=sum(_computed(part, packed, share_prefix) for part in parts),
         parameters=parameters,
         trainable=trainable,
-        peak_memory=_peak_memory(model.config, parameters, trainable, largest[0], learned_in_largest),
-        checkpoint_size=saved * (2 if config.save_dtype == "bfloat16" and not config.lora else 4),
+        peak_memory=_FIXED + _FLOAT * (parameters + 3 * trainable + kept),
+        checkpoint_size=_checkpoint_size(parameters, trainable, config),
     )
 
 
 _FLOAT = torch.float32.itemsize
-_LIBRARIES = 600 * 2**20  # PyTorch, transformers and the tokenizer themselves, measured
+_FIXED = 600 * 2**20  # PyTorch, transformers and the tokenizer themselves, measured
 
 
-def _peak_memory(
-    config: PretrainedConfig, parameters: int, trainable: int, tokens: int, learned_tokens: int
-) -> int:
-    """Weights, gradients and AdamW's two moments; what the largest micro-batch keeps for its backward pass;
-    and the logits where some row learns with their gradient, beside the learned ones, their softmax and its
-    gradient."""
-    text = config.get_text_config()
-    kept_per_layer = 10 * text.hidden_size + 5 * text.intermediate_size
-    activations = tokens * kept_per_layer * text.num_hidden_layers
-    logits = (2 * tokens + 3 * learned_tokens) * text.vocab_size
-    floats: int = parameters + 3 * trainable + activations + logits
-    return _LIBRARIES + _FLOAT * floats
+def _computed(part: Sequence[Example], packed: bool, share_prefix: bool) -> int:
+    """Tokens that go through the body."""
+    if not packed:
+        return len(part) * max(len(example) for example in part)
+    once = shared_prefix(part) if share_prefix else 0
+    return sum(len(example) for example in part) - (len(part) - 1) * once
+
+
+def _kept(part: Sequence[Example], model: PreTrainedModel, packed: bool, share_prefix: bool) -> int:
+    """Floats that a micro-batch holds at the end of its forward pass: each layer's inputs and products, and
+    logits: padded, where some row learns, with their gradient, beside the learned ones, their softmax and its
+    gradient; packed, the three of one chunk, and the head's gradient before it is added."""
+    text: PretrainedConfig = model.config.get_text_config()
+    per_token = (10 * text.hidden_size + 5 * text.intermediate_size) * text.num_hidden_layers
+    activations = _computed(part, packed, share_prefix) * per_token
+    learned_tokens = sum(example.learned_tokens for example in part)
+    if packed:
+        head = model.get_output_embeddings().weight
+        logits = 3 * min(learned_tokens * text.vocab_size, CHUNK_BYTES // _FLOAT)
+        return int(activations + logits + (head.numel() if head.requires_grad else 0))
+    positions = {i for example in part for i, is_learned in enumerate(example.learned) if is_learned}
+    return int(activations + (2 * len(part) * len(positions) + 3 * learned_tokens) * text.vocab_size)
+
+
+def _checkpoint_size(parameters: int, trainable: int, config: TrainConfig) -> int:
+    if config.lora:
+        return trainable * _FLOAT
+    return parameters * (2 if config.save_dtype == "bfloat16" else _FLOAT)

@@ -1,0 +1,26 @@
+"""glibc's allocator, told to keep what is freed: a training step asks for the same large tensors every time.
+
+By default each large tensor is mapped and unmapped again, and its pages are faulted in and cleared anew.
+"""
+
+import ctypes
+import os
+import sys
+
+_M_TRIM_THRESHOLD = -1  # glibc's malloc.h
+_M_MMAP_MAX = -4
+
+
+def keep_freed_memory() -> bool:
+    """Keeps freed memory in this process and asks for huge pages; whether that was possible.
+
+    To be called before the first tensor is made. Only glibc can do it; elsewhere nothing is changed.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's: align large tensors for huge pages
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return bool(libc.mallopt(_M_MMAP_MAX, 0)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    except (OSError, AttributeError):  # musl
+        return False

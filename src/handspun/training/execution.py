@@ -1,0 +1,92 @@
+"""How a micro-batch is computed: packed where the model allows it, padded as the reference and the fallback."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from handspun.config import TrainConfig
+from handspun.data.examples import Example
+from handspun.training.forward import Padded
+from handspun.training.packed import Packed, packed_attention
+
+_TOLERANCE = 1e-3
+"""Relative. In float32 the two agree to 1e-6; a rule of attention that is not followed shows far above this."""
+
+
+class Execution(Protocol):
+    """Losses and gradients of micro-batches: sums over learned tokens, which the caller divides."""
+
+    def cut(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
+        """The batch in micro-batches of at most `max_tokens` tokens; a longer row is one of its own."""
+
+    def loss(self, part: Sequence[Example]) -> float:
+        """The loss summed over the part's learned tokens, without a gradient."""
+
+    def backward(self, part: Sequence[Example], divisor: int) -> float:
+        """Adds the gradient of the part's loss sum / `divisor`; returns the sum."""
+
+
+@contextmanager
+def execution_of(
+    model: PreTrainedModel,
+    config: TrainConfig,
+    examples: Sequence[Example],
+    *,
+    dtype: torch.dtype,
+    pad_token_id: int,
+    notice: Callable[[str], None],
+) -> Iterator[Execution]:
+    """The execution that the config asks for; the model's attention is packed inside the block, if it is packed.
+
+    A model whose attention does not fit runs padded, and `notice` is told why.
+    """
+    padded = Padded(model, dtype, pad_token_id)
+    reason = "it was asked for" if config.batching == "padded" else cannot_pack(model.config)
+    if reason is None:
+        reason = _differs(model, padded, examples)
+    if reason is not None:
+        notice(f"batching: padded ({reason})")
+        yield padded
+        return
+    share_prefix = shares_prefix(model.config, config)
+    notice("batching: packed" + ("" if share_prefix else "; no prefix is shared, because of dropout"))
+    with packed_attention(model):
+        yield Packed(model, dtype, share_prefix)
+
+
+def cannot_pack(config: PreTrainedConfig) -> str | None:
+    """Why a model's attention cannot be cut into sequences; None if nothing in its config speaks against it."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        return f"{text.model_type} has layers of {', '.join(sorted(kinds - {'full_attention'}))}"
+    if getattr(text, "sliding_window", None) is not None:
+        return f"{text.model_type} has a sliding window of {text.sliding_window} tokens"
+    return None
+
+
+def _differs(model: PreTrainedModel, padded: Padded, examples: Sequence[Example]) -> str | None:
+    """Tries both on the two shortest rows: a model may do more with attention or logits than its config says."""
+    shortest = sorted(examples, key=len)[:2]
+    was_training = model.training
+    model.eval()
+    try:
+        expected = Padded(model, torch.float32, padded.pad_token_id).loss(shortest)
+        with packed_attention(model):
+            found = Packed(model, torch.float32, share_prefix=True).loss(shortest)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        return f"{model.config.model_type} does not take packed rows: {str(error).splitlines()[0]}"
+    finally:
+        model.train(was_training)
+    if not abs(found - expected) <= _TOLERANCE * abs(expected):
+        return f"{model.config.model_type} gives another loss packed, {found:.6g} for {expected:.6g}"
+    return None
+
+
+def shares_prefix(model_config: PreTrainedConfig, config: TrainConfig) -> bool:
+    """Not under dropout: rows that share a prefix would share its dropout."""
+    attention_dropout = getattr(model_config.get_text_config(), "attention_dropout", 0.0)
+    return not attention_dropout and not (config.lora and config.lora_dropout)

@@ -1,0 +1,228 @@
+"""Packed execution: the rows of a micro-batch end to end, behind one copy of the prefix that they share.
+
+    padded                      packed
+    S S S u u a a . . .         S S S | u u a a | u a | u u u a a a
+    S S S u a . . . . .
+    S S S u u u a a a .         S: shared prefix (system prompt, template's head)
+
+There is no padding, and the prefix is computed once. Each sequence attends to the prefix and to itself; positions
+restart behind the prefix. The head sees only positions that predict a learned token, a chunk at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from handspun.data.examples import Example
+
+_ATTENTION = "handspun_packed"
+CHUNK_BYTES = 128 * 2**20
+"""Of the logits of one chunk, in float32; their softmax and gradient take as much again, each."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A micro-batch laid end to end.
+
+    input_ids, position_ids: (1, tokens). prefix: its first tokens, which all sequences share. bounds: where the
+    rest of each sequence begins and ends. masks: for each, (rest, prefix + rest), what it attends to; None where
+    that is plainly causal. positions, targets: (learned,), where a learned token is predicted, and which.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    prefix: int
+    bounds: list[tuple[int, int]]
+    masks: list[Tensor | None]
+    positions: Tensor
+    targets: Tensor
+
+
+def pack(examples: Sequence[Example], *, share_prefix: bool, device: torch.device) -> Pack:
+    """Lays examples end to end, behind their common prefix if it is to be shared."""
+    prefix = shared_prefix(examples) if share_prefix else 0
+    ids, position_ids = examples[0].input_ids[:prefix], list(range(prefix))
+    bounds, positions, targets = [], [], []
+    for example in examples:
+        start = len(ids)
+        ids += example.input_ids[prefix:]
+        position_ids += range(prefix, len(example))
+        bounds.append((start, len(ids)))
+        learned = [i for i, is_learned in enumerate(example.learned) if is_learned]
+        positions += [start + i - 1 - prefix for i in learned]  # each is predicted by the position before it
+        targets += [example.input_ids[i] for i in learned]
+    return Pack(
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.tensor([position_ids], device=device),
+        prefix=prefix,
+        bounds=bounds,
+        masks=[_mask(end - start, prefix, device) for start, end in bounds],
+        positions=torch.tensor(positions, device=device),
+        targets=torch.tensor(targets, device=device),
+    )
+
+
+def shared_prefix(examples: Sequence[Example]) -> int:
+    """Length of the longest common prefix that ends before any position that predicts a learned token.
+
+    A position in the prefix exists once, so it could predict only one of the rows' tokens.
+    """
+    if len(examples) == 1:
+        return 0
+    first, last = (extreme(example.input_ids for example in examples) for extreme in (min, max))
+    common = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+    return min(common, *(example.learned.index(True) - 1 for example in examples))
+
+
+def packed_micro_batches(batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
+    """The batch in parts of at most `max_tokens` tokens; a longer row is one of its own."""
+    part: list[Example] = []
+    tokens = 0
+    for example in batch:
+        if part and tokens + len(example) > max_tokens:
+            yield part
+            part, tokens = [], 0
+        part.append(example)
+        tokens += len(example)
+    if part:
+        yield part
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Packed execution of a model whose attention is `packed_attention`'s."""
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+    share_prefix: bool
+
+    def cut(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
+        """The batch in micro-batches."""
+        return packed_micro_batches(batch, max_tokens)
+
+    def loss(self, part: Sequence[Example]) -> float:
+        """The loss summed over the part's learned tokens, without a gradient."""
+        packed = pack(part, share_prefix=self.share_prefix, device=self.model.device)
+        with torch.no_grad():
+            hidden = self._hidden_states(packed)
+            return sum(self._head_loss(h, t).item() for h, t in _chunks(hidden, packed.targets, self._vocabulary))
+
+    def backward(self, part: Sequence[Example], divisor: int) -> float:
+        """Adds the gradient of the part's loss sum / `divisor`; returns the sum.
+
+        In two stages, so that logits exist for one chunk at a time: from each chunk's loss back to the hidden
+        states, and then from these through the body.
+        """
+        packed = pack(part, share_prefix=self.share_prefix, device=self.model.device)
+        hidden = self._hidden_states(packed)
+        cut_here = hidden.detach().requires_grad_()
+        total = 0.0
+        for some, targets in _chunks(cut_here, packed.targets, self._vocabulary):
+            loss = self._head_loss(some, targets)
+            (loss / divisor).backward()
+            total += loss.item()
+        hidden.backward(cut_here.grad)
+        return total
+
+    def _hidden_states(self, packed: Pack) -> Tensor:
+        """(learned, hidden size): the body's output at the positions that predict a learned token."""
+        body: Any = self._base.get_decoder()
+        with self._autocast():
+            output = body(
+                input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packing=packed
+            )
+        hidden: Tensor = output.last_hidden_state[0, packed.positions]
+        return hidden
+
+    def _head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        head: Any = self._base.get_output_embeddings()
+        with self._autocast():
+            logits = head(hidden)  # (chunk, vocab)
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+    @property
+    def _base(self) -> PreTrainedModel:
+        """The model inside a peft wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model  # type: ignore
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def _autocast(self) -> Any:
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.model.device.type, self.dtype)
+
+
+def _chunks(hidden: Tensor, targets: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+    size = max(CHUNK_BYTES // (4 * vocabulary), 16)
+    for start in range(0, len(targets), size):
+        yield hidden[start : start + size], targets[start : start + size]
+
+
+@contextmanager
+def packed_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The model with packed attention, through transformers' AttentionInterface, and afterwards as it was."""
+    AttentionInterface.register(_ATTENTION, _attend)
+    AttentionMaskInterface.register(_ATTENTION, lambda *_, **__: None)  # no square mask is ever made
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _attend(
+    _module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None,
+    *,
+    packing: Pack,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention once for the prefix and once for each sequence. query: (1, heads, tokens, size); the result is
+    (1, tokens, heads, size), as transformers wants it."""
+    end = packing.prefix
+    prefix_key, prefix_value = key[:, :, :end], value[:, :, :end]
+    outputs = []
+    if end:
+        outputs.append(_sdpa(query[:, :, :end], prefix_key, prefix_value, None, scaling, dropout))
+    for (start, stop), mask in zip(packing.bounds, packing.masks, strict=True):
+        own_key, own_value = key[:, :, start:stop], value[:, :, start:stop]
+        if end:
+            own_key = torch.cat([prefix_key, own_key], dim=2)
+            own_value = torch.cat([prefix_value, own_value], dim=2)
+        outputs.append(_sdpa(query[:, :, start:stop], own_key, own_value, mask, scaling, dropout))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, dropout: float
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+        dropout_p=dropout,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _mask(length: int, prefix: int, device: torch.device) -> Tensor | None:
+    """(length, prefix + length): all of the prefix, and itself up to each position."""
+    if not prefix:
+        return None
+    return torch.ones(length, prefix + length, dtype=torch.bool, device=device).tril(prefix)

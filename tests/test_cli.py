@@ -1,0 +1,186 @@
+"""The command line as a person meets it: what mistakes are answered with; `--config` and help are true."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from handspun import __version__
+from handspun.cli import main
+
+GOOD = "instruction,input,output\nSay hi.,,Hi.\nSay yes.,,Yes.\n"
+
+
+def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message of a command that must fail for a person: exit code 2, and no traceback."""
+    assert main(list(arguments)) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert "Traceback" not in printed.err
+    return " ".join(printed.err.split())
+
+
+def train_on(capsys: pytest.CaptureFixture[str], model: Path, data: Path, content: str | bytes, *more: str) -> str:
+    data.write_bytes(content if isinstance(content, bytes) else content.encode())
+    output = data.with_name("output")
+    return fail(capsys, "train", "--model", str(model), "--data", str(data), "--output-dir", str(output), *more)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("train.csv", "", ["train.csv", "empty"]),
+        ("train.csv", "instruction,output\n", ["train.csv", "no row"]),
+        ("train.csv", "instructoin,output\na,b\n", ["instructoin", "instruction"]),
+        ("train.csv", "instruction,output\na,b\nc,d,e\n", ["train.csv, line 3"]),
+        ("train.csv", b"instruction,output\na,caf\xe9\n", ["train.csv", "UTF-8", "line 2"]),
+        ("train.csv", "instruction,output\na,\nb, \n", ["none of its 2 rows", "empty output: 2"]),
+        ("train.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": \n', ["train.jsonl, line 2"]),
+        ("train.json", '[{"instruction": "a", "output": 3}]', ["train.json", "row 1", "output"]),
+        ("train.txt", "hello", ["train.txt", ".csv"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 12 else None,
+)
+def test_data_that_cannot_be_used(
+    capsys: pytest.CaptureFixture[str],
+    tiny_folder: Path,
+    tmp_path: Path,
+    name: str,
+    content: str | bytes,
+    expected: list[str],
+) -> None:
+    message = train_on(capsys, tiny_folder, tmp_path / name, content)
+    for part in expected:
+        assert part in message
+
+
+def test_a_misspelt_file_is_told_its_neighbour(
+    capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "train.csv").write_text(GOOD)
+    message = fail(capsys, "preview", "--model", str(tiny_folder), "--data", str(tmp_path / "trian.csv"))
+    assert "train.csv" in message
+
+
+def test_a_misspelt_option_is_told_its_neighbour(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--batch-size" in fail(capsys, "train", "--bach-size", "4")
+
+
+def test_a_value_of_the_wrong_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--batch-size" in fail(capsys, "train", "--batch-size", "many")
+
+
+def test_a_misspelt_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "train" in fail(capsys, "trian")
+
+
+def test_options_that_exclude_each_other(capsys: pytest.CaptureFixture[str], tiny_folder: Path) -> None:
+    message = fail(capsys, "generate", "--model", str(tiny_folder), "--num-beams", "4", "--top-p", "0.9", "Hi")
+    assert "does not sample" in message
+
+
+def test_sampling_options_without_sampling(capsys: pytest.CaptureFixture[str], tiny_folder: Path) -> None:
+    assert "--do-sample" in fail(capsys, "generate", "--model", str(tiny_folder), "--temperature", "0.7", "Hi")
+
+
+def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "no such folder" in fail(capsys, "generate", "--model", str(tmp_path / "nothing"), "Hi")
+
+
+def test_a_prompt_that_is_missing(
+    capsys: pytest.CaptureFixture[str], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("  \n"))
+    assert "there is no prompt" in fail(capsys, "generate", "--model", str(tiny_folder))
+
+
+def test_traceback_is_shown_on_request(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["generate", "--traceback", "--model", str(tmp_path / "nothing"), "Hi"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_config_files_give_defaults_and_options_win(
+    capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "train.csv").write_text(GOOD)
+    (tmp_path / "run.yaml").write_text(
+        f"model: {tiny_folder}\ndata: {tmp_path / 'train.csv'}\noutput_dir: {tmp_path / 'output'}\n"
+        "num_epochs: 2\nbatch_size: 1\nlora: false\nlearning_rate: 1e-3\n"
+    )
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "--num-epochs", "1"]) == 0
+    record = json.loads((tmp_path / "output" / "run.json").read_text())["config"]
+    assert (record["num_epochs"], record["batch_size"], record["learning_rate"]) == (1, 1, 1e-3)
+    assert "finished in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("bach_size: 4\n", "bach-size"),
+        ("batch_size: many\n", "many"),
+        ("- 1\n", "one option a line"),
+        ("a: [", "YAML"),
+    ],
+)
+def test_config_files_that_cannot_be_used(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str, expected: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(content)
+    assert expected in fail(capsys, "train", "--config", str(tmp_path / "run.yaml"))
+
+
+def test_preview_marks_what_is_learned_and_accounts_for_every_row(
+    capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "train.csv").write_text(GOOD + "Say nothing.,,\n")
+    assert main(["preview", "--model", str(tiny_folder), "--data", str(tmp_path / "train.csv"), "--plain"]) == 0
+    printed = capsys.readouterr().out
+    assert "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n⟦Hi.<|im_end|>⟧" in printed
+    assert "rows: 3 read, 2 kept, 1 dropped" in printed
+    assert "empty output: 1 (row 3)" in printed
+
+
+def test_generate_prints_text_or_json(capsys: pytest.CaptureFixture[str], tiny_folder: Path) -> None:
+    options = ["--model", str(tiny_folder), "--max-new-tokens", "3"]
+    assert main(["generate", *options, "--json", "--logprobs", "Hi", "Yes"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["prompt"] for record in records] == ["Hi", "Yes"]
+    assert [len(record["logprobs"]) for record in records] == [len(record["token_ids"]) for record in records]
+    assert main(["generate", *options, "Hi", "Yes"]) == 0
+    assert "> Hi\n" in capsys.readouterr().out
+
+
+def test_chat_remembers_and_ends(
+    capsys: pytest.CaptureFixture[str], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\nAgain\n/reset\n/quit\n"))
+    assert main(["chat", "--model", str(tiny_folder), "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.count("you:") == 4
+
+
+def test_help_answers_in_half_a_second() -> None:
+    best = min(timed([sys.executable, "-m", "handspun", "--help"]) for _ in range(3))
+    assert best < 0.5
+
+
+def timed(command: list[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+@pytest.mark.parametrize("command", ["train", "preview", "generate", "chat", "demo"])
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert main([command, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "Usage: handspun" in printed
+    assert "[default: " in printed
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == __version__
