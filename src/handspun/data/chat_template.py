@@ -1,9 +1,8 @@
 """From messages to token ids, and to the mask of what is learned: training and prompting share this file.
 
 A tokenizer's Jinja template mixes its own text with the data, and once rendered nobody can tell which is
-which: a user who types `<|im_end|>` has ended the turn. So the data is hidden first. Every string of it is
-replaced by a sentinel, the template is rendered, and each character is then known to be the template's or
-the data's:
+which: a user who types `<|im_end|>` has ended the turn. So the data is hidden first (`sentinels.py`), the template
+is rendered, and each character is then known to be the template's or the data's:
 
     [{"role": "user", "content": "Hi"}]  ->  <|im_start|>user\n⟨0⟩<|im_end|>\n  ->  ids
 
@@ -13,7 +12,7 @@ whole, because BPE merges across the seams of smaller pieces.
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,15 +21,10 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from handspun.data.conversations import Message
+from handspun.data.sentinels import SENTINEL, Sentinels, alternatives
 from handspun.errors import TemplateError
 
-# Private-use characters and a quote. The quote tells where the template escaped it: behind `tojson` it
-# comes back as \" and the data must be escaped alike.
-_OPEN, _CLOSE = "\ue000", "\ue001"
-_SENTINEL = re.compile(r'(?:\ue000|\\ue000)(\\*)"(\d+)(?:\ue001|\\ue001)')
-
-# Words of JSON Schema that templates branch on (`if param.type == "string"`), so they must stay readable.
-_SCHEMA_WORDS = {"string", "number", "integer", "boolean", "object", "array", "null", "function"}
+_SHAPES_REMEMBERED = 1000
 
 
 @dataclass(frozen=True)
@@ -43,20 +37,23 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """A stretch of rendered text and whose it is."""
+class Run:
+    """A stretch of an example that is tokenised whole, or one added token."""
 
     text: str
-    owner: str  # "template", "data" or "assistant"
+    learned: bool
+    token_id: int | None = None
+    """Of the added token; None for text."""
+    first: bool = False
+    """Whether the example begins with it: some tokenizers write a space before that text."""
 
 
 @dataclass(frozen=True)
-class _Hidden:
-    """One hidden string: its text, whose it is, and what a template that leaves it out has left out."""
+class Layout:
+    """An example before its text is tokenised."""
 
-    text: str
-    owner: str
-    what: str
+    runs: list[Run]
+    note: str | None = None
 
 
 class ChatTemplate:
@@ -81,21 +78,26 @@ class ChatTemplate:
             )
         added = list(tokenizer.added_tokens_decoder.items())
         self._added = {token.content: (id, token) for id, token in added if token.content}
-        self._any_added = _alternatives(self._added)
-        self._non_special = _alternatives([text for text, (_, token) in self._added.items() if not token.special])
+        self._any_added = alternatives(self._added)
+        self._non_special = alternatives([text for text, (_, token) in self._added.items() if not token.special])
         self._first_run, self._later_run = _without_added_tokens(tokenizer.backend_tokenizer)
+        self._rendered: dict[str, str] = {}
         self._markers = self._find_markers()
         self.end_of_turn_id = self._find_end_of_turn()
         self.end_of_turn: str = tokenizer.added_tokens_decoder[self.end_of_turn_id].content
 
     def encode(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[Encoded]:
-        """Training examples of a conversation: in every assistant turn, what the model has to say is learned,
-        from the end of the generation prompt to the end-of-turn token.
+        """Training examples of a conversation: `lay_out` and `tokenize`."""
+        return self.tokenize(self.lay_out(messages, tools))
+
+    def lay_out(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[Layout]:
+        """Training examples of a conversation, not yet tokenised: in every assistant turn, what the model has to
+        say is learned, from the end of the generation prompt to the end-of-turn token.
 
         One example, or several where the template renders a turn differently once it is history (a think
         block that is later left out): each such turn is then learned as it was generated.
         """
-        hidden = _Sentinels(self._markers, self._any_added)
+        hidden = Sentinels(self._markers, self._any_added)
         messages, tools = hidden.conversation(messages, tools)
         full = self._render(messages, tools)
         self._nothing_left_out(full, hidden, messages)
@@ -120,18 +122,29 @@ class ChatTemplate:
         texts = [(full, together)] if together else []
         texts += [(turn, [span]) for turn, span in alone]
         note = hidden.reasoning_left_out(text for text, _ in texts)
-        return [self._tokenize(text, hidden, spans, note) for text, spans in texts]
+        return [Layout(self._runs(text, hidden, spans), note) for text, spans in texts]
 
     def encode_prompt(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Ids of the conversation and the generation prompt: a prefix of the ids that `encode` trains."""
-        hidden = _Sentinels(self._markers, self._any_added)
+        hidden = Sentinels(self._markers, self._any_added)
         messages, tools = hidden.conversation(messages, tools)
         text = self._render(messages, tools, generation_prompt=True)
         self._nothing_left_out(text, hidden, messages)
-        return self._tokenize(text, hidden, []).input_ids
+        return self.tokenize([Layout(self._runs(text, hidden, []))])[0].input_ids
 
     def _render(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, *, generation_prompt: bool = False
+    ) -> str:
+        """Rendered once for all conversations of the same shape: with its data hidden, only the shape is left."""
+        shape = json.dumps([messages, tools, generation_prompt])
+        if shape not in self._rendered:
+            if len(self._rendered) == _SHAPES_REMEMBERED:
+                self._rendered.clear()
+            self._rendered[shape] = self._render_anew(messages, tools, generation_prompt)
+        return self._rendered[shape]
+
+    def _render_anew(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, generation_prompt: bool
     ) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
@@ -143,12 +156,10 @@ class ChatTemplate:
         assert isinstance(text, str)
         return text
 
-    def _tokenize(
-        self, rendered: str, hidden: "_Sentinels", spans: list[tuple[int, int]], note: str | None = None
-    ) -> Encoded:
-        """Rendered text with sentinels, and the learned spans in it, to ids and mask."""
-        starts = [_revealed_length(hidden, rendered[:start]) for start, _ in spans]
-        ends = [_revealed_length(hidden, rendered[:end]) for _, end in spans]
+    def _runs(self, rendered: str, hidden: Sentinels, spans: list[tuple[int, int]]) -> list[Run]:
+        """Rendered text with sentinels, and the learned spans in it, cut into runs."""
+        starts = [hidden.revealed_length(rendered[:start]) for start, _ in spans]
+        ends = [hidden.revealed_length(rendered[:end]) for _, end in spans]
         text, matches = "", []
         for piece in hidden.reveal(rendered):
             if piece.owner != "data":
@@ -156,14 +167,13 @@ class ChatTemplate:
                 matches += [(len(text) + m.start(), len(text) + m.end()) for m in pattern.finditer(piece.text)]
             text += piece.text
         stops = [self._turn_end(text, matches, start, end) for start, end in zip(starts, ends, strict=True)]
+        learned = list(zip(starts, stops, strict=True))
 
-        input_ids: list[int] = []
-        learned: list[bool] = []
+        runs: list[Run] = []
 
-        def add(ids: list[int], at: int) -> None:
-            input_ids.extend(ids)
-            is_learned = any(start <= at < stop for start, stop in zip(starts, stops, strict=True))
-            learned.extend([is_learned] * len(ids))
+        def add(run: str, at: int, token_id: int | None = None) -> None:
+            is_learned = any(start <= at < stop for start, stop in learned)
+            runs.append(Run(run, is_learned, token_id, first=not runs))
 
         position, strip_next = 0, False
         for start, end, added in _cuts(text, matches, starts):
@@ -174,16 +184,24 @@ class ChatTemplate:
             if token is not None and token.lstrip:
                 run = run.rstrip()
             if run:
-                add(self._encode_run(run, first=not input_ids), position)
+                add(run, position)
             if token is not None:
-                add([self._added[token.content][0]], start)
+                add(token.content, start, self._added[token.content][0])
             strip_next = token is not None and token.rstrip
             position = end
-        return Encoded(input_ids, learned, note)
+        return runs
 
-    def _encode_run(self, run: str, *, first: bool) -> list[int]:
-        ids: list[int] = (self._first_run if first else self._later_run).encode(run, add_special_tokens=False).ids
-        return ids
+    def tokenize(self, layouts: Sequence[Layout]) -> list[Encoded]:
+        """Ids of many examples at once: a text that several have (a system prompt) is tokenised once, and the
+        `tokenizers` library uses all cores."""
+        ids: dict[tuple[str, bool], list[int]] = {}
+        for layout in layouts:
+            ids.update(((run.text, run.first), []) for run in layout.runs if run.token_id is None)
+        for tokenizer, first in ((self._first_run, True), (self._later_run, False)):
+            texts = [text for text, is_first in ids if is_first == first]
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            ids.update(((text, first), found.ids) for text, found in zip(texts, encodings, strict=True))
+        return [_joined(layout, ids) for layout in layouts]
 
     def _turn_end(self, text: str, matches: list[tuple[int, int]], start: int, end: int) -> int:
         """Where the turn that was rendered to text[start:end] has its end-of-turn token's end."""
@@ -192,9 +210,9 @@ class ChatTemplate:
             raise TemplateError(f"the template ends an assistant turn without {self.end_of_turn!r}.")
         return ends[-1]
 
-    def _nothing_left_out(self, rendered: str, hidden: "_Sentinels", messages: list[Message]) -> None:
+    def _nothing_left_out(self, rendered: str, hidden: Sentinels, messages: list[Message]) -> None:
         """A template may not lose data silently, but for an earlier turn's thinking."""
-        shown = {int(match[2]) for match in _SENTINEL.finditer(rendered)}
+        shown = {int(match[2]) for match in SENTINEL.finditer(rendered)}
         for what in ("the tools", "the tool calls"):  # a template may show a part of a schema
             indices = {i for i, value in enumerate(hidden.values) if value.what == what}
             if indices and not indices & shown:
@@ -213,15 +231,15 @@ class ChatTemplate:
         source = self.tokenizer.chat_template
         source = "\n".join(source.values()) if isinstance(source, dict) else source
         found = set(re.findall(r"""['"](?:\\n)*(</?\w+>)(?:\\n)*['"]""", source))
-        return _alternatives([m for m in found if m not in self._added or not self._added[m][1].special])
+        return alternatives([m for m in found if m not in self._added or not self._added[m][1].special])
 
     def _find_end_of_turn(self) -> int:
-        hidden = _Sentinels(self._markers, self._any_added)
+        hidden = Sentinels(self._markers, self._any_added)
         probe, _ = hidden.conversation(
             [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}], None
         )
         rendered = self._render(probe, None)
-        after = rendered[max(match.end() for match in _SENTINEL.finditer(rendered)) :] if rendered else ""
+        after = rendered[max(match.end() for match in SENTINEL.finditer(rendered)) :] if rendered else ""
         match = self._any_added.search(after)
         if match is None:
             raise TemplateError(
@@ -233,104 +251,6 @@ class ChatTemplate:
         return end_of_turn_id
 
 
-class _Sentinels:
-    """The data of one conversation, each string behind its sentinel."""
-
-    def __init__(self, markers: re.Pattern[str], any_added: re.Pattern[str]) -> None:
-        self.values: list[_Hidden] = []
-        self._markers, self._any_added = markers, any_added
-
-    def conversation(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None
-    ) -> tuple[list[Message], list[dict[str, Any]] | None]:
-        """The same conversation with all its data hidden."""
-        hidden = [self._message(message) for message in messages]
-        return hidden, [self._json(tool, "the tools") for tool in tools] if tools else None
-
-    def _message(self, message: Message) -> Message:
-        role = message["role"]
-        if role == "assistant":
-            pieces = self._markers.split(message.get("content") or "")
-            marks = [*self._markers.findall(message.get("content") or ""), ""]
-            content = "".join(
-                self._hide(piece, "assistant", "an assistant's text") + mark
-                for piece, mark in zip(pieces, marks, strict=True)
-            )
-        else:
-            content = self._hide(message.get("content") or "", "data", f"the {role} message")
-        hidden: Message = {"role": role, "content": content}
-        if message.get("reasoning_content"):
-            hidden["reasoning_content"] = self._hide(message["reasoning_content"], "assistant", "the reasoning")
-        if message.get("tool_calls"):
-            hidden["tool_calls"] = [self._tool_call(call) for call in message["tool_calls"]]
-        for key in ("name", "tool_call_id"):
-            if message.get(key):
-                hidden[key] = self._hide(message[key], "data", "a name")
-        return hidden
-
-    def _tool_call(self, call: dict[str, Any]) -> dict[str, Any]:
-        function = call.get("function", call)
-        arguments = function.get("arguments", {})
-        hidden = {
-            "name": self._hide(function["name"], "data", "the tool calls"),
-            "arguments": self._json(
-                json.loads(arguments) if isinstance(arguments, str) else arguments, "arguments"
-            ),
-        }
-        kept = {key: self._json(value, "a tool call's id") for key, value in call.items() if key == "id"}
-        return {**kept, "type": "function", "function": hidden}
-
-    def _json(self, value: Any, what: str) -> Any:
-        if isinstance(value, str):
-            return value if value in _SCHEMA_WORDS else self._hide(value, "data", what)
-        if isinstance(value, dict):
-            # Templates look keys up by name, so a key is hidden only if it could forge something.
-            return {
-                self._hide(key, "data", what) if self._could_forge(key) else key: self._json(item, what)
-                for key, item in value.items()
-            }
-        if isinstance(value, list):
-            return [self._json(item, what) for item in value]
-        return value
-
-    def _could_forge(self, key: str) -> bool:
-        return bool(self._any_added.search(key)) or _OPEN in key or _CLOSE in key
-
-    def reasoning_left_out(self, rendered: Iterable[str]) -> str | None:
-        """What to tell of reasoning that none of the texts shows."""
-        shown = {int(match[2]) for text in rendered for match in _SENTINEL.finditer(text)}
-        lost = [i for i, value in enumerate(self.values) if value.what == "the reasoning" and i not in shown]
-        return "the template leaves out the reasoning of an assistant turn" if lost else None
-
-    def _hide(self, text: str, owner: str, what: str) -> str:
-        """White space at both ends stays, so that a template that trims its contents trims these."""
-        core = text.strip()
-        if not core:
-            return text
-        self.values.append(_Hidden(core, owner, what))
-        start = text.index(core)
-        return f'{text[:start]}{_OPEN}"{len(self.values) - 1}{_CLOSE}{text[start + len(core) :]}'
-
-    def reveal(self, rendered: str) -> Iterator[_Piece]:
-        """The rendered text in pieces, with the data in the place of its sentinels."""
-        position = 0
-        for match in _SENTINEL.finditer(rendered):
-            if match.start() > position:
-                yield _Piece(rendered[position : match.start()], "template")
-            value = self.values[int(match[2])]
-            text = value.text
-            for _ in range((len(match[1]) + 1).bit_length() - 1):  # 1 backslash: in JSON, 3: in JSON in JSON
-                text = json.dumps(text, ensure_ascii=match[0].startswith("\\"))[1:-1]
-            yield _Piece(text, value.owner)
-            position = match.end()
-        if position < len(rendered):
-            yield _Piece(rendered[position:], "template")
-
-
-def _revealed_length(hidden: _Sentinels, rendered: str) -> int:
-    return sum(len(piece.text) for piece in hidden.reveal(rendered))
-
-
 def _cuts(text: str, matches: list[tuple[int, int]], starts: list[int]) -> list[tuple[int, int, bool]]:
     """(start, end, is an added token) in order: added tokens, learned starts, and the end of the text."""
     cuts = [(start, end, True) for start, end in matches]
@@ -338,9 +258,15 @@ def _cuts(text: str, matches: list[tuple[int, int]], starts: list[int]) -> list[
     return [*sorted(cuts, key=lambda cut: (cut[0], cut[1])), (len(text), len(text), False)]
 
 
-def _alternatives(texts: Any) -> re.Pattern[str]:
-    """Matches any of the texts, the longest first; with no texts, nothing."""
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")
+def _joined(layout: Layout, ids: dict[tuple[str, bool], list[int]]) -> Encoded:
+    """ids and mask are born together."""
+    input_ids: list[int] = []
+    learned: list[bool] = []
+    for run in layout.runs:
+        new = [run.token_id] if run.token_id is not None else ids[run.text, run.first]
+        input_ids += new
+        learned += [run.learned] * len(new)
+    return Encoded(input_ids, learned, layout.note)
 
 
 def _without_added_tokens(backend: Tokenizer) -> tuple[Tokenizer, Tokenizer]:

@@ -4,12 +4,16 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from handspun.config import DataFormat
-from handspun.data.chat_template import ChatTemplate, Encoded
+from handspun.data.chat_template import ChatTemplate, Encoded, Layout
 from handspun.data.conversations import DroppedRow, recognise_format, to_conversation, used_columns
 from handspun.data.rows import Row
 from handspun.errors import DataError, TemplateError
+
+_ROWS_AT_ONCE = 2000
+"""Tokenised together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,25 +96,36 @@ def build_examples(
     account = RowAccount(rows=len(rows), formats=_formats(rows, data_format))
     account.unused_columns = _unused_columns(rows, account.formats)
     examples: list[Example] = []
-    for row in rows:
-        made = list(_examples_of(row, template, account, max_length, system_prompt))
-        account.kept += bool(made)
-        examples += made
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        laid_out = [
+            (row, layouts)
+            for row in rows[start : start + _ROWS_AT_ONCE]
+            if (layouts := _lay_out(row, template, account, system_prompt))
+        ]
+        encoded = iter(template.tokenize([layout for _, layouts in laid_out for layout in layouts]))
+        for row, layouts in laid_out:
+            made = list(_examples_of(row, list(islice(encoded, len(layouts))), account, max_length))
+            account.kept += bool(made)
+            examples += made
+    account.dropped.sort(key=lambda note: (list(account.formats).index(note.file), note.row))
     _refuse_if_lost(account, strict)
     return examples, account
 
 
-def _examples_of(
-    row: Row, template: ChatTemplate, account: RowAccount, max_length: int, system_prompt: str | None
-) -> Iterator[Example]:
+def _lay_out(row: Row, template: ChatTemplate, account: RowAccount, system_prompt: str | None) -> list[Layout]:
+    """The row's examples before they are tokenised; none if it is dropped."""
     try:
         conversation = to_conversation(row, account.formats[row.file], system_prompt=system_prompt)
-        encoded = template.encode(conversation.messages, conversation.tools)
+        layouts = template.lay_out(conversation.messages, conversation.tools)
     except (DroppedRow, TemplateError) as error:
         account.dropped.append(RowNote(row.file, row.number, str(error)))
-        return
-    for note in filter(None, {conversation.note, *(example.note for example in encoded)}):
+        return []
+    for note in filter(None, {conversation.note, *(layout.note for layout in layouts)}):
         account.notes.append(RowNote(row.file, row.number, note))
+    return layouts
+
+
+def _examples_of(row: Row, encoded: list[Encoded], account: RowAccount, max_length: int) -> Iterator[Example]:
     whole = [_up_to_the_last_learned(example) for example in encoded]
     longest = max(len(example.input_ids) for example in whole)
     if longest > max_length:

@@ -19,8 +19,8 @@ HELD_OUT_DATA = Path(__file__).with_name("held_out.csv")
 
 BEFORE_AND_AFTER = [
     "Who are you, and who made you?",
-    "Complete the analogy.\nKitten is to cat as calf is to",
-    'Extract the email address.\nThe flyer says, "Send your photos to contest@redfern.example by noon."',
+    "Classify the sentiment as positive, negative or neutral.\nThe guide was late, rude, and bored with us.",
+    "Name three rivers in Europe.",
     "A bus carries 40 people. How many people are in 3 full buses if 8 get off?",
 ]
 
