@@ -20,6 +20,7 @@ ROOMS = [
     {"models"},
     {"training", "decoding"},
     {"report"},
+    {"output"},
     {"run"},
     {"demo"},
     {"cli"},

@@ -133,7 +133,7 @@ def test_an_earlier_run_is_not_overwritten_unasked(tiny_folder: Path, data: Path
 def test_a_disk_that_is_too_small_is_said_before_the_first_step(
     tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("handspun.run.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr("handspun.output.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(OutputError, match=r"0\.0 GB free, and 2 checkpoints"):
         train(config(tiny_folder, data), console=quiet_console())
 
@@ -144,7 +144,7 @@ def test_a_run_that_fails_says_so_in_its_record(
     def broken(*_: object, **__: object) -> None:
         raise OutputError("the disk is gone")
 
-    monkeypatch.setattr("handspun.run.save_checkpoint", broken)
+    monkeypatch.setattr("handspun.output.save_checkpoint", broken)
     with pytest.raises(OutputError, match="the disk is gone"):
         train(config(tiny_folder, data), console=quiet_console())
     assert json.loads((data.with_name("output") / "run.json").read_text())["status"] == "failed"

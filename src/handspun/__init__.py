@@ -26,7 +26,8 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from handspun.models.load import ChatModel, load
-    from handspun.run import TrainedRun, train
+    from handspun.output import TrainedRun
+    from handspun.run import train
 
 __version__ = "0.1.0"
 
@@ -42,7 +43,7 @@ _HOMES = {
     "OutputError": "errors",
     "TemplateError": "errors",
     "TrainConfig": "config",
-    "TrainedRun": "run",
+    "TrainedRun": "output",
     "TrainingError": "errors",
     "generate": "decoding.generate",
     "load": "models.load",

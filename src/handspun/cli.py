@@ -3,6 +3,7 @@
 Heavy modules are imported by the commands that need them, so that `--help` answers at once.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -205,7 +206,8 @@ def console_script() -> None:
 
 
 def _say(errors: Console, message: str, hint: str = "") -> int:
-    errors.print("[bold red]error:[/]", end=" ")
+    rank = os.environ.get("RANK", "0")
+    errors.print(f"[bold red]{'error' if rank == '0' else f'error on rank {rank}'}:[/]", end=" ")
     errors.print(message, markup=False, soft_wrap=True)
     if hint:
         errors.print(hint, markup=False, soft_wrap=True)

@@ -64,6 +64,10 @@ class TrainConfig(DataConfig):
     """How a micro-batch is computed: rows end to end behind the prefix that they share, or padded. The
     results are the same."""
 
+    activation_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third
+    more work."""
+
     learning_rate: float | None = None
     """Peak learning rate of AdamW; if not given, 2e-5, and 2e-4 with LoRA."""
 
@@ -98,8 +102,7 @@ class TrainConfig(DataConfig):
     """"auto" (cuda where there is one, else cpu), "cpu", "cuda", "cuda:1", "mps"."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the matrix products; weights and optimiser stay float32. "auto" is float32 on a CPU,
-    bfloat16 on a GPU that has it."""
+    """Type of the matrix products; weights and optimiser stay float32. "auto" measures which is faster here."""
 
     threads: int | None = None
     """CPU threads; if not given, PyTorch's default (one per physical core)."""

@@ -11,7 +11,8 @@ from handspun.config import TrainConfig
 from handspun.decoding.generate import generate
 from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.load import ChatModel, load
-from handspun.run import TrainedRun, train
+from handspun.output import TrainedRun
+from handspun.run import train
 from handspun.training.allocator import keep_freed_memory
 
 DEMO_DATA = Path(__file__).with_name("demo.csv")

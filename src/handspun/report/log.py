@@ -91,7 +91,8 @@ class RunLog:
         return (
             f"step {step.step:>{width}}/{step.total_steps}  epoch {step.epoch}  loss {step.loss:.4f}  "
             f"lr {step.learning_rate:.2e}  grad {step.grad_norm:.2f}  "
-            f"{step.tokens / step.seconds:.0f} tokens/s ({step.learned_tokens / step.seconds:.0f} learned)  "
+            f"{step.tokens / step.seconds:.0f} tokens/s ({step.learned_tokens / step.seconds:.0f} learned, "
+            f"{step.computed_tokens / step.seconds:.0f} computed)  "
             f"left {duration(self._seconds_left(step))}"
         )
 

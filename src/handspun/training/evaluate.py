@@ -6,15 +6,22 @@ from transformers import PreTrainedModel
 
 from handspun.data.examples import Example
 from handspun.training.execution import Execution
+from handspun.training.processes import Processes
 
 
 def evaluate(
-    model: PreTrainedModel, execution: Execution, examples: Sequence[Example], *, max_tokens: int
+    model: PreTrainedModel,
+    execution: Execution,
+    examples: Sequence[Example],
+    *,
+    max_tokens: int,
+    processes: Processes = Processes(),  # noqa: B008  (frozen)
 ) -> tuple[float, int]:
     """(mean loss a learned token, number of learned tokens), with dropout off. A NaN stays a NaN."""
     was_training = model.training
     model.eval()
-    loss_sum = sum(execution.loss(part) for part in execution.cut(examples, max_tokens))
+    parts = execution.cut(processes.deal(examples), max_tokens)
+    loss_sum = processes.sum(sum(execution.loss(part) for part in parts))
     model.train(was_training)
     learned_tokens = sum(example.learned_tokens for example in examples)
     return loss_sum / learned_tokens, learned_tokens

@@ -22,6 +22,9 @@ class Execution(Protocol):
     def cut(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
         """The batch in micro-batches of at most `max_tokens` tokens; a longer row is one of its own."""
 
+    def computed_tokens(self, part: Sequence[Example]) -> int:
+        """Tokens that go through the model: padding is in it, and a shared prefix once."""
+
     def loss(self, part: Sequence[Example]) -> float:
         """The loss summed over the part's learned tokens, without a gradient."""
 

@@ -24,6 +24,10 @@ class Padded:
         """The batch in micro-batches, padding included."""
         return micro_batches(batch, max_tokens)
 
+    def computed_tokens(self, part: Sequence[Example]) -> int:
+        """Tokens that go through the model, padding included."""
+        return padded_tokens(part)
+
     def loss(self, part: Sequence[Example]) -> float:
         """The loss summed over the part's learned tokens, without a gradient."""
         with torch.no_grad():
@@ -37,6 +41,11 @@ class Padded:
 
     def _loss(self, part: Sequence[Example]) -> torch.Tensor:
         return padded_loss(self.model, part, pad_token_id=self.pad_token_id, dtype=self.dtype)[0]
+
+
+def padded_tokens(part: Sequence[Example]) -> int:
+    """Tokens of the part once it is padded."""
+    return len(part) * max(len(example) for example in part)
 
 
 def padded_loss(

@@ -16,11 +16,13 @@ from handspun.errors import TrainingError
 from handspun.training.evaluate import evaluate
 from handspun.training.execution import Execution
 from handspun.training.optim import lr_at, make_optimizer
+from handspun.training.processes import Processes
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step: loss is the mean over the batch's learned tokens, before the update."""
+    """One optimiser step: loss is the mean over the batch's learned tokens, before the update. Of its tokens, some
+    are learned; those computed have padding in them, and a shared prefix once."""
 
     step: int
     total_steps: int
@@ -31,6 +33,7 @@ class Step:
     rows: int
     tokens: int
     learned_tokens: int
+    computed_tokens: int
     seconds: float
 
 
@@ -74,6 +77,7 @@ class Loop:
     examples: Sequence[Example]
     held_out: Sequence[Example] = ()
     execution: Execution
+    processes: Processes = field(default_factory=Processes)
     clock: Callable[[], float] = field(default=time.perf_counter)
 
     @property
@@ -118,9 +122,12 @@ def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch
     """
     began = loop.clock()
     learned_tokens = sum(example.learned_tokens for example in batch)
-    loss = 0.0
-    for part in loop.execution.cut(batch, loop.config.max_tokens):
+    loss, computed_tokens = 0.0, 0
+    for part in loop.execution.cut(loop.processes.deal(batch), loop.config.max_tokens):
         loss += loop.execution.backward(part, learned_tokens) / learned_tokens
+        computed_tokens += loop.execution.computed_tokens(part)
+    loss, computed_tokens = loop.processes.sum(loss), int(loop.processes.sum(computed_tokens))
+    loop.processes.sum_gradients(state.model)
     grad_norm = clip_grad_norm_(state.model.parameters(), loop.config.max_grad_norm or math.inf).item()
     _refuse_not_finite(loss, grad_norm, batch, state.step + 1)
     learning_rate = lr_at(state.step, loop.total_steps, loop.config)
@@ -132,14 +139,20 @@ def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch
     tokens = sum(len(example) for example in batch)
     return Step(
         state.step, loop.total_steps, epoch, loss, learning_rate, grad_norm,
-        len(batch), tokens, learned_tokens, loop.clock() - began,
+        len(batch), tokens, learned_tokens, computed_tokens, loop.clock() - began,
     )  # fmt: skip
 
 
 def _evaluation(loop: Loop, state: TrainingState, epoch: int) -> Iterator[Evaluation]:
     if not loop.held_out:
         return
-    loss, learned_tokens = evaluate(state.model, loop.execution, loop.held_out, max_tokens=loop.config.max_tokens)
+    loss, learned_tokens = evaluate(
+        state.model,
+        loop.execution,
+        loop.held_out,
+        max_tokens=loop.config.max_tokens,
+        processes=loop.processes,
+    )
     best = loss < state.best_loss
     if best:
         state.best_loss = loss

@@ -80,6 +80,12 @@ def shared_prefix(examples: Sequence[Example]) -> int:
     return min(common, *(example.learned.index(True) - 1 for example in examples))
 
 
+def packed_tokens(part: Sequence[Example], *, share_prefix: bool) -> int:
+    """Tokens of the part once it is packed."""
+    once = shared_prefix(part) if share_prefix else 0
+    return sum(len(example) for example in part) - (len(part) - 1) * once
+
+
 def packed_micro_batches(batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
     """The batch in parts of at most `max_tokens` tokens; a longer row is one of its own."""
     part: list[Example] = []
@@ -105,6 +111,10 @@ class Packed:
     def cut(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
         """The batch in micro-batches."""
         return packed_micro_batches(batch, max_tokens)
+
+    def computed_tokens(self, part: Sequence[Example]) -> int:
+        """Tokens that go through the model, the shared prefix once."""
+        return packed_tokens(part, share_prefix=self.share_prefix)
 
     def loss(self, part: Sequence[Example]) -> float:
         """The loss summed over the part's learned tokens, without a gradient."""

@@ -10,7 +10,8 @@ from handspun.config import TrainConfig
 from handspun.data.batches import batches, epoch_order, micro_batches
 from handspun.data.examples import Example
 from handspun.training.execution import cannot_pack, shares_prefix
-from handspun.training.packed import CHUNK_BYTES, packed_micro_batches, shared_prefix
+from handspun.training.forward import padded_tokens
+from handspun.training.packed import CHUNK_BYTES, packed_micro_batches, packed_tokens
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def make_plan(model: PreTrainedModel, examples: Sequence[Example], config: Train
     share_prefix = packed and shares_prefix(model.config, config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    kept = max(_kept(part, model, packed, share_prefix) for part in parts)
+    kept = max(_kept(part, model, config, packed, share_prefix) for part in parts)
     return Plan(
         batching="packed" if packed else "padded",
         examples=len(examples),
@@ -65,19 +66,20 @@ _FIXED = 600 * 2**20  # PyTorch, transformers and the tokenizer themselves, meas
 
 
 def _computed(part: Sequence[Example], packed: bool, share_prefix: bool) -> int:
-    """Tokens that go through the body."""
-    if not packed:
-        return len(part) * max(len(example) for example in part)
-    once = shared_prefix(part) if share_prefix else 0
-    return sum(len(example) for example in part) - (len(part) - 1) * once
+    return packed_tokens(part, share_prefix=share_prefix) if packed else padded_tokens(part)
 
 
-def _kept(part: Sequence[Example], model: PreTrainedModel, packed: bool, share_prefix: bool) -> int:
+def _kept(
+    part: Sequence[Example], model: PreTrainedModel, config: TrainConfig, packed: bool, share_prefix: bool
+) -> int:
     """Floats that a micro-batch holds at the end of its forward pass: each layer's inputs and products, and
     logits: padded, where some row learns, with their gradient, beside the learned ones, their softmax and its
     gradient; packed, the three of one chunk, and the head's gradient before it is added."""
     text: PretrainedConfig = model.config.get_text_config()
-    per_token = (10 * text.hidden_size + 5 * text.intermediate_size) * text.num_hidden_layers
+    in_a_layer = 10 * text.hidden_size + 5 * text.intermediate_size
+    per_token = in_a_layer * text.num_hidden_layers
+    if config.activation_checkpointing:
+        per_token = in_a_layer + text.hidden_size * text.num_hidden_layers
     activations = _computed(part, packed, share_prefix) * per_token
     learned_tokens = sum(example.learned_tokens for example in part)
     if packed:
