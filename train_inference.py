@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import handspun
-from handspun.demo.run import DEMO_DATA, HELD_OUT_DATA
+from handspun.demo.run import demo_config
 
 parser = argparse.ArgumentParser(description="Train, then decode: greedy, sampling, beam search.")
 parser.add_argument(
@@ -21,6 +21,9 @@ parser.add_argument("--data", default="train.csv", help="instruction rows (defau
 parser.add_argument("--eval-data", help="held-out rows")
 parser.add_argument("--output-dir", default="output", help="folder for the run (default: %(default)s)")
 parser.add_argument("--num-epochs", type=int, default=3, help="passes over the rows (default: %(default)s)")
+parser.add_argument(
+    "--learning-rate", type=float, help="peak of the schedule (default: 2e-5, and 2e-4 with --lora)"
+)
 parser.add_argument("--lora", action="store_true", help="train LoRA adapters in place of all weights")
 parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
 parser.add_argument(
@@ -28,7 +31,9 @@ parser.add_argument(
 )
 arguments = parser.parse_args()
 if arguments.demo:
-    arguments.model, arguments.data, arguments.eval_data = "smollm2-135m", str(DEMO_DATA), str(HELD_OUT_DATA)
+    demo = demo_config(arguments.output_dir)
+    arguments.model, arguments.data, arguments.eval_data = demo.model, demo.data, demo.eval_data
+    arguments.learning_rate = arguments.learning_rate or demo.learning_rate
 
 # %% [markdown]
 # ## Train
@@ -43,10 +48,11 @@ config = handspun.TrainConfig(
     output_dir=arguments.output_dir,
     num_epochs=arguments.num_epochs,
     batch_size=8,
+    learning_rate=arguments.learning_rate,
     lora=arguments.lora,
     overwrite=arguments.overwrite,
 )
-handspun.train(config)
+run = handspun.train(config)
 
 # %% [markdown]
 # ## Decode

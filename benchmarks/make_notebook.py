@@ -3,6 +3,7 @@
 python benchmarks/make_notebook.py
 """
 
+import os
 from pathlib import Path
 
 import jupytext
@@ -18,6 +19,7 @@ def main() -> None:
     assert ARGUMENTS in source
     notebook = jupytext.reads(source.replace(ARGUMENTS, ARGUMENTS_HERE), fmt="py:percent")
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    os.environ["PYTHONWARNINGS"] = "ignore"  # tqdm asks for ipywidgets
     NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(ROOT)}}).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day, which change with every run

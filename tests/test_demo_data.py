@@ -53,4 +53,6 @@ def test_sums_are_right(path: Path) -> None:
 def test_the_configuration_is_a_valid_one() -> None:
     config = demo_config("output")
     assert config.model == "smollm2-135m"
-    assert config.eval_data == str(HELD_OUT_DATA)
+    assert Path(config.data).absolute() == DEMO_DATA
+    assert config.eval_data is not None
+    assert Path(config.eval_data).absolute() == HELD_OUT_DATA

@@ -24,7 +24,7 @@ from handspun.models.load import (
 from handspun.models.lora import add_lora
 from handspun.output import TrainedRun, keep, prepare_output, record, recorded, refuse_without_room
 from handspun.report.account import account_lines, length_lines
-from handspun.report.log import RunLog
+from handspun.report.log import RunLog, plain_console
 from handspun.report.plan import plan_lines
 from handspun.report.record import run_facts
 from handspun.training.allocator import keep_freed_memory
@@ -47,7 +47,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)  # LoRA's initial values, and dropout
-    console = console or Console(highlight=False)
+    console = console or plain_console()
     with processes_of_this_run() as processes:
         console.quiet = console.quiet or not processes.is_first
         writes = processes.is_first and not config.dry_run

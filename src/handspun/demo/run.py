@@ -12,6 +12,7 @@ from handspun.decoding.generate import generate
 from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.load import ChatModel, load
 from handspun.output import TrainedRun
+from handspun.report.log import plain_console
 from handspun.run import train
 from handspun.training.allocator import keep_freed_memory
 
@@ -36,8 +37,8 @@ def demo_config(
     """The run of the demonstration."""
     return TrainConfig(
         model=EMBEDDED_NAME,
-        data=str(DEMO_DATA),
-        eval_data=str(HELD_OUT_DATA),
+        data=_as_typed(DEMO_DATA),
+        eval_data=_as_typed(HELD_OUT_DATA),
         output_dir=output_dir,
         num_epochs=num_epochs,
         learning_rate=5e-5,
@@ -46,12 +47,17 @@ def demo_config(
     )
 
 
+def _as_typed(path: Path) -> str:
+    """Relative to the working folder, if it is inside it: the path stands in the log and in run.json."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def run_demo(
     output_dir: str, *, num_epochs: int = 3, threads: int | None = None, overwrite: bool = False
 ) -> TrainedRun:
     """Trains the demonstration and shows its answers before and after, then the three decodings."""
     keep_freed_memory()
-    console = Console(highlight=False)
+    console = plain_console()
     config = demo_config(output_dir, num_epochs=num_epochs, threads=threads, overwrite=overwrite)
     if threads is not None:
         torch.set_num_threads(threads)

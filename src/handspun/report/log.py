@@ -23,6 +23,11 @@ _LEAST_SECONDS_BETWEEN_STEPS = 1.0
 """In train.log and on the terminal; metrics.jsonl has every step."""
 
 
+def plain_console() -> Console:
+    """Standard output without highlighting, and in a notebook plain text like anywhere else."""
+    return Console(highlight=False, force_jupyter=False)
+
+
 class RunLog:
     """Where a run's lines and events go. A folder of None (a dry run) writes no files."""
 
