@@ -2,10 +2,10 @@
 
     python benchmarks/train.py --data train.csv [--model FOLDER] [--rows 64] [--batch-size 8] [--runs 3] [--fresh]
 
-Every measurement is a process of its own, with two threads, float32, the same rows and learning rate; contenders
-take turns. Each figure is saved in benchmarks/results/ as it is measured, and a benchmark that is run again goes
-on from what is saved; --fresh starts over. TRL runs in an environment of its own, .venv-peers, which `make bench`
-makes.
+Every measurement is a process of its own, with two threads, float32 if not said otherwise, the same rows and
+learning rate; contenders take turns. Each figure is saved in benchmarks/results/ as it is measured, and a
+benchmark that is run again goes on from what is saved; --fresh starts over. TRL runs in an environment of its
+own, .venv-peers, which `make bench` makes.
 """
 
 import argparse
@@ -28,6 +28,8 @@ CONTENDERS = {
     "TRL at its best": (PEERS, "trl_train.py", "best"),
     "Handspun, padded": (Path(sys.executable), "handspun_train.py", "padded"),
     "Handspun": (Path(sys.executable), "handspun_train.py", "packed"),
+    "TRL at its best, bfloat16": (PEERS, "trl_train.py", "best-bfloat16"),
+    "Handspun, bfloat16": (Path(sys.executable), "handspun_train.py", "packed-bfloat16"),
 }
 
 
@@ -59,7 +61,7 @@ def main() -> None:
                 continue
             command = [str(python), str(HERE / "contenders" / script), model, str(rows_file), mode]
             done.append(measure([*command, str(arguments.batch_size)]))
-            record = {"machine": cpu_name(), "command": sys.argv, "rows": arguments.rows, "runs": measured}
+            record = {"machine": cpu_name(), "data": data.name, "rows": arguments.rows, "runs": measured}
             results.write_text(json.dumps(record, indent=1), encoding="utf-8")
             print(f"{contender}: {arguments.rows / done[-1]['seconds']:.2f} rows/s", flush=True)
     rows_file.unlink()

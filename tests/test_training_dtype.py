@@ -1,36 +1,44 @@
-"""The type of the products is the faster one, as a clock says; bfloat16 has to be clearly faster."""
+"""The type of the products: float32 on a CPU; on a GPU bfloat16, if a clock says that it is clearly faster."""
 
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from handspun.training.dtype import fastest_dtype
+from handspun.training import dtype as dtype_module
+from handspun.training.dtype import choose_dtype
 
 
-def clock_of(float32_seconds: float, bfloat16_seconds: float) -> Callable[[], float]:
-    """A clock by which each product of the probe takes as long as it is told."""
+def clock_of(bfloat16_seconds: float, float32_seconds: float) -> Callable[[], float]:
+    """A clock by which each product of the probe takes as long as it is told; the first of four is not timed."""
 
     def times() -> Iterator[float]:
         now = 0.0
-        for seconds in (float32_seconds, bfloat16_seconds):
-            for _ in range(4):
+        for seconds in (bfloat16_seconds, float32_seconds):
+            for turn in range(4):
                 yield now
                 now += seconds
-                if _:
+                if turn:
                     yield now
 
     ticks = times()
     return lambda: next(ticks)
 
 
-@pytest.mark.parametrize(
-    ("float32_seconds", "bfloat16_seconds", "expected"),
-    [(1.0, 0.5, torch.bfloat16), (1.0, 0.9, torch.float32), (1.0, 3.0, torch.float32)],
-)
-def test_the_faster_one_is_chosen(float32_seconds: float, bfloat16_seconds: float, expected: torch.dtype) -> None:
-    dtype, measured = fastest_dtype(torch.device("cpu"), clock_of(float32_seconds, bfloat16_seconds))
-    assert dtype == expected
-    assert measured == f"measured: float32 {4.294967296 / float32_seconds:.0f}, bfloat16 " + (
-        f"{4.294967296 / bfloat16_seconds:.0f} GFLOP/s"
+def test_a_cpu_stays_with_float32_and_says_what_bfloat16_would_gain() -> None:
+    cpu = torch.device("cpu")
+    assert choose_dtype(cpu, clock_of(0.5, 1.0)) == (
+        torch.float32,
+        "bfloat16 products are 2.0 times as fast here, if rounding is no concern",
     )
+    assert choose_dtype(cpu, clock_of(2.0, 1.0)) == (torch.float32, "bfloat16 products are 0.5 times as fast here")
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.5, torch.bfloat16), (0.9, torch.float32)])
+def test_a_gpu_takes_bfloat16_if_it_is_clearly_faster(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, expected: torch.dtype
+) -> None:
+    rates = {torch.bfloat16: 1 / seconds, torch.float32: 1.0}
+    monkeypatch.setattr(dtype_module, "_rate", lambda _device, dtype, _clock: rates[dtype])
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    assert choose_dtype(torch.device("cuda"))[0] == expected

@@ -241,3 +241,20 @@ def test_padded_on_request_and_dropout_are_said() -> None:
         "batching: packed; no prefix is shared, because of dropout",
     ]
     assert math.isfinite(steps[-1].loss)
+
+
+def test_bfloat16_products_stay_near_float32_and_the_head_is_float32() -> None:
+    model, batch = model_of("llama"), rows(8)
+    with packed_attention(model):
+        exact = Packed(model, torch.float32, True).backward(batch, 5)
+        wanted = gradients(model)
+        seen: list[torch.dtype] = []
+        hook = model.lm_head.register_forward_hook(lambda _m, _i, output: seen.append(output.dtype))
+        rounded = Packed(model, torch.bfloat16, True).backward(batch, 5)
+        hook.remove()
+    assert seen == [torch.float32]
+    assert rounded == pytest.approx(exact, rel=1e-2)
+    assert rounded != exact
+    for name, gradient in gradients(model).items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - wanted[name]).norm() < 0.1 * wanted[name].norm(), name

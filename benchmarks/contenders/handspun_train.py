@@ -1,4 +1,6 @@
-"""One epoch with Handspun, timed. Arguments: model, rows (json), packed or padded, batch size."""
+"""One epoch with Handspun, timed. Arguments: model, rows (json), mode, batch size.
+
+mode: "packed", "padded" or "packed-bfloat16"."""
 
 import json
 import resource
@@ -9,7 +11,8 @@ import torch
 
 from handspun.training.allocator import keep_freed_memory
 
-model_name, rows_file, batching, batch_size = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+model_name, rows_file, mode, batch_size = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+batching, _, short = mode.partition("-")
 keep_freed_memory()
 torch.set_num_threads(2)
 
@@ -38,7 +41,12 @@ examples = [made[0]] * len(made)
 for place, example in zip(epoch_order(len(made), seed=config.seed, epoch=1), made, strict=True):
     examples[place] = example
 with execution_of(
-    chat.model, config, examples, dtype=torch.float32, pad_token_id=chat.tokenizer.pad_token_id or 0, notice=str
+    chat.model,
+    config,
+    examples,
+    dtype=torch.bfloat16 if short else torch.float32,
+    pad_token_id=chat.tokenizer.pad_token_id or 0,
+    notice=str,
 ) as execution:
     loop = Loop(config=config, examples=examples, execution=execution)
     state = start(chat.model, config)

@@ -102,7 +102,8 @@ class TrainConfig(DataConfig):
     """"auto" (cuda where there is one, else cpu), "cpu", "cuda", "cuda:1", "mps"."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the matrix products; weights and optimiser stay float32. "auto" measures which is faster here."""
+    """Type of the matrix products; weights and optimiser stay float32. "auto" is float32 on a CPU, and
+    bfloat16 on a GPU where that is faster."""
 
     threads: int | None = None
     """CPU threads; if not given, PyTorch's default (one per physical core)."""

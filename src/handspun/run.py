@@ -28,7 +28,7 @@ from handspun.report.log import RunLog, plain_console
 from handspun.report.plan import plan_lines
 from handspun.report.record import run_facts
 from handspun.training.allocator import keep_freed_memory
-from handspun.training.dtype import fastest_dtype
+from handspun.training.dtype import choose_dtype
 from handspun.training.execution import execution_of
 from handspun.training.loop import EpochEnd, Evaluation, Loop, start
 from handspun.training.loop import train as training_events
@@ -130,7 +130,7 @@ def _product_dtype(
 ) -> torch.dtype:
     """The type of the matrix products, asked for or measured, the same on all ranks."""
     if config.dtype == "auto":
-        dtype, reason = fastest_dtype(device)
+        dtype, reason = choose_dtype(device)
         dtype = torch.bfloat16 if processes.of_first(dtype == torch.bfloat16) else torch.float32
     else:
         dtype, reason = resolve_dtype(config.dtype, device), "asked for"

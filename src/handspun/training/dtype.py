@@ -1,4 +1,4 @@
-"""The fastest type for this machine's matrix products, measured rather than guessed."""
+"""The type of the matrix products: float32 on a CPU, bfloat16 on a GPU where that is faster."""
 
 import time
 from collections.abc import Callable
@@ -9,17 +9,21 @@ _WORTH = 1.2
 """bfloat16 rounds, so it has to be faster by this much."""
 
 
-def fastest_dtype(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> tuple[torch.dtype, str]:
-    """(float32 or bfloat16, what was measured), from products of the size of a small model's layers.
+def choose_dtype(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> tuple[torch.dtype, str]:
+    """(float32 or bfloat16, why), by products of the size of a small model's layers: a fraction of a second.
 
-    A fraction of a second. Weights and optimiser stay float32 either way: this is the type of autocast.
+    On a CPU it is always float32: rounding cost a run more held-out loss than its speed was worth
+    (docs/results.md); what bfloat16 would gain is told. Weights and optimiser stay float32 either way: this is the
+    type of autocast.
     """
     if device.type == "cuda" and not torch.cuda.is_bf16_supported():
         return torch.float32, "this GPU has no bfloat16"
-    rates = {dtype: _rate(device, dtype, clock) for dtype in (torch.float32, torch.bfloat16)}
-    full, half = rates[torch.float32], rates[torch.bfloat16]
-    chosen = torch.bfloat16 if half > _WORTH * full else torch.float32
-    return chosen, f"measured: float32 {full / 1e9:.0f}, bfloat16 {half / 1e9:.0f} GFLOP/s"
+    gain = _rate(device, torch.bfloat16, clock) / _rate(device, torch.float32, clock)
+    if gain < _WORTH:
+        return torch.float32, f"bfloat16 products are {gain:.1f} times as fast here"
+    if device.type == "cpu":
+        return torch.float32, f"bfloat16 products are {gain:.1f} times as fast here, if rounding is no concern"
+    return torch.bfloat16, f"its products are {gain:.1f} times as fast as float32's here"
 
 
 def _rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> float:

@@ -151,10 +151,10 @@ class Packed:
         return hidden
 
     def _head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """In float32 whatever the type of the products: a logit of 20 is rounded to 1/8 in bfloat16."""
         head: Any = self._base.get_output_embeddings()
-        with self._autocast():
-            logits = head(hidden)  # (chunk, vocab)
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        logits = head(hidden.float())  # (chunk, vocab)
+        return F.cross_entropy(logits, targets, reduction="sum")
 
     @property
     def _base(self) -> PreTrainedModel:
@@ -217,6 +217,17 @@ def _attend(
 
 
 def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, dropout: float
+) -> Tensor:
+    if query.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return _attention_of(query, key, value, mask, scaling, dropout)
+    # On a CPU, attention in bfloat16 is slower than in float32, backward three times.
+    with torch.autocast("cpu", enabled=False):
+        output = _attention_of(query.float(), key.float(), value.float(), mask, scaling, dropout)
+    return output.to(value.dtype)
+
+
+def _attention_of(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, dropout: float
 ) -> Tensor:
     return F.scaled_dot_product_attention(
