@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--fresh", action="store_true")
     arguments = parser.parse_args()
     data = arguments.data or HERE.parent / "src" / "handspun" / "demo" / "demo.csv"
@@ -57,7 +58,7 @@ def main() -> None:
     for run in range(arguments.runs):
         for contender, (python, script, mode) in CONTENDERS.items():
             done = measured.setdefault(contender, [])
-            if len(done) > run or not python.exists():
+            if len(done) > run or not python.exists() or contender not in arguments.only:
                 continue
             command = [str(python), str(HERE / "contenders" / script), model, str(rows_file), mode]
             done.append(measure([*command, str(arguments.batch_size)]))

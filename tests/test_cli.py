@@ -74,8 +74,14 @@ def test_a_value_of_the_wrong_kind(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--batch-size" in fail(capsys, "train", "--batch-size", "many")
 
 
+def test_a_preview_has_the_same_limits_as_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--max-length is 1: expected at least 2." in fail(capsys, "preview", "--max-length", "1")
+
+
 def test_a_misspelt_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "train" in fail(capsys, "trian")
+    message = fail(capsys, "trian")
+    assert "train" in message
+    assert "handspun --help" in message
 
 
 def test_options_that_exclude_each_other(capsys: pytest.CaptureFixture[str], tiny_folder: Path) -> None:

@@ -25,7 +25,7 @@ def test_held_out_rows_come_from_one_place() -> None:
 
 def test_beams_with_top_p_and_no_sampling_is_a_contradiction() -> None:
     (found,) = problems(GenerationOptions, num_beams=4, top_p=0.9)
-    assert found.startswith("--top-p only change what is sampled, and --num-beams 4 does not sample.")
+    assert found.startswith("--top-p only changes what is sampled, and --num-beams 4 does not sample.")
 
 
 def test_beams_and_sampling_exclude_each_other() -> None:

@@ -154,3 +154,12 @@ def test_held_out_rows_of_a_file_that_is_not_there(tiny_folder: Path, data: Path
     made = config(tiny_folder, data, eval_ratio=0.0, eval_data=str(data.with_name("trian.csv")))
     with pytest.raises(DataError, match=r"train\.csv"):
         train(made, console=quiet_console())
+
+
+def test_a_run_that_never_began_does_not_stand_in_the_way(tiny_folder: Path, data: Path) -> None:
+    """A misspelt file leaves a log in the output folder; the next try needs no --overwrite."""
+    misspelt = config(tiny_folder, data.with_name("trian.csv"))
+    with pytest.raises(DataError):
+        train(misspelt, console=quiet_console())
+    assert (data.with_name("output") / "train.log").exists()
+    train(config(tiny_folder, data, num_epochs=1), console=quiet_console())

@@ -38,7 +38,11 @@ def test_one_process_keeps_the_order() -> None:
 def run(tiny_folder: Path, folder: Path, processes: int, *options: str) -> Path:
     """`handspun train` under torchrun; its output folder."""
     output = folder / f"output-{processes}"
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        if processes > 1
+        else []
+    )
     command = [
         *(sys.executable, *launcher, "-m", "handspun", "train", "--model", str(tiny_folder)),
         *("--data", str(folder / "train.csv"), "--output-dir", str(output), "--num-epochs", "4"),

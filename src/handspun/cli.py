@@ -187,7 +187,8 @@ def main(arguments: Sequence[str]) -> int:
         tokens, app.config = _take_config(tokens)
         app(tokens, exit_on_error=False, print_error=False, result_action="return_none")
     except cyclopts.CycloptsError as error:
-        return _say(errors, f"{error}", f"handspun {tokens[0] if tokens else ''} --help shows the options.")
+        command = f"{tokens[0]} " if tokens and tokens[0] in app else ""
+        return _say(errors, f"{error}", f"handspun {command}--help shows what there is.")
     except HandspunError as error:
         if len(tokens) < len(arguments):
             errors.print_exception()

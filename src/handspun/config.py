@@ -31,6 +31,10 @@ class DataConfig:
     strict: bool = False
     """Make dropped or truncated rows an error instead of a line in the account."""
 
+    def __post_init__(self) -> None:
+        if problems := _numbers_out_of_range(self, _DATA_RANGES):
+            raise ConfigError(problems)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(DataConfig):
@@ -118,7 +122,7 @@ class TrainConfig(DataConfig):
     """Show the plan (steps, tokens, predicted peak memory) and stop."""
 
     def __post_init__(self) -> None:
-        problems = _numbers_out_of_range(self, _TRAIN_RANGES)
+        problems = _numbers_out_of_range(self, {**_DATA_RANGES, **_TRAIN_RANGES})
         if self.eval_data is not None and self.eval_ratio > 0:
             problems.append(
                 "--eval-data and --eval-ratio exclude each other: rows are held out either from a file of "
@@ -194,8 +198,10 @@ class GenerationOptions:
 
 
 # name: (lowest, highest, is the lowest itself allowed, is the highest itself allowed)
-_TRAIN_RANGES: dict[str, tuple[float, float, bool, bool]] = {
+_DATA_RANGES: dict[str, tuple[float, float, bool, bool]] = {
     "max_length": (2, float("inf"), True, False),
+}
+_TRAIN_RANGES: dict[str, tuple[float, float, bool, bool]] = {
     "eval_ratio": (0, 1, True, False),
     "eval_steps": (1, float("inf"), True, False),
     "num_epochs": (1, float("inf"), True, False),
@@ -262,8 +268,9 @@ def _exclusions(options: GenerationOptions) -> list[str]:
         )
     elif sampling and (beams > 1 or sample is False):
         other = f"--num-beams {beams}" if beams > 1 else "--no-do-sample"
+        verb = "changes" if len(sampling) == 1 else "change"
         problems.append(
-            f"{', '.join(sampling)} only change what is sampled, and {other} does not sample. "
+            f"{', '.join(sampling)} only {verb} what is sampled, and {other} does not sample. "
             f"Leave {'it' if len(sampling) == 1 else 'them'} out, or use --do-sample without beams."
         )
     for name in ("length_penalty", "early_stopping"):

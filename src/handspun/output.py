@@ -41,10 +41,12 @@ def prepare_output(folder: Path, *, overwrite: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file: choose another --output-dir.")
     earlier = [path for pattern in _OUR_FILES for path in folder.glob(pattern)]
-    if earlier and not overwrite:
+    # The log alone is left by a run that never began: its data or its model could not be used.
+    kept = sorted(path.name for path in earlier if path.suffix not in (".log", ".jsonl"))
+    if kept and not overwrite:
         raise OutputError(
-            f"{folder} holds an earlier run ({', '.join(sorted(path.name for path in earlier)[:3])}): choose "
-            "another --output-dir, or replace it with --overwrite."
+            f"{folder} holds an earlier run ({', '.join(kept[:3])}): choose another --output-dir, or replace it "
+            "with --overwrite."
         )
     with errors_for_people(folder):
         for path in earlier:
