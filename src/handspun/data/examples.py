@@ -145,7 +145,7 @@ def _up_to_the_last_learned(encoded: Encoded) -> Encoded:
     The first id is never learned: nothing predicts it.
     """
     learned = [False, *encoded.learned[1:]]
-    length = max((i + 1 for i, is_learned in enumerate(learned) if is_learned), default=0)
+    length = len(learned) - learned[::-1].index(True) if True in learned else 0
     return Encoded(encoded.input_ids[:length], learned[:length])
 
 
