@@ -163,3 +163,35 @@ def test_a_run_that_never_began_does_not_stand_in_the_way(tiny_folder: Path, dat
         train(misspelt, console=quiet_console())
     assert (data.with_name("output") / "train.log").exists()
     train(config(tiny_folder, data, num_epochs=1), console=quiet_console())
+
+
+@pytest.mark.parametrize(("batching", "lora"), [("packed", False), ("padded", False), ("packed", True)])
+def test_activation_checkpointing_changes_no_loss(
+    tiny_folder: Path, data: Path, batching: str, lora: bool
+) -> None:
+    losses = []
+    for checkpointing in (False, True):
+        options = {"batching": batching, "lora": lora, "activation_checkpointing": checkpointing}
+        made = config(tiny_folder, data, **options, overwrite=True)
+        run = train(made, console=quiet_console())
+        assert run.model is not None
+        assert not run.model.model.is_activation_checkpointing  # it decodes as it always did
+        losses.append([evaluation.loss for evaluation in run.evaluations])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_activation_checkpointing_computes_the_layers_again(
+    tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+
+    calls = []
+    forward = Qwen2MLP.forward
+    monkeypatch.setattr(Qwen2MLP, "forward", lambda self, x: calls.append(1) or forward(self, x))
+    counts = []
+    for checkpointing in (False, True):
+        calls.clear()
+        made = config(tiny_folder, data, eval_ratio=0.0, activation_checkpointing=checkpointing, overwrite=True)
+        train(made, console=quiet_console())
+        counts.append(len(calls))
+    assert counts[1] > 1.5 * counts[0]

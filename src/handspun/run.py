@@ -98,7 +98,7 @@ def _run_loop(
     assert run.model is not None
     model, pad_token_id = run.model.model, run.model.tokenizer.pad_token_id
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     processes.share_weights(model)
     with execution_of(
         model,
@@ -121,7 +121,7 @@ def _run_loop(
                 keep(run, event, config, log)
                 record(run, facts, "running")
     if config.activation_checkpointing:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
     model.eval()
 
 
