@@ -29,7 +29,8 @@ def test_it_is_an_ordinary_transformers_folder(tiny_chat: ChatModel, tmp_path: P
     assert model.dtype == dtype
     assert model.config.tie_word_embeddings
     for name, tensor in tiny_chat.model.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], tensor.to(dtype), rtol=0, atol=0)
+        rounding = 2**-7 if dtype == torch.bfloat16 else 0
+        torch.testing.assert_close(model.state_dict()[name].float(), tensor, rtol=rounding, atol=0)
     assert tiny_chat.model.dtype == torch.float32  # the model in training is as it was
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == tiny_chat.tokenizer.chat_template
@@ -38,6 +39,20 @@ def test_it_is_an_ordinary_transformers_folder(tiny_chat: ChatModel, tmp_path: P
     assert GenerationConfig.from_pretrained(folder).eos_token_id == [end_of_turn, end_of_text]
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == [end_of_turn, end_of_text]
     assert not list(folder.glob("*.bin")) + list(folder.glob("*.pt"))
+
+
+def test_bfloat16_keeps_in_the_mean_what_training_changed(tiny_chat: ChatModel, tmp_path: Path) -> None:
+    """Small steps from weights that bfloat16 holds: rounded to the nearest, every one of them would be lost."""
+    weight = tiny_chat.model.get_input_embeddings().weight
+    with torch.no_grad():
+        held = weight.bfloat16().float()
+        weight.copy_(held * (1 + 2**-10))
+    folder = save_tiny(tiny_chat, tmp_path / "checkpoint", torch.bfloat16)
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").get_input_embeddings().weight.float()
+    growth = (saved.abs().sum() / held.abs().sum() - 1).item()
+    assert growth == pytest.approx(2**-10, rel=0.3)
+    again = save_tiny(tiny_chat, tmp_path / "again", torch.bfloat16)
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
 def test_a_changed_byte_is_noticed(tiny_chat: ChatModel, tmp_path: Path) -> None:

@@ -243,6 +243,15 @@ def test_padded_on_request_and_dropout_are_said() -> None:
     assert math.isfinite(steps[-1].loss)
 
 
+def test_held_out_loss_is_computed_in_float32_whatever_the_products_of_training_are() -> None:
+    model, batch = model_of("llama"), rows(4)
+    with packed_attention(model):
+        losses = [Packed(model, dtype, True).loss(batch) for dtype in (torch.float32, torch.bfloat16)]
+    padded = [Padded(model, dtype, pad_token_id=0).loss(batch) for dtype in (torch.float32, torch.bfloat16)]
+    assert losses[0] == losses[1]
+    assert padded[0] == padded[1]
+
+
 def test_bfloat16_products_stay_near_float32_and_the_head_is_float32() -> None:
     model, batch = model_of("llama"), rows(8)
     with packed_attention(model):

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from handspun.models.quiet import quiet
+from handspun.models.rounding import round_stochastically
 
 
 def save_model(
@@ -14,6 +15,8 @@ def save_model(
 ) -> None:
     """Weights as safetensors of the given type, config, generation_config, and the tokenizer with its template.
 
+    dtype: float32, or bfloat16, to which weights are rounded at random (the same way each time), since rounding to
+        the nearest would take back most of what a short training changed.
     A model with LoRA adapters gives a standard adapter folder: the adapters alone.
     """
     if hasattr(model, "peft_config"):
@@ -28,13 +31,20 @@ def save_model(
 
 
 def _save_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    generator = torch.Generator(model.device).manual_seed(0)
     cast: dict[int, torch.Tensor] = {}  # tied weights are one tensor, and must stay one
-    state = {
-        name: cast.setdefault(tensor.data_ptr(), tensor.to(dtype)) if tensor.is_floating_point() else tensor
-        for name, tensor in model.state_dict().items()
-    }
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in cast:
+            rounds = dtype == torch.bfloat16 and tensor.dtype == torch.float32
+            cast[tensor.data_ptr()] = round_stochastically(tensor, generator) if rounds else _as(dtype, tensor)
+        state[name] = cast[tensor.data_ptr()]
     with quiet():
         model.save_pretrained(folder, state_dict=state)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")  # of the file, not of the model in memory
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _as(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -29,18 +29,18 @@ class Padded:
         return padded_tokens(part)
 
     def loss(self, part: Sequence[Example]) -> float:
-        """The loss summed over the part's learned tokens, without a gradient."""
+        """The loss summed over the part's learned tokens, without a gradient, by products in float32."""
         with torch.no_grad():
-            return self._loss(part).item()
+            return self._loss(part, torch.float32).item()
 
     def backward(self, part: Sequence[Example], divisor: int) -> float:
         """Adds the gradient of the part's loss sum / `divisor`; returns the sum."""
-        loss = self._loss(part)
+        loss = self._loss(part, self.dtype)
         (loss / divisor).backward()
         return loss.item()
 
-    def _loss(self, part: Sequence[Example]) -> torch.Tensor:
-        return padded_loss(self.model, part, pad_token_id=self.pad_token_id, dtype=self.dtype)[0]
+    def _loss(self, part: Sequence[Example], dtype: torch.dtype) -> torch.Tensor:
+        return padded_loss(self.model, part, pad_token_id=self.pad_token_id, dtype=dtype)[0]
 
 
 def padded_tokens(part: Sequence[Example]) -> int:

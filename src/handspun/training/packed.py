@@ -117,10 +117,10 @@ class Packed:
         return packed_tokens(part, share_prefix=self.share_prefix)
 
     def loss(self, part: Sequence[Example]) -> float:
-        """The loss summed over the part's learned tokens, without a gradient."""
+        """The loss summed over the part's learned tokens, without a gradient, by products in float32."""
         packed = pack(part, share_prefix=self.share_prefix, device=self.model.device)
         with torch.no_grad():
-            hidden = self._hidden_states(packed)
+            hidden = self._hidden_states(packed, torch.float32)
             return sum(self._head_loss(h, t).item() for h, t in _chunks(hidden, packed.targets, self._vocabulary))
 
     def backward(self, part: Sequence[Example], divisor: int) -> float:
@@ -130,7 +130,7 @@ class Packed:
         states, and then from these through the body.
         """
         packed = pack(part, share_prefix=self.share_prefix, device=self.model.device)
-        hidden = self._hidden_states(packed)
+        hidden = self._hidden_states(packed, self.dtype)
         cut_here = hidden.detach().requires_grad_()
         total = 0.0
         for some, targets in _chunks(cut_here, packed.targets, self._vocabulary):
@@ -140,10 +140,11 @@ class Packed:
         hidden.backward(cut_here.grad)
         return total
 
-    def _hidden_states(self, packed: Pack) -> Tensor:
+    def _hidden_states(self, packed: Pack, dtype: torch.dtype) -> Tensor:
         """(learned, hidden size): the body's output at the positions that predict a learned token."""
         body: Any = self._base.get_decoder()
-        with self._autocast():
+        autocast = nullcontext() if dtype == torch.float32 else torch.autocast(self.model.device.type, dtype)
+        with autocast:
             output = body(
                 input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packing=packed
             )
@@ -164,9 +165,6 @@ class Packed:
     @property
     def _vocabulary(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)
-
-    def _autocast(self) -> Any:
-        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.model.device.type, self.dtype)
 
 
 def _chunks(hidden: Tensor, targets: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
