@@ -12,16 +12,18 @@ whole, because BPE merges across the seams of smaller pieces.
 
 import json
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
 
 import jinja2
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from handspun.data.conversations import Message
-from handspun.data.sentinels import SENTINEL, Sentinels, alternatives
+from handspun.data.sentinels import SENTINEL, Sentinels, Slot, alternatives, cut_at_sentinels
 from handspun.errors import TemplateError
 
 _SHAPES_REMEMBERED = 1000
@@ -36,8 +38,7 @@ class Encoded:
     note: str | None = None
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A stretch of an example that is tokenised whole, or one added token."""
 
     text: str
@@ -46,6 +47,24 @@ class Run:
     """Of the added token; None for text."""
     first: bool = False
     """Whether the example begins with it: some tokenizers write a space before that text."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of rendered text, from one edge of a turn that is learned to the next: text of the template, with
+    the added tokens in it, and places of data."""
+
+    parts: Sequence[tuple[str, list[tuple[int, int]]] | Slot]
+    is_turn: bool
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What the template makes of all conversations of one shape: the texts of its examples, and what to say of
+    them."""
+
+    texts: list[list[Segment]]
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +100,7 @@ class ChatTemplate:
         self._any_added = alternatives(self._added)
         self._non_special = alternatives([text for text, (_, token) in self._added.items() if not token.special])
         self._first_run, self._later_run = _without_added_tokens(tokenizer.backend_tokenizer)
-        self._rendered: dict[str, str] = {}
+        self._rendered: dict[str, Rendering] = {}
         self._markers = self._find_markers()
         self.end_of_turn_id = self._find_end_of_turn()
         self.end_of_turn: str = tokenizer.added_tokens_decoder[self.end_of_turn_id].content
@@ -99,6 +118,41 @@ class ChatTemplate:
         """
         hidden = Sentinels(self._markers, self._any_added)
         messages, tools = hidden.conversation(messages, tools)
+        rendering = self._once_a_shape(self._render_examples, hidden, messages, tools)
+        return [Layout(self._runs(segments, hidden), rendering.note) for segments in rendering.texts]
+
+    def encode_prompt(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        """Ids of the conversation and the generation prompt: a prefix of the ids that `encode` trains."""
+        hidden = Sentinels(self._markers, self._any_added)
+        messages, tools = hidden.conversation(messages, tools)
+        [segments] = self._once_a_shape(self._render_prompt, hidden, messages, tools).texts
+        return self.tokenize([Layout(self._runs(segments, hidden))])[0].input_ids
+
+    def _once_a_shape(
+        self,
+        render: Callable[[Sentinels, list[Message], list[dict[str, Any]] | None], Rendering],
+        hidden: Sentinels,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+    ) -> Rendering:
+        """Rendered once for all conversations of the same shape: with its data hidden, only the shape is left."""
+        shape = render.__name__ + json.dumps([messages, tools])
+        if shape not in self._rendered:
+            if len(self._rendered) == _SHAPES_REMEMBERED:
+                self._rendered.clear()
+            self._rendered[shape] = render(hidden, messages, tools)
+        return self._rendered[shape]
+
+    def _render_prompt(
+        self, hidden: Sentinels, messages: list[Message], tools: list[dict[str, Any]] | None
+    ) -> Rendering:
+        text = self._render(messages, tools, generation_prompt=True)
+        self._nothing_left_out(text, hidden, messages)
+        return Rendering([self._segments(text, [])])
+
+    def _render_examples(
+        self, hidden: Sentinels, messages: list[Message], tools: list[dict[str, Any]] | None
+    ) -> Rendering:
         full = self._render(messages, tools)
         self._nothing_left_out(full, hidden, messages)
         together: list[tuple[int, int]] = []
@@ -122,29 +176,10 @@ class ChatTemplate:
         texts = [(full, together)] if together else []
         texts += [(turn, [span]) for turn, span in alone]
         note = hidden.reasoning_left_out(text for text, _ in texts)
-        return [Layout(self._runs(text, hidden, spans), note) for text, spans in texts]
-
-    def encode_prompt(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """Ids of the conversation and the generation prompt: a prefix of the ids that `encode` trains."""
-        hidden = Sentinels(self._markers, self._any_added)
-        messages, tools = hidden.conversation(messages, tools)
-        text = self._render(messages, tools, generation_prompt=True)
-        self._nothing_left_out(text, hidden, messages)
-        return self.tokenize([Layout(self._runs(text, hidden, []))])[0].input_ids
+        return Rendering([self._segments(text, spans) for text, spans in texts], note)
 
     def _render(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, *, generation_prompt: bool = False
-    ) -> str:
-        """Rendered once for all conversations of the same shape: with its data hidden, only the shape is left."""
-        shape = json.dumps([messages, tools, generation_prompt])
-        if shape not in self._rendered:
-            if len(self._rendered) == _SHAPES_REMEMBERED:
-                self._rendered.clear()
-            self._rendered[shape] = self._render_anew(messages, tools, generation_prompt)
-        return self._rendered[shape]
-
-    def _render_anew(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, generation_prompt: bool
     ) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
@@ -156,29 +191,52 @@ class ChatTemplate:
         assert isinstance(text, str)
         return text
 
-    def _runs(self, rendered: str, hidden: Sentinels, spans: list[tuple[int, int]]) -> list[Run]:
-        """Rendered text with sentinels, and the learned spans in it, cut into runs."""
-        starts = [hidden.revealed_length(rendered[:start]) for start, _ in spans]
-        ends = [hidden.revealed_length(rendered[:end]) for _, end in spans]
-        text, matches = "", []
-        for piece in hidden.reveal(rendered):
-            if piece.owner != "data":
-                pattern = self._any_added if piece.owner == "template" else self._non_special
-                matches += [(len(text) + m.start(), len(text) + m.end()) for m in pattern.finditer(piece.text)]
-            text += piece.text
-        stops = [self._turn_end(text, matches, start, end) for start, end in zip(starts, ends, strict=True)]
-        learned = list(zip(starts, stops, strict=True))
+    def _segments(self, rendered: str, turns: list[tuple[int, int]]) -> list[Segment]:
+        """Rendered text with sentinels, cut where the turns that are learned begin and end."""
+        edges = sorted({0, len(rendered), *(edge for turn in turns for edge in turn)})
+        return [
+            Segment(
+                [
+                    part if isinstance(part, Slot) else (part, _places(self._any_added, part))
+                    for part in cut_at_sentinels(rendered[start:end])
+                ],
+                is_turn=(start, end) in turns,
+            )
+            for start, end in pairwise(edges)
+        ]
 
+    def _runs(self, segments: Sequence[Segment], hidden: Sentinels) -> list[Run]:
+        """The segments with their data, cut into runs: at added tokens, and where a learned turn begins."""
+        text = ""
+        cuts: list[tuple[int, int, bool]] = []  # start, end, whether it is an added token
+        edges: list[int] = []  # where each turn that is learned begins, and where its end-of-turn token ends
+        for segment in segments:
+            start, first = len(text), len(cuts)
+            if segment.is_turn:
+                cuts.append((start, start, False))
+            for part in segment.parts:
+                if isinstance(part, Slot):
+                    new, owner = hidden.data_of(part)
+                    added = [] if owner == "data" else _places(self._non_special, new)
+                else:
+                    new, added = part
+                cuts += [(len(text) + begin, len(text) + end, True) for begin, end in added]
+                text += new
+            if segment.is_turn:
+                edges += [start, self._turn_end(text, cuts[first:])]
+        return self._cut(text, cuts, edges)
+
+    def _cut(self, text: str, cuts: list[tuple[int, int, bool]], edges: list[int]) -> list[Run]:
         runs: list[Run] = []
 
         def add(run: str, at: int, token_id: int | None = None) -> None:
-            is_learned = any(start <= at < stop for start, stop in learned)
+            is_learned = bisect_right(edges, at) % 2 == 1
             runs.append(Run(run, is_learned, token_id, first=not runs))
 
         position, strip_next = 0, False
-        for start, end, added in _cuts(text, matches, starts):
+        for start, end, is_added in [*cuts, (len(text), len(text), False)]:
             run = text[position:start]
-            token = self._added[text[start:end]][1] if added else None
+            token_id, token = self._added[text[start:end]] if is_added else (None, None)
             if strip_next:
                 run = run.lstrip()
             if token is not None and token.lstrip:
@@ -186,7 +244,7 @@ class ChatTemplate:
             if run:
                 add(run, position)
             if token is not None:
-                add(token.content, start, self._added[token.content][0])
+                add(token.content, start, token_id)
             strip_next = token is not None and token.rstrip
             position = end
         return runs
@@ -203,9 +261,9 @@ class ChatTemplate:
             ids.update(((text, first), found.ids) for text, found in zip(texts, encodings, strict=True))
         return [_joined(layout, ids) for layout in layouts]
 
-    def _turn_end(self, text: str, matches: list[tuple[int, int]], start: int, end: int) -> int:
-        """Where the turn that was rendered to text[start:end] has its end-of-turn token's end."""
-        ends = [e for s, e in matches if start <= s and e <= end and text[s:e] == self.end_of_turn]
+    def _turn_end(self, text: str, cuts: list[tuple[int, int, bool]]) -> int:
+        """Where the end-of-turn token of a turn ends, of which the cuts are."""
+        ends = [end for start, end, _ in cuts if text[start:end] == self.end_of_turn]
         if not ends:
             raise TemplateError(f"the template ends an assistant turn without {self.end_of_turn!r}.")
         return ends[-1]
@@ -251,11 +309,8 @@ class ChatTemplate:
         return end_of_turn_id
 
 
-def _cuts(text: str, matches: list[tuple[int, int]], starts: list[int]) -> list[tuple[int, int, bool]]:
-    """(start, end, is an added token) in order: added tokens, learned starts, and the end of the text."""
-    cuts = [(start, end, True) for start, end in matches]
-    cuts += [(start, start, False) for start in starts]
-    return [*sorted(cuts, key=lambda cut: (cut[0], cut[1])), (len(text), len(text), False)]
+def _places(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
+    return [match.span() for match in pattern.finditer(text)]
 
 
 def _joined(layout: Layout, ids: dict[tuple[str, bool], list[int]]) -> Encoded:

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from handspun.data.conversations import Message
 
@@ -21,12 +21,14 @@ SENTINEL = re.compile(r'(?:\ue000|\\ue000)(\\*)"(\d+)(?:\ue001|\\ue001)')
 _SCHEMA_WORDS = {"string", "number", "integer", "boolean", "object", "array", "null", "function"}
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of rendered text and whose it is."""
+class Slot(NamedTuple):
+    """A place of hidden data in rendered text: which, and how the template escaped it there."""
 
-    text: str
-    owner: str  # "template", "data" or "assistant"
+    number: int
+    escapes: int
+    """How many times JSON was made of it."""
+    ascii: bool
+    """Whether JSON escaped what is not ASCII."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,6 @@ class Sentinels:
             return [self._json(item, what) for item in value]
         return value
 
-    def revealed_length(self, rendered: str) -> int:
-        """Characters of the rendered text with the data in its place."""
-        return sum(len(piece.text) for piece in self.reveal(rendered))
-
     def _could_forge(self, key: str) -> bool:
         return bool(self._any_added.search(key)) or _OPEN in key or _CLOSE in key
 
@@ -120,20 +118,26 @@ class Sentinels:
         start = text.index(core)
         return f'{text[:start]}{_OPEN}"{len(self.values) - 1}{_CLOSE}{text[start + len(core) :]}'
 
-    def reveal(self, rendered: str) -> Iterator[Piece]:
-        """The rendered text in pieces, with the data in the place of its sentinels."""
-        position = 0
-        for match in SENTINEL.finditer(rendered):
-            if match.start() > position:
-                yield Piece(rendered[position : match.start()], "template")
-            value = self.values[int(match[2])]
-            text = value.text
-            for _ in range((len(match[1]) + 1).bit_length() - 1):  # 1 backslash: in JSON, 3: in JSON in JSON
-                text = json.dumps(text, ensure_ascii=match[0].startswith("\\"))[1:-1]
-            yield Piece(text, value.owner)
-            position = match.end()
-        if position < len(rendered):
-            yield Piece(rendered[position:], "template")
+    def data_of(self, slot: Slot) -> tuple[str, str]:
+        """(text as it is rendered, whose it is: "data" or "assistant")."""
+        value = self.values[slot.number]
+        text = value.text
+        for _ in range(slot.escapes):
+            text = json.dumps(text, ensure_ascii=slot.ascii)[1:-1]
+        return text, value.owner
+
+
+def cut_at_sentinels(rendered: str) -> Iterator[str | Slot]:
+    """Rendered text in parts: the template's text, and the places of data."""
+    position = 0
+    for match in SENTINEL.finditer(rendered):
+        if match.start() > position:
+            yield rendered[position : match.start()]
+        escapes = (len(match[1]) + 1).bit_length() - 1  # 1 backslash: in JSON, 3: in JSON in JSON
+        yield Slot(int(match[2]), escapes, ascii=match[0].startswith("\\"))
+        position = match.end()
+    if position < len(rendered):
+        yield rendered[position:]
 
 
 def alternatives(texts: Any) -> re.Pattern[str]:
