@@ -42,6 +42,12 @@ def test_beam_options_without_beams_are_said_to_have_no_effect() -> None:
     assert len(problems(GenerationOptions, length_penalty=0.6, early_stopping=True)) == 2
 
 
+def test_int8_weights_are_frozen_and_want_adapters() -> None:
+    (found,) = problems(TrainConfig, base_weights="int8")
+    assert found.startswith("--base-weights int8 needs --lora")
+    assert TrainConfig(base_weights="int8", lora=True).lora
+
+
 @pytest.mark.parametrize(
     ("lora", "given", "expected"), [(False, None, 2e-5), (True, None, 2e-4), (True, 1e-3, 1e-3)]
 )

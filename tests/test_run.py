@@ -4,6 +4,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -87,6 +88,22 @@ def test_a_base_models_new_end_of_turn_is_said_and_saved(tiny_folder: Path, data
     assert len(generation["eos_token_id"]) == 2
 
 
+def test_an_int8_base_trains_packed_and_leaves_an_ordinary_adapter(tiny_folder: Path, data: Path) -> None:
+    losses = {}
+    for base_weights in ("float32", "int8"):
+        made = config(tiny_folder, data, lora=True, base_weights=base_weights, overwrite=True)
+        run = train(made, console=quiet_console())
+        losses[base_weights] = [evaluation.loss for evaluation in run.evaluations]
+    log = (data.with_name("output") / "train.log").read_text(encoding="utf-8")
+    assert "the frozen layers under the adapters are int8" in log
+    assert "batching: packed" in log
+    assert "products in float32 (beside the int8 layers)" in log
+    assert losses["int8"] == pytest.approx(losses["float32"], rel=0.02)
+    assert losses["int8"] != losses["float32"]
+    adapted = handspun.load(str(run.checkpoints[-1]))
+    assert handspun.generate(adapted, "Say 3.", max_new_tokens=5)[0].token_ids
+
+
 def test_the_best_checkpoint_is_kept_not_the_last(tiny_folder: Path, data: Path) -> None:
     """A rate so high that the second epoch is worse than the first."""
     made = config(tiny_folder, data, learning_rate=0.5, warmup_ratio=0.0, lr_schedule="constant", eval_steps=1)
@@ -112,9 +129,11 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tiny_folder: Path, data: Pa
 
 def test_the_plan_of_a_dry_run_is_that_of_the_run(tiny_folder: Path, data: Path) -> None:
     console = quiet_console()
-    for lora in (False, True):
-        dry = train(config(tiny_folder, data, lora=lora, dry_run=True), console=console).plan
-        real = train(config(tiny_folder, data, lora=lora, overwrite=True), console=console).plan
+    options: dict[str, Any]
+    for options in ({}, {"lora": True}, {"lora": True, "base_weights": "int8"}):
+        dry = train(config(tiny_folder, data, **options, dry_run=True), console=console).plan
+        real = train(config(tiny_folder, data, **options, overwrite=True), console=console).plan
+        assert dry.parameters == pytest.approx(real.parameters, abs=2 * 32)
         assert (dry.steps, dry.tokens, dry.learned_tokens) == (real.steps, real.tokens, real.learned_tokens)
         assert abs(dry.trainable - real.trainable) <= 2 * 32  # the new end of turn's rows
 

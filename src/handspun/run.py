@@ -11,6 +11,7 @@ from handspun.config import TrainConfig
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.prepare import ExampleSet, prepare_examples, resolve_max_length
 from handspun.models.end_of_turn import end_of_turn_is_new, make_end_of_turn_eos
+from handspun.models.int8 import quantize_base, refuse_inexact_products
 from handspun.models.load import (
     ChatModel,
     ModelSource,
@@ -19,6 +20,7 @@ from handspun.models.load import (
     load_config,
     load_tokenizer,
     model_source,
+    resolve_device,
     resolve_dtype,
 )
 from handspun.models.lora import add_lora
@@ -27,7 +29,7 @@ from handspun.report.account import account_lines, length_lines
 from handspun.report.log import RunLog, plain_console
 from handspun.report.plan import plan_lines
 from handspun.report.record import run_facts
-from handspun.training.allocator import keep_freed_memory
+from handspun.training.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.training.dtype import choose_dtype
 from handspun.training.execution import execution_of
 from handspun.training.loop import EpochEnd, Evaluation, Loop, start
@@ -129,7 +131,9 @@ def _product_dtype(
     config: TrainConfig, device: torch.device, processes: Processes, facts: dict[str, Any], log: RunLog
 ) -> torch.dtype:
     """The type of the matrix products, asked for or measured, the same on all ranks."""
-    if config.dtype == "auto":
+    if config.dtype == "auto" and config.base_weights == "int8":
+        dtype, reason = torch.float32, "beside the int8 layers"
+    elif config.dtype == "auto":
         dtype, reason = choose_dtype(device)
         dtype = torch.bfloat16 if processes.of_first(dtype == torch.bfloat16) else torch.float32
     else:
@@ -150,6 +154,9 @@ def _dry_run(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(source))
         if config.lora:
             model = _with_lora(model, config)
+    if config.base_weights == "int8":
+        refuse_inexact_products(resolve_device(config.device))
+        quantize_base(model)
     plan = make_plan(model, training.examples, config)
     for line in plan_lines(plan, config, max_length):
         log.line(line)
@@ -171,6 +178,11 @@ def _model_to_train(config: TrainConfig, log: RunLog) -> ChatModel:
         chat.model = _with_lora(chat.model, config, [chat.template.end_of_turn_id] if is_new else [])
         if is_new:
             log.line("its embedding row is trained beside the adapters: they alone could not teach it")
+    if config.base_weights == "int8":
+        refuse_inexact_products(chat.device)
+        quantize_base(chat.model)
+        give_back_freed_memory()
+        log.line("the frozen layers under the adapters are int8; embedding and head stay float32")
     return chat
 
 

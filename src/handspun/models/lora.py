@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 
+from handspun.models.lora_linear import LoraLinear
 from handspun.models.quiet import quiet
 
 
@@ -32,6 +34,7 @@ def add_lora(
         target_modules="all-linear",
         trainable_token_indices=_embedding_rows(model, new_token_ids) if new_token_ids else None,
     )
+    config._register_custom_module({nn.Linear: LoraLinear})
     model.name_or_path = base_name
     with quiet():
         adapted: Any = get_peft_model(model, config)  # called and saved like the model that it wraps

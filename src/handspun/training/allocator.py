@@ -6,6 +6,7 @@ By default each large tensor is mapped and unmapped again, and its pages are fau
 import ctypes
 import os
 import sys
+from contextlib import suppress
 
 _M_TRIM_THRESHOLD = -1  # glibc's malloc.h
 _M_MMAP_MAX = -4
@@ -26,3 +27,10 @@ def keep_freed_memory() -> bool:
         return bool(libc.mallopt(_M_MMAP_MAX, 0)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
     except (OSError, AttributeError):  # musl
         return False
+
+
+def give_back_freed_memory() -> None:
+    """Returns what is freed by now to the system, once: after a large thing that will not be asked for again."""
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):  # musl
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,4 +1,4 @@
-"""The type of the matrix products: float32 on a CPU, bfloat16 on a GPU where that is faster."""
+"""The type of the matrix products: bfloat16 where a probe says that it is clearly faster, else float32."""
 
 import time
 from collections.abc import Callable
@@ -12,17 +12,13 @@ _WORTH = 1.2
 def choose_dtype(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> tuple[torch.dtype, str]:
     """(float32 or bfloat16, why), by products of the size of a small model's layers: a fraction of a second.
 
-    On a CPU it is always float32: rounding cost a run more held-out loss than its speed was worth
-    (docs/results.md); what bfloat16 would gain is told. Weights and optimiser stay float32 either way: this is the
-    type of autocast.
+    Weights, optimiser, head and evaluation stay float32 either way: this is the type of autocast.
     """
     if device.type == "cuda" and not torch.cuda.is_bf16_supported():
         return torch.float32, "this GPU has no bfloat16"
     gain = _rate(device, torch.bfloat16, clock) / _rate(device, torch.float32, clock)
     if gain < _WORTH:
         return torch.float32, f"bfloat16 products are {gain:.1f} times as fast here"
-    if device.type == "cpu":
-        return torch.float32, f"bfloat16 products are {gain:.1f} times as fast here, if rounding is no concern"
     return torch.bfloat16, f"its products are {gain:.1f} times as fast as float32's here"
 
 

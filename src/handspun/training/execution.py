@@ -12,8 +12,10 @@ from handspun.data.examples import Example
 from handspun.training.forward import Padded
 from handspun.training.packed import Packed, packed_attention
 
-_TOLERANCE = 1e-3
-"""Relative. In float32 the two agree to 1e-6; a rule of attention that is not followed shows far above this."""
+_TOLERANCE = {"float32": 1e-3, "int8": 2e-2}
+"""Relative, by the type of the base weights. In float32 the two agree to 1e-6, and on int8 layers, where a sum in
+another order can round to another integer, to 3e-3; a rule of attention that is not followed shows far above
+this."""
 
 
 class Execution(Protocol):
@@ -26,7 +28,8 @@ class Execution(Protocol):
         """Tokens that go through the model: padding is in it, and a shared prefix once."""
 
     def loss(self, part: Sequence[Example]) -> float:
-        """The loss summed over the part's learned tokens, without a gradient."""
+        """The loss summed over the part's learned tokens, without a gradient, by products in float32: that of the
+        weights as they are kept. Rounded to bfloat16, weights lose what small steps taught them."""
 
     def backward(self, part: Sequence[Example], divisor: int) -> float:
         """Adds the gradient of the part's loss sum / `divisor`; returns the sum."""
@@ -49,7 +52,7 @@ def execution_of(
     padded = Padded(model, dtype, pad_token_id)
     reason = "it was asked for" if config.batching == "padded" else cannot_pack(model.config)
     if reason is None:
-        reason = _differs(model, padded, examples)
+        reason = _differs(model, padded, examples, _TOLERANCE[config.base_weights])
     if reason is not None:
         notice(f"batching: padded ({reason})")
         yield padded
@@ -71,7 +74,7 @@ def cannot_pack(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def _differs(model: PreTrainedModel, padded: Padded, examples: Sequence[Example]) -> str | None:
+def _differs(model: PreTrainedModel, padded: Padded, examples: Sequence[Example], tolerance: float) -> str | None:
     """Tries both on the two shortest rows: a model may do more with attention or logits than its config says."""
     shortest = sorted(examples, key=len)[:2]
     was_training = model.training
@@ -84,7 +87,7 @@ def _differs(model: PreTrainedModel, padded: Padded, examples: Sequence[Example]
         return f"{model.config.model_type} does not take packed rows: {str(error).splitlines()[0]}"
     finally:
         model.train(was_training)
-    if not abs(found - expected) <= _TOLERANCE * abs(expected):
+    if not abs(found - expected) <= tolerance * abs(expected):
         return f"{model.config.model_type} gives another loss packed, {found:.6g} for {expected:.6g}"
     return None
 

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from handspun.config import TrainConfig
 from handspun.data.batches import batches, epoch_order, micro_batches
 from handspun.data.examples import Example
+from handspun.models.int8 import Int8Linear
 from handspun.training.execution import cannot_pack, shares_prefix
 from handspun.training.forward import padded_tokens
 from handspun.training.packed import CHUNK_BYTES, packed_micro_batches, packed_tokens
@@ -43,7 +44,9 @@ def make_plan(model: PreTrainedModel, examples: Sequence[Example], config: Train
         part for batch in batches(examples, order, config.batch_size) for part in cut(batch, config.max_tokens)
     ]
     share_prefix = packed and shares_prefix(model.config, config)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    frozen = [layer.weight for layer in model.modules() if isinstance(layer, Int8Linear)]
+    weights = [*model.parameters(), *frozen]
+    parameters, weight_bytes = sum(w.numel() for w in weights), sum(w.nbytes for w in weights)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     kept = max(_kept(part, model, config, packed, share_prefix) for part in parts)
     return Plan(
@@ -56,7 +59,8 @@ def make_plan(model: PreTrainedModel, examples: Sequence[Example], config: Train
         computed_tokens=sum(_computed(part, packed, share_prefix) for part in parts),
         parameters=parameters,
         trainable=trainable,
-        peak_memory=_FIXED + _FLOAT * (parameters + 3 * trainable + kept),
+        # int8 layers are made from float ones, so loading may take more than training.
+        peak_memory=_FIXED + max(weight_bytes + _FLOAT * (3 * trainable + kept), _FLOAT * parameters),
         checkpoint_size=_checkpoint_size(parameters, trainable, config),
     )
 

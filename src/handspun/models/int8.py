@@ -1,0 +1,121 @@
+"""int8 linear layers: weights with a scale for each output channel, activations with a scale for each row.
+
+The symmetric scheme of LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339) without its outlier columns:
+
+    x = row_scale * x_int8      w = channel_scale * w_int8      y = row_scale * channel_scale * (x_int8 @ w_int8.T)
+
+Sums of int8 products are exact integers, so a row's result does not depend on the rows beside it. The backward
+pass uses the same matrix: the channels' scales are folded into the gradient before it is quantised, row by row.
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from handspun.errors import ModelError
+
+_SMALLEST_SCALE = 1e-12  # rows of zeros
+
+
+def quantize_base(model: PreTrainedModel) -> None:
+    """Replaces the linear layers under a model's LoRA adapters (peft's) by int8 layers, one at a time.
+
+    Embedding and head stay in float: the gradient of a softmax is one large value and thousands of small ones a
+    row, and with a scale for each row the small ones would be lost.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and isinstance(module.base_layer, nn.Linear):
+            module.base_layer = int8_linear(module.base_layer)
+
+
+def int8_linear(linear: nn.Linear) -> "Int8Linear":
+    """The layer in int8; its float weights are not kept."""
+    bias = None if linear.bias is None else linear.bias.detach().float()
+    return Int8Linear(*_quantized(linear.weight), bias)
+
+
+def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    rows, scale = quantize_rows(weight.detach())
+    return rows, scale.squeeze(1)
+
+
+def refuse_inexact_products(device: torch.device) -> None:
+    """Tries the largest sums: CPUs without an int8 dot product (VNNI) add pairs in 16 bits, which overflow.
+
+    Raises ModelError where int8 products are not exact, or not to be had.
+    """
+    rows = torch.full((32, 64), 127, dtype=torch.int8, device=device)
+    expected = 64 * 127 * 127
+    try:
+        sums = [_int_mm(rows, matrix) for matrix in (rows.t(), -rows.t())]
+        exact = bool((sums[0] == expected).all() and (sums[1] == -expected).all())
+    except (RuntimeError, NotImplementedError) as error:
+        raise ModelError(
+            f"int8 products cannot be had on {device}: {str(error).splitlines()[0]} Use --base-weights float32."
+        ) from error
+    if not exact:
+        raise ModelError(
+            f"int8 products overflow on {device} (a CPU without VNNI adds them in 16 bits). Use --base-weights "
+            "float32."
+        )
+
+
+def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """values: (rows, width), float. Returns int8 (rows, width) and its float32 scale, (rows, 1):
+    values ≈ int8 * scale, with an error of at most scale / 2, a 254th of the row's largest value."""
+    scale = values.abs().amax(1, keepdim=True).float().div_(127).clamp_min_(_SMALLEST_SCALE)
+    return (values / scale).round_().to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """A frozen linear layer in int8. Gradients flow to its input, none to its weight."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        """weight: (out, in), int8. scale: (out,). bias: (out,)."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Buffer(weight)
+        self.scale = nn.Buffer(scale)
+        self.bias = None if bias is None else nn.Buffer(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in). Returns float32, (..., out)."""
+        apply: Any = _Int8Product.apply
+        y: Tensor = apply(x.flatten(0, -2), self)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def product(self, x: Tensor) -> Tensor:
+        """(tokens, in) to float32, (tokens, out)."""
+        y = _dequantized(*quantize_rows(x), self.weight.t()).mul_(self.scale)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """(tokens, out) to float32, (tokens, in)."""
+        return _dequantized(*quantize_rows(grad * self.scale), self.weight)
+
+
+class _Int8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Int8Linear) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer.input_gradient(grad).to(ctx.dtype), None
+
+
+def _dequantized(rows: Tensor, row_scale: Tensor, matrix: Tensor) -> Tensor:
+    """rows: (rows, in), int8. matrix: (in, out), int8. Returns float32, (rows, out)."""
+    return _int_mm(rows, matrix).float().mul_(row_scale)
+
+
+def _int_mm(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Exact int32 sums. CUDA's product wants at least 17 rows."""
+    count = len(rows)
+    if rows.is_cuda and count < 17:
+        rows = nn.functional.pad(rows, (0, 0, 0, 17 - count))
+    return torch._int_mm(rows, matrix)[:count]

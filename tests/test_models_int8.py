@@ -1,0 +1,108 @@
+"""int8 layers: their rounding worked out by hand, exact sums, and gradients through them."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from handspun.errors import ModelError
+from handspun.models import int8
+from handspun.models.int8 import Int8Linear, int8_linear, quantize_base, quantize_rows, refuse_inexact_products
+from handspun.models.lora import add_lora
+from tiny import tiny_model
+
+
+def test_the_largest_value_of_a_row_becomes_127() -> None:
+    rows, scale = quantize_rows(torch.tensor([[254.0, -127.0, 1.0, 3.1], [0.5, 0.0, -0.25, 0.1]]))
+    assert rows.dtype == torch.int8
+    assert rows.tolist() == [[127, -64, 0, 2], [127, 0, -64, 25]]  # halves to even: -63.5 is -64
+    torch.testing.assert_close(scale, torch.tensor([[2.0], [0.5 / 127]]))
+
+
+def test_a_row_of_zeros_stays_zeros() -> None:
+    rows, scale = quantize_rows(torch.zeros(2, 4))
+    assert not rows.any()
+    assert scale.isfinite().all()
+
+
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=20))
+def test_no_value_moves_by_more_than_half_a_step(values: list[float]) -> None:
+    row = torch.tensor([values])
+    found, scale = quantize_rows(row)
+    assert ((found * scale - row).abs() <= 0.5001 * scale + 1e-12).all()
+
+
+def small_layer() -> tuple[nn.Linear, Int8Linear]:
+    """Weights that int8 holds exactly: in units of 0.5 and of 0.25."""
+    linear = nn.Linear(3, 2)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[63.5, -1.0, 0.5], [0.25, 31.75, -2.5]]))
+        linear.bias.copy_(torch.tensor([1.0, -1.0]))
+    return linear, int8_linear(linear)
+
+
+def test_a_product_by_hand() -> None:
+    linear, layer = small_layer()
+    assert layer.weight.tolist() == [[127, -2, 1], [1, 127, -10]]
+    assert layer.scale.tolist() == [0.5, 0.25]
+    x = torch.tensor([[127.0, 2.0, -3.0]])
+    # 63.5 * 127 - 2 - 1.5 + 1 and 0.25 * 127 + 31.75 * 2 + 7.5 - 1: nothing is rounded
+    assert layer(x).tolist() == [[8062.0, 101.75]]
+    assert torch.equal(layer(x), linear(x))
+
+
+def test_its_gradient_is_that_of_the_rounded_weights() -> None:
+    linear, layer = small_layer()
+    x = torch.randn(4, 3, requires_grad=True)
+    # Folded into the channels' scales, the gradient is (127, 2) in each row: nothing is rounded.
+    gradient = torch.tensor([[254.0, 8.0]]).expand(4, 2)
+    [found] = torch.autograd.grad(layer(x), x, gradient)
+    torch.testing.assert_close(found, gradient @ linear.weight, rtol=1e-6, atol=0)
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+    torch.manual_seed(0)
+    layer = int8_linear(nn.Linear(64, 48))
+    x = torch.randn(33, 64)
+    together = layer(x)
+    for rows in (x[:1], x[3:20]):
+        start = 0 if len(rows) == 1 else 3
+        assert torch.equal(layer(rows), together[start : start + len(rows)])
+
+
+def test_a_quarter_of_the_memory() -> None:
+    linear = nn.Linear(256, 512)
+    layer = int8_linear(linear)
+    held = sum(tensor.nbytes for tensor in layer.buffers())
+    assert held == 256 * 512 + 2 * 4 * 512  # weights, and a scale and a bias for each channel
+    assert not list(layer.parameters())
+
+
+def test_only_the_layers_under_adapters_are_rounded() -> None:
+    model: Any = add_lora(tiny_model("llama"), "tiny", rank=2, alpha=4, dropout=0.0)
+    quantize_base(model)
+    kinds = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
+    assert isinstance(model.base_model.model.lm_head, nn.Linear)
+    assert isinstance(kinds["embed_tokens"], nn.Embedding)
+    rounded = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
+    assert len(rounded) == 2 * 7
+    assert not [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.shape == (64, 32)]
+
+
+def test_products_that_overflow_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_inexact_products(torch.device("cpu"))
+    monkeypatch.setattr(int8, "_int_mm", lambda rows, matrix: torch._int_mm(rows, matrix).clamp(max=2**15))
+    with pytest.raises(ModelError, match="overflow on cpu .*--base-weights float32"):
+        refuse_inexact_products(torch.device("cpu"))
+
+
+def test_a_device_without_int8_products_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise NotImplementedError("_int_mm is not there\nand more")
+
+    monkeypatch.setattr(int8, "_int_mm", fails)
+    with pytest.raises(ModelError, match=r"cannot be had on cpu: _int_mm is not there Use --base-weights"):
+        refuse_inexact_products(torch.device("cpu"))

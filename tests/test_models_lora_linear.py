@@ -1,0 +1,78 @@
+"""The adapter's one operation computes what peft's layer computes, forward and backward."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+
+from handspun.models.lora import add_lora
+from handspun.models.lora_linear import LoraLinear
+from tiny import tiny_model
+
+
+def layer(*, bias: bool = True, dropout: float = 0.0) -> tuple[LoraLinear, Tensor]:
+    """A layer of a model with adapters, with values in A and B, and an input."""
+    torch.manual_seed(0)
+    model: Any = add_lora(tiny_model("qwen2"), "tiny", rank=3, alpha=6, dropout=dropout)
+    attention = model.base_model.model.model.layers[1].self_attn
+    found = attention.q_proj if bias else attention.o_proj
+    assert isinstance(found, LoraLinear)
+    nn.init.normal_(found.lora_B["default"].weight)
+    return found, torch.randn(2, 5, 32, requires_grad=True)
+
+
+def result_and_gradients(forward: Any, lora: LoraLinear, x: Tensor) -> list[Tensor]:
+    a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
+    y = forward(x)
+    weights = torch.arange(y.numel(), dtype=y.dtype).view_as(y) / y.numel()
+    return [y, *torch.autograd.grad((y * weights).sum(), [x, a, b])]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_it_is_pefts_layer_to_rounding(bias: bool) -> None:
+    lora, x = layer(bias=bias)
+    expected = result_and_gradients(lambda x: Linear.forward(lora, x), lora, x)
+    for found, wanted in zip(result_and_gradients(lora, lora, x), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast_products_are_bfloat16_and_gradients_float32() -> None:
+    lora, x = layer()
+    expected = result_and_gradients(lora, lora, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = result_and_gradients(lora, lora, x)
+    assert rounded[0].dtype == torch.bfloat16
+    for found, wanted in zip(rounded, expected, strict=True):
+        assert (found.float() - wanted).norm() < 0.02 * wanted.norm()
+    assert {gradient.dtype for gradient in rounded[1:]} == {torch.float32}
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    lora, x = layer()
+    lora = lora.double()
+    assert torch.autograd.gradcheck(lora, x.detach().double().requires_grad_(), fast_mode=True)
+
+
+def test_a_frozen_input_gets_no_gradient_and_the_adapter_does() -> None:
+    lora, x = layer()
+    lora(x.detach()).sum().backward()
+    assert lora.lora_A["default"].weight.grad is not None
+    assert lora.base_layer.weight.grad is None
+
+
+def test_dropout_and_disabled_adapters_are_left_to_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    lora, x = layer(dropout=0.5)
+    alone = lora.base_layer(x)
+    lora.train()
+    seen: list[str] = []
+    monkeypatch.setattr(Linear, "forward", lambda self, x: (seen.append("peft"), self.base_layer(x))[1])
+    lora(x)
+    assert seen == ["peft"]
+    lora.eval()
+    assert not torch.allclose(lora(x), alone)  # without dropout it is one operation
+    assert seen == ["peft"]
+    lora.enable_adapters(False)
+    assert torch.equal(lora(x), alone)
+    assert seen == ["peft", "peft"]
