@@ -1,98 +1,170 @@
-"""Rows a second and peak memory of one epoch of full fine-tuning: Handspun against TRL's SFTTrainer.
+"""One epoch of fine-tuning, Handspun against TRL's SFTTrainer and transformers' Trainer: speed, memory, losses.
 
     python benchmarks/train.py --data train.csv [--model FOLDER] [--rows 64] [--batch-size 8] [--runs 3] [--fresh]
+    python benchmarks/train.py --data train.csv --lora
 
-Every measurement is a process of its own, with two threads, float32 if not said otherwise, the same rows and
-learning rate; contenders take turns. Each figure is saved in benchmarks/results/ as it is measured, and a
-benchmark that is run again goes on from what is saved; --fresh starts over. TRL runs in an environment of its
-own, .venv-peers, which `make bench` makes.
+Every measurement is a process of its own, with the same rows, tokens, learning rate and threads; contenders take
+turns, and all but those that group by length see the rows in the same order. Each figure is saved in
+benchmarks/results/ as it is measured, and a benchmark that is run again goes on from what is saved; --fresh starts
+over. The peers run in an environment of their own, .venv-peers, which `make bench` makes; without it they are left
+out. The losses of all are drawn into docs/images/.
 """
 
 import argparse
-import csv
-import json
-import random
 import statistics
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
-from typing import Any
 
-from handspun.models.embedded import EMBEDDED_NAME, embedded_folder
-from handspun.report.environment import cpu_name
+from handspun.models.embedded import EMBEDDED_NAME
+from measurements import (
+    DEMO_ROWS,
+    IMAGES,
+    TRL_AT_ITS_BEST,
+    Contender,
+    Results,
+    axes_of_a_plot,
+    draw,
+    measure,
+    model_folder,
+    open_results,
+    read_rows,
+    rows_file,
+    save_plot,
+    table,
+    with_range,
+)
 
-HERE = Path(__file__).parent
-PEERS = HERE.parent / ".venv-peers" / "bin" / "python"
-CONTENDERS = {
-    "TRL, its defaults": (PEERS, "trl_train.py", "default"),
-    "TRL at its best": (PEERS, "trl_train.py", "best"),
-    "Handspun, padded": (Path(sys.executable), "handspun_train.py", "padded"),
-    "Handspun": (Path(sys.executable), "handspun_train.py", "packed"),
-    "TRL at its best, bfloat16": (PEERS, "trl_train.py", "best-bfloat16"),
-    "Handspun, bfloat16": (Path(sys.executable), "handspun_train.py", "packed-bfloat16"),
+BFLOAT16 = {"dtype": "bfloat16"}
+FULL = {
+    "TRL, its defaults": Contender("trl_train.py"),
+    "TRL at its best": Contender("trl_train.py", {"options": TRL_AT_ITS_BEST}),
+    "Trainer": Contender("trainer_train.py"),
+    "Trainer, grouped by length": Contender(
+        "trainer_train.py", {"options": {"train_sampling_strategy": "group_by_length"}}
+    ),
+    "Handspun, padded": Contender("handspun_train.py", {"options": {"batching": "padded"}}),
+    "Handspun": Contender("handspun_train.py"),
+    "TRL at its best, bfloat16": Contender("trl_train.py", {"options": TRL_AT_ITS_BEST, **BFLOAT16}),
+    "Handspun, bfloat16": Contender("handspun_train.py", BFLOAT16),
 }
+LORA = {
+    "TRL at its best": Contender("trl_train.py", {"options": TRL_AT_ITS_BEST}),
+    "Handspun": Contender("handspun_train.py"),
+    "TRL at its best, bfloat16": Contender("trl_train.py", {"options": TRL_AT_ITS_BEST, **BFLOAT16}),
+    "Handspun, bfloat16": Contender("handspun_train.py", BFLOAT16),
+    "Handspun, int8 base": Contender("handspun_train.py", {"options": {"base_weights": "int8"}}),
+}
+REFERENCE = "TRL at its best"
+LEARNING_RATES = {"full": 1e-5, "lora": 2e-4}
 
 
 def main() -> None:
+    arguments = parse()
+    method = "lora" if arguments.lora else "full"
+    contenders = chosen(LORA if arguments.lora else FULL, arguments.only)
+    name = f"train-{method}-{Path(arguments.model).name}-{arguments.data.stem}-{arguments.rows}"
+    settings = {key: getattr(arguments, key) for key in ("rows", "batch_size", "max_length", "threads", "lora")}
+    settings |= {"learning_rate": LEARNING_RATES[method], "data": arguments.data.name}
+    results = open_results(name, settings, fresh=arguments.fresh)
+    measure_all(results, contenders, arguments, learning_rate=LEARNING_RATES[method])
+    print(summary(results))
+    plot_losses(results, IMAGES / f"{name}.svg")
+
+
+def parse() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data", type=Path, help="a csv file in the Alpaca format (default: the demonstration's rows)"
-    )
+    parser.add_argument("--data", type=Path, default=DEMO_ROWS, help="a csv file in the Alpaca format")
     parser.add_argument("--model", default=EMBEDDED_NAME, help="a model's folder (default: the embedded one)")
+    parser.add_argument("--lora", action="store_true", help="LoRA on all linear layers, r 16, alpha 32")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders, as they are called in the table")
     parser.add_argument("--fresh", action="store_true")
-    arguments = parser.parse_args()
-    data = arguments.data or HERE.parent / "src" / "handspun" / "demo" / "demo.csv"
-    model = str(embedded_folder(print)) if arguments.model == EMBEDDED_NAME else arguments.model
-    name = f"train-{Path(arguments.model).name}-{data.stem}-{arguments.rows}"
-    results = HERE / "results" / f"{name}.json"
-    results.parent.mkdir(exist_ok=True)
-    rows_file = results.with_suffix(".rows")
-    rows_file.write_text(json.dumps(sample(data, arguments.rows)), encoding="utf-8")
-    measured: dict[str, list[dict[str, Any]]] = {}
-    if results.exists() and not arguments.fresh:
-        measured = json.loads(results.read_text(encoding="utf-8"))["runs"]
-    for run in range(arguments.runs):
-        for contender, (python, script, mode) in CONTENDERS.items():
-            done = measured.setdefault(contender, [])
-            if len(done) > run or not python.exists() or contender not in arguments.only:
-                continue
-            command = [str(python), str(HERE / "contenders" / script), model, str(rows_file), mode]
-            done.append(measure([*command, str(arguments.batch_size)]))
-            record = {"machine": cpu_name(), "data": data.name, "rows": arguments.rows, "runs": measured}
-            results.write_text(json.dumps(record, indent=1), encoding="utf-8")
-            print(f"{contender}: {arguments.rows / done[-1]['seconds']:.2f} rows/s", flush=True)
-    rows_file.unlink()
-    print_table(measured, arguments.rows)
+    return parser.parse_args()
 
 
-def sample(data: Path, count: int) -> list[dict[str, str]]:
-    """Rows drawn with a fixed seed; those without an output are left out."""
-    with data.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["output"].strip()]
-    return random.Random(0).sample(rows, count)
+def chosen(contenders: dict[str, Contender], only: list[str] | None) -> dict[str, Contender]:
+    """The contenders that are asked for and whose environment is there."""
+    if unknown := set(only or []) - set(contenders):
+        raise SystemExit(f"--only: there is no {', '.join(unknown)}; there are {', '.join(contenders)}.")
+    asked = {name: contender for name, contender in contenders.items() if not only or name in only}
+    for name, contender in asked.items():
+        if not contender.python.exists():
+            print(f"{name} is left out: {contender.python} is not there; `make .venv-peers/.installed` makes it")
+    return {name: contender for name, contender in asked.items() if contender.python.exists()}
 
 
-def measure(command: list[str]) -> dict[str, Any]:
-    """The JSON object on the last line that the contender prints."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+def measure_all(
+    results: Results, contenders: dict[str, Contender], arguments: argparse.Namespace, *, learning_rate: float
+) -> None:
+    """Every run of every contender that is not there yet; they take turns."""
+    with tempfile.TemporaryDirectory() as work:
+        [rows] = draw(read_rows(arguments.data), arguments.rows)
+        job = {key: getattr(arguments, key) for key in ("batch_size", "max_length", "threads", "lora")}
+        job |= {"model": model_folder(arguments.model), "rows": rows_file(work, "rows", rows)}
+        for turn in range(arguments.runs):
+            for name, contender in contenders.items():
+                if len(results.of(name)) <= turn:
+                    run = results.add(name, measure(contender, **job, learning_rate=learning_rate))
+                    refuse_other_tokens(results)
+                    print(f"{name}: {arguments.rows / run['seconds']:.2f} rows/s", flush=True)
 
 
-def print_table(measured: dict[str, list[dict[str, Any]]], rows: int) -> None:
-    """Medians, with the lowest and highest, and the ratio to TRL at its best."""
-    rates = {name: [rows / run["seconds"] for run in runs] for name, runs in measured.items() if runs}
-    best = statistics.median(rates.get("TRL at its best") or next(iter(rates.values())))
-    print("| | rows/s (lowest-highest) | peak GB | ratio |\n| --- | --- | --- | --- |")
+def refuse_other_tokens(results: Results) -> None:
+    """All contenders are to read and to learn the same tokens."""
+    counts = {name: (runs[0]["tokens"], runs[0]["learned_tokens"]) for name, runs in results.runs.items() if runs}
+    if len(set(counts.values())) > 1:
+        raise SystemExit(f"(tokens, learned tokens) are not the same for all: {counts}")
+
+
+def summary(results: Results) -> str:
+    """Medians, with the lowest and highest, and the ratio to TRL at its best; then how far the losses differ."""
+    rows = results.header["settings"]["rows"]
+    rates = {name: [rows / run["seconds"] for run in runs] for name, runs in results.runs.items()}
+    reference = statistics.median(rates[REFERENCE]) if REFERENCE in rates else None
+    lines = []
     for name, rate in rates.items():
-        peak = statistics.median(run["peak_gb"] for run in measured[name])
-        median = statistics.median(rate)
-        print(f"| {name} | {median:.2f} ({min(rate):.2f}-{max(rate):.2f}) | {peak:.1f} | {median / best:.2f} |")
+        runs, median = results.of(name), statistics.median(rate)
+        learned = f"{median * runs[0]['learned_tokens'] / rows:.0f}"
+        peak = f"{statistics.median(run['peak_gb'] for run in runs):.1f} GB"
+        lines.append([name, with_range(rate), learned, peak, f"{median / reference:.2f}" if reference else ""])
+    header = ["", "rows/s (lowest-highest)", "learned tokens/s", "peak memory", "ratio"]
+    return "\n\n".join([table(header, lines), *losses_apart(results)])
+
+
+def losses_apart(results: Results) -> list[str]:
+    """The largest relative difference of a step's loss between Handspun and each that saw the same batches."""
+    ours = results.of("Handspun")
+    others = [name for name in ("TRL, its defaults", "Trainer", "Handspun, padded") if results.of(name)]
+    if not ours or not others or results.header["settings"]["lora"]:
+        return []
+    lines = ["Largest relative difference of a step's loss from Handspun's:"]
+    for name in others:
+        apart = relative_difference(results.of(name)[0]["losses"], ours[0]["losses"])
+        lines.append(f"* {name}: {apart:.1e}")
+    return ["\n".join(lines)]
+
+
+def relative_difference(found: list[float], expected: list[float]) -> float:
+    """The largest over the pairs."""
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+
+
+def plot_losses(results: Results, file: Path) -> None:
+    """A line for each contender; those that group by length saw other batches, and are thin."""
+    figure, axes = axes_of_a_plot("step", "loss of the batch")
+    styles = ["-", "--", ":", "-."]
+    for place, (name, runs) in enumerate(results.runs.items()):
+        regrouped = "best" in name or "grouped" in name
+        losses, style = runs[0]["losses"], styles[place % len(styles)]
+        label = f"{name} (other batches)" if regrouped else name
+        axes.plot(range(1, len(losses) + 1), losses, style, lw=0.8 if regrouped else 2, label=label)
+    axes.legend(frameon=False, fontsize="small")
+    save_plot(figure, file)
 
 
 if __name__ == "__main__":

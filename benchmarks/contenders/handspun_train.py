@@ -1,65 +1,72 @@
-"""One epoch with Handspun, timed. Arguments: model, rows (json), mode, batch size.
+"""One epoch with `handspun.train`, as a user calls it. Argument: a job (job.py).
 
-mode: "packed", "padded" or "packed-bfloat16"."""
+Seconds are those of the optimiser steps; evaluation and saving are not in them.
+"""
 
 import json
-import resource
-import sys
-import time
+import tempfile
+from pathlib import Path
+from typing import Any
 
-import torch
+from rich.console import Console
 
-from handspun.training.allocator import keep_freed_memory
+import handspun
+from handspun.data.batches import epoch_order
+from job import Job, answer, job_of_this_process, read_rows
 
-model_name, rows_file, mode, batch_size = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-batching, _, short = mode.partition("-")
-keep_freed_memory()
-torch.set_num_threads(2)
 
-from handspun.config import TrainConfig  # noqa: E402  (the allocator first)
-from handspun.data.batches import epoch_order  # noqa: E402
-from handspun.data.examples import build_examples  # noqa: E402
-from handspun.data.rows import Row  # noqa: E402
-from handspun.models.load import load  # noqa: E402
-from handspun.training.execution import execution_of  # noqa: E402
-from handspun.training.loop import Loop, Step, start, train  # noqa: E402
-
-with open(rows_file, encoding="utf-8") as file:
-    rows = json.load(file)
-chat = load(model_name, dtype="float32")
-made, _ = build_examples([Row("rows", i, row) for i, row in enumerate(rows)], chat.template, max_length=512)
-config = TrainConfig(
-    num_epochs=1,
-    batch_size=batch_size,
-    learning_rate=1e-5,
-    lr_schedule="linear",
-    warmup_ratio=0.0,
-    batching=batching,  # type: ignore[arg-type]
-)
-# Laid so that this run's seeded order is the order of the file, which the others are given too.
-examples = [made[0]] * len(made)
-for place, example in zip(epoch_order(len(made), seed=config.seed, epoch=1), made, strict=True):
-    examples[place] = example
-with execution_of(
-    chat.model,
-    config,
-    examples,
-    dtype=torch.bfloat16 if short else torch.float32,
-    pad_token_id=chat.tokenizer.pad_token_id or 0,
-    notice=str,
-) as execution:
-    loop = Loop(config=config, examples=examples, execution=execution)
-    state = start(chat.model, config)
-    began = time.perf_counter()
-    steps = [event for event in train(loop, state) if isinstance(event, Step)]
-    seconds = time.perf_counter() - began
-print(
-    json.dumps(
-        {
-            "seconds": seconds,
-            "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-            "learned_tokens": sum(step.learned_tokens for step in steps),
-            "losses": [step.loss for step in steps],
-        }
+def main() -> None:
+    job = job_of_this_process()
+    with tempfile.TemporaryDirectory() as work:
+        config = config_of(job, Path(work))
+        handspun.train(config, console=Console(quiet=True))
+        events = [json.loads(line) for line in (Path(work) / "output" / "metrics.jsonl").open(encoding="utf-8")]
+    steps = [event for event in events if event["event"] == "step"]
+    evaluations = [event for event in events if event["event"] == "evaluation"]
+    answer(
+        seconds=sum(step["seconds"] for step in steps),
+        step_seconds=[step["seconds"] for step in steps],
+        tokens=sum(step["tokens"] for step in steps),
+        learned_tokens=sum(step["learned_tokens"] for step in steps),
+        losses=[step["loss"] for step in steps],
+        held_out=[[evaluation["step"], evaluation["loss"]] for evaluation in evaluations],
+        held_out_tokens=evaluations[0]["learned_tokens"] if evaluations else 0,
     )
-)
+
+
+def config_of(job: Job, work: Path) -> handspun.TrainConfig:
+    """The job's rows in a file of the work folder, and the options of the run."""
+    rows = laid_out(read_rows(job), seed=0)
+    (work / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    names = (
+        "batch_size",
+        "max_length",
+        "learning_rate",
+        "lr_schedule",
+        "warmup_ratio",
+        "lora",
+        "dtype",
+        "threads",
+    )
+    options: dict[str, Any] = {name: getattr(job, name) for name in names} | job.options
+    return handspun.TrainConfig(
+        model=job.model,
+        data=str(work / "rows.json"),
+        eval_data=job.held_out,
+        output_dir=str(work / "output"),
+        num_epochs=1,
+        seed=0,
+        save_dtype="bfloat16",
+        **options,
+    )
+
+
+def laid_out(rows: list[dict[str, str]], *, seed: int) -> list[dict[str, str]]:
+    """The rows so placed that the seeded order of the first epoch is the order they came in."""
+    order = epoch_order(len(rows), seed=seed, epoch=1)
+    placed = dict(zip(order, rows, strict=True))
+    return [placed[place] for place in range(len(rows))]
+
+
+if __name__ == "__main__":
+    main()
