@@ -10,7 +10,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from handspun.config import GenerationOptions
 from handspun.decoding.generate import generate, stream
 from handspun.decoding.options import ResolvedOptions
-from handspun.decoding.processors import process
+from handspun.decoding.processors import History, make_processors, process
 from handspun.decoding.sampling import gumbel_noise
 from handspun.errors import ConfigError, DataError, ModelError, TemplateError
 from handspun.models.load import ChatModel
@@ -124,10 +124,8 @@ def test_sampled_tokens_are_those_of_a_plain_forward_without_cache(chat):
     for step, token in enumerate(answer.token_ids):
         table = torch.tensor([ids])
         logits = chat.model(table).logits[:, -1]
-        options = ResolvedOptions(**settings)
-        filtered = process(
-            logits, input_ids=table, attention_mask=torch.ones_like(table), generated=step, options=options
-        )
+        history = History(answer.prompt_token_ids, answer.token_ids[:step])
+        filtered = process(logits, [history], make_processors(ResolvedOptions(**settings)))
         assert token == (filtered[0] + gumbel_noise((5, 1, 0), step, 330)).argmax().item()
         ids.append(token)
 

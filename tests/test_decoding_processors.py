@@ -20,8 +20,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from handspun.decoding import processors
+from handspun.decoding import filters
 from handspun.decoding.options import ResolvedOptions
+from handspun.decoding.processors import History, make_processors, process
 from handspun.decoding.sampling import choose, gumbel_noise, stream_of
 
 _VOCAB = 12
@@ -39,14 +40,9 @@ def _logits(draw: st.DrawFn, rows: int = 3) -> Tensor:
 
 
 @st.composite
-def _histories(draw: st.DrawFn, rows: int = 3) -> tuple[Tensor, Tensor]:
-    """Left-padded tokens with their mask; the pad id, 11, is never a real token."""
-    length = draw(st.integers(1, 10))
-    real = [draw(st.integers(1, length)) for _ in range(rows)]
-    tokens = st.integers(0, 4)
-    ids = [[11] * (length - n) + [draw(tokens) for _ in range(n)] for n in real]
-    mask = [[0] * (length - n) + [1] * n for n in real]
-    return torch.tensor(ids), torch.tensor(mask)
+def _histories(draw: st.DrawFn, rows: int = 3) -> list[list[int]]:
+    """Tokens of rows of any lengths."""
+    return [draw(st.lists(st.integers(0, 4), min_size=1, max_size=10)) for _ in range(rows)]
 
 
 def _by_transformers(processor: LogitsProcessor, logits: Tensor, input_ids: Tensor | None = None) -> Tensor:
@@ -56,57 +52,52 @@ def _by_transformers(processor: LogitsProcessor, logits: Tensor, input_ids: Tens
 
 
 @given(_logits(), _histories(), st.floats(0.25, 4.0))
-def test_repetition_penalty_is_that_of_transformers(logits, history, penalty):
-    input_ids, mask = history
-    theirs = RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=mask.argmax(-1))
-    ours = processors.repetition_penalty(logits, input_ids, mask, penalty)
-    assert torch.equal(ours, _by_transformers(theirs, logits, input_ids))
+def test_repetition_penalty_is_that_of_transformers(logits, histories, penalty):
+    ours = filters.repetition_penalty(logits, histories, penalty)
+    assert torch.equal(ours, _row_by_row(RepetitionPenaltyLogitsProcessor(penalty), logits, histories))
 
 
 @given(_logits(), _histories(), st.integers(1, 5))
-def test_no_repeat_ngram_is_that_of_transformers_on_the_unpadded_row(logits, history, size):
-    input_ids, mask = history
-    ours = processors.no_repeat_ngram(logits, input_ids, mask, size)
-    for row in range(len(logits)):
-        alone = input_ids[row, mask[row] == 1][None]
-        theirs = _by_transformers(NoRepeatNGramLogitsProcessor(size), logits[row : row + 1], alone)
-        assert torch.equal(ours[row : row + 1], theirs)
+def test_no_repeat_ngram_is_that_of_transformers(logits, histories, size):
+    ours = filters.no_repeat_ngram(logits, histories, size)
+    assert torch.equal(ours, _row_by_row(NoRepeatNGramLogitsProcessor(size), logits, histories))
 
 
-@given(_logits(), st.integers(0, 4), st.integers(0, 4))
+@given(_logits(), st.lists(st.integers(0, 4), min_size=3, max_size=3), st.integers(1, 4))
 def test_min_new_tokens_is_that_of_transformers(logits, generated, wanted):
+    rows = [History([1, 2], [0] * n) for n in generated]
     theirs = MinNewTokensLengthLogitsProcessor(2, wanted, torch.tensor([3, 7]))
-    input_ids = torch.zeros(len(logits), 2 + generated, dtype=torch.long)
-    ours = processors.process(
-        logits,
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        generated=generated,
-        options=ResolvedOptions(min_new_tokens=wanted, eos_token_ids=(3, 7)),
-    )
-    assert torch.equal(ours, _by_transformers(theirs, logits, input_ids))
+    ours = process(logits, rows, make_processors(ResolvedOptions(min_new_tokens=wanted, eos_token_ids=(3, 7))))
+    expected = _row_by_row(theirs, logits, [row.prompt_token_ids + row.token_ids for row in rows])
+    assert torch.equal(ours, expected)
 
 
 @given(_logits(), st.floats(0.05, 10.0))
 def test_temperature_is_that_of_transformers(logits, value):
     assert torch.equal(
-        processors.temperature(logits, value), _by_transformers(TemperatureLogitsWarper(value), logits)
+        filters.temperature(logits, value), _by_transformers(TemperatureLogitsWarper(value), logits)
     )
 
 
 @given(_logits(), st.integers(1, 20))
 def test_top_k_is_that_of_transformers(logits, k):
-    assert torch.equal(processors.top_k(logits, k), _by_transformers(TopKLogitsWarper(k), logits))
+    assert torch.equal(filters.top_k(logits, k), _by_transformers(TopKLogitsWarper(k), logits))
 
 
 @given(_logits(), st.floats(0.01, 1.0, exclude_max=True))
 def test_top_p_is_that_of_transformers(logits, p):
-    assert torch.equal(processors.top_p(logits, p), _by_transformers(TopPLogitsWarper(p), logits))
+    assert torch.equal(filters.top_p(logits, p), _by_transformers(TopPLogitsWarper(p), logits))
 
 
 @given(_logits(), st.floats(0.0, 1.0))
 def test_min_p_is_that_of_transformers(logits, share):
-    assert torch.equal(processors.min_p(logits, share), _by_transformers(MinPLogitsWarper(share), logits))
+    assert torch.equal(filters.min_p(logits, share), _by_transformers(MinPLogitsWarper(share), logits))
+
+
+def _row_by_row(processor: LogitsProcessor, logits: Tensor, histories: list[list[int]]) -> Tensor:
+    """transformers has one length for all rows."""
+    pairs = zip(logits[:, None], histories, strict=True)
+    return torch.cat([_by_transformers(processor, row, torch.tensor([ids])) for row, ids in pairs])
 
 
 _MODEL = tiny_model("llama", vocab_size=_VOCAB)
@@ -129,52 +120,41 @@ _MODEL = tiny_model("llama", vocab_size=_VOCAB)
         }
     ),
 )
-def test_all_together_come_in_the_order_of_transformers(logits, history, options):
-    input_ids, mask = history
+def test_all_together_come_in_the_order_of_transformers(logits, histories, options):
     config = GenerationConfig(**options)
     config._eos_token_tensor = torch.tensor([3, 7])
-    # n-grams there see the padding, so the padded rows get n-grams that nothing can repeat
-    input_ids = torch.where(mask == 1, input_ids, torch.arange(100, 100 + mask.shape[1]))
-    theirs = _MODEL._get_logits_processor(
-        config, input_ids_seq_length=input_ids.shape[1], device="cpu", model_kwargs={"attention_mask": mask}
-    )(input_ids, logits.clone())
-    ours = processors.process(
-        logits,
-        input_ids=input_ids,
-        attention_mask=mask,
-        generated=0,
-        options=ResolvedOptions(**options, eos_token_ids=(3, 7)),
-    )
-    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    made = make_processors(ResolvedOptions(**options, eos_token_ids=(3, 7)))
+    ours = process(logits, [History(ids) for ids in histories], made)
+    for row, ids in enumerate(histories):
+        theirs = _MODEL._get_logits_processor(config, input_ids_seq_length=len(ids), device="cpu")
+        expected = theirs(torch.tensor([ids]), logits[row : row + 1].clone())
+        torch.testing.assert_close(ours[row : row + 1], expected, equal_nan=True)
 
 
 def test_repetition_penalty_lowers_both_signs_of_seen_tokens_only():
     logits = torch.tensor([[2.0, -2.0, 2.0, -2.0]])
-    processed = processors.repetition_penalty(logits, torch.tensor([[0, 1]]), torch.tensor([[1, 1]]), 2.0)
+    processed = filters.repetition_penalty(logits, [[0, 1, 0]], 2.0)
     assert processed.tolist() == [[1.0, -4.0, 2.0, -2.0]]
 
 
-def test_padding_takes_part_in_no_penalty_whatever_its_id():
-    logits = torch.ones(1, 4)
-    input_ids, mask = torch.tensor([[2, 2, 1]]), torch.tensor([[0, 0, 1]])
-    assert processors.repetition_penalty(logits, input_ids, mask, 2.0).tolist() == [[1.0, 0.5, 1.0, 1.0]]
-    assert processors.no_repeat_ngram(logits, input_ids, mask, 1).tolist() == [[1.0, -_INF, 1.0, 1.0]]
-
-
 def test_no_repeat_ngram_forbids_what_followed_before():
-    input_ids = torch.tensor([[1, 2, 3, 1, 2]])  # 1 2 has been followed by 3
-    processed = processors.no_repeat_ngram(torch.zeros(1, 5), input_ids, torch.ones_like(input_ids), 3)
+    processed = filters.no_repeat_ngram(torch.zeros(1, 5), [[1, 2, 3, 1, 2]], 3)  # 1 2 has been followed by 3
     assert processed.tolist() == [[0, 0, 0, -_INF, 0]]
 
 
+def test_ids_that_the_head_cannot_give_are_passed_over():
+    assert filters.repetition_penalty(torch.ones(1, 3), [[1, 7]], 2.0).tolist() == [[1.0, 0.5, 1.0]]
+    assert filters.forbid(torch.ones(1, 3), (1, 7), [True]).tolist() == [[1.0, -_INF, 1.0]]
+
+
 def test_top_k_keeps_ties():
-    assert processors.top_k(torch.tensor([[3.0, 2.0, 2.0, 1.0]]), 2).tolist() == [[3.0, 2.0, 2.0, -_INF]]
+    assert filters.top_k(torch.tensor([[3.0, 2.0, 2.0, 1.0]]), 2).tolist() == [[3.0, 2.0, 2.0, -_INF]]
 
 
 def test_top_p_keeps_the_token_that_reaches_it_and_at_least_one():
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    assert (processors.top_p(logits, 0.6) > -_INF).tolist() == [[True, True, False]]
-    assert (processors.top_p(logits, 1e-9) > -_INF).tolist() == [[True, False, False]]
+    assert (filters.top_p(logits, 0.6) > -_INF).tolist() == [[True, True, False]]
+    assert (filters.top_p(logits, 1e-9) > -_INF).tolist() == [[True, False, False]]
 
 
 def test_processors_leave_their_input_as_it_was():
@@ -183,18 +163,20 @@ def test_processors_leave_their_input_as_it_was():
         do_sample=True, temperature=0.5, top_k=2, top_p=0.5, min_p=0.1, repetition_penalty=1.2,
         no_repeat_ngram_size=1, min_new_tokens=1, eos_token_ids=(0,),
     )  # fmt: skip
-    ids = torch.tensor([[1]])
-    processors.process(logits, input_ids=ids, attention_mask=ids, generated=0, options=options)
+    process(logits, [History([1])], make_processors(options))
     assert logits.tolist() == [[3.0, 2.0, 2.0, 1.0]]
+
+
+def test_without_processors_the_very_same_logits_come_back():
+    logits = torch.tensor([[3.0, 2.0]])
+    assert process(logits, [History([1])], make_processors(ResolvedOptions())) is logits
 
 
 def test_sampling_filters_do_nothing_to_greedy_logits():
     options = ResolvedOptions(temperature=0.5, top_k=1)
-    logits, ids = torch.tensor([[3.0, 2.0]]), torch.tensor([[1]])
-    same = processors.process(logits, input_ids=ids, attention_mask=ids, generated=0, options=options)
-    assert torch.equal(same, logits)
-    sampled = processors.process(
-        logits, input_ids=ids, attention_mask=ids, generated=0, options=replace(options, do_sample=True)
+    assert make_processors(options) == ()
+    sampled = process(
+        torch.tensor([[3.0, 2.0]]), [History([1])], make_processors(replace(options, do_sample=True))
     )
     assert sampled.tolist() == [[6.0, -_INF]]
 

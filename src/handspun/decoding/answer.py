@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from handspun.decoding.detokenize import Vocabulary
 from handspun.decoding.engine import Engine
 from handspun.decoding.options import ResolvedOptions
+from handspun.decoding.processors import Processor, make_processors
 from handspun.decoding.results import FinishReason, GenerationChunk, GenerationResult
 from handspun.decoding.stop import AnswerText
 from handspun.decoding.tool_calls import parse_tool_calls
@@ -30,6 +32,11 @@ class Job:
     with_tools: bool
     batch_size: int
     should_stop: Callable[[], bool]
+
+    @cached_property
+    def processors(self) -> tuple[Processor, ...]:
+        """What the options ask to be done to logits."""
+        return make_processors(self.options)
 
 
 @dataclass

@@ -82,7 +82,7 @@ def beam_search(prompt_indices: Sequence[int], job: Job) -> list[GenerationResul
             scores = torch.tensor([[0.0] + [_NEVER] * (n - 1)], device=logits.device).repeat(len(going), 1)
         else:
             logits = engine.step(tokens)
-        scores, parents, tokens = _advance(going, engine, logits, scores)
+        scores, parents, tokens = _advance(going, logits, scores)
         still = torch.tensor([i for i, search in enumerate(going) if not search.done], dtype=torch.long)
         still = still.to(scores.device)
         offsets = torch.arange(len(going), device=scores.device)[:, None] * n
@@ -92,20 +92,12 @@ def beam_search(prompt_indices: Sequence[int], job: Job) -> list[GenerationResul
     return [result for search in searches for result in search.results()]
 
 
-def _advance(
-    searches: list[Search], engine: Engine, logits: Tensor, scores: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _advance(searches: list[Search], logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One step of every search: scores (prompts, beams) and logits (prompts * beams, vocab) to the scores,
     parents (index of a beam in its search) and tokens of the beams that go on, each (prompts, beams)."""
     options, length = searches[0].job.options, len(searches[0].beams[0].token_ids) + 1
     own = logits.log_softmax(-1)
-    filtered = process(
-        own,
-        input_ids=engine.input_ids,
-        attention_mask=engine.attention_mask,
-        generated=length - 1,
-        options=options,
-    )
+    filtered = process(own, [beam for search in searches for beam in search.beams], searches[0].job.processors)
     width = max(2, 1 + len(options.eos_token_ids)) * options.num_beams
     total = (filtered.view(*scores.shape, -1) + scores[..., None]).flatten(1)  # (prompts, beams * vocab)
     top, index = total.topk(width)  # (prompts, width), as are the next four

@@ -204,7 +204,7 @@ def _decode(answers: list[Answer], job: Job) -> Iterator[GenerationChunk]:
             yield from [answer.finish("cancelled") for answer in answers]
             return
         logits = prefill(engine, answers, job) if tokens is None else engine.step(tokens)
-        tokens, logprobs = _next_tokens(engine, logits, answers, step, job)
+        tokens, logprobs = _next_tokens(logits, answers, step, job)
         yield from [
             answer.add(token, logprob)
             for answer, token, logprob in zip(answers, tokens.tolist(), logprobs, strict=True)
@@ -219,16 +219,10 @@ def _decode(answers: list[Answer], job: Job) -> Iterator[GenerationChunk]:
 
 
 def _next_tokens(
-    engine: Engine, logits: Tensor, answers: list[Answer], step: int, job: Job
+    logits: Tensor, answers: list[Answer], step: int, job: Job
 ) -> tuple[Tensor, Sequence[float | None]]:
     """(rows, vocab) -> the next token of each answer, (rows,), and their log-probabilities if wanted."""
-    filtered = process(
-        logits,
-        input_ids=engine.input_ids,
-        attention_mask=engine.attention_mask,
-        generated=step,
-        options=job.options,
-    )
+    filtered = process(logits, answers, job.processors)
     tokens = choose(filtered, streams=_streams(answers, job.options), step=step)
     if not job.logprobs:
         return tokens, [None] * len(answers)

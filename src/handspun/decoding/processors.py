@@ -1,113 +1,94 @@
-"""Filters of next-token logits: pure functions of (rows, vocab) that give (rows, vocab).
+"""What happens to next-token logits before a token is chosen: which filters, in what order.
 
-Semantics and order are transformers' (`generation/logits_process.py`, `_get_logits_processor`), but for
-padding: here an explicit mask says what it is, and it takes part in nothing.
+The order is transformers' (`_get_logits_processor` of generation/utils.py, 5.23). The filters themselves are
+pure functions (`filters.py`).
 """
 
-import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
+from handspun.decoding import filters
 from handspun.decoding.options import ResolvedOptions
 
 
-def process(
-    logits: Tensor, *, input_ids: Tensor, attention_mask: Tensor, generated: int, options: ResolvedOptions
-) -> Tensor:
-    """All processors that the options ask for, in transformers' order.
+class Row(Protocol):
+    """One answer as processors see it; rows of a batch may be at different steps."""
 
-    input_ids, attention_mask: (rows, length), prompt and output so far; generated: how much of it is output.
-    """
-    if options.repetition_penalty != 1.0:
-        logits = repetition_penalty(logits, input_ids, attention_mask, options.repetition_penalty)
-    if options.no_repeat_ngram_size > 0:
-        logits = no_repeat_ngram(logits, input_ids, attention_mask, options.no_repeat_ngram_size)
-    if generated < options.min_new_tokens:
-        logits = without_eos(logits, options.eos_token_ids)
-    return warp(logits, options) if options.do_sample else logits
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """What the model has read."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What has been generated."""
 
 
-def warp(logits: Tensor, options: ResolvedOptions) -> Tensor:
-    """The filters that only sampling has."""
-    if options.temperature != 1.0:
-        logits = temperature(logits, options.temperature)
-    if options.top_k > 0:
-        logits = top_k(logits, options.top_k)
-    if options.top_p < 1.0:
-        logits = top_p(logits, options.top_p)
-    if options.min_p > 0.0:
-        logits = min_p(logits, options.min_p)
+@dataclass(frozen=True)
+class History:
+    """A row that is no answer."""
+
+    prompt_token_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
+
+
+class Processor(NamedTuple):
+    """A filter with its values: (rows, vocab) logits and as many rows -> (rows, vocab)."""
+
+    name: str
+    """The option that asked for it."""
+    apply: Callable[[Tensor, Sequence[Row]], Tensor]
+
+
+def process(logits: Tensor, rows: Sequence[Row], processors: Sequence[Processor]) -> Tensor:
+    """(rows, vocab) -> (rows, vocab), through all processors. Without any, the very same tensor."""
+    for processor in processors:
+        logits = processor.apply(logits, rows)
     return logits
 
 
-def repetition_penalty(logits: Tensor, input_ids: Tensor, attention_mask: Tensor, penalty: float) -> Tensor:
-    """Divides the logits of tokens seen in prompt and output by the penalty, or multiplies negative ones
-    (CTRL, https://arxiv.org/abs/1909.05858)."""
-    seen = _mark(logits, input_ids, attention_mask.bool())
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+def make_processors(options: ResolvedOptions) -> tuple[Processor, ...]:
+    """The processors that the options ask for, in transformers' order: made once, used at every step."""
+    found = [*_for_all(options), *(_for_sampling(options) if options.do_sample else [])]
+    return tuple(made for made in found if getattr(options, made.name) != getattr(_OFF, made.name))
 
 
-def no_repeat_ngram(logits: Tensor, input_ids: Tensor, attention_mask: Tensor, size: int) -> Tensor:
-    """Forbids every token that would complete a run of `size` tokens that prompt and output hold already."""
-    length = input_ids.shape[-1]
-    if length < size:
-        return logits
-    windows = input_ids.unfold(-1, size, 1)  # (rows, windows, size)
-    real = attention_mask.bool().unfold(-1, size, 1).all(-1)
-    start = input_ids[:, None, length - size + 1 :]  # (rows, 1, size - 1): what the next token would complete
-    repeats = (windows[..., :-1] == start).all(-1) & real
-    return logits.masked_fill(_mark(logits, windows[..., -1], repeats), -math.inf)
+def _for_all(options: ResolvedOptions) -> list[Processor]:
+    """What greedy decoding, sampling and beam search have in common."""
+    penalty, size, wanted = options.repetition_penalty, options.no_repeat_ngram_size, options.min_new_tokens
+    eos = options.eos_token_ids
+    return [
+        Processor(
+            "repetition_penalty",
+            lambda logits, rows: filters.repetition_penalty(logits, _histories(rows), penalty),
+        ),
+        Processor(
+            "no_repeat_ngram_size", lambda logits, rows: filters.no_repeat_ngram(logits, _histories(rows), size)
+        ),
+        Processor(
+            "min_new_tokens",
+            lambda logits, rows: filters.forbid(logits, eos, [len(row.token_ids) < wanted for row in rows]),
+        ),
+    ]
 
 
-def without_eos(logits: Tensor, eos_token_ids: tuple[int, ...]) -> Tensor:
-    """Forbids the end of the answer."""
-    return logits.index_fill(-1, torch.tensor(eos_token_ids, dtype=torch.long, device=logits.device), -math.inf)
+def _for_sampling(options: ResolvedOptions) -> list[Processor]:
+    """What changes draws only."""
+    return [
+        Processor("temperature", lambda logits, _: filters.temperature(logits, options.temperature)),
+        Processor("top_k", lambda logits, _: filters.top_k(logits, options.top_k)),
+        Processor("top_p", lambda logits, _: filters.top_p(logits, options.top_p)),
+        Processor("min_p", lambda logits, _: filters.min_p(logits, options.min_p)),
+    ]
 
 
-def temperature(logits: Tensor, value: float) -> Tensor:
-    """Flattens the distribution (above 1) or sharpens it (below 1)."""
-    return logits / value
+def _histories(rows: Sequence[Row]) -> list[list[int]]:
+    return [row.prompt_token_ids + row.token_ids for row in rows]
 
 
-def top_k(logits: Tensor, k: int) -> Tensor:
-    """Keeps the k most probable tokens, and those that tie with the last of them."""
-    last = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
-    return logits.masked_fill(logits < last, -math.inf)
+_OFF = ResolvedOptions()
+"""Every option at the value at which it does nothing."""
 
-
-def top_p(logits: Tensor, p: float) -> Tensor:
-    """Keeps the most probable tokens up to a probability of p in sum, and at least one
-    (https://arxiv.org/abs/1904.09751). Summed from the least probable on, as transformers does."""
-    ascending, order = logits.sort(-1)
-    removed = ascending.softmax(-1).cumsum(-1) <= 1 - p
-    removed[..., -1] = False
-    return logits.masked_fill(removed.scatter(-1, order, removed), -math.inf)
-
-
-def min_p(logits: Tensor, share: float) -> Tensor:
-    """Keeps tokens at least this share as probable as the best (https://arxiv.org/abs/2407.01082)."""
-    probabilities = logits.softmax(-1)
-    best = probabilities.amax(-1, keepdim=True)
-    return logits.masked_fill(probabilities < share * best, -math.inf)
-
-
-def _mark(logits: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
-    """(rows, vocab): True for each row's tokens at the places where `where` is true. Both: (rows, places)."""
-    vocab = logits.shape[-1]
-    marked = torch.zeros(logits.shape[0], vocab + 1, dtype=torch.bool, device=logits.device)
-    # one spare column takes what is not to be marked, and ids that the head cannot give
-    return marked.scatter(-1, torch.where(where, tokens.clamp(max=vocab), vocab), True)[:, :vocab]
-
-
-__all__ = [
-    "min_p",
-    "no_repeat_ngram",
-    "process",
-    "repetition_penalty",
-    "temperature",
-    "top_k",
-    "top_p",
-    "warp",
-    "without_eos",
-]
+__all__ = ["History", "Processor", "Row", "make_processors", "process"]
