@@ -44,11 +44,17 @@ def answers_to(
     model: ChatModel, prompts_ids: list[list[int]], *, batch_size: int = 64, logprobs: bool = False, **options: Any
 ) -> list[GenerationResult]:
     """Our answers to prompts that are given as token ids."""
+    return answer_all(job_of(model, prompts_ids, batch_size=batch_size, logprobs=logprobs, **options))
+
+
+def job_of(
+    model: ChatModel, prompts_ids: list[list[int]], *, batch_size: int = 64, logprobs: bool = False, **options: Any
+) -> Job:
+    """What `generate` would make of prompts that are given as token ids."""
     resolved, _ = resolve(GenerationOptions(**options), model, chat=False)
     limits = [resolved.max_new_tokens] * len(prompts_ids)
     words = vocabulary(model.tokenizer)
-    job = Job(model, resolved, words, prompts_ids, limits, logprobs, False, batch_size, lambda: False)
-    return answer_all(job)
+    return Job(model, resolved, words, prompts_ids, limits, logprobs, False, batch_size, 10**6, lambda: False)
 
 
 def transformers_answers(

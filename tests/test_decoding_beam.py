@@ -137,9 +137,9 @@ def test_a_pad_id_of_0_is_a_pad_id(model):
 
 def _search(early_stopping, length_penalty, hypotheses):
     options = ResolvedOptions(num_beams=2, early_stopping=early_stopping, length_penalty=length_penalty)
-    job = Job(None, options, vocabulary(_TOKENIZER), [[5]], [10], False, False, 1, lambda: False)
+    job = Job(None, options, vocabulary(_TOKENIZER), [[5]], [10], False, False, 1, 100, lambda: False)
     answer = Answer.start(job, 0)
-    return Search(job, [answer, answer], [(score, answer) for score in hypotheses])
+    return Search(job, [answer, answer], [0.0, -1.0], hypotheses=[(score, answer) for score in hypotheses])
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def _search(early_stopping, length_penalty, hypotheses):
 )
 def test_when_a_search_ends(early_stopping, length_penalty, hypotheses, best_score, ends):
     search = _search(early_stopping, length_penalty, hypotheses)
-    assert search.has_ended(torch.tensor(best_score), 4) is ends
+    assert search.has_ended(best_score, 4) is ends
 
 
 def test_a_cancelled_search_gives_what_it_has(model):

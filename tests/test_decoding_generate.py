@@ -172,6 +172,7 @@ def _speaking(text: str) -> ChatModel:
         return output
 
     model.forward = forward
+    model.config.model_type = "scripted"  # so that it is decoded through its forward
     return ChatModel(model, tokenizer, "speaking")
 
 
@@ -288,6 +289,7 @@ def test_a_prompt_that_fills_the_context_is_refused():
 def test_a_model_that_keeps_no_cache_is_refused():
     model = tiny_model("llama")
     model.forward = lambda **given: type(model).forward(model, **{**given, "past_key_values": None})
+    model.config.model_type = "forgetful"
     with pytest.raises(ModelError, match="LlamaForCausalLM does not keep its keys and values"):
         generate(ChatModel(model, tiny_tokenizer(), "forgetful"), "Hi", notice=str)
 

@@ -185,7 +185,7 @@ def test_draws_follow_the_softmax():
     """Pearson's chi-squared of 4,000 draws over 5 tokens; 4 degrees of freedom, 18.5 at 1 in 1,000."""
     probabilities, draws = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]), 4000
     streams = [(0, i, 0) for i in range(draws)]
-    tokens = choose(probabilities.log().expand(draws, 5), streams=streams, step=3)
+    tokens = choose(probabilities.log().expand(draws, 5), draws=[(stream, 3) for stream in streams])
     expected = probabilities * draws
     assert ((tokens.bincount(minlength=5) - expected) ** 2 / expected).sum() < 18.5
 
@@ -216,4 +216,4 @@ def test_a_seed_for_each_prompt_goes_with_its_prompt():
 
 def test_forbidden_tokens_are_never_drawn():
     logits = torch.tensor([-_INF, 0.0, -_INF]).expand(200, 3)
-    assert set(choose(logits, streams=[(0, i, 0) for i in range(200)], step=0).tolist()) == {1}
+    assert set(choose(logits, draws=[((0, i, 0), 0) for i in range(200)]).tolist()) == {1}

@@ -15,7 +15,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 from handspun import __version__
-from handspun.config import DataConfig, GenerationOptions, TrainConfig
+from handspun.config import DataConfig, GenerationOptions, TrainConfig, Weights
 from handspun.errors import ConfigError, HandspunError
 
 if TYPE_CHECKING:
@@ -44,8 +44,9 @@ class ModelOptions:
     device: str = "auto"
     """"auto" (cuda where there is one, else cpu), "cpu", "cuda", "cuda:1", "mps"."""
 
-    dtype: str = "auto"
-    """Type of the weights: "auto" (float32 on a CPU), "float32", "bfloat16", "float16"."""
+    weights: Weights = "auto"
+    """Type of the weights: "auto" (float32 on a CPU, bfloat16 on a GPU), "float32", "bfloat16", "float16", or
+    "int8": a quarter of float32's memory, and faster, at about 1 % error a layer."""
 
     threads: int | None = None
     """CPU threads; if not given, PyTorch's default (one per physical core)."""
@@ -252,7 +253,7 @@ def _load(source: ModelOptions) -> "ChatModel":
 
     if source.threads is not None:
         torch.set_num_threads(source.threads)
-    return load(source.model, dtype=source.dtype, device=source.device)  # type: ignore[arg-type]
+    return load(source.model, weights=source.weights, device=source.device)
 
 
 def _prompts(prompts: Sequence[str], file: Path | None) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from handspun.errors import ConfigError
 
 DataFormat = Literal["auto", "alpaca", "prompt-completion", "messages", "sharegpt"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Weights = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,4 +304,4 @@ def _exclusions(options: GenerationOptions) -> list[str]:
     return problems
 
 
-__all__ = ["DataConfig", "DataFormat", "Dtype", "GenerationOptions", "TrainConfig", "option_name"]
+__all__ = ["DataConfig", "DataFormat", "GenerationOptions", "TrainConfig", "Weights", "option_name"]

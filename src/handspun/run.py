@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from handspun.config import TrainConfig
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.prepare import ExampleSet, prepare_examples, resolve_max_length
+from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.models.end_of_turn import end_of_turn_is_new, make_end_of_turn_eos
 from handspun.models.int8 import quantize_base, refuse_inexact_products
 from handspun.models.load import (
@@ -29,7 +30,6 @@ from handspun.report.account import account_lines, length_lines
 from handspun.report.log import RunLog, plain_console
 from handspun.report.plan import plan_lines
 from handspun.report.record import run_facts
-from handspun.training.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.training.dtype import choose_dtype
 from handspun.training.execution import execution_of
 from handspun.training.loop import EpochEnd, Evaluation, Loop, start
@@ -166,7 +166,7 @@ def _dry_run(
 
 def _model_to_train(config: TrainConfig, log: RunLog) -> ChatModel:
     """The model in float32, with an end of turn that it can learn, and with adapters where they are asked for."""
-    chat = load(config.model, dtype="float32", device=config.device, notice=log.line)
+    chat = load(config.model, weights="float32", device=config.device, notice=log.line)
     is_new = end_of_turn_is_new(chat)
     make_end_of_turn_eos(chat)
     if is_new:

@@ -1,14 +1,10 @@
 """One answer while it is being written, and the job that it is part of."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import torch
-from torch import Tensor
-
 from handspun.decoding.detokenize import Vocabulary
-from handspun.decoding.engine import Engine
 from handspun.decoding.options import ResolvedOptions
 from handspun.decoding.processors import Processor, make_processors
 from handspun.decoding.results import FinishReason, GenerationChunk, GenerationResult
@@ -31,6 +27,7 @@ class Job:
     logprobs: bool
     with_tools: bool
     batch_size: int
+    max_batch_tokens: int
     should_stop: Callable[[], bool]
 
     @cached_property
@@ -60,6 +57,11 @@ class Answer:
     def prompt_token_ids(self) -> list[int]:
         """The prompt that is answered."""
         return self.job.prompts[self.prompt_index]
+
+    @property
+    def most_tokens(self) -> int:
+        """Of prompt and answer, once it is as long as it may get."""
+        return len(self.prompt_token_ids) + self.job.limits[self.prompt_index]
 
     def copy(self) -> "Answer":
         """The same answer, to go on from in another way."""
@@ -108,24 +110,4 @@ class Answer:
         )
 
 
-def prefill(engine: Engine, answers: Sequence[Answer], job: Job) -> Tensor:
-    """Feeds the answers' prompts, each prompt once. Returns logits, a row for each answer."""
-    indices = sorted({answer.prompt_index for answer in answers})
-    ids, mask = pad_left([job.prompts[i] for i in indices], job.options.pad_token_id, job.model.device)
-    logits = engine.prefill(ids, mask)
-    rows = torch.tensor([indices.index(answer.prompt_index) for answer in answers], device=logits.device)
-    if rows.tolist() != list(range(len(indices))):
-        engine.reorder(rows)
-        logits = logits[rows]
-    return logits
-
-
-def pad_left(prompts: Sequence[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(input_ids, attention_mask), both (prompts, longest), padded on the left with mask 0."""
-    length = max(map(len, prompts))
-    ids = [[pad_token_id] * (length - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-__all__ = ["Answer", "Job", "pad_left", "prefill"]
+__all__ = ["Answer", "Job"]

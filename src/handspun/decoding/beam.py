@@ -12,16 +12,21 @@ A continuation whose text completes a stop string ends as one with an eos does. 
 ended leaves the batch, so a prompt's answers do not depend on its batch mates.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from handspun.decoding.answer import Answer, Job, prefill
-from handspun.decoding.engine import Engine
+from handspun.decoding.answer import Answer, Job
+from handspun.decoding.decode import feed_prompt
+from handspun.decoding.engine import Engine, Feed
+from handspun.decoding.engines import make_engine
+from handspun.decoding.lean_engine import LeanEngine
 from handspun.decoding.processors import process
 from handspun.decoding.results import GenerationResult
+from handspun.decoding.tree import Beams, ForkedBeams, TreeBeams
 
 _NEVER = -1e9
 """Added to a score that is not to win; transformers' value."""
@@ -34,9 +39,32 @@ class Search:
     job: Job
     beams: list[Answer]
     """num_beams of them, the best first."""
+    scores: list[float]
+    """Of the beams: accumulated log-probabilities."""
+    kept: Beams | None = None
+    """Their keys and values, once the search has joined."""
+    feeds: list[Feed] = field(default_factory=list)
+    """What gives the next logits: those of the prompt at first, and then those of each beam."""
     hypotheses: list[tuple[float, Answer]] = field(default_factory=list)
     """(score, ended answer), the best first, num_beams at most."""
     done: bool = False
+
+    @classmethod
+    def of(cls, job: Job, prompt_index: int) -> "Search":
+        """One that waits. All its beams are the same at first, so only one of them may win."""
+        n = job.options.num_beams
+        return cls(job, [Answer.start(job, prompt_index)] * n, [0.0] + [_NEVER] * (n - 1))
+
+    def join(self, engine: Engine, make_beams: Callable[..., Beams]) -> None:
+        """Begins."""
+        prompt = self.beams[0].prompt_token_ids
+        self.feeds = [feed_prompt(engine, prompt)]
+        self.kept = make_beams(engine, self.feeds[0].row, len(prompt), len(self.beams))
+
+    @property
+    def length(self) -> int:
+        """Tokens generated so far."""
+        return len(self.beams[0].token_ids)
 
     @property
     def full(self) -> bool:
@@ -48,7 +76,7 @@ class Search:
         merged = sorted(self.hypotheses + ended, key=lambda hypothesis: -hypothesis[0])
         self.hypotheses = merged[: self.job.options.num_beams]
 
-    def has_ended(self, best_score: Tensor, length: int) -> bool:
+    def has_ended(self, best_score: float, length: int) -> bool:
         """Whether going on is useless or not wanted. best_score: accumulated log-probability of the best beam
         that goes on; length: tokens generated so far."""
         options = self.job.options
@@ -58,7 +86,7 @@ class Search:
             return True
         if options.early_stopping == "never" and options.length_penalty > 0:
             length = self.job.limits[self.beams[0].prompt_index]
-        best_possible = float(best_score / length**options.length_penalty)
+        best_possible: float = best_score / length**options.length_penalty
         return best_possible <= self.hypotheses[-1][0]
 
     def results(self) -> list[GenerationResult]:
@@ -70,65 +98,83 @@ class Search:
         return [replace(answer, return_index=i).result() for i, answer in enumerate(best)]
 
 
-def beam_search(prompt_indices: Sequence[int], job: Job) -> list[GenerationResult]:
-    """The num_return_sequences best answers to each of these prompts, which are decoded in one batch."""
-    n = job.options.num_beams
-    searches = [Search(job, [Answer.start(job, i)] * n) for i in prompt_indices]
-    going, engine = searches, Engine(job.model.model)
-    logits, scores, tokens = None, torch.empty(0), torch.empty(0)
-    while going and not job.should_stop():
-        if logits is None:
-            logits = prefill(engine, [beam for search in going for beam in search.beams], job)
-            scores = torch.tensor([[0.0] + [_NEVER] * (n - 1)], device=logits.device).repeat(len(going), 1)
-        else:
-            logits = engine.step(tokens)
-        scores, parents, tokens = _advance(going, logits, scores)
-        still = torch.tensor([i for i, search in enumerate(going) if not search.done], dtype=torch.long)
-        still = still.to(scores.device)
-        offsets = torch.arange(len(going), device=scores.device)[:, None] * n
-        engine.reorder((parents + offsets)[still].flatten())
-        scores, tokens = scores[still], tokens[still].flatten()
+@torch.inference_mode()
+def beam_search(job: Job, make_beams: Callable[..., Beams] | None = None) -> list[GenerationResult]:
+    """The num_return_sequences best answers to each of the job's prompts. A prompt's search joins where there is
+    room for it, and leaves when it has ended.
+
+    make_beams: TreeBeams or ForkedBeams; if not given, a tree where the engine can keep one.
+    """
+    engine = make_engine(job.model)
+    make_beams = make_beams or (TreeBeams if isinstance(engine, LeanEngine) else ForkedBeams)
+    order = sorted(range(len(job.prompts)), key=lambda i: len(job.prompts[i]))
+    searches = [Search.of(job, i) for i in order]
+    waiting, going = deque(searches), list[Search]()
+    while (waiting or going) and not job.should_stop():
+        while waiting and _has_room(going, waiting[0]):
+            going.append(waiting.popleft())
+            going[-1].join(engine, make_beams)
+        logits = engine.forward([feed for search in going for feed in search.feeds])
+        _advance(going, _a_row_for_each_beam(logits, going))
         going = [search for search in going if not search.done]
     return [result for search in searches for result in search.results()]
 
 
-def _advance(searches: list[Search], logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of every search: scores (prompts, beams) and logits (prompts * beams, vocab) to the scores,
-    parents (index of a beam in its search) and tokens of the beams that go on, each (prompts, beams)."""
-    options, length = searches[0].job.options, len(searches[0].beams[0].token_ids) + 1
+def _has_room(going: Sequence[Search], search: Search) -> bool:
+    job, beams = search.job, len(search.beams)
+    tokens = beams * sum(one.beams[0].most_tokens for one in (*going, search))
+    return not going or ((len(going) + 1) * beams <= job.batch_size and tokens <= job.max_batch_tokens)
+
+
+def _a_row_for_each_beam(logits: Tensor, searches: Sequence[Search]) -> Tensor:
+    """(prompts * beams, vocab): a prompt's own logits are those of all its beams."""
+    n, places, start = searches[0].job.options.num_beams, list[int](), 0
+    for search in searches:
+        own = n if search.length else 1
+        places += [start + beam % own for beam in range(n)]
+        start += own
+    return logits if len(places) == len(logits) else logits[places]
+
+
+def _advance(searches: Sequence[Search], logits: Tensor) -> None:
+    """One step of every search. logits: (prompts * beams, vocab)."""
+    options, prompts = searches[0].job.options, len(searches)
     own = logits.log_softmax(-1)
     filtered = process(own, [beam for search in searches for beam in search.beams], searches[0].job.processors)
     width = max(2, 1 + len(options.eos_token_ids)) * options.num_beams
-    total = (filtered.view(*scores.shape, -1) + scores[..., None]).flatten(1)  # (prompts, beams * vocab)
-    top, index = total.topk(width)  # (prompts, width), as are the next four
-    parents, tokens = index // own.shape[-1], index % own.shape[-1]
-    logprobs = own.view(len(searches), -1).gather(1, index)
-    candidates = [
-        _candidates(search, *chosen)
-        for search, *chosen in zip(searches, parents.tolist(), tokens.tolist(), logprobs.tolist(), strict=True)
-    ]
-    scores, order = _settle(searches, candidates, top, length)
-    return scores, parents.gather(1, order), tokens.gather(1, order)
+    # The best of all are among the best of each beam: no beam's whole vocabulary is sorted twice.
+    best, ids = filtered.topk(min(width, filtered.shape[-1]))  # (prompts * beams, width)
+    scores = best.new_tensor([search.scores for search in searches])  # (prompts, beams)
+    top, index = (
+        (best + scores.view(-1, 1)).view(prompts, -1).topk(width)
+    )  # (prompts, width), as are the next three
+    parents = index // best.shape[-1]
+    tokens = ids.view(prompts, -1).gather(1, index)
+    logprobs = own.view(prompts, options.num_beams, -1)[torch.arange(prompts)[:, None], parents, tokens]
+    columns = (top.tolist(), parents.tolist(), tokens.tolist(), logprobs.tolist())
+    for search, *chosen in zip(searches, *columns, strict=True):
+        _settle(search, *chosen)
 
 
 def _settle(
-    searches: list[Search], candidates: list[list[Answer]], top: Tensor, length: int
-) -> tuple[Tensor, Tensor]:
-    """Turns the ended ones of each search's candidates into hypotheses, and the others into its beams.
-
-    top: (prompts, width), accumulated log-probabilities, the best first; length: generated tokens.
-    Returns the beams' scores and their places among the candidates, both (prompts, beams).
-    """
-    options = searches[0].job.options
-    ended = torch.tensor([[c.finish_reason is not None for c in row] for row in candidates], device=top.device)
-    running, order = (top + ended * _NEVER).topk(options.num_beams)
-    divided = (top / length**options.length_penalty).tolist()
-    for i, search in enumerate(searches):
-        best = [j for j in range(options.num_beams) if ended[i, j]]
-        search.keep([(divided[i][j], candidates[i][j]) for j in best])
-        search.beams = [candidates[i][j] for j in order[i].tolist()]
-        search.done = bool(ended[i].all()) or search.has_ended(running[i, 0], length)
-    return running, order
+    search: Search, top: list[float], parents: list[int], tokens: list[int], logprobs: list[float]
+) -> None:
+    """The best continuations, (width,) with their accumulated log-probabilities, the best first: those that end
+    become hypotheses, the others the search's beams."""
+    options, length = search.job.options, search.length + 1
+    candidates = _candidates(search, parents, tokens, logprobs)
+    has_ended = [candidate.finish_reason is not None for candidate in candidates]
+    best = [i for i in range(options.num_beams) if has_ended[i]]
+    search.keep([(top[i] / length**options.length_penalty, candidates[i]) for i in best])
+    penalised = torch.tensor(top) + torch.tensor(has_ended) * _NEVER
+    running, order = (values.tolist() for values in penalised.topk(options.num_beams))
+    search.scores, search.beams = running, [candidates[i] for i in order]
+    search.done = all(has_ended) or search.has_ended(running[0], length)
+    assert search.kept is not None
+    if search.done:
+        search.kept.free()
+    else:
+        search.feeds = search.kept.advance([parents[i] for i in order], [tokens[i] for i in order])
 
 
 def _candidates(search: Search, parents: list[int], tokens: list[int], logprobs: list[float]) -> list[Answer]:

@@ -9,12 +9,12 @@ from rich.table import Table
 
 from handspun.config import TrainConfig
 from handspun.decoding.generate import generate
+from handspun.models.allocator import keep_freed_memory
 from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.load import ChatModel, load
 from handspun.output import TrainedRun
 from handspun.report.log import plain_console
 from handspun.run import train
-from handspun.training.allocator import keep_freed_memory
 
 DEMO_DATA = Path(__file__).with_name("demo.csv")
 HELD_OUT_DATA = Path(__file__).with_name("held_out.csv")

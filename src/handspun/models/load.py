@@ -24,10 +24,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from handspun.config import Dtype
+from handspun.config import Weights
 from handspun.data.chat_template import ChatTemplate
 from handspun.errors import ModelError
+from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.models.embedded import EMBEDDED_NAME, embedded_folder
+from handspun.models.int8 import refuse_inexact_products
+from handspun.models.lean import LeanModel, cannot_be_lean, lean_model
 from handspun.models.quiet import quiet
 
 _SUFFIXES_OF_PICKLES = (".bin", ".pt", ".pth")
@@ -35,11 +38,15 @@ _SUFFIXES_OF_PICKLES = (".bin", ".pt", ".pth")
 
 @dataclass(eq=False)
 class ChatModel:
-    """A causal language model in eval mode, its tokenizer, and the name it was loaded by."""
+    """A causal language model in eval mode, its tokenizer, and the name it was loaded by.
+
+    With int8 weights these are in `lean`, and the model holds shapes and configuration alone (meta tensors).
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
+    lean: LeanModel | None = None
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -49,31 +56,31 @@ class ChatModel:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.device
+        return self.lean.device if self.lean is not None else self.model.device
 
 
 def load(
     name: str,
     *,
-    dtype: Dtype = "auto",
+    weights: Weights = "auto",
     device: str = "auto",
     notice: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> ChatModel:
     """A chat model by its name.
 
     name: hub id, folder, folder of a LoRA adapter (merged into its base), .gguf file, or "smollm2-135m".
-    dtype: of the weights; "auto" is float32 on a CPU, bfloat16 on a GPU that has it.
+    weights: their type; "auto" is float32 on a CPU, bfloat16 on a GPU that has it. "int8" is for decoding: a scale
+        for each channel, and for each row of activations, in place of the float weights.
     notice: told what the user should know, such as a conversion that is done once.
 
-    Raises ModelError if there is no such model, or it is incomplete.
+    Raises ModelError if there is no such model, it is incomplete, or it cannot be had in int8.
     """
+    keep_freed_memory()
     torch_device = resolve_device(device)
     source = model_source(name, notice)
-    weights = resolve_dtype(dtype, torch_device)
-    if source.adapter is not None:
-        model = _with_adapter(_load_weights(source, weights), source.adapter)
-    else:
-        model = _load_weights(source, weights)
+    if weights == "int8":
+        return _load_int8(source, torch_device)
+    model = _load_merged(source, resolve_dtype(weights, torch_device))
     model.to(torch_device)  # type: ignore[arg-type]  # transformers wraps it and loses its types
     return ChatModel(model.eval(), load_tokenizer(source), name)
 
@@ -145,8 +152,8 @@ def resolve_device(device: str) -> torch.device:
     return found
 
 
-def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """ "auto" is float32 on a CPU and bfloat16 on a GPU that has it."""
+def resolve_dtype(dtype: Weights, device: torch.device) -> torch.dtype:
+    """ "auto" is float32 on a CPU and bfloat16 on a GPU that has it. Not for int8."""
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -183,7 +190,24 @@ def _folder_source(name: str, path: Path, notice: Callable[[str], None]) -> Mode
     return ModelSource(name, str(path))
 
 
-def _load_weights(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+def _load_merged(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedModel:
+    model = _load_weights(source, dtype)
+    return model if source.adapter is None else _with_adapter(model, source.adapter)
+
+
+def _load_int8(source: ModelSource, device: torch.device) -> ChatModel:
+    config = load_config(source)
+    if reason := cannot_be_lean(config):
+        raise ModelError(f"{source.name} cannot be decoded from in int8: {reason}. Use --weights float32.")
+    refuse_inexact_products(device, remedy="--weights float32")
+    model = _load_merged(source, "auto")  # of the files
+    model.to(device)  # type: ignore[arg-type]
+    chat = ChatModel(model.eval(), load_tokenizer(source), source.name, lean_model(model, int8=True))
+    give_back_freed_memory()
+    return chat
+
+
+def _load_weights(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedModel:
     """Raises ModelError where transformers would fill missing weights with random ones."""
     quantisation = {}
     if source.gguf_file:

@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import TrainableTokensWrapper
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from handspun.models.lora_linear import LoraLinear
@@ -41,6 +44,26 @@ def add_lora(
     adapted.peft_config["default"].base_model_name_or_path = base_name
     wrapped: PreTrainedModel = adapted
     return wrapped
+
+
+def has_adapter(module: nn.Module) -> bool:
+    """Whether peft adds something to the layer."""
+    return isinstance(module, LoraLayer | TrainableTokensWrapper)
+
+
+@torch.no_grad()
+def merged_weight(module: Any) -> Tensor:
+    """The layer's weight with what its active adapters add to it: a copy, if there are some."""
+    if isinstance(module, TrainableTokensWrapper):
+        return module.token_adapter.get_merged_weights(module.token_adapter.active_adapters)  # type: ignore
+    if not isinstance(module, LoraLayer):
+        return module.weight.detach()  # type: ignore[no-any-return]
+    base: Any = module.get_base_layer()
+    weight = base.float_weight() if hasattr(base, "float_weight") else base.weight.detach()
+    for name in module.active_adapters:
+        if name in module.lora_A:
+            weight = weight + module.get_delta_weight(name).to(weight.dtype)
+    return weight  # type: ignore[no-any-return]
 
 
 def _embedding_rows(model: PreTrainedModel, token_ids: Sequence[int]) -> dict[str, list[int]]:

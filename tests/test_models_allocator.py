@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from handspun.training.allocator import keep_freed_memory
+from handspun.models.allocator import keep_freed_memory
 
 FAULTS = """
 import resource, sys
-from handspun.training.allocator import keep_freed_memory
+from handspun.models.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 import torch

@@ -1,0 +1,116 @@
+"""The loop of greedy decoding and sampling: answers join, get a token a step, and leave when they have ended."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from handspun.decoding.answer import Answer, Job
+from handspun.decoding.engine import Engine, Feed
+from handspun.decoding.engines import make_engine
+from handspun.decoding.processors import process
+from handspun.decoding.results import GenerationChunk
+from handspun.decoding.sampling import choose, stream_of
+
+_PROMPT_TOKENS = 2048
+"""Most tokens of prompts that go through in one step; a longer prompt goes in pieces."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """An answer that is being written, and the engine's row of it."""
+
+    answer: Answer
+    row: int
+
+
+@torch.inference_mode()
+def decode(job: Job) -> Iterator[GenerationChunk]:
+    """All answers, token by token. What an answer says does not depend on the others."""
+    engine = make_engine(job.model)
+    waiting = deque(Answer.start(job, *name) for name in _names(job))
+    running: list[Running] = []
+    while waiting or running:
+        if job.should_stop():
+            yield from [answer.finish("cancelled") for answer in (*(one.answer for one in running), *waiting)]
+            return
+        logits, running = _step(engine, running, _joining(waiting, running, job))
+        answers = [one.answer for one in running]
+        tokens, logprobs = _next_tokens(logits, answers, job)
+        for answer, token, logprob in zip(answers, tokens.tolist(), logprobs, strict=True):
+            yield answer.add(token, logprob)
+        for one in running:
+            if one.answer.finish_reason is not None:
+                engine.free(one.row)
+        running = [one for one in running if one.answer.finish_reason is None]
+
+
+def feed_prompt(engine: Engine, prompt_token_ids: Sequence[int]) -> Feed:
+    """A new row's last feed of its prompt; what is before it of a long prompt has gone through then."""
+    row, start = engine.add(), 0
+    while len(prompt_token_ids) - start > _PROMPT_TOKENS:
+        engine.forward([Feed(row, prompt_token_ids[start : start + _PROMPT_TOKENS])])
+        start += _PROMPT_TOKENS
+    return Feed(row, prompt_token_ids[start:])
+
+
+def _names(job: Job) -> list[tuple[int, int]]:
+    """(prompt index, return index) of all answers; prompts of like length are neighbours."""
+    order = sorted(range(len(job.prompts)), key=lambda i: len(job.prompts[i]))
+    return [(prompt, back) for prompt in order for back in range(job.options.num_return_sequences)]
+
+
+def _joining(waiting: deque[Answer], running: Sequence[Running], job: Job) -> list[Answer]:
+    """As many of the waiting answers as there is room for; one at least, if nothing is running."""
+    joining: list[Answer] = []
+    held, prompts = sum(one.answer.most_tokens for one in running), 0
+    while waiting and len(running) + len(joining) < job.batch_size:
+        answer = waiting[0]
+        held += answer.most_tokens
+        if not (joining and joining[-1].prompt_index == answer.prompt_index):
+            prompts += len(answer.prompt_token_ids)
+        is_too_much = held > job.max_batch_tokens and (running or joining)
+        if is_too_much or (joining and prompts > _PROMPT_TOKENS):
+            break
+        joining.append(waiting.popleft())
+    return joining
+
+
+def _step(engine: Engine, running: Sequence[Running], joining: Sequence[Answer]) -> tuple[Tensor, list[Running]]:
+    """Feeds the newest token of each answer, and the prompts of those that join, each prompt once. Returns logits,
+    (answers, vocab), and all that run now."""
+    feeds = [Feed(one.row, one.answer.token_ids[-1:]) for one in running]
+    places, rows = list(range(len(feeds))), dict[int, int]()
+    for answer in joining:
+        if answer.prompt_index not in rows:
+            feeds.append(feed_prompt(engine, answer.prompt_token_ids))
+            rows[answer.prompt_index] = feeds[-1].row
+        places.append(len(feeds) - 1)
+    logits = engine.forward(feeds)
+    joined: list[Running] = []
+    for answer in joining:
+        is_first = not joined or joined[-1].answer.prompt_index != answer.prompt_index
+        row = rows[answer.prompt_index]
+        joined.append(Running(answer, row if is_first else engine.fork(row)))
+    return logits if len(places) == len(feeds) else logits[places], [*running, *joined]
+
+
+def _next_tokens(logits: Tensor, answers: Sequence[Answer], job: Job) -> tuple[Tensor, Sequence[float | None]]:
+    """(answers, vocab) -> the next token of each answer, (answers,), and their log-probabilities if wanted."""
+    tokens = choose(process(logits, answers, job.processors), draws=_draws(answers, job))
+    if not job.logprobs:
+        return tokens, [None] * len(answers)
+    return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].tolist()
+
+
+def _draws(answers: Sequence[Answer], job: Job) -> list[tuple[tuple[int, int, int], int]] | None:
+    """For each answer its stream and its step; none if nothing is drawn."""
+    if not job.options.do_sample:
+        return None
+    seed = job.options.seed
+    return [(stream_of(seed, a.prompt_index, a.return_index), len(a.token_ids)) for a in answers]
+
+
+__all__ = ["decode", "feed_prompt"]

@@ -1,0 +1,149 @@
+"""The forward pass of Llama's kind of model, over rows of any lengths laid end to end: there is no padding.
+
+Prompts and single tokens go through together. Linear layers see all tokens at once; attention is computed row by
+row, over exactly that row's keys, so that under int8 weights a row's logits do not depend on the rows beside it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from handspun.decoding.cache import KVCache
+from handspun.decoding.engine import Feed
+from handspun.models.lean import LeanLayer, LeanModel
+
+
+@dataclass(frozen=True)
+class Laid:
+    """Feeds laid end to end, in numbers: tokens start to stop are fed to a row; mask as in Feed, but None also
+    where the row was empty, and plainly causal."""
+
+    row: int
+    start: int
+    stop: int
+    mask: Tensor | None
+
+
+class LeanEngine:
+    """A lean model with its cache."""
+
+    def __init__(self, model: LeanModel) -> None:
+        self.model = model
+        self.cache = KVCache(
+            len(model.layers), model.kv_heads, model.head_size, dtype=model.cache_dtype, device=model.device
+        )
+        self._rotations = torch.empty(2, 0, model.head_size, device=model.device)  # cosines, and sines
+
+    def add(self) -> int:
+        """A new, empty row."""
+        return self.cache.add()
+
+    def fork(self, row: int) -> int:
+        """A new row that goes on from where this one is."""
+        return self.cache.fork(row)
+
+    def free(self, row: int) -> None:
+        """Forgets the row."""
+        self.cache.free(row)
+
+    @torch.inference_mode()
+    def forward(self, feeds: Sequence[Feed]) -> Tensor:
+        """Feeds rows. Returns logits, (tokens asked for, vocab), float32, in the feeds' order."""
+        model = self.model
+        laid, ids, positions, places, wanted = self._lay_out(feeds)
+        cosines, sines = self._rotation(positions)
+        x = model.embedding(ids)  # (tokens, hidden)
+        for number, layer in enumerate(model.layers):
+            attended = self._attention(number, layer, x, laid, places, cosines, sines)
+            x = x + layer.o(attended)
+            gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, -1)
+            x = x + layer.down(F.silu(gate).mul_(up))
+        if len(wanted) < len(x):
+            x = x[wanted]
+        return model.head(self._normed(x, model.norm))
+
+    def _lay_out(self, feeds: Sequence[Feed]) -> tuple[list[Laid], Tensor, Tensor, Tensor, Tensor]:
+        laid: list[Laid] = []
+        ids: list[int] = []
+        positions: list[int] = []
+        places: list[int] = []
+        wanted: list[int] = []
+        for feed in feeds:
+            before, start, count = self.cache.length(feed.row), len(ids), len(feed.token_ids)
+            ids += feed.token_ids
+            positions += range(before, before + count) if feed.positions is None else feed.positions
+            places += self.cache.extend(feed.row, count)
+            wanted += range(start if feed.all_logits else len(ids) - 1, len(ids))
+            laid.append(Laid(feed.row, start, len(ids), self._mask(feed, before, count)))
+        numbers = [torch.tensor(values, device=self.model.device) for values in (ids, positions, places, wanted)]
+        return laid, *numbers  # type: ignore[return-value]
+
+    def _mask(self, feed: Feed, before: int, count: int) -> Tensor | None:
+        if feed.mask is not None or count == 1 or before == 0:
+            return feed.mask
+        ones = torch.ones(count, before + count, dtype=torch.bool, device=self.model.device)
+        return ones.tril(before)
+
+    def _attention(
+        self,
+        number: int,
+        layer: LeanLayer,
+        x: Tensor,
+        laid: Sequence[Laid],
+        places: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+    ) -> Tensor:
+        """(tokens, hidden) to (tokens, heads * head_size)."""
+        model = self.model
+        qkv = layer.qkv(self._normed(x, layer.attention_norm)).view(len(x), -1, model.head_size)
+        queries_keys = qkv[:, : model.heads + model.kv_heads]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            normed = [
+                self._normed(queries_keys[:, : model.heads], layer.q_norm),
+                self._normed(queries_keys[:, model.heads :], layer.k_norm),
+            ]
+            queries_keys = torch.cat(normed, dim=1)
+        turned = queries_keys * cosines + queries_keys.roll(model.head_size // 2, -1) * sines
+        queries, keys = turned[:, : model.heads], turned[:, model.heads :]
+        self.cache.write(number, places, keys, qkv[:, model.heads + model.kv_heads :])
+        attended = [self._attend(number, queries[part.start : part.stop], part) for part in laid]
+        return torch.cat(attended) if len(attended) > 1 else attended[0]
+
+    def _attend(self, number: int, queries: Tensor, part: Laid) -> Tensor:
+        """One row's queries, (tokens, heads, size), to (tokens, heads * size)."""
+        keys, values = self.cache.read(number, part.row)  # (kv_heads, length, size)
+        queries = queries.to(keys.dtype)
+        count, heads, size = queries.shape
+        if part.mask is None and count > 1:  # a prompt
+            output = F.scaled_dot_product_attention(
+                queries.transpose(0, 1)[None], keys[None], values[None], is_causal=True, enable_gqa=True
+            )
+            return output[0].transpose(0, 1).reshape(count, -1).float()
+        # The queries that share a head of keys are rows of one product.
+        groups = heads // len(keys)
+        grouped = queries.view(count, len(keys), groups, size).permute(1, 2, 0, 3).reshape(len(keys), -1, size)
+        mask = None if part.mask is None else part.mask.repeat(groups, 1)
+        output = F.scaled_dot_product_attention(grouped[None], keys[None], values[None], attn_mask=mask)
+        output = output.view(len(keys), groups, count, size).permute(2, 0, 1, 3)
+        return output.reshape(count, -1).float()
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, self.model.norm_eps)
+
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions, (tokens,): each (tokens, 1, head_size). The sines' first half is
+        negative, as the second half of a head comes to it with a minus."""
+        needed = int(positions.max()) + 1
+        if needed > self._rotations.shape[1]:
+            steps = torch.arange(2 * needed, device=positions.device).float()
+            angles = torch.outer(steps, self.model.frequencies)
+            pairs = [torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)]
+            self._rotations = torch.stack(pairs) * self.model.attention_scaling
+        return self._rotations[0, positions, None], self._rotations[1, positions, None]
+
+
+__all__ = ["LeanEngine"]

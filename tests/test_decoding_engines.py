@@ -1,0 +1,218 @@
+"""The engines: the lean one has transformers' logits, rows come and go in both, and int8 rows stand alone."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import handspun
+from handspun.decoding.beam import beam_search
+from handspun.decoding.engine import Engine, Feed
+from handspun.decoding.engines import make_engine
+from handspun.decoding.lean_engine import LeanEngine
+from handspun.decoding.transformers_engine import TransformersEngine
+from handspun.decoding.tree import ForkedBeams, TreeBeams
+from handspun.errors import ModelError
+from handspun.models.lean import cannot_be_lean, lean_model
+from handspun.models.load import ChatModel
+from handspun.models.lora import add_lora
+from handspun.models.save import save_model
+from parity import job_of
+from tiny import tiny_model, tiny_tokenizer
+
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+SHAPES: dict[str, Any] = {
+    "vocab_size": 330, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "initializer_range": 0.3, "max_position_embeddings": 512,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPES, head_dim=8, attention_bias=True),
+    "llama, tied": LlamaConfig(**SHAPES, head_dim=8, tie_word_embeddings=True),
+    "llama, yarn": LlamaConfig(**SHAPES, head_dim=8, rope_parameters=YARN),
+    "qwen2": Qwen2Config(**SHAPES),
+    "qwen3": Qwen3Config(**SHAPES, head_dim=16),
+    "mistral": MistralConfig(**SHAPES, head_dim=8, sliding_window=None),
+}
+PROMPTS = [[5, 9, 13, 4], [7], [3, 300, 8, 8, 8, 21, 34, 5, 6], [250, 1]]
+
+
+def model_of(name: str) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms and biases that are not ones and zeros
+                torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    return model
+
+
+def expected(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(torch.tensor([ids])).logits[0]
+    return logits
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_lean_logits_are_transformers(name: str) -> None:
+    """Prompts of several lengths, then a token each, then several at once."""
+    model = model_of(name)
+    engine = LeanEngine(lean_model(model_of(name)))
+    rows = [engine.add() for _ in PROMPTS]
+    found = engine.forward([Feed(row, ids) for row, ids in zip(rows, PROMPTS, strict=True)])
+    for logits, ids in zip(found, PROMPTS, strict=True):
+        torch.testing.assert_close(logits, expected(model, ids)[-1], rtol=1e-4, atol=1e-4)
+    more = [[17], [4, 4, 4], [9], [2, 100]]
+    found = engine.forward([Feed(row, ids, all_logits=True) for row, ids in zip(rows, more, strict=True)])
+    wanted = [expected(model, [*a, *b])[-len(b) :] for a, b in zip(PROMPTS, more, strict=True)]
+    torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-4)
+
+
+def engines(model: PreTrainedModel) -> list[Engine]:
+    return [LeanEngine(lean_model(model)), TransformersEngine(model)]
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["lean", "transformers"])
+def test_rows_come_fork_and_go(kind: int) -> None:
+    """A fork goes its own way; rows that join later and leave earlier change nothing for the others."""
+    model = model_of("qwen2")
+    engine = engines(model_of("qwen2"))[kind]
+    texts = {engine.add(): list(ids) for ids in PROMPTS}
+    engine.forward([Feed(row, ids) for row, ids in texts.items()])
+    first, second, *_ = texts
+    texts[engine.fork(first)] = list(texts[first])
+    engine.free(second)
+    del texts[second]
+    late = engine.add()
+    for step in range(70):  # past the first region of the cache
+        new = {row: [(7 * step + 31 * row) % 330] for row in texts}
+        if step == 2:
+            texts[late] = []
+            new[late] = [11, 12, 13]
+        found = engine.forward([Feed(row, tokens) for row, tokens in new.items()])
+        for row, tokens in new.items():
+            texts[row] += tokens
+        if step in (0, 2, 69):
+            wanted = torch.stack([expected(model, texts[row])[-1] for row in new])
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_fused_weights_are_still_the_models_own(tmp_path: Any) -> None:
+    """They are views: trained, they change in the engine too, and they are saved as ever."""
+    model, untouched = model_of("qwen2"), model_of("qwen2")
+    engine = LeanEngine(lean_model(model))
+    torch.testing.assert_close(expected(model, PROMPTS[0]), expected(untouched, PROMPTS[0]))
+    model(torch.tensor([PROMPTS[0]])).logits.sum().backward()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(2)
+        untouched.model.layers[0].self_attn.k_proj.weight.mul_(2)
+    found = engine.forward([Feed(engine.add(), PROMPTS[0])])
+    torch.testing.assert_close(found[0], expected(untouched, PROMPTS[0])[-1], rtol=1e-4, atol=1e-4)
+    before = model.model.layers[0].self_attn.q_proj.weight.data_ptr()
+    lean_model(model)
+    assert model.model.layers[0].self_attn.q_proj.weight.data_ptr() == before  # not copied again
+    save_model(model, tiny_tokenizer(), tmp_path, dtype=torch.float32)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(expected(again, PROMPTS[0]), expected(untouched, PROMPTS[0]))
+
+
+def test_adapters_are_merged_into_copies() -> None:
+    adapted: Any = add_lora(model_of("qwen2"), "tiny", rank=2, alpha=4, dropout=0.0, new_token_ids=[5, 7])
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+            assert "lora" in name or "token" in name
+    wanted = expected(adapted.eval(), PROMPTS[2])
+    engine = LeanEngine(lean_model(adapted))
+    found = engine.forward([Feed(engine.add(), PROMPTS[2], all_logits=True)])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(expected(adapted, PROMPTS[2]), wanted)
+
+
+def test_what_is_not_llamas_kind_goes_through_transformers() -> None:
+    window = MistralConfig(**SHAPES, head_dim=8, sliding_window=16)
+    assert cannot_be_lean(window) == "it has a sliding window of 16 tokens"
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    assert cannot_be_lean(LlamaConfig(**SHAPES, rope_parameters=dynamic)) == "its positions are rotated by dynamic"
+    assert cannot_be_lean(LlamaConfig(**SHAPES, hidden_act="gelu")) == "its activation is gelu"
+    model = AutoModelForCausalLM.from_config(window).eval()
+    assert isinstance(make_engine(ChatModel(model, tiny_tokenizer(), "window")), TransformersEngine)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("options", [{"num_beams": 4}, {"num_beams": 3, "repetition_penalty": 1.3}])
+def test_a_tree_of_beams_gives_what_rows_of_beams_give(family: Any, options: dict[str, Any]) -> None:
+    """Sixty steps, so that the tree is compacted many times; three prompts of different lengths."""
+    chat = ChatModel(tiny_model(family), tiny_tokenizer(), "tiny")
+    job = job_of(chat, PROMPTS[:3], max_new_tokens=60, num_return_sequences=2, **options)
+    tree = beam_search(job, TreeBeams)
+    plain = beam_search(job, ForkedBeams)
+    assert [answer.token_ids for answer in tree] == [answer.token_ids for answer in plain]
+    chat.model.config.model_type = "other"
+    assert [answer.token_ids for answer in beam_search(job)] == [answer.token_ids for answer in plain]
+
+
+def int8_chat() -> ChatModel:
+    model = tiny_model("qwen2", initializer_range=0.1)
+    return ChatModel(model, tiny_tokenizer(), "tiny", lean_model(model, int8=True))
+
+
+def test_int8_answers_do_not_depend_on_batch_mates() -> None:
+    """200 batches, of any answers in any order, that join and leave as they may: the same text, bit for bit."""
+    chat, choose = int8_chat(), random.Random(0)
+    prompts = [f"{'Tell me more. ' * (n % 4)}Say {n}." for n in range(12)]
+    options: dict[str, Any] = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 12, "stop_strings": ()}
+
+    def answers(chosen: list[int], **more: Any) -> dict[int, tuple[list[int], list[float] | None]]:
+        seeds = tuple(100 + n for n in chosen)
+        texts = [prompts[n] for n in chosen]
+        found = handspun.generate(chat, texts, seed=seeds, logprobs=True, notice=str, **options, **more)
+        return {n: (answer.token_ids, answer.logprobs) for n, answer in zip(chosen, found, strict=True)}
+
+    alone = {n: answers([n])[n] for n in range(12)}
+    for _ in range(200):
+        chosen = choose.sample(range(12), choose.randint(2, 6))
+        limits = {"batch_size": choose.randint(1, 5), "max_batch_tokens": choose.choice([60, 200, 10_000])}
+        assert answers(chosen, **limits) == {n: alone[n] for n in chosen}
+
+
+def test_int8_weights_take_the_place_of_the_float_ones() -> None:
+    chat = int8_chat()
+    assert {parameter.device.type for name, parameter in chat.model.named_parameters() if "proj" in name} == {
+        "meta"
+    }
+    assert chat.device.type == "cpu"
+    assert handspun.generate(chat, "Say 3.", max_new_tokens=3, notice=str)[0].token_ids
+
+
+def test_int8_is_near_float(tiny_folder: Any) -> None:
+    exact, rounded = (
+        handspun.load(str(tiny_folder), weights=weights, notice=str) for weights in ("float32", "int8")
+    )
+    ids = [5, 9, 13, 4, 7, 7, 100]
+    logits = [_logits(chat, ids) for chat in (exact, rounded)]
+    difference = (logits[0] - logits[1]).norm() / logits[0].norm()
+    assert 0 < difference < 0.03
+
+
+def _logits(chat: ChatModel, ids: list[int]) -> Tensor:
+    engine = make_engine(chat)
+    return engine.forward([Feed(engine.add(), ids, all_logits=True)])
+
+
+def test_int8_of_another_kind_of_model_is_refused(tmp_path: Any) -> None:
+    model = AutoModelForCausalLM.from_config(MistralConfig(**SHAPES, head_dim=8, sliding_window=16))
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"cannot be decoded from in int8: .* Use --weights float32\."):
+        handspun.load(str(tmp_path), weights="int8")
