@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from handspun.data.examples import Example
+from handspun.training.head import dense_gradient, head_backward, head_loss
 
 _ATTENTION = "handspun_packed"
 CHUNK_BYTES = 128 * 2**20
-"""Of the logits of one chunk, in float32; their softmax and gradient take as much again, each."""
+"""Of the logits of one chunk, in float32."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ class Packed:
         packed = pack(part, share_prefix=self.share_prefix, device=self.model.device)
         with torch.no_grad():
             hidden = self._hidden_states(packed, torch.float32)
-            return sum(self._head_loss(h, t).item() for h, t in _chunks(hidden, packed.targets, self._vocabulary))
+            chunks = _chunks(hidden, packed.targets, self._vocabulary)
+            return sum(head_loss(self._head, some, targets).item() for some, targets in chunks)
 
     def backward(self, part: Sequence[Example], divisor: int) -> float:
         """Adds the gradient of the part's loss sum / `divisor`; returns the sum.
@@ -131,14 +133,10 @@ class Packed:
         """
         packed = pack(part, share_prefix=self.share_prefix, device=self.model.device)
         hidden = self._hidden_states(packed, self.dtype)
-        cut_here = hidden.detach().requires_grad_()
-        total = 0.0
-        for some, targets in _chunks(cut_here, packed.targets, self._vocabulary):
-            loss = self._head_loss(some, targets)
-            (loss / divisor).backward()
-            total += loss.item()
-        hidden.backward(cut_here.grad)
-        return total
+        chunks = _chunks(hidden, packed.targets, self._vocabulary)
+        done = [head_backward(self._head, some, targets, divisor) for some, targets in chunks]
+        hidden.backward(torch.cat([gradient for _, gradient in done]).to(hidden.dtype))
+        return sum(loss for loss, _ in done)
 
     def _hidden_states(self, packed: Pack, dtype: torch.dtype) -> Tensor:
         """(learned, hidden size): the body's output at the positions that predict a learned token."""
@@ -146,16 +144,18 @@ class Packed:
         autocast = nullcontext() if dtype == torch.float32 else torch.autocast(self.model.device.type, dtype)
         with autocast:
             output = body(
-                input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packing=packed
+                inputs_embeds=_embedded(body.get_input_embeddings(), packed.input_ids),
+                position_ids=packed.position_ids,
+                use_cache=False,
+                packing=packed,
             )
         hidden: Tensor = output.last_hidden_state[0, packed.positions]
         return hidden
 
-    def _head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """In float32 whatever the type of the products: a logit of 20 is rounded to 1/8 in bfloat16."""
-        head: Any = self._base.get_output_embeddings()
-        logits = head(hidden.float())  # (chunk, vocab)
-        return F.cross_entropy(logits, targets, reduction="sum")
+    @property
+    def _head(self) -> nn.Module:
+        head: nn.Module = self._base.get_output_embeddings()
+        return head
 
     @property
     def _base(self) -> PreTrainedModel:
@@ -165,6 +165,16 @@ class Packed:
     @property
     def _vocabulary(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)
+
+
+def _embedded(embedding: nn.Module, input_ids: Tensor) -> Tensor:
+    """What the embedding gives. Its gradient is sparse, and added in place to the dense one that is there: a row
+    for each token, in place of a second table (with tied weights, beside the head's)."""
+    if type(embedding) is not nn.Embedding or not embedding.weight.requires_grad or not torch.is_grad_enabled():
+        embedded: Tensor = embedding(input_ids)
+        return embedded
+    dense_gradient(embedding.weight)
+    return F.embedding(input_ids, embedding.weight, embedding.padding_idx, sparse=True)
 
 
 def _chunks(hidden: Tensor, targets: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:

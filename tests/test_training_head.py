@@ -1,0 +1,79 @@
+"""The head's gradient in place is the one that autograd finds."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from handspun.training.head import head_backward, head_loss
+
+
+def a_head(*, bias: bool = False, frozen: bool = False) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(6, 11, bias=bias).requires_grad_(not frozen)
+
+
+class Wrapped(nn.Module):
+    """A head that is not a plain linear layer: it goes through autograd."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.inner = head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.inner(x)
+        return y
+
+
+def test_two_equal_logits_by_hand() -> None:
+    """p = (1/2, 1/2), so the loss is log 2 and d loss / d logits = (-1/2, 1/2), divided by 4."""
+    head = nn.Linear(1, 2, bias=False)
+    head.weight = nn.Parameter(torch.tensor([[3.0], [3.0]]))
+    loss, gradient = head_backward(head, torch.tensor([[2.0]]), torch.tensor([0]), 4)
+    assert loss == pytest.approx(math.log(2))
+    assert head.weight.grad is not None
+    assert head.weight.grad.flatten().tolist() == pytest.approx([-0.25, 0.25])
+    assert gradient.item() == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_what_autograd_finds_chunk_after_chunk(bias: bool, dtype: torch.dtype) -> None:
+    head, plain = a_head(bias=bias), Wrapped(a_head(bias=bias))
+    hidden, targets = torch.randn(7, 6).to(dtype) * 5, torch.tensor([0, 10, 3, 3, 5, 1, 2])
+    for rows in (slice(0, 4), slice(4, 7)):
+        loss, gradient = head_backward(head, hidden[rows], targets[rows], 9)
+        wanted_loss, wanted = head_backward(plain, hidden[rows], targets[rows], 9)
+        assert loss == pytest.approx(wanted_loss, rel=1e-6)
+        assert loss == pytest.approx(head_loss(head, hidden[rows], targets[rows]).item(), rel=1e-6)
+        torch.testing.assert_close(gradient.to(dtype), wanted)
+    for parameter, of_autograd in zip(head.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, of_autograd.grad)
+
+
+def test_the_gradient_is_added_where_it_is() -> None:
+    """No second array of the head's size, which a new gradient would be."""
+    head = a_head()
+    hidden, targets = torch.randn(3, 6), torch.tensor([1, 2, 3])
+    head_backward(head, hidden, targets, 1)
+    first = head.weight.grad
+    assert first is not None
+    once = first.clone()
+    head_backward(head, hidden, targets, 1)
+    assert head.weight.grad is first
+    torch.testing.assert_close(first, 2 * once)
+
+
+def test_a_frozen_head_hands_the_gradient_on_and_keeps_none() -> None:
+    head, frozen = a_head(bias=True), a_head(bias=True, frozen=True)
+    hidden, targets = torch.randn(3, 6), torch.tensor([1, 2, 3])
+    assert torch.equal(head_backward(frozen, hidden, targets, 2)[1], head_backward(head, hidden, targets, 2)[1])
+    assert [parameter.grad for parameter in frozen.parameters()] == [None, None]
+
+
+def test_large_logits_do_not_overflow() -> None:
+    head = nn.Linear(1, 3, bias=False)
+    head.weight = nn.Parameter(torch.tensor([[200.0], [0.0], [-200.0]]))
+    loss, _ = head_backward(head, torch.tensor([[1.0], [1.0]]), torch.tensor([0, 2]), 1)
+    assert loss == pytest.approx(400.0)
