@@ -84,6 +84,10 @@ class TrainConfig(DataConfig):
     weight_decay: float = 0.0
     """AdamW's weight decay, of matrices only (not of biases and norms)."""
 
+    optimizer_states: Literal["float32", "bfloat16", "8bit"] = "float32"
+    """Type of AdamW's two states of each trained weight: 8 bytes a weight, 4, or 2. The short ones are rounded so
+    that the mean is kept, and make a step slower."""
+
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 turns clipping off."""
 

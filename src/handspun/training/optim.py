@@ -5,6 +5,7 @@ import math
 import torch
 
 from handspun.config import TrainConfig
+from handspun.training.short_states import ShortStatesAdamW
 
 
 def lr_at(step: int, total_steps: int, config: TrainConfig) -> float:
@@ -25,12 +26,25 @@ def lr_at(step: int, total_steps: int, config: TrainConfig) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) over what is trainable, with weight decay on
-    matrices only: biases and norms are kept out of it, as GPT-2's training and its successors do."""
+    matrices only: biases and norms are kept out of it, as GPT-2's training and its successors do.
+
+    Its states are made here, before anything that is freed again: made in the first step, they would lie between
+    its gradients, and leave holes of odd sizes."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.peak_learning_rate, fused=True)
+    lr = config.peak_learning_rate
+    if config.optimizer_states != "float32":
+        return ShortStatesAdamW(groups, lr=lr, states=config.optimizer_states, seed=config.seed)
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+    for parameter in trainable:
+        optimizer.state[parameter] = {  # as AdamW begins them
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
