@@ -151,7 +151,7 @@ def _dry_run(
 ) -> TrainedRun:
     """The plan from the model's shapes alone: its weights are not read."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(source))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(source), dtype=torch.float32)
         if config.lora:
             model = _with_lora(model, config)
     if config.base_weights == "int8":

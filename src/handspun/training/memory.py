@@ -1,0 +1,125 @@
+"""Peak memory of a run, predicted: what is held at the moments when most of it is.
+
+    loading     weights, and the file that they are read from
+    forward     weights, optimiser states, what a micro-batch keeps for its backward pass, the head's gradient and
+                logits; and all gradients, where it is not the first micro-batch of its batch
+    backward    weights, optimiser states, all gradients: when what was kept has been freed
+
+What a layer keeps was counted with torch.autograd.graph.saved_tensors_hooks, for models of the Llama family.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from handspun.config import TrainConfig
+from handspun.data.examples import Example
+from handspun.models.int8 import Int8Linear
+from handspun.training.forward import padded_tokens
+from handspun.training.packed import CHUNK_BYTES, packed_tokens
+from handspun.training.short_states import BLOCK
+
+_FLOAT = 4
+_HUGE_PAGE = 2**21
+_FIXED = 570 * 10**6
+"""Python, PyTorch, transformers and a tokenizer, measured."""
+_STATES = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2 + 4 / BLOCK}
+"""Bytes of AdamW's states, a trained weight."""
+
+
+def predict_memory(
+    model: PreTrainedModel,
+    batches: Sequence[Sequence[Sequence[Example]]],
+    config: TrainConfig,
+    *,
+    packed: bool,
+    share_prefix: bool,
+) -> int:
+    """Bytes of the process at its largest. Only shapes are looked at: the model may be on the meta device.
+
+    batches: the optimiser's, each in its micro-batches.
+    """
+    weights = sum(weight.nbytes for weight in weights_of(model))
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    held = weights + _STATES[config.optimizer_states] * sum(trained)
+    gradients = _FLOAT * sum(trained)
+    first = _FLOAT * sum(table.numel() for table in _tables(model) if packed and table.requires_grad)
+    forward = 0.0
+    for batch in batches:
+        for before, part in enumerate(batch):
+            tokens = packed_tokens(part, share_prefix=share_prefix) if packed else padded_tokens(part)
+            kept = _kept(tokens, model, config) + _logits(part, model, packed)
+            forward = max(forward, kept + (gradients if before else first))
+    return int(_FIXED + max(_loading(model), held + max(forward, gradients)))
+
+
+def weights_of(model: PreTrainedModel) -> list[Tensor]:
+    """All weights of a model, int8 ones too."""
+    int8 = [layer.weight for layer in model.modules() if isinstance(layer, Int8Linear)]
+    return [*model.parameters(), *int8]
+
+
+def _tables(model: PreTrainedModel) -> list[Tensor]:
+    """Embedding and head, once if they are one: their gradients are there first."""
+    embedding: Any = model.get_input_embeddings().weight
+    head: Any = model.get_output_embeddings().weight
+    return [embedding] if embedding is head else [embedding, head]
+
+
+def _loading(model: PreTrainedModel) -> int:
+    """The file, mostly in bfloat16, is mapped while its weights are converted; int8 layers are made from float
+    ones."""
+    return sum(weight.numel() for weight in weights_of(model)) * (_FLOAT + 2)
+
+
+def _kept(tokens: int, model: PreTrainedModel, config: TrainConfig) -> int:
+    """Bytes that a micro-batch of so many tokens keeps for its backward pass, without logits. `--dtype auto` is
+    taken for the larger."""
+    dtype = "float32" if config.base_weights == "int8" and config.dtype == "auto" else config.dtype
+    return max(
+        _kept_in(kind, tokens, model, config) for kind in ("float32", "bfloat16") if dtype in (kind, "auto")
+    )
+
+
+def _kept_in(dtype: str, tokens: int, model: PreTrainedModel, config: TrainConfig) -> int:
+    """A layer keeps what goes into its norms and comes out of them, queries, keys, values and the attention's
+    output, and four arrays between gate, up and down projection. With products in bfloat16 these four are half as
+    large; inputs of linear layers are there twice, and so are the layers' weights."""
+    text = model.config.get_text_config()
+    hidden, heads, layers = int(text.hidden_size), int(text.num_attention_heads), int(text.num_hidden_layers)
+    head_size = int(getattr(text, "head_dim", None) or hidden // heads)
+    keys = head_size * (getattr(text, "num_key_value_heads", None) or heads)
+    product = 2 if dtype == "bfloat16" else _FLOAT
+    in_a_layer = (4 if config.lora else 6) * _array(tokens * hidden * _FLOAT)
+    in_a_layer += 3 * _array(tokens * heads * head_size * _FLOAT) + 5 * _array(tokens * keys * _FLOAT)
+    in_a_layer += 4 * _array(tokens * text.intermediate_size * product)
+    in_a_layer += 7 * _array(tokens * config.lora_rank * product) if config.lora else 0
+    if dtype == "bfloat16":
+        in_a_layer += 2 * _array(tokens * hidden * 2) + 2 * _linear_weights(model) // layers
+    if config.activation_checkpointing:
+        return in_a_layer + layers * _array(tokens * hidden * _FLOAT)
+    return layers * in_a_layer + 2 * _array(tokens * hidden * _FLOAT)
+
+
+def _array(size: int) -> int:
+    """What PyTorch takes for an array: large ones begin on a huge page."""
+    return size if size < _HUGE_PAGE else -(-size // _HUGE_PAGE) * _HUGE_PAGE
+
+
+def _linear_weights(model: PreTrainedModel) -> int:
+    """Weights of the float layers of the body."""
+    head = model.get_output_embeddings()
+    return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+
+
+def _logits(part: Sequence[Example], model: PreTrainedModel, packed: bool) -> int:
+    """Packed, one chunk. Padded, where some row learns, with their gradient, beside the learned ones, their
+    softmax and its gradient."""
+    vocabulary = model.config.get_text_config().vocab_size
+    learned_tokens = sum(example.learned_tokens for example in part)
+    if packed:
+        return int(min(_FLOAT * learned_tokens * vocabulary, CHUNK_BYTES))
+    positions = {i for example in part for i, is_learned in enumerate(example.learned) if is_learned}
+    return int(_FLOAT * (2 * len(part) * len(positions) + 3 * learned_tokens) * vocabulary)

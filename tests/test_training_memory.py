@@ -1,0 +1,76 @@
+"""The prediction of memory counts what is held: against what autograd keeps, and by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from handspun.config import TrainConfig
+from handspun.data.examples import Example
+from handspun.models.lora import add_lora
+from handspun.training import memory
+from handspun.training.memory import predict_memory
+from handspun.training.packed import Packed, packed_attention, packed_tokens
+from tiny import tiny_model
+
+
+def a_model(*, lora: bool = False) -> PreTrainedModel:
+    model = tiny_model("llama", hidden_size=64, intermediate_size=192, num_hidden_layers=6).train()
+    return add_lora(model, "tiny", rank=4, alpha=8, dropout=0.0) if lora else model
+
+
+def rows(count: int) -> list[Example]:
+    learned = [False] * 30 + [True] * 30
+    return [Example([*range(4), *range(row + 5, row + 61)], learned, "a", row) for row in range(count)]
+
+
+def kept_by_autograd(model: PreTrainedModel, part: list[Example], dtype: torch.dtype) -> int:
+    """Bytes that the graph of a packed micro-batch holds beside the weights, logits left out."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def hold(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with packed_attention(model), torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        Packed(model, dtype, True).backward(part, 1)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_a_micro_batch_keeps(lora: bool) -> None:
+    model, part = a_model(lora=lora), rows(8)
+    config = TrainConfig(lora=lora, lora_rank=4, dtype="float32")
+    predicted = memory._kept(packed_tokens(part, share_prefix=True), model, config)
+    assert predicted == pytest.approx(kept_by_autograd(model, part, torch.float32), rel=0.1)
+
+
+def test_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and states, and at the end of a backward pass all gradients; in a batch of two parts they are there
+    when the second part has been through the forward pass."""
+    model, part = a_model(), rows(1)
+    monkeypatch.setattr(memory, "_kept", lambda *_: 10_000_000)
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    tables = 4 * 2 * 330 * 64
+    logits = 4 * 30 * 330
+
+    def beside_fixed(config: TrainConfig, batch: list[list[Example]]) -> int:
+        return predict_memory(model, [batch], config, packed=True, share_prefix=True) - memory._FIXED
+
+    config = TrainConfig()
+    assert beside_fixed(config, [part]) == 3 * weights + tables + logits + 10_000_000
+    assert beside_fixed(config, [part, part]) == 4 * weights + logits + 10_000_000
+    halved = replace(config, optimizer_states="bfloat16")
+    assert beside_fixed(halved, [part]) == 2 * weights + tables + logits + 10_000_000
+    monkeypatch.setattr(memory, "_kept", lambda *_: 0)
+    assert beside_fixed(config, [part]) == 4 * weights
+
+
+def test_large_arrays_begin_on_huge_pages() -> None:
+    assert [memory._array(size) for size in (1000, 2**21, 2**21 + 4, 3 * 2**21)] == [
+        1000, 2**21, 2 * 2**21, 3 * 2**21,
+    ]  # fmt: skip
