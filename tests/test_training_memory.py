@@ -53,7 +53,7 @@ def test_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights and states, and at the end of a backward pass all gradients; in a batch of two parts they are there
     when the second part has been through the forward pass."""
     model, part = a_model(), rows(1)
-    monkeypatch.setattr(memory, "_kept", lambda *_: 10_000_000)
+    monkeypatch.setattr(memory, "_kept", lambda *_: 8_000_000)  # 10 with the holes
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     tables = 4 * 2 * 330 * 64
     logits = 4 * 30 * 330
@@ -68,9 +68,3 @@ def test_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert beside_fixed(halved, [part]) == 2 * weights + tables + logits + 10_000_000
     monkeypatch.setattr(memory, "_kept", lambda *_: 0)
     assert beside_fixed(config, [part]) == 4 * weights
-
-
-def test_large_arrays_begin_on_huge_pages() -> None:
-    assert [memory._array(size) for size in (1000, 2**21, 2**21 + 4, 3 * 2**21)] == [
-        1000, 2**21, 2 * 2**21, 3 * 2**21,
-    ]  # fmt: skip

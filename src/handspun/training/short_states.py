@@ -19,7 +19,7 @@ from torch import Tensor
 
 BLOCK = 256
 """Values with an exponent in common."""
-_ROWS = 2**11
+_ROWS = 2**9
 """Blocks that are updated together: bounds what exists of the states in float32."""
 _DROPPED = {torch.bfloat16: (16, 16), torch.uint8: (20, 19)}
 """Lower bits of a float32 that exp_avg and exp_avg_sq lose."""
