@@ -48,6 +48,11 @@ def test_int8_weights_are_frozen_and_want_adapters() -> None:
     assert TrainConfig(base_weights="int8", lora=True).lora
 
 
+def test_short_states_and_shares_exclude_each_other() -> None:
+    (found,) = problems(TrainConfig, optimizer_states="8bit", shard=True)
+    assert found.startswith("--shard cuts float32 optimiser states")
+
+
 @pytest.mark.parametrize(
     ("lora", "given", "expected"), [(False, None, 2e-5), (True, None, 2e-4), (True, 1e-3, 1e-3)]
 )

@@ -89,6 +89,7 @@ def test_exported_members() -> None:
         "HandspunError",
         "ModelError",
         "OutputError",
+        "StoppedError",
         "TemplateError",
         "TrainConfig",
         "TrainedRun",

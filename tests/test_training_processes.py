@@ -1,21 +1,39 @@
-"""Two and three processes give what one gives: losses, gradient norms, weights, and the same files."""
+"""Two and three processes give what one gives, replicated and sharded: losses, gradient norms, weights, files."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import handspun
 from handspun.data.examples import Example
-from handspun.training.processes import Processes, deal
+from handspun.errors import ConfigError
+from handspun.models.lora import add_lora
+from handspun.training.execution import Execution, execution_of
+from handspun.training.processes import NOTHING, Processes, deal
+from tiny import tiny_model
 
 ROWS = "instruction,input,output\n" + "".join(
     f"Say {n} {'and more ' * (n % 5)}.,,It is {n}{' or so' * (n % 4)}.\n" for n in range(41)
 )
+BATCHING = {"packed": {}, "padded": {"batching": "padded"}}
+TRAINED = {"full": {}, "LoRA": {"lora": True}}
+HELD = {
+    "replicated": {},
+    "sharded": {"shard": True},
+    "sharded, computed again": {"shard": True, "activation_checkpointing": True},
+}
+CASES = [
+    *itertools.product(BATCHING, TRAINED, ["replicated", "sharded"]),
+    ("packed", "full", "sharded, computed again"),
+]
 
 
 def example(length: int, row: int) -> Example:
@@ -32,28 +50,94 @@ def test_a_deal_balances_tokens_and_loses_no_row() -> None:
 
 def test_one_process_keeps_the_order() -> None:
     rows = [example(length, row) for row, length in enumerate([2, 9, 3])]
-    assert Processes().deal(rows) == rows
+    assert Processes().parts(rows, lambda own: [list(own)]) == [rows]
 
 
-def run(tiny_folder: Path, folder: Path, processes: int, *options: str) -> Path:
-    """`handspun train` under torchrun; its output folder."""
-    output = folder / f"output-{processes}"
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        if processes > 1
-        else []
+def test_sharded_ranks_have_equally_many_micro_batches_some_of_them_empty() -> None:
+    rows = [example(9, 0), example(8, 1), example(3, 2)]
+
+    def one_by_one(own: Any) -> list[list[Example]]:
+        return [[row] for row in own]
+
+    for sharded, counts in ((False, [1, 1, 1, 0]), (True, [1, 1, 1, 1])):
+        made = [Processes(rank, 4, sharded).parts(rows, one_by_one) for rank in range(4)]
+        assert list(map(len, made)) == counts
+    assert made[3] == [[NOTHING]]
+
+
+@pytest.mark.parametrize(("batching", "lora"), list(itertools.product(BATCHING, (False, True))))
+def test_an_empty_micro_batch_has_a_gradient_of_zeros_for_all_that_is_trained(batching: Any, lora: bool) -> None:
+    """A rank that left one out would wait for the others in another collective than they for it."""
+    model = tiny_model("qwen2")
+    if lora:
+        model = add_lora(model, "tiny", rank=4, alpha=8, dropout=0.0, new_token_ids=[5])
+    config = handspun.TrainConfig(batching=batching, lora=lora)
+    execution: Execution
+    with execution_of(
+        model, config, [example(5, 0), example(7, 1)], dtype=torch.float32, pad_token_id=0, notice=str
+    ) as execution:
+        assert execution.loss([NOTHING]) == execution.backward([NOTHING], 5) == 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shard": True}, "--shard cuts the model over several processes, and this is one alone"),
+        ({"shard": True, "lora": True, "base_weights": "int8"}, "--shard cannot cut int8 weights"),
+    ],
+)
+def test_what_cannot_be_sharded_is_said(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        handspun.train(handspun.TrainConfig(output_dir=str(tmp_path / "output"), **options))
+    assert not (tmp_path / "output").exists()
+
+
+def configs(tiny_folder: Path, folder: Path, processes: int, held: list[str]) -> dict[tuple[str, str, str], Any]:
+    """By case: options of 20 steps. An epoch's last batch is one row, and micro-batches hold one to five."""
+    (folder / "train.csv").write_text(ROWS, encoding="utf-8")
+    common = {"model": str(tiny_folder), "data": str(folder / "train.csv"), "eval_ratio": 0.1, "dtype": "float32"}
+    common |= {"num_epochs": 4, "batch_size": 9, "max_tokens": 128, "learning_rate": 1e-3, "threads": 1}
+    return {
+        case: {
+            **common,
+            **BATCHING[case[0]],
+            **TRAINED[case[1]],
+            **HELD[case[2]],
+            "output_dir": str(folder / f"{processes}-{'-'.join(case)}"),
+        }
+        for case in CASES
+        if case[2] in held
+    }
+
+
+def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *arguments]
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    command = [
-        *(sys.executable, *launcher, "-m", "handspun", "train", "--model", str(tiny_folder)),
-        *("--data", str(folder / "train.csv"), "--output-dir", str(output), "--num-epochs", "4"),
-        *("--batch-size", "8", "--learning-rate", "1e-3", "--eval-ratio", "0.1", "--dtype", "float32", *options),
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("finished in") == 1  # one log
-    return output
+
+
+@pytest.fixture(scope="module")
+def made(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs of all cases with two and three processes, and of one process."""
+    folder = tmp_path_factory.mktemp("runs")
+    for options in configs(tiny_folder, folder, 1, ["replicated"]).values():
+        handspun.train(handspun.TrainConfig(**options))
+    for processes in (2, 3):
+        runs = list(configs(tiny_folder, folder, processes, list(HELD)).values())
+        (folder / "configs.json").write_text(json.dumps(runs))
+        done = torchrun(processes, str(Path(__file__).with_name("several_runs.py")), str(folder / "configs.json"))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("finished in") == len(runs)  # one log a run
+    return folder
 
 
 def steps(output: Path) -> list[dict[str, float]]:
@@ -61,22 +145,26 @@ def steps(output: Path) -> list[dict[str, float]]:
     return [event for event in events if event["event"] == "step"]
 
 
-@pytest.mark.parametrize("options", [(), ("--batching", "padded", "--lora")], ids=["packed, full", "padded, LoRA"])
-def test_processes_change_nothing(tiny_folder: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
-    """Twenty steps; the last batch of an epoch has fewer rows than there are processes times two."""
-    (tmp_path / "train.csv").write_text(ROWS, encoding="utf-8")
-    alone = run(tiny_folder, tmp_path, 1, *options)
-    expected = steps(alone)
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize(("batching", "trained", "held"), CASES)
+def test_processes_change_nothing(made: Path, processes: int, batching: str, trained: str, held: str) -> None:
+    alone = made / f"1-{batching}-{trained}-replicated"
+    output = made / f"{processes}-{batching}-{trained}-{held}"
+    expected, found = steps(alone), steps(output)
     assert len(expected) == 20
-    name = "adapter_model.safetensors" if "--lora" in options else "model.safetensors"
+    for key in ("loss", "grad_norm"):
+        assert [s[key] for s in found] == pytest.approx([s[key] for s in expected], rel=1e-5)
+    assert [s["learned_tokens"] for s in found] == [s["learned_tokens"] for s in expected]
+    assert {str(p.relative_to(output)) for p in output.rglob("*")} == {
+        str(p.relative_to(alone)) for p in alone.rglob("*")
+    }
+    name = "adapter_model.safetensors" if trained == "LoRA" else "model.safetensors"
     weights = load_file(alone / "checkpoint-epoch-4" / name)
-    for processes in (2, 3):
-        output = run(tiny_folder, tmp_path, processes, *options)
-        found = steps(output)
-        for key in ("loss", "grad_norm"):
-            assert [s[key] for s in found] == pytest.approx([s[key] for s in expected], rel=1e-5)
-        assert [s["learned_tokens"] for s in found] == [s["learned_tokens"] for s in expected]
-        assert sorted(p.name for p in output.iterdir()) == sorted(p.name for p in alone.iterdir())
-        for key, tensor in load_file(output / "checkpoint-epoch-4" / name).items():
-            torch.testing.assert_close(tensor, weights[key], rtol=1e-5, atol=1e-5)
-        assert json.loads((output / "run.json").read_text())["processes"] == processes
+    saved = load_file(output / "checkpoint-epoch-4" / name)
+    assert saved.keys() == weights.keys()
+    for key, tensor in saved.items():
+        torch.testing.assert_close(tensor, weights[key], rtol=1e-5, atol=1e-5)
+    records = [json.loads((folder / "run.json").read_text()) for folder in (alone, output)]
+    assert records[1]["processes"] == processes
+    losses = [[evaluation["loss"] for evaluation in record["evaluations"]] for record in records]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         HandspunError,
         ModelError,
         OutputError,
+        StoppedError,
         TemplateError,
         TrainingError,
     )
@@ -41,6 +42,7 @@ _HOMES = {
     "HandspunError": "errors",
     "ModelError": "errors",
     "OutputError": "errors",
+    "StoppedError": "errors",
     "TemplateError": "errors",
     "TrainConfig": "config",
     "TrainedRun": "output",
@@ -72,6 +74,7 @@ __all__ = [
     "HandspunError",
     "ModelError",
     "OutputError",
+    "StoppedError",
     "TemplateError",
     "TrainConfig",
     "TrainedRun",

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from handspun import __version__
 from handspun.config import DataConfig, GenerationOptions, TrainConfig, Weights
-from handspun.errors import ConfigError, HandspunError
+from handspun.errors import ConfigError, HandspunError, StoppedError
 
 if TYPE_CHECKING:
     from handspun.models.load import ChatModel
@@ -181,7 +181,8 @@ def demo(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs one command and returns its exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Runs one command and returns its exit code: 0, 2 for what the user can mend, 128 + signal for a run that was
+    stopped."""
     tokens = [argument for argument in arguments if argument != "--traceback"]
     errors = Console(stderr=True, highlight=False)
     try:
@@ -190,6 +191,8 @@ def main(arguments: Sequence[str]) -> int:
     except cyclopts.CycloptsError as error:
         command = f"{tokens[0]} " if tokens and tokens[0] in app else ""
         return _say(errors, f"{error}", f"handspun {command}--help shows what there is.")
+    except StoppedError as stopped:  # the log has said it
+        return stopped.exit_code
     except HandspunError as error:
         if len(tokens) < len(arguments):
             errors.print_exception()

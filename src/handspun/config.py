@@ -118,7 +118,12 @@ class TrainConfig(DataConfig):
     probe of a few products says that it is clearly faster."""
 
     threads: int | None = None
-    """CPU threads; if not given, PyTorch's default (one per physical core)."""
+    """CPU threads; if not given, one per physical core. Under torchrun, those of each process; if not given, its
+    share of the machine's physical cores."""
+
+    shard: bool = False
+    """Under torchrun, give every process a share of the weights, gradients and optimiser states (FSDP2) in place
+    of a copy: for a model that is too large for one."""
 
     save_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the saved weights; bfloat16 halves the files and rounds, at random, so that in the mean nothing is
@@ -141,6 +146,16 @@ class TrainConfig(DataConfig):
             problems.append(
                 "--base-weights int8 needs --lora: int8 weights are frozen, so without adapters there would be "
                 "nothing to train. Add --lora, or leave --base-weights out."
+            )
+        if self.base_weights == "int8" and self.shard:
+            problems.append(
+                "--shard cannot cut int8 weights. Leave --base-weights int8 out, or leave --shard out: an int8 "
+                "base takes a quarter of the memory on every process."
+            )
+        if self.optimizer_states != "float32" and self.shard:
+            problems.append(
+                f"--shard cuts float32 optimiser states, and --optimizer-states {self.optimizer_states} shortens "
+                "whole ones: leave one of the two out."
             )
         if problems:
             raise ConfigError(problems)

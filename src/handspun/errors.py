@@ -5,12 +5,15 @@ HandspunError                what went wrong, what was expected, what to do (exi
 ├── DataError                a file, a row or a cell; names file, row and column
 ├── TemplateError            a chat template that is missing, or cannot be used for training or prompting
 ├── ModelError               a model that is unknown, incomplete or does not fit the request
-├── TrainingError            a run that cannot go on: a loss or gradient that is not finite; names the rows
+├── TrainingError            a run that cannot go on: a loss or gradient that is not finite (names the rows), or
+│                            another process of it that died (names it)
+├── StoppedError             a run that Ctrl-C or SIGTERM ended after a step (exit code 128 + signal)
 └── OutputError              a folder that cannot be written: exists, no permission, no room on the disk
 
 `raise` is for a user's mistake; `assert` is for our own invariants.
 """
 
+import signal
 from collections.abc import Sequence
 
 
@@ -61,6 +64,14 @@ class ModelError(HandspunError):
 
 class TrainingError(HandspunError):
     """A run that cannot go on, such as one whose loss is not a number any more."""
+
+
+class StoppedError(HandspunError):
+    """A run that a signal ended, in order, after a step."""
+
+    def __init__(self, number: int, *, step: int, total_steps: int) -> None:
+        self.exit_code = 128 + number
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step} of {total_steps}")
 
 
 class OutputError(HandspunError):

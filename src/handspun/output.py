@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from handspun.config import TrainConfig
-from handspun.errors import OutputError
+from handspun.errors import OutputError, StoppedError
 from handspun.models.load import ChatModel
 from handspun.report.environment import peak_memory
 from handspun.report.log import RunLog, duration
@@ -19,6 +19,7 @@ from handspun.report.record import write_run
 from handspun.training.checkpoint import errors_for_people, link_checkpoint, save_checkpoint
 from handspun.training.loop import EpochEnd, Evaluation
 from handspun.training.preflight import Plan
+from handspun.training.processes import Processes
 
 _OUR_FILES = ["checkpoint-*", ".checkpoint-*", "train.log", "metrics.jsonl", "run.json"]
 
@@ -26,7 +27,7 @@ _OUR_FILES = ["checkpoint-*", ".checkpoint-*", "train.log", "metrics.jsonl", "ru
 @dataclass
 class TrainedRun:
     """What a run left: its folder, its checkpoints in order, the best one, held-out losses, and the model
-    (None after a dry run)."""
+    (None after a dry run, and after a sharded one, whose model is in no process)."""
 
     output_dir: Path
     plan: Plan
@@ -75,6 +76,10 @@ def recorded(run: TrainedRun, facts: dict[str, Any], log: RunLog) -> Iterator[No
     try:
         yield
         status = "finished"
+    except StoppedError as stopped:
+        status = "stopped"
+        log.line(f"{stopped}; {_left(run)}")
+        raise
     except KeyboardInterrupt:
         status = "interrupted"
         raise
@@ -95,29 +100,43 @@ def record(run: TrainedRun, facts: dict[str, Any], status: str) -> None:
     write_run(run.output_dir, {**facts, **outcome})
 
 
-def keep(run: TrainedRun, event: Evaluation | EpochEnd, config: TrainConfig, log: RunLog) -> None:
-    """checkpoint-best after an evaluation that is the best so far, checkpoint-epoch-N after each epoch."""
+def keep(
+    run: TrainedRun, event: Evaluation | EpochEnd, config: TrainConfig, processes: Processes, log: RunLog
+) -> None:
+    """checkpoint-best after an evaluation that is the best so far, checkpoint-epoch-N after each epoch. The first
+    rank writes; all must call it."""
     best = run.output_dir / "checkpoint-best"
     if isinstance(event, Evaluation):
         run.evaluations.append(event)
         if event.best and event.step:
-            _save(run, best, config, asdict(event))
+            _save(run, best, config, processes, asdict(event))
             run.best_checkpoint = best
         return
     folder = run.output_dir / f"checkpoint-epoch-{event.epoch}"
     latest = run.evaluations[-1] if run.evaluations else None
     if latest is not None and latest.best:  # the evaluation at the end of this epoch
-        link_checkpoint(best, folder)
+        if processes.is_first:
+            link_checkpoint(best, folder)
     else:
-        _save(run, folder, config, {**asdict(event), "loss": latest.loss if latest else None})
+        _save(run, folder, config, processes, {**asdict(event), "loss": latest.loss if latest else None})
     run.checkpoints.append(folder)
     log.line(f"saved {folder}")
 
 
-def _save(run: TrainedRun, folder: Path, config: TrainConfig, facts: dict[str, object]) -> None:
+def _save(
+    run: TrainedRun, folder: Path, config: TrainConfig, processes: Processes, facts: dict[str, object]
+) -> None:
     assert run.model is not None
+    model, tokenizer = run.model.model, run.model.tokenizer
+    state = processes.state_to_save(model)
     dtype = torch.bfloat16 if config.save_dtype == "bfloat16" else torch.float32
-    save_checkpoint(run.model.model, run.model.tokenizer, folder, dtype=dtype, facts=facts)
+    if processes.is_first:
+        save_checkpoint(model, tokenizer, folder, dtype=dtype, facts=facts, state=state)
+
+
+def _left(run: TrainedRun) -> str:
+    names = [path.name for path in (*run.checkpoints, run.best_checkpoint) if path is not None]
+    return f"{run.output_dir} holds {', '.join(names)}" if names else "no checkpoint was saved yet"
 
 
 def _log_outcome(log: RunLog, run: TrainedRun, seconds: float) -> None:

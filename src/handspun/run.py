@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from handspun.config import TrainConfig
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.prepare import ExampleSet, prepare_examples, resolve_max_length
+from handspun.errors import StoppedError
 from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.models.end_of_turn import end_of_turn_is_new, make_end_of_turn_eos
 from handspun.models.int8 import quantize_base, refuse_inexact_products
@@ -32,10 +33,12 @@ from handspun.report.plan import plan_lines
 from handspun.report.record import run_facts
 from handspun.training.dtype import choose_dtype
 from handspun.training.execution import execution_of
-from handspun.training.loop import EpochEnd, Evaluation, Loop, start
+from handspun.training.loop import EpochEnd, Evaluation, Event, Loop, start
 from handspun.training.loop import train as training_events
 from handspun.training.preflight import make_plan
 from handspun.training.processes import Processes, processes_of_this_run
+from handspun.training.signals import StopRequest, stop_requests
+from handspun.training.threads import use_threads
 
 
 def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
@@ -45,12 +48,12 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
     the first one logs and saves. Raises a HandspunError for anything that the user can mend: data, options, model,
     disk.
     """
-    keep_freed_memory()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    if not config.shard:  # FSDP2 frees each layer's weights after use: kept, they took a quarter more
+        keep_freed_memory()
+    use_threads(config.threads)
     torch.manual_seed(config.seed)  # LoRA's initial values, and dropout
     console = console or plain_console()
-    with processes_of_this_run() as processes:
+    with processes_of_this_run(resolve_device(config.device), sharded=config.shard) as processes:
         console.quiet = console.quiet or not processes.is_first
         writes = processes.is_first and not config.dry_run
         folder = prepare_output(Path(config.output_dir), overwrite=config.overwrite) if writes else None
@@ -72,7 +75,7 @@ def _train(config: TrainConfig, processes: Processes, log: RunLog) -> TrainedRun
     _log_data(log, training, held_out, max_length)
     if config.dry_run:
         return _dry_run(config, source, training, max_length, log)
-    chat = _model_to_train(config, log)
+    chat = _model_to_train(config, processes, log)
     plan = make_plan(chat.model, training.examples, config)
     for line in plan_lines(plan, config, max_length):
         log.line(line)
@@ -101,36 +104,51 @@ def _run_loop(
     model, pad_token_id = run.model.model, run.model.tokenizer.pad_token_id
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    processes.share_weights(model)
-    with execution_of(
-        model,
-        config,
-        training.examples,
-        dtype=_product_dtype(config, run.model.device, processes, facts, log),
-        pad_token_id=pad_token_id if pad_token_id is not None else 0,  # masked: any id would do
-        notice=log.line,
-    ) as execution:
-        loop = Loop(
-            config=config,
-            examples=training.examples,
-            held_out=held_out.examples if held_out else [],
-            execution=execution,
-            processes=processes,
-        )
-        for event in training_events(loop, start(model, config)):
-            log.event(event)
-            if processes.is_first and isinstance(event, Evaluation | EpochEnd):
-                keep(run, event, config, log)
-                record(run, facts, "running")
+    with stop_requests() as request, processes.losses_explained():
+        processes.share_weights(model)
+        with execution_of(
+            model,
+            config,
+            training.examples,
+            dtype=_product_dtype(config, processes, facts, log),
+            pad_token_id=pad_token_id if pad_token_id is not None else 0,  # masked: any id would do
+            notice=log.line,
+            run_on=processes.run_on,
+        ) as execution:
+            loop = Loop(
+                config=config,
+                examples=training.examples,
+                held_out=held_out.examples if held_out else [],
+                execution=execution,
+                processes=processes,
+            )
+            for event in training_events(loop, start(model, config)):
+                log.event(event)
+                if isinstance(event, Evaluation | EpochEnd):
+                    keep(run, event, config, processes, log)
+                    if processes.is_first:
+                        record(run, facts, "running")
+                _stop_if_asked(request, event, loop)
+    if config.shard:
+        run.model = None
+        return
     if config.activation_checkpointing:
         model.activation_checkpointing_disable()
     model.eval()
 
 
-def _product_dtype(
-    config: TrainConfig, device: torch.device, processes: Processes, facts: dict[str, Any], log: RunLog
-) -> torch.dtype:
+def _stop_if_asked(request: StopRequest, event: Event, loop: Loop) -> None:
+    """Raises StoppedError on all ranks after the same step, if a signal came to one of them. What ends an epoch is
+    waited for: its checkpoint is worth more than the time."""
+    if event.step == loop.total_steps or not (event.step % loop.steps_per_epoch or isinstance(event, EpochEnd)):
+        return
+    if number := int(loop.processes.max(request.signal)):
+        raise StoppedError(number, step=event.step, total_steps=loop.total_steps)
+
+
+def _product_dtype(config: TrainConfig, processes: Processes, facts: dict[str, Any], log: RunLog) -> torch.dtype:
     """The type of the matrix products, asked for or measured, the same on all ranks."""
+    device = processes.device
     if config.dtype == "auto" and config.base_weights == "int8":
         dtype, reason = torch.float32, "beside the int8 layers"
     elif config.dtype == "auto":
@@ -140,8 +158,10 @@ def _product_dtype(
         dtype, reason = resolve_dtype(config.dtype, device), "asked for"
     name = str(dtype).removeprefix("torch.")
     facts["dtype"], facts["processes"], facts["threads"] = name, processes.count, torch.get_num_threads()
-    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
-    several = f"{processes.count} processes of " if processes.count > 1 else ""
+    threads = torch.get_num_threads()
+    where = f"{threads} {'thread' if threads == 1 else 'threads'}" if device.type == "cpu" else str(device)
+    each = "a share of the model" if processes.sharded else "the whole model"
+    several = f"{processes.count} processes with {each} each, of " if processes.count > 1 else ""
     log.line(f"{several}{where}, products in {name} ({reason})")
     return dtype
 
@@ -164,9 +184,11 @@ def _dry_run(
     return TrainedRun(Path(config.output_dir), plan)
 
 
-def _model_to_train(config: TrainConfig, log: RunLog) -> ChatModel:
-    """The model in float32, with an end of turn that it can learn, and with adapters where they are asked for."""
-    chat = load(config.model, weights="float32", device=config.device, notice=log.line)
+def _model_to_train(config: TrainConfig, processes: Processes, log: RunLog) -> ChatModel:
+    """The model in float32, with an end of turn that it can learn, and with adapters where they are asked for. One
+    that will be cut over the ranks is moved to their devices in shares."""
+    device = "cpu" if processes.sharded else str(processes.device)
+    chat = load(config.model, weights="float32", device=device, notice=log.line)
     is_new = end_of_turn_is_new(chat)
     make_end_of_turn_eos(chat)
     if is_new:

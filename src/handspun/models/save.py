@@ -11,30 +11,38 @@ from handspun.models.rounding import round_stochastically
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    state: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Weights as safetensors of the given type, config, generation_config, and the tokenizer with its template.
 
     dtype: float32, or bfloat16, to which weights are rounded at random (the same way each time), since rounding to
         the nearest would take back most of what a short training changed.
+    state: the weights, if they are not to be the model's own.
     A model with LoRA adapters gives a standard adapter folder: the adapters alone.
     """
     if hasattr(model, "peft_config"):
         with quiet():
-            model.save_pretrained(folder, save_embedding_layers=False)
+            model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # peft's template of a model card, with nothing filled in
     else:
-        _save_weights(model, folder, dtype)
+        _save_weights(model, folder, dtype, model.state_dict() if state is None else state)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _save_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    generator = torch.Generator(model.device).manual_seed(0)
+def _save_weights(
+    model: PreTrainedModel, folder: Path, dtype: torch.dtype, whole: dict[str, torch.Tensor]
+) -> None:
+    generator = torch.Generator(next(iter(whole.values())).device).manual_seed(0)
     cast: dict[int, torch.Tensor] = {}  # tied weights are one tensor, and must stay one
     state = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in whole.items():
         if tensor.data_ptr() not in cast:
             rounds = dtype == torch.bfloat16 and tensor.dtype == torch.float32
             cast[tensor.data_ptr()] = round_stochastically(tensor, generator) if rounds else _as(dtype, tensor)

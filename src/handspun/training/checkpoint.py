@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from handspun.errors import OutputError
@@ -30,15 +31,18 @@ def save_checkpoint(
     *,
     dtype: torch.dtype,
     facts: Mapping[str, object],
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """The model as `folder`, replacing an earlier one there; `facts` (step, loss) go into its manifest.
+
+    state: its weights, where the model itself does not hold all of them.
 
     Raises OutputError if it cannot be written; `folder` is then as it was.
     """
     with errors_for_people(folder):
         partial = _fresh_partial(folder)
         try:
-            save_model(model, tokenizer, partial, dtype=dtype)
+            save_model(model, tokenizer, partial, dtype=dtype, state=state)
             _finish(partial, folder, facts)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

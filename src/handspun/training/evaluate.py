@@ -20,7 +20,7 @@ def evaluate(
     """(mean loss a learned token, number of learned tokens), with dropout off. A NaN stays a NaN."""
     was_training = model.training
     model.eval()
-    parts = execution.cut(processes.deal(examples), max_tokens)
+    parts = processes.parts(examples, lambda rows: execution.cut(rows, max_tokens))
     loss_sum = processes.sum(sum(execution.loss(part) for part in parts))
     model.train(was_training)
     learned_tokens = sum(example.learned_tokens for example in examples)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
-from handspun.training.forward import Padded
+from handspun.training.forward import Padded, Run, directly
 from handspun.training.packed import Packed, packed_attention
 
 _TOLERANCE = {"float32": 1e-3, "int8": 2e-2}
@@ -44,9 +45,11 @@ def execution_of(
     dtype: torch.dtype,
     pad_token_id: int,
     notice: Callable[[str], None],
+    run_on: Callable[[PreTrainedModel], Run] = lambda _: directly,
 ) -> Iterator[Execution]:
     """The execution that the config asks for; the model's attention is packed inside the block, if it is packed.
 
+    run_on: how computations on the model are made, once it is known which; it may cut the model over the ranks.
     A model whose attention does not fit runs padded, and `notice` is told why.
     """
     padded = Padded(model, dtype, pad_token_id)
@@ -55,12 +58,12 @@ def execution_of(
         reason = _differs(model, padded, examples, _TOLERANCE[config.base_weights])
     if reason is not None:
         notice(f"batching: padded ({reason})")
-        yield padded
+        yield replace(padded, run=run_on(model))
         return
     share_prefix = shares_prefix(model.config, config)
     notice("batching: packed" + ("" if share_prefix else "; no prefix is shared, because of dropout"))
     with packed_attention(model):
-        yield Packed(model, dtype, share_prefix)
+        yield Packed(model, dtype, share_prefix, run_on(model))
 
 
 def cannot_pack(config: PreTrainedConfig) -> str | None:

@@ -1,8 +1,9 @@
 """Padded execution: a micro-batch of examples to its loss, in the plainest way there is. The reference."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -10,6 +11,14 @@ from transformers import PreTrainedModel
 from handspun.data.batches import IGNORED, collate, micro_batches
 from handspun.data.examples import Example
 from handspun.training.loss import cross_entropy_sum
+
+Run = Callable[..., Any]
+"""Makes a computation on a model: `run(compute, *arguments)` is `compute(*arguments)`. Sharded, it is a module."""
+
+
+def directly(compute: Callable[..., Any], *arguments: Any) -> Any:
+    """The computation, when the model is whole."""
+    return compute(*arguments)
 
 
 @dataclass(frozen=True)
@@ -19,6 +28,7 @@ class Padded:
     model: PreTrainedModel
     dtype: torch.dtype
     pad_token_id: int
+    run: Run = directly
 
     def cut(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
         """The batch in micro-batches, padding included."""
@@ -31,11 +41,11 @@ class Padded:
     def loss(self, part: Sequence[Example]) -> float:
         """The loss summed over the part's learned tokens, without a gradient, by products in float32."""
         with torch.no_grad():
-            return self._loss(part, torch.float32).item()
+            return float(self.run(self._loss, part, torch.float32))
 
     def backward(self, part: Sequence[Example], divisor: int) -> float:
         """Adds the gradient of the part's loss sum / `divisor`; returns the sum."""
-        loss = self._loss(part, self.dtype)
+        loss: torch.Tensor = self.run(self._loss, part, self.dtype)
         (loss / divisor).backward()
         return loss.item()
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
 from handspun.config import TrainConfig
@@ -15,7 +14,7 @@ from handspun.data.examples import Example
 from handspun.errors import TrainingError
 from handspun.training.evaluate import evaluate
 from handspun.training.execution import Execution
-from handspun.training.optim import lr_at, make_optimizer
+from handspun.training.optim import clip_gradients, lr_at, make_optimizer
 from handspun.training.processes import Processes
 
 
@@ -123,12 +122,12 @@ def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch
     began = loop.clock()
     learned_tokens = sum(example.learned_tokens for example in batch)
     loss, computed_tokens = 0.0, 0
-    for part in loop.execution.cut(loop.processes.deal(batch), loop.config.max_tokens):
+    for part in loop.processes.parts(batch, lambda rows: loop.execution.cut(rows, loop.config.max_tokens)):
         loss += loop.execution.backward(part, learned_tokens) / learned_tokens
         computed_tokens += loop.execution.computed_tokens(part)
     loss, computed_tokens = loop.processes.sum(loss), int(loop.processes.sum(computed_tokens))
     loop.processes.sum_gradients(state.model)
-    grad_norm = clip_grad_norm_(state.model.parameters(), loop.config.max_grad_norm or math.inf).item()
+    grad_norm = clip_gradients(state.model, loop.config.max_grad_norm or math.inf)
     _refuse_not_finite(loss, grad_norm, batch, state.step + 1)
     learning_rate = lr_at(state.step, loop.total_steps, loop.config)
     for group in state.optimizer.param_groups:

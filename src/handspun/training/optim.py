@@ -3,6 +3,8 @@
 import math
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from handspun.config import TrainConfig
 from handspun.training.short_states import ShortStatesAdamW
@@ -48,3 +50,13 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.O
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
+
+
+def clip_gradients(model: torch.nn.Module, max_norm: float) -> float:
+    """Scales the gradients down to `max_norm` together; returns their norm before. Sharded ones too."""
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()  # that of a rank's own share until then
+    clip_grads_with_norm_(trained, max_norm, norm)
+    return norm.item()

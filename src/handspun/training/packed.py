@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from handspun.data.examples import Example
+from handspun.training.forward import Run, directly
 from handspun.training.head import dense_gradient, head_backward, head_loss
 
 _ATTENTION = "handspun_packed"
@@ -64,8 +65,8 @@ def pack(examples: Sequence[Example], *, share_prefix: bool, device: torch.devic
         prefix=prefix,
         bounds=bounds,
         masks=[_mask(end - start, prefix, device) for start, end in bounds],
-        positions=torch.tensor(positions, device=device),
-        targets=torch.tensor(targets, device=device),
+        positions=torch.tensor(positions, dtype=torch.long, device=device),
+        targets=torch.tensor(targets, dtype=torch.long, device=device),
     )
 
 
@@ -108,6 +109,7 @@ class Packed:
     model: PreTrainedModel
     dtype: torch.dtype
     share_prefix: bool
+    run: Run = directly
 
     def cut(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
         """The batch in micro-batches."""
@@ -119,11 +121,8 @@ class Packed:
 
     def loss(self, part: Sequence[Example]) -> float:
         """The loss summed over the part's learned tokens, without a gradient, by products in float32."""
-        packed = pack(part, share_prefix=self.share_prefix, device=self.model.device)
         with torch.no_grad():
-            hidden = self._hidden_states(packed, torch.float32)
-            chunks = _chunks(hidden, packed.targets, self._vocabulary)
-            return sum(head_loss(self._head, some, targets).item() for some, targets in chunks)
+            return float(self.run(self._loss, part))
 
     def backward(self, part: Sequence[Example], divisor: int) -> float:
         """Adds the gradient of the part's loss sum / `divisor`; returns the sum.
@@ -131,12 +130,25 @@ class Packed:
         In two stages, so that logits exist for one chunk at a time: from each chunk's loss back to the hidden
         states, and then from these through the body.
         """
+        total: float
+        hidden, gradient, total = self.run(self._through_the_head, part, divisor)
+        hidden.backward(gradient)
+        return total
+
+    def _loss(self, part: Sequence[Example]) -> float:
+        packed = pack(part, share_prefix=self.share_prefix, device=self.model.device)
+        hidden = self._hidden_states(packed, torch.float32)
+        chunks = _chunks(hidden, packed.targets, self._vocabulary)
+        return sum(head_loss(self._head, some, targets).item() for some, targets in chunks)
+
+    def _through_the_head(self, part: Sequence[Example], divisor: int) -> tuple[Tensor, Tensor, float]:
+        """(hidden states at learned positions, the gradient there, loss sum): the first stage."""
         packed = pack(part, share_prefix=self.share_prefix, device=self.model.device)
         hidden = self._hidden_states(packed, self.dtype)
         chunks = _chunks(hidden, packed.targets, self._vocabulary)
         done = [head_backward(self._head, some, targets, divisor) for some, targets in chunks]
-        hidden.backward(torch.cat([gradient for _, gradient in done]).to(hidden.dtype))
-        return sum(loss for loss, _ in done)
+        gradient = torch.cat([gradient for _, gradient in done]).to(hidden.dtype)
+        return hidden, gradient, sum(loss for loss, _ in done)
 
     def _hidden_states(self, packed: Pack, dtype: torch.dtype) -> Tensor:
         """(learned, hidden size): the body's output at the positions that predict a learned token."""
@@ -178,8 +190,9 @@ def _embedded(embedding: nn.Module, input_ids: Tensor) -> Tensor:
 
 
 def _chunks(hidden: Tensor, targets: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Where nothing is learned, there is one chunk of nothing: the head then gets a gradient of zeros."""
     size = max(CHUNK_BYTES // (4 * vocabulary), 16)
-    for start in range(0, len(targets), size):
+    for start in range(0, max(len(targets), 1), size):
         yield hidden[start : start + size], targets[start : start + size]
 
 

@@ -1,0 +1,126 @@
+"""What became of the other ranks: when one dies, the others end at once and say which it was, and how it died.
+
+gloo fails with a trace that names no rank, NCCL waits for minutes, and torchrun's own report comes after both. So
+every rank watches the others of its machine: a pidfd (Linux) becomes readable when its process ends, and /proc
+holds the exit status until torchrun has fetched it.
+"""
+
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch.distributed as dist
+
+from handspun.errors import TrainingError
+
+_GRACE = 20.0
+"""Seconds for a rank to notice in its own way that another has died, and to end in order; it may be saving."""
+
+_ELSEWHERE = (
+    "the connection to another rank was lost, and the run ends here; torchrun's report names the rank and its "
+    "end. The checkpoints that were saved are whole."
+)
+
+
+class Watch:
+    """A thread that waits for the end of other processes, given as rank to process id."""
+
+    def __init__(self, processes: dict[int, int]) -> None:
+        self._files = {}
+        for rank, process in processes.items():
+            with suppress(AttributeError, OSError):  # not Linux; an old kernel; already gone
+                self._files[os.pidfd_open(process)] = (rank, process)
+        self._lost: str | None = None
+        self._died, self._over = threading.Event(), threading.Event()
+        self._wakes, self._wake = os.pipe()
+        self._thread = threading.Thread(target=self._wait, daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Inside of the block, a failure because a process died is a TrainingError that names it."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = self.lost(within=1.0) or (_ELSEWHERE if "by peer" in str(error) else None)
+            if lost is None:
+                raise
+            with suppress(ValueError):  # not in the main thread
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, before all is said
+            raise TrainingError(lost) from error
+
+    def lost(self, *, within: float) -> str | None:
+        """What to say of the first process that died, if one did within so many seconds."""
+        self._died.wait(within)
+        return self._lost
+
+    def end(self) -> None:
+        """What ends from now on is no loss."""
+        self._over.set()
+        os.write(self._wake, b".")
+        self._thread.join()
+        for file in (*self._files, self._wakes, self._wake):
+            os.close(file)
+
+    def _wait(self) -> None:
+        poll = select.poll()
+        for file in (*self._files, self._wakes):
+            poll.register(file, select.POLLIN)
+        while not self._over.is_set():
+            for file, _ in poll.poll():
+                poll.unregister(file)
+                if file in self._files:
+                    self._note(*self._files[file])
+
+    def _note(self, rank: int, process: int) -> None:
+        code = exit_code(process)
+        if code == 0 or self._died.is_set():
+            return
+        self._lost = describe(rank, process, code)
+        self._died.set()
+        if code is not None and not self._over.wait(_GRACE):
+            print(f"error on rank {os.environ['RANK']}: {self._lost}", file=sys.stderr, flush=True)
+            os._exit(TrainingError.exit_code)  # the main thread waits in a collective for the dead
+
+
+def exit_code(process: int) -> int | None:
+    """How an ended process ended: its exit code, or minus the signal's number; None if its parent knows alone."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return os.waitstatus_to_exitcode(int(fields[49]))  # the 52nd, proc(5); the first two are before the ")"
+
+
+def describe(rank: int, process: int, code: int | None) -> str:
+    """What happened, and what to do."""
+    if code is None:
+        how, hint = "has ended", "torchrun's report says how."
+    elif code > 0:
+        how, hint = f"ended with exit code {code}", "What it said itself is above or below."
+    else:
+        how = f"was killed by {signal.Signals(-code).name}"
+        hint = "Start the run again."
+        if -code == signal.SIGKILL:
+            hint = (
+                "The system does that when memory runs out (`dmesg` says so): then give a smaller --max-tokens, "
+                "--activation-checkpointing or --shard, or fewer processes a machine."
+            )
+    return (
+        f"rank {rank} (process {process}) {how}, and the run ends here. The checkpoints that were saved are "
+        f"whole. {hint}"
+    )
+
+
+def local_processes(rank: int) -> dict[int, int]:
+    """Rank to process id of the others on this machine, by what torchrun calls it; all ranks must ask together."""
+    own = (os.environ.get("GROUP_RANK"), os.getpid())
+    found = [own] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    here = {other: process for other, (machine, process) in enumerate(found) if machine and machine == own[0]}
+    return {other: process for other, process in here.items() if other != rank}
