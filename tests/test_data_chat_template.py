@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conftest import SHARED_DATA
-from handspun.data.chat_template import ChatTemplate
+from handspun.data.chat_template import ChatTemplate, Layout
+from handspun.data.sentinels import Sentinels
 from handspun.errors import TemplateError
 from handspun.models.embedded import embedded_folder
 from tiny import tiny_tokenizer
@@ -104,6 +105,22 @@ def test_any_text_comes_back_as_it_was(user: str, answer: str) -> None:
         return  # lone surrogates are no text; the two sentinel characters are tested below
     spans = learned_spans(TINY, turns(user, answer))
     assert spans == [f"{answer}<|im_end|>"]
+
+
+_PIECES = [*' \n\\"ab<>é', "<|im_end|>", "<tool_call>", "</think>"]
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.lists(st.sampled_from(_PIECES), max_size=8).map("".join), min_size=2, max_size=4))
+def test_rows_put_into_a_frame_are_cut_as_if_each_had_been_cut_alone(texts: list[str]) -> None:
+    """The plain form finds the runs in the row's own text."""
+    messages, tools = turns(*texts), [{**TOOL, "note": texts[0]}]
+    hidden = Sentinels(TINY._markers, TINY._any_added)
+    rendering = TINY._render_examples(hidden, *hidden.conversation(messages, tools))
+    plain = [
+        Layout(TINY._runs(frame.segments, lambda slot: TINY._data(slot, hidden))) for frame in rendering.frames
+    ]
+    assert TINY.encode(messages, tools) == TINY.tokenize(plain)
 
 
 def test_sentinel_characters_in_the_data_are_data() -> None:

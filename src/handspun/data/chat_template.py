@@ -10,12 +10,11 @@ Added tokens are recognised only where the template wrote them. Each run between
 whole, because BPE merges across the seams of smaller pieces.
 """
 
-import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple, cast
 
 import jinja2
@@ -39,12 +38,12 @@ class Encoded:
 
 
 class Run(NamedTuple):
-    """A stretch of an example that is tokenised whole, or one added token."""
+    """A stretch of an example that is tokenised whole."""
 
     text: str
     learned: bool
-    token_id: int | None = None
-    """Of the added token; None for text."""
+    token_ids: list[int] | None = None
+    """Where they are known without tokenising: of an added token, and of the template's own text."""
     first: bool = False
     """Whether the example begins with it: some tokenizers write a space before that text."""
 
@@ -59,11 +58,20 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """An example of a shape: its segments, and its runs as they are where no data holds an added token."""
+
+    segments: list[Segment]
+    runs: list[tuple[Run, list[str | Slot]]]
+    """Of what is not tokenised yet, the parts too: the run's text has sentinels in it."""
+
+
+@dataclass(frozen=True)
 class Rendering:
-    """What the template makes of all conversations of one shape: the texts of its examples, and what to say of
+    """What the template makes of all conversations of one shape: the frames of its examples, and what to say of
     them."""
 
-    texts: list[list[Segment]]
+    frames: list[Frame]
     note: str | None = None
 
 
@@ -119,14 +127,14 @@ class ChatTemplate:
         hidden = Sentinels(self._markers, self._any_added)
         messages, tools = hidden.conversation(messages, tools)
         rendering = self._once_a_shape(self._render_examples, hidden, messages, tools)
-        return [Layout(self._runs(segments, hidden), rendering.note) for segments in rendering.texts]
+        return [Layout(self._filled(frame, hidden), rendering.note) for frame in rendering.frames]
 
     def encode_prompt(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Ids of the conversation and the generation prompt: a prefix of the ids that `encode` trains."""
         hidden = Sentinels(self._markers, self._any_added)
         messages, tools = hidden.conversation(messages, tools)
-        [segments] = self._once_a_shape(self._render_prompt, hidden, messages, tools).texts
-        return self.tokenize([Layout(self._runs(segments, hidden))])[0].input_ids
+        [frame] = self._once_a_shape(self._render_prompt, hidden, messages, tools).frames
+        return self.tokenize([Layout(self._filled(frame, hidden))])[0].input_ids
 
     def _once_a_shape(
         self,
@@ -136,7 +144,7 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None,
     ) -> Rendering:
         """Rendered once for all conversations of the same shape: with its data hidden, only the shape is left."""
-        shape = render.__name__ + json.dumps([messages, tools])
+        shape = f"{render.__name__} {messages} {tools}"
         if shape not in self._rendered:
             if len(self._rendered) == _SHAPES_REMEMBERED:
                 self._rendered.clear()
@@ -148,7 +156,7 @@ class ChatTemplate:
     ) -> Rendering:
         text = self._render(messages, tools, generation_prompt=True)
         self._nothing_left_out(text, hidden, messages)
-        return Rendering([self._segments(text, [])])
+        return Rendering([self._frame(text, [])])
 
     def _render_examples(
         self, hidden: Sentinels, messages: list[Message], tools: list[dict[str, Any]] | None
@@ -176,7 +184,7 @@ class ChatTemplate:
         texts = [(full, together)] if together else []
         texts += [(turn, [span]) for turn, span in alone]
         note = hidden.reasoning_left_out(text for text, _ in texts)
-        return Rendering([self._segments(text, spans) for text, spans in texts], note)
+        return Rendering([self._frame(text, spans) for text, spans in texts], note)
 
     def _render(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, *, generation_prompt: bool = False
@@ -190,6 +198,40 @@ class ChatTemplate:
             raise TemplateError(f"the chat template refuses this conversation ({roles}): {error}") from error
         assert isinstance(text, str)
         return text
+
+    def _frame(self, rendered: str, turns: list[tuple[int, int]]) -> Frame:
+        """Cut once a shape: a sentinel stands for text that neither begins nor ends with white space, so that runs
+        with sentinels in them are the runs with the data in them, unless there is an added token in the data."""
+        segments = self._segments(rendered, turns)
+        runs = self._runs(segments, lambda slot: (slot.sentinel, []))
+        of_template = [run for run in runs if run.token_ids is None and not SENTINEL.search(run.text)]
+        ids = self._ids_of(of_template)
+        runs = [run._replace(token_ids=ids[run.text, run.first]) if run in of_template else run for run in runs]
+        return Frame(segments, [(run, _parts(run)) for run in _joined_where_known(runs)])
+
+    def _filled(self, frame: Frame, hidden: Sentinels) -> list[Run]:
+        """The runs of a frame with the data in them."""
+        runs: list[Run] = []
+        for run, parts in frame.runs:
+            if not parts:
+                runs.append(run)
+                continue
+            text = ""
+            for part in parts:
+                if isinstance(part, Slot):
+                    new, added = self._data(part, hidden)
+                    if added:
+                        return self._runs(frame.segments, lambda slot: self._data(slot, hidden))
+                    text += new
+                else:
+                    text += part
+            runs.append(Run(text, run.learned, None, run.first))
+        return runs
+
+    def _data(self, slot: Slot, hidden: Sentinels) -> tuple[str, list[tuple[int, int]]]:
+        """A place's text, and where the added tokens are that it may hold."""
+        text, owner = hidden.data_of(slot)
+        return text, [] if owner == "data" else _places(self._non_special, text)
 
     def _segments(self, rendered: str, turns: list[tuple[int, int]]) -> list[Segment]:
         """Rendered text with sentinels, cut where the turns that are learned begin and end."""
@@ -205,7 +247,9 @@ class ChatTemplate:
             for start, end in pairwise(edges)
         ]
 
-    def _runs(self, segments: Sequence[Segment], hidden: Sentinels) -> list[Run]:
+    def _runs(
+        self, segments: Sequence[Segment], data_of: Callable[[Slot], tuple[str, list[tuple[int, int]]]]
+    ) -> list[Run]:
         """The segments with their data, cut into runs: at added tokens, and where a learned turn begins."""
         text = ""
         cuts: list[tuple[int, int, bool]] = []  # start, end, whether it is an added token
@@ -215,11 +259,7 @@ class ChatTemplate:
             if segment.is_turn:
                 cuts.append((start, start, False))
             for part in segment.parts:
-                if isinstance(part, Slot):
-                    new, owner = hidden.data_of(part)
-                    added = [] if owner == "data" else _places(self._non_special, new)
-                else:
-                    new, added = part
+                new, added = data_of(part) if isinstance(part, Slot) else part
                 cuts += [(len(text) + begin, len(text) + end, True) for begin, end in added]
                 text += new
             if segment.is_turn:
@@ -231,7 +271,7 @@ class ChatTemplate:
 
         def add(run: str, at: int, token_id: int | None = None) -> None:
             is_learned = bisect_right(edges, at) % 2 == 1
-            runs.append(Run(run, is_learned, token_id, first=not runs))
+            runs.append(Run(run, is_learned, None if token_id is None else [token_id], first=not runs))
 
         position, strip_next = 0, False
         for start, end, is_added in [*cuts, (len(text), len(text), False)]:
@@ -252,14 +292,16 @@ class ChatTemplate:
     def tokenize(self, layouts: Sequence[Layout]) -> list[Encoded]:
         """Ids of many examples at once: a text that several have (a system prompt) is tokenised once, and the
         `tokenizers` library uses all cores."""
-        ids: dict[tuple[str, bool], list[int]] = {}
-        for layout in layouts:
-            ids.update(((run.text, run.first), []) for run in layout.runs if run.token_id is None)
+        ids = self._ids_of(run for layout in layouts for run in layout.runs if run.token_ids is None)
+        return [_joined(layout, ids) for layout in layouts]
+
+    def _ids_of(self, runs: Iterable[Run]) -> dict[tuple[str, bool], list[int]]:
+        ids: dict[tuple[str, bool], list[int]] = {(run.text, run.first): [] for run in runs}
         for tokenizer, first in ((self._first_run, True), (self._later_run, False)):
             texts = [text for text, is_first in ids if is_first == first]
             encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             ids.update(((text, first), found.ids) for text, found in zip(texts, encodings, strict=True))
-        return [_joined(layout, ids) for layout in layouts]
+        return ids
 
     def _turn_end(self, text: str, cuts: list[tuple[int, int, bool]]) -> int:
         """Where the end-of-turn token of a turn ends, of which the cuts are."""
@@ -313,12 +355,27 @@ def _places(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
     return [match.span() for match in pattern.finditer(text)]
 
 
+def _parts(run: Run) -> list[str | Slot]:
+    return list(cut_at_sentinels(run.text)) if run.token_ids is None else []
+
+
+def _joined_where_known(runs: list[Run]) -> Iterator[Run]:
+    """Neighbours whose ids are known as one, where both are learned or neither is."""
+    for (is_known, learned), some in groupby(runs, lambda run: (run.token_ids is not None, run.learned)):
+        if is_known:
+            together = list(some)
+            ids = [id for run in together for id in run.token_ids or []]
+            yield Run("".join(run.text for run in together), learned, ids, together[0].first)
+        else:
+            yield from some
+
+
 def _joined(layout: Layout, ids: dict[tuple[str, bool], list[int]]) -> Encoded:
     """ids and mask are born together."""
     input_ids: list[int] = []
     learned: list[bool] = []
     for run in layout.runs:
-        new = [run.token_id] if run.token_id is not None else ids[run.text, run.first]
+        new = ids[run.text, run.first] if run.token_ids is None else run.token_ids
         input_ids += new
         learned += [run.learned] * len(new)
     return Encoded(input_ids, learned, layout.note)

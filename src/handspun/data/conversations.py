@@ -19,6 +19,9 @@ from handspun.data.rows import Row
 __all__ = ["Conversation", "DroppedRow", "Message", "recognise_format", "to_conversation", "used_columns"]
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False)
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Messages in order, the tools (JSON schemas) that they may call, and the row they came from.
@@ -145,7 +148,7 @@ def _refuse(row: Row, data_format: str) -> None:
 def _check_writable(value: Any) -> None:
     """Raises DroppedRow for what no template can write as it is: half of a surrogate pair, a date as argument."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        _JSON.encode(value).encode()
     except UnicodeEncodeError:
         raise DroppedRow("broken Unicode (a lone surrogate)") from None
     except TypeError as error:

@@ -7,7 +7,6 @@ the template's or the data's.
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from handspun.data.conversations import Message
@@ -24,6 +23,7 @@ _SCHEMA_WORDS = {"string", "number", "integer", "boolean", "object", "array", "n
 class Slot(NamedTuple):
     """A place of hidden data in rendered text: which, and how the template escaped it there."""
 
+    sentinel: str
     number: int
     escapes: int
     """How many times JSON was made of it."""
@@ -31,8 +31,7 @@ class Slot(NamedTuple):
     """Whether JSON escaped what is not ASCII."""
 
 
-@dataclass(frozen=True)
-class _Hidden:
+class _Hidden(NamedTuple):
     """One hidden string: its text, whose it is, and what a template that leaves it out has left out."""
 
     text: str
@@ -134,7 +133,7 @@ def cut_at_sentinels(rendered: str) -> Iterator[str | Slot]:
         if match.start() > position:
             yield rendered[position : match.start()]
         escapes = (len(match[1]) + 1).bit_length() - 1  # 1 backslash: in JSON, 3: in JSON in JSON
-        yield Slot(int(match[2]), escapes, ascii=match[0].startswith("\\"))
+        yield Slot(match[0], int(match[2]), escapes, ascii=match[0].startswith("\\"))
         position = match.end()
     if position < len(rendered):
         yield rendered[position:]
