@@ -27,6 +27,7 @@ check: $(VENV)/.installed-dev
 # DATA names a csv file in the Alpaca format; the demonstration's rows otherwise.
 bench: $(VENV)/.installed-dev .venv-peers/.installed
 	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/tokenise.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/train.py $(if $(DATA),--data $(DATA))
 
 $(BIN)/python:

@@ -1,15 +1,33 @@
 """Fixtures: a tiny random model's folder, and the embedded model."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import handspun
+from handspun.models.embedded import embedded_folder
 from handspun.models.load import ChatModel
 from tiny import tiny_model, tiny_tokenizer
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 """A folder of public sets that may lie beside the project; no test needs it to pass."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No example that a test tokenises stays in the user's cache; the embedded model there is used."""
+    embedded, users = embedded_folder(print), os.environ.get("XDG_CACHE_HOME")
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "handspun").mkdir()
+    (folder / "handspun" / embedded.name).symlink_to(embedded)
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    yield folder
+    if users is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = users
 
 
 @pytest.fixture(scope="session")

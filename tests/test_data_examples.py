@@ -69,6 +69,20 @@ def test_no_row_left_is_an_error_that_says_why() -> None:
         build_examples(rows_of(("a", ""), ("b", "")), TEMPLATE, max_length=100)
 
 
+def test_no_rows_at_all_are_the_same_error() -> None:
+    with pytest.raises(DataError, match="none of its 0 rows can be trained on"):
+        build_examples([], TEMPLATE, max_length=100)
+
+
+def test_rows_keep_their_order_whatever_is_tokenised_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_of(*[(f"question {i}", "answer" if i % 5 else "") for i in range(50)])
+    whole, account = build_examples(rows, TEMPLATE, max_length=30)
+    monkeypatch.setattr("handspun.data.examples._ROWS_AT_ONCE", 3)
+    parts, same_account = build_examples(rows, TEMPLATE, max_length=30)
+    assert [(e.row, e.input_ids, e.learned) for e in parts] == [(e.row, e.input_ids, e.learned) for e in whole]
+    assert same_account == account
+
+
 def test_no_conversation_format_is_taken_from_a_neighbouring_file() -> None:
     rows = [*rows_of(("a", "b")), Row("chat.jsonl", 1, {"prompt": "c", "completion": "d", "id": 7})]
     _, account = build_examples(rows, TEMPLATE, max_length=100)

@@ -31,6 +31,9 @@ class DataConfig:
     strict: bool = False
     """Make dropped or truncated rows an error instead of a line in the account."""
 
+    cache_examples: bool = True
+    """Keep tokenised rows in ~/.cache/handspun/examples, and read them from there where nothing has changed."""
+
     def __post_init__(self) -> None:
         if problems := _numbers_out_of_range(self, _DATA_RANGES):
             raise ConfigError(problems)

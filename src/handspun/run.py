@@ -8,10 +8,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from handspun.config import TrainConfig
+from handspun.data.cache import ExampleCache
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.prepare import ExampleSet, prepare_examples, resolve_max_length
 from handspun.errors import StoppedError
 from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
+from handspun.models.embedded import cache_folder
 from handspun.models.end_of_turn import end_of_turn_is_new, make_end_of_turn_eos
 from handspun.models.int8 import quantize_base, refuse_inexact_products
 from handspun.models.load import (
@@ -71,6 +73,8 @@ def _train(config: TrainConfig, processes: Processes, log: RunLog) -> TrainedRun
         eval_data=config.eval_data,
         eval_ratio=config.eval_ratio,
         seed=config.seed,
+        cache=ExampleCache(cache_folder() / "examples"),
+        notice=log.line,
     )
     _log_data(log, training, held_out, max_length)
     if config.dry_run:

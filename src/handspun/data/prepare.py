@@ -2,12 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from handspun.config import DataConfig
+from handspun.data.cache import ExampleCache, key_of
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.examples import Example, RowAccount, build_examples, hold_out
+from handspun.data.example_arrays import ExampleArrays
+from handspun.data.examples import RowAccount, build_examples, hold_out, refuse_if_lost
 from handspun.data.rows import Row, read_rows
 from handspun.errors import ConfigError
 
@@ -18,7 +22,7 @@ DEFAULT_MAX_LENGTH = 2048
 class ExampleSet:
     """Examples, the account of the rows that they came from, and a sha256 of those rows."""
 
-    examples: list[Example]
+    examples: ExampleArrays
     account: RowAccount
     fingerprint: str
 
@@ -31,10 +35,13 @@ def prepare_examples(
     eval_data: str | None = None,
     eval_ratio: float = 0.0,
     seed: int = 0,
+    cache: ExampleCache | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> tuple[ExampleSet, ExampleSet | None]:
     """(training examples, held-out examples or None).
 
-    Held-out rows come from `eval_data`, or are an `eval_ratio` of the training rows. Raises DataError.
+    Held-out rows come from `eval_data`, or are an `eval_ratio` of the training rows. `notice` is told whether
+    examples were tokenised or found in the cache, and in what time. Raises DataError.
     """
     rows = read_rows(config.data)
     held_out: Sequence[Row] = []
@@ -44,17 +51,51 @@ def prepare_examples(
         rows, held_out = hold_out(rows, eval_ratio, seed)
 
     def example_set(some: Sequence[Row]) -> ExampleSet:
-        examples, account = build_examples(
-            some,
-            template,
-            max_length=max_length,
-            data_format=config.data_format,
-            system_prompt=config.system_prompt,
-            strict=config.strict,
-        )
+        options = {
+            "max_length": max_length,
+            "data_format": config.data_format,
+            "system_prompt": config.system_prompt,
+        }
+        used = cache if config.cache_examples else None
+        examples, account, how = _examples(some, template, options, config.strict, used)
+        if notice is not None:
+            notice(how)
         return ExampleSet(examples, account, fingerprint(some))
 
     return example_set(rows), example_set(held_out) if held_out else None
+
+
+def _examples(
+    rows: Sequence[Row],
+    template: ChatTemplate,
+    options: dict[str, Any],
+    strict: bool,
+    cache: ExampleCache | None,
+) -> tuple[ExampleArrays, RowAccount, str]:
+    """Those of the cache, or made and kept there; and how they were come by, for the log."""
+    started = time.perf_counter()
+    key = key_of(rows, template, options) if cache else None
+    found = cache.find(key) if cache and key else None
+    if found is not None:
+        refuse_if_lost(found[1], strict=strict)
+        how = f"{len(rows)} rows, tokenised before: from the cache in {time.perf_counter() - started:.1f} s"
+        return *found, how
+    examples, account = build_examples(rows, template, strict=strict, **options)
+    seconds = time.perf_counter() - started
+    if cache and key:
+        kept = _keep(cache, key, examples, account)
+    else:
+        kept = "the template writes the time, so they are not cached" if cache else "not cached"
+    return examples, account, f"{len(rows)} rows tokenised in {seconds:.1f} s; {kept}"
+
+
+def _keep(cache: ExampleCache, key: str, examples: ExampleArrays, account: RowAccount) -> str:
+    """What came of it, for the log. A disk that cannot take them does not end a run."""
+    try:
+        cache.keep(key, examples, account)
+    except OSError as error:
+        return f"not cached: {cache.folder} cannot take them ({error.strerror or error})"
+    return f"cached in {cache.folder}"
 
 
 def resolve_max_length(given: int | None, limit: int | None) -> int:

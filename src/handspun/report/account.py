@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
+
+from handspun.data.example_arrays import learned_tokens_of, lengths_of
 from handspun.data.examples import Example, RowAccount, RowNote
 
 _SHOWN = 12
@@ -37,8 +40,8 @@ def row_numbers(notes: Sequence[RowNote]) -> str:
 
 def length_lines(examples: Sequence[Example]) -> list[str]:
     """Quantiles of the lengths, a small histogram, and the learned share of tokens."""
-    lengths = sorted(len(example) for example in examples)
-    learned = sum(example.learned_tokens for example in examples)
+    lengths: list[int] = np.sort(lengths_of(examples)).tolist()
+    learned = learned_tokens_of(examples)
     quantiles = "  ".join(f"{name} {_quantile(lengths, q)}" for name, q in _QUANTILES)
     return [
         f"tokens in an example: {quantiles}",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from handspun.config import TrainConfig
+from handspun.data.example_arrays import learned_tokens_of
 from handspun.data.prepare import ExampleSet
 from handspun.report.environment import environment
 from handspun.training.checkpoint import errors_for_people
@@ -46,7 +47,7 @@ def _set_facts(examples: ExampleSet) -> dict[str, Any]:
     return {
         "sha256": examples.fingerprint,
         "examples": len(examples.examples),
-        "tokens": sum(len(example) for example in examples.examples),
-        "learned_tokens": sum(example.learned_tokens for example in examples.examples),
+        "tokens": len(examples.examples.input_ids),
+        "learned_tokens": learned_tokens_of(examples.examples),
         "rows": asdict(examples.account),
     }

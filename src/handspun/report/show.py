@@ -9,11 +9,13 @@ from rich.console import Console
 from rich.rule import Rule
 
 from handspun.config import DataConfig, GenerationOptions
+from handspun.data.cache import ExampleCache
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.conversations import Message
 from handspun.data.prepare import prepare_examples, resolve_max_length
 from handspun.decoding.generate import generate, stream
 from handspun.decoding.results import GenerationResult
+from handspun.models.embedded import cache_folder
 from handspun.models.load import ChatModel, context_length, load_config, load_tokenizer, model_source
 from handspun.report.account import account_lines, length_lines
 from handspun.report.preview import bracketed, coloured, spread
@@ -21,10 +23,20 @@ from handspun.report.preview import bracketed, coloured, spread
 
 def show_preview(config: DataConfig, model: str, console: Console, *, examples: int, plain: bool) -> None:
     """Rendered examples, the length distribution, and the account of every row."""
-    source = model_source(model, lambda text: print(text, file=sys.stderr))
+
+    def notice(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    source = model_source(model, notice)
     tokenizer = load_tokenizer(source)
     max_length = resolve_max_length(config.max_length, context_length(load_config(source)))
-    made, _ = prepare_examples(config, ChatTemplate(tokenizer), max_length=max_length)
+    made, _ = prepare_examples(
+        config,
+        ChatTemplate(tokenizer),
+        max_length=max_length,
+        cache=ExampleCache(cache_folder() / "examples"),
+        notice=notice,
+    )
     how = "between ⟦ and ⟧" if plain else "in green"
     console.print(f"what is learned is {how}\n", markup=False)
     for example in spread(made.examples, examples):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
+from handspun.data.example_arrays import learned_tokens_of
 from handspun.data.examples import Example
 from handspun.training.execution import Execution
 from handspun.training.processes import Processes
@@ -23,5 +24,5 @@ def evaluate(
     parts = processes.parts(examples, lambda rows: execution.cut(rows, max_tokens))
     loss_sum = processes.sum(sum(execution.loss(part) for part in parts))
     model.train(was_training)
-    learned_tokens = sum(example.learned_tokens for example in examples)
+    learned_tokens = learned_tokens_of(examples)
     return loss_sum / learned_tokens, learned_tokens

@@ -5,10 +5,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from handspun.config import TrainConfig
+from handspun.data.example_arrays import lengths_of
 from handspun.data.examples import Example
 from handspun.training.forward import Padded, Run, directly
 from handspun.training.packed import Packed, packed_attention
@@ -79,7 +81,7 @@ def cannot_pack(config: PreTrainedConfig) -> str | None:
 
 def _differs(model: PreTrainedModel, padded: Padded, examples: Sequence[Example], tolerance: float) -> str | None:
     """Tries both on the two shortest rows: a model may do more with attention or logits than its config says."""
-    shortest = sorted(examples, key=len)[:2]
+    shortest = [examples[i] for i in np.argsort(lengths_of(examples), kind="stable")[:2].tolist()]
     was_training = model.training
     model.eval()
     try:

@@ -8,7 +8,7 @@
 What a layer keeps was counted with torch.autograd.graph.saved_tensors_hooks, for models of the Llama family.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ _STATES = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2 + 4 / BLOCK}
 
 def predict_memory(
     model: PreTrainedModel,
-    batches: Sequence[Sequence[Sequence[Example]]],
+    batches: Iterable[Sequence[Sequence[Example]]],
     config: TrainConfig,
     *,
     packed: bool,

@@ -1,12 +1,13 @@
 """What a run will cost, worked out before it begins: steps, tokens, memory, disk."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
 from handspun.config import TrainConfig
 from handspun.data.batches import batches, epoch_order, micro_batches
+from handspun.data.example_arrays import learned_tokens_of, lengths_of
 from handspun.data.examples import Example
 from handspun.training.execution import cannot_pack, shares_prefix
 from handspun.training.forward import padded_tokens
@@ -39,24 +40,26 @@ def make_plan(model: PreTrainedModel, examples: Sequence[Example], config: Train
     packed = config.batching == "packed" and cannot_pack(model.config) is None
     cut = packed_micro_batches if packed else micro_batches
     order = epoch_order(len(examples), seed=config.seed, epoch=1)
-    batches_of_parts = [
-        list(cut(batch, config.max_tokens)) for batch in batches(examples, order, config.batch_size)
-    ]
-    parts = [part for batch in batches_of_parts for part in batch]
     share_prefix = packed and shares_prefix(model.config, config)
     parameters = sum(weight.numel() for weight in weights_of(model))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+    def cut_batches() -> Iterator[list[list[Example]]]:
+        """Read anew each time: held, all examples would be lists in memory."""
+        return (list(cut(batch, config.max_tokens)) for batch in batches(examples, order, config.batch_size))
+
+    computed = [_computed(part, packed, share_prefix) for parts in cut_batches() for part in parts]
     return Plan(
         batching="packed" if packed else "padded",
         examples=len(examples),
         steps=-(-len(examples) // config.batch_size) * config.num_epochs,
-        micro_batches=len(parts),
-        tokens=sum(len(example) for example in examples),
-        learned_tokens=sum(example.learned_tokens for example in examples),
-        computed_tokens=sum(_computed(part, packed, share_prefix) for part in parts),
+        micro_batches=len(computed),
+        tokens=int(lengths_of(examples).sum()),
+        learned_tokens=learned_tokens_of(examples),
+        computed_tokens=sum(computed),
         parameters=parameters,
         trainable=trainable,
-        peak_memory=predict_memory(model, batches_of_parts, config, packed=packed, share_prefix=share_prefix),
+        peak_memory=predict_memory(model, cut_batches(), config, packed=packed, share_prefix=share_prefix),
         checkpoint_size=_checkpoint_size(parameters, trainable, config),
     )
 
