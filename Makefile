@@ -24,9 +24,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_house.py
 
-# DATA names a csv file in the Alpaca format; the demonstration's rows otherwise.
-bench: $(VENV)/.installed-dev .venv-peers/.installed
-	$(BIN)/python benchmarks/decode.py
+# DATA names a csv file in the Alpaca format; the demonstration's rows otherwise. MODEL names a model's folder, GGUF
+# the same model as llama.cpp reads it; the embedded one otherwise.
+bench: $(VENV)/.installed-dev .venv-peers/.installed .venv-peers-decoding/.installed .venv-peers-openvino/.installed
+	$(BIN)/python benchmarks/decode.py $(if $(MODEL),--model $(MODEL)) $(if $(GGUF),--gguf $(GGUF))
 	$(BIN)/python benchmarks/tokenise.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/train.py $(if $(DATA),--data $(DATA))
 
@@ -45,6 +46,21 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 .venv-peers/.installed: constraints.txt | $(BIN)/python
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt torch transformers datasets accelerate trl==1.16.0
+	touch $@
+
+# llama-cpp-python is built from its source: some minutes, and a C++ compiler.
+.venv-peers-decoding/.installed: constraints.txt | $(BIN)/python
+	$(PYTHON) -m venv .venv-peers-decoding
+	.venv-peers-decoding/bin/python -m pip install --quiet --constraint constraints.txt torch transformers ctranslate2==4.8.5 llama-cpp-python==0.3.36
+	touch $@
+
+# optimum-intel wants an older transformers. Text needs no torchvision, and one that is built for another torch than
+# the one beside it keeps transformers from being imported.
+OPENVINO := benchmarks/constraints-openvino.txt
+.venv-peers-openvino/.installed: $(OPENVINO) | $(BIN)/python
+	$(PYTHON) -m venv .venv-peers-openvino
+	.venv-peers-openvino/bin/python -m pip install --quiet --constraint $(OPENVINO) torch "optimum-intel[openvino]" openvino-genai
+	.venv-peers-openvino/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

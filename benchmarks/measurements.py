@@ -18,7 +18,6 @@ from handspun.report.environment import environment
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 IMAGES = HERE.parent / "docs" / "images"
-PEERS = HERE.parent / ".venv-peers" / "bin" / "python"
 DEMO_ROWS = HERE.parent / "src" / "handspun" / "demo" / "demo.csv"
 
 Row = dict[str, str]
@@ -77,19 +76,35 @@ def _without_folder(argument: str) -> str:
 
 @dataclass(frozen=True)
 class Contender:
-    """A script of benchmarks/contenders, and what it asks for beside the rows (contenders/job.py)."""
+    """A script of benchmarks/contenders, and what it alone is asked for (job.py, decoding.py)."""
 
     script: str
     job: dict[str, Any] = field(default_factory=dict)
+    environment: str = ".venv-peers"
+    """Of a peer; Handspun runs in the environment of this process."""
 
     @property
     def python(self) -> Path:
         """That of its environment."""
-        return Path(sys.executable) if self.script.startswith("handspun") else PEERS
+        if self.script.startswith("handspun"):
+            return Path(sys.executable)
+        return HERE.parent / self.environment / "bin" / "python"
 
 
 TRL_AT_ITS_BEST = {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
 """The fastest options of SFTTrainer that were found on a CPU."""
+
+
+def chosen(contenders: dict[str, Contender], only: list[str] | None) -> dict[str, Contender]:
+    """The contenders that are asked for and whose environment is there."""
+    if unknown := set(only or []) - set(contenders):
+        raise SystemExit(f"--only: there is no {', '.join(unknown)}; there are {', '.join(contenders)}.")
+    asked = {name: contender for name, contender in contenders.items() if not only or name in only}
+    for name, contender in asked.items():
+        if not contender.python.exists():
+            made_by = f"`make {contender.environment}/.installed` makes it"
+            print(f"{name} is left out: {contender.python} is not there; {made_by}")
+    return {name: contender for name, contender in asked.items() if contender.python.exists()}
 
 
 def measure(contender: Contender, **job: Any) -> Run:

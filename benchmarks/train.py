@@ -23,6 +23,7 @@ from measurements import (
     Contender,
     Results,
     axes_of_a_plot,
+    chosen,
     draw,
     measure,
     model_folder,
@@ -85,17 +86,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders, as they are called in the table")
     parser.add_argument("--fresh", action="store_true")
     return parser.parse_args()
-
-
-def chosen(contenders: dict[str, Contender], only: list[str] | None) -> dict[str, Contender]:
-    """The contenders that are asked for and whose environment is there."""
-    if unknown := set(only or []) - set(contenders):
-        raise SystemExit(f"--only: there is no {', '.join(unknown)}; there are {', '.join(contenders)}.")
-    asked = {name: contender for name, contender in contenders.items() if not only or name in only}
-    for name, contender in asked.items():
-        if not contender.python.exists():
-            print(f"{name} is left out: {contender.python} is not there; `make .venv-peers/.installed` makes it")
-    return {name: contender for name, contender in asked.items() if contender.python.exists()}
 
 
 def measure_all(

@@ -32,7 +32,7 @@ def embedded_folder(notice: Callable[[str], None]) -> Path:
     folder = cache_folder() / f"{EMBEDDED_NAME}-{_SHA256[:8]}"
     if folder.is_dir():  # it gets its name only once it is complete
         return folder
-    gguf = _checked_gguf()
+    gguf = embedded_gguf()
     notice(f"dequantising the embedded model into {folder} (once)")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -66,8 +66,8 @@ def dequantise(gguf: Path, folder: Path) -> None:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
-def _checked_gguf() -> Path:
-    """The GGUF file inside the installed package."""
+def embedded_gguf() -> Path:
+    """The GGUF file inside the installed package. Raises ModelError if it is missing or another one."""
     try:
         gguf = Path(str(importlib.metadata.distribution(_PACKAGE).locate_file(_GGUF)))
     except importlib.metadata.PackageNotFoundError:
