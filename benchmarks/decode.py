@@ -43,7 +43,7 @@ CONTENDERS = {
     "CTranslate2": Contender("ctranslate2_decode.py", environment=DECODING),
     "llama.cpp": Contender("llama_cpp_decode.py", environment=DECODING),
     "OpenVINO GenAI": Contender("openvino_decode.py", environment=OPENVINO),
-    "Handspun": Contender("handspun_decode.py", {"options": {"dtype": "float32"}}),
+    "Handspun": Contender("handspun_decode.py", {"options": {"weights": "float32"}}),
     "Handspun, int8": Contender("handspun_decode.py", {"options": {"weights": "int8"}}),
 }
 

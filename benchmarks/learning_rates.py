@@ -1,10 +1,11 @@
 """The sweep behind the default learning rates and schedule: held-out loss after one epoch, full and LoRA.
 
     python benchmarks/learning_rates.py --data train.csv [--rows 1000] [--held-out 100] [--dtype bfloat16]
+    python benchmarks/learning_rates.py --data train.csv --model FOLDER --only full --rates 2e-5 5e-5 1e-4
 
-Each run is a `handspun train` command on the same rows. First the rates, with the cosine schedule; then the other
-schedules at the best rate of each method. Each figure is saved in benchmarks/results/ as it is measured, and a
-sweep that is run again goes on from what is saved; --fresh starts over.
+Each run is a `handspun train` command on the same rows. First the rates, with the cosine schedule; then, unless
+rates were given, the other schedules at the best rate of each method. Each figure is saved in benchmarks/results/
+as it is measured, and a sweep that is run again goes on from what is saved; --fresh starts over.
 """
 
 import argparse
@@ -44,13 +45,13 @@ def main() -> None:
         write_rows(Path(work) / "train.csv", training)
         write_rows(Path(work) / "held_out.csv", held_out)
         for method in arguments.only:
-            for rate in RATES[method]:
+            for rate in arguments.rates or RATES[method]:
                 run_once(results, arguments, Path(work), method, rate, "cosine")
-        for method in arguments.only:
+        for method in arguments.only if not arguments.rates else []:
             for schedule in SCHEDULES:
                 run_once(results, arguments, Path(work), method, best_rate(results, method), schedule)
-    print(tables(results, arguments.only))
-    plot(results, arguments.only, IMAGES / f"{name}.svg")
+    print(tables(results))
+    plot(results, IMAGES / f"{name}.svg")
 
 
 def parse() -> argparse.Namespace:
@@ -63,6 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rates", type=float, nargs="+", help="in place of the sweep's own")
     parser.add_argument("--only", nargs="+", choices=RATES, default=list(RATES), help="one method of the two")
     parser.add_argument("--fresh", action="store_true")
     return parser.parse_args()
@@ -100,31 +102,44 @@ def run_name(method: str, rate: float, schedule: str) -> str:
     return f"{method}, {rate:g}, {schedule}"
 
 
+def measured(results: Results, method: str) -> dict[float, float]:
+    """Held-out loss by rate, under the cosine schedule."""
+    runs = {rate: results.of(run_name(method, rate, "cosine")) for rate in sorted(rates_of(results, method))}
+    return {rate: found[0]["after"] for rate, found in runs.items() if found}
+
+
+def rates_of(results: Results, method: str) -> set[float]:
+    """All rates that were tried."""
+    return {float(name.split(", ")[1]) for name in results.runs if name.startswith(f"{method}, ")}
+
+
 def best_rate(results: Results, method: str) -> float:
     """The rate with the lowest held-out loss under the cosine schedule."""
-    return min(RATES[method], key=lambda rate: results.of(run_name(method, rate, "cosine"))[0]["after"])
+    losses = measured(results, method)
+    return min(losses, key=lambda rate: losses[rate])
 
 
-def tables(results: Results, methods: list[str]) -> str:
+def tables(results: Results) -> str:
     """Held-out loss by rate, and by schedule at the best rate."""
     parts = []
-    for method in methods:
-        losses = [results.of(run_name(method, rate, "cosine"))[0]["after"] for rate in RATES[method]]
-        cells = [f"**{loss:.4f}**" if loss == min(losses) else f"{loss:.4f}" for loss in losses]
-        parts.append(table([method, *(f"{rate:g}" for rate in RATES[method])], [["held-out loss", *cells]]))
+    for method in [method for method in RATES if rates_of(results, method)]:
+        losses = measured(results, method)
+        cells = [f"**{loss:.4f}**" if loss == min(losses.values()) else f"{loss:.4f}" for loss in losses.values()]
+        parts.append(table([method, *(f"{rate:g}" for rate in losses)], [["held-out loss", *cells]]))
         best = best_rate(results, method)
-        runs = [results.of(run_name(method, best, schedule))[0] for schedule in SCHEDULES]
-        row = ["held-out loss", *(f"{run['after']:.4f}" for run in runs)]
-        parts.append(table([f"{method}, {best:g}", *SCHEDULES], [row]))
+        runs = {schedule: results.of(run_name(method, best, schedule)) for schedule in SCHEDULES}
+        if all(runs.values()):
+            row = ["held-out loss", *(f"{found[0]['after']:.4f}" for found in runs.values())]
+            parts.append(table([f"{method}, {best:g}", *SCHEDULES], [row]))
     return "\n\n".join(parts)
 
 
-def plot(results: Results, methods: list[str], file: Path) -> None:
+def plot(results: Results, file: Path) -> None:
     """Held-out loss over the learning rate, a line for each method."""
     figure, axes = axes_of_a_plot("learning rate", "held-out loss after one epoch")
-    for method in methods:
-        losses = [results.of(run_name(method, rate, "cosine"))[0]["after"] for rate in RATES[method]]
-        axes.plot(RATES[method], losses, marker="o", label=method)
+    for method in [method for method in RATES if rates_of(results, method)]:
+        losses = measured(results, method)
+        axes.plot(list(losses), list(losses.values()), marker="o", label=method)
     axes.set_xscale("log")
     axes.legend(frameon=False)
     save_plot(figure, file)

@@ -77,7 +77,7 @@ def test_handspun_decodes_the_tokens_that_are_asked_for(
         "new_tokens": 4,
         "beams": beams,
         "end_ids": decode.end_ids(tiny_chat.template),
-        "options": {"dtype": "float32"},
+        "options": {"weights": "float32"},
     }
     monkeypatch.syspath_prepend(CONTENDERS)
     monkeypatch.setattr(sys, "argv", ["handspun_decode.py", json.dumps(job)])

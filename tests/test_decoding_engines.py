@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -23,7 +24,9 @@ from handspun.decoding.lean_engine import LeanEngine
 from handspun.decoding.transformers_engine import TransformersEngine
 from handspun.decoding.tree import ForkedBeams, TreeBeams
 from handspun.errors import ModelError
-from handspun.models.lean import cannot_be_lean, lean_model
+from handspun.models import native
+from handspun.models.int8 import quantize_rows
+from handspun.models.lean import LeanModel, cannot_be_lean, lean_model
 from handspun.models.load import ChatModel
 from handspun.models.lora import add_lora
 from handspun.models.save import save_model
@@ -163,7 +166,10 @@ def test_a_tree_of_beams_gives_what_rows_of_beams_give(family: Any, options: dic
 
 
 def int8_chat() -> ChatModel:
-    model = tiny_model("qwen2", initializer_range=0.1)
+    """With heads of 32, so that the native kernels take part where they can be had."""
+    model = tiny_model(
+        "qwen2", initializer_range=0.1, hidden_size=64, num_attention_heads=2, num_key_value_heads=1
+    )
     return ChatModel(model, tiny_tokenizer(), "tiny", lean_model(model, int8=True))
 
 
@@ -184,6 +190,59 @@ def test_int8_answers_do_not_depend_on_batch_mates() -> None:
         chosen = choose.sample(range(12), choose.randint(2, 6))
         limits = {"batch_size": choose.randint(1, 5), "max_batch_tokens": choose.choice([60, 200, 10_000])}
         assert answers(chosen, **limits) == {n: alone[n] for n in chosen}
+
+
+def fed(engine: LeanEngine) -> list[Tensor]:
+    """Logits of prompts, of single tokens beside a new prompt, and of two branches of a tree."""
+    rows = [engine.add() for _ in PROMPTS]
+    found = [engine.forward([Feed(row, ids) for row, ids in zip(rows, PROMPTS, strict=True)])]
+    late = engine.add()
+    found.append(engine.forward([Feed(rows[0], [9]), Feed(late, [4, 4, 4]), Feed(rows[2], [8])]))
+    branches = torch.ones(2, 7, dtype=torch.bool)
+    branches[0, 6] = branches[1, 5] = False
+    found.append(engine.forward([Feed(rows[0], [11, 12], [5, 5], branches, all_logits=True), Feed(late, [1])]))
+    return found
+
+
+def int8_lean() -> LeanModel:
+    lean = int8_chat().lean
+    assert lean is not None
+    return lean
+
+
+@pytest.mark.skipif(native.kernels() is None, reason="no C compiler, or no AVX-512")
+def test_native_kernels_give_what_pytorch_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To rounding: a value half way between two integers may go either way."""
+    found = fed(LeanEngine(int8_lean()))
+    monkeypatch.setattr(native, "kernels", lambda: None)
+    plain = fed(LeanEngine(int8_lean()))
+    for one, other in zip(found, plain, strict=True):
+        assert (one - other).norm() < 0.02 * other.norm()
+    assert not torch.equal(found[1], plain[1])  # they did take part
+
+
+@pytest.mark.skipif(native.kernels() is None, reason="no C compiler, or no AVX-512")
+@pytest.mark.parametrize("width", [16, 33, 200])
+def test_kernels_round_as_pytorch_does(width: int) -> None:
+    torch.manual_seed(0)
+    library, x, norm = native.kernels(), torch.randn(5, 2 * width) * 3, torch.randn(width)
+    x[3] = 0
+    cases = [
+        (native.quantize(library, x[:, :width]), x[:, :width]),
+        (native.norm_quantize(library, x[:, :width], norm, 1e-6), F.rms_norm(x[:, :width], (width,), norm, 1e-6)),
+        (native.gate_quantize(library, x), F.silu(x[:, :width]) * x[:, width:]),
+    ]
+    for (found, scale), exact in cases:
+        rows, expected_scale = quantize_rows(exact)
+        torch.testing.assert_close(scale, expected_scale, rtol=1e-5, atol=0)
+        difference = (found.int() - 128) - rows.int()
+        assert difference.abs().max() <= 1
+        assert (difference != 0).float().mean() < 0.02
+
+
+def test_int8_works_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "kernels", lambda: None)
+    test_int8_answers_do_not_depend_on_batch_mates()
 
 
 def test_int8_weights_take_the_place_of_the_float_ones() -> None:

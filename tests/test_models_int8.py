@@ -94,7 +94,7 @@ def test_only_the_layers_under_adapters_are_rounded() -> None:
 
 def test_products_that_overflow_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_inexact_products(torch.device("cpu"))
-    monkeypatch.setattr(int8, "_int_mm", lambda rows, matrix: torch._int_mm(rows, matrix).clamp(max=2**15))
+    monkeypatch.setattr(int8, "int_mm", lambda rows, matrix: torch._int_mm(rows, matrix).clamp(max=2**15))
     with pytest.raises(ModelError, match="overflow on cpu .*--base-weights float32"):
         refuse_inexact_products(torch.device("cpu"))
 
@@ -103,6 +103,6 @@ def test_a_device_without_int8_products_is_refused(monkeypatch: pytest.MonkeyPat
     def fails(*_: object) -> None:
         raise NotImplementedError("_int_mm is not there\nand more")
 
-    monkeypatch.setattr(int8, "_int_mm", fails)
+    monkeypatch.setattr(int8, "int_mm", fails)
     with pytest.raises(ModelError, match=r"cannot be had on cpu: _int_mm is not there Use --base-weights"):
         refuse_inexact_products(torch.device("cpu"))

@@ -88,6 +88,14 @@ class KVCache:
         both = self._pool[layer, :, region.start : region.start + region.length]
         return both[: self._kv_heads], both[self._kv_heads :]
 
+    def where(self, row: int) -> tuple[int, int]:
+        """Where the row begins in a layer of the pool, and how many tokens it has."""
+        return self._rows[row].start, self._rows[row].length
+
+    def layer(self, layer: int) -> Tensor:
+        """All rows' keys and then values in one layer: (2 * kv_heads, places, head_size)."""
+        return self._pool[layer]
+
     def _make_room(self, row: int, length: int) -> None:
         region = self._rows[row]
         if length <= region.capacity:

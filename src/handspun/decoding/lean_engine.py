@@ -13,6 +13,7 @@ from torch import Tensor
 
 from handspun.decoding.cache import KVCache
 from handspun.decoding.engine import Feed
+from handspun.models import native
 from handspun.models.lean import LeanLayer, LeanModel
 
 
@@ -26,6 +27,11 @@ class Laid:
     stop: int
     mask: Tensor | None
 
+    @property
+    def is_prompt(self) -> bool:
+        """Several tokens, each of which sees those before it."""
+        return self.mask is None and self.stop - self.start > 1
+
 
 class LeanEngine:
     """A lean model with its cache."""
@@ -35,6 +41,7 @@ class LeanEngine:
         self.cache = KVCache(
             len(model.layers), model.kv_heads, model.head_size, dtype=model.cache_dtype, device=model.device
         )
+        self._native = model.is_int8 and native.can_attend(model.head_size, model.cache_dtype, model.device)
         self._rotations = torch.empty(2, 0, model.head_size, device=model.device)  # cosines, and sines
 
     def add(self) -> int:
@@ -59,11 +66,10 @@ class LeanEngine:
         for number, layer in enumerate(model.layers):
             attended = self._attention(number, layer, x, laid, places, cosines, sines)
             x = x + layer.o(attended)
-            gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, -1)
-            x = x + layer.down(F.silu(gate).mul_(up))
+            x = x + layer.down.gated(layer.gate_up.normed(x, layer.mlp_norm, model.norm_eps))
         if len(wanted) < len(x):
             x = x[wanted]
-        return model.head(self._normed(x, model.norm))
+        return model.head.normed(x, model.norm, model.norm_eps)
 
     def _lay_out(self, feeds: Sequence[Feed]) -> tuple[list[Laid], Tensor, Tensor, Tensor, Tensor]:
         laid: list[Laid] = []
@@ -99,26 +105,55 @@ class LeanEngine:
     ) -> Tensor:
         """(tokens, hidden) to (tokens, heads * head_size)."""
         model = self.model
-        qkv = layer.qkv(self._normed(x, layer.attention_norm)).view(len(x), -1, model.head_size)
-        queries_keys = qkv[:, : model.heads + model.kv_heads]
+        qkv = layer.qkv.normed(x, layer.attention_norm, model.norm_eps).view(len(x), -1, model.head_size)
+        if self._native and layer.q_norm is None:
+            native.rotate(qkv, model.heads, cosines, sines, places, self.cache.layer(number))
+            queries = qkv[:, : model.heads]
+        else:
+            queries, keys = self._rotated(layer, qkv, cosines, sines)
+            self.cache.write(number, places, keys, qkv[:, model.heads + model.kv_heads :])
+        return self._attended(number, queries, laid)
+
+    def _rotated(self, layer: LeanLayer, qkv: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, (tokens, heads, size) each, normed where the model does that, and rotated."""
+        heads = self.model.heads
+        both = qkv[:, : heads + self.model.kv_heads]
         if layer.q_norm is not None and layer.k_norm is not None:
-            normed = [
-                self._normed(queries_keys[:, : model.heads], layer.q_norm),
-                self._normed(queries_keys[:, model.heads :], layer.k_norm),
-            ]
-            queries_keys = torch.cat(normed, dim=1)
-        turned = queries_keys * cosines + queries_keys.roll(model.head_size // 2, -1) * sines
-        queries, keys = turned[:, : model.heads], turned[:, model.heads :]
-        self.cache.write(number, places, keys, qkv[:, model.heads + model.kv_heads :])
-        attended = [self._attend(number, queries[part.start : part.stop], part) for part in laid]
-        return torch.cat(attended) if len(attended) > 1 else attended[0]
+            normed = [self._normed(both[:, :heads], layer.q_norm), self._normed(both[:, heads:], layer.k_norm)]
+            both = torch.cat(normed, dim=1)
+        turned = both * cosines[:, None] + both.roll(self.model.head_size // 2, -1) * sines[:, None]
+        return turned[:, :heads], turned[:, heads:]
+
+    def _attended(self, number: int, queries: Tensor, laid: Sequence[Laid]) -> Tensor:
+        """(tokens, heads, size) to (tokens, heads * size): each row over its own keys."""
+        alone = [part for part in laid if not part.is_prompt] if self._native else []
+        if len(alone) == len(laid):
+            return self._attended_alone(number, queries, alone)
+        output = queries.new_empty(len(queries), queries.shape[1] * queries.shape[2])
+        if alone:
+            places = torch.tensor([place for part in alone for place in range(part.start, part.stop)])
+            output[places] = self._attended_alone(number, queries[places], alone)
+        for part in laid:
+            if part.is_prompt or not self._native:
+                output[part.start : part.stop] = self._attend(number, queries[part.start : part.stop], part)
+        return output
+
+    def _attended_alone(self, number: int, queries: Tensor, laid: Sequence[Laid]) -> Tensor:
+        """Of tokens that are no prompts', all in one call of a native kernel."""
+        starts, lengths, masks = list[int](), list[int](), list[Tensor | None]()
+        for part in laid:
+            (start, length), count = self.cache.where(part.row), part.stop - part.start
+            starts += [start] * count
+            lengths += [length] * count
+            masks += [None] * count if part.mask is None else part.mask.unbind()
+        return native.attend(queries, self.cache.layer(number), starts, lengths, masks)
 
     def _attend(self, number: int, queries: Tensor, part: Laid) -> Tensor:
         """One row's queries, (tokens, heads, size), to (tokens, heads * size)."""
         keys, values = self.cache.read(number, part.row)  # (kv_heads, length, size)
         queries = queries.to(keys.dtype)
         count, heads, size = queries.shape
-        if part.mask is None and count > 1:  # a prompt
+        if part.is_prompt:
             output = F.scaled_dot_product_attention(
                 queries.transpose(0, 1)[None], keys[None], values[None], is_causal=True, enable_gqa=True
             )
@@ -135,7 +170,7 @@ class LeanEngine:
         return F.rms_norm(x, (x.shape[-1],), weight, self.model.norm_eps)
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions, (tokens,): each (tokens, 1, head_size). The sines' first half is
+        """Cosines and sines of positions, (tokens,): each (tokens, head_size). The sines' first half is
         negative, as the second half of a head comes to it with a minus."""
         needed = int(positions.max()) + 1
         if needed > self._rotations.shape[1]:
@@ -143,7 +178,7 @@ class LeanEngine:
             angles = torch.outer(steps, self.model.frequencies)
             pairs = [torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)]
             self._rotations = torch.stack(pairs) * self.model.attention_scaling
-        return self._rotations[0, positions, None], self._rotations[1, positions, None]
+        return self._rotations[0, positions], self._rotations[1, positions]
 
 
 __all__ = ["LeanEngine"]

@@ -34,10 +34,11 @@ def quantize_base(model: PreTrainedModel) -> None:
 def int8_linear(linear: nn.Linear) -> "Int8Linear":
     """The layer in int8; its float weights are not kept."""
     bias = None if linear.bias is None else linear.bias.detach().float()
-    return Int8Linear(*_quantized(linear.weight), bias)
+    return Int8Linear(*quantize_channels(linear.weight), bias)
 
 
-def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, in), float, to int8 and a scale for each channel, (out,)."""
     rows, scale = quantize_rows(weight.detach())
     return rows, scale.squeeze(1)
 
@@ -50,7 +51,7 @@ def refuse_inexact_products(device: torch.device, *, remedy: str = "--base-weigh
     rows = torch.full((32, 64), 127, dtype=torch.int8, device=device)
     expected = 64 * 127 * 127
     try:
-        sums = [_int_mm(rows, matrix) for matrix in (rows.t(), -rows.t())]
+        sums = [int_mm(rows, matrix) for matrix in (rows.t(), -rows.t())]
         exact = bool((sums[0] == expected).all() and (sums[1] == -expected).all())
     except (RuntimeError, NotImplementedError) as error:
         raise ModelError(
@@ -113,73 +114,12 @@ class _Int8Product(torch.autograd.Function):
 
 def _dequantized(rows: Tensor, row_scale: Tensor, matrix: Tensor) -> Tensor:
     """rows: (rows, in), int8. matrix: (in, out), int8. Returns float32, (rows, out)."""
-    return _int_mm(rows, matrix).float().mul_(row_scale)
+    return int_mm(rows, matrix).float().mul_(row_scale)
 
 
-def _int_mm(rows: Tensor, matrix: Tensor) -> Tensor:
+def int_mm(rows: Tensor, matrix: Tensor) -> Tensor:
     """Exact int32 sums. CUDA's product wants at least 17 rows."""
     count = len(rows)
     if rows.is_cuda and count < 17:
         rows = nn.functional.pad(rows, (0, 0, 0, 17 - count))
     return torch._int_mm(rows, matrix)[:count]
-
-
-class Int8Product:
-    """y = x @ W.T + bias with the weights of one or more frozen layers in int8, for decoding.
-
-    On a CPU the matrix is laid out once for oneDNN's product, which takes unsigned rows and gives the same sums.
-    """
-
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        """weight: (out, in), int8. scale: (out,). bias: (out,)."""
-        self._weight, self._scale, self._bias = weight, scale, bias
-        self._zero_points = torch.zeros(len(scale), dtype=torch.int64)
-        self._packed = _packed(weight) if weight.device.type == "cpu" else None
-
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, *, keep_rows: bool = False) -> "Int8Product":
-        """From float weights, (out, in). keep_rows: for `rows_of_weight`, beside the packed matrix."""
-        product = cls(*_quantized(weight), bias)
-        if product._packed is not None and not keep_rows:
-            product._weight = torch.empty(0, dtype=torch.int8)
-        return product
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(tokens, in) to (tokens, out), both float32."""
-        rows, row_scale = quantize_rows(x)
-        y = self._scaled_sums(rows).mul_(row_scale)
-        return y if self._bias is None else y.add_(self._bias)
-
-    def rows_of_weight(self, rows: Tensor) -> Tensor:
-        """(count,) to (count, in), float32: of an embedding that is this product's matrix too."""
-        return self._weight[rows].float().mul_(self._scale[rows, None])
-
-    def _scaled_sums(self, rows: Tensor) -> Tensor:
-        if self._packed is None:
-            return _int_mm(rows, self._weight.t()).float().mul_(self._scale)
-        unsigned = (rows ^ -128).view(torch.uint8)  # each value + 128
-        sums: Tensor = torch.ops.onednn.qlinear_pointwise(
-            unsigned,
-            1.0,
-            128,
-            self._packed,
-            self._scale,
-            self._zero_points,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )
-        return sums
-
-
-def _packed(weight: Tensor) -> Tensor | None:
-    """The matrix in oneDNN's layout; None where this PyTorch or CPU has it not, or does not give exact sums."""
-    try:
-        packed: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
-    except (AttributeError, RuntimeError):
-        return None
-    return packed

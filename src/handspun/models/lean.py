@@ -9,15 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from handspun.models.int8 import Int8Product
 from handspun.models.lora import has_adapter, merged_weight
-
-Product = Callable[[Tensor], Tensor]
-"""(tokens, in), float32, to (tokens, out), float32: x @ W.T + bias."""
+from handspun.models.products import FloatProduct, Int8Product, Product
 
 _FAMILIES = {"llama", "qwen2", "qwen3", "mistral"}
 _ROTATIONS = {"default", "linear", "llama3", "yarn"}
@@ -57,6 +53,7 @@ class LeanModel:
     head: Product
     device: torch.device
     cache_dtype: torch.dtype
+    is_int8: bool
 
 
 def cannot_be_lean(config: PretrainedConfig) -> str | None:
@@ -89,13 +86,14 @@ def lean_model(model: PreTrainedModel, *, int8: bool = False) -> LeanModel:
     body, config, device, dtype = base.model, base.config, base.device, base.dtype
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     tied = config.tie_word_embeddings
-    head = fuse([body.embed_tokens if tied else base.lm_head])
+    embedding = fuse([body.embed_tokens])
+    head = embedding if tied else fuse([base.lm_head])
     return LeanModel(
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_size=head_size,
         norm_eps=config.rms_norm_eps,
-        embedding=_embedding(body.embed_tokens, head if tied else None),
+        embedding=embedding.rows_of_weight,
         frequencies=body.rotary_emb.inv_freq.float(),
         attention_scaling=body.rotary_emb.attention_scaling,
         layers=[_layer(layer, fuse) for layer in body.layers],
@@ -103,6 +101,7 @@ def lean_model(model: PreTrainedModel, *, int8: bool = False) -> LeanModel:
         head=head,
         device=device,
         cache_dtype=torch.float32 if int8 else dtype,
+        is_int8=int8,
     )
 
 
@@ -132,19 +131,12 @@ def _fused_float(linears: Sequence[Any]) -> Product:
         weight = torch.cat([merged_weight(linear) for linear in linears])
     else:
         weight = _side_by_side([linear.weight for linear in linears])
-    bias = _fused_bias(linears)
-
-    def product(x: Tensor) -> Tensor:
-        return F.linear(x.to(weight.dtype), weight, bias).float()
-
-    return product
+    return FloatProduct(weight, _fused_bias(linears))
 
 
 def _fused_int8(linears: Sequence[Any]) -> Product:
     weight = torch.cat([merged_weight(linear) for linear in linears])
-    bias = _fused_bias(linears)
-    is_embedding = isinstance(linears[0], nn.Embedding)
-    product = Int8Product.of(weight, None if bias is None else bias.float(), keep_rows=is_embedding)
+    product = Int8Product(weight, _fused_bias(linears), is_embedding=isinstance(linears[0], nn.Embedding))
     for linear in linears:
         linear.to("meta")  # the float weights are given up
     return product
@@ -176,14 +168,3 @@ def _side_by_side(weights: Sequence[nn.Parameter]) -> Tensor:
     for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
         weight.data = part
     return whole
-
-
-def _embedding(module: Any, tied_head: Product | None) -> Callable[[Tensor], Tensor]:
-    if isinstance(tied_head, Int8Product):
-        return tied_head.rows_of_weight
-    weight = merged_weight(module)
-
-    def look_up(token_ids: Tensor) -> Tensor:
-        return F.embedding(token_ids, weight).float()
-
-    return look_up

@@ -1,0 +1,180 @@
+/* What a decoding step does beside its matrix products, for x86-64 CPUs with AVX-512: rounding rows to int8, of
+ * normed and gated inputs too, and attention of single queries.
+ *
+ * Each function computes what models/products.py and decoding/lean_engine.py compute with PyTorch, without arrays in
+ * between. Every row is computed by itself, by the same instructions wherever it stands: its result does not depend on
+ * the rows beside it, nor on the number of threads.
+ */
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+
+#define LANES 16 /* float32 in a register */
+
+static inline __mmask16 lanes(int64_t left) { return left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1); }
+
+/* e^x, with a relative error of 2e-7: x = n ln 2 + r, and a polynomial of r (Cephes' expf). */
+static inline __m512 exp512(__m512 x) {
+    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.3f));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(p, n);
+}
+
+/* A row of `width` values to unsigned bytes: 128 + value / scale, with the largest of them at 127 steps. */
+static float quantize_row(const float *x, uint8_t *out, int64_t width) {
+    __m512 largest = _mm512_setzero_ps();
+    for (int64_t i = 0; i < width; i += LANES)
+        largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(lanes(width - i), x + i)));
+    float scale = _mm512_reduce_max_ps(largest) / 127.0f;
+    if (scale < 1e-12f) scale = 1e-12f;
+    __m512 divisor = _mm512_set1_ps(scale);
+    __m512i middle = _mm512_set1_epi32(128);
+    for (int64_t i = 0; i < width; i += LANES) {
+        __mmask16 mask = lanes(width - i);
+        __m512 steps = _mm512_div_ps(_mm512_maskz_loadu_ps(mask, x + i), divisor);
+        __m512i rounded = _mm512_add_epi32(_mm512_cvtps_epi32(steps), middle); /* halves to even */
+        _mm512_mask_cvtepi32_storeu_epi8(out + i, mask, rounded);
+    }
+    return scale;
+}
+
+/* x * weight / sqrt(mean(x^2) + eps) */
+static void norm_row(const float *x, const float *weight, float eps, float *out, int64_t width) {
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t i = 0; i < width; i += LANES) {
+        __m512 value = _mm512_maskz_loadu_ps(lanes(width - i), x + i);
+        squares = _mm512_fmadd_ps(value, value, squares);
+    }
+    __m512 factor = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)width + eps));
+    for (int64_t i = 0; i < width; i += LANES) {
+        __mmask16 mask = lanes(width - i);
+        __m512 normed = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), factor);
+        _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(normed, _mm512_maskz_loadu_ps(mask, weight + i)));
+    }
+}
+
+/* silu(gate) * up, the two end to end in x */
+static void gate_row(const float *x, float *out, int64_t width) {
+    for (int64_t i = 0; i < width; i += LANES) {
+        __mmask16 mask = lanes(width - i);
+        __m512 gate = _mm512_maskz_loadu_ps(mask, x + i), up = _mm512_maskz_loadu_ps(mask, x + width + i);
+        __m512 one = _mm512_set1_ps(1.0f);
+        __m512 below = _mm512_add_ps(one, exp512(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
+        _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(_mm512_div_ps(gate, below), up));
+    }
+}
+
+/* Rows of x, (rows, width), or what becomes of them, to unsigned bytes with their scales. work: (rows, width). */
+void quantize(const float *x, int64_t rows, int64_t width, uint8_t *out, float *scales, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 1)
+    for (int64_t row = 0; row < rows; row++) scales[row] = quantize_row(x + row * width, out + row * width, width);
+}
+
+void norm_quantize(const float *x, const float *weight, float eps, int64_t rows, int64_t width, float *work,
+                   uint8_t *out, float *scales, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        norm_row(x + row * width, weight, eps, work + row * width, width);
+        scales[row] = quantize_row(work + row * width, out + row * width, width);
+    }
+}
+
+void gate_quantize(const float *x, int64_t rows, int64_t width, float *work, uint8_t *out, float *scales, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        gate_row(x + row * 2 * width, work + row * width, width);
+        scales[row] = quantize_row(work + row * width, out + row * width, width);
+    }
+}
+
+/* Rotates the queries of qkv, (tokens, heads + 2 * kv_heads, size), by their positions in place, and puts the keys,
+ * rotated, and the values into places of the pool, (2 * kv_heads, pool_tokens, size). cosines, sines: (tokens, size), the
+ * sines' first half negative. size: a multiple of 32. */
+void rotate(float *qkv, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size, const float *cosines,
+            const float *sines, const int64_t *places, float *pool, int64_t pool_tokens) {
+    for (int64_t token = 0; token < tokens; token++, cosines += size, sines += size)
+        for (int64_t head = 0; head < heads + 2 * kv_heads; head++, qkv += size) {
+            int64_t kept = head - heads;
+            float *out = kept < 0 ? qkv : pool + (kept * pool_tokens + places[token]) * size;
+            for (int64_t i = 0; i < size / 2; i += LANES) {
+                __m512 low = _mm512_loadu_ps(qkv + i), high = _mm512_loadu_ps(qkv + size / 2 + i);
+                if (kept < kv_heads) {
+                    __m512 turned = _mm512_add_ps(_mm512_mul_ps(low, _mm512_loadu_ps(cosines + i)),
+                                                  _mm512_mul_ps(high, _mm512_loadu_ps(sines + i)));
+                    high = _mm512_add_ps(_mm512_mul_ps(high, _mm512_loadu_ps(cosines + size / 2 + i)),
+                                         _mm512_mul_ps(low, _mm512_loadu_ps(sines + size / 2 + i)));
+                    low = turned;
+                }
+                _mm512_storeu_ps(out + i, low);
+                _mm512_storeu_ps(out + size / 2 + i, high);
+            }
+        }
+}
+
+/* Attention of one head of keys: each of the `group` queries that share it over the same keys. size: 16 * chunks. */
+static inline __attribute__((always_inline)) void attend_head(const float *queries, const float *keys,
+                                                              const float *values, int64_t length, int64_t group,
+                                                              int chunks, const uint8_t *seen, float scaling,
+                                                              float *scores, float *out) {
+    const int64_t size = chunks * LANES;
+    for (int64_t g = 0; g < group; g++, queries += size, out += size) {
+        float highest = -INFINITY;
+        for (int64_t i = 0; i < length; i++) {
+            __m512 sum = _mm512_setzero_ps();
+            for (int c = 0; c < chunks; c++)
+                sum = _mm512_fmadd_ps(_mm512_loadu_ps(queries + c * LANES),
+                                      _mm512_loadu_ps(keys + i * size + c * LANES), sum);
+            scores[i] = seen && !seen[i] ? -INFINITY : _mm512_reduce_add_ps(sum) * scaling;
+            if (scores[i] > highest) highest = scores[i];
+        }
+        __m512 total = _mm512_setzero_ps(), minus = _mm512_set1_ps(-INFINITY);
+        for (int64_t i = 0; i < length; i += LANES) {
+            __mmask16 mask = lanes(length - i);
+            __m512 score = _mm512_mask_loadu_ps(minus, mask, scores + i);
+            __mmask16 is_seen = _mm512_cmp_ps_mask(score, minus, _CMP_NEQ_OQ);
+            __m512 weight = _mm512_maskz_mov_ps(is_seen, exp512(_mm512_sub_ps(score, _mm512_set1_ps(highest))));
+            _mm512_mask_storeu_ps(scores + i, mask, weight);
+            total = _mm512_add_ps(total, weight);
+        }
+        __m512 sums[8], share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+        for (int c = 0; c < chunks; c++) sums[c] = _mm512_setzero_ps();
+        for (int64_t i = 0; i < length; i++)
+            for (int c = 0; c < chunks; c++)
+                sums[c] = _mm512_fmadd_ps(_mm512_set1_ps(scores[i]), _mm512_loadu_ps(values + i * size + c * LANES),
+                                          sums[c]);
+        for (int c = 0; c < chunks; c++) _mm512_storeu_ps(out + c * LANES, _mm512_mul_ps(sums[c], share));
+    }
+}
+
+/* Attention of single queries, each over its row's keys. A job is a query token: its row's keys lie at
+ * starts[job] to starts[job] + lengths[job] of the pool, (2 * kv_heads, pool_tokens, size), keys and then values;
+ * masks[job] has a byte for each of them, or is null: then it sees them all. A token's queries begin stride floats after
+ * those of the one before it. out: (jobs, kv_heads * group, size). work: (jobs * kv_heads, longest).
+ * size: 32, 64, 96 or 128. */
+void attend(const float *queries, int64_t stride, const float *pool, int64_t pool_tokens, int64_t kv_heads,
+            int64_t group, int64_t size, int64_t jobs, const int64_t *starts, const int64_t *lengths,
+            const uint8_t *const *masks, float scaling, float *work, int64_t longest, float *out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t one = 0; one < jobs * kv_heads; one++) {
+        int64_t job = one / kv_heads, head = one % kv_heads;
+        const float *query = queries + job * stride + head * group * size;
+        const float *keys = pool + (head * pool_tokens + starts[job]) * size;
+        const float *values = keys + kv_heads * pool_tokens * size;
+        float *scores = work + one * longest, *result = out + one * group * size;
+        if (size == 64) attend_head(query, keys, values, lengths[job], group, 4, masks[job], scaling, scores, result);
+        else if (size == 128)
+            attend_head(query, keys, values, lengths[job], group, 8, masks[job], scaling, scores, result);
+        else if (size == 96)
+            attend_head(query, keys, values, lengths[job], group, 6, masks[job], scaling, scores, result);
+        else attend_head(query, keys, values, lengths[job], group, 2, masks[job], scaling, scores, result);
+    }
+}

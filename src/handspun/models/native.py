@@ -1,0 +1,154 @@
+"""Native kernels for int8 decoding (`kernels.c`), built once by the C compiler that is there.
+
+Where there is none, or the CPU lacks AVX-512, everything runs in plain PyTorch (`products.py`, `lean_engine.py`).
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from handspun.models.embedded import cache_folder
+
+_SOURCE = Path(__file__).with_name("kernels.c")
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
+_NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+_HEAD_SIZES = {32, 64, 96, 128}
+
+_INT, _FLOAT, _ARRAY, _THREADS = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
+_SIGNATURES = {
+    "quantize": (_ARRAY, _INT, _INT, _ARRAY, _ARRAY, _THREADS),
+    "norm_quantize": (_ARRAY, _ARRAY, _FLOAT, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _THREADS),
+    "gate_quantize": (_ARRAY, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _THREADS),
+    "rotate": (_ARRAY, _INT, _INT, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _ARRAY, _INT),
+    "attend": (
+        *(_ARRAY, _INT, _ARRAY, _INT, _INT, _INT, _INT, _INT, _ARRAY, _ARRAY, _ARRAY),
+        *(_FLOAT, _ARRAY, _INT, _ARRAY, _THREADS),
+    ),
+}
+
+
+@cache
+def kernels() -> Any | None:
+    """The library, built if it is not there yet; None where it cannot be had, or HANDSPUN_NATIVE=0 is set."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if os.environ.get("HANDSPUN_NATIVE") == "0" or not _cpu_can() or compiler is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(_built(compiler)))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    return library
+
+
+def quantize(library: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, width), float32, to unsigned bytes, each value / scale + 128, and the scales, (rows, 1)."""
+    x = x.contiguous()
+    out, scale = _empty(x)
+    library.quantize(x.data_ptr(), *x.shape, out.data_ptr(), scale.data_ptr(), torch.get_num_threads())
+    return out, scale
+
+
+def norm_quantize(library: Any, x: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`quantize` of RMSNorm(x). norm: (width,)."""
+    x, work = x.contiguous(), torch.empty_like(x)
+    out, scale = _empty(x)
+    arrays = (work.data_ptr(), out.data_ptr(), scale.data_ptr())
+    library.norm_quantize(x.data_ptr(), norm.data_ptr(), eps, *x.shape, *arrays, torch.get_num_threads())
+    return out, scale
+
+
+def gate_quantize(library: Any, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize` of silu(gate) * up. gate_up: (rows, 2 * width)."""
+    work = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    out, scale = _empty(work)
+    arrays = (work.data_ptr(), out.data_ptr(), scale.data_ptr())
+    library.gate_quantize(gate_up.data_ptr(), *work.shape, *arrays, torch.get_num_threads())
+    return out, scale
+
+
+def can_attend(head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `rotate` and `attend` are there for such heads."""
+    is_float = dtype == torch.float32 and device.type == "cpu"
+    return is_float and head_size in _HEAD_SIZES and kernels() is not None
+
+
+def rotate(qkv: Tensor, heads: int, cosines: Tensor, sines: Tensor, places: Tensor, pool: Tensor) -> None:
+    """Rotates queries in place, and puts rotated keys, and values, into places, (tokens,), of the pool.
+
+    qkv: (tokens, heads + 2 * kv_heads, head_size). cosines, sines: (tokens, head_size).
+    """
+    library: Any = kernels()
+    assert qkv.is_contiguous() and pool.is_contiguous()  # noqa: PT018
+    library.rotate(
+        *(qkv.data_ptr(), len(qkv), heads, len(pool) // 2, qkv.shape[2], cosines.data_ptr(), sines.data_ptr()),
+        *(places.data_ptr(), pool.data_ptr(), pool.shape[1]),
+    )
+
+
+def attend(
+    queries: Tensor, pool: Tensor, starts: Sequence[int], lengths: Sequence[int], masks: Sequence[Tensor | None]
+) -> Tensor:
+    """Attention of single queries over their rows' keys: (tokens, heads * head_size).
+
+    queries: (tokens, heads, head_size), each token's contiguous. pool: (2 * kv_heads, places, head_size), keys and
+        then values. starts, lengths: where each token's keys lie in it. masks: for each token, (length,), bool,
+        which of them it sees; None for all.
+    """
+    library: Any = kernels()
+    (tokens, heads, size), kv_heads, longest = queries.shape, len(pool) // 2, max(lengths)
+    assert queries.stride()[1:] == (size, 1) and pool.is_contiguous()  # noqa: PT018
+    out, work = queries.new_empty(tokens, heads * size), queries.new_empty(tokens * kv_heads, longest)
+    whole = [None if mask is None else mask.contiguous() for mask in masks]
+    addresses = (ctypes.c_void_p * tokens)(*(None if mask is None else mask.data_ptr() for mask in whole))
+    shape = (kv_heads, heads // kv_heads, size, tokens)
+    places = ((_INT * tokens)(*starts), (_INT * tokens)(*lengths), addresses)
+    library.attend(
+        *(queries.data_ptr(), queries.stride(0), pool.data_ptr(), pool.shape[1], *shape, *places),
+        *(size**-0.5, work.data_ptr(), longest, out.data_ptr(), torch.get_num_threads()),
+    )
+    return out
+
+
+def _empty(like: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty(like.shape, dtype=torch.uint8), torch.empty(len(like), 1)
+
+
+def _cpu_can() -> bool:
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    return set(_cpu_flags().split()) >= _NEEDED
+
+
+def _cpu_flags() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line for line in lines if line.startswith("flags")), "")
+
+
+def _built(compiler: str) -> Path:
+    """The library's file: its name says what it was built from, by what, for which CPU."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=20).stdout
+    made_from = b"\0".join([_SOURCE.read_bytes(), version, _cpu_flags().encode(), " ".join(_FLAGS).encode()])
+    file = cache_folder() / "native" / f"kernels-{hashlib.sha256(made_from).hexdigest()[:16]}.so"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as work:
+            partial = Path(work) / file.name
+            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(partial), "-lm"]
+            subprocess.run(command, capture_output=True, check=True, timeout=120)
+            partial.rename(file)  # whole, whoever else is building it
+    return file
