@@ -190,3 +190,16 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], comma
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == __version__
+
+
+def test_answers_of_a_form_can_be_had_from_the_command_line(
+    capsys: pytest.CaptureFixture[str], tiny_folder: Path
+) -> None:
+    command = ["generate", "--model", str(tiny_folder), "Hi", "--max-new-tokens", "400"]
+    assert main([*command, "--choice", "yes", "--choice", "no"]) == 0
+    assert capsys.readouterr().out in ("yes\n", "no\n")
+    assert main([*command, "--json-schema", '{"enum": [{"a": 7}]}']) == 0
+    assert json.loads(capsys.readouterr().out) == {"a": 7}
+    assert main([*command, "--regex", "(ab){3}", "--logit-bias.5=-3.5", "--bad-words", "joke"]) == 0
+    assert capsys.readouterr().out == "ababab\n"
+    assert "unclosed group" in fail(capsys, *command, "--regex", "a(b")

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conftest import SHARED_DATA
 from handspun.data.chat_template import ChatTemplate, Layout
+from handspun.data.said import said_ids
 from handspun.data.sentinels import Sentinels
 from handspun.errors import TemplateError
 from handspun.models.embedded import embedded_folder
@@ -282,3 +283,26 @@ def test_alpaca_rows_english_and_chinese(template: ChatTemplate) -> None:
         learned = [i for i, on in zip(encoded.input_ids, encoded.learned, strict=True) if on]
         assert decode(template.tokenizer, learned) == row["output"] + template.end_of_turn
         assert learned == encoded.input_ids[len(prompt) : len(prompt) + len(learned)]
+
+
+def test_what_was_said_is_told_from_what_the_template_wrote(template: ChatTemplate) -> None:
+    said = "system user assistant\n\nYou are a weather <|im_end|> 你"  # also words and tokens that templates write
+    messages = turns(said, "Yes.", "And\n", system="Be brief.")
+    tokenizer = template.tokenizer
+    text = tokenizer.decode(said_ids(template, messages, [TOOL] if template is TINY else None))
+    assert isinstance(text, str)
+    for message in messages:
+        assert message["content"].strip() in text
+    rest = text.replace("\n", "")
+    for message in messages:
+        rest = rest.replace(message["content"].replace("\n", ""), "", 1)
+    assert "<|im_start|>" not in text
+    assert not {"system", "user", "assistant"} & set(rest.split())
+    prompt = template.encode_prompt(messages, [TOOL] if template is TINY else None)
+    remaining = iter(prompt)
+    assert all(id in remaining for id in said_ids(template, messages, [TOOL] if template is TINY else None))
+
+
+def test_what_was_said_in_a_plain_question_is_those_of_the_question() -> None:
+    tokenizer = TINY.tokenizer
+    assert said_ids(TINY, turns("Tell me a joke")[:1]) == tokenizer("Tell me a joke")["input_ids"]

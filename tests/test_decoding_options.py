@@ -66,11 +66,57 @@ def test_a_setting_of_the_model_that_does_nothing_is_not_worth_a_line():
 
 
 def test_a_setting_of_the_model_that_there_is_not_here_is_said():
-    _, notices = _resolve(_model(eos_token_id=3, typical_p=0.9, suppress_tokens=[5], min_length=0))
+    _, notices = _resolve(_model(eos_token_id=3, epsilon_cutoff=0.1, top_h=0.5, min_length=0))
     assert notices == [
-        "not taken from the model's generation_config (there is no such option here): suppress_tokens [5], "
-        "typical_p 0.9"
+        "not taken from the model's generation_config (there is no such option here): epsilon_cutoff 0.1, "
+        "top_h 0.5"
     ]
+
+
+def test_biases_and_suppressed_tokens_of_the_model_are_taken_and_said():
+    theirs = {
+        "suppress_tokens": [5],
+        "bad_words_ids": [[5, 7]],
+        "sequence_bias": [[[4, 2], -1.5]],
+        "typical_p": 0.9,
+    }
+    options, notices = _resolve(_model(eos_token_id=3, **theirs))
+    assert (options.suppress_tokens, options.bad_words_ids) == ((5,), ((5, 7),))
+    assert (options.sequence_bias, options.typical_p) == ((((4, 2), -1.5),), 1.0)  # nothing is sampled
+    assert notices == [
+        "from the model's generation_config: bad_words_ids ((5, 7),), sequence_bias (((4, 2), -1.5),), "
+        "suppress_tokens (5,)"
+    ]
+    assert _resolve(_model(eos_token_id=3, **theirs), do_sample=True)[0].typical_p == 0.9
+    assert _resolve(_model(eos_token_id=3, **theirs), suppress_tokens=())[0].suppress_tokens == ()
+
+
+def test_biases_are_read_in_every_form_in_which_people_write_them():
+    for given in ({"4 2": -1.5}, {(4, 2): -1.5}, [[[4, 2], -1.5]]):
+        assert _resolve(_model(), sequence_bias=given)[0].sequence_bias == (((4, 2), -1.5),)
+    for given in ({"4": -1.5}, {4: -1.5}):
+        assert _resolve(_model(), logit_bias=given)[0].logit_bias == (((4,), -1.5),)
+
+
+def test_malformed_biases_and_ids_are_errors_that_say_what_was_expected():
+    with pytest.raises(ConfigError) as error:
+        _resolve(_model(), logit_bias={"x": 1}, suppress_tokens=(-1,), bad_words_ids=((),), sequence_bias={"": 1})
+    assert [problem.split(" is ")[0] for problem in error.value.problems] == [
+        "--logit-bias", "--sequence-bias", "--bad-words-ids", "--suppress-tokens",
+    ]  # fmt: skip
+    assert "expected token ids" in error.value.problems[3]
+
+
+def test_bad_words_are_banned_alone_and_behind_a_space():
+    model = _model()
+    ids = [tuple(model.tokenizer(text)["input_ids"]) for text in ("joke", " joke")]
+    assert _resolve(model, bad_words=("joke",))[0].bad_words_ids == tuple(ids)
+    assert _resolve(model, bad_words="joke", bad_words_ids=((5,),))[0].bad_words_ids == ((5,), *ids)
+
+
+def test_an_exemption_without_a_penalty_is_an_error():
+    with pytest.raises(ConfigError, match="--repetition-penalty-exempt spares tokens of a repetition penalty"):
+        _resolve(_model(), repetition_penalty_exempt="template")
 
 
 def test_a_setting_of_the_model_that_is_out_of_range_is_an_error_with_a_remedy():

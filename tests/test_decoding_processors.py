@@ -13,17 +13,24 @@ from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation.logits_process import (
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from handspun.decoding import filters
 from handspun.decoding.options import ResolvedOptions
-from handspun.decoding.processors import History, make_processors, process
+from handspun.decoding.processors import History, check_some_left, make_processors, process
 from handspun.decoding.sampling import choose, gumbel_noise, stream_of
+from handspun.decoding.values import concrete
+from handspun.errors import ConfigError
 
 _VOCAB = 12
 _INF = math.inf
@@ -89,6 +96,67 @@ def test_top_p_is_that_of_transformers(logits, p):
     assert torch.equal(filters.top_p(logits, p), _by_transformers(TopPLogitsWarper(p), logits))
 
 
+@given(st.integers(0, 2**32), st.sampled_from([0.05, 0.5, 0.9, 0.99, 0.999999]), st.sampled_from([0.1, 1.0, 6.0]))
+@settings(max_examples=40)
+def test_top_p_without_sorting_is_top_p_by_sorting(seed, p, spread):
+    """A vocabulary larger than the few tokens that it looks at first; rounded values, so that many tie."""
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(seed)) * spread
+    logits[1] = (logits[1] * 2).round() / 2
+    logits[2, 40:] = -_INF
+    assert torch.equal(filters.top_p(logits, p), filters.top_p_by_sorting(logits, p))
+
+
+def test_most_rows_of_a_peaked_distribution_are_not_sorted(monkeypatch):
+    logits = torch.randn(50, 5000, generator=torch.Generator().manual_seed(0)) * 4
+    expected, again = filters.top_p_by_sorting(logits, 0.9), []
+    monkeypatch.setattr(
+        filters, "top_p_by_sorting", lambda rows, _: again.append(len(rows)) or torch.full_like(rows, -_INF)
+    )
+    filtered = filters.top_p(logits, 0.9)
+    sorted_rows = (filtered == -_INF).all(-1)
+    assert sorted_rows.sum() == sum(again) < 5
+    assert torch.equal(filtered[~sorted_rows], expected[~sorted_rows])
+
+
+@given(_logits(), st.floats(0.01, 1.0, exclude_max=True))
+def test_typical_p_is_that_of_transformers(logits, mass):
+    assert torch.equal(filters.typical_p(logits, mass), _by_transformers(TypicalLogitsWarper(mass), logits))
+
+
+_RUNS = st.lists(st.integers(0, 4), min_size=1, max_size=3).map(tuple)
+
+
+@given(_logits(), _histories(), st.dictionaries(_RUNS, st.floats(-5, 5), min_size=1))
+def test_sequence_bias_is_that_of_transformers(logits, histories, biases):
+    ours = filters.sequence_bias(logits, histories, biases.items())
+    theirs = _row_by_row(SequenceBiasLogitsProcessor(biases), logits, histories)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)  # several biases are added up in another order
+
+
+@given(_logits(), _histories(), st.lists(_RUNS, min_size=1, unique=True))
+def test_bad_words_are_those_of_transformers_which_spare_a_single_eos(logits, histories, runs):
+    options = ResolvedOptions(bad_words_ids=tuple(runs), eos_token_ids=(3,))
+    ours = process(logits, [History(ids) for ids in histories], make_processors(options))
+    theirs = NoBadWordsLogitsProcessor([list(run) for run in runs], eos_token_id=[3])
+    if runs == [(3,)]:
+        assert torch.equal(ours, logits)
+    else:
+        assert torch.equal(ours, _row_by_row(theirs, logits, histories))
+
+
+@given(_logits(), st.lists(st.integers(0, 2), min_size=3, max_size=3), st.lists(st.integers(0, 11), min_size=1))
+def test_suppressed_tokens_are_those_of_transformers(logits, generated, tokens):
+    rows = [History([1, 2], [0] * n) for n in generated]
+    histories = [row.prompt_token_ids + row.token_ids for row in rows]
+    always = make_processors(ResolvedOptions(suppress_tokens=tuple(tokens)))
+    assert torch.equal(
+        process(logits, rows, always), _row_by_row(SuppressTokensLogitsProcessor(tokens), logits, histories)
+    )
+    first = make_processors(ResolvedOptions(begin_suppress_tokens=tuple(tokens)))
+    theirs = SuppressTokensAtBeginLogitsProcessor(tokens, begin_index=2)
+    assert torch.equal(process(logits, rows, first), _row_by_row(theirs, logits, histories))
+
+
 @given(_logits(), st.floats(0.0, 1.0))
 def test_min_p_is_that_of_transformers(logits, share):
     assert torch.equal(filters.min_p(logits, share), _by_transformers(MinPLogitsWarper(share), logits))
@@ -117,13 +185,19 @@ _MODEL = tiny_model("llama", vocab_size=_VOCAB)
             "min_p": st.sampled_from([0.0, 0.2]),
             "repetition_penalty": st.sampled_from([1.0, 1.3]),
             "no_repeat_ngram_size": st.integers(0, 3),
+            "typical_p": st.sampled_from([0.5, 1.0]),
+            "suppress_tokens": st.sampled_from([None, [1, 5]]),
+            "begin_suppress_tokens": st.sampled_from([None, [2]]),
+            "bad_words_ids": st.sampled_from([None, [[0], [1, 2]]]),
+            "sequence_bias": st.sampled_from([None, {(0,): 0.5, (1, 4): -2.0}]),
         }
     ),
 )
 def test_all_together_come_in_the_order_of_transformers(logits, histories, options):
     config = GenerationConfig(**options)
     config._eos_token_tensor = torch.tensor([3, 7])
-    made = make_processors(ResolvedOptions(**options, eos_token_ids=(3, 7)))
+    values = concrete({name: value for name, value in options.items() if value is not None}, None)
+    made = make_processors(ResolvedOptions(**values, eos_token_ids=(3, 7)))
     ours = process(logits, [History(ids) for ids in histories], made)
     for row, ids in enumerate(histories):
         theirs = _MODEL._get_logits_processor(config, input_ids_seq_length=len(ids), device="cpu")
@@ -140,6 +214,76 @@ def test_repetition_penalty_lowers_both_signs_of_seen_tokens_only():
 def test_no_repeat_ngram_forbids_what_followed_before():
     processed = filters.no_repeat_ngram(torch.zeros(1, 5), [[1, 2, 3, 1, 2]], 3)  # 1 2 has been followed by 3
     assert processed.tolist() == [[0, 0, 0, -_INF, 0]]
+
+
+def _probable(*probabilities: float) -> Tensor:
+    return torch.tensor([probabilities]).log()
+
+
+def _kept(logits: Tensor) -> list[int]:
+    return (logits[0] > -_INF).nonzero()[:, 0].tolist()
+
+
+def test_the_numbers_that_others_test_their_processors_with():
+    assert _kept(filters.top_p(_probable(0.3, 0.1, 0.1, 0.5), 0.8)) == [0, 3]
+    assert _kept(filters.min_p(_probable(0.9, 0.0274, 0.047, 0.0274), 0.05)) == [0, 2]
+    assert _kept(filters.typical_p(_probable(0.97, 0.01, 0.01, 0.01), 0.5)) == [0]
+    penalised = filters.repetition_penalty(torch.tensor([[-0.1, 0.1, 0.4]]), [[0, 1, 2]], 2.0)
+    torch.testing.assert_close(penalised, torch.tensor([[-0.2, 0.05, 0.2]]))
+    assert filters.no_repeat_ngram(torch.zeros(1, 4), [[1, 1, 2, 1]], 2).tolist() == [[0, -_INF, -_INF, 0]]
+
+
+def test_presence_counts_a_token_once_and_frequency_every_time():
+    logits, generated = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]), [[1, 1, 2], []]
+    assert filters.presence_penalty(logits, generated, 0.5).tolist() == [[1.0, 0.5, 0.5], [1.0, 1.0, 1.0]]
+    assert filters.frequency_penalty(logits, generated, 0.5).tolist() == [[1.0, 0.0, 0.5], [1.0, 1.0, 1.0]]
+    made = make_processors(ResolvedOptions(presence_penalty=0.5, frequency_penalty=0.25))
+    assert process(logits[:1], [History([0, 0], [1, 1])], made).tolist() == [[1.0, 0.0, 1.0]]  # not the prompt's
+
+
+def test_a_bias_waits_for_what_comes_before_it():
+    biases = [((2,), 1.0), ((0, 1), 0.5), ((1,), 0.25)]
+    assert filters.sequence_bias(torch.zeros(2, 3), [[2, 0], [2]], biases).tolist() == [[0, 0.75, 1], [0, 0.25, 1]]
+
+
+def test_the_repetition_penalty_can_spare_tokens():
+    made = make_processors(ResolvedOptions(repetition_penalty=2.0, unpenalised_ids=frozenset({1})))
+    assert process(torch.ones(1, 4), [History([0, 1], [1, 2])], made).tolist() == [[0.5, 1.0, 0.5, 1.0]]
+
+
+def test_a_function_of_one_s_own_sees_each_row_and_comes_before_sampling():
+    seen = []
+
+    def only_even(logits, token_ids):
+        seen.append(token_ids)
+        logits[1::2] = -_INF  # in place, which may not reach the model's own logits
+        return logits
+
+    logits = torch.tensor([[3.0, 4.0, 1.0], [1.0, 0.0, 2.0]])
+    made = make_processors(ResolvedOptions(do_sample=True, top_k=1, repetition_penalty=1.5), [only_even])
+    assert [processor.name for processor in made] == ["repetition_penalty", "only_even", "top_k"]
+    processed = process(logits, [History([0], [1]), History([1])], made)
+    assert processed.tolist() == [[2.0, -_INF, -_INF], [-_INF, -_INF, 2.0]]
+    assert seen == [[0, 1], [1]]
+    assert logits.tolist() == [[3.0, 4.0, 1.0], [1.0, 0.0, 2.0]]
+
+
+@pytest.mark.parametrize("returned", [None, torch.zeros(2)], ids=["None", "shape"])
+def test_a_function_that_returns_something_else_is_named(returned):
+    def broken(*_):
+        return returned
+
+    with pytest.raises(ConfigError, match=r"the processor broken returned .*: expected the logits of one row"):
+        process(torch.zeros(1, 3), [History([1])], make_processors(ResolvedOptions(), [broken]))
+
+
+def test_excluding_everything_is_an_error_that_names_the_options():
+    made = make_processors(ResolvedOptions(suppress_tokens=(0, 1), eos_token_ids=(2,), min_new_tokens=2))
+    rows = [History([0], [1, 1]), History([0], [1])]
+    filtered = process(torch.zeros(2, 3), rows, made)
+    with pytest.raises(ConfigError, match="after 1 tokens .* --min-new-tokens, --suppress-tokens leave no token"):
+        check_some_left(filtered, rows, made)
+    check_some_left(filtered[:1], rows[:1], made)
 
 
 def test_ids_that_the_head_cannot_give_are_passed_over():

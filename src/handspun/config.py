@@ -197,11 +197,52 @@ class GenerationOptions:
     min_p: float | None = None
     """Sample from tokens at least this share as probable as the best (default 0, off)."""
 
+    typical_p: float | None = None
+    """Sample from the tokens whose surprise is nearest the expected one, until their probability reaches this
+    (default 1.0, off)."""
+
     repetition_penalty: float | None = None
     """Divides (or multiplies, if negative) logits of tokens in prompt and output (default 1.0, off)."""
 
+    repetition_penalty_exempt: Literal["none", "template"] | None = None
+    """"template" spares what the chat template wrote, and every added token, so that structure is not penalised
+    (default "none", as in transformers)."""
+
+    presence_penalty: float | None = None
+    """Taken off the logits of tokens that the output has already (-2 to 2, default 0, off)."""
+
+    frequency_penalty: float | None = None
+    """Taken off a token's logit once for every time the output has it already (-2 to 2, default 0, off)."""
+
     no_repeat_ngram_size: int | None = None
     """No run of so many tokens occurs twice in prompt and output (default 0, off)."""
+
+    logit_bias: dict[str, float] | None = None
+    """Added to the logits of token ids, as in --logit-bias.42=-100 or --logit-bias '{"42": -100}'."""
+
+    sequence_bias: dict[str, float] | None = None
+    """The same for the last of several ids ("42 7") where the others come before it."""
+
+    bad_words: tuple[str, ...] | None = None
+    """Texts that are not to be generated, at the start of a word or behind a space."""
+
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
+    """The same as token ids; several ids are one run."""
+
+    suppress_tokens: tuple[int, ...] | None = None
+    """Token ids that are never generated."""
+
+    begin_suppress_tokens: tuple[int, ...] | None = None
+    """Token ids that no answer begins with."""
+
+    json_schema: str | dict[str, Any] | None = None
+    """Answers are JSON of this schema, given as JSON or as a file's name."""
+
+    regex: str | None = None
+    """Answers match this regular expression as a whole (Rust's syntax, without look-around)."""
+
+    choice: tuple[str, ...] | None = None
+    """Answers are one of these texts."""
 
     num_beams: int | None = None
     """Beams of a beam search (default 1, off)."""
@@ -228,6 +269,12 @@ class GenerationOptions:
         if problems:
             raise ConfigError(problems)
 
+
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+"""Options that only change what is sampled."""
+
+CONSTRAINTS = ("json_schema", "regex", "choice")
+"""Options that say what a whole answer is; one of them at a time."""
 
 # name: (lowest, highest, is the lowest itself allowed, is the highest itself allowed)
 _DATA_RANGES: dict[str, tuple[float, float, bool, bool]] = {
@@ -256,6 +303,9 @@ _GENERATION_RANGES: dict[str, tuple[float, float, bool, bool]] = {
     "top_k": (0, float("inf"), True, False),
     "top_p": (0, 1, False, True),
     "min_p": (0, 1, True, True),
+    "typical_p": (0, 1, False, True),
+    "presence_penalty": (-2, 2, True, True),
+    "frequency_penalty": (-2, 2, True, True),
     "repetition_penalty": (0, float("inf"), False, False),
     "no_repeat_ngram_size": (0, float("inf"), True, False),
     "num_beams": (1, float("inf"), True, False),
@@ -288,11 +338,7 @@ def _exclusions(options: GenerationOptions) -> list[str]:
     """Options that the user gave and that cannot be had together, each with the remedy."""
     problems = []
     beams, sample = options.num_beams or 1, options.do_sample
-    sampling = [
-        option_name(name)
-        for name in ("temperature", "top_k", "top_p", "min_p")
-        if getattr(options, name) is not None
-    ]
+    sampling = [option_name(name) for name in SAMPLING_OPTIONS if getattr(options, name) is not None]
     if beams > 1 and sample:
         problems.append(
             f"--num-beams {beams} and --do-sample exclude each other: a beam search takes the most probable "
@@ -305,6 +351,9 @@ def _exclusions(options: GenerationOptions) -> list[str]:
             f"{', '.join(sampling)} only {verb} what is sampled, and {other} does not sample. "
             f"Leave {'it' if len(sampling) == 1 else 'them'} out, or use --do-sample without beams."
         )
+    constraints = [option_name(name) for name in CONSTRAINTS if getattr(options, name) is not None]
+    if len(constraints) > 1:
+        problems.append(f"{' and '.join(constraints)} exclude each other: each says what a whole answer is.")
     for name in ("length_penalty", "early_stopping"):
         if getattr(options, name) is not None and beams == 1:
             problems.append(f"{option_name(name)} belongs to beam search: give --num-beams 2 or more with it.")
@@ -326,4 +375,13 @@ def _exclusions(options: GenerationOptions) -> list[str]:
     return problems
 
 
-__all__ = ["DataConfig", "DataFormat", "GenerationOptions", "TrainConfig", "Weights", "option_name"]
+__all__ = [
+    "CONSTRAINTS",
+    "SAMPLING_OPTIONS",
+    "DataConfig",
+    "DataFormat",
+    "GenerationOptions",
+    "TrainConfig",
+    "Weights",
+    "option_name",
+]

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from handspun.decoding.constraint import make_constraint
 from handspun.decoding.detokenize import Vocabulary
 from handspun.decoding.options import ResolvedOptions
-from handspun.decoding.processors import Processor, make_processors
+from handspun.decoding.processors import Function, Processor, make_processors
 from handspun.decoding.results import FinishReason, GenerationChunk, GenerationResult
 from handspun.decoding.stop import AnswerText
 from handspun.decoding.tool_calls import parse_tool_calls
@@ -29,11 +30,16 @@ class Job:
     batch_size: int
     max_batch_tokens: int
     should_stop: Callable[[], bool]
+    functions: tuple[Function, ...] = ()
+    """The user's own processors."""
+    penalised: list[list[int]] | None = None
+    """Tokens of each prompt that the repetition penalty counts, if not all."""
 
     @cached_property
     def processors(self) -> tuple[Processor, ...]:
-        """What the options ask to be done to logits."""
-        return make_processors(self.options)
+        """What the options ask to be done to logits. Raises ConfigError for a constraint that cannot be met."""
+        constraint = make_constraint(self.options, self.model.tokenizer)
+        return make_processors(self.options, self.functions, constraint)
 
 
 @dataclass
@@ -62,6 +68,11 @@ class Answer:
     def most_tokens(self) -> int:
         """Of prompt and answer, once it is as long as it may get."""
         return len(self.prompt_token_ids) + self.job.limits[self.prompt_index]
+
+    @property
+    def penalised_prompt_ids(self) -> list[int]:
+        """Those of the prompt's tokens that the repetition penalty counts."""
+        return (self.job.penalised or self.job.prompts)[self.prompt_index]
 
     def copy(self) -> "Answer":
         """The same answer, to go on from in another way."""

@@ -24,12 +24,14 @@ from handspun.decoding.decode import feed_prompt
 from handspun.decoding.engine import Engine, Feed
 from handspun.decoding.engines import make_engine
 from handspun.decoding.lean_engine import LeanEngine
-from handspun.decoding.processors import process
+from handspun.decoding.processors import nothing_left, process
 from handspun.decoding.results import GenerationResult
 from handspun.decoding.tree import Beams, ForkedBeams, TreeBeams
 
 _NEVER = -1e9
 """Added to a score that is not to win; transformers' value."""
+_UNREAL = _NEVER / 2
+"""Scores below are of beams that repeat others, or that processors exclude: no answers."""
 
 
 @dataclass
@@ -90,10 +92,13 @@ class Search:
         return best_possible <= self.hypotheses[-1][0]
 
     def results(self) -> list[GenerationResult]:
-        """The best answers; after a cancellation, filled up with unfinished beams."""
+        """The best answers; after a cancellation, filled up with unfinished beams. Fewer than asked for if a
+        constraint has no more. Raises ConfigError if there is none."""
         for beam in self.beams if not self.done else []:
             beam.finish("cancelled")
         answers = [answer for _, answer in self.hypotheses] + ([] if self.done else self.beams)
+        if not answers:
+            raise nothing_left(self.beams[0], self.job.processors)
         best = answers[: self.job.options.num_return_sequences]
         return [replace(answer, return_index=i).result() for i, answer in enumerate(best)]
 
@@ -164,12 +169,13 @@ def _settle(
     options, length = search.job.options, search.length + 1
     candidates = _candidates(search, parents, tokens, logprobs)
     has_ended = [candidate.finish_reason is not None for candidate in candidates]
-    best = [i for i in range(options.num_beams) if has_ended[i]]
+    best = [i for i in range(options.num_beams) if has_ended[i] and top[i] > _UNREAL]
     search.keep([(top[i] / length**options.length_penalty, candidates[i]) for i in best])
     penalised = torch.tensor(top) + torch.tensor(has_ended) * _NEVER
     running, order = (values.tolist() for values in penalised.topk(options.num_beams))
     search.scores, search.beams = running, [candidates[i] for i in order]
-    search.done = all(has_ended) or search.has_ended(running[0], length)
+    nothing_goes_on = all(has_ended) or running[0] <= _UNREAL
+    search.done = nothing_goes_on or search.has_ended(running[0], length)
     assert search.kept is not None
     if search.done:
         search.kept.free()

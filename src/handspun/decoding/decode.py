@@ -10,7 +10,7 @@ from torch import Tensor
 from handspun.decoding.answer import Answer, Job
 from handspun.decoding.engine import Engine, Feed
 from handspun.decoding.engines import make_engine
-from handspun.decoding.processors import process
+from handspun.decoding.processors import check_some_left, process
 from handspun.decoding.results import GenerationChunk
 from handspun.decoding.sampling import choose, stream_of
 
@@ -99,7 +99,9 @@ def _step(engine: Engine, running: Sequence[Running], joining: Sequence[Answer])
 
 def _next_tokens(logits: Tensor, answers: Sequence[Answer], job: Job) -> tuple[Tensor, Sequence[float | None]]:
     """(answers, vocab) -> the next token of each answer, (answers,), and their log-probabilities if wanted."""
-    tokens = choose(process(logits, answers, job.processors), draws=_draws(answers, job))
+    filtered = process(logits, answers, job.processors)
+    check_some_left(filtered, answers, job.processors)
+    tokens = choose(filtered, draws=_draws(answers, job))
     if not job.logprobs:
         return tokens, [None] * len(answers)
     return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].tolist()

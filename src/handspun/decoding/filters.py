@@ -5,10 +5,19 @@ ids of its own length.
 """
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+Bias = tuple[tuple[int, ...], float]
+"""A run of token ids, and what its last token's logit gets added where the others come before it."""
+
+_FEW = 1024
+"""Tokens that top_p looks at before it sorts them all."""
+_ROUNDING = 1e-5
+"""More than two ways of adding up the probabilities of a vocabulary can differ by in float32."""
 
 
 def repetition_penalty(logits: Tensor, seen: Sequence[Iterable[int]], penalty: float) -> Tensor:
@@ -17,6 +26,36 @@ def repetition_penalty(logits: Tensor, seen: Sequence[Iterable[int]], penalty: f
     places = _places(logits, [set(tokens) for tokens in seen])
     values = logits[places]
     return logits.index_put(places, torch.where(values < 0, values * penalty, values / penalty))
+
+
+def presence_penalty(logits: Tensor, generated: Sequence[Iterable[int]], penalty: float) -> Tensor:
+    """Takes the penalty off the logits of tokens that each row has generated (OpenAI's API, vLLM)."""
+    places = _places(logits, [set(tokens) for tokens in generated])
+    return logits.index_put(places, logits[places] - penalty)
+
+
+def frequency_penalty(logits: Tensor, generated: Sequence[Iterable[int]], penalty: float) -> Tensor:
+    """Takes the penalty off a token's logit once for every time that its row has generated it (OpenAI's API,
+    vLLM)."""
+    counts = [Counter(tokens) for tokens in generated]
+    places = _places(logits, counts)
+    times = [n for row in counts for token, n in row.items() if token < logits.shape[-1]]
+    return logits.index_put(places, logits[places] - penalty * logits.new_tensor(times))
+
+
+def sequence_bias(logits: Tensor, histories: Sequence[list[int]], biases: Iterable[Bias]) -> Tensor:
+    """Adds a bias to the last token of a sequence where a row's history ends with the tokens before it; for a
+    sequence of one token, always. The biases of sequences that end alike add up."""
+    added: list[dict[int, float]] = []
+    for history in histories:
+        row: dict[int, float] = {}
+        for (*before, last), bias in biases:
+            if not before or history[-len(before) :] == before:
+                row[last] = row.get(last, 0.0) + bias
+        added.append(row)
+    places = _places(logits, added)
+    values = [bias for row in added for token, bias in row.items() if token < logits.shape[-1]]
+    return logits.index_put(places, logits[places] + logits.new_tensor(values))
 
 
 def no_repeat_ngram(logits: Tensor, histories: Sequence[list[int]], size: int) -> Tensor:
@@ -42,7 +81,26 @@ def top_k(logits: Tensor, k: int) -> Tensor:
 
 def top_p(logits: Tensor, p: float) -> Tensor:
     """Keeps the most probable tokens up to a probability of p in sum, and at least one
-    (https://arxiv.org/abs/1904.09751). Summed from the least probable on, as transformers does."""
+    (https://arxiv.org/abs/1904.09751).
+
+    Gives what `top_p_by_sorting` gives, without sorting the whole vocabulary where the tokens that can be kept are
+    among the best few and rounding cannot matter.
+    """
+    if logits.shape[-1] <= _FEW:
+        return top_p_by_sorting(logits, p)
+    best, index = logits.topk(_FEW)  # (rows, few), the best first
+    mass = logits.softmax(-1).gather(-1, index).double()
+    rest = 1 - mass.cumsum(-1) + mass  # what each of them and all behind it have
+    kept = (rest > 1 - p).sum(-1, keepdim=True).clamp(min=1)
+    last, next_one = best.gather(-1, kept - 1), best.gather(-1, kept.clamp(max=_FEW - 1))
+    unclear = (kept == _FEW) | (last == next_one) | ((rest - (1 - p)).abs() < _ROUNDING).any(-1, keepdim=True)
+    filtered = logits.masked_fill(logits < last, -math.inf)
+    again = unclear[:, 0].nonzero()[:, 0]
+    return filtered.index_copy(0, again, top_p_by_sorting(logits[again], p)) if len(again) else filtered
+
+
+def top_p_by_sorting(logits: Tensor, p: float) -> Tensor:
+    """`top_p` in its plain form, summed from the least probable on, as transformers does it."""
     ascending, order = logits.sort(-1)
     removed = ascending.softmax(-1).cumsum(-1) <= 1 - p
     removed[..., -1] = False
@@ -54,6 +112,19 @@ def min_p(logits: Tensor, share: float) -> Tensor:
     probabilities = logits.softmax(-1)
     best = probabilities.amax(-1, keepdim=True)
     return logits.masked_fill(probabilities < share * best, -math.inf)
+
+
+def typical_p(logits: Tensor, mass: float) -> Tensor:
+    """Keeps the tokens whose surprise is nearest the entropy, until their probability reaches mass, ties kept
+    (https://arxiv.org/abs/2202.00666)."""
+    logprobs = logits.log_softmax(-1)
+    entropy = -(logprobs * logprobs.exp()).nansum(-1, keepdim=True)
+    distance, order = (-logprobs - entropy).abs().sort(-1)
+    reached = (logits.gather(-1, order).softmax(-1).cumsum(-1) < mass).sum(-1, keepdim=True)
+    farthest = distance.gather(-1, reached.clamp(max=logits.shape[-1] - 1))
+    removed = distance > farthest
+    removed[..., 0] = False
+    return logits.masked_fill(removed.scatter(-1, order, removed), -math.inf)
 
 
 def _completions(history: list[int], size: int) -> set[int]:
@@ -75,4 +146,18 @@ def _places(logits: Tensor, tokens: Sequence[Collection[int]]) -> tuple[Tensor, 
     return rows, columns
 
 
-__all__ = ["forbid", "min_p", "no_repeat_ngram", "repetition_penalty", "temperature", "top_k", "top_p"]
+__all__ = [
+    "Bias",
+    "forbid",
+    "frequency_penalty",
+    "min_p",
+    "no_repeat_ngram",
+    "presence_penalty",
+    "repetition_penalty",
+    "sequence_bias",
+    "temperature",
+    "top_k",
+    "top_p",
+    "top_p_by_sorting",
+    "typical_p",
+]

@@ -16,7 +16,8 @@ from handspun.decoding.beam import beam_search
 from handspun.decoding.decode import decode
 from handspun.decoding.detokenize import vocabulary
 from handspun.decoding.options import ResolvedOptions, resolve
-from handspun.decoding.prompts import Prompt, as_prompts, context_length, encode_prompts
+from handspun.decoding.processors import Function
+from handspun.decoding.prompts import Prompt, as_prompts, context_length, encode_prompts, said_in
 from handspun.decoding.results import GenerationChunk, GenerationResult
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
@@ -34,6 +35,7 @@ def generate(
     chat: bool = True,
     system_prompt: str | None = None,
     tools: list[dict[str, Any]] | None = None,
+    processors: Sequence[Function] = (),
     logprobs: bool = False,
     batch_size: int = 32,
     max_batch_tokens: int = 32768,
@@ -46,6 +48,8 @@ def generate(
     prompts: one or several; a string is a user message, a list of messages a conversation. With chat=False,
         a string is plain text.
     options: GenerationOptions; single ones can also be given by their names (`temperature=0.7`).
+    processors: functions of your own, (logits, token_ids) -> logits: of one row, (vocab,), with the ids of its
+        prompt and output so far. They come behind the penalties, before the constraint and what sampling has.
     logprobs: also give each token's log-probability in the model's own distribution.
     batch_size: most answers (or beams) that are decoded at a time; it does not change them. One that has ended
         makes room for the next.
@@ -57,8 +61,9 @@ def generate(
     Raises ConfigError, DataError, TemplateError.
     """
     job = _job(
-        model, prompts, options, given, chat=chat, system_prompt=system_prompt, tools=tools, logprobs=logprobs,
-        batch_size=batch_size, max_batch_tokens=max_batch_tokens, notice=notice, should_stop=should_stop,
+        model, prompts, options, given, chat=chat, system_prompt=system_prompt, tools=tools,
+        processors=processors, logprobs=logprobs, batch_size=batch_size, max_batch_tokens=max_batch_tokens,
+        notice=notice, should_stop=should_stop,
     )  # fmt: skip
     return answer_all(job)
 
@@ -71,6 +76,7 @@ def stream(
     chat: bool = True,
     system_prompt: str | None = None,
     tools: list[dict[str, Any]] | None = None,
+    processors: Sequence[Function] = (),
     logprobs: bool = False,
     batch_size: int = 32,
     max_batch_tokens: int = 32768,
@@ -83,8 +89,9 @@ def stream(
     Raises ConfigError for a beam search, besides generate's errors, at once and not at the first chunk.
     """
     job = _job(
-        model, prompts, options, given, chat=chat, system_prompt=system_prompt, tools=tools, logprobs=logprobs,
-        batch_size=batch_size, max_batch_tokens=max_batch_tokens, notice=notice, should_stop=should_stop,
+        model, prompts, options, given, chat=chat, system_prompt=system_prompt, tools=tools,
+        processors=processors, logprobs=logprobs, batch_size=batch_size, max_batch_tokens=max_batch_tokens,
+        notice=notice, should_stop=should_stop,
     )  # fmt: skip
     if job.options.num_beams > 1:
         raise ConfigError(
@@ -103,6 +110,7 @@ def _job(
     chat: bool,
     system_prompt: str | None,
     tools: list[dict[str, Any]] | None,
+    processors: Sequence[Function],
     logprobs: bool,
     batch_size: int,
     max_batch_tokens: int,
@@ -117,9 +125,8 @@ def _job(
     _check_seeds(resolved, len(several))
     encoded = encode_prompts(model, several, chat=chat, system_prompt=system_prompt, tools=tools)
     limits = _limits(model, encoded, resolved.max_new_tokens, notices)
-    for text in notices:
-        notice(text)
-    return Job(
+    spares = chat and resolved.repetition_penalty_exempt == "template"
+    job = Job(
         model=model,
         options=resolved,
         vocabulary=vocabulary(model.tokenizer),
@@ -130,7 +137,13 @@ def _job(
         batch_size=batch_size,
         max_batch_tokens=max_batch_tokens,
         should_stop=should_stop or (lambda: False),
+        functions=tuple(processors),
+        penalised=said_in(model, several, system_prompt=system_prompt, tools=tools) if spares else None,
     )
+    _ = job.processors  # a constraint that cannot be met is said before anything is decoded
+    for text in notices:
+        notice(text)
+    return job
 
 
 def _with_given(options: GenerationOptions | None, given: dict[str, Any]) -> GenerationOptions:

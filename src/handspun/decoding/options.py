@@ -1,12 +1,13 @@
 """Options made concrete: what the user gave, then the model's generation_config, then the defaults."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from torch import Tensor
 
-from handspun.config import GenerationOptions, option_name
+from handspun.config import CONSTRAINTS, SAMPLING_OPTIONS, GenerationOptions, option_name
+from handspun.decoding.filters import Bias
+from handspun.decoding.values import concrete
 from handspun.errors import ConfigError
 from handspun.models.end_of_turn import eos_token_ids
 from handspun.models.load import ChatModel
@@ -23,8 +24,22 @@ class ResolvedOptions:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
+    repetition_penalty_exempt: Literal["none", "template"] = "none"
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
+    logit_bias: tuple[Bias, ...] = ()
+    sequence_bias: tuple[Bias, ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    """Those of bad_words among them."""
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    json_schema: str | None = None
+    """As JSON."""
+    regex: str | None = None
+    choice: tuple[str, ...] = ()
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
@@ -35,17 +50,19 @@ class ResolvedOptions:
     """Tokens that end an answer."""
     pad_token_id: int = 0
     """What fills the left of shorter prompts; the mask, not this id, says what is padding."""
+    unpenalised_ids: frozenset[int] = frozenset()
+    """Tokens that the repetition penalty spares."""
 
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(ResolvedOptions)}
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 _BEAMS = ("length_penalty", "early_stopping")
-_ANY = ("max_new_tokens", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "stop_strings")
+_ANY = (
+    "max_new_tokens", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "sequence_bias",
+    "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "stop_strings",
+)  # fmt: skip
 # settings of a generation_config that change what transformers generates and that have no counterpart here,
 # with the value at which they do nothing
 _NOT_TAKEN: dict[str, Any] = {
-    "bad_words_ids": None,
-    "begin_suppress_tokens": None,
     "diversity_penalty": 0.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
@@ -56,10 +73,7 @@ _NOT_TAKEN: dict[str, Any] = {
     "max_length": 20,
     "min_length": 0,
     "num_beam_groups": 1,
-    "sequence_bias": None,
-    "suppress_tokens": None,
     "top_h": None,
-    "typical_p": 1.0,
     "watermarking_config": None,
 }
 
@@ -70,17 +84,19 @@ def resolve(given: GenerationOptions, model: ChatModel, *, chat: bool) -> tuple[
     Raises ConfigError if what the user gave has no effect or cannot be done.
     """
     chosen = {field.name: getattr(given, field.name) for field in fields(given)}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    if "stop_strings" in chosen:
-        chosen["stop_strings"] = stop_tuple(chosen["stop_strings"])
-    own = _settings_of(model, (*_ANY, *_SAMPLING, *_BEAMS, "do_sample", "num_beams", "num_return_sequences"))
+    chosen = concrete({name: value for name, value in chosen.items() if value is not None}, model.tokenizer)
+    own = _settings_of(
+        model, (*_ANY, *SAMPLING_OPTIONS, *_BEAMS, "do_sample", "num_beams", "num_return_sequences")
+    )
     taken = {name: value for name, value in _taken(chosen, own).items() if value != _DEFAULTS[name]}
     _check_taken(taken, _strategy(chosen, own))
-    defaults = {"stop_strings": _default_stop_strings(model) if chat else ()}
+    constrained = any(name in chosen for name in CONSTRAINTS)
+    defaults = {"stop_strings": _default_stop_strings(model) if chat and not constrained else ()}
     options = ResolvedOptions(
         **{**defaults, **taken, **chosen, **_strategy(chosen, own)},
         eos_token_ids=_eos_token_ids(model, chat=chat),
         pad_token_id=_pad_token_id(model),
+        unpenalised_ids=_unpenalised_ids(chosen, model),
     )
     _check(options, chosen)
     return options, _notices(taken, model, options)
@@ -91,9 +107,7 @@ def _settings_of(model: ChatModel, names: tuple[str, ...]) -> dict[str, Any]:
     there, and so left out."""
     config = model.model.generation_config
     values: dict[str, Any] = {name: getattr(config, name, None) for name in names}
-    if values.get("stop_strings") is not None:
-        values["stop_strings"] = stop_tuple(values["stop_strings"])
-    return {name: value for name, value in values.items() if value is not None}
+    return concrete({name: value for name, value in values.items() if value is not None}, model.tokenizer)
 
 
 def _strategy(chosen: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +123,7 @@ def _taken(chosen: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """What is taken over from the model: what the user did not give, and only what has an effect."""
     strategy = _strategy(chosen, own)
     names: tuple[str, ...] = (*_ANY, "do_sample", "num_beams")
-    names += _SAMPLING if strategy["do_sample"] else ()
+    names += SAMPLING_OPTIONS if strategy["do_sample"] else ()
     names += _BEAMS if strategy["num_beams"] > 1 else ()
     values = {**own, **strategy}
     if strategy["do_sample"] or own.get("num_return_sequences", 1) <= strategy["num_beams"]:
@@ -133,7 +147,7 @@ def _check_taken(taken: dict[str, Any], strategy: dict[str, Any]) -> None:
 
 def _check(options: ResolvedOptions, chosen: dict[str, Any]) -> None:
     problems = []
-    idle = [option_name(name) for name in _SAMPLING if name in chosen]
+    idle = [option_name(name) for name in SAMPLING_OPTIONS if name in chosen]
     if idle and not options.do_sample:
         problems.append(
             f"{', '.join(idle)} only change what is sampled, and nothing is sampled here: neither the "
@@ -145,6 +159,11 @@ def _check(options: ResolvedOptions, chosen: dict[str, Any]) -> None:
             f"--num-return-sequences {returned} needs as many different answers, and there is "
             f"{'one greedy answer' if options.num_beams == 1 else f'only --num-beams {options.num_beams}'}. "
             f"Add --do-sample, or --num-beams {returned}."
+        )
+    if options.repetition_penalty_exempt == "template" and options.repetition_penalty == 1.0:
+        problems.append(
+            "--repetition-penalty-exempt spares tokens of a repetition penalty, and there is none here. Add "
+            "--repetition-penalty 1.1, say."
         )
     if "" in options.stop_strings:
         problems.append(
@@ -177,6 +196,11 @@ def _default_stop_strings(model: ChatModel) -> tuple[str, ...]:
     return model.template.end_of_turn, "\nUser:"
 
 
+def _unpenalised_ids(chosen: dict[str, Any], model: ChatModel) -> frozenset[int]:
+    exempt = chosen.get("repetition_penalty_exempt") == "template"
+    return frozenset(model.tokenizer.added_tokens_decoder) if exempt else frozenset()
+
+
 def _eos_token_ids(model: ChatModel, *, chat: bool) -> tuple[int, ...]:
     eos = eos_token_ids(model.model)
     if not eos and model.tokenizer.eos_token_id is not None:
@@ -197,9 +221,4 @@ def _pad_token_id(model: ChatModel) -> int:
     return 0
 
 
-def stop_tuple(stop_strings: str | Iterable[str]) -> tuple[str, ...]:
-    """One stop string, or several, as a tuple."""
-    return (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
-
-
-__all__ = ["ResolvedOptions", "resolve", "stop_tuple"]
+__all__ = ["ResolvedOptions", "resolve"]

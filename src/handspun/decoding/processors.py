@@ -4,14 +4,22 @@ The order is transformers' (`_get_logits_processor` of generation/utils.py, 5.23
 pure functions (`filters.py`).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from handspun.config import option_name
 from handspun.decoding import filters
+from handspun.decoding.constraint import Constraint
 from handspun.decoding.options import ResolvedOptions
+from handspun.errors import ConfigError
+
+Function = Callable[[Tensor, list[int]], Tensor]
+"""A user's processor: one row's logits, (vocab,), and the ids of its prompt and output -> its logits."""
 
 
 class Row(Protocol):
@@ -20,6 +28,10 @@ class Row(Protocol):
     @property
     def prompt_token_ids(self) -> list[int]:
         """What the model has read."""
+
+    @property
+    def penalised_prompt_ids(self) -> list[int]:
+        """Those of them that the repetition penalty counts."""
 
     @property
     def token_ids(self) -> list[int]:
@@ -32,6 +44,11 @@ class History:
 
     prompt_token_ids: list[int]
     token_ids: list[int] = field(default_factory=list)
+
+    @property
+    def penalised_prompt_ids(self) -> list[int]:
+        """All of the prompt."""
+        return self.prompt_token_ids
 
 
 class Processor(NamedTuple):
@@ -49,38 +66,105 @@ def process(logits: Tensor, rows: Sequence[Row], processors: Sequence[Processor]
     return logits
 
 
-def make_processors(options: ResolvedOptions) -> tuple[Processor, ...]:
-    """The processors that the options ask for, in transformers' order: made once, used at every step."""
-    found = [*_for_all(options), *(_for_sampling(options) if options.do_sample else [])]
-    return tuple(made for made in found if getattr(options, made.name) != getattr(_OFF, made.name))
+def check_some_left(filtered: Tensor, rows: Sequence[Row], processors: Sequence[Processor]) -> None:
+    """Raises ConfigError if the processors have left a row no token at all."""
+    if processors:
+        left = (filtered > -math.inf).any(-1).tolist()
+        if not all(left):
+            raise nothing_left(rows[left.index(False)], processors)
 
 
-def _for_all(options: ResolvedOptions) -> list[Processor]:
-    """What greedy decoding, sampling and beam search have in common."""
-    penalty, size, wanted = options.repetition_penalty, options.no_repeat_ngram_size, options.min_new_tokens
-    eos = options.eos_token_ids
+def nothing_left(row: Row, processors: Sequence[Processor]) -> ConfigError:
+    """The error for an answer that cannot go on."""
+    names = ", ".join(option_name(processor.name) for processor in processors)
+    return ConfigError(
+        f"after {len(row.token_ids)} tokens of an answer, {names} leave no token to go on with: together they "
+        "exclude everything. Leave one of them out, or relax it."
+    )
+
+
+def make_processors(
+    options: ResolvedOptions, functions: Sequence[Function] = (), constraint: Constraint | None = None
+) -> tuple[Processor, ...]:
+    """The processors that the options ask for, in transformers' order: made once, used at every step.
+
+    functions: the user's own, (logits of one row, its prompt and output) -> logits; they come behind the others
+    and before those of sampling.
+    """
+    found = [*_penalties(options), *_exclusions(options)]
+    warpers = _for_sampling(options) if options.do_sample else []
+    own = [Processor(_name_of(function), _row_by_row(function)) for function in functions]
+    if constraint is not None:
+        own.append(Processor(constraint.name, lambda logits, rows: constraint.apply(logits, _generated(rows))))
+    return (*_asked_for(found, options), *own, *_asked_for(warpers, options))
+
+
+def _asked_for(processors: list[Processor], options: ResolvedOptions) -> list[Processor]:
+    return [made for made in processors if getattr(options, made.name) != getattr(_OFF, made.name)]
+
+
+def _penalties(options: ResolvedOptions) -> list[Processor]:
+    o = options
     return [
         Processor(
-            "repetition_penalty",
-            lambda logits, rows: filters.repetition_penalty(logits, _histories(rows), penalty),
+            "logit_bias", lambda logits, rows: filters.sequence_bias(logits, _histories(rows), o.logit_bias)
         ),
         Processor(
-            "no_repeat_ngram_size", lambda logits, rows: filters.no_repeat_ngram(logits, _histories(rows), size)
+            "sequence_bias", lambda logits, rows: filters.sequence_bias(logits, _histories(rows), o.sequence_bias)
+        ),
+        Processor(
+            "repetition_penalty",
+            lambda logits, rows: filters.repetition_penalty(logits, _penalised(rows, o), o.repetition_penalty),
+        ),
+        Processor(
+            "presence_penalty",
+            lambda logits, rows: filters.presence_penalty(logits, _generated(rows), o.presence_penalty),
+        ),
+        Processor(
+            "frequency_penalty",
+            lambda logits, rows: filters.frequency_penalty(logits, _generated(rows), o.frequency_penalty),
+        ),
+    ]
+
+
+def _exclusions(options: ResolvedOptions) -> list[Processor]:
+    o = options
+    bad_words = [(ids, -math.inf) for ids in o.bad_words_ids if ids not in [(eos,) for eos in o.eos_token_ids]]
+    return [
+        Processor(
+            "no_repeat_ngram_size",
+            lambda logits, rows: filters.no_repeat_ngram(logits, _histories(rows), o.no_repeat_ngram_size),
+        ),
+        Processor(
+            "bad_words_ids", lambda logits, rows: filters.sequence_bias(logits, _histories(rows), bad_words)
         ),
         Processor(
             "min_new_tokens",
-            lambda logits, rows: filters.forbid(logits, eos, [len(row.token_ids) < wanted for row in rows]),
+            lambda logits, rows: filters.forbid(
+                logits, o.eos_token_ids, [len(row.token_ids) < o.min_new_tokens for row in rows]
+            ),
+        ),
+        Processor(
+            "suppress_tokens", lambda logits, rows: filters.forbid(logits, o.suppress_tokens, [True] * len(rows))
+        ),
+        Processor(
+            "begin_suppress_tokens",
+            lambda logits, rows: filters.forbid(
+                logits, o.begin_suppress_tokens, [not row.token_ids for row in rows]
+            ),
         ),
     ]
 
 
 def _for_sampling(options: ResolvedOptions) -> list[Processor]:
     """What changes draws only."""
+    o = options
     return [
-        Processor("temperature", lambda logits, _: filters.temperature(logits, options.temperature)),
-        Processor("top_k", lambda logits, _: filters.top_k(logits, options.top_k)),
-        Processor("top_p", lambda logits, _: filters.top_p(logits, options.top_p)),
-        Processor("min_p", lambda logits, _: filters.min_p(logits, options.min_p)),
+        Processor("temperature", lambda logits, _: filters.temperature(logits, o.temperature)),
+        Processor("top_k", lambda logits, _: filters.top_k(logits, o.top_k)),
+        Processor("top_p", lambda logits, _: filters.top_p(logits, o.top_p)),
+        Processor("min_p", lambda logits, _: filters.min_p(logits, o.min_p)),
+        Processor("typical_p", lambda logits, _: filters.typical_p(logits, o.typical_p)),
     ]
 
 
@@ -88,7 +172,48 @@ def _histories(rows: Sequence[Row]) -> list[list[int]]:
     return [row.prompt_token_ids + row.token_ids for row in rows]
 
 
+def _generated(rows: Sequence[Row]) -> list[list[int]]:
+    return [row.token_ids for row in rows]
+
+
+def _penalised(rows: Sequence[Row], options: ResolvedOptions) -> list[set[int]]:
+    spared = options.unpenalised_ids
+    return [{*row.penalised_prompt_ids, *row.token_ids} - spared for row in rows]
+
+
+def _name_of(function: Function) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _row_by_row(function: Function) -> Callable[[Tensor, Sequence[Row]], Tensor]:
+    def apply(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+        made = []
+        for row, ids in zip(
+            logits.clone(), _histories(rows), strict=True
+        ):  # what it writes in place stays its own
+            new = function(row, ids)
+            if not isinstance(new, Tensor) or new.shape != row.shape:
+                found = f"a tensor of shape {tuple(new.shape)}" if isinstance(new, Tensor) else repr(new)[:60]
+                raise ConfigError(
+                    f"the processor {_name_of(function)} returned {found}: expected the logits of one row, a "
+                    f"tensor of shape {tuple(row.shape)}."
+                )
+            made.append(new)
+        return torch.stack(made).to(logits)
+
+    return apply
+
+
 _OFF = ResolvedOptions()
 """Every option at the value at which it does nothing."""
 
-__all__ = ["History", "Processor", "Row", "make_processors", "process"]
+__all__ = [
+    "Function",
+    "History",
+    "Processor",
+    "Row",
+    "check_some_left",
+    "make_processors",
+    "nothing_left",
+    "process",
+]

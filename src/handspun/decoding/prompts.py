@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from handspun.data.conversations import Message
+from handspun.data.said import said_ids
 from handspun.errors import ConfigError, DataError
 from handspun.models.load import ChatModel
 
@@ -44,6 +45,14 @@ def encode_prompts(
         _check_length(model, ids, number)
         encoded.append(ids)
     return encoded
+
+
+def said_in(
+    model: ChatModel, prompts: list[Prompt], *, system_prompt: str | None, tools: list[dict[str, Any]] | None
+) -> list[list[int]]:
+    """Of each chat prompt, the tokens that the template did not write."""
+    numbered = enumerate(prompts, start=1)
+    return [said_ids(model.template, _conversation(prompt, n, system_prompt), tools) for n, prompt in numbered]
 
 
 def context_length(model: ChatModel) -> int | None:
@@ -99,4 +108,4 @@ def _check_length(model: ChatModel, ids: list[int], number: int) -> None:
         )
 
 
-__all__ = ["Prompt", "as_prompts", "context_length", "encode_prompts"]
+__all__ = ["Prompt", "as_prompts", "context_length", "encode_prompts", "said_in"]
