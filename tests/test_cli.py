@@ -203,3 +203,16 @@ def test_answers_of_a_form_can_be_had_from_the_command_line(
     assert main([*command, "--regex", "(ab){3}", "--logit-bias.5=-3.5", "--bad-words", "joke"]) == 0
     assert capsys.readouterr().out == "ababab\n"
     assert "unclosed group" in fail(capsys, *command, "--regex", "a(b")
+
+
+def test_tokens_are_explained_in_a_table_or_in_json(capsys: pytest.CaptureFixture[str], tiny_folder: Path) -> None:
+    command = ["generate", "--model", str(tiny_folder), "Hi", "--choice", "yes", "--explain"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("yes\n")
+    assert "runner-up" in printed
+    assert "choice -3" in printed
+    assert main([*command, "--json"]) == 0
+    [*_, last] = json.loads(capsys.readouterr().out)["explanation"]
+    assert (last["left"], last["chosen"]["text"]) == (2, "<|im_end|>")  # of the two eos
+    assert [effect["processor"] for effect in last["effects"]] == ["choice"]

@@ -100,6 +100,7 @@ def generate(
     batch_size: int = 8,
     json: bool = False,
     logprobs: bool = False,
+    explain: bool = False,
 ) -> None:
     """Answer prompts: greedy, sampling (--do-sample) or beam search (--num-beams).
 
@@ -119,6 +120,9 @@ def generate(
         One JSON object a line: text, token ids, finish reason.
     logprobs
         Log-probability of each token, in the model's own distribution (with --json).
+    explain
+        How each token came to be: its rank and probability, what every processor did, what was left, the draw, the
+        runner-up; a table, or part of the --json. Not with beams.
     """
     from handspun.report.show import show_answers
 
@@ -132,6 +136,7 @@ def generate(
         batch_size=batch_size,
         as_json=json,
         logprobs=logprobs,
+        explain=explain,
     )
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from handspun.decoding.constraint import make_constraint
 from handspun.decoding.detokenize import Vocabulary
+from handspun.decoding.explain import Explanation
 from handspun.decoding.options import ResolvedOptions
 from handspun.decoding.processors import Function, Processor, make_processors
 from handspun.decoding.results import FinishReason, GenerationChunk, GenerationResult
@@ -34,6 +35,7 @@ class Job:
     """The user's own processors."""
     penalised: list[list[int]] | None = None
     """Tokens of each prompt that the repetition penalty counts, if not all."""
+    explain: bool = False
 
     @cached_property
     def processors(self) -> tuple[Processor, ...]:
@@ -52,6 +54,7 @@ class Answer:
     text: AnswerText
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    explanation: list[Explanation] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     @classmethod
@@ -115,6 +118,7 @@ class Answer:
             finish_reason=self.finish_reason,
             stop_string=self.text.stop_string,
             logprobs=self.logprobs if self.job.logprobs else None,
+            explanation=self.explanation if self.job.explain else None,
             prompt_index=self.prompt_index,
             return_index=self.return_index,
             tool_calls=parse_tool_calls(self.text.text)[1] if self.job.with_tools else [],

@@ -10,9 +10,10 @@ from torch import Tensor
 from handspun.decoding.answer import Answer, Job
 from handspun.decoding.engine import Engine, Feed
 from handspun.decoding.engines import make_engine
+from handspun.decoding.explain import explain
 from handspun.decoding.processors import check_some_left, process
 from handspun.decoding.results import GenerationChunk
-from handspun.decoding.sampling import choose, stream_of
+from handspun.decoding.sampling import choose, gumbel_noise, stream_of
 
 _PROMPT_TOKENS = 2048
 """Most tokens of prompts that go through in one step; a longer prompt goes in pieces."""
@@ -102,9 +103,22 @@ def _next_tokens(logits: Tensor, answers: Sequence[Answer], job: Job) -> tuple[T
     filtered = process(logits, answers, job.processors)
     check_some_left(filtered, answers, job.processors)
     tokens = choose(filtered, draws=_draws(answers, job))
+    if job.explain:
+        _explain(logits, answers, tokens, job)
     if not job.logprobs:
         return tokens, [None] * len(answers)
     return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].tolist()
+
+
+def _explain(logits: Tensor, answers: Sequence[Answer], tokens: Tensor, job: Job) -> None:
+    """Tells each answer how its next token came to be."""
+    draws, noise = _draws(answers, job), None
+    if draws is not None:
+        noise = torch.stack([gumbel_noise(stream, step, logits.shape[-1]) for stream, step in draws])
+    text_of = job.vocabulary.text_of
+    explained = explain(logits, answers, job.processors, tokens=tokens, noise=noise, text_of=text_of)
+    for answer, explanation in zip(answers, explained, strict=True):
+        answer.explanation.append(explanation)
 
 
 def _draws(answers: Sequence[Answer], job: Job) -> list[tuple[tuple[int, int, int], int]] | None:

@@ -91,6 +91,11 @@ class Vocabulary:
     detokenizer: Callable[[], Detokenizer]
     special: dict[int, str]
 
+    def text_of(self, token_id: int) -> str:
+        """A single token as it reads, a special one by its name."""
+        detokenizer = self.detokenizer()
+        return self.special.get(token_id) or detokenizer.push(token_id) + detokenizer.finish()
+
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """A tokenizer's vocabulary, made for decoding token by token."""

@@ -37,6 +37,7 @@ def generate(
     tools: list[dict[str, Any]] | None = None,
     processors: Sequence[Function] = (),
     logprobs: bool = False,
+    explain: bool = False,
     batch_size: int = 32,
     max_batch_tokens: int = 32768,
     notice: Callable[[str], None] = _print_notice,
@@ -51,6 +52,7 @@ def generate(
     processors: functions of your own, (logits, token_ids) -> logits: of one row, (vocab,), with the ids of its
         prompt and output so far. They come behind the penalties, before the constraint and what sampling has.
     logprobs: also give each token's log-probability in the model's own distribution.
+    explain: also say how each token came to be: what the processors did, what was left, the draw; not of beams.
     batch_size: most answers (or beams) that are decoded at a time; it does not change them. One that has ended
         makes room for the next.
     max_batch_tokens: most tokens of prompts and answers (or beams) in a batch, which bounds its memory; a longer
@@ -62,8 +64,8 @@ def generate(
     """
     job = _job(
         model, prompts, options, given, chat=chat, system_prompt=system_prompt, tools=tools,
-        processors=processors, logprobs=logprobs, batch_size=batch_size, max_batch_tokens=max_batch_tokens,
-        notice=notice, should_stop=should_stop,
+        processors=processors, logprobs=logprobs, explain=explain, batch_size=batch_size,
+        max_batch_tokens=max_batch_tokens, notice=notice, should_stop=should_stop,
     )  # fmt: skip
     return answer_all(job)
 
@@ -78,6 +80,7 @@ def stream(
     tools: list[dict[str, Any]] | None = None,
     processors: Sequence[Function] = (),
     logprobs: bool = False,
+    explain: bool = False,
     batch_size: int = 32,
     max_batch_tokens: int = 32768,
     notice: Callable[[str], None] = _print_notice,
@@ -90,8 +93,8 @@ def stream(
     """
     job = _job(
         model, prompts, options, given, chat=chat, system_prompt=system_prompt, tools=tools,
-        processors=processors, logprobs=logprobs, batch_size=batch_size, max_batch_tokens=max_batch_tokens,
-        notice=notice, should_stop=should_stop,
+        processors=processors, logprobs=logprobs, explain=explain, batch_size=batch_size,
+        max_batch_tokens=max_batch_tokens, notice=notice, should_stop=should_stop,
     )  # fmt: skip
     if job.options.num_beams > 1:
         raise ConfigError(
@@ -112,6 +115,7 @@ def _job(
     tools: list[dict[str, Any]] | None,
     processors: Sequence[Function],
     logprobs: bool,
+    explain: bool,
     batch_size: int,
     max_batch_tokens: int,
     notice: Callable[[str], None],
@@ -121,6 +125,11 @@ def _job(
         if value < 1:
             raise ConfigError(f"{name} is {value}: expected at least 1.")
     resolved, notices = resolve(_with_given(options, given), model, chat=chat)
+    if explain and resolved.num_beams > 1:
+        raise ConfigError(
+            f"--explain tells how one token after another was chosen, and --num-beams {resolved.num_beams} "
+            "chooses among whole answers. Leave one of them out."
+        )
     several = as_prompts(prompts)
     _check_seeds(resolved, len(several))
     encoded = encode_prompts(model, several, chat=chat, system_prompt=system_prompt, tools=tools)
@@ -138,6 +147,7 @@ def _job(
         max_batch_tokens=max_batch_tokens,
         should_stop=should_stop or (lambda: False),
         functions=tuple(processors),
+        explain=explain,
         penalised=said_in(model, several, system_prompt=system_prompt, tools=tools) if spares else None,
     )
     _ = job.processors  # a constraint that cannot be met is said before anything is decoded

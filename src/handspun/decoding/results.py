@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from handspun.decoding.explain import Explanation
+
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
 
 
@@ -22,6 +24,8 @@ class GenerationResult:
     """The stop string that fired."""
     logprobs: list[float] | None = None
     """On request: natural log-probability of each token, in the model's own distribution."""
+    explanation: list[Explanation] | None = None
+    """On request: how each token came to be."""
     prompt_index: int = 0
     """Which of the prompts, from 0."""
     return_index: int = 0

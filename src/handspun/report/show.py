@@ -18,6 +18,7 @@ from handspun.decoding.results import GenerationResult
 from handspun.models.embedded import cache_folder
 from handspun.models.load import ChatModel, context_length, load_config, load_tokenizer, model_source
 from handspun.report.account import account_lines, length_lines
+from handspun.report.explain import explanation_table
 from handspun.report.preview import bracketed, coloured, spread
 
 
@@ -60,6 +61,7 @@ def show_answers(
     batch_size: int = 8,
     as_json: bool = False,
     logprobs: bool = False,
+    explain: bool = False,
 ) -> list[GenerationResult]:
     """Prints each answer as it is complete: the text alone if there is one answer, else under its prompt."""
     results = generate(
@@ -70,15 +72,19 @@ def show_answers(
         system_prompt=system_prompt,
         batch_size=batch_size,
         logprobs=logprobs,
+        explain=explain,
     )
     for result in results:
         if as_json:
             record = {"prompt": prompts[result.prompt_index], **asdict(result)}
             print(json.dumps(record, ensure_ascii=False))
-        elif len(results) == 1:
+            continue
+        if len(results) == 1:
             console.print(result.text, markup=False, soft_wrap=True)
         else:
             _under_its_prompt(console, prompts[result.prompt_index], result)
+        if result.explanation is not None:
+            console.print(explanation_table(result.explanation))
     return results
 
 
