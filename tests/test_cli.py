@@ -123,6 +123,14 @@ def test_config_files_give_defaults_and_options_win(
     assert "finished in" in capsys.readouterr().out
 
 
+def test_config_files_hold_mappings_with_numbers_as_keys(
+    capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text("logit_bias: {5: -3.5}\njson_schema: {enum: [{a: 7}]}\n")
+    assert main(["generate", "--model", str(tiny_folder), "--config", str(tmp_path / "run.yaml"), "Hi"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"a": 7}
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

@@ -3,6 +3,7 @@
 Heavy modules are imported by the commands that need them, so that `--help` answers at once.
 """
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -251,7 +252,12 @@ def _read_yaml(file: str) -> dict[str, Any]:
         raise ConfigError(
             f"--config {file} holds {type(content).__name__}: expected one option a line, such as `batch_size: 8`."
         )
-    return {str(name).replace("_", "-"): value for name, value in content.items() if value is not None}
+    return {str(name).replace("_", "-"): _as_typed(value) for name, value in content.items() if value is not None}
+
+
+def _as_typed(value: Any) -> Any:
+    """A mapping as it is given on the command line, where it is JSON."""
+    return json.dumps(value) if isinstance(value, dict) else value
 
 
 def _load(source: ModelOptions) -> "ChatModel":

@@ -141,9 +141,10 @@ def _forbidden(logits: Tensor, tokens: Sequence[Collection[int]]) -> Tensor:
 def _places(logits: Tensor, tokens: Sequence[Collection[int]]) -> tuple[Tensor, Tensor]:
     """Indices (rows, tokens) of each row's tokens, without those that the head cannot give."""
     vocab = logits.shape[-1]
-    pairs = [(row, token) for row, several in enumerate(tokens) for token in several if token < vocab]
-    rows, columns = torch.tensor(pairs, dtype=torch.long, device=logits.device).view(-1, 2).unbind(-1)
-    return rows, columns
+    known = [[token for token in several if token < vocab] for several in tokens]
+    counts = torch.tensor([len(several) for several in known], device=logits.device)
+    columns = torch.tensor([token for several in known for token in several], dtype=torch.long)
+    return torch.arange(len(known), device=logits.device).repeat_interleave(counts), columns.to(logits.device)
 
 
 __all__ = [
