@@ -224,3 +224,9 @@ def test_tokens_are_explained_in_a_table_or_in_json(capsys: pytest.CaptureFixtur
     [*_, last] = json.loads(capsys.readouterr().out)["explanation"]
     assert (last["left"], last["chosen"]["text"]) == (2, "<|im_end|>")  # of the two eos
     assert [effect["processor"] for effect in last["effects"]] == ["choice"]
+
+
+def test_a_beam_search_is_shown_as_a_tree(capsys: pytest.CaptureFixture[str], tiny_folder: Path) -> None:
+    command = ["generate", "--model", str(tiny_folder), "Hi", "--choice", "yes", "--choice", "no"]
+    assert main([*command, "--num-beams", "2", "--show-tree"]) == 0
+    assert "answer 1" in capsys.readouterr().out

@@ -102,6 +102,7 @@ def generate(
     json: bool = False,
     logprobs: bool = False,
     explain: bool = False,
+    show_tree: bool = False,
 ) -> None:
     """Answer prompts: greedy, sampling (--do-sample) or beam search (--num-beams).
 
@@ -124,6 +125,8 @@ def generate(
     explain
         How each token came to be: its rank and probability, what every processor did, what was left, the draw, the
         runner-up; a table, or part of the --json. Not with beams.
+    show_tree
+        What a beam search looked at: all its beams, with their scores; a tree, or part of the --json.
     """
     from handspun.report.show import show_answers
 
@@ -138,6 +141,7 @@ def generate(
         as_json=json,
         logprobs=logprobs,
         explain=explain,
+        show_tree=show_tree,
     )
 
 

@@ -36,6 +36,7 @@ class Job:
     penalised: list[list[int]] | None = None
     """Tokens of each prompt that the repetition penalty counts, if not all."""
     explain: bool = False
+    show_tree: bool = False
 
     @cached_property
     def processors(self) -> tuple[Processor, ...]:

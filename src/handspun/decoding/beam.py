@@ -26,6 +26,7 @@ from handspun.decoding.engines import make_engine
 from handspun.decoding.lean_engine import LeanEngine
 from handspun.decoding.processors import nothing_left, process
 from handspun.decoding.results import GenerationResult
+from handspun.decoding.search_tree import SearchTree
 from handspun.decoding.tree import Beams, ForkedBeams, TreeBeams
 
 _NEVER = -1e9
@@ -50,12 +51,15 @@ class Search:
     hypotheses: list[tuple[float, Answer]] = field(default_factory=list)
     """(score, ended answer), the best first, num_beams at most."""
     done: bool = False
+    tree: SearchTree | None = None
+    """What the search looks at, if that is asked for."""
 
     @classmethod
     def of(cls, job: Job, prompt_index: int) -> "Search":
         """One that waits. All its beams are the same at first, so only one of them may win."""
         n = job.options.num_beams
-        return cls(job, [Answer.start(job, prompt_index)] * n, [0.0] + [_NEVER] * (n - 1))
+        tree = SearchTree(n, job.vocabulary.text_of) if job.show_tree else None
+        return cls(job, [Answer.start(job, prompt_index)] * n, [0.0] + [_NEVER] * (n - 1), tree=tree)
 
     def join(self, engine: Engine, make_beams: Callable[..., Beams]) -> None:
         """Begins."""
@@ -100,7 +104,10 @@ class Search:
         if not answers:
             raise nothing_left(self.beams[0], self.job.processors)
         best = answers[: self.job.options.num_return_sequences]
-        return [replace(answer, return_index=i).result() for i, answer in enumerate(best)]
+        results = [replace(answer, return_index=i).result() for i, answer in enumerate(best)]
+        if self.tree is not None:
+            results[0] = replace(results[0], tree=self.tree.with_answers([result.token_ids for result in results]))
+        return results
 
 
 @torch.inference_mode()
@@ -174,6 +181,9 @@ def _settle(
     penalised = torch.tensor(top) + torch.tensor(has_ended) * _NEVER
     running, order = (values.tolist() for values in penalised.topk(options.num_beams))
     search.scores, search.beams = running, [candidates[i] for i in order]
+    if search.tree is not None:
+        beams = [i if score > _UNREAL else None for i, score in zip(order, running, strict=True)]
+        search.tree.grow(parents, tokens, top, ended=best, beams=beams)
     nothing_goes_on = all(has_ended) or running[0] <= _UNREAL
     search.done = nothing_goes_on or search.has_ended(running[0], length)
     assert search.kept is not None

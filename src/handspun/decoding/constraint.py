@@ -70,9 +70,9 @@ class Constraint:
     def _state(self, matcher: LLMatcher) -> _State:
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")).bool()
+        allowed[self._eos] = matcher.is_accepting()
         if matcher.is_error():  # a row that left the form (a beam without a chance) has no way on
             allowed[:] = False
-        allowed[self._eos] = matcher.is_accepting()
         return _State(matcher, allowed)
 
     def _forget(self, keep: int) -> None:
@@ -96,19 +96,20 @@ def make_constraint(options: ResolvedOptions, tokenizer: PreTrainedTokenizerBase
         grammar = LLMatcher.grammar_from_regex("|".join(map(re.escape, options.choice)))
     else:
         return None
-    _check(name, options, tokenizer)
-    matcher = LLMatcher(_token_table(tokenizer, options.eos_token_ids), grammar, log_level=0)
+    eos = tuple(token for token in options.eos_token_ids if token < len(tokenizer))
+    _check(name, eos, tokenizer)
+    matcher = LLMatcher(_token_table(tokenizer, eos), grammar, log_level=0)
     if matcher.is_error():
         raise ConfigError(f"{option_name(name)} {given} cannot be used: {matcher.get_error()}")
-    constraint = Constraint(name, matcher, options.eos_token_ids)
+    constraint = Constraint(name, matcher, eos)
     if not constraint.can_begin():
         raise ConfigError(f"{option_name(name)} {given} cannot be used: no answer can match it.")
     return constraint
 
 
-def _check(name: str, options: ResolvedOptions, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check(name: str, eos_token_ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> None:
     problems = []
-    if not options.eos_token_ids:
+    if not eos_token_ids:
         problems.append(
             f"{option_name(name)} needs an end-of-sequence token to end answers with, and neither the model nor "
             "its tokenizer names one."

@@ -38,6 +38,7 @@ def generate(
     processors: Sequence[Function] = (),
     logprobs: bool = False,
     explain: bool = False,
+    show_tree: bool = False,
     batch_size: int = 32,
     max_batch_tokens: int = 32768,
     notice: Callable[[str], None] = _print_notice,
@@ -53,6 +54,7 @@ def generate(
         prompt and output so far. They come behind the penalties, before the constraint and what sampling has.
     logprobs: also give each token's log-probability in the model's own distribution.
     explain: also say how each token came to be: what the processors did, what was left, the draw; not of beams.
+    show_tree: also give what a beam search looked at, with each prompt's best answer.
     batch_size: most answers (or beams) that are decoded at a time; it does not change them. One that has ended
         makes room for the next.
     max_batch_tokens: most tokens of prompts and answers (or beams) in a batch, which bounds its memory; a longer
@@ -64,7 +66,7 @@ def generate(
     """
     job = _job(
         model, prompts, options, given, chat=chat, system_prompt=system_prompt, tools=tools,
-        processors=processors, logprobs=logprobs, explain=explain, batch_size=batch_size,
+        processors=processors, logprobs=logprobs, explain=explain, show_tree=show_tree, batch_size=batch_size,
         max_batch_tokens=max_batch_tokens, notice=notice, should_stop=should_stop,
     )  # fmt: skip
     return answer_all(job)
@@ -93,7 +95,7 @@ def stream(
     """
     job = _job(
         model, prompts, options, given, chat=chat, system_prompt=system_prompt, tools=tools,
-        processors=processors, logprobs=logprobs, explain=explain, batch_size=batch_size,
+        processors=processors, logprobs=logprobs, explain=explain, show_tree=False, batch_size=batch_size,
         max_batch_tokens=max_batch_tokens, notice=notice, should_stop=should_stop,
     )  # fmt: skip
     if job.options.num_beams > 1:
@@ -116,6 +118,7 @@ def _job(
     processors: Sequence[Function],
     logprobs: bool,
     explain: bool,
+    show_tree: bool,
     batch_size: int,
     max_batch_tokens: int,
     notice: Callable[[str], None],
@@ -130,6 +133,8 @@ def _job(
             f"--explain tells how one token after another was chosen, and --num-beams {resolved.num_beams} "
             "chooses among whole answers. Leave one of them out."
         )
+    if show_tree and resolved.num_beams == 1:
+        raise ConfigError("--show-tree shows what a beam search looks at: give --num-beams 2 or more with it.")
     several = as_prompts(prompts)
     _check_seeds(resolved, len(several))
     encoded = encode_prompts(model, several, chat=chat, system_prompt=system_prompt, tools=tools)
@@ -148,6 +153,7 @@ def _job(
         should_stop=should_stop or (lambda: False),
         functions=tuple(processors),
         explain=explain,
+        show_tree=show_tree,
         penalised=said_in(model, several, system_prompt=system_prompt, tools=tools) if spares else None,
     )
     _ = job.processors  # a constraint that cannot be met is said before anything is decoded

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from handspun.decoding.explain import Explanation
+from handspun.decoding.search_tree import TreeNode
 
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
 
@@ -26,6 +27,8 @@ class GenerationResult:
     """On request: natural log-probability of each token, in the model's own distribution."""
     explanation: list[Explanation] | None = None
     """On request: how each token came to be."""
+    tree: list[TreeNode] | None = None
+    """On request, with a prompt's best answer: what its beam search looked at."""
     prompt_index: int = 0
     """Which of the prompts, from 0."""
     return_index: int = 0

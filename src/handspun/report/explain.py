@@ -1,4 +1,4 @@
-"""How the tokens of an answer came to be, as a table of 80 columns."""
+"""How the tokens of an answer came to be, as a table of 80 columns; what a beam search looked at, as a tree."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from handspun.decoding.explain import Candidate, Effect, Explanation
+from handspun.decoding.search_tree import TreeNode
+
+_DEEPEST = 40
+"""Columns of a tree's guides; of deeper ones the last are shown."""
 
 
 def explanation_table(explanation: Sequence[Explanation]) -> Table:
@@ -36,6 +40,43 @@ def explanation_table(explanation: Sequence[Explanation]) -> Table:
     return table
 
 
+def search_tree(nodes: Sequence[TreeNode]) -> Text:
+    """What a beam search looked at, a line for each stretch without a branch: accumulated log-probability, tokens,
+    and which answer it is, or that it went no further."""
+    children: dict[int | None, list[int]] = {}
+    for place, node in enumerate(nodes):
+        children.setdefault(node.parent, []).append(place)
+    lines = [Text("log-probability of each beam so far", style="dim")]
+    branches = _branches(children.get(None, []), "")
+    while branches:
+        place, guide, is_last = branches.pop()
+        text = nodes[place].text
+        while len(children.get(place, [])) == 1:
+            place = children[place][0]
+            text += nodes[place].text
+        drawn = guide + ("└ " if is_last else "├ ")
+        line = Text(f"{nodes[place].score:8.2f} ", style="dim")
+        line.append(drawn if len(drawn) <= _DEEPEST else "…" + drawn[1 - _DEEPEST :])
+        line.append(_quoted(text), style="not dim bold" if nodes[place].return_index is not None else "not dim")
+        line.append(_fate(nodes[place], place in children))
+        lines.append(line)
+        branches += _branches(children.get(place, []), guide + ("  " if is_last else "│ "))
+    return Text("\n").join(lines)
+
+
+def _branches(places: Sequence[int], guide: str) -> list[tuple[int, str, bool]]:
+    """Place, guide, and whether it is the last of its siblings; the last one first, as a stack takes the first."""
+    return [(place, guide, place == places[-1]) for place in reversed(places)]
+
+
+def _fate(node: TreeNode, goes_on: bool) -> str:
+    if node.return_index is not None:
+        return f"  answer {node.return_index + 1}"
+    if goes_on:
+        return ""
+    return "  ended" if node.ended else "  given up"
+
+
 def _effect(effect: Effect) -> str:
     removed = f"-{effect.removed:,} " if effect.removed else ""
     return f"{effect.processor} {removed}→ {_percent(effect.probability)}"
@@ -63,4 +104,4 @@ def _percent(probability: float) -> str:
     return f"{100 * probability:.1f}%"
 
 
-__all__ = ["explanation_table"]
+__all__ = ["explanation_table", "search_tree"]

@@ -18,7 +18,7 @@ from handspun.decoding.results import GenerationResult
 from handspun.models.embedded import cache_folder
 from handspun.models.load import ChatModel, context_length, load_config, load_tokenizer, model_source
 from handspun.report.account import account_lines, length_lines
-from handspun.report.explain import explanation_table
+from handspun.report.explain import explanation_table, search_tree
 from handspun.report.preview import bracketed, coloured, spread
 
 
@@ -62,6 +62,7 @@ def show_answers(
     as_json: bool = False,
     logprobs: bool = False,
     explain: bool = False,
+    show_tree: bool = False,
 ) -> list[GenerationResult]:
     """Prints each answer as it is complete: the text alone if there is one answer, else under its prompt."""
     results = generate(
@@ -73,6 +74,7 @@ def show_answers(
         batch_size=batch_size,
         logprobs=logprobs,
         explain=explain,
+        show_tree=show_tree,
     )
     for result in results:
         if as_json:
@@ -85,6 +87,8 @@ def show_answers(
             _under_its_prompt(console, prompts[result.prompt_index], result)
         if result.explanation is not None:
             console.print(explanation_table(result.explanation))
+        if result.tree is not None:
+            console.print(search_tree(result.tree))
     return results
 
 

@@ -1,0 +1,83 @@
+"""The tree that is shown is the search that was made."""
+
+from dataclasses import asdict
+
+import pytest
+from rich.console import Console
+from tests.tiny import tiny_model, tiny_tokenizer
+
+from handspun.decoding.generate import generate
+from handspun.decoding.search_tree import SearchTree, TreeNode
+from handspun.errors import ConfigError
+from handspun.models.load import ChatModel
+from handspun.report.explain import search_tree
+
+_CHAT = ChatModel(tiny_model("qwen2", eos_token_id=[3, 7]), tiny_tokenizer(), "tiny")
+_OPTIONS = {"notice": str, "num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 12}
+
+
+def _path(nodes, place):
+    ids = []
+    while place is not None:
+        ids.insert(0, nodes[place].token_id)
+        place = nodes[place].parent
+    return ids
+
+
+def test_a_search_of_two_steps_worked_out_by_hand():
+    tree = SearchTree(2, str)
+    tree.grow([0, 0, 1], [5, 6, 5], [-1.0, -2.0, -1e9], ended=[], beams=[0, 1])
+    tree.grow([1, 0], [7, 8], [-2.5, -3.0], ended=[0], beams=[1, None])
+    assert tree.with_answers([[6, 7]]) == [
+        TreeNode(parent=None, token_id=5, text="5", score=-1.0),
+        TreeNode(parent=None, token_id=6, text="6", score=-2.0),
+        TreeNode(parent=1, token_id=7, text="7", score=-2.5, ended=True, return_index=0),
+        TreeNode(parent=0, token_id=8, text="8", score=-3.0),
+    ]
+    console = Console(width=80, force_terminal=False)
+    with console.capture() as captured:
+        console.print(search_tree(tree.with_answers([[6, 7]])))
+    assert captured.get().splitlines()[1:] == ["   -3.00 ├ '58'  given up", "   -2.50 └ '67'  answer 1"]
+
+
+@pytest.mark.parametrize("options", [{}, {"min_new_tokens": 4}, {"choice": ("yes", "no")}], ids=str)
+def test_the_answers_are_paths_of_the_tree_with_their_log_probabilities(options):
+    prompts = ["Hi", "Tell me a joke."]
+    answers = generate(_CHAT, prompts, show_tree=True, logprobs=True, **_OPTIONS, **options)
+    plain = generate(_CHAT, prompts, **_OPTIONS, **options)
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in plain]
+    for prompt in range(2):
+        mine = [answer for answer in answers if answer.prompt_index == prompt]
+        nodes = mine[0].tree
+        assert all(answer.tree is None for answer in mine[1:])
+        ends = {node.return_index: i for i, node in enumerate(nodes) if node.return_index is not None}
+        assert len(ends) == len(mine)
+        for answer in mine:
+            assert _path(nodes, ends[answer.return_index]) == answer.token_ids
+            if not options:  # without processors the score is the model's own
+                assert nodes[ends[answer.return_index]].score == pytest.approx(sum(answer.logprobs), abs=1e-3)
+
+
+def test_nodes_are_only_of_real_beams_and_each_is_there_once():
+    [best, *_] = generate(_CHAT, "Hi", show_tree=True, **_OPTIONS)
+    places = [(node.parent, node.token_id) for node in best.tree]
+    assert len(set(places)) == len(places)
+    assert all(node.score > -1e6 for node in best.tree)
+    assert len([node for node in best.tree if node.parent is None]) <= 4
+    assert asdict(best)["tree"][0]["parent"] is None
+
+
+def test_a_cancelled_search_has_its_tree_too():
+    for steps in range(3):
+        calls = iter([False] * steps)
+        answers = generate(
+            _CHAT, "Hi", show_tree=True, should_stop=lambda calls=calls: next(calls, True), **_OPTIONS
+        )
+        assert {answer.finish_reason for answer in answers} == {"cancelled"}
+        assert len(answers[0].token_ids) == steps
+        assert (answers[0].tree == []) == (steps == 0)
+
+
+def test_a_tree_without_beams_is_an_error():
+    with pytest.raises(ConfigError, match="--show-tree shows what a beam search looks at"):
+        generate(_CHAT, "Hi", show_tree=True, notice=str)
