@@ -22,7 +22,7 @@ parser.add_argument("--eval-data", help="held-out rows")
 parser.add_argument("--output-dir", default="output", help="folder for the run (default: %(default)s)")
 parser.add_argument("--num-epochs", type=int, default=3, help="passes over the rows (default: %(default)s)")
 parser.add_argument(
-    "--learning-rate", type=float, help="peak of the schedule (default: 2e-5, and 2e-4 with --lora)"
+    "--learning-rate", type=float, help="peak of the schedule (default: 5e-5, and 5e-4 with --lora)"
 )
 parser.add_argument("--lora", action="store_true", help="train LoRA adapters in place of all weights")
 parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")

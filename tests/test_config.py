@@ -54,7 +54,7 @@ def test_short_states_and_shares_exclude_each_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lora", "given", "expected"), [(False, None, 2e-5), (True, None, 2e-4), (True, 1e-3, 1e-3)]
+    ("lora", "given", "expected"), [(False, None, 5e-5), (True, None, 5e-4), (True, 1e-3, 1e-3)]
 )
 def test_the_default_learning_rate_depends_on_lora(lora: bool, given: float | None, expected: float) -> None:
     assert TrainConfig(lora=lora, learning_rate=given).peak_learning_rate == expected

@@ -76,9 +76,9 @@ class TrainConfig(DataConfig):
     more work."""
 
     learning_rate: float | None = None
-    """Peak learning rate of AdamW; if not given, 2e-5, and 2e-4 with LoRA."""
+    """Peak learning rate of AdamW; if not given, 5e-5, and 5e-4 with LoRA."""
 
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_schedule: Literal["cosine", "linear", "constant"] = "linear"
     """How the learning rate falls from its peak to zero after warm-up."""
 
     warmup_ratio: float = 0.03
@@ -168,7 +168,7 @@ class TrainConfig(DataConfig):
         """The learning rate at the end of warm-up."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return 2e-4 if self.lora else 2e-5
+        return 5e-4 if self.lora else 5e-5
 
 
 @dataclass(frozen=True, kw_only=True)
