@@ -26,10 +26,14 @@ check: $(VENV)/.installed-dev
 
 # DATA names a csv file in the Alpaca format; the demonstration's rows otherwise. MODEL names a model's folder, GGUF
 # the same model as llama.cpp reads it; the embedded one otherwise.
-bench: $(VENV)/.installed-dev .venv-peers/.installed .venv-peers-decoding/.installed .venv-peers-openvino/.installed
+bench: $(VENV)/.installed-bench .venv-peers/.installed .venv-peers-decoding/.installed .venv-peers-openvino/.installed
 	$(BIN)/python benchmarks/decode.py $(if $(MODEL),--model $(MODEL)) $(if $(GGUF),--gguf $(GGUF))
 	$(BIN)/python benchmarks/tokenise.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/train.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/train.py $(if $(DATA),--data $(DATA)) --lora
+	$(BIN)/python benchmarks/scaling.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/time_to_quality.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/learning_rates.py $(if $(DATA),--data $(DATA))
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'
@@ -45,7 +49,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 # What Handspun is measured against; nothing else needs it.
 .venv-peers/.installed: constraints.txt | $(BIN)/python
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt torch transformers datasets accelerate trl==1.16.0
+	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt torch transformers datasets accelerate peft trl==1.16.0
 	touch $@
 
 # llama-cpp-python is built from its source: some minutes, and a C++ compiler.
@@ -65,4 +69,8 @@ OPENVINO := benchmarks/constraints-openvino.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --group dev
+	touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	$(PIP) --group bench
 	touch $@
