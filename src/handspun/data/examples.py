@@ -107,7 +107,7 @@ def build_examples(
 
 @contextmanager
 def _left_alone_by_the_garbage_collector() -> Iterator[None]:
-    """What is there already, rows above all: to look through it again and again takes a fifth of the time."""
+    """What is there already, rows above all: to look through it again and again takes time."""
     gc.freeze()
     try:
         yield
