@@ -47,7 +47,7 @@ class ModelOptions:
 
     weights: Weights = "auto"
     """Type of the weights: "auto" (float32 on a CPU, bfloat16 on a GPU), "float32", "bfloat16", "float16", or
-    "int8": a quarter of float32's memory, and faster, at about 1 % error a layer."""
+    "int8": a third of float32's weights in memory, and faster, at about 1 % error a layer."""
 
     threads: int | None = None
     """CPU threads; if not given, PyTorch's default (one per physical core)."""
