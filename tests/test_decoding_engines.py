@@ -149,7 +149,13 @@ def test_what_is_not_llamas_kind_goes_through_transformers() -> None:
     assert cannot_be_lean(LlamaConfig(**SHAPES, rope_parameters=dynamic)) == "its positions are rotated by dynamic"
     assert cannot_be_lean(LlamaConfig(**SHAPES, hidden_act="gelu")) == "its activation is gelu"
     model = AutoModelForCausalLM.from_config(window).eval()
-    assert isinstance(make_engine(ChatModel(model, tiny_tokenizer(), "window")), TransformersEngine)
+    chat = ChatModel(model, tiny_tokenizer(), "window")
+    assert isinstance(make_engine(chat), TransformersEngine)
+    said: list[str] = []
+    handspun.generate(chat, "Say 3.", max_new_tokens=2, notice=said.append)
+    assert (
+        "decoded through transformers' own forward, which is slower: it has a sliding window of 16 tokens" in said
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])

@@ -20,6 +20,7 @@ from handspun.decoding.processors import Function
 from handspun.decoding.prompts import Prompt, as_prompts, context_length, encode_prompts, said_in
 from handspun.decoding.results import GenerationChunk, GenerationResult
 from handspun.errors import ConfigError
+from handspun.models.lean import cannot_be_lean
 from handspun.models.load import ChatModel
 
 
@@ -157,6 +158,8 @@ def _job(
         penalised=said_in(model, several, system_prompt=system_prompt, tools=tools) if spares else None,
     )
     _ = job.processors  # a constraint that cannot be met is said before anything is decoded
+    if reason := cannot_be_lean(model.model.config):
+        notices.append(f"decoded through transformers' own forward, which is slower: {reason}")
     for text in notices:
         notice(text)
     return job
