@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from handspun.cli import app, main
+from handspun.cli import main
+from handspun.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

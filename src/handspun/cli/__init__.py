@@ -1,0 +1,9 @@
+"""The command line: the options of `config.py`, with hyphens.
+
+Heavy modules are imported by the commands that need them, so that `--help` answers at once.
+"""
+
+from handspun.cli import answering, training
+from handspun.cli.entry import console_script, main
+
+__all__ = ["answering", "console_script", "main", "training"]

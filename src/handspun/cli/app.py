@@ -1,0 +1,80 @@
+"""The app that the commands join, and what several of them take."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cyclopts import App, Parameter
+from rich.console import Console
+
+from handspun import __version__
+from handspun.config import Weights
+from handspun.errors import ConfigError
+
+if TYPE_CHECKING:
+    from handspun.models.load import ChatModel
+
+app = App(
+    name="handspun",
+    help="Fine-tune small chat models and decode from them, with a loop and a decoding written by hand.\n\n"
+    "Every command also takes --config FILE (YAML with the same names; options given beside it win) and "
+    "--traceback (the whole trace of an error).",
+    version=__version__,
+    help_format="plaintext",
+    default_parameter=Parameter(negative_iterable=()),
+)
+
+FLAT = Parameter(name="*")
+"""Of a dataclass: its fields are the options."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and how it is held."""
+
+    model: str = "Qwen/Qwen2.5-0.5B"
+    """Hub id, folder, adapter folder, .gguf file, or "smollm2-135m" (embedded: needs no network)."""
+
+    device: str = "auto"
+    """"auto" (cuda where there is one, else cpu), "cpu", "cuda", "cuda:1", "mps"."""
+
+    weights: Weights = "auto"
+    """Type of the weights: "auto" (float32 on a CPU, bfloat16 on a GPU), "float32", "bfloat16", "float16", or
+    "int8": a third of float32's weights in memory, and faster, at about 1 % error a layer."""
+
+    threads: int | None = None
+    """CPU threads; if not given, PyTorch's default (one per physical core)."""
+
+
+def load_model(source: ModelOptions) -> "ChatModel":
+    """The model on its threads."""
+    import torch
+
+    from handspun.models.load import load
+
+    if source.threads is not None:
+        torch.set_num_threads(source.threads)
+    return load(source.model, weights=source.weights, device=source.device)
+
+
+def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
+    """Those given, then those of the file, one a line; with neither, standard input. ConfigError without any."""
+    found = list(prompts)
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompts-file {file} cannot be read: {error}") from error
+        found += [line for line in lines if line.strip()]
+    if not found and not sys.stdin.isatty():
+        found = [sys.stdin.read().rstrip("\n")]
+    if not any(prompt.strip() for prompt in found):
+        raise ConfigError('there is no prompt: give one, as in handspun generate --model M "Tell me a joke."')
+    return found
+
+
+def is_colourless(console: Console) -> bool:
+    """Whether nothing that is shown can be told by its colour."""
+    return console.no_color or not console.is_terminal

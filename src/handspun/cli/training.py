@@ -1,0 +1,71 @@
+"""Commands before and around a run: train, preview, demo."""
+
+from typing import Annotated
+
+from rich.console import Console
+
+from handspun.cli.app import FLAT, app, is_colourless
+from handspun.config import DataConfig, TrainConfig
+
+
+@app.command
+def train(*, config: Annotated[TrainConfig, FLAT] = TrainConfig()) -> None:  # noqa: B008  (frozen)
+    """Fine-tune a model on instruction data: full, or LoRA with --lora.
+
+    Writes checkpoint-epoch-N/ and checkpoint-best/ (ordinary transformers or peft folders), train.log,
+    metrics.jsonl and run.json.
+    """
+    from handspun.run import train as run_training
+
+    run_training(config)
+
+
+@app.command
+def preview(
+    *,
+    config: Annotated[DataConfig, FLAT] = DataConfig(),  # noqa: B008
+    model: str = "Qwen/Qwen2.5-0.5B",
+    examples: int = 3,
+    plain: bool = False,
+) -> None:
+    """Show what would be learned: rendered examples, lengths, and the account of every row.
+
+    Parameters
+    ----------
+    model
+        Whose tokenizer and chat template are used; its weights are not read.
+    examples
+        How many rendered examples to show.
+    plain
+        Mark learned tokens with brackets instead of colour (also without a terminal, or under NO_COLOR).
+    """
+    from handspun.report.show import show_preview
+
+    console = Console(highlight=False)
+    show_preview(config, model, console, examples=examples, plain=plain or is_colourless(console))
+
+
+@app.command
+def demo(
+    *,
+    output_dir: str = "output/demo",
+    num_epochs: int = 3,
+    threads: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Fine-tune the embedded model on the embedded data, with answers before and after (minutes, no network).
+
+    Parameters
+    ----------
+    output_dir
+        Folder for checkpoints, train.log, metrics.jsonl and run.json.
+    num_epochs
+        Passes over the 330 training rows.
+    threads
+        CPU threads; if not given, PyTorch's default (one per physical core).
+    overwrite
+        Replace an earlier run in the output folder.
+    """
+    from handspun.demo.run import run_demo
+
+    run_demo(output_dir, num_epochs=num_epochs, threads=threads, overwrite=overwrite)
