@@ -1,5 +1,6 @@
 # make demo    fine-tune the embedded model, with answers before and after (minutes, no hub)
 # make test    the tests
+# make torture kill a run at random moments, some hundred times, and compare its weights (minutes)
 # make check   format, lint, types, and the house's own tests
 # make bench   the tables of docs/benchmarks.md
 # Each makes the virtual environment that it needs; what is there already is not made again.
@@ -10,13 +11,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 THREADS_OF_TESTS := OMP_NUM_THREADS=1
 
-.PHONY: demo test check bench
+.PHONY: demo test torture check bench
 
 demo: $(VENV)/.installed
 	$(BIN)/handspun demo --overwrite
 
 test: $(VENV)/.installed-dev
 	$(THREADS_OF_TESTS) $(BIN)/python -m pytest -n auto --dist loadfile
+
+torture: $(VENV)/.installed-dev
+	$(THREADS_OF_TESTS) $(BIN)/python tests/torture.py --kills 200
+	$(THREADS_OF_TESTS) $(BIN)/python -m pytest tests/test_torture.py tests/test_soak.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check

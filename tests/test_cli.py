@@ -58,6 +58,15 @@ def test_data_that_cannot_be_used(
         assert part in message
 
 
+def test_a_mistake_in_a_config_file_is_said_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(f"model: {tmp_path / 'nothing'}\noutput_dir: {tmp_path / 'output'}\n")
+    for options, traces in (([], False), (["--traceback"], True)):
+        assert main(["train", "--config", str(tmp_path / "run.yaml"), *options]) == 2
+        assert ("Traceback" in capsys.readouterr().err) == traces
+
+
 def test_a_misspelt_file_is_told_its_neighbour(
     capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path
 ) -> None:

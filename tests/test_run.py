@@ -163,7 +163,7 @@ def test_a_run_that_fails_says_so_in_its_record(
     def broken(*_: object, **__: object) -> None:
         raise OutputError("the disk is gone")
 
-    monkeypatch.setattr("handspun.output.save_checkpoint", broken)
+    monkeypatch.setattr("handspun.keeping.save_checkpoint", broken)
     with pytest.raises(OutputError, match="the disk is gone"):
         train(config(tiny_folder, data), console=quiet_console())
     assert json.loads((data.with_name("output") / "run.json").read_text())["status"] == "failed"

@@ -95,7 +95,7 @@ def test_a_full_disk_under_safetensors_is_an_error_for_people(tmp_path: Path) ->
 
 def test_a_second_name_shares_the_files(tiny_chat: ChatModel, tmp_path: Path) -> None:
     best = save_tiny(tiny_chat, tmp_path / "checkpoint-best")
-    link_checkpoint(best, tmp_path / "checkpoint-epoch-1")
+    link_checkpoint(best, tmp_path / "checkpoint-epoch-1", facts={})
     again = tmp_path / "checkpoint-epoch-1"
     assert is_checkpoint(again)
     assert (again / "model.safetensors").stat().st_ino == (best / "model.safetensors").stat().st_ino

@@ -1,14 +1,15 @@
-"""A run's output folder: what it may replace, what is kept in it, and how the run is recorded."""
+"""A run's output folder: whose it is, what may be replaced in it, and how the run is recorded."""
 
+import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from filelock import FileLock, Timeout
 
 from handspun.config import TrainConfig
 from handspun.errors import OutputError, StoppedError
@@ -16,10 +17,10 @@ from handspun.models.load import ChatModel
 from handspun.report.environment import peak_memory
 from handspun.report.log import RunLog, duration
 from handspun.report.record import write_run
-from handspun.training.checkpoint import errors_for_people, link_checkpoint, save_checkpoint
-from handspun.training.loop import EpochEnd, Evaluation
+from handspun.resume import ResumePoint, last_checkpoint, unfinished_run
+from handspun.training.checkpoint import clear_leftovers, errors_for_people
+from handspun.training.loop import Evaluation
 from handspun.training.preflight import Plan
-from handspun.training.processes import Processes
 
 _OUR_FILES = ["checkpoint-*", ".checkpoint-*", "train.log", "metrics.jsonl", "run.json"]
 
@@ -33,14 +34,62 @@ class TrainedRun:
     plan: Plan
     model: ChatModel | None = None
     checkpoints: list[Path] = field(default_factory=list)
+    """One an epoch."""
+    step_checkpoints: list[Path] = field(default_factory=list)
+    """Between them, to resume from."""
     best_checkpoint: Path | None = None
     evaluations: list[Evaluation] = field(default_factory=list)
 
 
-def prepare_output(folder: Path, *, overwrite: bool) -> Path:
-    """The output folder, without an earlier run. Raises OutputError if there is one and it may not go."""
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """The output folder is this process's inside of the block; the lock goes with the process, however it ends.
+
+    Raises OutputError if another run has it.
+    """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file: choose another --output-dir.")
+    with errors_for_people(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise OutputError(
+                f"another run is writing into {folder}{_owner(folder)}: wait for its end, or choose another "
+                "--output-dir."
+            ) from None
+        (folder / ".owner").write_text(f"{os.getpid()}\n", encoding="utf-8")
+    try:
+        yield
+    finally:
+        (folder / ".owner").unlink(missing_ok=True)
+        lock.release()
+
+
+def prepare_output(
+    folder: Path, config: TrainConfig, notice: Callable[[str], None]
+) -> tuple[dict[str, Any] | None, ResumePoint | None]:
+    """Makes room for the run, or for the rest of it: facts of the unfinished run that it goes on with, and from
+    which checkpoint; Nones for a run of its own. Raises OutputError if an earlier run may not go.
+    """
+    clear_leftovers(folder)
+    earlier = None if config.overwrite or config.resume is False else unfinished_run(folder)
+    if earlier is not None:
+        point = last_checkpoint(folder, notice)
+        if point is None:
+            notice(f"the run in {folder} was ended before its first checkpoint: it begins again")
+        return earlier, point
+    if config.resume:
+        raise OutputError(
+            f"{folder} holds no unfinished run to go on with. Leave --resume out to begin one, or name the run's "
+            "--output-dir."
+        )
+    _make_room(folder, overwrite=config.overwrite)
+    return None, None
+
+
+def _make_room(folder: Path, *, overwrite: bool) -> None:
     earlier = [path for pattern in _OUR_FILES for path in folder.glob(pattern)]
     # The log alone is left by a run that never began: its data or its model could not be used.
     kept = sorted(path.name for path in earlier if path.suffix not in (".log", ".jsonl"))
@@ -52,19 +101,19 @@ def prepare_output(folder: Path, *, overwrite: bool) -> Path:
     with errors_for_people(folder):
         for path in earlier:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def refuse_without_room(plan: Plan, config: TrainConfig) -> None:
     """Raises OutputError before the first step rather than after the first epoch."""
-    needed = plan.checkpoint_size * (config.num_epochs + 1)
+    resuming = (plan.checkpoint_size + plan.training_state_size) * (config.keep_last + 1)
+    needed = plan.checkpoint_size * (config.num_epochs + 1) + resuming
     free = shutil.disk_usage(config.output_dir).free
     if free < needed:
         raise OutputError(
             f"{config.output_dir} has {free / 1e9:.1f} GB free, and {config.num_epochs} checkpoints with the best "
-            f"one take {needed / 1e9:.1f} GB. Free some, choose another --output-dir, give fewer --num-epochs, or "
-            "halve the files with --save-dtype bfloat16."
+            f"one, {config.keep_last} of them with what resuming needs, take {needed / 1e9:.1f} GB. Free some, "
+            "choose another --output-dir, give fewer --num-epochs or --keep-last 1, or halve the files with "
+            "--save-dtype bfloat16."
         )
 
 
@@ -72,19 +121,21 @@ def refuse_without_room(plan: Plan, config: TrainConfig) -> None:
 def recorded(run: TrainedRun, facts: dict[str, Any], log: RunLog) -> Iterator[None]:
     """run.json says how the run ended, whatever ended it; the log, what came of it."""
     began = time.perf_counter()
+    record(run, facts, "running")
     status = "failed"
     try:
         yield
         status = "finished"
     except StoppedError as stopped:
         status = "stopped"
-        log.line(f"{stopped}; {_left(run)}")
+        log.line(f"{stopped}; {_left(run)}. The same command goes on from there.")
         raise
     except KeyboardInterrupt:
         status = "interrupted"
         raise
     finally:
-        facts |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()}
+        seconds = facts.get("seconds", 0.0) + time.perf_counter() - began
+        facts |= {"seconds": seconds, "peak_memory_bytes": peak_memory()}
         record(run, facts, status)
     _log_outcome(log, run, facts["seconds"])
 
@@ -100,42 +151,9 @@ def record(run: TrainedRun, facts: dict[str, Any], status: str) -> None:
     write_run(run.output_dir, {**facts, **outcome})
 
 
-def keep(
-    run: TrainedRun, event: Evaluation | EpochEnd, config: TrainConfig, processes: Processes, log: RunLog
-) -> None:
-    """checkpoint-best after an evaluation that is the best so far, checkpoint-epoch-N after each epoch. The first
-    rank writes; all must call it."""
-    best = run.output_dir / "checkpoint-best"
-    if isinstance(event, Evaluation):
-        run.evaluations.append(event)
-        if event.best and event.step:
-            _save(run, best, config, processes, asdict(event))
-            run.best_checkpoint = best
-        return
-    folder = run.output_dir / f"checkpoint-epoch-{event.epoch}"
-    latest = run.evaluations[-1] if run.evaluations else None
-    if latest is not None and latest.best:  # the evaluation at the end of this epoch
-        if processes.is_first:
-            link_checkpoint(best, folder)
-    else:
-        _save(run, folder, config, processes, {**asdict(event), "loss": latest.loss if latest else None})
-    run.checkpoints.append(folder)
-    log.line(f"saved {folder}")
-
-
-def _save(
-    run: TrainedRun, folder: Path, config: TrainConfig, processes: Processes, facts: dict[str, object]
-) -> None:
-    assert run.model is not None
-    model, tokenizer = run.model.model, run.model.tokenizer
-    state = processes.state_to_save(model)
-    dtype = torch.bfloat16 if config.save_dtype == "bfloat16" else torch.float32
-    if processes.is_first:
-        save_checkpoint(model, tokenizer, folder, dtype=dtype, facts=facts, state=state)
-
-
 def _left(run: TrainedRun) -> str:
-    names = [path.name for path in (*run.checkpoints, run.best_checkpoint) if path is not None]
+    kept = (*run.checkpoints, *run.step_checkpoints, run.best_checkpoint)
+    names = [path.name for path in kept if path is not None]
     return f"{run.output_dir} holds {', '.join(names)}" if names else "no checkpoint was saved yet"
 
 
@@ -150,3 +168,10 @@ def _log_outcome(log: RunLog, run: TrainedRun, seconds: float) -> None:
     memory = peak_memory()
     used = f", peak memory {memory / 1e9:.1f} GB (predicted {run.plan.peak_memory / 1e9:.1f})" if memory else ""
     log.line(f"finished in {duration(seconds)}{used}")
+
+
+def _owner(folder: Path) -> str:
+    try:
+        return f" (process {(folder / '.owner').read_text(encoding='utf-8').strip()})"
+    except OSError:
+        return ""

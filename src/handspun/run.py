@@ -1,5 +1,8 @@
 """One fine-tuning run, put together: data, model, loop, log, checkpoints."""
 
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from handspun.data.cache import ExampleCache
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.prepare import ExampleSet, prepare_examples, resolve_max_length
 from handspun.errors import StoppedError
+from handspun.keeping import Keeper
 from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.models.embedded import cache_folder
 from handspun.models.end_of_turn import end_of_turn_is_new, make_end_of_turn_eos
@@ -28,42 +32,72 @@ from handspun.models.load import (
     resolve_dtype,
 )
 from handspun.models.lora import add_lora
-from handspun.output import TrainedRun, keep, prepare_output, record, recorded, refuse_without_room
+from handspun.output import TrainedRun, owned, prepare_output, recorded, refuse_without_room
 from handspun.report.account import account_lines, length_lines
 from handspun.report.log import RunLog, plain_console
 from handspun.report.plan import plan_lines
 from handspun.report.record import run_facts
+from handspun.resume import ResumePoint, execution_changes, forget, refuse_another_run
+from handspun.training.checkpoint import TRAINING_STATE
 from handspun.training.dtype import choose_dtype
 from handspun.training.execution import execution_of
-from handspun.training.loop import EpochEnd, Evaluation, Event, Loop, start
+from handspun.training.loop import Loop, TrainingState, start
 from handspun.training.loop import train as training_events
 from handspun.training.preflight import make_plan
 from handspun.training.processes import Processes, processes_of_this_run
-from handspun.training.signals import StopRequest, stop_requests
+from handspun.training.signals import stop_requests
 from handspun.training.threads import use_threads
+from handspun.training.training_state import read_optimizer, read_weights
 
 
 def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
     """Fine-tunes a model as the config says, and writes checkpoints, train.log, metrics.jsonl and run.json.
 
-    Lines of the log also go to `console` (default: standard output). Under torchrun, every process calls it, and
-    the first one logs and saves. Raises a HandspunError for anything that the user can mend: data, options, model,
-    disk.
+    An unfinished run of the same options in the output folder is gone on with, and ends with the very weights that
+    it would have had undisturbed. Lines of the log also go to `console` (default: standard output). Under
+    torchrun, every process calls it, and the first one logs and saves. Raises a HandspunError for anything that
+    the user can mend: data, options, model, disk.
     """
     if not config.shard:  # FSDP2 frees each layer's weights after use: kept, they took a quarter more
         keep_freed_memory()
     use_threads(config.threads)
-    torch.manual_seed(config.seed)  # LoRA's initial values, and dropout
+    torch.manual_seed(config.seed)  # LoRA's initial values
     console = console or plain_console()
     with processes_of_this_run(resolve_device(config.device), sharded=config.shard) as processes:
         console.quiet = console.quiet or not processes.is_first
-        writes = processes.is_first and not config.dry_run
-        folder = prepare_output(Path(config.output_dir), overwrite=config.overwrite) if writes else None
-        with RunLog(folder, console) as log:
-            return _train(config, processes, log)
+        folder = Path(config.output_dir) if processes.is_first and not config.dry_run else None
+        said: list[str] = []
+        with owned(folder) if folder else nullcontext():
+            earlier, point = prepare_output(folder, config, said.append) if folder else (None, None)
+            resumed_at = None if earlier is None else point.step if point else 0
+            with RunLog(folder, console, resumed_at=resumed_at) as log:
+                for text in said:
+                    log.line(text)
+                return _train(config, processes, log, earlier, point)
 
 
-def _train(config: TrainConfig, processes: Processes, log: RunLog) -> TrainedRun:
+@dataclass(frozen=True)
+class _Job:
+    """What the loop of a run needs, and what it leaves to."""
+
+    config: TrainConfig
+    training: ExampleSet
+    held_out: ExampleSet | None
+    run: TrainedRun
+    facts: dict[str, Any]
+    point: ResumePoint | None
+    processes: Processes
+    log: RunLog
+
+
+def _train(
+    config: TrainConfig,
+    processes: Processes,
+    log: RunLog,
+    earlier: dict[str, Any] | None,
+    point: ResumePoint | None,
+) -> TrainedRun:
+    """earlier, point: the unfinished run that is gone on with, on the first rank."""
     source = model_source(config.model, log.line)
     max_length = resolve_max_length(config.max_length, context_length(load_config(source)))
     training, held_out = prepare_examples(
@@ -79,81 +113,111 @@ def _train(config: TrainConfig, processes: Processes, log: RunLog) -> TrainedRun
     _log_data(log, training, held_out, max_length)
     if config.dry_run:
         return _dry_run(config, source, training, max_length, log)
+    facts = run_facts(config, training, held_out, max_length) if processes.is_first else {}
+    if earlier is not None:
+        refuse_another_run(earlier, facts, config.output_dir)
+        forget(Path(config.output_dir), after=point.folder if point else None)
+        facts |= {key: earlier[key] for key in ("started", "resumed") if key in earlier}
+        facts["seconds"] = point.facts["run"]["seconds"] if point else 0.0
+    shared = processes.shared(replace(point, folder=None) if point else None)
+    point = point if processes.is_first else shared
     chat = _model_to_train(config, processes, log)
     plan = make_plan(chat.model, training.examples, config)
     for line in plan_lines(plan, config, max_length):
         log.line(line)
     run = TrainedRun(Path(config.output_dir), plan, chat)
+    job = _Job(config, training, held_out, run, facts, point, processes, log)
     if not processes.is_first:
-        _run_loop(run, config, training, held_out, {}, processes, log)
+        _run_loop(job)
         return run
     refuse_without_room(plan, config)
-    facts = run_facts(config, training, held_out, plan, max_length)
+    facts["plan"] = asdict(plan)
     with recorded(run, facts, log):
-        _run_loop(run, config, training, held_out, facts, processes, log)
+        keeper = _run_loop(job)
+    keeper.finish()
     return run
 
 
-def _run_loop(
-    run: TrainedRun,
-    config: TrainConfig,
-    training: ExampleSet,
-    held_out: ExampleSet | None,
-    facts: dict[str, Any],
-    processes: Processes,
-    log: RunLog,
-) -> None:
+def _run_loop(job: _Job) -> Keeper:
     """The loop's events, turned into lines, records and checkpoints."""
+    config, processes, run, point = job.config, job.processes, job.run, job.point
     assert run.model is not None
     model, pad_token_id = run.model.model, run.model.tokenizer.pad_token_id
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    if point is not None and point.folder is not None:
+        read_weights(model, point.folder / TRAINING_STATE)
+    dtype = _product_dtype(config, processes, job.facts, point, job.log)
+    if processes.is_first:
+        _say_how_it_goes_on(job)
+    keeper = Keeper(run, config, processes, job.facts, job.log)
     with stop_requests() as request, processes.losses_explained():
         processes.share_weights(model)
         with execution_of(
             model,
             config,
-            training.examples,
-            dtype=_product_dtype(config, processes, facts, log),
+            job.training.examples,
+            dtype=dtype,
             pad_token_id=pad_token_id if pad_token_id is not None else 0,  # masked: any id would do
-            notice=log.line,
+            notice=job.log.line,
             run_on=processes.run_on,
         ) as execution:
             loop = Loop(
                 config=config,
-                examples=training.examples,
-                held_out=held_out.examples if held_out else [],
+                examples=job.training.examples,
+                held_out=job.held_out.examples if job.held_out else [],
                 execution=execution,
                 processes=processes,
             )
-            for event in training_events(loop, start(model, config)):
-                log.event(event)
-                if isinstance(event, Evaluation | EpochEnd):
-                    keep(run, event, config, processes, log)
-                    if processes.is_first:
-                        record(run, facts, "running")
-                _stop_if_asked(request, event, loop)
+            state = start(model, config)
+            if point is not None:
+                keeper.take_up(point)
+                _go_on_from(point, state, run, processes)
+            for event in training_events(loop, state):
+                job.log.event(event)
+                keeper.event(event, state)
+                if loop.ends_step(event) and event.step < loop.total_steps:
+                    number = int(processes.max(request.signal))  # the same step is the last one of all ranks
+                    keeper.save_if_due(event, state, must=bool(number))
+                    if number:
+                        raise StoppedError(number, step=event.step, total_steps=loop.total_steps)
     if config.shard:
         run.model = None
-        return
+        return keeper
     if config.activation_checkpointing:
         model.activation_checkpointing_disable()
     model.eval()
+    return keeper
 
 
-def _stop_if_asked(request: StopRequest, event: Event, loop: Loop) -> None:
-    """Raises StoppedError on all ranks after the same step, if a signal came to one of them. What ends an epoch is
-    waited for: its checkpoint is worth more than the time."""
-    if event.step == loop.total_steps or not (event.step % loop.steps_per_epoch or isinstance(event, EpochEnd)):
+def _go_on_from(point: ResumePoint, state: TrainingState, run: TrainedRun, processes: Processes) -> None:
+    folder = point.folder / TRAINING_STATE if point.folder else None
+    read_optimizer(state.model, state.optimizer, folder, processes.device)
+    state.step = point.step
+    state.best_loss = min((evaluation.loss for evaluation in run.evaluations), default=state.best_loss)
+
+
+def _say_how_it_goes_on(job: _Job) -> None:
+    """A run that is gone on with says from where, and what is not as it was."""
+    if job.point is None:
         return
-    if number := int(loop.processes.max(request.signal)):
-        raise StoppedError(number, step=event.step, total_steps=loop.total_steps)
+    earlier = job.point.facts["run"]
+    changes = execution_changes(earlier, job.facts)
+    job.log.line(f"goes on after step {job.point.step} of {job.run.plan.steps}, from {job.point.folder}")
+    for what, (before, now) in changes.items():
+        job.log.line(f"  {what} was {before} and is {now}: the weights will differ in their rounding")
+    resumed = {"step": job.point.step, "at": datetime.now(UTC).isoformat(timespec="seconds"), "changes": changes}
+    job.facts["resumed"] = [*job.facts.get("resumed", []), resumed]
 
 
-def _product_dtype(config: TrainConfig, processes: Processes, facts: dict[str, Any], log: RunLog) -> torch.dtype:
-    """The type of the matrix products, asked for or measured, the same on all ranks."""
+def _product_dtype(
+    config: TrainConfig, processes: Processes, facts: dict[str, Any], point: ResumePoint | None, log: RunLog
+) -> torch.dtype:
+    """The type of the matrix products, asked for, measured, or that of the run so far; the same on all ranks."""
     device = processes.device
-    if config.dtype == "auto" and config.base_weights == "int8":
+    if config.dtype == "auto" and point is not None:
+        dtype, reason = resolve_dtype(point.facts["run"]["dtype"], device), "as before"
+    elif config.dtype == "auto" and config.base_weights == "int8":
         dtype, reason = torch.float32, "beside the int8 layers"
     elif config.dtype == "auto":
         dtype, reason = choose_dtype(device)

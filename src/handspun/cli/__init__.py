@@ -1,9 +1,9 @@
-"""The command line: the options of `config.py`, with hyphens.
+"""The command line: the options of `config/`, with hyphens.
 
 Heavy modules are imported by the commands that need them, so that `--help` answers at once.
 """
 
-from handspun.cli import answering, training
+from handspun.cli import answering, resuming, training
 from handspun.cli.entry import console_script, main
 
-__all__ = ["answering", "console_script", "main", "training"]
+__all__ = ["answering", "console_script", "main", "resuming", "training"]

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     except StoppedError as stopped:  # the log has said it
         return stopped.exit_code
     except HandspunError as error:
-        if len(tokens) < len(arguments):
+        if "--traceback" in arguments:
             errors.print_exception()
         _say(errors, str(error))
         return error.exit_code

@@ -13,7 +13,7 @@ IGNORED = -100
 
 def epoch_order(rows: int, *, seed: int, epoch: int) -> list[int]:
     """Indices of all rows in the order of one epoch: a function of its arguments and of nothing else."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(rows, generator=generator).tolist()
 
 

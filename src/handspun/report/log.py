@@ -5,8 +5,10 @@ moves the cursor, so that a file they are sent to reads well.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -29,19 +31,26 @@ def plain_console() -> Console:
 
 
 class RunLog:
-    """Where a run's lines and events go. A folder of None (a dry run) writes no files."""
+    """Where a run's lines and events go. A folder of None (a dry run) writes no files.
+
+    resumed_at: the step that a run goes on after; what metrics.jsonl has of later ones will be written again.
+    """
 
     def __init__(
         self,
         folder: Path | None,
         console: Console,
         *,
+        resumed_at: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._console = console
         self._clock = clock
-        self._log = _open(folder, "train.log")
-        self._metrics = _open(folder, "metrics.jsonl")
+        if folder is not None and resumed_at is not None:
+            _forget_events_after(folder / "metrics.jsonl", resumed_at)
+        mode = "w" if resumed_at is None else "a"
+        self._log = _open(folder, "train.log", mode)
+        self._metrics = _open(folder, "metrics.jsonl", mode)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._seconds, self._tokens, self._steps = 0.0, 0, 0
@@ -140,11 +149,24 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def _open(folder: Path | None, name: str) -> TextIO | None:
+def _open(folder: Path | None, name: str, mode: str) -> TextIO | None:
     if folder is None:
         return None
     with errors_for_people(folder / name):
-        return (folder / name).open("w", encoding="utf-8")
+        return (folder / name).open(mode, encoding="utf-8")  # type: ignore[return-value]
+
+
+def _forget_events_after(path: Path, step: int) -> None:
+    """Keeps whole lines up to the step; a kill may have cut the last one. After step 0 all are made again."""
+    kept = []
+    with errors_for_people(path):
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() and step else []:
+            with suppress(ValueError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, path)
 
 
 def _write(file: TextIO | None, text: str) -> None:

@@ -18,5 +18,6 @@ def plan_lines(plan: Plan, config: TrainConfig, max_length: int) -> list[str]:
         f"learning rate {config.peak_learning_rate:g}, {config.lr_schedule} after "
         f"{config.warmup_ratio:.0%} warm-up; seed {config.seed}",
         f"predicted peak memory {plan.peak_memory / 1e9:.1f} GB{' without --shard' if config.shard else ''}; "
-        f"each checkpoint {plan.checkpoint_size / 1e9:.2f} GB",
+        f"each checkpoint {plan.checkpoint_size / 1e9:.2f} GB, and the last {config.keep_last} "
+        f"have {plan.training_state_size / 1e9:.2f} GB beside it to resume from",
     ]

@@ -12,13 +12,12 @@ from handspun.data.example_arrays import learned_tokens_of
 from handspun.data.prepare import ExampleSet
 from handspun.report.environment import environment
 from handspun.training.checkpoint import errors_for_people
-from handspun.training.preflight import Plan
 
 
 def run_facts(
-    config: TrainConfig, training: ExampleSet, held_out: ExampleSet | None, plan: Plan, max_length: int
+    config: TrainConfig, training: ExampleSet, held_out: ExampleSet | None, max_length: int
 ) -> dict[str, Any]:
-    """What is known before the first step."""
+    """What is known before the model is."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": {
@@ -30,7 +29,6 @@ def run_facts(
             "train": _set_facts(training),
             "held_out": _set_facts(held_out) if held_out else None,
         },
-        "plan": asdict(plan),
         "environment": environment(),
     }
 

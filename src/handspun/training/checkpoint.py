@@ -1,17 +1,20 @@
 """Checkpoints: ordinary model folders, written so that a folder with its final name is whole.
 
 A checkpoint is written to a temporary folder beside its place, synced to the disk, given a manifest with
-checksums, and renamed.
+checksums, and renamed. What was half done when a process was killed has another name, and is cleared away by the
+next run (`clear_leftovers`).
 """
 
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +24,14 @@ from handspun.errors import OutputError
 from handspun.models.save import save_model
 
 MANIFEST = "manifest.json"
-_PARTIAL = ".partial"
+TRAINING_STATE = "training_state"
+"""Of a checkpoint that can be resumed from: a folder in it, with a manifest of its own, since it goes first."""
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How Rust writes an errno."""
+_PARTIAL, _OLD, _DELETED = ".partial", ".old", ".deleted"
+
+Fill = Callable[[Path], None]
+"""Writes files into a folder; the folder's manifest is not its business."""
 
 
 def save_checkpoint(
@@ -32,40 +42,79 @@ def save_checkpoint(
     dtype: torch.dtype,
     facts: Mapping[str, object],
     state: dict[str, Tensor] | None = None,
+    training_state: Fill | None = None,
 ) -> None:
     """The model as `folder`, replacing an earlier one there; `facts` (step, loss) go into its manifest.
 
     state: its weights, where the model itself does not hold all of them.
+    training_state: writes what resuming needs, if it is to be resumed from here.
 
     Raises OutputError if it cannot be written; `folder` is then as it was.
     """
-    with errors_for_people(folder):
-        partial = _fresh_partial(folder)
-        try:
-            save_model(model, tokenizer, partial, dtype=dtype, state=state)
-            _finish(partial, folder, facts)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with _whole(folder) as partial:
+        save_model(model, tokenizer, partial, dtype=dtype, state=state)
+        write_manifest(partial, facts)
+        if training_state is not None:
+            _add_training_state(partial, training_state, facts)
 
 
-def link_checkpoint(source: Path, folder: Path) -> None:
+def link_checkpoint(
+    source: Path, folder: Path, *, facts: Mapping[str, object], training_state: Fill | None = None
+) -> None:
     """The checkpoint `source` under a second name, without a second copy where the disk can link files."""
+    with _whole(folder) as partial:
+        shutil.copytree(source, partial, copy_function=_link_or_copy, dirs_exist_ok=True)
+        if training_state is not None:
+            _add_training_state(partial, training_state, facts)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """The folder goes, or stays whole: what is being deleted does not have its name any more."""
     with errors_for_people(folder):
-        partial = _fresh_partial(folder)
+        doomed = folder.with_name(f".{folder.name}{_DELETED}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def clear_leftovers(output_dir: Path) -> None:
+    """What a process that was killed while it wrote, replaced or deleted checkpoints has left half done."""
+    with errors_for_people(output_dir):
+        for old in output_dir.glob(f".checkpoint-*{_OLD}"):
+            name = old.with_name(old.name.removeprefix(".").removesuffix(_OLD))
+            if not name.exists():  # killed between the two renames that replace it
+                old.rename(name)
+        for suffix in (_PARTIAL, _OLD, _DELETED):
+            for leftover in [*output_dir.glob(f".checkpoint-*{suffix}"), *output_dir.glob(f"*/.*{suffix}")]:
+                shutil.rmtree(leftover)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Facts and checksums; None without one that can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder, in words; None if all files of its manifest are as they were saved."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return f"{folder / MANIFEST} is missing or cannot be read"
+    for name, checksum in manifest["files"].items():
         try:
-            shutil.copytree(source, partial, copy_function=_link_or_copy, dirs_exist_ok=True)
-            _replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if _sha256(folder / name) != checksum:
+                return f"{folder / name} is not as it was saved"
+        except OSError as error:
+            return f"{folder / name} cannot be read: {error.strerror}"
+    return None
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether the folder's files are all there and are those of its manifest."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return all(_sha256(folder / name) == checksum for name, checksum in manifest["files"].items())
-    except (OSError, ValueError, KeyError):
-        return False
+    return damage(folder) is None
 
 
 @contextmanager
@@ -76,15 +125,16 @@ def errors_for_people(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise output_error(folder, error) from error
     except Exception as error:
-        if type(error).__name__ != "SafetensorError" or "os error" not in str(error).lower():
+        if isinstance(error, OutputError) or not _OS_ERROR.search(str(error)):
             raise
-        raise output_error(folder, error) from error  # safetensors wraps the system's error in its own
+        raise output_error(folder, error) from error  # safetensors and tokenizers put the system's into their own
 
 
 def output_error(path: Path, error: Exception) -> OutputError:
     """The error that says why `path` cannot be written, and what to do."""
-    code = getattr(error, "errno", None)
-    if code in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error).lower():
+    wrapped = _OS_ERROR.search(str(error))
+    code = int(wrapped[1]) if wrapped else getattr(error, "errno", None)
+    if code in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(next(p for p in path.absolute().parents if p.exists())).free
         return OutputError(
             f"{path} cannot be written: no room left on the disk ({free / 1e9:.1f} GB free). Free some, choose "
@@ -94,36 +144,54 @@ def output_error(path: Path, error: Exception) -> OutputError:
     return OutputError(f"{path} cannot be written: {reason}. Choose another --output-dir.")
 
 
-def _fresh_partial(folder: Path) -> Path:
-    partial = folder.with_name(f".{folder.name}{_PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """An empty folder that gets the name `folder`, all at once, when the block has filled it."""
+    with errors_for_people(folder):
+        partial = folder.with_name(f".{folder.name}{_PARTIAL}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            _sync(partial)
+            _replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def _finish(partial: Path, folder: Path, facts: Mapping[str, object]) -> None:
-    """Syncs the files, writes the manifest last, and gives the folder its name."""
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
+def write_manifest(folder: Path, facts: Mapping[str, object]) -> None:
+    """Syncs the folder's files and writes their checksums, last of all."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         _sync(path)
-    checksums = {str(path.relative_to(partial)): _sha256(path) for path in files}
-    manifest = partial / MANIFEST
+    checksums = {str(path.relative_to(folder)): _sha256(path) for path in files}
+    manifest = folder / MANIFEST
     manifest.write_text(json.dumps({**facts, "files": checksums}, indent=2) + "\n", encoding="utf-8")
     _sync(manifest)
-    _sync(partial)
-    _replace(partial, folder)
+
+
+def _add_training_state(partial: Path, fill: Fill, facts: Mapping[str, object]) -> None:
+    (partial / TRAINING_STATE).mkdir()
+    fill(partial / TRAINING_STATE)
+    write_manifest(partial / TRAINING_STATE, facts)
+    _sync(partial / TRAINING_STATE)
 
 
 def _replace(partial: Path, folder: Path) -> None:
     if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
+        old = folder.with_name(f".{folder.name}{_OLD}")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+        _sync(folder.parent)
         shutil.rmtree(old)
     else:
         partial.rename(folder)
-    _sync(folder.parent)
+        _sync(folder.parent)
 
 
 def _link_or_copy(source: str, target: str) -> None:

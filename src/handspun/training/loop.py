@@ -89,6 +89,17 @@ class Loop:
         """Optimiser steps of the whole run."""
         return self.steps_per_epoch * self.config.num_epochs
 
+    def evaluates_after(self, step: int) -> bool:
+        """Whether held-out rows are due after this step."""
+        every = self.config.eval_steps
+        return bool(self.held_out) and (step % self.steps_per_epoch == 0 or bool(every and step % every == 0))
+
+    def ends_step(self, event: Event) -> bool:
+        """Whether nothing more comes of the event's step: the run can be resumed from here."""
+        if event.step % self.steps_per_epoch == 0:
+            return isinstance(event, EpochEnd)
+        return isinstance(event, Evaluation) or not self.evaluates_after(event.step)
+
 
 def start(model: PreTrainedModel, config: TrainConfig) -> TrainingState:
     """The state before the first step."""
@@ -96,21 +107,25 @@ def start(model: PreTrainedModel, config: TrainConfig) -> TrainingState:
 
 
 def train(loop: Loop, state: TrainingState) -> Iterator[Event]:
-    """All epochs: a Step after each optimiser step, an Evaluation at the start, every `eval_steps` and at the
-    end of each epoch (with held-out rows), and an EpochEnd.
+    """All epochs, or what is left of them after the state's step.
+
+    A Step after each optimiser step, an Evaluation at the start, every `eval_steps` and at the end of each epoch
+    (with held-out rows), and an EpochEnd.
 
     Raises TrainingError before a step whose loss or gradient is not finite.
     """
     config = loop.config
     state.model.train()
-    yield from _evaluation(loop, state, epoch=0)
-    for epoch in range(1, config.num_epochs + 1):
+    if state.step == 0 and loop.held_out:
+        yield _evaluation(loop, state, epoch=0)
+    epochs_done, steps_done = divmod(state.step, loop.steps_per_epoch)
+    for epoch in range(epochs_done + 1, config.num_epochs + 1):
         order = epoch_order(len(loop.examples), seed=config.seed, epoch=epoch)
-        for batch in batches(loop.examples, order, config.batch_size):
+        for batch in batches(loop.examples, order[steps_done * config.batch_size :], config.batch_size):
             yield train_step(loop, state, batch, epoch)
-            if config.eval_steps and state.step % config.eval_steps == 0 and state.step % loop.steps_per_epoch:
-                yield from _evaluation(loop, state, epoch)
-        yield from _evaluation(loop, state, epoch)
+            if loop.evaluates_after(state.step):
+                yield _evaluation(loop, state, epoch)
+        steps_done = 0
         yield EpochEnd(state.step, epoch)
 
 
@@ -120,6 +135,7 @@ def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch
     Losses are divided by the learned tokens of the whole batch, so how it is cut changes nothing.
     """
     began = loop.clock()
+    _seed_dropout(loop.config, step=state.step, rank=loop.processes.rank)
     learned_tokens = sum(example.learned_tokens for example in batch)
     loss, computed_tokens = 0.0, 0
     for part in loop.processes.parts(batch, lambda rows: loop.execution.cut(rows, loop.config.max_tokens)):
@@ -142,9 +158,7 @@ def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch
     )  # fmt: skip
 
 
-def _evaluation(loop: Loop, state: TrainingState, epoch: int) -> Iterator[Evaluation]:
-    if not loop.held_out:
-        return
+def _evaluation(loop: Loop, state: TrainingState, epoch: int) -> Evaluation:
     loss, learned_tokens = evaluate(
         state.model,
         loop.execution,
@@ -155,7 +169,12 @@ def _evaluation(loop: Loop, state: TrainingState, epoch: int) -> Iterator[Evalua
     best = loss < state.best_loss
     if best:
         state.best_loss = loss
-    yield Evaluation(state.step, epoch, loss, learned_tokens, best)
+    return Evaluation(state.step, epoch, loss, learned_tokens, best)
+
+
+def _seed_dropout(config: TrainConfig, *, step: int, rank: int) -> None:
+    """A function of the step: a resumed run drops what it would have dropped, whatever drew numbers meanwhile."""
+    torch.manual_seed(((config.seed * 1_000_003 + step) * 1_009 + rank) % 2**63)
 
 
 def _refuse_not_finite(loss: float, grad_norm: float, batch: Sequence[Example], step: int) -> None:

@@ -33,6 +33,8 @@ class Plan:
     """Bytes of the whole process at its largest."""
     checkpoint_size: int
     """Bytes of one checkpoint's weights."""
+    training_state_size: int
+    """Bytes of what is kept beside them to resume from."""
 
 
 def make_plan(model: PreTrainedModel, examples: Sequence[Example], config: TrainConfig) -> Plan:
@@ -61,6 +63,7 @@ def make_plan(model: PreTrainedModel, examples: Sequence[Example], config: Train
         trainable=trainable,
         peak_memory=predict_memory(model, cut_batches(), config, packed=packed, share_prefix=share_prefix),
         checkpoint_size=_checkpoint_size(parameters, trainable, config),
+        training_state_size=_training_state_size(trainable, config),
     )
 
 
@@ -72,3 +75,9 @@ def _checkpoint_size(parameters: int, trainable: int, config: TrainConfig) -> in
     if config.lora:
         return trainable * 4
     return parameters * (2 if config.save_dtype == "bfloat16" else 4)
+
+
+def _training_state_size(trainable: int, config: TrainConfig) -> int:
+    """Optimiser states, and the weights once more where the checkpoint has them in another form."""
+    links = not config.lora and config.save_dtype == "float32"
+    return trainable * ({"float32": 8, "bfloat16": 4, "8bit": 2}[config.optimizer_states] + (0 if links else 4))

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,8 @@ _BUCKET = 2**24
 
 NOTHING = Example([0], [False], "", 0)
 """What a rank computes on that has no rows left: a token, of which nothing is learned."""
+
+_Value = TypeVar("_Value")
 
 Cut = Callable[[Sequence[Example]], Iterable[list[Example]]]
 """A rank's rows to its micro-batches."""
@@ -106,6 +109,14 @@ class Processes:
     def of_first(self, value: float) -> float:
         """The first rank's number."""
         return self.sum(value if self.is_first else 0.0)
+
+    def shared(self, value: _Value) -> _Value:
+        """The first rank's value, on all ranks."""
+        if self.count == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
 
     def _agreed(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
         if self.count == 1:

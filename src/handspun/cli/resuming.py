@@ -1,0 +1,46 @@
+"""The command that tries resuming on the user's own set-up: verify-resume."""
+
+import random
+import sys
+from typing import Annotated
+
+from rich.console import Console
+
+from handspun.cli.app import FLAT, app
+from handspun.config import TrainConfig
+
+
+@app.command(name="verify-resume")
+def verify_resume(
+    *,
+    config: Annotated[TrainConfig, FLAT] = TrainConfig(),  # noqa: B008
+    steps: int = 12,
+    kills: int = 3,
+) -> None:
+    """Kill a short run at random moments, go on with it, and compare its weights with those of an undisturbed one.
+
+    Takes the options of train; --output-dir and --num-epochs are not used. Exit code 1 if a single bit differs.
+
+    Parameters
+    ----------
+    steps
+        Optimiser steps of the run, in two epochs over the first rows.
+    kills
+        How often it is killed.
+    """
+    from handspun.verification.killed import kill_and_compare
+
+    console = Console(highlight=False)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    compared = kill_and_compare(config, steps=steps, kills=kills, notice=say, rng=random.Random(config.seed))
+    for name, expected in compared.undisturbed.items():
+        found = compared.killed.get(name, "missing")
+        same = "same     " if found == expected else "DIFFERENT"
+        say(f"{same}  {name}  sha256 {found[:16]}, undisturbed {expected[:16]}")
+    if not compared.same:
+        say("The killed run has other weights: it cannot be trusted to resume here.")
+        sys.exit(1)
+    say(f"After {len(compared.kills)} kills the weights are those of a run that nobody disturbed, bit for bit.")

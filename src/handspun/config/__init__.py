@@ -1,0 +1,19 @@
+"""All options, each with its one default. The command line, YAML files and help texts are read from here.
+
+`None` means "not given": the text says what is then done. Names are transformers' where it has one.
+"""
+
+from handspun.config.generation import CONSTRAINTS, SAMPLING_OPTIONS, GenerationOptions, Weights
+from handspun.config.ranges import option_name
+from handspun.config.training import DataConfig, DataFormat, TrainConfig
+
+__all__ = [
+    "CONSTRAINTS",
+    "SAMPLING_OPTIONS",
+    "DataConfig",
+    "DataFormat",
+    "GenerationOptions",
+    "TrainConfig",
+    "Weights",
+    "option_name",
+]

@@ -1,0 +1,172 @@
+"""The options of decoding."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from handspun.config.ranges import Ranges, numbers_out_of_range, option_name
+from handspun.errors import ConfigError
+
+Weights = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How to decode. What is not given comes from the model's generation_config (and is said), then
+    from the defaults named here."""
+
+    max_new_tokens: int | None = None
+    """Most tokens to generate (default 512)."""
+
+    min_new_tokens: int | None = None
+    """Fewest tokens before an end of sequence is allowed (default 0)."""
+
+    do_sample: bool | None = None
+    """Draw from the distribution instead of taking the most probable token (default no)."""
+
+    temperature: float | None = None
+    """Logits are divided by it before sampling (default 1.0); above 0."""
+
+    top_k: int | None = None
+    """Sample from the k most probable tokens, ties kept (default 0, off)."""
+
+    top_p: float | None = None
+    """Sample from the smallest set whose probability reaches this (default 1.0, off)."""
+
+    min_p: float | None = None
+    """Sample from tokens at least this share as probable as the best (default 0, off)."""
+
+    typical_p: float | None = None
+    """Sample from the tokens whose surprise is nearest the expected one, until their probability reaches this
+    (default 1.0, off)."""
+
+    repetition_penalty: float | None = None
+    """Divides (or multiplies, if negative) logits of tokens in prompt and output (default 1.0, off)."""
+
+    repetition_penalty_exempt: Literal["none", "template"] | None = None
+    """"template" spares what the chat template wrote, and every added token, so that structure is not penalised
+    (default "none", as in transformers)."""
+
+    presence_penalty: float | None = None
+    """Taken off the logits of tokens that the output has already (-2 to 2, default 0, off)."""
+
+    frequency_penalty: float | None = None
+    """Taken off a token's logit once for every time the output has it already (-2 to 2, default 0, off)."""
+
+    no_repeat_ngram_size: int | None = None
+    """No run of so many tokens occurs twice in prompt and output (default 0, off)."""
+
+    logit_bias: dict[str, float] | None = None
+    """Added to the logits of token ids, as in --logit-bias.42=-100 or --logit-bias '{"42": -100}'."""
+
+    sequence_bias: dict[str, float] | None = None
+    """The same for the last of several ids ("42 7") where the others come before it."""
+
+    bad_words: tuple[str, ...] | None = None
+    """Texts that are not to be generated, at the start of a word or behind a space."""
+
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
+    """The same as token ids; several ids are one run."""
+
+    suppress_tokens: tuple[int, ...] | None = None
+    """Token ids that are never generated."""
+
+    begin_suppress_tokens: tuple[int, ...] | None = None
+    """Token ids that no answer begins with."""
+
+    json_schema: str | dict[str, Any] | None = None
+    """Answers are JSON of this schema, given as JSON or as a file's name."""
+
+    regex: str | None = None
+    """Answers match this regular expression as a whole (Rust's syntax, without look-around)."""
+
+    choice: tuple[str, ...] | None = None
+    """Answers are one of these texts."""
+
+    num_beams: int | None = None
+    """Beams of a beam search (default 1, off)."""
+
+    length_penalty: float | None = None
+    """Beam scores are divided by (generated length) ** this (default 1.0)."""
+
+    early_stopping: bool | Literal["never"] | None = None
+    """When a beam search ends: yes, once num_beams hypotheses are complete; no, when a better one is
+    unlikely; "never", when none is possible (default no)."""
+
+    num_return_sequences: int | None = None
+    """Answers to each prompt (default 1)."""
+
+    stop_strings: tuple[str, ...] | None = None
+    """Strings that end an answer and are cut from it (default for chats: the template's end of turn
+    and "\\nUser:"; otherwise none)."""
+
+    seed: int | tuple[int, ...] | None = None
+    """Seed of the draws: one, or one for each prompt (default 0)."""
+
+    def __post_init__(self) -> None:
+        problems = numbers_out_of_range(self, _GENERATION_RANGES) + _exclusions(self)
+        if problems:
+            raise ConfigError(problems)
+
+
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+"""Options that only change what is sampled."""
+
+CONSTRAINTS = ("json_schema", "regex", "choice")
+"""Options that say what a whole answer is; one of them at a time."""
+
+_GENERATION_RANGES: Ranges = {
+    "max_new_tokens": (1, float("inf"), True, False),
+    "min_new_tokens": (0, float("inf"), True, False),
+    "temperature": (0, float("inf"), False, False),
+    "top_k": (0, float("inf"), True, False),
+    "top_p": (0, 1, False, True),
+    "min_p": (0, 1, True, True),
+    "typical_p": (0, 1, False, True),
+    "presence_penalty": (-2, 2, True, True),
+    "frequency_penalty": (-2, 2, True, True),
+    "repetition_penalty": (0, float("inf"), False, False),
+    "no_repeat_ngram_size": (0, float("inf"), True, False),
+    "num_beams": (1, float("inf"), True, False),
+    "num_return_sequences": (1, float("inf"), True, False),
+}
+
+
+def _exclusions(options: GenerationOptions) -> list[str]:
+    """Options that the user gave and that cannot be had together, each with the remedy."""
+    problems = []
+    beams, sample = options.num_beams or 1, options.do_sample
+    sampling = [option_name(name) for name in SAMPLING_OPTIONS if getattr(options, name) is not None]
+    if beams > 1 and sample:
+        problems.append(
+            f"--num-beams {beams} and --do-sample exclude each other: a beam search takes the most probable "
+            "beams and draws nothing. Leave one of them out."
+        )
+    elif sampling and (beams > 1 or sample is False):
+        other = f"--num-beams {beams}" if beams > 1 else "--no-do-sample"
+        verb = "changes" if len(sampling) == 1 else "change"
+        problems.append(
+            f"{', '.join(sampling)} only {verb} what is sampled, and {other} does not sample. "
+            f"Leave {'it' if len(sampling) == 1 else 'them'} out, or use --do-sample without beams."
+        )
+    constraints = [option_name(name) for name in CONSTRAINTS if getattr(options, name) is not None]
+    if len(constraints) > 1:
+        problems.append(f"{' and '.join(constraints)} exclude each other: each says what a whole answer is.")
+    for name in ("length_penalty", "early_stopping"):
+        if getattr(options, name) is not None and beams == 1:
+            problems.append(f"{option_name(name)} belongs to beam search: give --num-beams 2 or more with it.")
+    returned = options.num_return_sequences or 1
+    if beams > 1 and returned > beams:
+        problems.append(
+            f"--num-return-sequences {returned} is more than --num-beams {beams}: a beam search has at most "
+            "as many answers as beams."
+        )
+    if returned > 1 and beams == 1 and sample is False:
+        problems.append(
+            f"--num-return-sequences {returned} with greedy decoding would give the same answer {returned} "
+            "times: use --do-sample or --num-beams."
+        )
+    if (options.min_new_tokens or 0) > (options.max_new_tokens or float("inf")):
+        problems.append(
+            f"--min-new-tokens {options.min_new_tokens} is more than --max-new-tokens {options.max_new_tokens}."
+        )
+    return problems

@@ -1,0 +1,211 @@
+"""The options of a run."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from handspun.config.ranges import Ranges, numbers_out_of_range
+from handspun.errors import ConfigError
+
+DataFormat = Literal["auto", "alpaca", "prompt-completion", "messages", "sharegpt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which rows are read, and how they become examples."""
+
+    data: str = "train.csv"
+    """Training rows: a csv, tsv, json, jsonl or parquet file, a folder of them, or a hub dataset id."""
+
+    data_format: DataFormat = "auto"
+    """How a row is written; "auto" recognises it from the columns and says so."""
+
+    system_prompt: str | None = None
+    """System message for conversations without one; if not given, the template's own default holds."""
+
+    max_length: int | None = None
+    """Longest example in tokens, prompt included; if not given, 2048 or the model's limit."""
+
+    strict: bool = False
+    """Make dropped or truncated rows an error instead of a line in the account."""
+
+    cache_examples: bool = True
+    """Keep tokenised rows in ~/.cache/handspun/examples, and read them from there where nothing has changed."""
+
+    def __post_init__(self) -> None:
+        if problems := numbers_out_of_range(self, _DATA_RANGES):
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(DataConfig):
+    """One fine-tuning run, from rows to checkpoints."""
+
+    model: str = "Qwen/Qwen2.5-0.5B"
+    """Hub id, folder, .gguf file, or "smollm2-135m" (embedded: needs no network)."""
+
+    output_dir: str = "output"
+    """Folder for checkpoints, train.log, metrics.jsonl and run.json."""
+
+    eval_data: str | None = None
+    """Held-out rows, in any of the forms of --data."""
+
+    eval_ratio: float = 0.0
+    """Share of the training rows to hold out (0 to 1), drawn with the seed; not with --eval-data."""
+
+    eval_steps: int | None = None
+    """Evaluate every so many optimiser steps, besides the start and the end of every epoch."""
+
+    num_epochs: int = 3
+    """Passes over the training rows."""
+
+    batch_size: int = 8
+    """Rows in an optimiser step. How they are cut to fit memory does not change the result."""
+
+    max_tokens: int = 2048
+    """Tokens in a micro-batch, padding included; a single longer row makes one of its own."""
+
+    batching: Literal["packed", "padded"] = "packed"
+    """How a micro-batch is computed: rows end to end behind the prefix that they share, or padded. The
+    results are the same."""
+
+    activation_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third
+    more work."""
+
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW; if not given, 5e-5, and 5e-4 with LoRA."""
+
+    lr_schedule: Literal["cosine", "linear", "constant"] = "linear"
+    """How the learning rate falls from its peak to zero after warm-up."""
+
+    warmup_ratio: float = 0.03
+    """Share of the optimiser steps (0 to 1) over which the learning rate rises from zero."""
+
+    weight_decay: float = 0.0
+    """AdamW's weight decay, of matrices only (not of biases and norms)."""
+
+    optimizer_states: Literal["float32", "bfloat16", "8bit"] = "float32"
+    """Type of AdamW's two states of each trained weight: 8 bytes a weight, 4, or 2. The short ones are rounded so
+    that the mean is kept, and make a step slower."""
+
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 turns clipping off."""
+
+    lora: bool = False
+    """Train LoRA adapters (through peft) in place of all weights."""
+
+    lora_rank: int = 16
+    """Rank of the LoRA matrices."""
+
+    lora_alpha: int = 32
+    """LoRA's scale: updates are multiplied by alpha / rank."""
+
+    lora_dropout: float = 0.0
+    """Dropout on the LoRA branch's input (0 to 1)."""
+
+    base_weights: Literal["float32", "int8"] = "float32"
+    """Type of the frozen weights under LoRA adapters; int8 layers take a quarter of the memory, are faster, and
+    round. Embedding and head stay float32."""
+
+    seed: int = 0
+    """Seed of the row order, the held-out draw, LoRA's initial values and dropout."""
+
+    device: str = "auto"
+    """"auto" (cuda where there is one, else cpu), "cpu", "cuda", "cuda:1", "mps"."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matrix products; weights, optimiser and held-out losses stay float32. "auto" is bfloat16 where a
+    probe of a few products says that it is clearly faster."""
+
+    threads: int | None = None
+    """CPU threads; if not given, one per physical core. Under torchrun, those of each process; if not given, its
+    share of the machine's physical cores."""
+
+    shard: bool = False
+    """Under torchrun, give every process a share of the weights, gradients and optimiser states (FSDP2) in place
+    of a copy: for a model that is too large for one."""
+
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the saved weights; bfloat16 halves the files and rounds, at random, so that in the mean nothing is
+    lost."""
+
+    save_steps: int | None = None
+    """Save a checkpoint to resume from every so many optimiser steps, besides the end of every epoch; the last
+    ones stay as models when the run is finished."""
+
+    save_minutes: float = 30
+    """Save a checkpoint to resume from when so many minutes have passed since the last one; 0 turns it off."""
+
+    keep_last: int = 2
+    """Checkpoints to resume from that are kept: a newer one takes the place of the oldest. Those of epochs stay
+    as models."""
+
+    resume: bool | None = None
+    """Go on with the unfinished run in the output folder from its last checkpoint: if not given, where there is
+    one; --resume, or say that there is none; --no-resume, never."""
+
+    overwrite: bool = False
+    """Replace an earlier run in the output folder."""
+
+    dry_run: bool = False
+    """Show the plan (steps, tokens, predicted peak memory) and stop."""
+
+    def __post_init__(self) -> None:
+        problems = numbers_out_of_range(self, {**_DATA_RANGES, **_TRAIN_RANGES})
+        if self.eval_data is not None and self.eval_ratio > 0:
+            problems.append(
+                "--eval-data and --eval-ratio exclude each other: rows are held out either from a file of "
+                "their own or from the training rows. Give one of them."
+            )
+        if self.resume and self.overwrite:
+            problems.append(
+                "--resume and --overwrite exclude each other: go on with the earlier run, or replace it."
+            )
+        if self.base_weights == "int8" and not self.lora:
+            problems.append(
+                "--base-weights int8 needs --lora: int8 weights are frozen, so without adapters there would be "
+                "nothing to train. Add --lora, or leave --base-weights out."
+            )
+        if self.base_weights == "int8" and self.shard:
+            problems.append(
+                "--shard cannot cut int8 weights. Leave --base-weights int8 out, or leave --shard out: an int8 "
+                "base takes a quarter of the memory on every process."
+            )
+        if self.optimizer_states != "float32" and self.shard:
+            problems.append(
+                f"--shard cuts float32 optimiser states, and --optimizer-states {self.optimizer_states} shortens "
+                "whole ones: leave one of the two out."
+            )
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate at the end of warm-up."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 5e-4 if self.lora else 5e-5
+
+
+_DATA_RANGES: Ranges = {
+    "max_length": (2, float("inf"), True, False),
+}
+_TRAIN_RANGES: Ranges = {
+    "eval_ratio": (0, 1, True, False),
+    "eval_steps": (1, float("inf"), True, False),
+    "save_steps": (1, float("inf"), True, False),
+    "save_minutes": (0, float("inf"), True, False),
+    "keep_last": (1, float("inf"), True, False),
+    "num_epochs": (1, float("inf"), True, False),
+    "batch_size": (1, float("inf"), True, False),
+    "max_tokens": (1, float("inf"), True, False),
+    "learning_rate": (0, float("inf"), False, False),
+    "warmup_ratio": (0, 1, True, True),
+    "weight_decay": (0, float("inf"), True, False),
+    "max_grad_norm": (0, float("inf"), True, False),
+    "lora_rank": (1, float("inf"), True, False),
+    "lora_alpha": (1, float("inf"), True, False),
+    "lora_dropout": (0, 1, True, False),
+    "seed": (0, 2**63, True, False),
+    "threads": (1, float("inf"), True, False),
+}

@@ -1,0 +1,1 @@
+"""Equality with the references, as commands that a user runs."""

@@ -1,0 +1,136 @@
+"""Kill and compare: a run that is killed and gone on with, and one that is not, on the user's own set-up."""
+
+import hashlib
+import json
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from handspun.config import TrainConfig
+from handspun.data.rows import read_rows
+from handspun.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """After which steps the kills came, and sha256 of each file of weights, by checkpoint and name."""
+
+    kills: list[int]
+    undisturbed: dict[str, str]
+    killed: dict[str, str]
+
+    @property
+    def same(self) -> bool:
+        """Whether all weights are the same bits."""
+        return self.undisturbed == self.killed
+
+
+def kill_and_compare(
+    config: TrainConfig, *, steps: int, kills: int, notice: Callable[[str], None], rng: random.Random
+) -> Comparison:
+    """Trains `steps` optimiser steps in two epochs on the first rows of the data, twice: left alone, and killed by
+    SIGKILL `kills` times at random moments and started again by the same command. Each run is its own process.
+
+    Raises TrainingError, with what the run said, if one fails by itself.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        made = _config(config, work, steps)
+        notice(f"undisturbed: {steps} steps")
+        _train(replace(made, output_dir=str(work / "undisturbed")), work)
+        again = replace(made, output_dir=str(work / "killed"))
+        seconds = _seconds_of_a_step(work / "undisturbed")
+        found = []
+        for after in sorted(rng.sample(range(1, steps), min(kills, steps - 1))):
+            if not _train(again, work, kill_after=(after, rng.uniform(0, 2 * seconds))):
+                notice("it was finished before the next kill came")
+                break
+            found.append(_last_step(work / "killed"))
+            notice(f"killed after step {found[-1]}")
+        else:
+            _train(again, work)
+        return Comparison(found, _weights(work / "undisturbed"), _weights(work / "killed"))
+
+
+def _config(config: TrainConfig, work: Path, steps: int) -> TrainConfig:
+    """Two epochs of half the steps, on as many rows, with a checkpoint every few steps."""
+    rows = read_rows(config.data)[: max(steps // 2, 1) * config.batch_size]
+    data = work / "rows.jsonl"
+    data.write_text("".join(json.dumps(row.values, default=str) + "\n" for row in rows), encoding="utf-8")
+    return replace(
+        config,
+        data=str(data),
+        num_epochs=2,
+        save_steps=config.save_steps or max(steps // 5, 1),
+        overwrite=False,
+        resume=None,
+        dry_run=False,
+    )
+
+
+def _train(config: TrainConfig, work: Path, *, kill_after: tuple[int, float] | None = None) -> int:
+    """`handspun train` in a process of its own; `kill_after` a step and so many seconds, which reach into the next
+    steps or into a save. Returns its exit code."""
+    options = work / "options.yaml"
+    given = {name: value for name, value in asdict(config).items() if value is not None}
+    options.write_text(yaml.safe_dump(given), encoding="utf-8")
+    log = work / "said.txt"
+    with log.open("w", encoding="utf-8") as said:
+        command = [sys.executable, "-m", "handspun", "train", "--config", str(options)]
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        try:
+            if kill_after is not None:
+                step, seconds = kill_after
+                _wait_for_step(Path(config.output_dir), step, process)
+                time.sleep(seconds)
+                process.send_signal(signal.SIGKILL)
+            code = process.wait()
+        finally:
+            process.kill()
+    if code and code != -signal.SIGKILL:
+        last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
+        raise TrainingError(f"the run ended by itself with exit code {code}. It said last:\n{last}")
+    return code
+
+
+def _wait_for_step(output: Path, step: int, process: "subprocess.Popen[bytes]") -> None:
+    while process.poll() is None and _last_step(output) < step:
+        time.sleep(0.01)
+
+
+def _last_step(output: Path) -> int:
+    return max((int(event["step"]) for event in _events(output)), default=0)
+
+
+def _seconds_of_a_step(output: Path) -> float:
+    return float(statistics.median(event["seconds"] for event in _events(output) if event["event"] == "step"))
+
+
+def _events(output: Path) -> list[dict[str, Any]]:
+    file = output / "metrics.jsonl"
+    events = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with suppress(ValueError):  # cut by the kill
+            events.append(json.loads(line))
+    return events
+
+
+def _weights(output: Path) -> dict[str, str]:
+    files: list[Path] = sorted(output.glob("checkpoint-[eb]*/*.safetensors"))
+    return {f"{file.parent.name}/{file.name}": _sha256(file) for file in files}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,304 @@
+"""A run that was ended at any moment goes on, and ends with the very weights of one that nobody disturbed."""
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import handspun
+from handspun import run as run_module
+from handspun.errors import ConfigError, OutputError
+from handspun.training.checkpoint import TRAINING_STATE, is_checkpoint
+from handspun.training.loop import Event, Loop, TrainingState
+
+ROWS = "instruction,input,output\n" + "".join(
+    f"Say {n} {'and more ' * (n % 5)}.,,It is {n}{' or so' * (n % 4)}.\n" for n in range(20)
+)
+LORA = {"lora": True, "lora_dropout": 0.3}
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "full padded": {"batching": "padded"},
+    "LoRA with dropout": LORA,
+    "LoRA padded": {**LORA, "batching": "padded"},
+    "int8 base": {**LORA, "base_weights": "int8"},
+    "states in 8 bits": {"optimizer_states": "8bit"},
+    "states in bfloat16": {"optimizer_states": "bfloat16"},
+    "saved in bfloat16": {"save_dtype": "bfloat16"},
+    "products in bfloat16": {"dtype": "bfloat16"},
+    "computed again": {"activation_checkpointing": True},
+}
+
+
+class Crash(BaseException):
+    """The power goes."""
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "train.csv"
+    path.write_text(ROWS, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def crash_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Ends the next run behind the given step, before anything is made of its events."""
+
+    def arm(step: int) -> None:
+        def cut(loop: Loop, state: TrainingState) -> Iterator[Event]:
+            for event in whole(loop, state):
+                if event.step > step:
+                    raise Crash
+                yield event
+
+        monkeypatch.setattr(run_module, "training_events", cut)
+
+    whole = run_module.training_events
+    yield arm
+    monkeypatch.setattr(run_module, "training_events", whole)
+
+
+def config(tiny_folder: Path, data: Path, output: str, **options: object) -> handspun.TrainConfig:
+    """Three epochs of five steps, each in some micro-batches; the last batch of an epoch is a short one."""
+    values: dict[str, Any] = {"num_epochs": 3, "batch_size": 4, "learning_rate": 1e-3, "eval_ratio": 0.1}
+    values |= {"max_tokens": 96, "eval_steps": 2, "dtype": "float32", "threads": 1, **options}
+    return handspun.TrainConfig(
+        model=str(tiny_folder), data=str(data), output_dir=str(data.with_name(output)), **values
+    )
+
+
+def train(made: handspun.TrainConfig) -> str:
+    """Everything that was said."""
+    console = Console(file=io.StringIO(), width=200)
+    run_module.train(made, console=console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def crash(made: handspun.TrainConfig) -> None:
+    with pytest.raises(Crash):
+        train(made)
+
+
+def weights(output: Path) -> dict[str, str]:
+    """sha256 of the weights of every checkpoint."""
+    files = sorted(output.glob("checkpoint-*/*.safetensors"))
+    return {str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def events(output: Path) -> list[dict[str, Any]]:
+    made = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in event.items() if key != "seconds"} for event in made]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weights_are_those_of_a_run_that_nobody_disturbed(
+    tiny_folder: Path, data: Path, crash_after: Callable[[int], None], kind: str
+) -> None:
+    """Ended in the middle of an epoch, right after one, and once more before anything new was saved."""
+    options = {**KINDS[kind], "save_steps": 3, "keep_last": 2}
+    train(config(tiny_folder, data, "whole", **options))
+    again = config(tiny_folder, data, "again", **options)
+    for step in (4, 5, 5, 13):
+        crash_after(step)
+        crash(again)
+    crash_after(15)
+    said = train(again)
+    whole, output = data.with_name("whole"), data.with_name("again")
+    assert "goes on after step 12 of 15" in said
+    assert weights(output) == weights(whole)
+    assert events(output) == events(whole)
+    records = [json.loads((folder / "run.json").read_text()) for folder in (whole, output)]
+    for key in ("status", "evaluations", "checkpoints", "best_checkpoint", "config", "data"):
+        if key == "config":
+            records[1][key]["output_dir"] = records[0][key]["output_dir"]
+        assert records[1][key] == records[0][key]
+    assert [resumed["step"] for resumed in records[1]["resumed"]] == [3, 5, 5, 12]
+    assert not any(resumed["changes"] for resumed in records[1]["resumed"])
+
+
+def test_a_finished_run_keeps_models_and_nothing_to_resume_from(tiny_folder: Path, data: Path) -> None:
+    for save_steps, steps in ((None, set()), (2, {"checkpoint-step-12", "checkpoint-step-14"})):
+        train(config(tiny_folder, data, "output", save_steps=save_steps, keep_last=4, overwrite=True))
+        output = data.with_name("output")
+        assert not list(output.glob(f"*/*{TRAINING_STATE}*"))
+        names = {path.name for path in output.glob("checkpoint-*")}
+        assert names == {*(f"checkpoint-epoch-{n}" for n in (1, 2, 3)), "checkpoint-best"} | steps
+        assert all(map(is_checkpoint, output.glob("checkpoint-*")))
+
+
+def test_only_the_last_ones_can_be_resumed_from(
+    tiny_folder: Path, data: Path, crash_after: Callable[[int], None]
+) -> None:
+    crash_after(13)
+    crash(config(tiny_folder, data, "output", save_steps=3, keep_last=2))
+    output = data.with_name("output")
+    with_state = {path.parent.name for path in output.glob(f"*/{TRAINING_STATE}")}
+    assert with_state == {"checkpoint-step-12", "checkpoint-epoch-2"}
+    assert {path.name for path in output.glob("checkpoint-*")} >= with_state | {"checkpoint-epoch-1"}
+    state, model = output / "checkpoint-step-12" / TRAINING_STATE, output / "checkpoint-step-12"
+    same_file = (state / "weights.safetensors").stat().st_ino == (model / "model.safetensors").stat().st_ino
+    assert same_file, "the weights lie on the disk twice"
+
+
+@pytest.mark.parametrize("name", [f"{TRAINING_STATE}/optimizer.safetensors", "model.safetensors"])
+def test_a_checkpoint_with_a_changed_byte_is_named_and_the_one_before_it_is_used(
+    tiny_folder: Path, data: Path, crash_after: Callable[[int], None], name: str
+) -> None:
+    train(config(tiny_folder, data, "whole"))
+    made = config(tiny_folder, data, "again", save_steps=3)
+    crash_after(13)
+    crash(made)
+    damaged = data.with_name("again") / "checkpoint-step-12" / name
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    crash_after(15)
+    said = train(made)
+    assert (
+        f"{damaged} is not as it was saved: checkpoint-step-12 is not used, but the checkpoint before it" in said
+    )
+    assert "goes on after step 10 of 15" in said
+    expected = weights(data.with_name("whole"))
+    found = weights(data.with_name("again"))
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_without_a_checkpoint_it_begins_again(
+    tiny_folder: Path, data: Path, crash_after: Callable[[int], None]
+) -> None:
+    train(config(tiny_folder, data, "whole"))
+    made = config(tiny_folder, data, "again")
+    crash_after(3)
+    crash(made)
+    crash_after(15)
+    assert "was ended before its first checkpoint: it begins again" in train(made)
+    assert weights(data.with_name("again")) == weights(data.with_name("whole"))
+    assert events(data.with_name("again")) == events(data.with_name("whole"))
+
+
+def test_another_configuration_is_an_error_that_lists_all_differences(
+    tiny_folder: Path, data: Path, crash_after: Callable[[int], None]
+) -> None:
+    crash_after(7)
+    crash(config(tiny_folder, data, "output"))
+    data.write_text(ROWS.replace("It is 7", "It was 7"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="holds an unfinished run, and this is another one") as raised:
+        train(config(tiny_folder, data, "output", learning_rate=2e-3, batch_size=2, max_tokens=64))
+    message = str(raised.value)
+    assert "--learning-rate: 0.001 then, 0.002 now" in message
+    assert "--batch-size: 4 then, 2 now" in message
+    assert "train rows (sha256): " in message
+    assert "--max-tokens" not in message
+    assert "--overwrite" in message
+    assert (data.with_name("output") / "checkpoint-epoch-1" / TRAINING_STATE).exists()
+    crash_after(15)
+    train(config(tiny_folder, data, "output", learning_rate=2e-3, overwrite=True))
+
+
+def test_another_cut_of_the_batches_is_said_and_changes_only_the_rounding(
+    tiny_folder: Path, data: Path, crash_after: Callable[[int], None]
+) -> None:
+    train(config(tiny_folder, data, "whole"))
+    crash_after(7)
+    crash(config(tiny_folder, data, "again"))
+    crash_after(15)
+    said = train(config(tiny_folder, data, "again", max_tokens=48))
+    assert "--max-tokens was 96 and is 48: the weights will differ in their rounding" in said
+    whole, again = data.with_name("whole"), data.with_name("again")
+    assert json.loads((again / "run.json").read_text())["resumed"][0]["changes"] == {"--max-tokens": [96, 48]}
+    losses = [[e["loss"] for e in events(output) if e["event"] == "step"] for output in (whole, again)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_resume_and_its_opposites(tiny_folder: Path, data: Path, crash_after: Callable[[int], None]) -> None:
+    with pytest.raises(OutputError, match="holds no unfinished run to go on with"):
+        train(config(tiny_folder, data, "output", resume=True))
+    crash_after(7)
+    crash(config(tiny_folder, data, "output"))
+    with pytest.raises(OutputError, match="holds an earlier run"):
+        train(config(tiny_folder, data, "output", resume=False))
+    crash_after(15)
+    train(config(tiny_folder, data, "output", resume=True))
+    with pytest.raises(OutputError, match="holds no unfinished run to go on with"):
+        train(config(tiny_folder, data, "output", resume=True))
+    with pytest.raises(ConfigError, match="--resume and --overwrite exclude each other"):
+        config(tiny_folder, data, "output", resume=True, overwrite=True)
+
+
+def test_a_second_run_into_the_same_folder_is_refused_while_the_first_one_lives(
+    tiny_folder: Path, data: Path
+) -> None:
+    output = data.with_name("output")
+    code = (
+        f"from pathlib import Path; from handspun.output import owned\nwith owned(Path({str(output)!r})): input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True) as first:
+        while not (output / ".owner").exists():
+            assert first.poll() is None
+        with pytest.raises(OutputError, match=rf"another run is writing into .* \(process {first.pid}\)"):
+            train(config(tiny_folder, data, "output"))
+        first.kill()
+    train(config(tiny_folder, data, "output"))
+
+
+def test_it_saves_when_the_minutes_are_over(tiny_folder: Path, data: Path) -> None:
+    """Over at every step; the last nine stay, those of epochs among them."""
+    train(config(tiny_folder, data, "output", save_minutes=1e-9, save_steps=100, keep_last=9))
+    steps = {path.name for path in data.with_name("output").glob("checkpoint-step-*")}
+    assert steps == {f"checkpoint-step-{step}" for step in (7, 8, 9, 11, 12, 13, 14)}
+
+
+def ranks(processes: int, runs: list[dict[str, Any]], folder: Path) -> str:
+    (folder / "configs.json").write_text(json.dumps(runs))
+    script = [str(Path(__file__).with_name("several_runs.py")), str(folder / "configs.json")]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            *script,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_ranks_resume_to_the_same_bits_and_on_another_number_of_them(tiny_folder: Path, data: Path) -> None:
+    def options(output: str, **more: Any) -> dict[str, Any]:
+        made = config(tiny_folder, data, output).__dict__
+        return {**made, **more}
+
+    held = {"replicated": {}, "sharded": {"shard": True}}
+    runs = []
+    for name, how in held.items():
+        runs += [options(f"{name}-whole", **how), options(f"{name}-again", **how, crash_after=7)]
+        runs += [options(f"{name}-again", **how), options(f"{name}-other", **how, crash_after=7)]
+    said = ranks(2, runs, data.parent)
+    assert said.count("goes on after step 5 of 15") == 2
+    for name in held:
+        assert weights(data.with_name(f"{name}-again")) == weights(data.with_name(f"{name}-whole"))
+    said = ranks(3, [options("replicated-other", shard=True), options("sharded-other")], data.parent)
+    assert said.count("processes was 2 and is 3: the weights will differ in their rounding") == 2
+    whole = load_file(data.with_name("replicated-whole") / "checkpoint-epoch-3" / "model.safetensors")
+    for name in held:
+        other = load_file(data.with_name(f"{name}-other") / "checkpoint-epoch-3" / "model.safetensors")
+        for key, tensor in other.items():
+            torch.testing.assert_close(tensor, whole[key], rtol=1e-5, atol=1e-5)
