@@ -19,7 +19,7 @@ ROOMS = [
     {"data"},
     {"models"},
     {"training", "decoding"},
-    {"verification"},
+    {"verification", "evaluation"},
     {"report"},
     {"resume"},
     {"output"},

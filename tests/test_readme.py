@@ -32,16 +32,18 @@ def test_commands_have_options_that_exist(page: Path) -> None:
 def test_the_readme_commands_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In their order, in an empty folder with a train.csv; the hub's model is the embedded one here."""
+    """In their order, in a folder with rows and prompts alone; the hub's model is the embedded one here."""
     monkeypatch.chdir(tmp_path)
     Path("train.csv").write_text(ROWS, encoding="utf-8")
+    Path("held_out.csv").write_text(ROWS, encoding="utf-8")
+    Path("prompts.txt").write_text("Say 3.\n", encoding="utf-8")
     monkeypatch.setattr("builtins.input", lambda *_: "/quit")
     found = commands(ROOT / "README.md")
     assert len(found) >= 5
     for arguments in found:
         if arguments[0] == "demo":
             continue  # minutes; `make demo` is this command
-        shorter = ["--max-new-tokens", "8"] if arguments[0] == "generate" else []
+        shorter = ["--max-new-tokens", "8"] if arguments[0] in ("generate", "eval", "compare") else []
         given = [argument.replace("Qwen/Qwen2.5-0.5B", "smollm2-135m") for argument in arguments]
         assert main([*given, *shorter]) == 0, arguments
         capsys.readouterr()

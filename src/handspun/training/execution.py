@@ -34,6 +34,9 @@ class Execution(Protocol):
         """The loss summed over the part's learned tokens, without a gradient, by products in float32: that of the
         weights as they are kept. Rounded to bfloat16, weights lose what small steps taught them."""
 
+    def row_losses(self, part: Sequence[Example]) -> list[float]:
+        """The terms of `loss`: each example's, summed over its learned tokens."""
+
     def backward(self, part: Sequence[Example], divisor: int) -> float:
         """Adds the gradient of the part's loss sum / `divisor`; returns the sum."""
 

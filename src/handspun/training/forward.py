@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from handspun.data.batches import IGNORED, collate, micro_batches
@@ -43,6 +44,12 @@ class Padded:
         with torch.no_grad():
             return float(self.run(self._loss, part, torch.float32))
 
+    def row_losses(self, part: Sequence[Example]) -> list[float]:
+        """The terms of `loss`: each example's, summed over its learned tokens."""
+        with torch.no_grad():
+            losses: list[float] = self.run(self._row_losses, part)
+        return losses
+
     def backward(self, part: Sequence[Example], divisor: int) -> float:
         """Adds the gradient of the part's loss sum / `divisor`; returns the sum."""
         loss: torch.Tensor = self.run(self._loss, part, self.dtype)
@@ -51,6 +58,12 @@ class Padded:
 
     def _loss(self, part: Sequence[Example], dtype: torch.dtype) -> torch.Tensor:
         return padded_loss(self.model, part, pad_token_id=self.pad_token_id, dtype=dtype)[0]
+
+    def _row_losses(self, part: Sequence[Example]) -> list[float]:
+        logits, targets = _logits(self.model, part, self.pad_token_id, torch.float32)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        rows: list[float] = losses.view(targets.shape).double().sum(dim=1).tolist()
+        return rows
 
 
 def padded_tokens(part: Sequence[Example]) -> int:
@@ -65,6 +78,13 @@ def padded_loss(
 
     dtype: of the matrix products; weights and loss stay float32.
     """
+    return cross_entropy_sum(*_logits(model, examples, pad_token_id, dtype))
+
+
+def _logits(
+    model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits, targets): (batch, positions, vocab) and (batch, positions), where some row learns."""
     batch = {
         name: tensor.to(model.device) for name, tensor in collate(examples, pad_token_id=pad_token_id).items()
     }
@@ -74,5 +94,5 @@ def padded_loss(
     positions = (targets != IGNORED).any(dim=0).nonzero().flatten()
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(model.device.type, dtype)
     with autocast:
-        logits = model(**batch, use_cache=False, logits_to_keep=positions).logits  # (batch, positions, vocab)
-    return cross_entropy_sum(logits, targets[:, positions])
+        logits = model(**batch, use_cache=False, logits_to_keep=positions).logits
+    return logits, targets[:, positions]

@@ -124,6 +124,12 @@ class Packed:
         with torch.no_grad():
             return float(self.run(self._loss, part))
 
+    def row_losses(self, part: Sequence[Example]) -> list[float]:
+        """The terms of `loss`: each example's, summed over its learned tokens."""
+        with torch.no_grad():
+            losses: list[float] = self.run(self._row_losses, part)
+        return losses
+
     def backward(self, part: Sequence[Example], divisor: int) -> float:
         """Adds the gradient of the part's loss sum / `divisor`; returns the sum.
 
@@ -140,6 +146,14 @@ class Packed:
         hidden = self._hidden_states(packed, torch.float32)
         chunks = _chunks(hidden, packed.targets, self._vocabulary)
         return sum(head_loss(self._head, some, targets).item() for some, targets in chunks)
+
+    def _row_losses(self, part: Sequence[Example]) -> list[float]:
+        packed = pack(part, share_prefix=self.share_prefix, device=self.model.device)
+        hidden = self._hidden_states(packed, torch.float32)
+        chunks = _chunks(hidden, packed.targets, self._vocabulary)
+        losses = [F.cross_entropy(self._head(some.float()), targets, reduction="none") for some, targets in chunks]
+        rows = torch.cat(losses).double().split([example.learned_tokens for example in part])
+        return [row.sum().item() for row in rows]
 
     def _through_the_head(self, part: Sequence[Example], divisor: int) -> tuple[Tensor, Tensor, float]:
         """(hidden states at learned positions, the gradient there, loss sum): the first stage."""

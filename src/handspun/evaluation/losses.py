@@ -1,0 +1,90 @@
+"""The loss of every held-out row, as a sum and a count, so that a mean over tokens can be made of any of them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+
+from handspun.config import TrainConfig
+from handspun.data.batches import batches
+from handspun.data.examples import Example
+from handspun.decoding.engine import Engine, Feed
+from handspun.decoding.engines import make_engine
+from handspun.models.load import ChatModel
+from handspun.training.execution import execution_of
+from handspun.training.packed import CHUNK_BYTES
+
+_MAX_TOKENS = TrainConfig.max_tokens
+"""Of a part of a batch that is computed at a time, as in training."""
+
+RowKey = tuple[str, int]
+"""The file and the number of a row."""
+
+
+def row_losses(
+    chat: ChatModel, examples: Sequence[Example], *, batch_size: int, notice: Callable[[str], None]
+) -> dict[RowKey, tuple[float, int]]:
+    """(loss summed over the row's learned tokens, their number) of every row.
+
+    By the executions of training where the weights are float32, as the held-out losses of a run are; by the engine
+    that decodes where they are not, int8 among them. A NaN stays a NaN.
+    """
+    is_float32 = chat.lean is None and chat.model.dtype == torch.float32
+    losses_of = _by_execution if is_float32 else _by_engine
+    sums: dict[RowKey, tuple[float, int]] = {}
+    with losses_of(chat, examples, notice) as compute:
+        for batch in batches(examples, range(len(examples)), batch_size):
+            for example, loss in compute(batch):
+                before, tokens = sums.get((example.file, example.row), (0.0, 0))
+                sums[example.file, example.row] = (before + loss, tokens + example.learned_tokens)
+    return sums
+
+
+_Compute = Callable[[list[Example]], Iterator[tuple[Example, float]]]
+
+
+@contextmanager
+def _by_execution(
+    chat: ChatModel, examples: Sequence[Example], notice: Callable[[str], None]
+) -> Iterator[_Compute]:
+    pad_token_id = chat.tokenizer.pad_token_id
+    with execution_of(
+        chat.model,
+        TrainConfig(),
+        examples,
+        dtype=torch.float32,
+        pad_token_id=pad_token_id if pad_token_id is not None else 0,  # masked: any id would do
+        notice=notice,
+    ) as execution:
+
+        def compute(batch: list[Example]) -> Iterator[tuple[Example, float]]:
+            for part in execution.cut(batch, _MAX_TOKENS):
+                yield from zip(part, execution.row_losses(part), strict=True)
+
+        yield compute
+
+
+@contextmanager
+def _by_engine(
+    chat: ChatModel, _examples: Sequence[Example], _notice: Callable[[str], None]
+) -> Iterator[_Compute]:
+    engine = make_engine(chat)
+    at_once = max(CHUNK_BYTES // (4 * int(chat.model.config.get_text_config().vocab_size)), 16)
+    yield lambda batch: ((example, _answer_loss(engine, example, at_once)) for example in batch)
+
+
+def _answer_loss(engine: Engine, example: Example, at_once: int) -> float:
+    """The loss summed over the example's learned tokens, with logits for `at_once` positions at a time."""
+    row, first = engine.add(), example.learned.index(True)
+    if first > 1:
+        engine.forward([Feed(row, example.input_ids[: first - 1])])  # what is only read
+    total = 0.0
+    for start in range(first - 1, len(example) - 1, at_once):
+        stop = min(start + at_once, len(example) - 1)
+        logits = engine.forward([Feed(row, example.input_ids[start:stop], all_logits=True)])
+        learned = torch.tensor(example.learned[start + 1 : stop + 1], device=logits.device)
+        targets = torch.tensor(example.input_ids[start + 1 : stop + 1], device=logits.device)
+        total += F.cross_entropy(logits[learned], targets[learned], reduction="sum").item()
+    engine.free(row)
+    return total

@@ -1,0 +1,143 @@
+"""A model's scores on rows: loss and perplexity, exact matches, instructions followed."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from handspun.config import DataConfig
+from handspun.data.cache import ExampleCache
+from handspun.data.examples import RowAccount
+from handspun.data.prepare import fingerprint, prepare_examples, resolve_max_length
+from handspun.data.rows import Row, read_rows
+from handspun.decoding.results import GenerationResult
+from handspun.errors import ConfigError
+from handspun.evaluation.answers import Question, greedy_answers, is_exact_match, only_asks, question_of
+from handspun.evaluation.instructions import Verdict, verdicts
+from handspun.evaluation.losses import RowKey, row_losses
+from handspun.models.embedded import cache_folder
+from handspun.models.load import ChatModel, context_length
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """One row: the loss summed over its learned tokens (None if it has no answer to learn), and what the model
+    answered (None if it was not asked)."""
+
+    question: Question
+    loss_sum: float | None
+    tokens: int
+    answer: GenerationResult | None
+
+    @property
+    def loss(self) -> float | None:
+        """A learned token's mean."""
+        return None if self.loss_sum is None else self.loss_sum / self.tokens
+
+    @property
+    def exact_match(self) -> bool | None:
+        """Whether the answer is the row's own; None where there are not both."""
+        if self.answer is None or self.question.expected is None:
+            return None
+        return is_exact_match(self.answer.text, self.question.expected)
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """On the row's instructions, if the model was asked."""
+        return [] if self.answer is None else verdicts(self.question.instructions, self.answer.text)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A model's scores on the rows of a set. account: what became of the rows; None where they only ask."""
+
+    model: str
+    data: str
+    fingerprint: str
+    max_length: int
+    rows: list[RowScore]
+    account: RowAccount | None
+
+    @property
+    def tokens(self) -> int:
+        """Learned tokens that the loss is a mean over."""
+        return sum(row.tokens for row in self.rows)
+
+    @property
+    def loss(self) -> float | None:
+        """A learned token's mean over all rows: not a mean of rows' or of batches' means."""
+        if not self.tokens:
+            return None
+        return math.fsum(row.loss_sum for row in self.rows if row.loss_sum is not None) / self.tokens
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(loss)."""
+        if self.loss is None:
+            return None
+        return math.inf if self.loss > 700 else math.exp(self.loss)
+
+
+def score(
+    chat: ChatModel,
+    config: DataConfig,
+    *,
+    batch_size: int = 8,
+    ask: bool = False,
+    max_new_tokens: int = 512,
+    notice: Callable[[str], None],
+) -> Scores:
+    """The scores of a model on the rows that `config` names.
+
+    ask: also have it answer, greedily, with at most `max_new_tokens`. batch_size: rows computed together, which
+    changes no score. Raises DataError for rows that cannot be used, ConfigError if there is nothing to score.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size is {batch_size}: expected at least 1.")
+    rows = read_rows(config.data)
+    max_length = resolve_max_length(config.max_length, context_length(chat.model.config))
+    account: RowAccount | None = None
+    losses: dict[RowKey, tuple[float, int]] = {}
+    if not all(map(only_asks, rows)):
+        cache = ExampleCache(cache_folder() / "examples")
+        made, _ = prepare_examples(config, chat.template, max_length=max_length, cache=cache, notice=notice)
+        account = made.account
+        losses = row_losses(chat, made.examples, batch_size=batch_size, notice=notice)
+    elif not ask:
+        raise ConfigError(
+            f"the rows of {config.data} have prompts and no answers, so there is no loss to take. Give "
+            "--generate: the model's answers are then held against the rows' instructions."
+        )
+    questions = _questions(rows, account, config.system_prompt)
+    answers: dict[RowKey, GenerationResult] = {}
+    if ask:
+        asked = [question for question in questions if not question.needs_tools]
+        notice(f"answering {len(asked)} prompts")
+        found = greedy_answers(
+            chat,
+            asked,
+            system_prompt=config.system_prompt,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            notice=notice,
+        )
+        answers = {(q.file, q.row): answer for q, answer in zip(asked, found, strict=True)}
+    scored = [_row_score(question, losses, answers) for question in questions]
+    return Scores(chat.name, config.data, fingerprint(rows), max_length, scored, account)
+
+
+def _questions(rows: Sequence[Row], account: RowAccount | None, system_prompt: str | None) -> list[Question]:
+    """What the rows ask that were not dropped."""
+    dropped = {(note.file, note.row) for note in account.dropped} if account else set()
+    formats = account.formats if account else {}
+    kept = [row for row in rows if (row.file, row.number) not in dropped]
+    return [question_of(row, formats, system_prompt=system_prompt) for row in kept]
+
+
+def _row_score(
+    question: Question,
+    losses: Mapping[RowKey, tuple[float, int]],
+    answers: Mapping[RowKey, GenerationResult],
+) -> RowScore:
+    key = question.file, question.row
+    loss_sum, tokens = losses.get(key, (None, 0))
+    return RowScore(question, loss_sum, tokens, answers.get(key))

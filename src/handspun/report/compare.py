@@ -1,0 +1,77 @@
+"""Answers of models side by side: on a terminal, and as one HTML file that needs nothing else."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import PurePath
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from handspun.config import GenerationOptions
+from handspun.decoding.results import GenerationResult
+from handspun.evaluation.compare import Comparison
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Each prompt, and under it a column of answers for each model."""
+    for number, prompt in enumerate(comparison.prompts):
+        console.print(Text(f"> {prompt}", style="bold", overflow="fold"))
+        table = Table(box=box.SIMPLE_HEAD, expand=True, show_edge=False, padding=(0, 1), pad_edge=False)
+        for name in comparison.models:
+            table.add_column(Text(name, overflow="fold"), ratio=1, overflow="fold")
+        of_prompt = [answers[number] for answers in comparison.answers]
+        for row, results in enumerate(zip(*of_prompt, strict=False)):
+            table.add_row(*map(_cell, results), end_section=row < len(of_prompt[0]) - 1)
+        console.print(table)
+        console.print()
+
+
+def _cell(result: GenerationResult) -> Text:
+    text = Text(result.text.strip(), overflow="fold")  # what a model says is no markup
+    if result.finish_reason == "length":
+        text.append(" [cut off]", style="dim")
+    return text
+
+
+def comparison_html(comparison: Comparison, options: GenerationOptions) -> str:
+    """The same as a page. Everything that a model or a user wrote is escaped."""
+    environment = Environment(
+        loader=PackageLoader("handspun.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("compare.html.jinja")
+    return template.render(
+        models=comparison.models,
+        short_names=_short_names(comparison.models),
+        blocks=list(_blocks(comparison)),
+        options=_given(options),
+    )
+
+
+def _blocks(comparison: Comparison) -> Iterator[tuple[str, list[list[GenerationResult]], bool]]:
+    """Prompt, each model's answers, and whether they are all the same."""
+    for number, prompt in enumerate(comparison.prompts):
+        answers = [of_model[number] for of_model in comparison.answers]
+        texts = [[result.text for result in results] for results in answers]
+        yield prompt, answers, all(text == texts[0] for text in texts)
+
+
+def _short_names(models: Sequence[str]) -> list[str]:
+    """As few of the last parts of their paths as tell them apart."""
+    parts = [PurePath(name).parts for name in models]
+    longest = max(map(len, parts))
+    for count in range(1, longest + 1):
+        names = ["/".join(path[-count:]) for path in parts]
+        if len(set(names)) == len(set(models)):
+            return names
+    return list(models)
+
+
+def _given(options: GenerationOptions) -> dict[str, object]:
+    """The options that the user gave."""
+    return {name: value for name, value in vars(options).items() if value is not None}
