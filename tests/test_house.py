@@ -24,7 +24,7 @@ ROOMS = [
     {"resume"},
     {"output"},
     {"keeping"},
-    {"run"},
+    {"run", "export"},
     {"demo"},
     {"cli"},
     {"__main__", "__init__"},

@@ -3,6 +3,7 @@
 `None` means "not given": the text says what is then done. Names are transformers' where it has one.
 """
 
+from handspun.config.export import ExportConfig, GgufType
 from handspun.config.generation import CONSTRAINTS, SAMPLING_OPTIONS, GenerationOptions, Weights
 from handspun.config.ranges import option_name
 from handspun.config.training import DataConfig, DataFormat, TrainConfig
@@ -12,7 +13,9 @@ __all__ = [
     "SAMPLING_OPTIONS",
     "DataConfig",
     "DataFormat",
+    "ExportConfig",
     "GenerationOptions",
+    "GgufType",
     "TrainConfig",
     "Weights",
     "option_name",

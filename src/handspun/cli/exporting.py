@@ -1,0 +1,15 @@
+"""The command that makes other forms of a checkpoint: export."""
+
+import sys
+from typing import Annotated
+
+from handspun.cli.app import FLAT, app
+from handspun.config import ExportConfig
+
+
+@app.command
+def export(*, config: Annotated[ExportConfig, FLAT]) -> None:
+    """Make other forms of a checkpoint: one merged folder, a GGUF file for llama.cpp, a repository on the hub."""
+    from handspun.export.export import export as run_export
+
+    run_export(config, notice=lambda text: print(text, file=sys.stderr))

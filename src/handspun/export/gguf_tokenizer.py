@@ -1,0 +1,123 @@
+"""A byte-level BPE tokenizer in GGUF's terms, as llama.cpp reads it.
+
+The names are those of llama.cpp's convert_hf_to_gguf.py. There, a tokenizer is recognised by a hash of what it
+makes of a sample text; here, by the rules that its pre-tokenizer states.
+"""
+
+import json
+from typing import Any
+
+from gguf import GGUFWriter, TokenType
+from transformers import PreTrainedTokenizerBase
+
+from handspun.errors import ModelError
+from handspun.models.end_of_turn import eos_token_ids
+from handspun.models.load import ChatModel
+
+ANOTHER_WAY = "llama.cpp's convert_hf_to_gguf.py knows more: run it on the folder that --merge writes."
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PRE_TOKENIZERS: dict[tuple[str | None, ...], str] = {
+    ("ByteLevel",): "gpt-2",
+    ("Digits", "ByteLevel"): "smollm",
+    (_WORDS % "", "bytes"): "qwen2",
+    (_WORDS % "{1,3}", "bytes"): "llama-bpe",
+}
+"""The parts of a pre-tokenizer, and llama.cpp's name for what they do together: splitting by a regular expression
+(by GPT-2's own, in "ByteLevel"), single digits, and bytes for characters."""
+
+
+def write_tokenizer(writer: GGUFWriter, chat: ChatModel, vocab_size: int) -> None:
+    """Adds tokens, merges, special ids and chat template.
+
+    vocab_size: rows of the embedding; those without a token are padding. Raises ModelError for a tokenizer of
+    another kind than byte-level BPE.
+    """
+    tokenizer = chat.tokenizer
+    spec = _specification(tokenizer, chat.name)
+    tokens, types = _tokens(tokenizer, vocab_size, chat.name)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_pre_tokenizer_name(spec["pre_tokenizer"], chat.name))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    merges = spec["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    _write_special_ids(writer, chat)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _specification(tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    spec: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {}
+    model = spec.get("model", {})
+    if model.get("type") != "BPE" or model.get("byte_fallback") or not spec.get("pre_tokenizer"):
+        kind = model.get("type", type(tokenizer).__name__)
+        raise ModelError(
+            f"{name} has a tokenizer of another kind ({kind}) than --gguf writes: expected byte-level BPE, as "
+            f"Llama 3, Qwen and SmolLM have. {ANOTHER_WAY}"
+        )
+    return spec
+
+
+def _pre_tokenizer_name(spec: dict[str, Any], name: str) -> str:
+    parts = spec["pretokenizers"] if spec["type"] == "Sequence" else [spec]
+    found = _PRE_TOKENIZERS.get(tuple(_part(part) for part in parts))
+    if found is None:
+        kinds = " and ".join(part["type"] for part in parts)
+        raise ModelError(
+            f"{name} splits text by rules ({kinds}) for which --gguf has no name in llama.cpp: expected those of "
+            f"GPT-2, SmolLM, Qwen or Llama 3. {ANOTHER_WAY}"
+        )
+    return found
+
+
+def _part(part: dict[str, Any]) -> str | None:
+    if part["type"] == "ByteLevel" and not part.get("add_prefix_space"):
+        return "ByteLevel" if part.get("use_regex", True) else "bytes"
+    if part["type"] == "Digits" and part.get("individual_digits"):
+        return "Digits"
+    if part["type"] == "Split" and part["behavior"] == "Isolated" and not part.get("invert"):
+        pattern: str | None = part["pattern"].get("Regex")
+        return pattern
+    return None
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int, name: str) -> tuple[list[str], list[TokenType]]:
+    """The text of every id, and its kind. Where the tokenizer has no token, there is one that is never used."""
+    of_id = {id: text for text, id in tokenizer.get_vocab().items()}
+    if max(of_id) >= vocab_size:
+        raise ModelError(f"{name} has {max(of_id) + 1} tokens and an embedding of {vocab_size}: it is incomplete.")
+    added = tokenizer.added_tokens_decoder
+    tokens, types = [], []
+    for id in range(vocab_size):
+        tokens.append(of_id.get(id, f"[PAD{id}]"))
+        if id not in of_id:
+            types.append(TokenType.UNUSED)
+        elif id in added:
+            types.append(TokenType.CONTROL if added[id].special else TokenType.USER_DEFINED)
+        else:
+            types.append(TokenType.NORMAL)
+    return tokens, types
+
+
+def _write_special_ids(writer: GGUFWriter, chat: ChatModel) -> None:
+    """bos, eos, pad, unk, the end of a turn; and whether the tokenizer puts a bos before a text."""
+    tokenizer = chat.tokenizer
+    eos = eos_token_ids(chat.model)
+    eos_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(eos), None)
+    ids = {
+        "bos": tokenizer.bos_token_id,
+        "eos": eos_token_id,
+        "padding": tokenizer.pad_token_id,
+        "unknown": tokenizer.unk_token_id,
+        "eot": chat.template.end_of_turn_id if tokenizer.chat_template else None,
+    }
+    for kind, id in ids.items():
+        if id is not None:
+            writer.add_uint32(f"tokenizer.ggml.{kind}_token_id", id)
+    encoded = tokenizer("a", verbose=False)["input_ids"]
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None and encoded[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(eos_token_id is not None and encoded[-1] == eos_token_id)

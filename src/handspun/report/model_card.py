@@ -1,0 +1,182 @@
+"""The model card of a checkpoint, README.md in the hub's format, from the facts of its run."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+
+from handspun.models.embedded import EMBEDDED_NAME
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_PLACES = ("model", "output_dir", "data", "eval_data", "overwrite", "dry_run", "device", "threads", "strict",
+           "cache_examples")  # fmt: skip
+"""Options that say where things were, and not what was done."""
+
+
+def model_card(
+    facts: Mapping[str, Any],
+    *,
+    checkpoint: Mapping[str, Any],
+    evaluations: Sequence[Mapping[str, Any]],
+    license: str | None = None,
+    merged: bool = False,
+) -> str:
+    """The card: front matter, what was trained on what, held-out losses, use, options, environment.
+
+    facts: what run.json holds. checkpoint: step and epoch of this one. evaluations: the run's until then.
+    license: the base model's, if it is known. merged: adapters are in the weights.
+    Folders of the machine that trained are left out: a card is read by others.
+    """
+    config = facts["config"]
+    adapter = bool(config["lora"]) and not merged
+    base = hub_id(config["model"])
+    sections = [
+        f"# {PurePath(config['model']).name}, fine-tuned",
+        _introduction(config, base, merged),
+        "## What was trained on what\n\n" + "\n".join(_table(_trained(facts, checkpoint))),
+        *_held_out(evaluations, checkpoint),
+        "## Use\n\n" + _use(base, adapter),
+        "## Options\n\n```yaml\n" + _options(config) + "```",
+        "## Environment\n\n" + "\n".join(_table(_environment(facts))),
+    ]
+    return f"---\n{_front_matter(config, base, adapter, license)}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def license_of(model: str) -> str | None:
+    """The license that the base model's own card names, in its folder or in the hub's cache; None if unknown."""
+    if model == EMBEDDED_NAME:
+        return "apache-2.0"
+    card: Any = Path(model).expanduser() / "README.md"
+    if not card.is_file() and hub_id(model):
+        card = try_to_load_from_cache(model, "README.md")
+    if not isinstance(card, str | Path) or not Path(card).is_file():
+        return None
+    try:
+        found = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict().get("license")
+    except (OSError, ValueError, yaml.YAMLError):  # somebody else's file
+        return None
+    return found if isinstance(found, str) else None
+
+
+def hub_id(model: str) -> str | None:
+    """The base model's id on the hub, as front matter needs it; None for a folder or a file."""
+    if model == EMBEDDED_NAME:
+        return _EMBEDDED_HUB_ID
+    is_id = _HUB_ID.fullmatch(model) and not model.endswith(".gguf") and not Path(model).exists()
+    return model if is_id else None
+
+
+def _front_matter(config: Mapping[str, Any], base: str | None, adapter: bool, license: str | None) -> str:
+    data = ModelCardData(
+        base_model=base,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        license=license,
+        datasets=[config["data"]] if hub_id(config["data"]) and not PurePath(config["data"]).suffix else None,
+        tags=["handspun", "lora" if config["lora"] else "full-fine-tuning", "sft"],
+        base_model_relation=("adapter" if adapter else "finetune") if base else None,
+    )
+    return data.to_yaml()
+
+
+def _introduction(config: Mapping[str, Any], base: str | None, merged: bool) -> str:
+    how = "LoRA adapters" if config["lora"] else "All weights"
+    name = f"[{base}](https://huggingface.co/{base})" if base else f"`{PurePath(config['model']).name}`"
+    end = " The adapters are merged into the weights." if merged and config["lora"] else ""
+    return f"{how} of {name}, trained with Handspun on instruction data. This card was written by the run.{end}"
+
+
+def _trained(facts: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    config, plan = facts["config"], facts["plan"]
+    yield "base model", base_name(config["model"])
+    if config["lora"]:
+        yield "method", f"LoRA, rank {config['lora_rank']}, alpha {config['lora_alpha']}, on every linear layer"
+    else:
+        yield "method", "full fine-tuning"
+    yield "parameters", f"{plan['parameters'] / 1e6:.1f}M, {plan['trainable'] / 1e6:.1f}M trained"
+    yield "training rows", _rows(config["data"], facts["data"]["train"])
+    if facts["data"]["held_out"]:
+        source = config["eval_data"] or f"{config['eval_ratio']:.0%} of the training file"
+        yield "held-out rows", _rows(source, facts["data"]["held_out"])
+    yield "this checkpoint", f"step {checkpoint['step']} of {plan['steps']}, epoch {checkpoint['epoch']}"
+
+
+def base_name(model: str) -> str:
+    """A model as a card names it: an id in whole, a folder by its last part."""
+    return hub_id(model) or PurePath(model).name
+
+
+def _rows(source: str, examples: Mapping[str, Any]) -> str:
+    rows = examples["rows"]
+    name = source if hub_id(source) or "%" in source else PurePath(source).name
+    dropped = f", {len(rows['dropped'])} dropped" if rows["dropped"] else ""
+    truncated = f", {len(rows['truncated'])} truncated" if rows["truncated"] else ""
+    return (
+        f"{name}: {rows['kept']} of {rows['rows']} rows{dropped}{truncated}; {examples['tokens']} tokens, "
+        f"{examples['learned_tokens']} of them learned; sha256 `{examples['sha256']}`"
+    )
+
+
+def _held_out(evaluations: Sequence[Mapping[str, Any]], checkpoint: Mapping[str, Any]) -> Iterator[str]:
+    if not evaluations:
+        return
+    lines = ["| step | epoch | loss | perplexity |", "| --- | --- | --- | --- |"]
+    for evaluation in evaluations:
+        loss = evaluation["loss"]
+        perplexity = f"{math.exp(loss):.2f}" if loss < 700 else "infinite"
+        mark = " (this checkpoint)" if evaluation["step"] == checkpoint["step"] else ""
+        lines.append(f"| {evaluation['step']}{mark} | {evaluation['epoch']} | {loss:.4f} | {perplexity} |")
+    tokens = evaluations[0]["learned_tokens"]
+    what = f"A mean over the {tokens} learned tokens of the held-out rows, computed in float32."
+    yield "## Held-out loss\n\n" + what + "\n\n" + "\n".join(lines)
+
+
+def _use(base: str | None, adapter: bool) -> str:
+    handspun = 'handspun generate --model FOLDER "Tell me a joke about computers."'
+    load = (
+        "from peft import AutoPeftModelForCausalLM as AutoModel\nfrom transformers import AutoTokenizer"
+        if adapter
+        else "from transformers import AutoModelForCausalLM as AutoModel\nfrom transformers import AutoTokenizer"
+    )
+    code = (
+        f"{load}\n\n"
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+        'model = AutoModel.from_pretrained("FOLDER")\n'
+        'messages = [{"role": "user", "content": "Tell me a joke about computers."}]\n'
+        "inputs = tokenizer.apply_chat_template(\n"
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
+        ")\n"
+        "output = model.generate(**inputs, max_new_tokens=256)\n"
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
+    )
+    needs_base = " and the base model it was trained from, by the path in adapter_config.json" if not base else ""
+    what = f"FOLDER is the one that holds this file{needs_base if adapter else ''}, or its id on the hub."
+    return f"{what}\n\n```sh\n{handspun}\n```\n\n```python\n{code}\n```"
+
+
+def _options(config: Mapping[str, Any]) -> str:
+    kept = {name: value for name, value in config.items() if name not in _PLACES and value is not None}
+    text: str = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _environment(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    environment = facts["environment"]
+    yield "started", str(facts["started"])
+    yield "machine", f"{environment['machine']}, {environment['cores']} cores"
+    yield "system", f"{environment['system']}, Python {environment['python']}"
+    if "dtype" in facts:
+        yield "products", f"{facts['dtype']}, {facts['processes']} process(es), {facts['threads']} thread(s)"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+
+
+def _table(rows: Iterator[tuple[str, str]]) -> Iterator[str]:
+    yield "| | |"
+    yield "| --- | --- |"
+    for name, value in rows:
+        yield f"| {name} | {value.replace('|', chr(92) + '|')} |"
