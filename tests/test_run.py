@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 from rich.console import Console
 
 import handspun
@@ -46,6 +47,10 @@ def test_it_leaves_checkpoints_a_log_metrics_and_a_record(tiny_folder: Path, dat
     output = data.with_name("output")
     assert [path.name for path in run.checkpoints] == ["checkpoint-epoch-1", "checkpoint-epoch-2"]
     assert all(is_checkpoint(path) for path in run.checkpoints)
+    card = ModelCard.load(run.checkpoints[-1] / "README.md")
+    assert card.data.library_name == ("peft" if lora else "transformers")
+    assert "| 4 (this checkpoint) | 2 |" in card.text
+    assert "train.csv: 16 of 16 rows" in card.text
     assert run.best_checkpoint == output / "checkpoint-best"
     assert is_checkpoint(output / "checkpoint-best")
     metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

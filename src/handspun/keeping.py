@@ -11,6 +11,7 @@ import torch
 from handspun.config import TrainConfig
 from handspun.output import TrainedRun, record
 from handspun.report.log import RunLog
+from handspun.report.model_card import license_of, model_card
 from handspun.resume import ResumePoint, resumable
 from handspun.training.checkpoint import (
     TRAINING_STATE,
@@ -145,9 +146,18 @@ class Keeper:
                 folder,
                 dtype=dtype,
                 facts=facts,
+                card=self._card(facts),
                 state=state,
                 training_state=training_state,
             )
+
+    def _card(self, facts: Mapping[str, object]) -> str:
+        return model_card(
+            self._facts,
+            checkpoint=facts,
+            evaluations=[asdict(evaluation) for evaluation in self._run.evaluations],
+            license=license_of(self._config.model),
+        )
 
     def _saved(self, folder: Path) -> None:
         """Says so, and lets the oldest ones to resume from go."""

@@ -60,16 +60,12 @@ def _refuse_to_replace(wanted: ExportConfig, folder: Path) -> None:
 
 def _merge(chat: ChatModel, wanted: ExportConfig, folder: Path, notice: Callable[[str], None]) -> None:
     dtype = torch.bfloat16 if wanted.save_dtype == "bfloat16" else torch.float32
-    save_checkpoint(
-        chat.model, chat.tokenizer, folder, dtype=dtype, facts={"merged_from": Path(wanted.model).name}
-    )
-    notice(f"merged: {folder} ({wanted.save_dtype})")
     card = _merged_card(Path(wanted.model))
+    facts = {"merged_from": Path(wanted.model).name}
+    save_checkpoint(chat.model, chat.tokenizer, folder, dtype=dtype, facts=facts, card=card)
+    notice(f"merged: {folder} ({wanted.save_dtype})")
     if card is None:
         notice(f"no model card: {wanted.model} is not a checkpoint beside its run's run.json")
-        return
-    with whole_file(folder / "README.md", option="--output-dir") as partial:
-        partial.write_text(card, encoding="utf-8")
 
 
 def _merged_card(checkpoint: Path) -> str | None:

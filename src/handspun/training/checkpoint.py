@@ -41,11 +41,13 @@ def save_checkpoint(
     *,
     dtype: torch.dtype,
     facts: Mapping[str, object],
+    card: str | None = None,
     state: dict[str, Tensor] | None = None,
     training_state: Fill | None = None,
 ) -> None:
     """The model as `folder`, replacing an earlier one there; `facts` (step, loss) go into its manifest.
 
+    card: the text of its README.md, if it is to have one.
     state: its weights, where the model itself does not hold all of them.
     training_state: writes what resuming needs, if it is to be resumed from here.
 
@@ -53,6 +55,8 @@ def save_checkpoint(
     """
     with _whole(folder) as partial:
         save_model(model, tokenizer, partial, dtype=dtype, state=state)
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
         write_manifest(partial, facts)
         if training_state is not None:
             _add_training_state(partial, training_state, facts)
