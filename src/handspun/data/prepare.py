@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from handspun.config import DataConfig
@@ -17,14 +17,19 @@ from handspun.errors import ConfigError
 
 DEFAULT_MAX_LENGTH = 2048
 
+_MOST_ACCOUNTED = 200
+"""Rows of each kind, dropped, truncated or noted, that are held after the others have been let go."""
+
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """Examples, the account of the rows that they came from, and a sha256 of those rows."""
+    """Examples, the account of the rows that they came from, a sha256 of those rows, and the rows that the account
+    names, as they stand."""
 
     examples: ExampleArrays
     account: RowAccount
     fingerprint: str
+    accounted: list[Row] = field(default_factory=list)
 
 
 def prepare_examples(
@@ -60,7 +65,7 @@ def prepare_examples(
         examples, account, how = _examples(some, template, options, config.strict, used)
         if notice is not None:
             notice(how)
-        return ExampleSet(examples, account, fingerprint(some))
+        return ExampleSet(examples, account, fingerprint(some), _accounted(some, account))
 
     return example_set(rows), example_set(held_out) if held_out else None
 
@@ -87,6 +92,13 @@ def _examples(
     else:
         kept = "the template writes the time, so they are not cached" if cache else "not cached"
     return examples, account, f"{len(rows)} rows tokenised in {seconds:.1f} s; {kept}"
+
+
+def _accounted(rows: Sequence[Row], account: RowAccount) -> list[Row]:
+    """The rows that were dropped, truncated or noted; of each of these the first 200."""
+    kinds = (account.dropped, account.truncated, account.notes)
+    named = {(note.file, note.row) for notes in kinds for note in notes[:_MOST_ACCOUNTED]}
+    return [row for row in rows if (row.file, row.number) in named]
 
 
 def _keep(cache: ExampleCache, key: str, examples: ExampleArrays, account: RowAccount) -> str:

@@ -3,8 +3,16 @@
 from handspun.decoding.engine import Engine
 from handspun.decoding.lean_engine import LeanEngine
 from handspun.decoding.transformers_engine import TransformersEngine
+from handspun.models.int8 import Int8Linear
 from handspun.models.lean import cannot_be_lean, lean_model
 from handspun.models.load import ChatModel
+
+
+def cannot_decode_lean(chat: ChatModel) -> str | None:
+    """Why a model is decoded through transformers' own forward; None if it need not be."""
+    if chat.lean is None and any(isinstance(module, Int8Linear) for module in chat.model.modules()):
+        return "its frozen layers are int8, and with adapters merged into them they would be float copies"
+    return cannot_be_lean(chat.model.config)
 
 
 def make_engine(chat: ChatModel) -> Engine:
@@ -12,9 +20,9 @@ def make_engine(chat: ChatModel) -> Engine:
     assert not chat.model.training, "decoding needs a model in eval mode"
     if chat.lean is not None:
         return LeanEngine(chat.lean)
-    if cannot_be_lean(chat.model.config) is None:
+    if cannot_decode_lean(chat) is None:
         return LeanEngine(lean_model(chat.model))
     return TransformersEngine(chat.model)
 
 
-__all__ = ["make_engine"]
+__all__ = ["cannot_decode_lean", "make_engine"]

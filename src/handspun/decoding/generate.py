@@ -15,12 +15,12 @@ from handspun.decoding.answer import Job
 from handspun.decoding.beam import beam_search
 from handspun.decoding.decode import decode
 from handspun.decoding.detokenize import vocabulary
+from handspun.decoding.engines import cannot_decode_lean
 from handspun.decoding.options import ResolvedOptions, resolve
 from handspun.decoding.processors import Function
 from handspun.decoding.prompts import Prompt, as_prompts, context_length, encode_prompts, said_in
 from handspun.decoding.results import GenerationChunk, GenerationResult
 from handspun.errors import ConfigError
-from handspun.models.lean import cannot_be_lean
 from handspun.models.load import ChatModel
 
 
@@ -158,7 +158,7 @@ def _job(
         penalised=said_in(model, several, system_prompt=system_prompt, tools=tools) if spares else None,
     )
     _ = job.processors  # a constraint that cannot be met is said before anything is decoded
-    if reason := cannot_be_lean(model.model.config):
+    if reason := cannot_decode_lean(model):
         notices.append(f"decoded through transformers' own forward, which is slower: {reason}")
     for text in notices:
         notice(text)

@@ -154,6 +154,13 @@ def _fused_bias(linears: Sequence[Any]) -> Tensor | None:
     )
 
 
+def own_weights(model: PreTrainedModel) -> None:
+    """Gives each weight memory of its own again, after `lean_model` made them views of fused ones."""
+    for weight in model.parameters():
+        if weight.untyped_storage().nbytes() != weight.nbytes:
+            weight.data = weight.detach().clone()
+
+
 def _side_by_side(weights: Sequence[nn.Parameter]) -> Tensor:
     """One matrix with the rows of all of them, of which they become views."""
     first, rows = weights[0].detach(), sum(len(weight) for weight in weights)

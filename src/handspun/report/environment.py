@@ -39,6 +39,15 @@ def total_memory() -> int | None:
     return None
 
 
+def current_memory() -> int | None:
+    """Bytes that this process holds in memory; None where the system does not say it in a file (Linux does)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def peak_memory() -> int | None:
     """Most bytes that this process has held in memory, where the system says it."""
     try:

@@ -18,6 +18,7 @@ from typing import Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from handspun.report.environment import current_memory
 from handspun.training.checkpoint import errors_for_people
 from handspun.training.loop import EpochEnd, Evaluation, Event, Step
 
@@ -76,7 +77,9 @@ class RunLog:
 
     def event(self, event: Event) -> None:
         """One event of the loop, as a line and as a record."""
-        _write(self._metrics, json.dumps({"event": type(event).__name__.lower(), **asdict(event)}) + "\n")
+        measured = {"memory_bytes": current_memory()} if isinstance(event, Step) else {}
+        record = {"event": type(event).__name__.lower(), **asdict(event), **measured}
+        _write(self._metrics, json.dumps(record) + "\n")
         if isinstance(event, Step):
             self._step(event)
         elif isinstance(event, Evaluation):

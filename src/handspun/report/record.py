@@ -11,6 +11,7 @@ from handspun.config import TrainConfig
 from handspun.data.example_arrays import learned_tokens_of
 from handspun.data.prepare import ExampleSet
 from handspun.report.environment import environment
+from handspun.report.html.command import options_given
 from handspun.training.checkpoint import errors_for_people
 
 
@@ -25,6 +26,7 @@ def run_facts(
             "learning_rate": config.peak_learning_rate,
             "max_length": max_length,
         },
+        "given": options_given(config),
         "data": {
             "train": _set_facts(training),
             "held_out": _set_facts(held_out) if held_out else None,
@@ -34,11 +36,16 @@ def run_facts(
 
 
 def write_run(folder: Path, facts: dict[str, Any]) -> None:
-    """Replaces run.json in one move, so that a reader never sees half of it."""
-    partial = folder / ".run.json.partial"
-    with errors_for_people(folder / "run.json"):
-        partial.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, folder / "run.json")
+    """Replaces run.json."""
+    write_json(folder / "run.json", facts)
+
+
+def write_json(file: Path, facts: dict[str, Any]) -> None:
+    """Replaces the file in one move, so that a reader never sees half of it. Raises OutputError."""
+    partial = file.with_name(f".{file.name}.partial")
+    with errors_for_people(file):
+        partial.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8", "replace")
+        os.replace(partial, file)
 
 
 def _set_facts(examples: ExampleSet) -> dict[str, Any]:
