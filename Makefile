@@ -31,7 +31,7 @@ check: $(VENV)/.installed-dev
 
 # DATA names a csv file in the Alpaca format; the demonstration's rows otherwise. MODEL names a model's folder, GGUF
 # the same model as llama.cpp reads it; the embedded one otherwise.
-bench: $(VENV)/.installed-bench .venv-peers/.installed .venv-peers-decoding/.installed .venv-peers-openvino/.installed
+bench: $(VENV)/.installed-dev .venv-peers/.installed .venv-peers-decoding/.installed .venv-peers-openvino/.installed
 	$(BIN)/python benchmarks/decode.py $(if $(MODEL),--model $(MODEL)) $(if $(GGUF),--gguf $(GGUF))
 	$(BIN)/python benchmarks/tokenise.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/train.py $(if $(DATA),--data $(DATA))
@@ -74,8 +74,4 @@ OPENVINO := benchmarks/constraints-openvino.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --group dev
-	touch $@
-
-$(VENV)/.installed-bench: $(VENV)/.installed-dev
-	$(PIP) --group bench
 	touch $@

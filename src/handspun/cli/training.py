@@ -13,7 +13,7 @@ def train(*, config: Annotated[TrainConfig, FLAT] = TrainConfig()) -> None:  # n
     """Fine-tune a model on instruction data: full, or LoRA with --lora.
 
     Writes checkpoint-epoch-N/ and checkpoint-best/ (ordinary transformers or peft folders), train.log,
-    metrics.jsonl and run.json.
+    metrics.jsonl, run.json and report.html.
     """
     from handspun.run import train as run_training
 
@@ -58,7 +58,7 @@ def demo(
     Parameters
     ----------
     output_dir
-        Folder for checkpoints, train.log, metrics.jsonl and run.json.
+        Folder for checkpoints, train.log, metrics.jsonl, run.json and report.html.
     num_epochs
         Passes over the 330 training rows.
     threads

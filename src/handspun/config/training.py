@@ -44,7 +44,7 @@ class TrainConfig(DataConfig):
     """Hub id, folder, .gguf file, or "smollm2-135m" (embedded: needs no network)."""
 
     output_dir: str = "output"
-    """Folder for checkpoints, train.log, metrics.jsonl and run.json."""
+    """Folder for checkpoints, train.log, metrics.jsonl, run.json and report.html."""
 
     eval_data: str | None = None
     """Held-out rows, in any of the forms of --data."""
@@ -144,6 +144,16 @@ class TrainConfig(DataConfig):
     """Go on with the unfinished run in the output folder from its last checkpoint: if not given, where there is
     one; --resume, or say that there is none; --no-resume, never."""
 
+    sample_answers: bool = True
+    """Answer a few prompts before the first step and after the last, for report.html: a minute each at most."""
+
+    sample_prompts: tuple[str, ...] | None = None
+    """The prompts of the sample answers; if not given, the three of the demonstration."""
+
+    report_rows: int = 256
+    """Rows of each set, at even distances, whose losses by the final weights are in report.html, the worst and the
+    best with their text; 0 leaves them out."""
+
     overwrite: bool = False
     """Replace an earlier run in the output folder."""
 
@@ -196,6 +206,7 @@ _TRAIN_RANGES: Ranges = {
     "save_steps": (1, float("inf"), True, False),
     "save_minutes": (0, float("inf"), True, False),
     "keep_last": (1, float("inf"), True, False),
+    "report_rows": (0, float("inf"), True, False),
     "num_epochs": (1, float("inf"), True, False),
     "batch_size": (1, float("inf"), True, False),
     "max_tokens": (1, float("inf"), True, False),

@@ -1,0 +1,27 @@
+"""Commands that tell what came of a run: report."""
+
+from pathlib import Path
+
+from handspun.cli.app import app
+
+
+@app.command
+def report(*runs: Path, output_file: Path | None = None) -> None:
+    """Write a run's report.html again, from what its folder holds; of several runs, one page side by side.
+
+    Parameters
+    ----------
+    runs
+        Folders that `handspun train` wrote (its --output-dir); if none is named, `output`.
+    output_file
+        Where the page goes; if not given, report.html in the run's folder, and comparison.html here for several.
+    """
+    from handspun.report.html.folder import REPORT, read_run
+    from handspun.report.html.page import comparison_page, report_page, write_page
+
+    found = [read_run(run) for run in runs or (Path("output"),)]
+    if len(found) == 1:
+        page, file = report_page(found[0]), found[0].folder / REPORT
+    else:
+        page, file = comparison_page(found), Path("comparison.html")
+    print(write_page(page, output_file or file))

@@ -1,0 +1,139 @@
+"""What a report needs besides run.json and metrics.jsonl, kept while it is at hand; and the report of a run."""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from handspun.config import TrainConfig
+from handspun.data.example_arrays import lengths_of
+from handspun.data.prepare import ExampleSet
+from handspun.errors import HandspunError, OutputError
+from handspun.models.load import ChatModel, model_source
+from handspun.report.html.answers import DEMONSTRATION_PROMPTS, sample_answers
+from handspun.report.html.folder import KEPT, read_kept
+from handspun.report.html.page import write_report
+from handspun.report.html.rows import losses_by_row, texts_of
+from handspun.report.log import RunLog, duration
+from handspun.report.record import write_json
+from handspun.training.execution import execution_of
+
+_BARS = 30
+"""Of the histogram of lengths, at most."""
+
+
+@contextmanager
+def reported(
+    chat: ChatModel, config: TrainConfig, training: ExampleSet, held_out: ExampleSet | None, log: RunLog
+) -> Iterator[None]:
+    """Around a run's loop: answers before and after it, losses of rows, and report.html, however it ended.
+
+    A resumed run keeps the answers of its beginning. What cannot be had is left out, and the report says why.
+    """
+    folder = Path(config.output_dir)
+    kept = read_kept(folder) or _at_the_start(chat, config, training, held_out, log)
+    write_json(folder / KEPT, kept)
+    try:
+        yield
+        kept["after"] = _answers(chat, config, kept["prompts"], log, "after")
+        kept["row_losses"] = _row_losses(chat, config, training, held_out, log)
+    except BaseException:
+        with suppress(OutputError):  # the run's own error is the one to be told
+            _write(folder, kept, log)
+        raise
+    _write(folder, kept, log)
+
+
+def _write(folder: Path, kept: dict[str, Any], log: RunLog) -> None:
+    write_json(folder / KEPT, kept)
+    log.line(f"report: {write_report(folder)}")
+
+
+def _at_the_start(
+    chat: ChatModel, config: TrainConfig, training: ExampleSet, held_out: ExampleSet | None, log: RunLog
+) -> dict[str, Any]:
+    prompts = config.sample_prompts if config.sample_prompts is not None else DEMONSTRATION_PROMPTS
+    sets = {"train": training, "held_out": held_out}
+    return {
+        "model": model_fingerprints(config.model, chat),
+        "lengths": {name: length_histogram(some) for name, some in sets.items() if some},
+        "accounted": {name: texts_of(some.accounted) for name, some in sets.items() if some},
+        "prompts": list(prompts),
+        "before": _answers(chat, config, prompts, log, "before"),
+    }
+
+
+def model_fingerprints(name: str, chat: ChatModel) -> dict[str, str]:
+    """The model's weights by their fingerprints: its files' sha256, or its commit on the hub."""
+    source = model_source(name, lambda _: None)
+    folder = Path(source.location)
+    if not folder.is_dir():
+        commit = getattr(chat.model.config, "_commit_hash", None)
+        return {"commit on the hub": commit} if commit else {}
+    files = [folder / source.gguf_file] if source.gguf_file else sorted(folder.glob("*.safetensors"))
+    files += sorted(source.adapter.glob("*.safetensors")) if source.adapter else []
+    return {f"sha256 of {file.name}": _sha256(file) for file in files}
+
+
+def length_histogram(some: ExampleSet) -> dict[str, Any]:
+    """Examples by length: edges of bars that grow with it, in tokens, the last one exclusive; counts; median."""
+    lengths = lengths_of(some.examples)
+    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, _BARS + 1).round().astype(int))
+    counts, _ = np.histogram(lengths, edges)
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "median": int(np.median(lengths))}
+
+
+def _answers(chat: ChatModel, config: TrainConfig, prompts: Any, log: RunLog, when: str) -> dict[str, Any]:
+    """{"answers", "notes"}, or {"missing": why}."""
+    if not config.sample_answers or not prompts:
+        return {"missing": "they were not asked for (--no-sample-answers)"}
+    if config.shard:
+        return {"missing": "the model is in shares on several processes (--shard), and whole in none"}
+    began = time.perf_counter()
+    chat.model.eval()
+    try:
+        made = asdict(sample_answers(chat, prompts, system_prompt=config.system_prompt))
+    except HandspunError as error:
+        log.line(f"no sample answers {when} training: {error}")
+        return {"missing": str(error)}
+    log.line(f"{len(made['answers'])} sample answers {when} training in {duration(time.perf_counter() - began)}")
+    return made
+
+
+def _row_losses(
+    chat: ChatModel, config: TrainConfig, training: ExampleSet, held_out: ExampleSet | None, log: RunLog
+) -> dict[str, Any]:
+    """Of each set what `losses_by_row` gives, or {"missing": why}."""
+    if not config.report_rows:
+        return {"missing": "they were not asked for (--report-rows 0)"}
+    if config.shard:
+        return {"missing": "the model is in shares on several processes (--shard), and whole in none"}
+    began = time.perf_counter()
+    pad_token_id = chat.tokenizer.pad_token_id
+    with execution_of(
+        chat.model,
+        config,
+        training.examples,
+        dtype=torch.float32,
+        pad_token_id=pad_token_id if pad_token_id is not None else 0,
+        notice=lambda _: None,
+    ) as execution:
+        found = {
+            name: losses_by_row(execution, some.examples, chat.tokenizer, most=config.report_rows)
+            for name, some in (("train", training), ("held_out", held_out))
+            if some is not None
+        }
+    rows = sum(len(some["losses"]) for some in found.values())
+    log.line(f"losses of {rows} rows by the final weights in {duration(time.perf_counter() - began)}")
+    return found
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,110 @@
+"""metrics.jsonl as series to plot."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MOST_POINTS = 400
+"""Of a line: more cannot be told apart on a page."""
+
+_SMOOTHED_FROM = 20
+"""Steps from which a smoothed line is worth drawing."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Events in the order of their steps, each step once."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is plotted: (x, y) pairs under a name."""
+
+    name: str
+    x: list[float]
+    y: list[float]
+
+
+def read_metrics(file: Path) -> Metrics:
+    """The events of a run's metrics.jsonl; none if there is no such file.
+
+    A run that was killed and resumed may have made a step twice: the later line is what the weights were made by.
+    It may have been killed in the middle of a line, which is passed over.
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    evaluations: dict[int, dict[str, Any]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if event["event"] == "step":
+            steps[event["step"]] = event
+        elif event["event"] == "evaluation":
+            evaluations[event["step"]] = event
+    return Metrics([steps[n] for n in sorted(steps)], [evaluations[n] for n in sorted(evaluations)])
+
+
+def thinned(steps: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The steps in at most 400 groups of neighbours; each becomes a point of a line."""
+    size = max(-(-len(steps) // MOST_POINTS), 1)
+    return [list(steps[start : start + size]) for start in range(0, len(steps), size)]
+
+
+def loss_line(metrics: Metrics) -> Line:
+    """Training loss: of a group, the mean over its learned tokens."""
+    return _line("training", metrics, lambda group: _ratio(group, _loss_sum, _learned))
+
+
+def held_out_line(metrics: Metrics) -> Line:
+    """Held-out loss, as it was evaluated."""
+    found = metrics.evaluations
+    return Line("held out", [event["step"] for event in found], [event["loss"] for event in found])
+
+
+def value_line(metrics: Metrics, key: str, name: str, *, scale: float = 1.0) -> Line:
+    """A value of the steps, in a group its largest, times `scale`. No points where it was not recorded."""
+    known = Metrics([step for step in metrics.steps if step.get(key) is not None])
+    return _line(name, known, lambda group: max(step[key] for step in group) * scale)
+
+
+def rate_line(metrics: Metrics, key: str, name: str) -> Line:
+    """A count a second: in a group, all that it counted over all the seconds that it took."""
+    return _line(name, metrics, lambda group: _ratio(group, lambda step: step[key], lambda step: step["seconds"]))
+
+
+def smoothed(line: Line) -> Line | None:
+    """The mean over a window of a twentieth of the line around each point; None for a short line."""
+    if len(line.y) < _SMOOTHED_FROM:
+        return None
+    reach = max(len(line.y) // 40, 1)
+    windows = [line.y[max(i - reach, 0) : i + reach + 1] for i in range(len(line.y))]
+    return Line(f"{line.name}, smoothed", line.x, [sum(window) / len(window) for window in windows])
+
+
+def epoch_ends(metrics: Metrics) -> list[int]:
+    """The last step of each epoch but the last one."""
+    pairs = zip(metrics.steps, metrics.steps[1:], strict=False)
+    return [step["step"] for step, following in pairs if step["epoch"] != following["epoch"]]
+
+
+def _line(name: str, metrics: Metrics, value: Any) -> Line:
+    groups = thinned(metrics.steps)
+    return Line(name, [group[-1]["step"] for group in groups], [value(group) for group in groups])
+
+
+def _ratio(group: list[dict[str, Any]], above: Any, below: Any) -> float:
+    return float(sum(map(above, group)) / sum(map(below, group)))
+
+
+def _loss_sum(step: dict[str, Any]) -> float:
+    return float(step["loss"] * step["learned_tokens"])
+
+
+def _learned(step: dict[str, Any]) -> float:
+    return float(step["learned_tokens"])

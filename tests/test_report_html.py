@@ -1,0 +1,509 @@
+"""report.html: the facts are in it, nothing is fetched, hostile texts stay texts, plots go through points."""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import handspun
+from handspun.cli import main
+from handspun.cli.app import app
+from handspun.errors import OutputError, StoppedError
+from handspun.report.html.answers import DECODINGS, sample_answers
+from handspun.report.html.command import command, options_given
+from handspun.report.html.folder import RunFiles, read_run
+from handspun.report.html.page import comparison_page, report_page, write_report
+from handspun.report.html.plots import bar_plot, line_plot
+from handspun.report.html.series import Line, Metrics, loss_line, rate_line, read_metrics, smoothed, thinned
+from handspun.run import train
+from report_in_a_browser import SCHEMES, WIDTHS, browser, overflow, violations
+
+HOSTILE = "<script>alert(1)</script> \"'><img src=http://evil.example/x onerror=alert(2)> {{ 7 * 7 }} &amp; </pre>"
+ROWS = "instruction,input,output\n" + "".join(f"Say {n}.,,It is {n}.\n" for n in range(20))
+EMPTY_ROW = 21
+
+
+class Page(HTMLParser):
+    """A page taken apart: its text, and all attributes by name."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.texts: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.texts))
+
+    def values(self, name: str) -> list[str]:
+        return [value or "" for _, found, value in self.attributes if found == name]
+
+
+def quiet_console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def config(tiny_folder: Path, data: Path, **options: Any) -> handspun.TrainConfig:
+    values = {"num_epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "eval_ratio": 0.2, **options}
+    return handspun.TrainConfig(
+        model=str(tiny_folder), data=str(data), output_dir=str(data.with_name("output")), **values
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run, with a row that was dropped and one that is hostile."""
+    data = tmp_path_factory.mktemp("report") / "train.csv"
+    hostile = HOSTILE.replace('"', '""')
+    data.write_text(f'{ROWS}Say it.,,\n"{hostile}",,"{hostile}"\n', encoding="utf-8")
+    train(config(tiny_folder, data, sample_prompts=("Say 3.", HOSTILE)), console=quiet_console())
+    return data.with_name("output")
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Copies of the run under names of their own, to be changed."""
+
+    def make(name: str = "run", **facts: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in ("run.json", "metrics.jsonl", "report_data.json"):
+            shutil.copy(finished / file, folder)
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        (folder / "run.json").write_text(json.dumps({**record, **facts}), encoding="utf-8")
+        return folder
+
+    return make
+
+
+def keep_events(folder: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Leaves only some of a run's events."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if wanted(json.loads(line))]
+    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def without(folder: Path, *keys: str) -> None:
+    """Takes away what was kept for the report at the end of the run."""
+    kept = json.loads((folder / "report_data.json").read_text(encoding="utf-8"))
+    left = {key: value for key, value in kept.items() if key not in keys}
+    (folder / "report_data.json").write_text(json.dumps(left), encoding="utf-8")
+
+
+def test_the_facts_are_in_the_page(finished: Path, tiny_folder: Path) -> None:
+    record = json.loads((finished / "run.json").read_text(encoding="utf-8"))
+    metrics = read_metrics(finished / "metrics.jsonl")
+    text = Page((finished / "report.html").read_text(encoding="utf-8")).text
+    first, *_, last = [event["loss"] for event in metrics.evaluations]
+    assert f"{first:.4f} → {last:.4f}" in text
+    assert "The run finished." in text
+    for name in ("train", "held_out"):
+        assert record["data"][name]["sha256"] in text
+    weights = hashlib.sha256((tiny_folder / "model.safetensors").read_bytes()).hexdigest()
+    assert f"sha256 of model.safetensors: {weights}" in text
+    assert "dropped, empty output: 1" in text
+    assert record["environment"]["machine"] in text
+    assert f"torch=={record['environment']['versions']['torch']}" in text
+    assert "--learning-rate 0.001 not given" in text
+    for title in ("Loss", "Learning rate", "Gradient norm", "Throughput", "Memory"):
+        assert title in text
+
+
+def test_answers_before_and_after_stand_under_their_prompts(finished: Path) -> None:
+    kept = json.loads((finished / "report_data.json").read_text(encoding="utf-8"))
+    assert kept["prompts"] == ["Say 3.", HOSTILE]
+    for when in ("before", "after"):
+        places = [(answer["prompt"], answer["decoding"]) for answer in kept[when]["answers"]]
+        assert sorted(places) == sorted((prompt, name) for prompt in kept["prompts"] for name in DECODINGS)
+    [greedy] = [a for a in kept["after"]["answers"] if (a["prompt"], a["decoding"]) == ("Say 3.", "greedy")]
+    [again] = handspun.generate(
+        handspun.load(str(finished / "checkpoint-epoch-2")), "Say 3.", do_sample=False, max_new_tokens=64
+    )
+    assert greedy["text"] == again.text
+
+
+def test_nothing_is_fetched_and_every_link_leads_somewhere(finished: Path, copy: Callable[..., Path]) -> None:
+    pages = [
+        (finished / "report.html").read_text(encoding="utf-8"),
+        comparison_page([read_run(copy("a")), read_run(copy("b"))]),
+    ]
+    for html in pages:
+        page = Page(html)
+        assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+        assert not page.values("src")
+        assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+        links = page.values("href") + page.values("xlink:href")
+        ids = page.values("id")
+        assert all(link.startswith("#") for link in links)
+        assert {link.removeprefix("#") for link in links} <= set(ids)
+        assert len(set(ids)) == len(ids)
+        assert set(re.findall(r"url\(#?([^)]*)\)", html)) <= set(ids)
+        assert "@import" not in html
+        assert any("default-src 'none'" in value for value in page.values("content"))
+
+
+def test_hostile_texts_are_texts(finished: Path) -> None:
+    """In a prompt, in a row among the worst or best, and beside the marks around what is learned."""
+    html = (finished / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 3
+    assert "<script" not in html
+    assert "{{ 7 * 7 }}" in page.text
+    assert "evil.example" in page.text
+
+
+def test_what_no_file_can_hold_is_replaced(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    kept = json.loads((folder / "report_data.json").read_text(encoding="utf-8"))
+    kept["accounted"]["train"][0]["values"]["input"] = "half a pair: \ud83d, a bell: \x07, nothing: \x00"
+    (folder / "report_data.json").write_text(json.dumps(kept), encoding="utf-8")
+    text = Page(write_report(folder).read_text(encoding="utf-8")).text
+    assert "half a pair: ?, a bell: ␇, nothing: ␀" in text
+
+
+def test_a_dropped_row_is_linked_to_its_text(finished: Path) -> None:
+    html = (finished / "report.html").read_text(encoding="utf-8")
+    links = [link for link in Page(html).values("href") if link.endswith(f"-{EMPTY_ROW}")]
+    assert len(links) == 1
+    article = html[html.index(f'<article id="{links[0].removeprefix("#")}"') :]
+    article = article[: article.index("</article>")]
+    assert f"row {EMPTY_ROW}" in article
+    assert "Say it." in article
+    assert "dropped, empty output" in article
+
+
+def test_losses_of_rows_add_up_to_the_held_out_loss(finished: Path) -> None:
+    found = json.loads((finished / "report_data.json").read_text(encoding="utf-8"))["row_losses"]
+    last = read_metrics(finished / "metrics.jsonl").evaluations[-1]
+    assert found["held_out"]["mean"] == pytest.approx(last["loss"], rel=1e-5)
+    assert len(found["train"]["losses"]) == found["train"]["of"] == 17
+    for some in found.values():
+        shown = [row["loss"] for row in some["worst"]] + [row["loss"] for row in reversed(some["best"])]
+        assert shown == sorted(some["losses"], reverse=True)
+        places = [(row["file"], row["row"]) for row in [*some["worst"], *some["best"]]]
+        assert len(set(places)) == len(places)
+    worst = found["train"]["worst"][0]
+    assert [learned for _, learned in worst["runs"]] == [False, True]
+    assert worst["runs"][1][0].endswith("<|im_end|>")
+
+
+def test_a_large_set_is_looked_at_at_even_distances(tiny_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "train.csv"
+    data.write_text(ROWS, encoding="utf-8")
+    train(config(tiny_folder, data, report_rows=4, eval_ratio=0.0, sample_answers=False), console=quiet_console())
+    output = data.with_name("output")
+    found = json.loads((output / "report_data.json").read_text(encoding="utf-8"))["row_losses"]["train"]
+    assert sorted(row["row"] for row in [*found["worst"], *found["best"]]) == [1, 6, 11, 16]
+    text = Page((output / "report.html").read_text(encoding="utf-8")).text
+    assert "Of 4 rows at even distances among 20" in text
+    assert "There are no answers before training: they were not asked for (--no-sample-answers)." in text
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_sample_answers_change_nothing_of_the_training(tiny_folder: Path, tmp_path: Path, lora: bool) -> None:
+    data = tmp_path / "train.csv"
+    data.write_text(ROWS, encoding="utf-8")
+    steps = []
+    for asked in (False, True):
+        options = {"lora": lora, "lora_dropout": 0.1, "report_rows": 0, "overwrite": True, "sample_answers": asked}
+        options |= {"sample_prompts": ("Say 3.",), "num_epochs": 1}
+        run = train(config(tiny_folder, data, **options), console=quiet_console())
+        found = read_metrics(run.output_dir / "metrics.jsonl").steps
+        steps.append([(step["loss"], step["grad_norm"]) for step in found])
+    assert steps[0] == steps[1]
+
+
+def test_weights_lie_as_they_lay_before_the_answers(tiny_chat: handspun.ChatModel) -> None:
+    before = {name: weight.clone() for name, weight in tiny_chat.model.state_dict().items()}
+    sample_answers(tiny_chat, ["Say 3."])
+    for name, weight in tiny_chat.model.state_dict().items():
+        assert weight.untyped_storage().nbytes() == weight.nbytes
+        assert weight.equal(before[name])
+
+
+def test_the_time_for_answers_is_bounded_and_shared(tiny_chat: handspun.ChatModel) -> None:
+    ticks = iter(range(1_000_000))
+    made = sample_answers(tiny_chat, ["Say 3."], seconds=30, clock=lambda: float(next(ticks)))
+    assert [answer.decoding for answer in made.answers] == list(DECODINGS)
+    assert {answer.finish_reason for answer in made.answers} == {"cancelled"}
+    assert next(ticks) < 40
+
+
+def test_an_int8_base_answers_without_float_copies(tiny_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "train.csv"
+    data.write_text(ROWS, encoding="utf-8")
+    options = {"lora": True, "base_weights": "int8", "sample_prompts": ("Say 3.",)}
+    run = train(config(tiny_folder, data, **options), console=quiet_console())
+    kept = json.loads((run.output_dir / "report_data.json").read_text(encoding="utf-8"))
+    assert len(kept["before"]["answers"]) == len(kept["after"]["answers"]) == len(DECODINGS)
+    assert any("float copies" in note for note in kept["before"]["notes"])
+
+
+def test_a_run_that_ends_early_has_a_report_that_says_so(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "train.csv"
+    data.write_text(ROWS, encoding="utf-8")
+
+    def stopped(*_: object, **__: object) -> None:
+        raise StoppedError(15, step=2, total_steps=4)
+
+    monkeypatch.setattr("handspun.run.keep", stopped)
+    with pytest.raises(StoppedError):
+        train(config(tiny_folder, data, sample_prompts=("Say 3.",)), console=quiet_console())
+    text = Page(data.with_name("output").joinpath("report.html").read_text(encoding="utf-8")).text
+    assert "The run was stopped before its end." in text
+    assert "There are no answers after training: the run has not come to its end." in text
+    assert "They are not known: the run has not come to its end." in text
+
+
+def test_a_disk_that_takes_no_report_does_not_hide_why_a_run_failed(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "train.csv"
+    data.write_text(ROWS, encoding="utf-8")
+
+    def full(what: str) -> Callable[..., None]:
+        def fail(*_: object, **__: object) -> None:
+            raise OutputError(f"no room for the {what}")
+
+        return fail
+
+    monkeypatch.setattr("handspun.output.save_checkpoint", full("checkpoint"))
+    monkeypatch.setattr("handspun.report.html.keep.write_report", full("report"))
+    with pytest.raises(OutputError, match="no room for the checkpoint"):
+        train(config(tiny_folder, data, sample_answers=False), console=quiet_console())
+
+
+def test_a_model_in_shares_gives_no_answers_and_says_why(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    kept = json.loads((folder / "report_data.json").read_text(encoding="utf-8"))
+    missing = {"missing": "the model is in shares on several processes"}
+    kept |= {"before": missing, "after": missing, "row_losses": missing}
+    (folder / "report_data.json").write_text(json.dumps(kept), encoding="utf-8")
+    text = Page(report_page(read_run(folder))).text
+    for beginning in ("There are no answers before training", "There are no answers after training"):
+        assert f"{beginning}: the model is in shares on several processes." in text
+    assert "They are not known: the model is in shares on several processes." in text
+
+
+def test_without_held_out_rows_the_training_loss_is_told(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    keep_events(folder, lambda event: event["event"] != "evaluation")
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    record["data"]["held_out"] = None
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    without(folder, "lengths", "accounted", "row_losses")
+    run = read_run(folder)
+    text = Page(report_page(run)).text
+    first, *_, last = [step["loss"] for step in run.metrics.steps]
+    assert f"Training loss {first:.4f} → {last:.4f} first and last step; no rows held out" in text
+
+
+def test_without_memory_there_is_no_plot_of_it(copy: Callable[..., Path]) -> None:
+    folder = copy(peak_memory_bytes=None)
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    events = [{**json.loads(line), "memory_bytes": None} for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    page = report_page(read_run(folder))
+    assert "Peak memory unknown" in Page(page).text
+    assert 'aria-label="Memory' not in page
+    assert 'aria-label="Loss' in page
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_run_of_hardly_any_step_has_a_report(copy: Callable[..., Path], steps: int) -> None:
+    folder = copy(status="failed")
+    keep_events(folder, lambda event: event["event"] == "step" and event["step"] <= steps)
+    without(folder, "before", "after", "row_losses")
+    page = report_page(read_run(folder))
+    assert "The run failed before its end" in Page(page).text
+    assert ('aria-label="Loss' in page) == (steps == 1)
+
+
+def test_a_run_without_report_data_still_has_its_curves(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    (folder / "report_data.json").unlink()
+    assert 'aria-label="Loss' in report_page(read_run(folder))
+
+
+def test_two_runs_stand_side_by_side(
+    copy: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    first = copy("first")
+    record = json.loads((first / "run.json").read_text(encoding="utf-8"))
+    record["data"]["held_out"]["sha256"] = "0" * 64
+    changed = {"given": {**record["given"], "batch_size": 4}, "config": {**record["config"], "batch_size": 4}}
+    second = copy("second", **changed, data=record["data"])
+    file = tmp_path / "both.html"
+    assert main(["report", str(first), str(second), "--output-file", str(file)]) == 0
+    assert capsys.readouterr().out.strip() == str(file)
+    html = file.read_text(encoding="utf-8")
+    text = Page(html).text
+    assert "first and second" in text
+    assert "--batch-size 8 4" in text
+    assert "their held-out losses cannot be compared" in text
+    [training] = [
+        svg for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL) if 'aria-label="Training loss' in svg
+    ]
+    assert len(points_of(training, "first")) == len(points_of(training, "second")) == 6
+    assert "cannot be compared" not in comparison_page([read_run(first), read_run(first)])
+
+
+def test_a_report_is_written_again_from_the_folder(copy: Callable[..., Path], finished: Path) -> None:
+    folder = copy()
+    assert main(["report", str(folder)]) == 0
+    again, first = ((place / "report.html").read_text(encoding="utf-8") for place in (folder, finished))
+    assert again.replace(str(folder), str(finished)) == first
+
+
+def test_a_folder_without_a_run_is_said_to_be_none(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="holds no run.json: expected the --output-dir"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(OutputError, match="lacks config"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text("{", encoding="utf-8")
+    with pytest.raises(OutputError, match=r"run\.json cannot be read"):
+        read_run(tmp_path)
+
+
+def points_of(svg: str, name: str) -> list[tuple[float, float]]:
+    """The points of a line, in the units of the picture: its path is `M x y L x y ...`."""
+    found = re.search(rf'id="[\w-]*line-{re.escape(name)}">\s*<path d="([^"]*)"', svg)
+    assert found is not None
+    numbers = [float(number) for number in re.findall(r"-?[\d.]+", found[1])]
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def test_a_line_goes_through_its_points() -> None:
+    """The picture's y grows downwards; distances keep their proportions, whatever the axes' limits."""
+    svg = line_plot("p", [Line("loss", [1, 2, 4, 5], [4.0, 3.0, 1.0, 2.0])], y="loss", label="")
+    (x1, y1), (x2, y2), (x3, y3), (x4, y4) = points_of(svg, "loss")
+    assert (x3 - x1) / (x2 - x1) == pytest.approx(3, rel=1e-4)
+    assert (x4 - x1) / (x2 - x1) == pytest.approx(4, rel=1e-4)
+    assert (y3 - y1) / (y2 - y1) == pytest.approx(3, rel=1e-4)
+    assert (y4 - y1) / (y2 - y1) == pytest.approx(2, rel=1e-4)
+    assert y1 < y2 < y3
+
+
+def test_bars_are_as_tall_as_their_counts() -> None:
+    svg = bar_plot("p", [1, 2, 4], [3, 6], x="tokens", label="", log=False)
+    bars = re.findall(r'<path d="M ([\d.]+) ([\d.]+)\s+L ([\d.]+) [\d.]+\s+L [\d.]+ ([\d.]+)', svg)
+    sizes = [(float(x2) - float(x1), float(y1) - float(y2)) for x1, y1, x2, y2 in bars]
+    (narrow, low), (wide, high) = [size for size in sizes if size[1] > 0][-2:]
+    assert wide / narrow == pytest.approx(2, rel=1e-4)
+    assert high / low == pytest.approx(2, rel=1e-4)
+
+
+def test_a_plots_text_and_name_are_escaped_and_its_colours_are_the_pages() -> None:
+    svg = line_plot("p", [Line("<b>$&$", [1, 2], [1.0, 2.0]), Line("b", [1], [1.0])], y="<i>", label='"<script>')
+    assert "<b>" not in svg
+    assert "<i>" not in svg
+    assert "&lt;b&gt;$&amp;$" in svg
+    assert 'aria-label="&quot;&lt;script&gt;"' in svg
+    assert "var(--line-1)" in svg
+    assert not re.search(r"#[0-9a-f]{6}\b(?!\))", re.sub(r'="[^"]*#p-[^"]*"', "", svg))
+
+
+def step(number: int, **values: Any) -> dict[str, Any]:
+    basic = {"event": "step", "step": number, "epoch": 1, "loss": 1.0, "learned_tokens": 1, "seconds": 1.0}
+    return {**basic, **values}
+
+
+def test_of_a_step_made_twice_the_later_line_counts(tmp_path: Path) -> None:
+    """A run that was killed behind its last checkpoint and resumed; the killed one left half a line."""
+    file = tmp_path / "metrics.jsonl"
+    lines = [step(1, loss=3.0), step(2, loss=2.0), step(3, loss=9.0)]
+    text = "".join(json.dumps(event) + "\n" for event in lines) + '{"event": "step", "st\n'
+    file.write_text(text + json.dumps(step(3, loss=1.0)) + "\n", encoding="utf-8")
+    assert loss_line(read_metrics(file)).y == [3.0, 2.0, 1.0]
+    assert read_metrics(tmp_path / "none.jsonl") == Metrics()
+
+
+def test_neighbouring_steps_of_a_long_run_become_one_point() -> None:
+    steps = [step(n, loss=float(n), learned_tokens=n, tokens=4, seconds=0.5) for n in range(1, 802)]
+    metrics = Metrics(steps)
+    assert len(thinned(steps)) == 267
+    loss, rate = loss_line(metrics), rate_line(metrics, "tokens", "real")
+    assert loss.x[:2] == [3, 6]
+    assert loss.y[0] == pytest.approx((1 * 1 + 2 * 2 + 3 * 3) / (1 + 2 + 3))
+    assert rate.y[0] == pytest.approx(3 * 4 / 1.5)
+    assert loss.x[-1] == 801
+
+
+def test_a_smoothed_line_is_the_mean_around_each_point() -> None:
+    line = Line("loss", [float(n) for n in range(40)], [float(n % 2) for n in range(40)])
+    mean = smoothed(line)
+    assert mean is not None
+    assert mean.y[0] == 0.5
+    assert mean.y[1] == pytest.approx(1 / 3)
+    assert mean.y[2] == pytest.approx(2 / 3)
+    assert smoothed(Line("loss", [1.0], [1.0])) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lora": True, "cache_examples": False, "learning_rate": 1e-4, "eval_ratio": 0.1},
+        {"data": "my rows.csv", "sample_prompts": ("one", "it's two", "-3"), "system_prompt": "--hush"},
+    ],
+)
+def test_the_command_of_a_report_gives_the_same_options(options: dict[str, Any]) -> None:
+    made = handspun.TrainConfig(**options)
+    line = command(options_given(made))
+    assert len(line.splitlines()) == 1 + sum(part.startswith("--") for part in shlex.split(line))
+    arguments = shlex.split(line.replace("\\\n", " "))
+    _, bound, *_ = app.parse_args(arguments[1:], exit_on_error=False, print_error=False)
+    assert bound.arguments.get("config", handspun.TrainConfig()) == made
+
+
+def test_several_processes_are_started_by_torchrun() -> None:
+    line = command({"data": "a.csv"}, processes=2)
+    assert line == "torchrun --standalone --nproc-per-node 2 -m handspun train \\\n    --data a.csv"
+
+
+@pytest.mark.skipif(browser() is None or "AXE" not in os.environ, reason="needs Chromium, and $AXE: axe.min.js")
+def test_axe_finds_nothing_in_any_page(finished: Path, copy: Callable[..., Path], tmp_path: Path) -> None:
+    """On a phone and a desk, light and dark; and it does find what is planted."""
+    both = tmp_path / "both.html"
+    both.write_text(comparison_page([read_run(copy("a")), read_run(copy("b"))]), encoding="utf-8")
+    axe = Path(os.environ["AXE"])
+    for page in (finished / "report.html", both):
+        assert overflow(page, width=WIDTHS["phone"]) == 0
+        for width, scheme in itertools.product(WIDTHS.values(), SCHEMES):
+            assert violations(page, axe, width=width, scheme=scheme) == []
+    planted = tmp_path / "planted.html"
+    planted.write_text(
+        both.read_text(encoding="utf-8").replace("<main>", '<main><img src="data:,">'), encoding="utf-8"
+    )
+    assert [rule["id"] for rule in violations(planted, axe, width=390, scheme="light")] == ["image-alt"]
+
+
+def test_a_run_folder_is_plain_data(finished: Path) -> None:
+    """What a notebook would use: facts in, a page out."""
+    run = read_run(finished)
+    assert isinstance(run, RunFiles)
+    assert report_page(run).startswith("<!DOCTYPE html>")
