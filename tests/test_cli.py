@@ -124,12 +124,14 @@ def test_config_files_give_defaults_and_options_win(
     (tmp_path / "train.csv").write_text(GOOD)
     (tmp_path / "run.yaml").write_text(
         f"model: {tiny_folder}\ndata: {tmp_path / 'train.csv'}\noutput_dir: {tmp_path / 'output'}\n"
-        "num_epochs: 2\nbatch_size: 1\nlora: false\nlearning_rate: 1e-3\n"
+        "num_epochs: 2\nbatch_size: 1\nlora: false\nlearning_rate: 1e-3\nsample_answers: false\n"
     )
     assert main(["train", "--config", str(tmp_path / "run.yaml"), "--num-epochs", "1"]) == 0
     record = json.loads((tmp_path / "output" / "run.json").read_text())["config"]
     assert (record["num_epochs"], record["batch_size"], record["learning_rate"]) == (1, 1, 1e-3)
-    assert "finished in" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "finished in" in printed
+    assert f"report: {tmp_path / 'output' / 'report.html'}" in printed
 
 
 def test_config_files_hold_mappings_with_numbers_as_keys(

@@ -43,7 +43,8 @@ def test_the_readme_commands_run(
     for arguments in found:
         if arguments[0] == "demo":
             continue  # minutes; `make demo` is this command
-        shorter = ["--max-new-tokens", "8"] if arguments[0] in ("generate", "eval", "compare") else []
+        tokens = ["--max-new-tokens", "8"]
+        shorter = {"generate": tokens, "eval": tokens, "compare": tokens, "train": ["--no-sample-answers"]}
         given = [argument.replace("Qwen/Qwen2.5-0.5B", "smollm2-135m") for argument in arguments]
-        assert main([*given, *shorter]) == 0, arguments
+        assert main([*given, *shorter.get(arguments[0], [])]) == 0, arguments
         capsys.readouterr()

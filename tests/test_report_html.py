@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -269,13 +270,36 @@ def test_a_run_that_ends_early_has_a_report_that_says_so(
     def stopped(*_: object, **__: object) -> None:
         raise StoppedError(15, step=2, total_steps=4)
 
-    monkeypatch.setattr("handspun.run.keep", stopped)
+    monkeypatch.setattr("handspun.keeping.Keeper.event", stopped)
     with pytest.raises(StoppedError):
         train(config(tiny_folder, data, sample_prompts=("Say 3.",)), console=quiet_console())
     text = Page(data.with_name("output").joinpath("report.html").read_text(encoding="utf-8")).text
     assert "The run was stopped before its end." in text
     assert "There are no answers after training: the run has not come to its end." in text
     assert "They are not known: the run has not come to its end." in text
+
+
+def test_a_run_that_goes_on_keeps_the_answers_from_before_it(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is the same run, whatever is asked for in its report."""
+    data = tmp_path / "train.csv"
+    data.write_text(ROWS, encoding="utf-8")
+    made = config(tiny_folder, data, sample_prompts=("Say 3.",), report_rows=4)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("handspun.run.Keeper.save_if_due", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(made, console=quiet_console())
+    kept = data.with_name("output") / "report_data.json"
+    before = json.loads(kept.read_text(encoding="utf-8"))["before"]
+    train(replace(made, sample_prompts=("Say 4.", "Say 5."), report_rows=3), console=quiet_console())
+    found = json.loads(kept.read_text(encoding="utf-8"))
+    assert found["before"] == before
+    assert {answer["prompt"] for answer in found["after"]["answers"]} == {"Say 3."}
 
 
 def test_a_disk_that_takes_no_report_does_not_hide_why_a_run_failed(
@@ -290,7 +314,7 @@ def test_a_disk_that_takes_no_report_does_not_hide_why_a_run_failed(
 
         return fail
 
-    monkeypatch.setattr("handspun.output.save_checkpoint", full("checkpoint"))
+    monkeypatch.setattr("handspun.keeping.save_checkpoint", full("checkpoint"))
     monkeypatch.setattr("handspun.report.html.keep.write_report", full("report"))
     with pytest.raises(OutputError, match="no room for the checkpoint"):
         train(config(tiny_folder, data, sample_answers=False), console=quiet_console())

@@ -26,7 +26,8 @@ def data(tmp_path: Path) -> Path:
 
 
 def config(tiny_folder: Path, data: Path, **options: object) -> handspun.TrainConfig:
-    values = {"num_epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "eval_ratio": 0.2, **options}
+    brief = {"sample_answers": False, "report_rows": 0}
+    values = {"num_epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "eval_ratio": 0.2, **brief, **options}
     return handspun.TrainConfig(
         model=str(tiny_folder), data=str(data), output_dir=str(data.with_name("output")), **values
     )

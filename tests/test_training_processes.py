@@ -101,6 +101,7 @@ def configs(tiny_folder: Path, folder: Path, processes: int, held: list[str]) ->
     (folder / "train.csv").write_text(ROWS, encoding="utf-8")
     common = {"model": str(tiny_folder), "data": str(folder / "train.csv"), "eval_ratio": 0.1, "dtype": "float32"}
     common |= {"num_epochs": 4, "batch_size": 9, "max_tokens": 128, "learning_rate": 1e-3, "threads": 1}
+    common |= {"sample_answers": False, "report_rows": 0}
     return {
         case: {
             **common,

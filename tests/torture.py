@@ -46,7 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "states in 8 bits": {"save_minutes": 0.001, "optimizer_states": "8bit", "keep_last": 3},
 }
 OPTIONS = {"num_epochs": 3, "batch_size": 4, "max_tokens": 96, "learning_rate": 1e-3, "eval_ratio": 0.1}
-OPTIONS |= {"eval_steps": 2, "dtype": "float32", "threads": 1}
+OPTIONS |= {"eval_steps": 2, "dtype": "float32", "threads": 1, "sample_answers": False, "report_rows": 0}
 DISK = ["rename", "replace", "link", "unlink", "rmdir", "fsync", "mkdir"]
 """Functions of `os` that a death may come right before."""
 
@@ -198,7 +198,7 @@ def run_in_child(work: Callable[[], None], *, kill_after: float | None = None) -
 
 
 def outcome(output: Path) -> dict[str, Any]:
-    """What must not depend on deaths: weights by their hashes, events without their seconds, evaluations."""
+    """What must not depend on deaths: weights by their hashes, events without seconds and memory, evaluations."""
     epochs = [*output.glob("checkpoint-epoch-*"), output / "checkpoint-best"]
     files = sorted(file for folder in epochs for file in folder.glob("*.safetensors"))
     record = json.loads((output / "run.json").read_text(encoding="utf-8"))
@@ -206,7 +206,9 @@ def outcome(output: Path) -> dict[str, Any]:
     events = [json.loads(line) for line in lines]
     return {
         **{f"{file.parent.name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
-        "events": [{key: value for key, value in event.items() if key != "seconds"} for event in events],
+        "events": [
+            {key: event[key] for key in event if key not in ("seconds", "memory_bytes")} for event in events
+        ],
         **{key: record[key] for key in ("status", "evaluations", "checkpoints", "best_checkpoint")},
     }
 

@@ -22,7 +22,16 @@ from handspun.training.checkpoint import clear_leftovers, errors_for_people
 from handspun.training.loop import Evaluation
 from handspun.training.preflight import Plan
 
-_OUR_FILES = ["checkpoint-*", ".checkpoint-*", "train.log", "metrics.jsonl", "run.json"]
+_OUR_FILES = [
+    "checkpoint-*",
+    ".checkpoint-*",
+    "train.log",
+    "metrics.jsonl",
+    "run.json",
+    "report.html",
+    "report_data.json",
+]
+_LEFT_BY_NONE = {"train.log", "metrics.jsonl", "report_data.json"}
 
 
 @dataclass
@@ -91,8 +100,8 @@ def prepare_output(
 
 def _make_room(folder: Path, *, overwrite: bool) -> None:
     earlier = [path for pattern in _OUR_FILES for path in folder.glob(pattern)]
-    # The log alone is left by a run that never began: its data or its model could not be used.
-    kept = sorted(path.name for path in earlier if path.suffix not in (".log", ".jsonl"))
+    # Log and answers alone are left by a run that never began: its data or its model could not be used.
+    kept = sorted(path.name for path in earlier if path.name not in _LEFT_BY_NONE)
     if kept and not overwrite:
         raise OutputError(
             f"{folder} holds an earlier run ({', '.join(kept[:3])}): choose another --output-dir, or replace it "

@@ -11,7 +11,10 @@ from handspun.errors import ConfigError
 from handspun.training.checkpoint import TRAINING_STATE, damage, read_manifest, remove_checkpoint
 from handspun.training.training_state import read_facts
 
-_OF_THE_RUNNER = {"output_dir", "overwrite", "resume", "dry_run", "save_steps", "save_minutes", "keep_last"}
+_OF_THE_RUNNER = {
+    *("output_dir", "overwrite", "resume", "dry_run", "save_steps", "save_minutes", "keep_last"),
+    *("sample_answers", "sample_prompts", "report_rows"),
+}
 """Options that no weight depends on."""
 _OF_THE_EXECUTION = {"threads", "max_tokens", "device", "batching", "activation_checkpointing", "shard"}
 """Options that change nothing but the rounding: a change of one is said and recorded."""

@@ -34,6 +34,7 @@ from handspun.models.load import (
 from handspun.models.lora import add_lora
 from handspun.output import TrainedRun, owned, prepare_output, recorded, refuse_without_room
 from handspun.report.account import account_lines, length_lines
+from handspun.report.html.keep import reported
 from handspun.report.log import RunLog, plain_console
 from handspun.report.plan import plan_lines
 from handspun.report.record import run_facts
@@ -51,7 +52,7 @@ from handspun.training.training_state import read_optimizer, read_weights
 
 
 def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
-    """Fine-tunes a model as the config says, and writes checkpoints, train.log, metrics.jsonl and run.json.
+    """Fine-tunes a model as the config says: writes checkpoints, train.log, metrics.jsonl, run.json, report.html.
 
     An unfinished run of the same options in the output folder is gone on with, and ends with the very weights that
     it would have had undisturbed. Lines of the log also go to `console` (default: standard output). Under
@@ -132,9 +133,10 @@ def _train(
         return run
     refuse_without_room(plan, config)
     facts["plan"] = asdict(plan)
-    with recorded(run, facts, log):
-        keeper = _run_loop(job)
-    keeper.finish()
+    with reported(chat, config, training, held_out, log):
+        with recorded(run, facts, log):
+            keeper = _run_loop(job)
+        keeper.finish()
     return run
 
 

@@ -13,6 +13,7 @@ from handspun.models.allocator import keep_freed_memory
 from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.load import ChatModel, load
 from handspun.output import TrainedRun
+from handspun.report.html.answers import BEAM_PROMPT, GREEDY_PROMPT, SAMPLING_PROMPT
 from handspun.report.log import plain_console
 from handspun.run import train
 
@@ -26,10 +27,6 @@ BEFORE_AND_AFTER = [
     "A bus carries 40 people. How many people are in 3 full buses if 8 get off?",
 ]
 
-GREEDY_PROMPT = "Give me a brief introduction to Shanghai Jiao Tong University."
-SAMPLING_PROMPT = "Tell me a joke about computers."
-BEAM_PROMPT = "What is the sum of the first 100 natural numbers? Please think step by step."
-
 
 def demo_config(
     output_dir: str, *, num_epochs: int = 3, threads: int | None = None, overwrite: bool = False
@@ -42,6 +39,7 @@ def demo_config(
         output_dir=output_dir,
         num_epochs=num_epochs,
         learning_rate=5e-5,
+        sample_prompts=tuple(BEFORE_AND_AFTER),
         threads=threads,
         overwrite=overwrite,
     )

@@ -73,6 +73,8 @@ def _config(config: TrainConfig, work: Path, steps: int) -> TrainConfig:
         data=str(data),
         num_epochs=2,
         save_steps=config.save_steps or max(steps // 5, 1),
+        sample_answers=False,
+        report_rows=0,
         overwrite=False,
         resume=None,
         dry_run=False,
