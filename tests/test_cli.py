@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -185,6 +186,15 @@ def test_chat_remembers_and_ends(
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\nAgain\n/reset\n/quit\n"))
     assert main(["chat", "--model", str(tiny_folder), "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.count("you:") == 4
+
+
+def test_chat_streams_the_best_answer_of_a_beam_search(
+    capsys: pytest.CaptureFixture[str], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
+    options = ["--num-beams", "4", "--num-return-sequences", "2", "--choice", "yes", "--choice", "yesterday"]
+    assert main(["chat", "--model", str(tiny_folder), *options]) == 0
+    assert re.search("^you: (yes|yesterday)$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_help_answers_in_half_a_second() -> None:

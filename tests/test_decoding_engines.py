@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import handspun
+from handspun.decoding.answer import Job
 from handspun.decoding.beam import beam_search
 from handspun.decoding.engine import Engine, Feed
 from handspun.decoding.engines import make_engine
@@ -164,11 +165,14 @@ def test_a_tree_of_beams_gives_what_rows_of_beams_give(family: Any, options: dic
     """Sixty steps, so that the tree is compacted many times; three prompts of different lengths."""
     chat = ChatModel(tiny_model(family), tiny_tokenizer(), "tiny")
     job = job_of(chat, PROMPTS[:3], max_new_tokens=60, num_return_sequences=2, **options)
-    tree = beam_search(job, TreeBeams)
-    plain = beam_search(job, ForkedBeams)
-    assert [answer.token_ids for answer in tree] == [answer.token_ids for answer in plain]
+    tree, plain = found_by(job, TreeBeams), found_by(job, ForkedBeams)
+    assert tree == plain
     chat.model.config.model_type = "other"
-    assert [answer.token_ids for answer in beam_search(job)] == [answer.token_ids for answer in plain]
+    assert found_by(job) == plain
+
+
+def found_by(job: Job, *make_beams: Any) -> list[list[int]]:
+    return [chunk.result.token_ids for chunk in beam_search(job, *make_beams) if chunk.result]
 
 
 def int8_chat() -> ChatModel:

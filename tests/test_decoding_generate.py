@@ -248,9 +248,9 @@ def test_what_was_held_back_is_shown_when_the_answer_ends_otherwise(limit, reaso
     assert chunks[-1].finish_reason == reason
 
 
-def test_beams_cannot_be_streamed_and_that_is_said_at_once(chat):
-    with pytest.raises(ConfigError, match="--num-beams 2 cannot be streamed"):
-        stream(chat, "Hi", num_beams=2, notice=str)
+def test_mistakes_are_said_at_once_and_not_at_the_first_chunk(chat):
+    with pytest.raises(ConfigError, match="--num-beams 2 and --do-sample exclude each other"):
+        stream(chat, "Hi", num_beams=2, do_sample=True, notice=str)
 
 
 def test_a_cancelled_job_gives_every_answer_as_far_as_it_came(chat):

@@ -9,23 +9,25 @@
   length_penalty is above 0, so that longer is better).
 
 A continuation whose text completes a stop string ends as one with an eos does. A prompt whose search has
-ended leaves the batch, so a prompt's answers do not depend on its batch mates.
+ended leaves the batch, so a prompt's answers do not depend on its batch mates. What all of a prompt's possible
+answers begin with is shown as soon as they agree on it (`beam_stream.py`).
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from handspun.decoding.answer import Answer, Job
+from handspun.decoding.beam_stream import BeamStream
 from handspun.decoding.decode import feed_prompt
 from handspun.decoding.engine import Engine, Feed
 from handspun.decoding.engines import make_engine
 from handspun.decoding.lean_engine import LeanEngine
 from handspun.decoding.processors import nothing_left, process
-from handspun.decoding.results import GenerationResult
+from handspun.decoding.results import GenerationChunk, GenerationResult
 from handspun.decoding.search_tree import SearchTree
 from handspun.decoding.tree import Beams, ForkedBeams, TreeBeams
 
@@ -53,6 +55,8 @@ class Search:
     done: bool = False
     tree: SearchTree | None = None
     """What the search looks at, if that is asked for."""
+    stream: BeamStream = field(default_factory=BeamStream)
+    """What has been shown."""
 
     @classmethod
     def of(cls, job: Job, prompt_index: int) -> "Search":
@@ -95,12 +99,31 @@ class Search:
         best_possible: float = best_score / length**options.length_penalty
         return best_possible <= self.hypotheses[-1][0]
 
+    @property
+    def live(self) -> list[Answer]:
+        """The beams that may become answers. Before the first step all are the same."""
+        if self.done:
+            return []
+        pairs = zip(self.beams, self.scores, strict=True)
+        return [beam for beam, score in pairs if score > _UNREAL or not self.length]
+
+    def chunks(self) -> list[GenerationChunk]:
+        """What the last step has made certain."""
+        if self.done:
+            return self.stream.finish(self.results())
+        complete = [answer for _, answer in self.hypotheses[: self.job.options.num_return_sequences]]
+        return self.stream.grow([*complete, *self.live])
+
+    def cancel(self) -> list[GenerationChunk]:
+        """Ends the search as far as it has come."""
+        for beam in self.live:
+            beam.finish("cancelled")
+        return self.stream.finish(self.results())
+
     def results(self) -> list[GenerationResult]:
         """The best answers; after a cancellation, filled up with unfinished beams. Fewer than asked for if a
         constraint has no more. Raises ConfigError if there is none."""
-        for beam in self.beams if not self.done else []:
-            beam.finish("cancelled")
-        answers = [answer for _, answer in self.hypotheses] + ([] if self.done else self.beams)
+        answers = [answer for _, answer in self.hypotheses] + self.live
         if not answers:
             raise nothing_left(self.beams[0], self.job.processors)
         best = answers[: self.job.options.num_return_sequences]
@@ -111,25 +134,27 @@ class Search:
 
 
 @torch.inference_mode()
-def beam_search(job: Job, make_beams: Callable[..., Beams] | None = None) -> list[GenerationResult]:
-    """The num_return_sequences best answers to each of the job's prompts. A prompt's search joins where there is
-    room for it, and leaves when it has ended.
+def beam_search(job: Job, make_beams: Callable[..., Beams] | None = None) -> Iterator[GenerationChunk]:
+    """The num_return_sequences best answers to each of the job's prompts, as far as they are certain. A prompt's
+    search joins where there is room for it, and leaves when it has ended.
 
     make_beams: TreeBeams or ForkedBeams; if not given, a tree where the engine can keep one.
     """
     engine = make_engine(job.model)
     make_beams = make_beams or (TreeBeams if isinstance(engine, LeanEngine) else ForkedBeams)
     order = sorted(range(len(job.prompts)), key=lambda i: len(job.prompts[i]))
-    searches = [Search.of(job, i) for i in order]
-    waiting, going = deque(searches), list[Search]()
-    while (waiting or going) and not job.should_stop():
+    waiting, going = deque(Search.of(job, i) for i in order), list[Search]()
+    while waiting or going:
+        if job.should_stop():
+            yield from [chunk for search in (*going, *waiting) for chunk in search.cancel()]
+            return
         while waiting and _has_room(going, waiting[0]):
             going.append(waiting.popleft())
             going[-1].join(engine, make_beams)
         logits = engine.forward([feed for search in going for feed in search.feeds])
         _advance(going, _a_row_for_each_beam(logits, going))
+        yield from [chunk for search in going for chunk in search.chunks()]
         going = [search for search in going if not search.done]
-    return [result for search in searches for result in search.results()]
 
 
 def _has_room(going: Sequence[Search], search: Search) -> bool:
@@ -157,9 +182,8 @@ def _advance(searches: Sequence[Search], logits: Tensor) -> None:
     # The best of all are among the best of each beam: no beam's whole vocabulary is sorted twice.
     best, ids = filtered.topk(min(width, filtered.shape[-1]))  # (prompts * beams, width)
     scores = best.new_tensor([search.scores for search in searches])  # (prompts, beams)
-    top, index = (
-        (best + scores.view(-1, 1)).view(prompts, -1).topk(width)
-    )  # (prompts, width), as are the next three
+    together = (best + scores.view(-1, 1)).view(prompts, -1)
+    top, index = together.topk(min(width, together.shape[-1]))  # (prompts, width), as are the next three
     parents = index // best.shape[-1]
     tokens = ids.view(prompts, -1).gather(1, index)
     logprobs = own.view(prompts, options.num_beams, -1)[torch.arange(prompts)[:, None], parents, tokens]

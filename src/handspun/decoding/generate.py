@@ -92,19 +92,18 @@ def stream(
 ) -> Iterator[GenerationChunk]:
     """As `generate`, but gives every answer's text as it grows; the last chunk of each holds its result.
 
-    Raises ConfigError for a beam search, besides generate's errors, at once and not at the first chunk.
+    Of a beam search, what all answers that it may still return begin with is given as soon as it is known: as a
+    chunk of each of a prompt's num_return_sequences answers, and the rest of each at the end. Where tokens are
+    excluded (by a constraint, say) a search may find fewer answers; then only the best is streamed before the end.
+
+    Raises generate's errors, at once and not at the first chunk.
     """
     job = _job(
         model, prompts, options, given, chat=chat, system_prompt=system_prompt, tools=tools,
         processors=processors, logprobs=logprobs, explain=explain, show_tree=False, batch_size=batch_size,
         max_batch_tokens=max_batch_tokens, notice=notice, should_stop=should_stop,
     )  # fmt: skip
-    if job.options.num_beams > 1:
-        raise ConfigError(
-            f"--num-beams {job.options.num_beams} cannot be streamed: which beam wins is known only at the "
-            "end. Use generate without streaming, or --num-beams 1."
-        )
-    return decode(job)
+    return _chunks(job)
 
 
 def _job(
@@ -202,11 +201,12 @@ def _limits(model: ChatModel, prompts: list[list[int]], max_new_tokens: int, not
 
 def answer_all(job: Job) -> list[GenerationResult]:
     """Answers to the job's prompts: prompt by prompt, num_return_sequences each."""
-    if job.options.num_beams > 1:
-        results = beam_search(job)
-    else:
-        results = [chunk.result for chunk in decode(job) if chunk.result is not None]
+    results = [chunk.result for chunk in _chunks(job) if chunk.result is not None]
     return sorted(results, key=lambda result: (result.prompt_index, result.return_index))
+
+
+def _chunks(job: Job) -> Iterator[GenerationChunk]:
+    return beam_search(job) if job.options.num_beams > 1 else decode(job)
 
 
 __all__ = ["answer_all", "generate", "stream"]

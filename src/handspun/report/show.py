@@ -132,8 +132,9 @@ def _stream_answer(
     answer = ""
     try:
         for chunk in stream(model, [messages], options=options, system_prompt=system_prompt):
-            answer += chunk.text
-            console.print(chunk.text, end="", markup=False, soft_wrap=True)
+            if chunk.return_index == 0:  # a conversation goes on from one answer
+                answer += chunk.text
+                console.print(chunk.text, end="", markup=False, soft_wrap=True)
     except KeyboardInterrupt:
         console.print(" (stopped)", end="", style="dim")
     console.print()
