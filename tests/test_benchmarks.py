@@ -5,10 +5,15 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import decode
+import decode_tables
+import memory_bandwidth
+from decode_prompts import Column, end_ids, prompts_of
 from handspun.models.load import ChatModel
 from measurements import Results
 
@@ -30,36 +35,118 @@ def test_documented_command_lines_parse(words: list[str]) -> None:
 
 def test_no_prompt_begins_as_another_does(tiny_chat: ChatModel) -> None:
     """An engine that keeps the prompts it has read is not to find them again."""
-    batches = list(decode.prompts_of(decode.Column(8), tiny_chat.template, 3))
+    batches = list(prompts_of(Column(8), tiny_chat.template, 3))
     assert [len(batch) for batch in batches] == [8, 8, 8]
     assert len({prompt["text"].split()[0] for batch in batches for prompt in batch}) == 24
 
 
-def test_prefill_is_of_the_length_that_the_table_names(tiny_chat: ChatModel) -> None:
-    [[first], [second]] = decode.prompts_of(decode.Column(1, prefill=True), tiny_chat.template, 2)
-    assert len(first["ids"]) == len(second["ids"]) == decode.PREFILLED
-    assert first["text"].split()[0] != second["text"].split()[0]
+@pytest.mark.parametrize("column", [Column(tokens=41), Column(2, tokens=300)], ids=str)
+def test_prompts_are_of_the_length_that_the_table_names(column: Column, tiny_chat: ChatModel) -> None:
+    prompts = [prompt for batch in prompts_of(column, tiny_chat.template, 2) for prompt in batch]
+    assert {len(prompt["ids"]) for prompt in prompts} == {column.tokens}
+    assert len({prompt["text"].split()[0] for prompt in prompts}) == len(prompts)
+    assert all(
+        tiny_chat.template.encode_prompt([{"role": "user", "content": p["text"]}]) == p["ids"] for p in prompts
+    )
 
 
-def test_rates_and_ratios_to_the_best_peer(tmp_path: Path) -> None:
-    results = Results(tmp_path / "results.json", {"settings": {"new_tokens": 48}})
-    seconds = {"transformers": [6.0, 4.0], "OpenVINO GenAI": [2.0], "Handspun": [1.0]}
-    for name, values in seconds.items():
-        run = {"engine": name, "peak_gb": 1.0, "ids": [1, 2, 3]}
-        results.add(decode.key(name, "8 rows"), {**run, "seconds": values})
-        results.add(decode.key(name, "prefill"), {**run, "seconds": [value / 10 for value in values]})
-    assert decode.figures(results, "transformers", "8 rows") == [64.0, 96.0]  # 8 * 48 tokens
-    assert decode.cell(results, "transformers", "8 rows") == "80.0 (64.0-96.0)"
+def test_a_length_that_no_prompt_has_is_an_error(tiny_chat: ChatModel) -> None:
+    with pytest.raises(SystemExit, match="expected at most 3"):
+        list(prompts_of(Column(tokens=3), tiny_chat.template, 1))
+
+
+def test_what_ends_an_answer_in_any_engine_is_excluded(tiny_chat: ChatModel, tmp_path: Path) -> None:
+    """<|im_end|>, <|endoftext|> as padding, and what the model's files name."""
+    (tmp_path / "config.json").write_text('{"eos_token_id": [7, 9], "bos_token_id": null}', encoding="utf-8")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 11}', encoding="utf-8")
+    named = tiny_chat.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert end_ids(tiny_chat.template, tmp_path) == [7, 9, 11, *named]
+
+
+def run_of(name: str, **figures: Any) -> dict[str, Any]:
+    return {
+        "engine": name,
+        "weights": "w",
+        "bytes_a_token": 500_000_000,
+        "peak_gb": 1.0,
+        "ids": [1, 2, 3],
+        **figures,
+    }
+
+
+def results_in(folder: Path) -> Results:
+    return Results(folder / "results.json", {"settings": {"new_tokens": 48, "threads": 2}})
+
+
+def test_rates_and_ratios_to_the_best_peer_with_weights_as_long(tmp_path: Path) -> None:
+    results = results_in(tmp_path)
+    for name, seconds in {"CTranslate2": [6.0, 4.0], "OpenVINO GenAI": [2.0], "Handspun, int8": [1.0]}.items():
+        tokens = [8 * 48] * len(seconds)
+        results.add(decode_tables.key(name, "8 rows"), run_of(name, seconds=seconds, tokens=tokens))
+        tenth = [value / 10 for value in seconds]
+        results.add(decode_tables.key(name, "prefill"), run_of(name, seconds=tenth, tokens=[1] * len(seconds)))
+    results.add(decode_tables.key("Handspun", "8 rows"), run_of("Handspun", seconds=[3.0], tokens=[8 * 48]))
+    assert decode_tables.rates(results, "CTranslate2", "8 rows") == [64.0, 96.0]  # 8 * 48 tokens
+    assert decode_tables.rate_cell(results, "CTranslate2", "8 rows") == "80.0 (64.0-96.0)"
     # 384 and 80 to 192 tokens a second, and 0.1 and 0.5 to 0.2 seconds
     for title in ("8 rows", "prefill"):
-        assert decode.ratio(results, "Handspun", title) == "2.00"
-        assert decode.ratio(results, "OpenVINO GenAI", title) == "1.00"
-    assert decode.ratio(results, "transformers", "8 rows") == "0.42"
-    assert decode.ratio(results, "Handspun", "1 row") == ""
-    assert "3 of 3" in decode.summary(results)
+        assert decode_tables.ratio(results, "Handspun, int8", title) == "2.00"
+    assert decode_tables.ratio(results, "Handspun, int8", "1 row") == ""
+    assert decode_tables.ratio(results, "Handspun", "8 rows") == ""  # transformers alone has float32 weights
+    results.add(decode_tables.key("transformers", "8 rows"), run_of("transformers", seconds=[6.0], tokens=[384]))
+    assert decode_tables.ratio(results, "Handspun", "8 rows") == "2.00"
+    assert "3 of 3" in decode_tables.summary(results)
+
+
+def test_tokens_that_were_not_made_do_not_count(tmp_path: Path) -> None:
+    """One of four beam searches ended after 24 of its 48 tokens."""
+    results, title = results_in(tmp_path), "4 beams, 4 prompts"
+    results.add(
+        decode_tables.key("CTranslate2", title), run_of("CTranslate2", seconds=[2.0], tokens=[3 * 48 + 24])
+    )
+    results.add(decode_tables.key("Handspun", title), run_of("Handspun", seconds=[2.0], tokens=[4 * 48]))
+    assert decode_tables.rate_cell(results, "CTranslate2", title) == "84.0*"
+    assert decode_tables.rate_cell(results, "Handspun", title) == "96.0"
+
+
+def test_the_share_of_what_reading_the_weights_allows(tmp_path: Path) -> None:
+    """20 GB/s over half a gigabyte a token are 40 tokens a second."""
+    results = results_in(tmp_path)
+    results.add(decode_tables.BANDWIDTH, {"gb_a_second": [19.0, 20.0, 21.0]})
+    results.add(decode_tables.key("Handspun", "first token"), run_of("Handspun", first=[0.25], rates=[30.0]))
+    printed = decode_tables.summary(results)
+    assert "| Handspun | w | 0.500 | 40.0 | 30.0 | 75% |" in printed
+    assert "20.0 (19.0-21.0) GB/s" in printed
+    assert decode_tables.shown(results, "Handspun", "first token") == "0.250 s, then 30.0 tokens/s"
+
+
+def test_bandwidth_is_measured_with_the_threads_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_bandwidth, "READ", 2**20)
+    before = torch.get_num_threads()
+    found = memory_bandwidth.read_bandwidth(1, repetitions=3)
+    assert len(found) == 3
+    assert min(found) > 0
+    assert torch.get_num_threads() == before
+
+
+@pytest.fixture
+def contenders(monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(CONTENDERS)
+    return CONTENDERS
+
+
+def printed_by(
+    job: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "argv", ["handspun_decode.py", json.dumps(job)])
+    import handspun_decode
+
+    handspun_decode.main()
+    return dict(json.loads(capsys.readouterr().out))
 
 
 @pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.usefixtures("contenders")
 def test_handspun_decodes_the_tokens_that_are_asked_for(
     beams: int,
     tiny_folder: Path,
@@ -69,21 +156,38 @@ def test_handspun_decodes_the_tokens_that_are_asked_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With the very prompts that the peers get as ids."""
-    batches = list(decode.prompts_of(decode.Column(2), tiny_chat.template, 3))
-    (tmp_path / "batches.json").write_text(json.dumps(batches), encoding="utf-8")
-    job = {
-        "model": str(tiny_folder),
-        "batches": str(tmp_path / "batches.json"),
+    job = job_in(tmp_path, tiny_folder, tiny_chat, Column(2)) | {"beams": beams}
+    run = printed_by(job, monkeypatch, capsys)
+    assert len(run["seconds"]) == 2  # the first batch warms up
+    assert run["tokens"] == [8, 8]
+    assert len(run["ids"]) == 4
+    assert not set(run["ids"]) & set(job["end_ids"])
+
+
+@pytest.mark.usefixtures("contenders")
+def test_a_streamed_answer_is_timed_from_its_first_token(
+    tiny_folder: Path,
+    tiny_chat: ChatModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = job_in(tmp_path, tiny_folder, tiny_chat, Column(streamed=True)) | {"streamed": True}
+    run = printed_by(job, monkeypatch, capsys)
+    assert len(run["first"]) == len(run["rates"]) == 2
+    assert min(*run["first"], *run["rates"]) > 0
+    weights = sum(weight.numel() for weight in tiny_chat.model.parameters())  # the head is the embedding
+    assert run["bytes_a_token"] == 4 * weights
+
+
+def job_in(folder: Path, model: Path, chat: ChatModel, column: Column) -> dict[str, Any]:
+    batches = list(prompts_of(column, chat.template, 3))
+    (folder / "batches.json").write_text(json.dumps(batches), encoding="utf-8")
+    return {
+        "model": str(model),
+        "batches": str(folder / "batches.json"),
         "new_tokens": 4,
-        "beams": beams,
-        "end_ids": decode.end_ids(tiny_chat.template),
+        "end_ids": end_ids(chat.template, model),
+        "threads": 1,
         "options": {"weights": "float32"},
     }
-    monkeypatch.syspath_prepend(CONTENDERS)
-    monkeypatch.setattr(sys, "argv", ["handspun_decode.py", json.dumps(job)])
-    import handspun_decode
-
-    handspun_decode.main()
-    run = json.loads(capsys.readouterr().out)
-    assert len(run["seconds"]) == 2  # the first batch warms up
-    assert len(run["ids"]) == 4

@@ -27,12 +27,21 @@ class DecodingJob:
     """What the engine reads in place of the model's folder, where it has a format of its own."""
     batches: list[list[Prompt]]
     new_tokens: int
-    """Exactly so many for each prompt: the ids that would end an answer are not allowed."""
+    """So many for each prompt."""
     end_ids: list[int]
+    """That would end an answer in one of the engines: none of them is allowed."""
     beams: int = 1
+    streamed: bool = False
+    """One prompt a batch, token by token."""
     threads: int = 2
     options: dict[str, Any] = field(default_factory=dict)
     """Of the contender's own loading."""
+
+
+Decode = Callable[[list[Prompt]], list[list[int]]]
+"""Prompts to the new tokens of each."""
+Stream = Callable[[Prompt, Callable[[], None]], object]
+"""Decodes a prompt, and calls the function whenever a token has come."""
 
 
 def job_of_this_process() -> DecodingJob:
@@ -43,17 +52,45 @@ def job_of_this_process() -> DecodingJob:
     return DecodingJob(**job)
 
 
-def time_batches(job: DecodingJob, engine: str, decode: Callable[[list[Prompt]], list[list[int]]]) -> None:
-    """Prints the seconds of every batch but the first, the last batch's first answer, and the engine's name.
+def measure(job: DecodingJob, decode: Decode, stream: Stream, **engine: Any) -> None:
+    """Prints what was measured over all batches but the first.
 
-    decode: prompts to the new tokens of each.
+    engine: its name and version, `weights` as it holds them, and `bytes_a_token`, those of them that decoding one
+    row reads for each token.
     """
-    seconds = []
+    figures = _time_streams(job, stream) if job.streamed else _time_batches(job, decode)
+    answer(**engine, **figures)
+
+
+def _time_batches(job: DecodingJob, decode: Decode) -> dict[str, Any]:
+    """Seconds and new tokens of each batch, and the last batch's first answer."""
+    seconds, tokens = [], []
     for batch in job.batches:
         began = time.perf_counter()
         answers = decode(batch)
         seconds.append(time.perf_counter() - began)
-        lengths = [len(ids) for ids in answers]
-        if lengths != [job.new_tokens] * len(batch):
-            raise SystemExit(f"{engine}: {lengths} new tokens where {job.new_tokens} were asked for")
-    answer(engine=engine, seconds=seconds[1:], ids=answers[0])
+        assert len(answers) == len(batch)
+        tokens.append(sum(map(len, answers)))
+    return {"seconds": seconds[1:], "tokens": tokens[1:], "ids": answers[0]}
+
+
+def _time_streams(job: DecodingJob, stream: Stream) -> dict[str, Any]:
+    """Seconds to the first token, and tokens a second after it."""
+    first, rates = [], []
+    for [prompt] in job.batches:
+        began, times = time.perf_counter(), list[float]()
+        stream(prompt, lambda: times.append(time.perf_counter()))  # noqa: B023  # called in this turn alone
+        first.append(times[0] - began)
+        rates.append((len(times) - 1) / (times[-1] - times[0]))
+    return {"first": first[1:], "rates": rates[1:]}
+
+
+def weights_a_token(model: Any) -> int:
+    """Weights of a transformers model that every token goes through: all matrices and norms. Of the embedding a
+    token reads one row, and the head is as large."""
+    own = (weight.numel() for name, weight in model.named_parameters() if not _is_at_an_end(name))
+    return int(sum(own) + model.config.vocab_size * model.config.hidden_size)
+
+
+def _is_at_an_end(name: str) -> bool:
+    return "embed_tokens" in name or "lm_head" in name

@@ -3,13 +3,14 @@
 The prompts are read together, up to 512 tokens a call; then every call reads one token of each row.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import llama_cpp as llama
 import numpy as np
 
-from decoding import DecodingJob, Prompt, job_of_this_process, time_batches
+from decoding import DecodingJob, Prompt, job_of_this_process, measure
 
 TOKENS_A_CALL = 512
 
@@ -75,20 +76,30 @@ class Reader:
 def main() -> None:
     job = job_of_this_process()
     reader = Reader(job)
-    engine = f"llama.cpp (llama-cpp-python {llama.__version__}), {Path(job.converted).name}"
-    time_batches(job, engine, lambda batch: decode(reader, batch, job))
+    measure(
+        job,
+        lambda batch: decode(reader, batch, job),
+        lambda prompt, came: decode(reader, [prompt], job, came),
+        engine=f"llama.cpp (llama-cpp-python {llama.__version__})",
+        weights=Path(job.converted).name,
+        bytes_a_token=Path(job.converted).stat().st_size,
+    )
 
 
-def decode(reader: Reader, batch: list[Prompt], job: DecodingJob) -> list[list[int]]:
-    """Greedy."""
+def decode(
+    reader: Reader, batch: list[Prompt], job: DecodingJob, came: Callable[[], None] = lambda: None
+) -> list[list[int]]:
+    """Greedy. came: called at every step."""
     assert job.beams == 1
     reader.forget()
     chosen = reader.read([token for row, prompt in enumerate(batch) for token in tokens_of(prompt, row)])
+    came()
     answers = [[token] for token in chosen]
     for step in range(job.new_tokens - 1):
         chosen = reader.read(
             [Token(answer[-1], len(batch[row].ids) + step, row, True) for row, answer in enumerate(answers)]
         )
+        came()
         for answer, token in zip(answers, chosen, strict=True):
             answer.append(token)
     return answers
