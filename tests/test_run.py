@@ -196,7 +196,12 @@ def test_activation_checkpointing_changes_no_loss(
 ) -> None:
     losses = []
     for checkpointing in (False, True):
-        options = {"batching": batching, "lora": lora, "activation_checkpointing": checkpointing}
+        options = {
+            "batching": batching,
+            "lora": lora,
+            "activation_checkpointing": checkpointing,
+            "dtype": "float32",
+        }
         made = config(tiny_folder, data, **options, overwrite=True)
         run = train(made, console=quiet_console())
         assert run.model is not None

@@ -5,8 +5,8 @@ HandspunError                what went wrong, what was expected, what to do (exi
 ├── DataError                a file, a row or a cell; names file, row and column
 ├── TemplateError            a chat template that is missing, or cannot be used for training or prompting
 ├── ModelError               a model that is unknown, incomplete or does not fit the request
-├── TrainingError            a run that cannot go on: a loss or gradient that is not finite (names the rows), or
-│                            another process of it that died (names it)
+├── TrainingError            a run that cannot go on: a loss or gradient that is not finite (names the rows), too
+│                            little memory (names what takes less), another process that died (names it)
 ├── StoppedError             a run that Ctrl-C or SIGTERM ended after a step (exit code 128 + signal)
 └── OutputError              a folder that cannot be written: exists, no permission, no room on the disk
 

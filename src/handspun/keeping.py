@@ -10,6 +10,7 @@ import torch
 
 from handspun.config import TrainConfig
 from handspun.output import TrainedRun, record
+from handspun.report.incidents import incident_facts, incident_from
 from handspun.report.log import RunLog
 from handspun.report.model_card import license_of, model_card
 from handspun.resume import ResumePoint, resumable
@@ -51,6 +52,7 @@ class Keeper:
             between = [path for path in resumable(run.output_dir) if path.name.startswith("checkpoint-step-")]
             run.step_checkpoints[:] = reversed(between)
         run.evaluations[:] = [Evaluation(**evaluation) for evaluation in facts["evaluations"]]
+        run.incidents[:] = [incident_from(incident) for incident in facts["incidents"]]
         run.checkpoints[:] = [run.output_dir / name for name in facts["checkpoints"]]
         best = run.output_dir / "checkpoint-best"
         run.best_checkpoint = best if facts["best_checkpoint"] else None
@@ -122,7 +124,11 @@ class Keeper:
         gathered = gather(state.model, state.optimizer, keep=self._processes.is_first)
         facts = {
             "step": event.step,
+            "skipped": state.skipped,
+            "losses": state.losses,
+            "max_tokens": state.max_tokens,
             "evaluations": [asdict(evaluation) for evaluation in run.evaluations],
+            "incidents": [incident_facts(incident) for incident in run.incidents],
             "checkpoints": [path.name for path in run.checkpoints],
             "best_checkpoint": run.best_checkpoint is not None,
             "run": {**self._facts, "seconds": self.seconds},

@@ -12,15 +12,19 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from handspun.config import TrainConfig
-from handspun.errors import OutputError, StoppedError
+from handspun.data.prepare import ExampleSet
+from handspun.errors import OutputError, StoppedError, TrainingError
 from handspun.models.load import ChatModel
 from handspun.report.environment import peak_memory
+from handspun.report.incidents import Incident, incident_facts, write_batch
 from handspun.report.log import RunLog, duration
 from handspun.report.record import write_run
 from handspun.resume import ResumePoint, last_checkpoint, unfinished_run
 from handspun.training.checkpoint import clear_leftovers, errors_for_people
 from handspun.training.loop import Evaluation
+from handspun.training.nonfinite import Skipped
 from handspun.training.preflight import Plan
+from handspun.training.processes import Processes
 
 _OUR_FILES = [
     "checkpoint-*",
@@ -30,14 +34,15 @@ _OUR_FILES = [
     "run.json",
     "report.html",
     "report_data.json",
+    "nonfinite-step-*.jsonl",
 ]
 _LEFT_BY_NONE = {"train.log", "metrics.jsonl", "report_data.json"}
 
 
 @dataclass
 class TrainedRun:
-    """What a run left: its folder, its checkpoints in order, the best one, held-out losses, and the model
-    (None after a dry run, and after a sharded one, whose model is in no process)."""
+    """What a run left: its folder, its checkpoints in order, the best one, held-out losses, what went wrong on the
+    way, and the model (None after a dry run, and after a sharded one, whose model is in no process)."""
 
     output_dir: Path
     plan: Plan
@@ -48,6 +53,7 @@ class TrainedRun:
     """Between them, to resume from."""
     best_checkpoint: Path | None = None
     evaluations: list[Evaluation] = field(default_factory=list)
+    incidents: list[Incident] = field(default_factory=list)
 
 
 @contextmanager
@@ -139,6 +145,10 @@ def recorded(run: TrainedRun, facts: dict[str, Any], log: RunLog) -> Iterator[No
         status = "stopped"
         log.line(f"{stopped}; {_left(run)}. The same command goes on from there.")
         raise
+    except TrainingError as error:
+        log.only_in_file(str(error))
+        log.line(_left(run))
+        raise
     except KeyboardInterrupt:
         status = "interrupted"
         raise
@@ -154,10 +164,25 @@ def record(run: TrainedRun, facts: dict[str, Any], status: str) -> None:
     outcome = {
         "status": status,
         "evaluations": [asdict(evaluation) for evaluation in run.evaluations],
+        "incidents": [incident_facts(incident) for incident in run.incidents],
         "checkpoints": [path.name for path in run.checkpoints],
         "best_checkpoint": run.best_checkpoint.name if run.best_checkpoint else None,
     }
     write_run(run.output_dir, {**facts, **outcome})
+
+
+def note(
+    run: TrainedRun,
+    incident: Incident,
+    config: TrainConfig,
+    training: ExampleSet,
+    processes: Processes,
+    log: RunLog,
+) -> None:
+    """Keeps what went wrong for the record; the rows that no step could be made of, in a file."""
+    run.incidents.append(incident)
+    if isinstance(incident, Skipped) and processes.is_first:
+        log.line(write_batch(incident, config, training))
 
 
 def _left(run: TrainedRun) -> str:

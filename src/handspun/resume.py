@@ -16,6 +16,8 @@ _OF_THE_RUNNER = {
     *("sample_answers", "sample_prompts", "report_rows"),
 }
 """Options that no weight depends on."""
+_OF_STEPS_TO_COME = {"on_nonfinite", "max_skipped_steps"}
+"""Options that the steps which are done did not meet: a run that stopped may go on with others."""
 _OF_THE_EXECUTION = {"threads", "max_tokens", "device", "batching", "activation_checkpointing", "shard"}
 """Options that change nothing but the rounding: a change of one is said and recorded."""
 _OF_THE_PLACE = {"data", "eval_data"}
@@ -112,7 +114,7 @@ def _note(changes: dict[str, list[Any]], name: str, before: object, now: object)
 def _differences(earlier: dict[str, Any], facts: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     for name, now in facts["config"].items():
         before = earlier["config"].get(name)
-        if before != now and name not in _OF_THE_RUNNER | _OF_THE_PLACE:
+        if before != now and name not in _OF_THE_RUNNER | _OF_THE_PLACE | _OF_STEPS_TO_COME:
             yield option_name(name), before, now
     for name in ("train", "held_out"):
         rows = [(which["data"][name] or {}).get("sha256", "none") for which in (earlier, facts)]

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from handspun.models.load import (
     resolve_dtype,
 )
 from handspun.models.lora import add_lora
-from handspun.output import TrainedRun, owned, prepare_output, recorded, refuse_without_room
+from handspun.output import TrainedRun, note, owned, prepare_output, recorded, refuse_without_room
 from handspun.report.account import account_lines, length_lines
 from handspun.report.html.keep import reported
 from handspun.report.log import RunLog, plain_console
@@ -42,11 +43,16 @@ from handspun.resume import ResumePoint, execution_changes, forget, refuse_anoth
 from handspun.training.checkpoint import TRAINING_STATE
 from handspun.training.dtype import choose_dtype
 from handspun.training.execution import execution_of
+from handspun.training.fitting import check_room
 from handspun.training.loop import Loop, TrainingState, start
 from handspun.training.loop import train as training_events
+from handspun.training.nonfinite import Skipped
+from handspun.training.out_of_memory import OutOfMemory
 from handspun.training.preflight import make_plan
 from handspun.training.processes import Processes, processes_of_this_run
+from handspun.training.room import room_on
 from handspun.training.signals import stop_requests
+from handspun.training.spikes import Spike
 from handspun.training.threads import use_threads
 from handspun.training.training_state import read_optimizer, read_weights
 
@@ -112,8 +118,10 @@ def _train(
         notice=log.line,
     )
     _log_data(log, training, held_out, max_length)
+    shapes_of, room = partial(_shapes, source), room_on(processes.device)
+    check_room(config, training.examples, shapes_of, room, processes=processes, notice=log.line)
     if config.dry_run:
-        return _dry_run(config, source, training, max_length, log)
+        return _dry_run(config, shapes_of(config), training, max_length, log)
     facts = run_facts(config, training, held_out, max_length) if processes.is_first else {}
     if earlier is not None:
         refuse_another_run(earlier, facts, config.output_dir)
@@ -174,9 +182,11 @@ def _run_loop(job: _Job) -> Keeper:
             state = start(model, config)
             if point is not None:
                 keeper.take_up(point)
-                _go_on_from(point, state, run, processes)
+                _go_on_from(point, state, run, config, processes)
             for event in training_events(loop, state):
                 job.log.event(event)
+                if isinstance(event, Skipped | Spike | OutOfMemory):
+                    note(run, event, config, job.training, processes, job.log)
                 keeper.event(event, state)
                 if loop.ends_step(event) and event.step < loop.total_steps:
                     number = int(processes.max(request.signal))  # the same step is the last one of all ranks
@@ -192,11 +202,16 @@ def _run_loop(job: _Job) -> Keeper:
     return keeper
 
 
-def _go_on_from(point: ResumePoint, state: TrainingState, run: TrainedRun, processes: Processes) -> None:
+def _go_on_from(
+    point: ResumePoint, state: TrainingState, run: TrainedRun, config: TrainConfig, processes: Processes
+) -> None:
     folder = point.folder / TRAINING_STATE if point.folder else None
     read_optimizer(state.model, state.optimizer, folder, processes.device)
     state.step = point.step
     state.best_loss = min((evaluation.loss for evaluation in run.evaluations), default=state.best_loss)
+    state.skipped, state.losses = point.facts["skipped"], point.facts["losses"]
+    if config.max_tokens == point.facts["run"]["config"]["max_tokens"]:  # else it is what the user wants now
+        state.max_tokens = point.facts["max_tokens"]
 
 
 def _say_how_it_goes_on(job: _Job) -> None:
@@ -237,9 +252,18 @@ def _product_dtype(
 
 
 def _dry_run(
-    config: TrainConfig, source: ModelSource, training: ExampleSet, max_length: int, log: RunLog
+    config: TrainConfig, model: PreTrainedModel, training: ExampleSet, max_length: int, log: RunLog
 ) -> TrainedRun:
     """The plan from the model's shapes alone: its weights are not read."""
+    plan = make_plan(model, training.examples, config)
+    for line in plan_lines(plan, config, max_length):
+        log.line(line)
+    log.line("a dry run: nothing was trained or written")
+    return TrainedRun(Path(config.output_dir), plan)
+
+
+def _shapes(source: ModelSource, config: TrainConfig) -> PreTrainedModel:
+    """The model that is trained, on the meta device."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(source), dtype=torch.float32)
         if config.lora:
@@ -247,11 +271,7 @@ def _dry_run(
     if config.base_weights == "int8":
         refuse_inexact_products(resolve_device(config.device))
         quantize_base(model)
-    plan = make_plan(model, training.examples, config)
-    for line in plan_lines(plan, config, max_length):
-        log.line(line)
-    log.line("a dry run: nothing was trained or written")
-    return TrainedRun(Path(config.output_dir), plan)
+    return model
 
 
 def _model_to_train(config: TrainConfig, processes: Processes, log: RunLog) -> ChatModel:

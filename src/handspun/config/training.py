@@ -91,6 +91,13 @@ class TrainConfig(DataConfig):
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 turns clipping off."""
 
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What is done at a step whose loss or gradient is not finite: stop before it, or leave its update out and go
+    on, as the schedule would have. Its rows are written to the output folder either way."""
+
+    max_skipped_steps: int = 10
+    """How many steps `--on-nonfinite skip` leaves out before it stops all the same."""
+
     lora: bool = False
     """Train LoRA adapters (through peft) in place of all weights."""
 
@@ -214,6 +221,7 @@ _TRAIN_RANGES: Ranges = {
     "warmup_ratio": (0, 1, True, True),
     "weight_decay": (0, float("inf"), True, False),
     "max_grad_norm": (0, float("inf"), True, False),
+    "max_skipped_steps": (1, float("inf"), True, False),
     "lora_rank": (1, float("inf"), True, False),
     "lora_alpha": (1, float("inf"), True, False),
     "lora_dropout": (0, 1, True, False),

@@ -48,12 +48,7 @@ def prepare_examples(
     Held-out rows come from `eval_data`, or are an `eval_ratio` of the training rows. `notice` is told whether
     examples were tokenised or found in the cache, and in what time. Raises DataError.
     """
-    rows = read_rows(config.data)
-    held_out: Sequence[Row] = []
-    if eval_data is not None:
-        held_out = read_rows(eval_data)
-    elif eval_ratio > 0:
-        rows, held_out = hold_out(rows, eval_ratio, seed)
+    rows, held_out = read_split(config.data, eval_data=eval_data, eval_ratio=eval_ratio, seed=seed)
 
     def example_set(some: Sequence[Row]) -> ExampleSet:
         options = {
@@ -68,6 +63,16 @@ def prepare_examples(
         return ExampleSet(examples, account, fingerprint(some), _accounted(some, account))
 
     return example_set(rows), example_set(held_out) if held_out else None
+
+
+def read_split(
+    data: str, *, eval_data: str | None, eval_ratio: float, seed: int
+) -> tuple[Sequence[Row], Sequence[Row]]:
+    """(training rows, held-out rows): the same ones whenever it is asked, as long as the files are the same."""
+    rows = read_rows(data)
+    if eval_data is not None:
+        return rows, read_rows(eval_data)
+    return hold_out(rows, eval_ratio, seed) if eval_ratio > 0 else (rows, [])
 
 
 def _examples(

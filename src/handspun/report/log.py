@@ -13,14 +13,18 @@ from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from handspun.report.environment import current_memory
+from handspun.report.incidents import incident_facts, incident_line
 from handspun.training.checkpoint import errors_for_people
 from handspun.training.loop import EpochEnd, Evaluation, Event, Step
+from handspun.training.nonfinite import Skipped
+from handspun.training.out_of_memory import OutOfMemory
+from handspun.training.spikes import Spike
 
 _LEAST_SECONDS_BETWEEN_STEPS = 1.0
 """In train.log and on the terminal; metrics.jsonl has every step."""
@@ -71,20 +75,26 @@ class RunLog:
 
     def line(self, text: str) -> None:
         """One line (or several), with the time of day in train.log."""
+        self.only_in_file(text)
+        for part in text.splitlines() or [""]:
+            self._console.print(part, markup=False, highlight=False, soft_wrap=True)
+
+    def only_in_file(self, text: str) -> None:
+        """The same for what is shown by others, such as the error that ends the run."""
         for part in text.splitlines() or [""]:
             _write(self._log, f"{datetime.now():%H:%M:%S} {part}\n")
-            self._console.print(part, markup=False, highlight=False, soft_wrap=True)
 
     def event(self, event: Event) -> None:
         """One event of the loop, as a line and as a record."""
         measured = {"memory_bytes": current_memory()} if isinstance(event, Step) else {}
-        record = {"event": type(event).__name__.lower(), **asdict(event), **measured}
-        _write(self._metrics, json.dumps(record) + "\n")
+        _write(self._metrics, json.dumps({**_facts(event), **measured}) + "\n")
         if isinstance(event, Step):
             self._step(event)
         elif isinstance(event, Evaluation):
             best = ", the best so far" if event.best and event.step else ""
             self.line(f"held-out loss {event.loss:.4f} over {event.learned_tokens} tokens{best}")
+        elif isinstance(event, Skipped | Spike | OutOfMemory):
+            self.line(incident_line(event))
         elif isinstance(event, EpochEnd):
             self._last_step_line = -_LEAST_SECONDS_BETWEEN_STEPS
 
@@ -140,6 +150,12 @@ class RunLog:
             rate=self._tokens / self._seconds,
             left=duration(self._seconds_left(step)),
         )
+
+
+def _facts(event: Event) -> dict[str, Any]:
+    if isinstance(event, Skipped | Spike | OutOfMemory):
+        return incident_facts(event)
+    return {"event": type(event).__name__.lower(), **asdict(event)}
 
 
 def duration(seconds: float) -> str:

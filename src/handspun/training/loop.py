@@ -10,12 +10,20 @@ from transformers import PreTrainedModel
 
 from handspun.config import TrainConfig
 from handspun.data.batches import batches, epoch_order
+from handspun.data.example_arrays import learned_tokens_of
 from handspun.data.examples import Example
-from handspun.errors import TrainingError
 from handspun.training.evaluate import evaluate
 from handspun.training.execution import Execution
+from handspun.training.nonfinite import Skipped, ends_run, is_finite, refuse_to_go_on, rows_of
 from handspun.training.optim import clip_gradients, lr_at, make_optimizer
+from handspun.training.out_of_memory import (
+    OutOfMemory,
+    half_of,
+    refuse_to_cut,
+    unless_out_of_memory,
+)
 from handspun.training.processes import Processes
+from handspun.training.spikes import WINDOW, Spike, spike_in
 
 
 @dataclass(frozen=True)
@@ -55,17 +63,21 @@ class EpochEnd:
     epoch: int
 
 
-Event = Step | Evaluation | EpochEnd
+Event = Step | Skipped | Spike | OutOfMemory | Evaluation | EpochEnd
 
 
 @dataclass
 class TrainingState:
-    """What changes while a model is trained."""
+    """What changes while a model is trained. max_tokens: the config's, until a micro-batch does not fit. losses:
+    of the last steps, for what is usual."""
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
+    max_tokens: int
     step: int = 0
     best_loss: float = math.inf
+    skipped: int = 0
+    losses: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +107,10 @@ class Loop:
         return bool(self.held_out) and (step % self.steps_per_epoch == 0 or bool(every and step % every == 0))
 
     def ends_step(self, event: Event) -> bool:
-        """Whether nothing more comes of the event's step: the run can be resumed from here."""
+        """Whether nothing more comes of the event's step: the run can be resumed from here. Not from a step that
+        was left out and ends the run: it would be passed over."""
+        if isinstance(event, Spike | OutOfMemory) or (isinstance(event, Skipped) and ends_run(event, self.config)):
+            return False
         if event.step % self.steps_per_epoch == 0:
             return isinstance(event, EpochEnd)
         return isinstance(event, Evaluation) or not self.evaluates_after(event.step)
@@ -103,16 +118,16 @@ class Loop:
 
 def start(model: PreTrainedModel, config: TrainConfig) -> TrainingState:
     """The state before the first step."""
-    return TrainingState(model, make_optimizer(model, config))
+    return TrainingState(model, make_optimizer(model, config), config.max_tokens)
 
 
 def train(loop: Loop, state: TrainingState) -> Iterator[Event]:
     """All epochs, or what is left of them after the state's step.
 
-    A Step after each optimiser step, an Evaluation at the start, every `eval_steps` and at the end of each epoch
-    (with held-out rows), and an EpochEnd.
+    The events of each step, an Evaluation at the start, every `eval_steps` and at the end of each epoch (with
+    held-out rows), and an EpochEnd.
 
-    Raises TrainingError before a step whose loss or gradient is not finite.
+    Raises TrainingError where `train_step` does.
     """
     config = loop.config
     state.model.train()
@@ -122,40 +137,72 @@ def train(loop: Loop, state: TrainingState) -> Iterator[Event]:
     for epoch in range(epochs_done + 1, config.num_epochs + 1):
         order = epoch_order(len(loop.examples), seed=config.seed, epoch=epoch)
         for batch in batches(loop.examples, order[steps_done * config.batch_size :], config.batch_size):
-            yield train_step(loop, state, batch, epoch)
+            yield from train_step(loop, state, batch, epoch)
             if loop.evaluates_after(state.step):
                 yield _evaluation(loop, state, epoch)
         steps_done = 0
         yield EpochEnd(state.step, epoch)
 
 
-def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch: int) -> Step:
+def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch: int) -> Iterator[Event]:
     """One optimiser step on a batch: forward and backward in micro-batches, clip, update.
+
+    A Step, and a Spike before it if its loss is one; or Skipped, if loss or gradient are not finite: nothing is
+    updated, and the schedule goes on as if it had been. Before them an OutOfMemory for each micro-batch that did
+    not fit. Raises TrainingError behind a Skipped that ends the run, and where memory does not suffice for a row.
+    """
+    began = loop.clock()
+    while isinstance(made := _gradients(loop, state, batch, epoch), OutOfMemory):
+        yield made
+    loss, computed_tokens = made
+    grad_norm = clip_gradients(state.model, loop.config.max_grad_norm or math.inf)
+    learning_rate = lr_at(state.step, loop.total_steps, loop.config)
+    made_of, finite = rows_of(batch), is_finite(loss, grad_norm)
+    if finite:
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate
+        state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    if not finite:
+        state.skipped += 1
+        left_out = Skipped(state.step, loop.total_steps, epoch, loss, grad_norm, made_of, state.skipped)
+        yield left_out
+        refuse_to_go_on(left_out, loop.config)
+        return
+    spike = spike_in(state.losses, loss, step=state.step, epoch=epoch, batch=made_of)
+    state.losses = [*state.losses, loss][-WINDOW:]
+    if spike:
+        yield spike
+    yield Step(
+        state.step, loop.total_steps, epoch, loss, learning_rate, grad_norm, len(batch),
+        sum(len(example) for example in batch), learned_tokens_of(batch), computed_tokens, loop.clock() - began,
+    )  # fmt: skip
+
+
+def _gradients(
+    loop: Loop, state: TrainingState, batch: Sequence[Example], epoch: int
+) -> tuple[float, int] | OutOfMemory:
+    """(mean loss, tokens computed) of a batch whose gradient the model then has; or what did not fit, and it has
+    none.
 
     Losses are divided by the learned tokens of the whole batch, so how it is cut changes nothing.
     """
-    began = loop.clock()
     _seed_dropout(loop.config, step=state.step, rank=loop.processes.rank)
-    learned_tokens = sum(example.learned_tokens for example in batch)
+    learned_tokens = learned_tokens_of(batch)
     loss, computed_tokens = 0.0, 0
-    for part in loop.processes.parts(batch, lambda rows: loop.execution.cut(rows, loop.config.max_tokens)):
-        loss += loop.execution.backward(part, learned_tokens) / learned_tokens
+    for part in loop.processes.parts(batch, lambda rows: loop.execution.cut(rows, state.max_tokens)):
+        loss_sum = unless_out_of_memory(loop.execution.backward, part, learned_tokens)
+        if loss_sum is None:
+            state.optimizer.zero_grad(set_to_none=True)
+            refuse_to_cut(part, state.step + 1, loop.config, processes=loop.processes.count)
+            state.max_tokens = half_of(part, state.max_tokens)
+            return OutOfMemory(state.step + 1, epoch, loop.execution.computed_tokens(part), state.max_tokens)
+        loss += loss_sum / learned_tokens
         computed_tokens += loop.execution.computed_tokens(part)
     loss, computed_tokens = loop.processes.sum(loss), int(loop.processes.sum(computed_tokens))
     loop.processes.sum_gradients(state.model)
-    grad_norm = clip_gradients(state.model, loop.config.max_grad_norm or math.inf)
-    _refuse_not_finite(loss, grad_norm, batch, state.step + 1)
-    learning_rate = lr_at(state.step, loop.total_steps, loop.config)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    tokens = sum(len(example) for example in batch)
-    return Step(
-        state.step, loop.total_steps, epoch, loss, learning_rate, grad_norm,
-        len(batch), tokens, learned_tokens, computed_tokens, loop.clock() - began,
-    )  # fmt: skip
+    return loss, computed_tokens
 
 
 def _evaluation(loop: Loop, state: TrainingState, epoch: int) -> Evaluation:
@@ -163,7 +210,7 @@ def _evaluation(loop: Loop, state: TrainingState, epoch: int) -> Evaluation:
         state.model,
         loop.execution,
         loop.held_out,
-        max_tokens=loop.config.max_tokens,
+        max_tokens=state.max_tokens,
         processes=loop.processes,
     )
     best = loss < state.best_loss
@@ -175,14 +222,3 @@ def _evaluation(loop: Loop, state: TrainingState, epoch: int) -> Evaluation:
 def _seed_dropout(config: TrainConfig, *, step: int, rank: int) -> None:
     """A function of the step: a resumed run drops what it would have dropped, whatever drew numbers meanwhile."""
     torch.manual_seed(((config.seed * 1_000_003 + step) * 1_009 + rank) % 2**63)
-
-
-def _refuse_not_finite(loss: float, grad_norm: float, batch: Sequence[Example], step: int) -> None:
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    rows = "\n".join(f"  {example.file}, row {example.row}" for example in batch)
-    raise TrainingError(
-        f"step {step} was not made: its loss is {loss} and its gradient's norm {grad_norm}. The weights are as "
-        f"they were before it. Its rows:\n{rows}\n"
-        "Look at them with `handspun preview`; a lower --learning-rate, or --dtype float32, may help."
-    )

@@ -1,6 +1,6 @@
 """What a run will cost, worked out before it begins: steps, tokens, memory, disk."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -39,18 +39,20 @@ class Plan:
 
 def make_plan(model: PreTrainedModel, examples: Sequence[Example], config: TrainConfig) -> Plan:
     """The plan of a run. Only the shapes of the model are looked at: it may be on the meta device."""
-    packed = config.batching == "packed" and cannot_pack(model.config) is None
-    cut = packed_micro_batches if packed else micro_batches
+    packed, share_prefix = _execution_of(model, config)
     order = epoch_order(len(examples), seed=config.seed, epoch=1)
-    share_prefix = packed and shares_prefix(model.config, config)
     parameters = sum(weight.numel() for weight in weights_of(model))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
-    def cut_batches() -> Iterator[list[list[Example]]]:
+    def optimiser_batches() -> Iterator[list[Example]]:
         """Read anew each time: held, all examples would be lists in memory."""
-        return (list(cut(batch, config.max_tokens)) for batch in batches(examples, order, config.batch_size))
+        return batches(examples, order, config.batch_size)
 
-    computed = [_computed(part, packed, share_prefix) for parts in cut_batches() for part in parts]
+    computed = [
+        _computed(part, packed, share_prefix)
+        for batch in optimiser_batches()
+        for part in _cut(batch, config, packed)
+    ]
     return Plan(
         batching="packed" if packed else "padded",
         examples=len(examples),
@@ -61,10 +63,29 @@ def make_plan(model: PreTrainedModel, examples: Sequence[Example], config: Train
         computed_tokens=sum(computed),
         parameters=parameters,
         trainable=trainable,
-        peak_memory=predict_memory(model, cut_batches(), config, packed=packed, share_prefix=share_prefix),
+        peak_memory=predicted_peak(model, optimiser_batches(), config),
         checkpoint_size=_checkpoint_size(parameters, trainable, config),
         training_state_size=_training_state_size(trainable, config),
     )
+
+
+def predicted_peak(
+    model: PreTrainedModel, optimiser_batches: Iterable[Sequence[Example]], config: TrainConfig
+) -> int:
+    """Bytes of the process at its largest, over these batches."""
+    packed, share_prefix = _execution_of(model, config)
+    cut = (_cut(batch, config, packed) for batch in optimiser_batches)
+    return predict_memory(model, cut, config, packed=packed, share_prefix=share_prefix)
+
+
+def _execution_of(model: PreTrainedModel, config: TrainConfig) -> tuple[bool, bool]:
+    """(whether it is packed, whether the prefix is shared)."""
+    packed = config.batching == "packed" and cannot_pack(model.config) is None
+    return packed, packed and shares_prefix(model.config, config)
+
+
+def _cut(batch: Sequence[Example], config: TrainConfig, packed: bool) -> list[list[Example]]:
+    return list((packed_micro_batches if packed else micro_batches)(batch, config.max_tokens))
 
 
 def _computed(part: Sequence[Example], packed: bool, share_prefix: bool) -> int:

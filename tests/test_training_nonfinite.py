@@ -1,0 +1,107 @@
+"""A step without a finite loss or gradient is not made; the run ends before it, or goes on as if it had been."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from handspun.config import TrainConfig
+from handspun.data.examples import Example
+from handspun.errors import ConfigError, TrainingError
+from handspun.training.execution import execution_of
+from handspun.training.loop import Event, Loop, Step, TrainingState, start, train
+from handspun.training.nonfinite import Skipped
+from handspun.training.optim import lr_at
+from tiny import tiny_model
+
+POISON = 329
+"""A token whose embedding is no number: the rows that hold it have no finite loss."""
+
+CONFIG = TrainConfig(num_epochs=1, batch_size=2, learning_rate=1e-3, on_nonfinite="skip")
+
+
+def poisoned_model() -> PreTrainedModel:
+    model = tiny_model("qwen2", initializer_range=0.05)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[POISON] = math.nan
+    return model
+
+
+def rows(poisoned: set[int], count: int = 12) -> list[Example]:
+    return [
+        Example(
+            [row, POISON if row in poisoned else 100 + row, 3, 4, 5], [False, False, True, True, True], "a", row
+        )
+        for row in range(1, count + 1)
+    ]
+
+
+def run(config: TrainConfig, examples: list[Example]) -> Iterator[tuple[Event, TrainingState]]:
+    model = poisoned_model()
+    with execution_of(model, config, examples[:2], dtype=torch.float32, pad_token_id=0, notice=str) as execution:
+        state = start(model, config)
+        for event in train(Loop(config=config, examples=examples, execution=execution), state):
+            yield event, state
+
+
+def values_of(state: TrainingState) -> list[Tensor]:
+    states = [value for held in state.optimizer.state.values() for value in held.values()]
+    return [tensor.detach().clone() for tensor in [*state.model.parameters(), *states]]
+
+
+def test_a_skipped_step_changes_no_weight_and_no_state_and_the_schedule_goes_on() -> None:
+    examples, before, events = rows({7}), [], []
+    for event, state in run(CONFIG, examples):
+        if isinstance(event, Skipped):
+            assert all(map(torch.equal, *zip(*_without_poison(before, values_of(state)), strict=True)))
+            assert all(parameter.grad is None for parameter in state.model.parameters())
+        before = values_of(state)
+        events.append(event)
+    made = [event for event in events if isinstance(event, Step | Skipped)]
+    assert [event.step for event in made] == [1, 2, 3, 4, 5, 6]
+    (skipped,) = [event for event in made if isinstance(event, Skipped)]
+    assert math.isnan(skipped.loss)
+    assert ("a", 7) in skipped.batch
+    assert len(skipped.batch) == 2
+    assert skipped.skipped == 1
+    steps = [event for event in made if isinstance(event, Step)]
+    assert [step.learning_rate for step in steps] == [lr_at(step.step - 1, 6, CONFIG) for step in steps]
+
+
+def _without_poison(before: list[Tensor], after: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs, with the NaN that was there from the start taken out: it equals nothing."""
+    return ((a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, after, strict=True))
+
+
+def test_at_the_limit_the_run_goes_on_and_above_it_it_ends() -> None:
+    poisoned = {1, 2, 3, 4, 5, 6, 7, 8}
+    one_by_one = replace(CONFIG, batch_size=1, max_skipped_steps=8)
+    events = [event for event, _ in run(one_by_one, rows(poisoned))]
+    assert [event.skipped for event in events if isinstance(event, Skipped)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    seen: list[Event] = []
+    with pytest.raises(TrainingError, match=r"7 steps were left out before it, and --max-skipped-steps is 7"):
+        seen.extend(event for event, _ in run(replace(one_by_one, max_skipped_steps=7), rows(poisoned)))
+    assert isinstance(seen[-1], Skipped)
+    assert seen[-1].skipped == 8
+
+
+def test_a_run_that_is_to_stop_says_what_it_stopped_at_first() -> None:
+    seen: list[Event] = []
+    with pytest.raises(TrainingError, match=r"its loss is nan[\s\S]*a, row 7[\s\S]*--on-nonfinite skip"):
+        seen.extend(event for event, _ in run(replace(CONFIG, on_nonfinite="stop"), rows({7})))
+    assert isinstance(seen[-1], Skipped)
+
+
+def test_a_finite_loss_with_an_infinite_gradient_is_left_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("handspun.training.loop.clip_gradients", lambda *_: math.inf)
+    events = [event for event, _ in run(replace(CONFIG, max_skipped_steps=100), rows(set()))]
+    assert all(isinstance(event, Skipped) and math.isfinite(event.loss) for event in events[:-1])
+
+
+def test_a_limit_of_none_at_all_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--max-skipped-steps is 0: expected at least 1"):
+        TrainConfig(max_skipped_steps=0)
