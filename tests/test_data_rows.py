@@ -272,7 +272,7 @@ def test_bytes_of_another_encoding_are_named_with_line_offset_and_remedy(write: 
 def test_devices_and_pipes_are_refused_without_reading(write: Write) -> None:
     write("x", "")
     os.mkfifo("a.csv")
-    assert refusal("a.csv").startswith("a.csv: expected a regular file, found a device or a pipe")
+    assert refusal("a.csv").startswith("a.csv: expected a regular file, found a device, a pipe or a socket")
     assert refusal("/dev/zero").startswith("/dev/zero: expected a regular file")
 
 

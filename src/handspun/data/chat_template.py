@@ -15,13 +15,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import jinja2
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from handspun.data.conversations import Message
+from handspun.data.rendering import refuse_powers, render
 from handspun.data.sentinels import SENTINEL, Sentinels, Slot, alternatives, cut_at_sentinels
 from handspun.errors import TemplateError
 
@@ -30,11 +30,13 @@ _SHAPES_REMEMBERED = 1000
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one example, and for each whether it is learned. note: what the template left out."""
+    """Token ids of one example, and for each whether it is learned. note: what the template left out. is_cut: text
+    behind them was not even tokenised."""
 
     input_ids: list[int]
     learned: list[bool]
     note: str | None = None
+    is_cut: bool = False
 
 
 class Run(NamedTuple):
@@ -81,6 +83,7 @@ class Layout:
 
     runs: list[Run]
     note: str | None = None
+    is_cut: bool = False
 
 
 class ChatTemplate:
@@ -106,11 +109,15 @@ class ChatTemplate:
         added = list(tokenizer.added_tokens_decoder.items())
         self._added = {token.content: (id, token) for id, token in added if token.content}
         self._any_added = alternatives(self._added)
-        self._non_special = alternatives([text for text, (_, token) in self._added.items() if not token.special])
         self._first_run, self._later_run = _without_added_tokens(tokenizer.backend_tokenizer)
         self._rendered: dict[str, Rendering] = {}
-        self._markers = self._find_markers()
-        self.end_of_turn_id = self._find_end_of_turn()
+        source = tokenizer.chat_template
+        source = "\n".join(source.values()) if isinstance(source, dict) else source
+        refuse_powers(source)
+        self.end_of_turn_id, of_turns = self._find_tokens_of_turns()
+        said = {text for text, (_, token) in self._added.items() if not token.special and text not in of_turns}
+        self._may_be_said = alternatives(said)
+        self._markers = self._find_markers(source, said)
         self.end_of_turn: str = tokenizer.added_tokens_decoder[self.end_of_turn_id].content
 
     def encode(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[Encoded]:
@@ -138,30 +145,30 @@ class ChatTemplate:
 
     def _once_a_shape(
         self,
-        render: Callable[[Sentinels, list[Message], list[dict[str, Any]] | None], Rendering],
+        make: Callable[[Sentinels, list[Message], list[dict[str, Any]] | None], Rendering],
         hidden: Sentinels,
         messages: list[Message],
         tools: list[dict[str, Any]] | None,
     ) -> Rendering:
         """Rendered once for all conversations of the same shape: with its data hidden, only the shape is left."""
-        shape = f"{render.__name__} {messages} {tools}"
+        shape = f"{make.__name__} {messages} {tools}"
         if shape not in self._rendered:
             if len(self._rendered) == _SHAPES_REMEMBERED:
                 self._rendered.clear()
-            self._rendered[shape] = render(hidden, messages, tools)
+            self._rendered[shape] = make(hidden, messages, tools)
         return self._rendered[shape]
 
     def _render_prompt(
         self, hidden: Sentinels, messages: list[Message], tools: list[dict[str, Any]] | None
     ) -> Rendering:
-        text = self._render(messages, tools, generation_prompt=True)
+        text = render(self.tokenizer, messages, tools, generation_prompt=True)
         self._nothing_left_out(text, hidden, messages)
         return Rendering([self._frame(text, [])])
 
     def _render_examples(
         self, hidden: Sentinels, messages: list[Message], tools: list[dict[str, Any]] | None
     ) -> Rendering:
-        full = self._render(messages, tools)
+        full = render(self.tokenizer, messages, tools)
         self._nothing_left_out(full, hidden, messages)
         together: list[tuple[int, int]] = []
         alone: list[tuple[str, tuple[int, int]]] = []
@@ -170,8 +177,8 @@ class ChatTemplate:
                 continue
             if i == 0:
                 raise TemplateError("it begins with an assistant turn, which no prompt comes before.")
-            head = self._render(messages[:i], tools, generation_prompt=True)
-            turn = self._render(messages[: i + 1], tools)
+            head = render(self.tokenizer, messages[:i], tools, generation_prompt=True)
+            turn = render(self.tokenizer, messages[: i + 1], tools)
             if not turn.startswith(head):
                 raise TemplateError(
                     f"the template renders assistant turn {i + 1} so that it does not begin with the generation "
@@ -185,19 +192,6 @@ class ChatTemplate:
         texts += [(turn, [span]) for turn, span in alone]
         note = hidden.reasoning_left_out(text for text, _ in texts)
         return Rendering([self._frame(text, spans) for text, spans in texts], note)
-
-    def _render(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, *, generation_prompt: bool = False
-    ) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tools=cast("Any", tools), add_generation_prompt=generation_prompt, tokenize=False
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            roles = " ".join(message["role"] for message in messages) or "no messages"
-            raise TemplateError(f"the chat template refuses this conversation ({roles}): {error}") from error
-        assert isinstance(text, str)
-        return text
 
     def _frame(self, rendered: str, turns: list[tuple[int, int]]) -> Frame:
         """Cut once a shape: a sentinel stands for text that neither begins nor ends with white space, so that runs
@@ -231,7 +225,7 @@ class ChatTemplate:
     def _data(self, slot: Slot, hidden: Sentinels) -> tuple[str, list[tuple[int, int]]]:
         """A place's text, and where the added tokens are that it may hold."""
         text, owner = hidden.data_of(slot)
-        return text, [] if owner == "data" else _places(self._non_special, text)
+        return text, [] if owner == "data" else _places(self._may_be_said, text)
 
     def _segments(self, rendered: str, turns: list[tuple[int, int]]) -> list[Segment]:
         """Rendered text with sentinels, cut where the turns that are learned begin and end."""
@@ -325,20 +319,20 @@ class ChatTemplate:
                 roles = " ".join(message["role"] for message in messages)
                 raise TemplateError(f"the chat template leaves out {value.what} of this conversation ({roles}).")
 
-    def _find_markers(self) -> re.Pattern[str]:
+    def _find_markers(self, source: str, said: set[str]) -> re.Pattern[str]:
         """Strings like `</think>` that the template looks for in what the assistant said. They stay readable
         there, so that the template treats them as it does without sentinels."""
-        source = self.tokenizer.chat_template
-        source = "\n".join(source.values()) if isinstance(source, dict) else source
         found = set(re.findall(r"""['"](?:\\n)*(</?\w+>)(?:\\n)*['"]""", source))
-        return alternatives([m for m in found if m not in self._added or not self._added[m][1].special])
+        return alternatives([marker for marker in found if marker not in self._added or marker in said])
 
-    def _find_end_of_turn(self) -> int:
-        hidden = Sentinels(self._markers, self._any_added)
+    def _find_tokens_of_turns(self) -> tuple[int, set[str]]:
+        """The id of the end-of-turn token, and all added tokens that stand around turns: whoever writes one of
+        them, special or not, forges a turn."""
+        hidden = Sentinels(alternatives([]), self._any_added)
         probe, _ = hidden.conversation(
             [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}], None
         )
-        rendered = self._render(probe, None)
+        rendered = render(self.tokenizer, probe, None)
         after = rendered[max(match.end() for match in SENTINEL.finditer(rendered)) :] if rendered else ""
         match = self._any_added.search(after)
         if match is None:
@@ -348,7 +342,8 @@ class ChatTemplate:
                 "ends the turn with one (ChatML's is <|im_end|>)."
             )
         end_of_turn_id: int = self._added[match[0]][0]
-        return end_of_turn_id
+        around_a_question = render(self.tokenizer, probe[:1], None)
+        return end_of_turn_id, {match[0], *self._any_added.findall(around_a_question)}
 
 
 def _places(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
@@ -378,7 +373,7 @@ def _joined(layout: Layout, ids: dict[tuple[str, bool], list[int]]) -> Encoded:
         new = ids[run.text, run.first] if run.token_ids is None else run.token_ids
         input_ids += new
         learned += [run.learned] * len(new)
-    return Encoded(input_ids, learned, layout.note)
+    return Encoded(input_ids, learned, layout.note, layout.is_cut)
 
 
 def _without_added_tokens(backend: Tokenizer) -> tuple[Tokenizer, Tokenizer]:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from handspun.data.formats import MEDIA, NEEDED, recognise_format, used_columns
@@ -14,12 +15,24 @@ from handspun.data.messages import (
     read_messages,
     read_tools,
 )
+from handspun.data.naming import listed
 from handspun.data.rows import Row
 
-__all__ = ["Conversation", "DroppedRow", "Message", "recognise_format", "to_conversation", "used_columns"]
+__all__ = [
+    "Conversation",
+    "DroppedRow",
+    "Message",
+    "check_writable",
+    "recognise_format",
+    "to_conversation",
+    "used_columns",
+]
 
 
-_JSON = json.JSONEncoder(ensure_ascii=False)
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+_MOST_MESSAGES = 1000
+"""Of a conversation: a template renders it once for each of its answers."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +58,11 @@ def to_conversation(row: Row, data_format: str, *, system_prompt: str | None) ->
     _refuse(row, data_format)
     messages, note = _messages(row, data_format)
     messages, cut = _answered(messages)
+    notes = (note, cut, _unusual_order(messages))
     messages = _with_system(messages, row, system_prompt)
     tools = read_tools(row.values.get("tools"), _cell(row, "tools"))
-    _check_writable([messages, tools])
-    return Conversation(messages, tools, row.file, row.number, "; ".join(filter(None, (note, cut))) or None)
+    check_writable([messages, tools])
+    return Conversation(messages, tools, row.file, row.number, "; ".join(filter(None, notes)) or None)
 
 
 def _messages(row: Row, data_format: str) -> tuple[list[Message], str | None]:
@@ -114,6 +128,7 @@ def _with_system(messages: list[Message], row: Row, system_prompt: str | None) -
 
 def _answered(messages: list[Message]) -> tuple[list[Message], str | None]:
     """The messages to the last assistant turn before any empty turn, and a note of what was cut off."""
+    given, messages = len(messages), messages[:_MOST_MESSAGES]
     empty = next((i for i, message in enumerate(messages) if _says_nothing(message)), None)
     answered = messages[:empty]
     while answered and answered[-1]["role"] != "assistant":
@@ -125,7 +140,22 @@ def _answered(messages: list[Message]) -> tuple[list[Message], str | None]:
         return answered, f"cut off before an {reason}"
     if not answered:
         raise DroppedRow("no assistant turn" if messages else "no messages")
+    if given > _MOST_MESSAGES:
+        return answered, f"cut off behind {_MOST_MESSAGES} messages"
     return answered, "cut off behind the last assistant turn" if len(answered) < len(messages) else None
+
+
+def _unusual_order(messages: list[Message]) -> str | None:
+    """What to tell of turns that no chat would take in this order. They are learned as they stand."""
+    for before, message in pairwise([{"role": "nobody"}, *messages]):
+        role = message["role"]
+        if role in ("user", "assistant") and role == before["role"]:
+            return f"two {role} turns in a row"
+        if role == "system" and before["role"] != "nobody":
+            return "a system message behind the beginning"
+        if role == "tool" and before["role"] != "tool" and not before.get("tool_calls"):
+            return "a tool result that no call asked for"
+    return None
 
 
 def _says_nothing(message: Message) -> bool:
@@ -145,12 +175,14 @@ def _refuse(row: Row, data_format: str) -> None:
             raise DroppedRow(f"{column} is false: a rejected answer")
 
 
-def _check_writable(value: Any) -> None:
+def check_writable(value: Any) -> None:
     """Raises DroppedRow for what no template can write as it is: half of a surrogate pair, a date as argument."""
     try:
         _JSON.encode(value).encode()
     except UnicodeEncodeError:
         raise DroppedRow("broken Unicode (a lone surrogate)") from None
+    except ValueError:
+        raise DroppedRow("NaN or Infinity in a tool or its arguments, which no JSON has") from None
     except TypeError as error:
         raise DroppedRow(f"a value that JSON does not have in a tool or its arguments ({error})") from None
 
@@ -164,7 +196,7 @@ def _value(row: Row, column: str, data_format: str) -> Any:
         needed = next(columns for name, columns in NEEDED.items() if name == data_format)
         raise _cell(row, column).error(
             f"the column is missing in this row. {data_format} needs {' and '.join(needed)}; the row has "
-            f"{', '.join(row.values) or 'none'}."
+            f"{listed(row.values) or 'none'}."
         )
     return row.values[column]
 

@@ -6,13 +6,15 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from handspun.config import DataFormat
-from handspun.data.chat_template import ChatTemplate, Encoded, Layout
+from handspun.data.chat_template import ChatTemplate, Encoded, Layout, Run
 from handspun.data.conversations import DroppedRow, recognise_format, to_conversation, used_columns
 from handspun.data.example_arrays import Example, ExampleArrays, end_to_end
+from handspun.data.mojibake import damage_in
+from handspun.data.rendering import EndlessTemplateError
 from handspun.data.rows import Row
 from handspun.errors import DataError, TemplateError
 
@@ -20,6 +22,9 @@ __all__ = ["Example", "RowAccount", "RowNote", "build_examples", "hold_out", "re
 
 _ROWS_AT_ONCE = 1000
 """Tokenised together."""
+
+_CHARACTERS_OF_A_TOKEN = 1000
+"""More than any token has."""
 
 _AHEAD = 3
 """Parts of so many rows that are tokenised while the next is laid out."""
@@ -91,7 +96,7 @@ def build_examples(
         [
             (row, layouts)
             for row in rows[start : start + _ROWS_AT_ONCE]
-            if (layouts := _lay_out(row, template, account, system_prompt))
+            if (layouts := _lay_out(row, template, account, system_prompt, max_length))
         ]
         for start in range(0, len(rows), _ROWS_AT_ONCE)
     )
@@ -142,24 +147,43 @@ def _counted(row: Row, encoded: list[Encoded], account: RowAccount, max_length: 
     return made
 
 
-def _lay_out(row: Row, template: ChatTemplate, account: RowAccount, system_prompt: str | None) -> list[Layout]:
+def _lay_out(
+    row: Row, template: ChatTemplate, account: RowAccount, system_prompt: str | None, max_length: int
+) -> list[Layout]:
     """The row's examples before they are tokenised; none if it is dropped."""
     try:
         conversation = to_conversation(row, account.formats[row.file], system_prompt=system_prompt)
         layouts = template.lay_out(conversation.messages, conversation.tools)
+    except EndlessTemplateError:
+        raise
     except (DroppedRow, TemplateError) as error:
         account.dropped.append(RowNote(row.file, row.number, str(error)))
         return []
-    for note in filter(None, {conversation.note, *(layout.note for layout in layouts)}):
+    damage = damage_in(message["content"] for message in conversation.messages)
+    for note in filter(None, dict.fromkeys([conversation.note, *(layout.note for layout in layouts), *damage])):
         account.notes.append(RowNote(row.file, row.number, note))
-    return layouts
+    return [_tokenisable(layout, max_length) for layout in layouts]
+
+
+def _tokenisable(layout: Layout, max_length: int) -> Layout:
+    """Without text that could not be within `max_length`: a cell of 100 MB would take minutes and gigabytes."""
+    left = (max_length + 1) * _CHARACTERS_OF_A_TOKEN
+    runs: list[Run] = []
+    for run in layout.runs:
+        if len(run.text) > left and run.token_ids is None:
+            runs.append(run._replace(text=run.text[:left]))
+            return replace(layout, runs=runs, is_cut=True)
+        runs.append(run)
+        left -= len(run.text)
+    return layout
 
 
 def _examples_of(row: Row, encoded: list[Encoded], account: RowAccount, max_length: int) -> Iterator[Example]:
     whole = [_up_to_the_last_learned(example) for example in encoded]
     longest = max(len(example.input_ids) for example in whole)
-    if longest > max_length:
-        account.truncated.append(RowNote(row.file, row.number, f"{longest} tokens"))
+    is_cut = any(example.is_cut for example in encoded)
+    if longest > max_length or is_cut:
+        account.truncated.append(RowNote(row.file, row.number, f"{'more than ' * is_cut}{longest} tokens"))
         whole = [_up_to_the_last_learned(Encoded(e.input_ids[:max_length], e.learned[:max_length])) for e in whole]
     if not any(example.input_ids for example in whole):
         reason = f"nothing learned is left within max_length {max_length}"

@@ -2,8 +2,10 @@
 
 import difflib
 from collections.abc import Collection
+from itertools import islice
 
 from handspun.config import DataFormat
+from handspun.data.naming import listed, shown
 from handspun.errors import DataError
 
 NEEDED: dict[DataFormat, tuple[str, ...]] = {
@@ -16,6 +18,9 @@ NEEDED: dict[DataFormat, tuple[str, ...]] = {
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Columns of pictures, films and sound; a row that has any is dropped."""
+
+_SEARCHED = 1000
+"""Columns that are compared with those of the formats, where none fits."""
 
 # Columns that are read where they are there, in every format.
 _OPTIONAL = {"system", "tools", "kto_tag", *MEDIA}
@@ -36,14 +41,14 @@ def recognise_format(columns: Collection[str], file: str) -> DataFormat:
     found = [name for name, needed in NEEDED.items() if set(needed) <= set(columns)]
     if len(found) == 1:
         return found[0]
-    listed = ", ".join(columns) or "none"
+    names = listed(columns) or "none"
     if found:
         raise DataError(
-            f"the columns ({listed}) fit several formats: {', '.join(found)}. Choose one with --data-format.",
+            f"the columns ({names}) fit several formats: {', '.join(found)}. Choose one with --data-format.",
             file=file,
         )
     formats = "; ".join(f"{name} needs {' and '.join(needed)}" for name, needed in NEEDED.items())
-    message = f"the columns fit no format. Found: {listed}. Expected: {formats}."
+    message = f"the columns fit no format. Found: {names}. Expected: {formats}."
     raise DataError(" ".join([message, *_near_misses(columns)]), file=file)
 
 
@@ -56,9 +61,10 @@ def used_columns(data_format: str) -> set[str]:
 def _near_misses(columns: Collection[str]) -> list[str]:
     """Sentences on columns that are almost those of a format, and on what others mean here."""
     wanted = {column for needed in NEEDED.values() for column in needed}
-    others = {column.strip().lower(): column for column in columns if column not in wanted}
+    first = islice(columns, _SEARCHED)
+    others = {column.strip().lower(): column for column in first if column not in wanted}
     hints = []
     for column in sorted(wanted.difference(columns)):
         for close in difflib.get_close_matches(column, others, n=1, cutoff=0.8):
-            hints.append(f"Did you mean {column!r} for {others[close]!r}?")
+            hints.append(f"Did you mean {column!r} for '{shown(others[close])}'?")
     return hints + [hint for column, hint in _HINTS.items() if column in columns]

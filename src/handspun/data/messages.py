@@ -8,7 +8,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from handspun.data.row_files import type_name
+from handspun.data.naming import shown, type_name
+from handspun.data.nesting import is_nested_deeper
 from handspun.errors import DataError
 
 Message = dict[str, Any]
@@ -53,16 +54,17 @@ class DroppedRow(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Cell:
-    """Where a value stands."""
+    """Where a value stands: in a file, or in a prompt, which has no rows."""
 
     file: str
-    row: int
-    column: str
+    row: int | None = None
+    column: str | None = None
 
     def expected(self, what: str, found: Any, *, at: str = "") -> DataError:
         """The error for a value that is not `what`; `at` says where inside of the cell it stands."""
         place = f"{at}: " if at else ""
-        return self.error(f"{place}expected {what}, found {type_name(found)}. Mend the row or remove it.")
+        remedy = "" if self.row is None else " Mend the row or remove it."
+        return self.error(f"{place}expected {what}, found {type_name(found)}.{remedy}")
 
     def error(self, message: str) -> DataError:
         return DataError(message, file=self.file, row=self.row, column=self.column)
@@ -126,7 +128,7 @@ def _message(turn: Any, at: str, cell: Cell) -> Message:
     name = turn.get("role", turn.get("from"))
     if not isinstance(name, str):
         raise cell.expected("a role", name, at=at)
-    role = _ROLES.get(name.strip().lower()) or _drop(f"the unknown role {name!r}")
+    role = _ROLES.get(name.strip().lower()) or _drop(f"the unknown role '{shown(name)}'")
     content = turn["content"] if "content" in turn else turn.get("value")
     if role == "call":
         return {"role": "assistant", "content": "", "tool_calls": _calls_in(content, at, cell)}
@@ -187,7 +189,7 @@ def _part(part: Any, at: str, cell: Cell) -> tuple[str, Any]:
     name = part.get("type", "text")
     kind = _PARTS.get(name) if isinstance(name, str) else None
     if kind is None:
-        _drop(f"{str(name).removeprefix('input_').removesuffix('_url')} content")
+        _drop(f"{shown(str(name)).removeprefix('input_').removesuffix('_url')} content")
     values = (part[key] for key in ("value", name, "text", "content") if part.get(key) is not None)
     return kind, next(values, None)
 
@@ -224,9 +226,12 @@ def _drop(reason: str) -> NoReturn:
 def _load(text: str) -> Any:
     """JSON proper: without NaN and Infinity, which nobody should learn to write."""
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    if is_nested_deeper(value):
+        raise ValueError("nested too deeply")
+    return value
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -5,14 +5,16 @@ and every error knows its line. Lines in messages are physical lines, the first 
 """
 
 import csv
-import io
 import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from handspun.data.text_files import check_kind, read_text
+from handspun.data.naming import file_name, listed, shown, type_name
+from handspun.data.nesting import MOST_LEVELS, is_nested_deeper
+from handspun.data.parquet_files import read_parquet
+from handspun.data.text_files import read_text
 from handspun.errors import DataError
 
 Values = dict[str, Any]
@@ -28,17 +30,24 @@ def read_file(path: Path) -> list[Values]:
         raise DataError(
             f"the suffix {path.suffix or '(none)'} is none of {', '.join(SUFFIXES)}, so how to read the file is "
             "unknown. Convert it to one of these, or rename it if it already is one.",
-            file=str(path),
+            file=file_name(path),
         )
     rows = read(path)
     if not rows:
-        raise DataError("there are no rows in it; at least one is expected.", file=str(path))
+        raise DataError("there are no rows in it; at least one is expected.", file=file_name(path))
+    for number, values in enumerate(rows, 1):
+        if is_nested_deeper(values):
+            raise DataError(
+                f"lists and objects stand in each other more than {MOST_LEVELS} deep. Mend the row or remove it.",
+                file=file_name(path),
+                row=number,
+            )
     return rows
 
 
 def read_csv(path: Path, *, delimiter: str = ",") -> list[Values]:
     """Rows under a header of column names; blank lines are skipped. Cells are the strings in the file."""
-    file, text = str(path), read_text(path)
+    file, text = file_name(path), read_text(path)
     limit = csv.field_size_limit(min(len(text) + 1, 2**31 - 1))
     try:
         records = list(_csv_records(text, delimiter, file))
@@ -52,9 +61,16 @@ def read_csv(path: Path, *, delimiter: str = ",") -> list[Values]:
             continue
         if len(cells) != len(header):
             raise DataError(
-                f"expected {len(header)} cells ({', '.join(header)}), found {len(cells)}. A text that holds "
+                f"expected {len(header)} cells ({listed(header)}), found {len(cells)}. A text that holds "
                 f"{'a tab' if delimiter == chr(9) else 'a comma'}, a quote or a line break stands in double "
                 "quotes, with the quotes inside it doubled.",
+                file=file,
+                line=line,
+                row=len(rows) + 1,
+            )
+        if cells[0].removeprefix("\ufeff") == header[0] and cells[1:] == header[1:]:
+            raise DataError(
+                "the header stands here again, as where two files were joined. Remove the line.",
                 file=file,
                 line=line,
                 row=len(rows) + 1,
@@ -62,7 +78,7 @@ def read_csv(path: Path, *, delimiter: str = ",") -> list[Values]:
         rows.append(dict(zip(header, cells, strict=True)))
     if not rows:
         raise DataError(
-            f"it has a header ({', '.join(header)}) and no rows; at least one is expected. If that is a row, put "
+            f"it has a header ({listed(header)}) and no rows; at least one is expected. If that is a row, put "
             "a line with the column names above it.",
             file=file,
         )
@@ -79,7 +95,7 @@ def read_json(path: Path) -> list[Values]:
 
     JSON Lines under this suffix are read too. NaN and Infinity are read as numbers, as Python does.
     """
-    file, text = str(path), read_text(path)
+    file, text = file_name(path), read_text(path)
     first, _, rest = text.lstrip().partition("\n")
     if rest.strip() and _is_object(first):
         return _json_lines(text, file)
@@ -96,54 +112,12 @@ def read_json(path: Path) -> list[Values]:
 
 def read_jsonl(path: Path) -> list[Values]:
     """An object a line; blank lines are skipped."""
-    return _json_lines(read_text(path), str(path))
-
-
-def read_parquet(path: Path) -> list[Values]:
-    """The table's rows. Nulls inside of nested values are left out, see `without_nulls`."""
-    import pyarrow
-    import pyarrow.parquet
-
-    file = str(path)
-    with path.open("rb") as stream:
-        check_kind(stream.read(32), file, but=b"PAR1")
-    try:
-        with pyarrow.parquet.ParquetFile(path) as parquet:
-            table = parquet.read()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"this is no whole parquet file: {error}. It may be cut short; write or download it again.",
-            file=file,
-        ) from error
-    _check_unique(table.column_names, file, None)
-    return [{name: without_nulls(value) for name, value in values.items()} for values in table.to_pylist()]
-
-
-def without_nulls(value: Any) -> Any:
-    """A nested value without its null entries: Arrow gives every object all keys that any object has, so a
-    key that was not there and a null cannot be told apart."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
-
-
-def type_name(value: Any) -> str:
-    """What a value is, in JSON's words."""
-    if isinstance(value, float) and value != value:
-        return "NaN (pandas writes it for a missing cell, and for the words N/A and None)"
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, int | float):
-        return f"the number {value}"
-    names: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
-    return names.get(type(value), f"a value of type {type(value).__name__}")
+    return _json_lines(read_text(path), file_name(path))
 
 
 def _csv_records(text: str, delimiter: str, file: str) -> Iterator[tuple[int, list[str]]]:
     """(line where the record starts, its cells); lines with nothing on them are none."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(_lines(text), delimiter=delimiter, strict=True)
     line = 1
     try:
         for cells in reader:
@@ -160,12 +134,17 @@ def _csv_records(text: str, delimiter: str, file: str) -> Iterator[tuple[int, li
         ) from error
 
 
+def _lines(text: str) -> Iterator[str]:
+    """As io.StringIO gives them, which would hold the text a second time, at four bytes a character."""
+    return (match[0] for match in re.finditer(r"[^\r\n]*+(?:\r\n?|\n)|[^\r\n]++", text))
+
+
 def _check_header(header: list[str], line: int, delimiter: str, file: str) -> None:
     other = next((mark for mark in ";\t|," if mark != delimiter and mark in header[0]), None)
     if len(header) == 1 and other is not None:
         raise DataError(
-            f"the header is the one name {header[0]!r}; it looks separated by {other!r}, and {delimiter!r} is "
-            "expected. Save it with that separator (or as .tsv, if it is tabs).",
+            f"the header is the one name '{shown(header[0])}'; it looks separated by {other!r}, and {delimiter!r} "
+            "is expected. Save it with that separator (or as .tsv, if it is tabs).",
             file=file,
             line=line,
         )
@@ -180,12 +159,14 @@ def _check_header(header: list[str], line: int, delimiter: str, file: str) -> No
     _check_unique(header, file, line)
 
 
-def _check_unique(names: list[str], file: str, line: int | None) -> None:
-    for i, name in enumerate(names):
-        if name in names[:i]:
+def _check_unique(names: list[str], file: str, line: int) -> None:
+    places: dict[str, int] = {}
+    for number, name in enumerate(names, 1):
+        first = places.setdefault(name, number)
+        if first != number:
             raise DataError(
-                f"columns {names.index(name) + 1} and {i + 1} are both named {name!r}; each name is expected "
-                "once. Rename or remove one.",
+                f"columns {first} and {number} are both named '{shown(name)}'; each name is expected once. "
+                "Rename or remove one.",
                 file=file,
                 line=line,
             )
@@ -220,7 +201,7 @@ def _list_within(value: Values, file: str) -> Any:
         return [value]
     if len(lists) > 1:
         raise DataError(
-            f"the object holds several lists ({', '.join(lists)}); one list of rows is expected. Save the one "
+            f"the object holds several lists ({listed(lists)}); one list of rows is expected. Save the one "
             "to be read as a file of its own.",
             file=file,
         )
@@ -246,7 +227,7 @@ def _parse(text: str, file: str, first_line: int = 1) -> Any:
         return json.loads(text, object_pairs_hook=_object)
     except _DuplicateKeyError as error:
         raise DataError(
-            f"the key {error.key!r} stands twice in one object, so one value would be lost. Remove one.",
+            f"the key '{shown(error.key)}' stands twice in one object, so one value would be lost. Remove one.",
             file=file,
             line=first_line + _line_of_duplicate(text),
         ) from error

@@ -1,13 +1,17 @@
 """Rows of a table, from files, folders or the hub, with the file and number that each came from."""
 
 import difflib
+import errno
+import os
 import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from handspun.data.row_files import SUFFIXES, read_file, without_nulls
+from handspun.data.naming import file_name, listed, shown
+from handspun.data.parquet_files import without_nulls
+from handspun.data.row_files import SUFFIXES, read_file
 from handspun.errors import DataError
 
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[^:/]+)(?=:))?(:(?P<split>[^:/]+))?")
@@ -36,12 +40,13 @@ def read_rows(source: str) -> list[Row]:
     A folder means the csv, tsv, json, jsonl, ndjson and parquet files directly in it, by name; if there are
     none, those in its folder `train`, or else `data`. Hidden files and `datasets`' own notes are no data.
     A hub dataset is `org/name`, `org/name:split` or `org/name:config:split`; the split is train if not given.
+    Of a folder, links are followed that stay in it (or in the hub's cache that it is of).
     Raises DataError.
     """
     if not source.strip() or "\0" in source:
         raise DataError(f"{source!r} names no data. Expected a file, a folder, or a hub dataset (org/name).")
-    path = Path(source).expanduser()
     try:
+        path = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
         if not path.exists():
             hub = _HUB_ID.fullmatch(source)
             if hub and path.suffix.lower() not in SUFFIXES and not path.parent.is_dir():
@@ -52,16 +57,25 @@ def read_rows(source: str) -> list[Row]:
     except OSError as error:
         raise DataError(
             f"the system refuses to read it ({error.strerror or error}). Check its permissions and the disk.",
-            file=str(error.filename or source),
+            file=shown(str(error.filename or source), most=4096),
+        ) from error
+    except MemoryError as error:
+        raise DataError(
+            "there is not enough memory to read it: its rows are held at once. Split it, or take a part of it.",
+            file=shown(source, most=4096),
         ) from error
 
 
 def _file_rows(path: Path) -> list[Row]:
-    if not stat.S_ISREG(path.stat().st_mode):
+    file, status = file_name(path), path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise DataError(
-            "expected a regular file, found a device or a pipe. Save the data to a file first.", file=str(path)
+            "expected a regular file, found a device, a pipe or a socket. Save the data to a file first.",
+            file=file,
         )
-    return [Row(str(path), number, values) for number, values in enumerate(read_file(path), 1)]
+    if not status.st_size:  # a file in /proc too, where reading may wait for ever
+        raise DataError("the file is empty; at least one row is expected.", file=file)
+    return [Row(file, number, values) for number, values in enumerate(read_file(path), 1)]
 
 
 def _folder_files(folder: Path) -> list[Path]:
@@ -69,12 +83,13 @@ def _folder_files(folder: Path) -> list[Path]:
         files = _data_files(place) if place.is_dir() else []
         if files:
             _check_splits(files, place)
+            _check_links(files, folder)
             return files
     found = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
     raise DataError(
         f"expected files ending in {', '.join(SUFFIXES)} in this folder, found "
-        f"{_listed(found) if found else 'nothing'}. Name the folder that holds the data, or a file.",
-        file=str(folder),
+        f"{listed(found) if found else 'nothing'}. Name the folder that holds the data, or a file.",
+        file=file_name(folder),
     )
 
 
@@ -95,28 +110,52 @@ def _check_splits(files: list[Path], folder: Path) -> None:
     held_out = [name for name, split in splits.items() if split != "train"]
     if held_out and "train" in splits.values():
         raise DataError(
-            f"this folder holds rows to train on and others to test on ({_listed(held_out)}), and all would be "
+            f"this folder holds rows to train on and others to test on ({listed(held_out)}), and all would be "
             "read. Name one file, or move the test files to a folder of their own.",
-            file=str(folder),
+            file=file_name(folder),
         )
 
 
+def _check_links(files: list[Path], folder: Path) -> None:
+    """Raises DataError for a link that leaves the folder: a folder from anywhere must not name files of this
+    machine. The hub's cache is such links, from `snapshots` to its `blobs`."""
+    root = folder.resolve()
+    blobs = [place.with_name("blobs") for place in root.parents if place.name == "snapshots"]
+    for file in files:
+        target = Path(os.path.realpath(file))  # of a loop too
+        if not any(target.is_relative_to(place) for place in (root, *blobs)):
+            raise DataError(
+                f"it is a link to {file_name(target)}, which is not in this folder. If its rows are meant, name "
+                "that file, or copy it here.",
+                file=file_name(file),
+            )
+
+
 def _missing(path: Path) -> DataError:
-    if path.is_symlink():
-        return DataError(f"it is a link to {path.readlink()}, which does not exist.", file=str(path))
     missing = path
-    while not missing.parent.exists():
+    while not missing.is_symlink() and not missing.parent.exists():
         missing = missing.parent
+    if missing.is_symlink():
+        leads = "which leads back to itself" if _is_loop(missing) else "which does not exist"
+        return DataError(f"it is a link to {file_name(missing.readlink())}, {leads}.", file=file_name(missing))
     siblings = (
         {entry.name.lower(): entry.name for entry in missing.parent.iterdir()} if missing.parent.is_dir() else {}
     )
     close = [siblings[name] for name in difflib.get_close_matches(missing.name.lower(), siblings)]
-    hint = f" Did you mean {' or '.join(str(missing.with_name(name)) for name in close)}?" if close else ""
+    hint = f" Did you mean {' or '.join(file_name(missing.with_name(name)) for name in close)}?" if close else ""
     return DataError(
-        f"there is no file or folder {missing}.{hint} Expected a file ({', '.join(SUFFIXES)}), a folder of such "
-        "files, or a dataset on the hub, which would look like org/name.",
-        file=str(path),
+        f"there is no file or folder {file_name(missing)}.{hint} Expected a file ({', '.join(SUFFIXES)}), a "
+        "folder of such files, or a dataset on the hub, which would look like org/name.",
+        file=file_name(path),
     )
+
+
+def _is_loop(link: Path) -> bool:
+    try:
+        link.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def _hub_rows(source: str, hub: re.Match[str]) -> list[Row]:
@@ -146,7 +185,3 @@ def _values(values: dict[str, Any]) -> dict[str, Any]:
 def _first_line(error: Exception) -> str:
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line if line.endswith((".", "!", "?")) else f"{line}."
-
-
-def _listed(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

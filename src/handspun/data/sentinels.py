@@ -100,7 +100,7 @@ class Sentinels:
         return value
 
     def _could_forge(self, key: str) -> bool:
-        return bool(self._any_added.search(key)) or _OPEN in key or _CLOSE in key
+        return bool(self._any_added.search(key)) or any(mark in key for mark in (_OPEN, _CLOSE, "\\ue00"))
 
     def reasoning_left_out(self, rendered: Iterable[str]) -> str | None:
         """What to tell of reasoning that none of the texts shows."""

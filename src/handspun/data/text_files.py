@@ -4,6 +4,8 @@ import codecs
 import shlex
 from pathlib import Path
 
+from handspun.data.memory_limit import memory_limit
+from handspun.data.naming import file_name
 from handspun.errors import DataError
 
 # Longest first: UTF-32's mark begins with UTF-16's.
@@ -25,7 +27,9 @@ _OTHER_KINDS = {
 
 def read_text(path: Path) -> str:
     """The file as text: UTF-8, or UTF-16 and UTF-32 with a byte order mark. Line ends stay as they are."""
-    file, data = str(path), path.read_bytes()
+    file = file_name(path)
+    _refuse_if_larger_than_memory(path, file)
+    data = path.read_bytes()
     check_kind(data[:32], file)
     mark = next((mark for mark in _BYTE_ORDER_MARKS if data.startswith(mark)), b"")
     encoding = _BYTE_ORDER_MARKS.get(mark, "utf-8")
@@ -58,6 +62,17 @@ def check_kind(head: bytes, file: str, *, but: bytes = b"") -> None:
     for start, message in _OTHER_KINDS.items():
         if start != but and head.startswith(start):
             raise DataError(message, file=file)
+
+
+def _refuse_if_larger_than_memory(path: Path, file: str) -> None:
+    """A file with holes in it has any size that it likes."""
+    size, most = path.stat().st_size, memory_limit()
+    if most is not None and size > most:
+        raise DataError(
+            f"the file has {size / 1e9:.0f} GB, and there are {most / 1e9:.0f} GB of memory here, where its rows "
+            "are held. Split it, or take a part of it.",
+            file=file,
+        )
 
 
 def _iconv(path: Path, encoding: str) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 
 from handspun.data.example_arrays import learned_tokens_of, lengths_of
 from handspun.data.examples import Example, RowAccount, RowNote
+from handspun.data.naming import listed
 
 _SHOWN = 12
 
@@ -15,7 +16,7 @@ def account_lines(account: RowAccount, *, max_length: int) -> list[str]:
     """Kept, truncated, dropped and why, with row numbers."""
     lines = [f"{file}: {name} format" for file, name in account.formats.items()]
     for file, columns in account.unused_columns.items():
-        lines.append(f"{file}: columns not read: {', '.join(columns)}")
+        lines.append(f"{file}: columns not read: {listed(columns)}")
     lines.append(f"rows: {account.rows} read, {account.kept} kept, {len(account.dropped)} dropped")
     for reason, notes in account.dropped_by_reason().items():
         lines.append(f"  dropped, {reason}: {len(notes)} ({row_numbers(notes)})")

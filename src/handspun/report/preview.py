@@ -18,18 +18,24 @@ def learned_runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterat
         yield str(text), is_learned
 
 
+# Of the data, none reaches a terminal that would obey it: they are shown as their pictures (␛).
+_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+_CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
 def coloured(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
     """Learned tokens in bold green on the terminal."""
     text = Text()
     for run, is_learned in learned_runs(example, tokenizer):
-        text.append(run, style="bold green" if is_learned else "dim")
+        text.append(run.translate(_CONTROLS), style="bold green" if is_learned else "dim")
     return text
 
 
 def bracketed(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     """Learned tokens between ⟦ and ⟧, for files and for terminals without colour."""
     runs = learned_runs(example, tokenizer)
-    return "".join(f"⟦{run}⟧" if is_learned else run for run, is_learned in runs)
+    text = "".join(f"⟦{run}⟧" if is_learned else run for run, is_learned in runs)
+    return text.translate(_CONTROLS)
 
 
 def spread(examples: Sequence[Example], count: int) -> list[Example]:
