@@ -95,6 +95,13 @@ class GenerationOptions:
     num_return_sequences: int | None = None
     """Answers to each prompt (default 1)."""
 
+    prompt_lookup_num_tokens: int | None = None
+    """Draft so many tokens by looking up what followed the last ones before, and check them in one step: the same
+    answers in fewer steps where they repeat their prompt (default 0, off)."""
+
+    max_matching_ngram_size: int | None = None
+    """Most of the last tokens that are looked up for it (default 2)."""
+
     stop_strings: tuple[str, ...] | None = None
     """Strings that end an answer and are cut from it (default for chats: the template's end of turn
     and "\\nUser:"; otherwise none)."""
@@ -128,6 +135,8 @@ _GENERATION_RANGES: Ranges = {
     "no_repeat_ngram_size": (0, float("inf"), True, False),
     "num_beams": (1, float("inf"), True, False),
     "num_return_sequences": (1, float("inf"), True, False),
+    "prompt_lookup_num_tokens": (0, float("inf"), True, False),
+    "max_matching_ngram_size": (1, float("inf"), True, False),
 }
 
 

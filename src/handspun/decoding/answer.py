@@ -56,6 +56,8 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     explanation: list[Explanation] = field(default_factory=list)
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     finish_reason: FinishReason | None = None
 
     @classmethod
@@ -120,6 +122,8 @@ class Answer:
             stop_string=self.text.stop_string,
             logprobs=self.logprobs if self.job.logprobs else None,
             explanation=self.explanation if self.job.explain else None,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
             prompt_index=self.prompt_index,
             return_index=self.return_index,
             tool_calls=parse_tool_calls(self.text.text)[1] if self.job.with_tools else [],

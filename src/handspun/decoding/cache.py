@@ -82,15 +82,15 @@ class KVCache:
         pool[: self._kv_heads].index_copy_(1, places, keys.transpose(0, 1).to(pool.dtype))
         pool[self._kv_heads :].index_copy_(1, places, values.transpose(0, 1).to(pool.dtype))
 
-    def read(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a row in one layer, each (kv_heads, length, head_size)."""
-        region = self._rows[row]
-        both = self._pool[layer, :, region.start : region.start + region.length]
+    def read(self, layer: int, row: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a row's first tokens in one layer, each (kv_heads, length, head_size)."""
+        start = self.start(row)
+        both = self._pool[layer, :, start : start + length]
         return both[: self._kv_heads], both[self._kv_heads :]
 
-    def where(self, row: int) -> tuple[int, int]:
-        """Where the row begins in a layer of the pool, and how many tokens it has."""
-        return self._rows[row].start, self._rows[row].length
+    def start(self, row: int) -> int:
+        """Where the row begins in a layer of the pool."""
+        return self._rows[row].start
 
     def layer(self, layer: int) -> Tensor:
         """All rows' keys and then values in one layer: (2 * kv_heads, places, head_size)."""

@@ -40,6 +40,7 @@ class Constraint:
         self._eos = list(eos_token_ids)
         self._start = self._state(start)
         self._states: dict[tuple[int, ...], _State] = {}
+        self._most_rows = 0
 
     def apply(self, logits: Tensor, generated: Sequence[list[int]]) -> Tensor:
         """Forbids what cannot come next in each row, and an eos where the answer is not complete:
@@ -48,7 +49,8 @@ class Constraint:
         missing = logits.shape[-1] - allowed.shape[-1]  # a head may have more rows than there are tokens, or fewer
         if missing > 0:
             allowed = torch.nn.functional.pad(allowed, (0, missing))
-        self._forget(2 * len(generated))
+        self._most_rows = max(self._most_rows, len(generated))  # some of a step's rows may be checked further
+        self._forget(2 * self._most_rows)
         return logits.masked_fill(~allowed[:, : logits.shape[-1]], -torch.inf)
 
     def can_begin(self) -> bool:

@@ -1,4 +1,6 @@
-"""The loop of greedy decoding and sampling: answers join, get a token a step, and leave when they have ended."""
+"""The loop of greedy decoding and sampling: answers join, get a token a step, and leave when they have ended.
+
+With a draft an answer gets several tokens in a step (speculation.py)."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,6 +16,7 @@ from handspun.decoding.explain import explain
 from handspun.decoding.processors import check_some_left, process
 from handspun.decoding.results import GenerationChunk
 from handspun.decoding.sampling import choose, gumbel_noise, stream_of
+from handspun.decoding.speculation import draft
 
 _PROMPT_TOKENS = 2048
 """Most tokens of prompts that go through in one step; a longer prompt goes in pieces."""
@@ -25,6 +28,10 @@ class Running:
 
     answer: Answer
     row: int
+    place: int
+    """Of the last step's logits, that behind its newest token."""
+    draft: Sequence[int] = ()
+    """Tokens that were fed behind that one; each has logits too."""
 
 
 @torch.inference_mode()
@@ -38,14 +45,8 @@ def decode(job: Job) -> Iterator[GenerationChunk]:
             yield from [answer.finish("cancelled") for answer in (*(one.answer for one in running), *waiting)]
             return
         logits, running = _step(engine, running, _joining(waiting, running, job))
-        answers = [one.answer for one in running]
-        tokens, logprobs = _next_tokens(logits, answers, job)
-        for answer, token, logprob in zip(answers, tokens.tolist(), logprobs, strict=True):
-            yield answer.add(token, logprob)
-        for one in running:
-            if one.answer.finish_reason is not None:
-                engine.free(one.row)
-        running = [one for one in running if one.answer.finish_reason is None]
+        yield from _advance(logits, running, job)
+        running = list(_going_on(engine, running))
 
 
 def feed_prompt(engine: Engine, prompt_token_ids: Sequence[int]) -> Feed:
@@ -80,22 +81,61 @@ def _joining(waiting: deque[Answer], running: Sequence[Running], job: Job) -> li
 
 
 def _step(engine: Engine, running: Sequence[Running], joining: Sequence[Answer]) -> tuple[Tensor, list[Running]]:
-    """Feeds the newest token of each answer, and the prompts of those that join, each prompt once. Returns logits,
-    (answers, vocab), and all that run now."""
-    feeds = [Feed(one.row, one.answer.token_ids[-1:]) for one in running]
-    places, rows = list(range(len(feeds))), dict[int, int]()
+    """Feeds the newest token of each answer with its draft, and the prompts of those that join, each prompt once.
+    Returns logits, (tokens, vocab), and all that run now."""
+    feeds, place, now = list[Feed](), 0, list[Running]()
+    for one in running:
+        drafted = draft(one.answer)
+        one.answer.drafted_tokens += len(drafted)
+        feeds.append(Feed(one.row, [one.answer.token_ids[-1], *drafted], all_logits=True))
+        now.append(Running(one.answer, one.row, place, drafted))
+        place += 1 + len(drafted)
+    places = dict[int, int]()
     for answer in joining:
-        if answer.prompt_index not in rows:
+        if answer.prompt_index not in places:
             feeds.append(feed_prompt(engine, answer.prompt_token_ids))
-            rows[answer.prompt_index] = feeds[-1].row
-        places.append(len(feeds) - 1)
+            places[answer.prompt_index] = place
+            place += 1
     logits = engine.forward(feeds)
-    joined: list[Running] = []
-    for answer in joining:
-        is_first = not joined or joined[-1].answer.prompt_index != answer.prompt_index
+    rows = dict(zip(places, (feed.row for feed in feeds[len(running) :]), strict=True))
+    for number, answer in enumerate(joining):
+        is_first = number == 0 or joining[number - 1].prompt_index != answer.prompt_index
         row = rows[answer.prompt_index]
-        joined.append(Running(answer, row if is_first else engine.fork(row)))
-    return logits if len(places) == len(feeds) else logits[places], [*running, *joined]
+        now.append(Running(answer, row if is_first else engine.fork(row), places[answer.prompt_index]))
+    return logits, now
+
+
+def _advance(logits: Tensor, running: Sequence[Running], job: Job) -> Iterator[GenerationChunk]:
+    """Adds a token to each answer, and another while that was the drafted one. logits: (tokens, vocab)."""
+    going, depth = list(running), 0
+    while going:
+        answers = [one.answer for one in going]
+        own = _rows(logits, [one.place + depth for one in going])
+        tokens, logprobs = _next_tokens(own, answers, job)
+        right = []
+        for one, token, logprob in zip(going, tokens.tolist(), logprobs, strict=True):
+            is_right = depth < len(one.draft) and one.draft[depth] == token
+            one.answer.accepted_tokens += is_right
+            yield one.answer.add(token, logprob)
+            if is_right and one.answer.finish_reason is None:
+                right.append(one)
+        going, depth = right, depth + 1
+
+
+def _going_on(engine: Engine, running: Sequence[Running]) -> Iterator[Running]:
+    """Those that have not ended; what was drafted wrongly is forgotten."""
+    for one in running:
+        if one.answer.finish_reason is not None:
+            engine.free(one.row)
+            continue
+        if one.draft:
+            engine.truncate(one.row, len(one.answer.prompt_token_ids) + len(one.answer.token_ids) - 1)
+        yield one
+
+
+def _rows(logits: Tensor, places: list[int]) -> Tensor:
+    """(tokens, vocab) -> (places, vocab), without a copy where these are all."""
+    return logits if places == list(range(len(logits))) else logits[places]
 
 
 def _next_tokens(logits: Tensor, answers: Sequence[Answer], job: Job) -> tuple[Tensor, Sequence[float | None]]:

@@ -34,6 +34,9 @@ class Engine(Protocol):
     def fork(self, row: int) -> int:
         """A new row that goes on from where this one is."""
 
+    def truncate(self, row: int, length: int) -> None:
+        """Forgets all but the row's first tokens. Not of a model that `cannot_truncate`."""
+
     def free(self, row: int) -> None:
         """Forgets the row."""
 

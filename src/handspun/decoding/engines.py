@@ -2,7 +2,7 @@
 
 from handspun.decoding.engine import Engine
 from handspun.decoding.lean_engine import LeanEngine
-from handspun.decoding.transformers_engine import TransformersEngine
+from handspun.decoding.transformers_engine import TransformersEngine, cannot_truncate
 from handspun.models.int8 import Int8Linear
 from handspun.models.lean import cannot_be_lean, lean_model
 from handspun.models.load import ChatModel
@@ -25,4 +25,9 @@ def make_engine(chat: ChatModel) -> Engine:
     return TransformersEngine(chat.model)
 
 
-__all__ = ["cannot_decode_lean", "make_engine"]
+def cannot_draft(chat: ChatModel) -> str | None:
+    """Why a draft could not be taken back from the model, or None if it could."""
+    return None if cannot_decode_lean(chat) is None else cannot_truncate(chat.model.config)
+
+
+__all__ = ["cannot_decode_lean", "cannot_draft", "make_engine"]

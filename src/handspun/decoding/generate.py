@@ -15,7 +15,7 @@ from handspun.decoding.answer import Job
 from handspun.decoding.beam import beam_search
 from handspun.decoding.decode import decode
 from handspun.decoding.detokenize import vocabulary
-from handspun.decoding.engines import cannot_decode_lean
+from handspun.decoding.engines import cannot_decode_lean, cannot_draft
 from handspun.decoding.options import ResolvedOptions, resolve
 from handspun.decoding.processors import Function
 from handspun.decoding.prompts import Prompt, as_prompts, context_length, encode_prompts, said_in
@@ -70,7 +70,10 @@ def generate(
         processors=processors, logprobs=logprobs, explain=explain, show_tree=show_tree, batch_size=batch_size,
         max_batch_tokens=max_batch_tokens, notice=notice, should_stop=should_stop,
     )  # fmt: skip
-    return answer_all(job)
+    answers = answer_all(job)
+    if job.options.prompt_lookup_num_tokens:
+        notice(_drafted(answers))
+    return answers
 
 
 def stream(
@@ -135,6 +138,11 @@ def _job(
         )
     if show_tree and resolved.num_beams == 1:
         raise ConfigError("--show-tree shows what a beam search looks at: give --num-beams 2 or more with it.")
+    if resolved.prompt_lookup_num_tokens and (reason := cannot_draft(model)):
+        raise ConfigError(
+            f"--prompt-lookup-num-tokens takes wrong drafts back, and that cannot be done here: {reason}. Leave "
+            "it out."
+        )
     several = as_prompts(prompts)
     _check_seeds(resolved, len(several))
     encoded = encode_prompts(model, several, chat=chat, system_prompt=system_prompt, tools=tools)
@@ -162,6 +170,15 @@ def _job(
     for text in notices:
         notice(text)
     return job
+
+
+def _drafted(answers: Sequence[GenerationResult]) -> str:
+    drafted = sum(answer.drafted_tokens for answer in answers)
+    accepted = sum(answer.accepted_tokens for answer in answers)
+    tokens = sum(len(answer.token_ids) for answer in answers)
+    return (
+        f"prompt lookup: {accepted:,} of {drafted:,} drafted tokens were accepted, and {tokens:,} were generated"
+    )
 
 
 def _with_given(options: GenerationOptions | None, given: dict[str, Any]) -> GenerationOptions:

@@ -19,12 +19,13 @@ from handspun.models.lean import LeanLayer, LeanModel
 
 @dataclass(frozen=True)
 class Laid:
-    """Feeds laid end to end, in numbers: tokens start to stop are fed to a row; mask as in Feed, but None also
-    where the row was empty, and plainly causal."""
+    """Feeds laid end to end, in numbers: tokens start to stop are fed to a row, and see its first `length` keys;
+    mask as in Feed, but None also where the row was empty, and plainly causal."""
 
     row: int
     start: int
     stop: int
+    length: int
     mask: Tensor | None
 
     @property
@@ -51,6 +52,10 @@ class LeanEngine:
     def fork(self, row: int) -> int:
         """A new row that goes on from where this one is."""
         return self.cache.fork(row)
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forgets all but the row's first tokens."""
+        self.cache.truncate(row, length)
 
     def free(self, row: int) -> None:
         """Forgets the row."""
@@ -83,9 +88,17 @@ class LeanEngine:
             positions += range(before, before + count) if feed.positions is None else feed.positions
             places += self.cache.extend(feed.row, count)
             wanted += range(start if feed.all_logits else len(ids) - 1, len(ids))
-            laid.append(Laid(feed.row, start, len(ids), self._mask(feed, before, count)))
+            laid += self._laid(feed, before, start)
         numbers = [torch.tensor(values, device=self.model.device) for values in (ids, positions, places, wanted)]
         return laid, *numbers  # type: ignore[return-value]
+
+    def _laid(self, feed: Feed, before: int, start: int) -> list[Laid]:
+        """Under int8 the tokens of a draft are laid one by one: each is attended as it would be alone, and its
+        logits are the same, bit for bit. In float, products differ already."""
+        count = len(feed.token_ids)
+        if self.model.is_int8 and feed.all_logits and feed.mask is None and before > 0:
+            return [Laid(feed.row, start + i, start + i + 1, before + i + 1, None) for i in range(count)]
+        return [Laid(feed.row, start, start + count, before + count, self._mask(feed, before, count))]
 
     def _mask(self, feed: Feed, before: int, count: int) -> Tensor | None:
         if feed.mask is not None or count == 1 or before == 0:
@@ -142,15 +155,15 @@ class LeanEngine:
         """Of tokens that are no prompts', all in one call of a native kernel."""
         starts, lengths, masks = list[int](), list[int](), list[Tensor | None]()
         for part in laid:
-            (start, length), count = self.cache.where(part.row), part.stop - part.start
-            starts += [start] * count
-            lengths += [length] * count
+            count = part.stop - part.start
+            starts += [self.cache.start(part.row)] * count
+            lengths += [part.length] * count
             masks += [None] * count if part.mask is None else part.mask.unbind()
         return native.attend(queries, self.cache.layer(number), starts, lengths, masks)
 
     def _attend(self, number: int, queries: Tensor, part: Laid) -> Tensor:
         """One row's queries, (tokens, heads, size), to (tokens, heads * size)."""
-        keys, values = self.cache.read(number, part.row)  # (kv_heads, length, size)
+        keys, values = self.cache.read(number, part.row, part.length)  # (kv_heads, length, size)
         queries = queries.to(keys.dtype)
         count, heads, size = queries.shape
         if part.is_prompt:

@@ -44,6 +44,8 @@ class ResolvedOptions:
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     num_return_sequences: int = 1
+    prompt_lookup_num_tokens: int = 0
+    max_matching_ngram_size: int = 2
     stop_strings: tuple[str, ...] = ()
     seed: int | tuple[int, ...] = 0
     eos_token_ids: tuple[int, ...] = ()
@@ -164,6 +166,15 @@ def _check(options: ResolvedOptions, chosen: dict[str, Any]) -> None:
         problems.append(
             "--repetition-penalty-exempt spares tokens of a repetition penalty, and there is none here. Add "
             "--repetition-penalty 1.1, say."
+        )
+    if options.prompt_lookup_num_tokens and options.num_beams > 1:
+        problems.append(
+            f"--prompt-lookup-num-tokens {options.prompt_lookup_num_tokens} drafts one answer, and --num-beams "
+            f"{options.num_beams} follows several. Leave it out, or use --num-beams 1."
+        )
+    if "max_matching_ngram_size" in chosen and not options.prompt_lookup_num_tokens:
+        problems.append(
+            "--max-matching-ngram-size belongs to prompt lookup: give --prompt-lookup-num-tokens 10, say, with it."
         )
     if "" in options.stop_strings:
         problems.append(

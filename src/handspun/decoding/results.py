@@ -29,6 +29,10 @@ class GenerationResult:
     """On request: how each token came to be."""
     tree: list[TreeNode] | None = None
     """On request, with a prompt's best answer: what its beam search looked at."""
+    drafted_tokens: int = 0
+    """With prompt_lookup_num_tokens: tokens that were drafted for the answer."""
+    accepted_tokens: int = 0
+    """Those of them that were chosen. Each saved a step."""
     prompt_index: int = 0
     """Which of the prompts, from 0."""
     return_index: int = 0
@@ -40,7 +44,7 @@ class GenerationResult:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationChunk:
-    """What one step adds to one answer. The texts of an answer's chunks, end to end, are its text."""
+    """What is added to one answer. The texts of an answer's chunks, end to end, are its text."""
 
     prompt_index: int
     return_index: int
