@@ -78,7 +78,7 @@ def test_hostile_data_is_accounted_for_or_one_clear_error(case: Case) -> None:
 @pytest.mark.parametrize("case", SIZES, ids=lambda case: case.name)
 def test_large_data_takes_a_multiple_of_its_size(case: Case) -> None:
     source = case.make()
-    size = min(Path(source).stat().st_size, LARGE)
+    size = LARGE if source.endswith(".parquet") else min(Path(source).stat().st_size, LARGE)  # that one is packed
     with at_most(16 * size + 200 * 2**20):
         check(case, source)
 
