@@ -26,6 +26,7 @@ from handspun.decoding.transformers_engine import TransformersEngine
 from handspun.decoding.tree import ForkedBeams, TreeBeams
 from handspun.errors import ModelError
 from handspun.models import native
+from handspun.models.hadamard import butterflies
 from handspun.models.int8 import quantize_rows
 from handspun.models.lean import LeanModel, cannot_be_lean, lean_model
 from handspun.models.load import ChatModel
@@ -243,7 +244,7 @@ def test_kernels_round_as_pytorch_does(width: int) -> None:
         (native.gate_quantize(library, x), F.silu(x[:, :width]) * x[:, width:]),
     ]
     for (found, scale), exact in cases:
-        rows, expected_scale = quantize_rows(exact)
+        rows, expected_scale = quantize_rows(butterflies(exact))
         torch.testing.assert_close(scale, expected_scale, rtol=1e-5, atol=0)
         difference = (found.int() - 128) - rows.int()
         assert difference.abs().max() <= 1

@@ -1,11 +1,14 @@
 """int8 linear layers: weights with a scale for each output channel, activations with a scale for each row.
 
-The symmetric scheme of LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339) without its outlier columns:
+The symmetric scheme of LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), with its outlier columns spread over
+their neighbours by a Hadamard transform (hadamard.py):
 
-    x = row_scale * x_int8      w = channel_scale * w_int8      y = row_scale * channel_scale * (x_int8 @ w_int8.T)
+    hadamard(x) = row_scale * x_int8                hadamard(w) / block = channel_scale * w_int8
+    y = row_scale * channel_scale * (x_int8 @ w_int8.T)
 
 Sums of int8 products are exact integers, so a row's result does not depend on the rows beside it. The backward
-pass uses the same matrix: the channels' scales are folded into the gradient before it is quantised, row by row.
+pass uses the same matrix: the channels' scales are folded into the gradient before it is quantised, row by row,
+and the input's gradient is transformed back.
 """
 
 from typing import Any
@@ -16,8 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from handspun.errors import ModelError
+from handspun.models.hadamard import block_of, hadamard
 
 _SMALLEST_SCALE = 1e-12  # rows of zeros
+_CHANNELS_AT_ONCE = 8192  # in float: an embedding has 150,000
 
 
 def quantize_base(model: PreTrainedModel) -> None:
@@ -38,9 +43,11 @@ def int8_linear(linear: nn.Linear) -> "Int8Linear":
 
 
 def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, in), float, to int8 and a scale for each channel, (out,)."""
-    rows, scale = quantize_rows(weight.detach())
-    return rows, scale.squeeze(1)
+    """(out, in), float, to hadamard(weight) / block in int8 and a scale for each channel, (out,)."""
+    block = block_of(weight.shape[1])
+    parts = [quantize_rows(hadamard(part.float()) / block) for part in weight.detach().split(_CHANNELS_AT_ONCE)]
+    rows, scales = zip(*parts, strict=True)
+    return torch.cat(rows), torch.cat(scales).squeeze(1)
 
 
 def refuse_inexact_products(device: torch.device, *, remedy: str = "--base-weights float32") -> None:
@@ -89,16 +96,16 @@ class Int8Linear(nn.Module):
 
     def float_weight(self) -> Tensor:
         """(out, in), float32: what the rounded weights stand for."""
-        return self.weight.float().mul_(self.scale[:, None])
+        return hadamard(self.weight.float().mul_(self.scale[:, None]))
 
     def product(self, x: Tensor) -> Tensor:
         """(tokens, in) to float32, (tokens, out)."""
-        y = _dequantized(*quantize_rows(x), self.weight.t()).mul_(self.scale)
+        y = _dequantized(*quantize_rows(hadamard(x.float())), self.weight.t()).mul_(self.scale)
         return y if self.bias is None else y.add_(self.bias)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """(tokens, out) to float32, (tokens, in)."""
-        return _dequantized(*quantize_rows(grad * self.scale), self.weight)
+        return hadamard(_dequantized(*quantize_rows(grad * self.scale), self.weight))
 
 
 class _Int8Product(torch.autograd.Function):

@@ -1,5 +1,5 @@
 /* What a decoding step does beside its matrix products, for x86-64 CPUs with AVX-512: rounding rows to int8, of
- * normed and gated inputs too, and attention of single queries.
+ * normed and gated inputs too, and attention of single queries. Training's int8 layers use `hadamard`.
  *
  * Each function computes what models/products.py and decoding/lean_engine.py compute with PyTorch, without arrays in
  * between. Every row is computed by itself, by the same instructions wherever it stands: its result does not depend on
@@ -8,6 +8,7 @@
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #define LANES 16 /* float32 in a register */
 
@@ -27,6 +28,20 @@ static inline __m512 exp512(__m512 x) {
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
     p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
     return _mm512_scalef_ps(p, n);
+}
+
+/* Sums and differences of values that lie width / block, and twice that, and so on, apart: models/hadamard.py. */
+static void hadamard_row(float *x, int64_t width) {
+    int64_t block = width & -width;
+    for (int64_t distance = width / (block < 64 ? block : 64); distance < width; distance *= 2)
+        for (int64_t first = 0; first < width; first += 2 * distance)
+            for (int64_t i = 0; i < distance; i += LANES) {
+                float *a = x + first + i, *b = a + distance;
+                __mmask16 mask = lanes(distance - i);
+                __m512 low = _mm512_maskz_loadu_ps(mask, a), high = _mm512_maskz_loadu_ps(mask, b);
+                _mm512_mask_storeu_ps(a, mask, _mm512_add_ps(low, high));
+                _mm512_mask_storeu_ps(b, mask, _mm512_sub_ps(low, high));
+            }
 }
 
 /* A row of `width` values to unsigned bytes: 128 + value / scale, with the largest of them at 127 steps. */
@@ -73,10 +88,24 @@ static void gate_row(const float *x, float *out, int64_t width) {
     }
 }
 
-/* Rows of x, (rows, width), or what becomes of them, to unsigned bytes with their scales. work: (rows, width). */
-void quantize(const float *x, int64_t rows, int64_t width, uint8_t *out, float *scales, int threads) {
+/* Rows of x, (rows, width), transformed. */
+void hadamard(const float *x, int64_t rows, int64_t width, float *out, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows > 1)
-    for (int64_t row = 0; row < rows; row++) scales[row] = quantize_row(x + row * width, out + row * width, width);
+    for (int64_t row = 0; row < rows; row++) {
+        memcpy(out + row * width, x + row * width, width * sizeof(float));
+        hadamard_row(out + row * width, width);
+    }
+}
+
+/* Rows of x, (rows, width), or what becomes of them, transformed and as unsigned bytes with their scales.
+ * work: (rows, width). */
+void quantize(const float *x, int64_t rows, int64_t width, float *work, uint8_t *out, float *scales, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        memcpy(work + row * width, x + row * width, width * sizeof(float));
+        hadamard_row(work + row * width, width);
+        scales[row] = quantize_row(work + row * width, out + row * width, width);
+    }
 }
 
 void norm_quantize(const float *x, const float *weight, float eps, int64_t rows, int64_t width, float *work,
@@ -84,6 +113,7 @@ void norm_quantize(const float *x, const float *weight, float eps, int64_t rows,
 #pragma omp parallel for num_threads(threads) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
         norm_row(x + row * width, weight, eps, work + row * width, width);
+        hadamard_row(work + row * width, width);
         scales[row] = quantize_row(work + row * width, out + row * width, width);
     }
 }
@@ -92,6 +122,7 @@ void gate_quantize(const float *x, int64_t rows, int64_t width, float *work, uin
 #pragma omp parallel for num_threads(threads) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
         gate_row(x + row * 2 * width, work + row * width, width);
+        hadamard_row(work + row * width, width);
         scales[row] = quantize_row(work + row * width, out + row * width, width);
     }
 }

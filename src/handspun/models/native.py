@@ -1,4 +1,4 @@
-"""Native kernels for int8 decoding (`kernels.c`), built once by the C compiler that is there.
+"""Native kernels for int8 layers (`kernels.c`), built once by the C compiler that is there.
 
 Where there is none, or the CPU lacks AVX-512, everything runs in plain PyTorch (`products.py`, `lean_engine.py`).
 """
@@ -28,7 +28,8 @@ _HEAD_SIZES = {32, 64, 96, 128}
 
 _INT, _FLOAT, _ARRAY, _THREADS = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
 _SIGNATURES = {
-    "quantize": (_ARRAY, _INT, _INT, _ARRAY, _ARRAY, _THREADS),
+    "hadamard": (_ARRAY, _INT, _INT, _ARRAY, _THREADS),
+    "quantize": (_ARRAY, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _THREADS),
     "norm_quantize": (_ARRAY, _ARRAY, _FLOAT, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _THREADS),
     "gate_quantize": (_ARRAY, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _THREADS),
     "rotate": (_ARRAY, _INT, _INT, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _ARRAY, _INT),
@@ -55,11 +56,20 @@ def kernels() -> Any | None:
     return library
 
 
-def quantize(library: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, width), float32, to unsigned bytes, each value / scale + 128, and the scales, (rows, 1)."""
+def hadamard(library: Any, x: Tensor) -> Tensor:
+    """(rows, width), float32, transformed as in hadamard.py."""
     x = x.contiguous()
+    out = torch.empty_like(x)
+    library.hadamard(x.data_ptr(), *x.shape, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def quantize(library: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, width), float32, to bytes, each value of hadamard(x) / scale + 128, and the scales, (rows, 1)."""
+    x, work = x.contiguous(), torch.empty_like(x)
     out, scale = _empty(x)
-    library.quantize(x.data_ptr(), *x.shape, out.data_ptr(), scale.data_ptr(), torch.get_num_threads())
+    arrays = (work.data_ptr(), out.data_ptr(), scale.data_ptr())
+    library.quantize(x.data_ptr(), *x.shape, *arrays, torch.get_num_threads())
     return out, scale
 
 

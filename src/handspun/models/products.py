@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from handspun.models import native
+from handspun.models.hadamard import hadamard
 from handspun.models.int8 import int_mm, quantize_channels, quantize_rows
 
 
@@ -59,7 +60,7 @@ class Int8Product:
     """In int8, with a scale for each output channel and for each token.
 
     On a CPU the matrix is laid out once for oneDNN's product, which takes unsigned rows and gives the same sums.
-    Rows are rounded by native kernels, where these can be had.
+    Rows are transformed and rounded by native kernels, where these can be had.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, is_embedding: bool = False) -> None:
@@ -90,7 +91,7 @@ class Int8Product:
 
     def rows_of_weight(self, rows: Tensor) -> Tensor:
         """(tokens,) to (tokens, in): as an embedding."""
-        return self._weight[rows].float().mul_(self._scale[rows, None])
+        return hadamard(self._weight[rows].float().mul_(self._scale[rows, None]))
 
     def _product(self, rows: Tensor, row_scale: Tensor) -> Tensor:
         """rows: (tokens, in), unsigned, 128 in their middle. row_scale: (tokens, 1)."""
@@ -105,7 +106,7 @@ class Int8Product:
 
 
 def _unsigned(x: Tensor) -> tuple[Tensor, Tensor]:
-    rows, scale = quantize_rows(x)
+    rows, scale = quantize_rows(hadamard(x))
     return (rows ^ -128).view(torch.uint8), scale  # each value + 128
 
 

@@ -1,0 +1,45 @@
+"""The Hadamard transform before rounding: worked out by hand, its own inverse, and what it is there for."""
+
+import pytest
+import torch
+from torch import nn
+
+from handspun.models import native
+from handspun.models.hadamard import block_of, butterflies, hadamard
+from handspun.models.int8 import int8_linear, quantize_rows
+
+
+def test_a_block_of_four_by_hand() -> None:
+    assert hadamard(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).tolist() == [[10.0, -2.0, -4.0, 0.0]]
+
+
+def test_a_blocks_values_lie_apart() -> None:
+    """Six is three blocks of two: values 0 and 3, 1 and 4, 2 and 5."""
+    found = hadamard(torch.tensor([[1.0, 2.0, 3.0, 10.0, 20.0, 30.0]]))
+    assert found.tolist() == [[11.0, 22.0, 33.0, -9.0, -18.0, -27.0]]
+
+
+@pytest.mark.parametrize(("width", "block"), [(576, 64), (896, 64), (48, 16), (33, 1)])
+def test_it_is_its_own_inverse(width: int, block: int) -> None:
+    assert block_of(width) == block
+    x = torch.randint(-100, 100, (3, width)).float()
+    assert torch.equal(hadamard(hadamard(x)), block * x)
+
+
+@pytest.mark.skipif(native.kernels() is None, reason="no C compiler, or no AVX-512")
+@pytest.mark.parametrize("width", [33, 48, 576, 4864])
+def test_the_kernel_adds_as_pytorch_does(width: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 2 * width)[:, :width]
+    assert torch.equal(native.hadamard(native.kernels(), x), butterflies(x))
+
+
+def test_a_value_a_hundred_times_the_others_does_not_drown_them() -> None:
+    """127 steps up to 100 leave a value of 1 hardly any; spread over 64 values, 100 becomes 12.5."""
+    torch.manual_seed(0)
+    x, linear = torch.randn(20, 256), nn.Linear(256, 256, bias=False)
+    x[:, 7] = 100
+    exact = linear(x)
+    rows, scale = quantize_rows(x)
+    plain = nn.functional.linear(rows * scale, linear.weight)
+    assert (int8_linear(linear)(x) - exact).norm() < (plain - exact).norm() / 4
