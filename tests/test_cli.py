@@ -208,7 +208,21 @@ def timed(command: list[str]) -> float:
     return time.perf_counter() - began
 
 
-@pytest.mark.parametrize("command", ["train", "preview", "generate", "chat", "demo", "eval", "compare", "export"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train",
+        "preview",
+        "generate",
+        "chat",
+        "demo",
+        "verify",
+        "verify-resume",
+        "eval",
+        "compare",
+        "export",
+    ],
+)
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert main([command, "--help"]) == 0
     printed = capsys.readouterr().out

@@ -44,7 +44,9 @@ def test_the_readme_commands_run(
         if arguments[0] == "demo":
             continue  # minutes; `make demo` is this command
         tokens = ["--max-new-tokens", "8"]
-        shorter = {"generate": tokens, "eval": tokens, "compare": tokens, "train": ["--no-sample-answers"]}
+        shorter = dict.fromkeys(("generate", "eval", "compare", "verify"), tokens) | {
+            "train": ["--no-sample-answers"]
+        }
         given = [argument.replace("Qwen/Qwen2.5-0.5B", "smollm2-135m") for argument in arguments]
         assert main([*given, *shorter.get(arguments[0], [])]) == 0, arguments
         capsys.readouterr()

@@ -8,7 +8,8 @@ HandspunError                what went wrong, what was expected, what to do (exi
 ├── TrainingError            a run that cannot go on: a loss or gradient that is not finite (names the rows), too
 │                            little memory (names what takes less), another process that died (names it)
 ├── StoppedError             a run that Ctrl-C or SIGTERM ended after a step (exit code 128 + signal)
-└── OutputError              a folder that cannot be written: exists, no permission, no room on the disk
+├── OutputError              a folder that cannot be written: exists, no permission, no room on the disk
+└── VerificationError        numbers that are not those of the reference (exit code 1)
 
 `raise` is for a user's mistake; `assert` is for our own invariants.
 """
@@ -76,3 +77,9 @@ class StoppedError(HandspunError):
 
 class OutputError(HandspunError):
     """A place that cannot be written to."""
+
+
+class VerificationError(HandspunError):
+    """A model with which Handspun does not compute what it should."""
+
+    exit_code = 1

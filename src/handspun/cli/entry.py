@@ -15,8 +15,8 @@ from handspun.errors import ConfigError, HandspunError, StoppedError
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs one command and returns its exit code: 0, 2 for what the user can mend, 128 + signal for a run that was
-    stopped."""
+    """Runs one command and returns its exit code: 0, 1 for a verification that has failed, 2 for what the user can
+    mend, 128 + signal for a run that was stopped."""
     tokens = [argument for argument in arguments if argument != "--traceback"]
     errors = Console(stderr=True, highlight=False)
     try:

@@ -1,1 +1,1 @@
-"""Equality with the references, as commands that a user runs."""
+"""Equality with the references on a model of the user's own: the one place that calls transformers' `generate`."""

@@ -1,0 +1,75 @@
+"""The command that compares a model's numbers with the reference's: verify."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+
+from handspun.cli.app import FLAT, ModelOptions, app, load_model, read_prompts
+from handspun.errors import VerificationError
+
+
+@app.command
+def verify(
+    *,
+    source: Annotated[ModelOptions, FLAT] = ModelOptions(),  # noqa: B008
+    prompts_file: Path | None = None,
+    chat: bool = True,
+    max_new_tokens: int = 16,
+    json: bool = False,
+) -> None:
+    """Compare what Handspun computes with transformers, on a model of your own: logits, tokens, beams, processors,
+    draws, losses and gradients, and answers in other batches.
+
+    transformers computes in float32, and so does what is compared with it; other --weights are shown beside it.
+    The exit code is 1 if a check has failed.
+
+    Parameters
+    ----------
+    prompts_file
+        A text file with one prompt a line; if not given, six prompts that come with Handspun.
+    chat
+        Put prompts into the model's chat template; --no-chat takes them as they are.
+    max_new_tokens
+        Tokens of an answer; more take longer, and find more.
+    json
+        One JSON object in place of the table.
+    """
+    from handspun.report.verification import failed, findings_json, findings_table, verdict
+    from handspun.verification.prompts import DEFAULT_PROMPTS
+    from handspun.verification.verify import verify as run_checks
+
+    prompts = DEFAULT_PROMPTS if prompts_file is None else read_prompts((), prompts_file)
+    exact = load_model(replace(source, weights="float32"))
+    rounded = None if _are_float32(source) else load_model(source)
+    with Console(stderr=True).status("comparing with transformers"):
+        findings = list(
+            run_checks(
+                exact,
+                prompts,
+                rounded=rounded,
+                rounded_name=source.weights,
+                is_chat=chat,
+                max_new_tokens=max_new_tokens,
+            )
+        )
+    console = Console(highlight=False)
+    if json:
+        print(findings_json(findings, source.model))
+    else:
+        console.print(findings_table(findings))
+    if failed(findings):
+        raise VerificationError(verdict(findings))
+    if not json:
+        console.print(f"\n{verdict(findings)}", markup=False)
+
+
+def _are_float32(source: ModelOptions) -> bool:
+    import torch
+
+    from handspun.models.load import resolve_device, resolve_dtype
+
+    if source.weights == "int8":
+        return False
+    return resolve_dtype(source.weights, resolve_device(source.device)) == torch.float32

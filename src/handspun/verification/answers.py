@@ -1,0 +1,164 @@
+"""Logits, greedy decoding and beam search against transformers: differences of numbers, and tokens one by one."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from handspun.decoding.generate import answer_all
+from handspun.decoding.results import GenerationResult
+from handspun.decoding.search_tree import TreeNode
+from handspun.models.lean import cannot_be_lean
+from handspun.verification.findings import Divergence, Finding, compared, first_difference, within
+from handspun.verification.material import Material
+from handspun.verification.reference import ReferenceAnswer, next_logprobs, reference_answer, reference_beams
+
+_PENALTIES = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 12}
+_BEAMS: tuple[dict[str, Any], ...] = (
+    {"num_beams": 4, "length_penalty": 1.0, "early_stopping": False, "num_return_sequences": 2},
+    {"num_beams": 3, "length_penalty": 0.6, "early_stopping": True, "num_return_sequences": 3},
+    {"num_beams": 3, "length_penalty": 2.0, "early_stopping": "never", "num_return_sequences": 1},
+)
+_FEW = 2
+"""Prompts that the beam searches behind the first are tried on."""
+
+
+def check_logits(material: Material) -> Finding:
+    """The engine's logits at every step of transformers' greedy answers: all prompts, then token by token."""
+    steps = sum(len(logits) for logits in material.logits)
+    reason = cannot_be_lean(material.chat.model.config)
+    engine = "the engine" if reason is None else f"through transformers' forward ({reason})"
+    return within("logits", f"{engine}, {steps} steps", material.largest_difference, material.tolerance)
+
+
+def check_greedy(material: Material) -> Iterator[Finding]:
+    """Token for token, without processors and with some."""
+    yield _greedy(material, "plain", material.answers)
+    limits, model = material.limits, material.chat.model
+    options = {**_PENALTIES, "min_new_tokens": min(12, *limits)}
+    answers = [
+        reference_answer(model, ids, eos_token_ids=material.eos_token_ids, max_new_tokens=limit, **options)
+        for ids, limit in zip(material.prompts, limits, strict=True)
+    ]
+    yield _greedy(material, "penalties", answers, **options)
+
+
+def _greedy(material: Material, case: str, expected: Sequence[ReferenceAnswer], **options: Any) -> Finding:
+    found = answer_all(material.job(**options))
+    divergences = []
+    for prompt, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        place = first_difference(ours.token_ids, theirs.token_ids)
+        if place is not None:
+            margin = _margin(theirs, place, ours.token_ids)
+            divergences.append(
+                material.divergence(
+                    prompt, place, ours.token_ids, theirs.token_ids, margin=margin, rounding=material.rounding
+                )
+            )
+    tokens = sum(len(answer.token_ids) for answer in expected)
+    return compared("greedy", case, f"{len(found)} answers, {tokens} tokens the same", divergences)
+
+
+def _margin(theirs: ReferenceAnswer, place: int, ours: Sequence[int]) -> float:
+    """By how much transformers' processed logits prefer its own token."""
+    if place >= min(len(ours), len(theirs.token_ids)):
+        return math.inf
+    logits = theirs.processed[place]
+    margin = float(logits[theirs.token_ids[place]] - logits[ours[place]])
+    return margin if math.isfinite(margin) else math.inf
+
+
+def check_beams(material: Material) -> Iterator[Finding]:
+    """Beam searches: ids, and scores."""
+    for options in _BEAMS:
+        prompts = range(len(material.prompts)) if options is _BEAMS[0] else range(len(material.prompts))[:_FEW]
+        yield _beams(material, prompts, options)
+
+
+def _beams(material: Material, prompts: Sequence[int], options: dict[str, Any]) -> Finding:
+    """Searches of some prompts (their indices)."""
+    found = answer_all(material.job(prompts, show_tree=True, **options))
+    several, penalty = options["num_return_sequences"], options["length_penalty"]
+    divergences, difference = list[Divergence](), 0.0
+    for number, prompt in enumerate(prompts):
+        ours = found[number * several : (number + 1) * several]
+        theirs, expected = reference_beams(
+            material.chat.model,
+            material.prompts[prompt],
+            eos_token_ids=material.eos_token_ids,
+            max_new_tokens=material.limits[prompt],
+            **options,
+        )
+        scores = _scores(ours, penalty)
+        apart = _parted(
+            material, prompt, ours, theirs, scores=scores, expected=expected, beams=options["num_beams"]
+        )
+        if apart is not None:
+            divergences.append(apart)
+        else:
+            triples = zip(ours, scores, expected, strict=True)
+            difference = max(
+                difference, *(abs(a - b) * len(one.token_ids) ** (penalty - 1) for one, a, b in triples)
+            )
+    case = f"{options['num_beams']} beams, early_stopping {options['early_stopping']}, {len(prompts)} prompts"
+    if not difference <= material.rounding:
+        what = "same tokens, but log-probabilities a token differ by"
+        return within("beams", case, difference, material.rounding, what=what)
+    same = f"{len(found)} answers the same, log-probabilities a token to {difference:.0e}"
+    return compared("beams", case, same, divergences)
+
+
+def _scores(answers: Sequence[GenerationResult], length_penalty: float) -> list[float]:
+    nodes = answers[0].tree or []
+    of_answer = {node.return_index: node.score for node in nodes if node.return_index is not None}
+    return [
+        of_answer.get(answer.return_index, math.nan) / len(answer.token_ids) ** length_penalty
+        for answer in answers
+    ]
+
+
+def _parted(
+    material: Material,
+    prompt: int,
+    ours: Sequence[GenerationResult],
+    theirs: Sequence[list[int]],
+    *,
+    scores: Sequence[float],
+    expected: Sequence[float],
+    beams: int,
+) -> Divergence | None:
+    """The first of a prompt's answers that differs, with the closest decision of the search as its margin."""
+    pairs = zip([answer.token_ids for answer in ours], theirs, scores, expected, strict=True)
+    for mine, other, score, wanted in pairs:
+        place = first_difference(mine, other)
+        if place is not None:
+            gap = closest_decision(material, prompt, ours[0].tree or [], beams=beams)
+            margin = min(gap, abs(score - wanted))
+            rounding = material.rounding * len(other)  # scores are sums over so many tokens
+            return material.divergence(prompt, place, mine, other, margin=margin, rounding=rounding)
+    return None
+
+
+def closest_decision(material: Material, prompt: int, tree: Sequence[TreeNode], *, beams: int) -> float:
+    """By how little, in log-probability as transformers has it, a search preferred what it kept to what it gave
+    up: if that is not below rounding at any step, another course is no rounding's."""
+    paths: dict[int | None, list[int]] = {None: []}
+    gaps, eos = [], material.eos_token_ids
+    level: list[tuple[int | None, float]] = [(None, 0.0)]
+    while level and len(paths[level[0][0]]) < material.limits[prompt]:
+        candidates: list[tuple[float, bool]] = []
+        for place, score in level:
+            logprobs = next_logprobs(material.chat.model, material.prompts[prompt] + paths[place])
+            best = logprobs.topk(min(beams + 1 + len(eos), len(logprobs)))
+            pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            candidates += [(score + value, token in eos) for value, token in pairs]
+        for scores in ([s for s, _ in candidates], [s for s, has_ended in candidates if not has_ended]):
+            scores.sort(reverse=True)
+            gaps += [scores[beams - 1] - scores[beams]] if len(scores) > beams else []
+        places = {place for place, _ in level}
+        children = [(i, node) for i, node in enumerate(tree) if node.parent in places and not node.ended]
+        paths |= {i: [*paths[node.parent], node.token_id] for i, node in children}
+        level = [(i, node.score) for i, node in children]
+    return min(gaps, default=math.inf)
+
+
+__all__ = ["check_beams", "check_greedy", "check_logits", "closest_decision"]

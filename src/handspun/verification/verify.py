@@ -1,0 +1,64 @@
+"""All checks in their order."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from handspun.models.load import ChatModel
+from handspun.verification.answers import check_beams, check_greedy, check_logits
+from handspun.verification.batches import check_batches
+from handspun.verification.findings import Finding
+from handspun.verification.material import Material, engine_logits, gather
+from handspun.verification.processors import check_processors
+from handspun.verification.prompts import DEFAULT_PROMPTS
+from handspun.verification.sampling import check_distributions, check_draws
+from handspun.verification.training import check_packed, check_prefix
+
+
+def verify(
+    chat: ChatModel,
+    prompts: Sequence[str] = DEFAULT_PROMPTS,
+    *,
+    rounded: ChatModel | None = None,
+    rounded_name: str = "",
+    is_chat: bool = True,
+    max_new_tokens: int = 16,
+) -> Iterator[Finding]:
+    """Compares what Handspun computes with transformers, and with itself in other batches, check by check.
+
+    chat: the model in float32, with which the equality holds.
+    rounded, rounded_name: the same model in other weights, if these are to be used, and what they are called.
+    prompts: user messages; with is_chat=False, plain text.
+
+    Raises DataError, TemplateError, ConfigError for prompts that cannot be decoded.
+    """
+    material = gather(chat, prompts, is_chat=is_chat, max_new_tokens=max_new_tokens)
+    yield check_logits(material)
+    yield from check_greedy(material)
+    yield from check_beams(material)
+    yield from check_processors(material)
+    yield from check_distributions(material)
+    yield from check_draws(material)
+    yield from check_batches(material, chat, "float32", exact=False)
+    if rounded is not None:
+        yield agreement(material, rounded, rounded_name)
+        yield from check_batches(material, rounded, rounded_name, exact=_is_int8(rounded))
+    yield from check_packed(material)
+    yield check_prefix(material)
+
+
+def agreement(material: Material, rounded: ChatModel, name: str) -> Finding:
+    """How often rounded weights choose what transformers chose in float32, along its answers: told, not judged."""
+    logits = engine_logits(rounded, material.prompts, [answer.token_ids for answer in material.answers])
+    chosen = torch.cat(logits).argmax(-1).tolist()
+    expected = [token for answer in material.answers for token in answer.token_ids]
+    same = sum(token == wanted for token, wanted in zip(chosen, expected, strict=True))
+    found = f"{same} of {len(expected)} greedy choices as in float32 ({same / len(expected):.1%})"
+    return Finding(check=name, case="beside float32", status="info", found=found)
+
+
+def _is_int8(chat: ChatModel) -> bool:
+    return chat.lean is not None and chat.lean.is_int8
+
+
+__all__ = ["agreement", "verify"]
