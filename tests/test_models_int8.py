@@ -10,7 +10,14 @@ from torch import nn
 
 from handspun.errors import ModelError
 from handspun.models import int8
-from handspun.models.int8 import Int8Linear, int8_linear, quantize_base, quantize_rows, refuse_inexact_products
+from handspun.models.int8 import (
+    Int8Linear,
+    int8_linear,
+    quantize_base,
+    quantize_rows,
+    refuse_inexact_products,
+    rows_unrounded,
+)
 from handspun.models.lora import add_lora
 from tiny import tiny_model
 
@@ -71,6 +78,17 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     for rows in (x[:1], x[3:20]):
         start = 0 if len(rows) == 1 else 3
         assert torch.equal(layer(rows), together[start : start + len(rows)])
+
+
+def test_rows_can_be_left_unrounded_for_a_while() -> None:
+    torch.manual_seed(0)
+    layer, x = int8_linear(nn.Linear(64, 48)), torch.randn(5, 64)
+    rounded = layer(x)
+    with rows_unrounded(nn.Sequential(layer)):
+        exact = layer(x)
+    torch.testing.assert_close(exact, nn.functional.linear(x, layer.float_weight(), layer.bias))
+    assert torch.equal(layer(x), rounded)
+    assert 1e-4 < (exact - rounded).abs().max() < 0.1
 
 
 def test_a_quarter_of_the_memory() -> None:

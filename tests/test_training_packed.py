@@ -12,6 +12,8 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwe
 
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
+from handspun.models import int8
+from handspun.models.int8 import quantize_base
 from handspun.models.lora import add_lora
 from handspun.training import packed as packed_module
 from handspun.training.execution import cannot_pack, execution_of
@@ -246,6 +248,26 @@ def test_a_model_that_scales_its_logits_runs_padded_and_the_log_says_so() -> Non
     ) as execution:
         assert isinstance(execution, Padded)
     assert said[0].startswith("batching: padded (llama gives another loss packed")
+
+
+def test_noise_of_an_int8_base_is_not_taken_for_another_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded coarsely, sums in another order make another loss; unrounded, they do not."""
+    said: list[str] = []
+    model: Any = add_lora(tiny_model("qwen2"), "tiny", rank=2, alpha=4, dropout=0.0)
+    quantize_base(model)
+    monkeypatch.setattr(int8, "quantize_rows", coarsely_quantized)
+    config = TrainConfig(num_epochs=1, lora=True, base_weights="int8")
+    with execution_of(
+        model, config, rows(8), dtype=torch.float32, pad_token_id=0, notice=said.append
+    ) as execution:
+        assert isinstance(execution, Packed)
+    assert said == ["batching: packed"]
+
+
+def coarsely_quantized(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """To 3 steps, at random where to: as if each sum had another order."""
+    scale = values.abs().amax(1, keepdim=True) / 3
+    return (values / scale + torch.rand(values.shape) - 0.5).round().to(torch.int8), scale
 
 
 def test_padded_on_request_and_dropout_are_said() -> None:

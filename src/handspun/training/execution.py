@@ -12,13 +12,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from handspun.config import TrainConfig
 from handspun.data.example_arrays import lengths_of
 from handspun.data.examples import Example
+from handspun.models.int8 import rows_unrounded
 from handspun.training.forward import Padded, Run, directly
 from handspun.training.packed import Packed, packed_attention
 
-_TOLERANCE = {"float32": 1e-3, "int8": 2e-2}
-"""Relative, by the type of the base weights. In float32 the two agree to 1e-6, and on int8 layers, where a sum in
-another order can round to another integer, to 3e-3; a rule of attention that is not followed shows far above
-this."""
+_TOLERANCE = 1e-3
+"""Relative. The two agree to 1e-6; a rule of attention that is not followed shows far above this."""
 
 
 class Execution(Protocol):
@@ -60,7 +59,7 @@ def execution_of(
     padded = Padded(model, dtype, pad_token_id)
     reason = "it was asked for" if config.batching == "padded" else cannot_pack(model.config)
     if reason is None:
-        reason = _differs(model, padded, examples, _TOLERANCE[config.base_weights])
+        reason = _differs(model, padded, examples)
     if reason is not None:
         notice(f"batching: padded ({reason})")
         yield replace(padded, run=run_on(model))
@@ -82,20 +81,21 @@ def cannot_pack(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def _differs(model: PreTrainedModel, padded: Padded, examples: Sequence[Example], tolerance: float) -> str | None:
+def _differs(model: PreTrainedModel, padded: Padded, examples: Sequence[Example]) -> str | None:
     """Tries both on the two shortest rows: a model may do more with attention or logits than its config says."""
     shortest = [examples[i] for i in np.argsort(lengths_of(examples), kind="stable")[:2].tolist()]
     was_training = model.training
     model.eval()
     try:
-        expected = Padded(model, torch.float32, padded.pad_token_id).loss(shortest)
-        with packed_attention(model):
-            found = Packed(model, torch.float32, share_prefix=True).loss(shortest)
+        with rows_unrounded(model):
+            expected = Padded(model, torch.float32, padded.pad_token_id).loss(shortest)
+            with packed_attention(model):
+                found = Packed(model, torch.float32, share_prefix=True).loss(shortest)
     except (TypeError, ValueError, NotImplementedError) as error:
         return f"{model.config.model_type} does not take packed rows: {str(error).splitlines()[0]}"
     finally:
         model.train(was_training)
-    if not abs(found - expected) <= tolerance * abs(expected):
+    if not abs(found - expected) <= _TOLERANCE * abs(expected):
         return f"{model.config.model_type} gives another loss packed, {found:.6g} for {expected:.6g}"
     return None
 
