@@ -119,8 +119,9 @@ class LeanEngine:
         """(tokens, hidden) to (tokens, heads * head_size)."""
         model = self.model
         qkv = layer.qkv.normed(x, layer.attention_norm, model.norm_eps).view(len(x), -1, model.head_size)
-        if self._native and layer.q_norm is None:
-            native.rotate(qkv, model.heads, cosines, sines, places, self.cache.layer(number))
+        if self._native:
+            norms, pool = (layer.q_norm, layer.k_norm), self.cache.layer(number)
+            native.rotate(qkv, model.heads, norms, model.norm_eps, cosines, sines, places, pool)
             queries = qkv[:, : model.heads]
         else:
             queries, keys = self._rotated(layer, qkv, cosines, sines)

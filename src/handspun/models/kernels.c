@@ -7,6 +7,7 @@
  */
 #include <immintrin.h>
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -127,14 +128,18 @@ void gate_quantize(const float *x, int64_t rows, int64_t width, float *work, uin
     }
 }
 
-/* Rotates the queries of qkv, (tokens, heads + 2 * kv_heads, size), by their positions in place, and puts the keys,
- * rotated, and the values into places of the pool, (2 * kv_heads, pool_tokens, size). cosines, sines: (tokens, size), the
- * sines' first half negative. size: a multiple of 32. */
-void rotate(float *qkv, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size, const float *cosines,
-            const float *sines, const int64_t *places, float *pool, int64_t pool_tokens) {
+/* Norms the queries and keys of qkv, (tokens, heads + 2 * kv_heads, size), where there are norms for them, (size), and
+ * rotates them by their positions: queries in place, and keys, and values, into places of the pool,
+ * (2 * kv_heads, pool_tokens, size). cosines, sines: (tokens, size), the sines' first half negative.
+ * size: a multiple of 32. */
+void rotate(float *qkv, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size, const float *q_norm,
+            const float *k_norm, float eps, const float *cosines, const float *sines, const int64_t *places,
+            float *pool, int64_t pool_tokens) {
     for (int64_t token = 0; token < tokens; token++, cosines += size, sines += size)
         for (int64_t head = 0; head < heads + 2 * kv_heads; head++, qkv += size) {
             int64_t kept = head - heads;
+            const float *norm = kept < 0 ? q_norm : kept < kv_heads ? k_norm : NULL;
+            if (norm) norm_row(qkv, norm, eps, qkv, size);
             float *out = kept < 0 ? qkv : pool + (kept * pool_tokens + places[token]) * size;
             for (int64_t i = 0; i < size / 2; i += LANES) {
                 __m512 low = _mm512_loadu_ps(qkv + i), high = _mm512_loadu_ps(qkv + size / 2 + i);

@@ -32,7 +32,10 @@ _SIGNATURES = {
     "quantize": (_ARRAY, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _THREADS),
     "norm_quantize": (_ARRAY, _ARRAY, _FLOAT, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _THREADS),
     "gate_quantize": (_ARRAY, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _THREADS),
-    "rotate": (_ARRAY, _INT, _INT, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _ARRAY, _INT),
+    "rotate": (
+        *(_ARRAY, _INT, _INT, _INT, _INT, _ARRAY, _ARRAY, _FLOAT),
+        *(_ARRAY, _ARRAY, _ARRAY, _ARRAY, _INT),
+    ),
     "attend": (
         *(_ARRAY, _INT, _ARRAY, _INT, _INT, _INT, _INT, _INT, _ARRAY, _ARRAY, _ARRAY),
         *(_FLOAT, _ARRAY, _INT, _ARRAY, _THREADS),
@@ -97,16 +100,28 @@ def can_attend(head_size: int, dtype: torch.dtype, device: torch.device) -> bool
     return is_float and head_size in _HEAD_SIZES and kernels() is not None
 
 
-def rotate(qkv: Tensor, heads: int, cosines: Tensor, sines: Tensor, places: Tensor, pool: Tensor) -> None:
-    """Rotates queries in place, and puts rotated keys, and values, into places, (tokens,), of the pool.
+def rotate(
+    qkv: Tensor,
+    heads: int,
+    norms: tuple[Tensor | None, Tensor | None],
+    eps: float,
+    cosines: Tensor,
+    sines: Tensor,
+    places: Tensor,
+    pool: Tensor,
+) -> None:
+    """Norms queries and keys, rotates queries in place, and puts rotated keys, and values, into places, (tokens,),
+    of the pool.
 
-    qkv: (tokens, heads + 2 * kv_heads, head_size). cosines, sines: (tokens, head_size).
+    qkv: (tokens, heads + 2 * kv_heads, head_size). norms: of queries and keys, (head_size,); None for no norm.
+    cosines, sines: (tokens, head_size).
     """
     library: Any = kernels()
     assert qkv.is_contiguous() and pool.is_contiguous()  # noqa: PT018
     library.rotate(
-        *(qkv.data_ptr(), len(qkv), heads, len(pool) // 2, qkv.shape[2], cosines.data_ptr(), sines.data_ptr()),
-        *(places.data_ptr(), pool.data_ptr(), pool.shape[1]),
+        *(qkv.data_ptr(), len(qkv), heads, len(pool) // 2, qkv.shape[2]),
+        *(None if norm is None else norm.data_ptr() for norm in norms),
+        *(eps, cosines.data_ptr(), sines.data_ptr(), places.data_ptr(), pool.data_ptr(), pool.shape[1]),
     )
 
 
