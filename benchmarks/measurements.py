@@ -71,7 +71,7 @@ def command() -> str:
 
 
 def _without_folder(argument: str) -> str:
-    return Path(argument).name if Path(argument).is_absolute() else argument
+    return Path(argument).name if Path(argument).exists() else argument
 
 
 @dataclass(frozen=True)
