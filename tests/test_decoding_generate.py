@@ -334,6 +334,14 @@ def test_a_malformed_conversation_is_named(chat, prompt):
         generate(chat, ["Hi", *prompt], notice=str)
 
 
+@pytest.mark.parametrize("prompt", ["a\ud800", [{"role": "user", "content": "a\ud800"}]], ids=ascii)
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_half_a_surrogate_pair_is_named(chat, prompt, is_chat):
+    if is_chat or isinstance(prompt, str):
+        with pytest.raises(DataError, match="prompt 1 cannot be used: broken Unicode"):
+            generate(chat, [prompt], chat=is_chat, notice=str)
+
+
 def test_a_tokenizer_without_a_template_can_still_take_plain_text():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None

@@ -69,7 +69,10 @@ def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
             raise ConfigError(f"--prompts-file {file} cannot be read: {error}") from error
         found += [line for line in lines if line.strip()]
     if not found and not sys.stdin.isatty():
-        found = [sys.stdin.read().rstrip("\n")]
+        try:
+            found = [sys.stdin.read().rstrip("\n")]
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the prompt on standard input cannot be read: {error}") from error
     if not any(prompt.strip() for prompt in found):
         raise ConfigError('there is no prompt: give one, as in handspun generate --model M "Tell me a joke."')
     return found

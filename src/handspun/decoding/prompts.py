@@ -1,9 +1,11 @@
 """From what the user gives as prompts to token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from handspun.data.conversations import Message
+from handspun.data.conversations import DroppedRow, Message, check_writable
+from handspun.data.messages import Cell, read_messages, read_tools
 from handspun.data.said import said_ids
 from handspun.errors import ConfigError, DataError
 from handspun.models.load import ChatModel
@@ -36,11 +38,14 @@ def encode_prompts(
     """
     if not chat:
         _check_plain(prompts, system_prompt, tools)
+    tools = _read_tools(tools)
     encoded = []
     for number, prompt in enumerate(prompts, start=1):
         if chat:
             ids = model.template.encode_prompt(_conversation(prompt, number, system_prompt), tools)
         else:
+            with _in_words(f"prompt {number}"):
+                check_writable(prompt)
             ids = _plain_ids(model, prompt)
         _check_length(model, ids, number)
         encoded.append(ids)
@@ -51,7 +56,7 @@ def said_in(
     model: ChatModel, prompts: list[Prompt], *, system_prompt: str | None, tools: list[dict[str, Any]] | None
 ) -> list[list[int]]:
     """Of each chat prompt, the tokens that the template did not write."""
-    numbered = enumerate(prompts, start=1)
+    numbered, tools = enumerate(prompts, start=1), _read_tools(tools)
     return [said_ids(model.template, _conversation(prompt, n, system_prompt), tools) for n, prompt in numbered]
 
 
@@ -72,7 +77,25 @@ def _conversation(prompt: Prompt, number: int, system_prompt: str | None) -> lis
             )
     if system_prompt is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
+    with _in_words(f"prompt {number}"):  # a role that nobody knows must not get into the template
+        messages = read_messages(messages, Cell(f"prompt {number}"))
+        check_writable(messages)
     return messages
+
+
+def _read_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    with _in_words("the tools"):
+        read = read_tools(tools, Cell("the tools"))
+        check_writable(read)
+    return read
+
+
+@contextmanager
+def _in_words(what: str) -> Iterator[None]:
+    try:
+        yield
+    except DroppedRow as reason:
+        raise DataError(f"{what} cannot be used: {reason}.") from None
 
 
 def _check_plain(prompts: list[Prompt], system_prompt: str | None, tools: list[dict[str, Any]] | None) -> None:

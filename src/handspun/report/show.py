@@ -15,6 +15,7 @@ from handspun.data.conversations import Message
 from handspun.data.prepare import prepare_examples, resolve_max_length
 from handspun.decoding.generate import generate, stream
 from handspun.decoding.results import GenerationResult
+from handspun.errors import DataError
 from handspun.models.embedded import cache_folder
 from handspun.models.load import ChatModel, context_length, load_config, load_tokenizer, model_source
 from handspun.report.account import account_lines, length_lines
@@ -111,6 +112,8 @@ def hold_conversation(
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
+        except UnicodeDecodeError as error:
+            raise DataError(f"standard input cannot be read: {error}") from error
         if said == "/quit":
             return
         if said == "/reset":
