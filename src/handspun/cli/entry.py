@@ -74,7 +74,7 @@ def _read_yaml(file: str) -> dict[str, Any]:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {file} cannot be read: {error}. Expected a YAML file of options.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"--config {file} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(

@@ -33,7 +33,8 @@ from handspun.models.int8 import refuse_inexact_products
 from handspun.models.lean import LeanModel, cannot_be_lean, lean_model
 from handspun.models.quiet import quiet
 
-_SUFFIXES_OF_PICKLES = (".bin", ".pt", ".pth")
+_SUFFIXES_OF_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(eq=False)
@@ -136,6 +137,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 def load_config(source: ModelSource) -> PretrainedConfig:
     """The model's config alone, without its weights."""
     config: PretrainedConfig = _from_pretrained(AutoConfig, source.name, source.location, **source.arguments)
+    config.__dict__.pop("auto_map", None)  # which code of the folder to run: nothing may follow it later
     return config
 
 
@@ -168,26 +170,64 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 def _folder_source(name: str, path: Path, notice: Callable[[str], None]) -> ModelSource:
     if (path / "adapter_config.json").exists():
-        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        found = model_source(base, notice)
-        return ModelSource(name, found.location, found.gguf_file, adapter=path)
+        return _adapter_source(name, path, notice)
     if not (path / "config.json").exists():
         raise ModelError(
             f"{name} is a folder without config.json: expected a transformers model folder (config.json, "
             f"model.safetensors, tokenizer.json), found {_listing(path)}."
         )
     if not any(path.glob("*.safetensors")):
-        pickles = [file.name for file in path.iterdir() if file.suffix in _SUFFIXES_OF_PICKLES]
-        if pickles:
-            raise ModelError(
-                f"{name} has its weights only as pickles ({', '.join(sorted(pickles)[:3])}), which can run code "
-                "when they are read. Convert them where you trust them: "
-                "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder) writes safetensors."
-            )
+        _refuse_pickles(name, path, "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)")
         raise ModelError(
             f"{name} is a model folder without weights: expected *.safetensors, found {_listing(path)}."
         )
+    if (path / _INDEX).exists():
+        weight_map = _json_object(path / _INDEX).get("weight_map")
+        files = {str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else {"nothing"}
+        if strange := sorted(f for f in files if not f.endswith(".safetensors") or Path(f).name != f):
+            raise ModelError(
+                f"{name}: {_INDEX} names {strange[0]!r}, and only *.safetensors files in the folder are read."
+            )
     return ModelSource(name, str(path))
+
+
+def _adapter_source(name: str, path: Path, notice: Callable[[str], None]) -> ModelSource:
+    config = _json_object(path / "adapter_config.json")
+    base, kind = config.get("base_model_name_or_path"), config.get("peft_type")
+    if not isinstance(base, str) or kind != "LORA" or config.get("megatron_config"):
+        raise ModelError(
+            f"{name} is no LoRA adapter that can be merged: expected an adapter_config.json with peft_type LORA "
+            f"and the name of a base model, found {kind!r} and {base!r}."
+        )
+    if not (path / "adapter_model.safetensors").exists():
+        _refuse_pickles(name, path, "PeftModel.from_pretrained(base, folder).save_pretrained(folder)")
+        raise ModelError(f"{name} lacks its weights: expected adapter_model.safetensors, found {_listing(path)}.")
+    if (Path(base).expanduser() / "adapter_config.json").exists():
+        raise ModelError(
+            f"{name} is an adapter whose base, {base}, is an adapter itself. Merge that one first, and name the "
+            "merged model as base_model_name_or_path in adapter_config.json."
+        )
+    found = model_source(base, notice)
+    return ModelSource(name, found.location, found.gguf_file, adapter=path)
+
+
+def _refuse_pickles(name: str, path: Path, remedy: str) -> None:
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in _SUFFIXES_OF_PICKLES)
+    if pickles:
+        raise ModelError(
+            f"{name} has its weights only as pickles ({', '.join(pickles[:3])}), which can run code when they are "
+            f"read. Convert them where you trust them: {remedy} writes safetensors."
+        )
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} is no JSON object.")
+    return value
 
 
 def _load_merged(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -236,8 +276,11 @@ def _load_weights(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedMo
 def _with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     from peft import PeftModel
 
-    with quiet():
-        merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    try:
+        with quiet():
+            merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except Exception as error:
+        raise ModelError(f"{adapter} cannot be read as an adapter of its base model: {error}") from error
     if (adapter / "generation_config.json").exists():
         merged.generation_config = GenerationConfig.from_pretrained(adapter)
     return merged
@@ -246,10 +289,15 @@ def _with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
 def _from_pretrained(auto: Any, name: str, location: str, **arguments: Any) -> Any:
     """`auto.from_pretrained`, quiet, with its failures in words for people."""
     try:
-        with quiet():
-            return auto.from_pretrained(location, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        with quiet():  # if it is not told, transformers asks on the terminal whether to run a model's own code
+            return auto.from_pretrained(location, trust_remote_code=False, **arguments)
+    except Exception as error:  # whatever transformers, tokenizers or safetensors make of strange files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{name} asks for Python code of its own to be run (auto_map in its configuration), which "
+                "Handspun never does. Use a model whose architecture is in transformers."
+            ) from error
         if Path(location).exists():
             raise ModelError(f"{name} cannot be read as a model: {reason}") from error
         raise ModelError(
