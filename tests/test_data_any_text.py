@@ -1,0 +1,101 @@
+"""From rows to examples, whatever text they hold: an answer is learned whole, with its end and nothing else, and
+the ids say what the row said."""
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from handspun.data.chat_template import ChatTemplate
+from handspun.data.examples import build_examples
+from handspun.data.rows import Row
+from handspun.errors import DataError
+from handspun.models.load import ChatModel
+from tiny import tiny_tokenizer
+
+TINY = ChatTemplate(tiny_tokenizer())
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "</think>"]
+SURROGATES = [chr(code) for code in (0xD800, 0xDBFF, 0xDC00, 0xDFFF)]
+HARD = [
+    '\ue000"0\ue001',
+    "\\ue000",
+    "\x00",
+    "\x1b[31m",
+    "\u200d",
+    "\u0301",
+    "\ufeff",
+    "\r\n",
+    "{{ x }}",
+    "{% if %}",
+]
+
+# All of Unicode, halves of surrogate pairs too, with the texts of added tokens and of what is used within.
+texts = st.lists(
+    st.text(max_size=12) | st.sampled_from(SPECIAL) | st.sampled_from(HARD) | st.sampled_from(SURROGATES),
+    max_size=6,
+).map("".join)
+
+
+def is_writable(*given: str) -> bool:
+    return not any(0xD800 <= ord(char) < 0xE000 for text in given for char in text)
+
+
+def rows_of(user: str, answer: str, system: str) -> dict[str, dict[str, Any]]:
+    """The same in every format."""
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    turns = [{"from": "human", "value": user}, {"from": "gpt", "value": answer}]
+    return {
+        "alpaca": {"instruction": user, "output": answer, "system": system},
+        "prompt-completion": {"prompt": user, "completion": answer, "system": system},
+        "messages": {"messages": messages, "system": system},
+        "sharegpt": {"conversations": turns, "system": system},
+    }
+
+
+def check(template: ChatTemplate, user: str, answer: str, system: str) -> None:
+    for values in rows_of(user, answer, system).values():
+        row = Row("a.jsonl", 1, values)
+        if not (user.strip() and answer.strip()) or not is_writable(
+            user, answer, system if system.strip() else ""
+        ):
+            with pytest.raises(DataError, match="none of its 1 rows can be trained on"):
+                build_examples([row], template, max_length=10_000)
+            continue
+        examples, account = build_examples([row], template, max_length=10_000)
+        [example] = examples
+        assert (account.kept, account.dropped, account.truncated) == (1, [], [])
+        learned = [id for id, on in zip(example.input_ids, example.learned, strict=True) if on]
+        assert said(template, learned) == f"{answer}{template.end_of_turn}"
+        assert example.learned == sorted(example.learned)  # one span, at the end
+        whole = said(template, example.input_ids)
+        assert whole.endswith(
+            f"{user}{template.end_of_turn}\n<|im_start|>assistant\n{answer}{template.end_of_turn}"
+        )
+        assert not system.strip() or f"system\n{system}{template.end_of_turn}" in whole
+        forged = example.input_ids.count(template.end_of_turn_id) - (2 if not has_system(whole, template) else 3)
+        assert forged == 0
+
+
+def has_system(whole: str, template: ChatTemplate) -> bool:
+    return whole.startswith("<|im_start|>system\n") and template.end_of_turn in whole
+
+
+def said(template: ChatTemplate, ids: list[int]) -> str:
+    return str(template.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(texts, texts, texts)
+def test_an_answer_is_learned_whole_whatever_the_texts(user: str, answer: str, system: str) -> None:
+    check(TINY, user, answer, system)
+
+
+@pytest.mark.embedded
+def test_so_it_is_with_smollm2s_tokenizer(smollm2: ChatModel) -> None:
+    choose = random.Random(0)
+    pieces = [*SPECIAL, *HARD, *SURROGATES[:1], "Hello ", "你好", " ", "\n", "naïve", "😀", "x = {'a': 1}"]
+    for _ in range(60):
+        user, answer, system = ("".join(choose.choices(pieces, k=choose.randint(0, 5))) for _ in range(3))
+        check(smollm2.template, user, answer, system)
