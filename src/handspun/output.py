@@ -15,9 +15,10 @@ from handspun.config import TrainConfig
 from handspun.data.prepare import ExampleSet
 from handspun.errors import OutputError, StoppedError, TrainingError
 from handspun.models.load import ChatModel
+from handspun.report.duration import duration
 from handspun.report.environment import peak_memory
 from handspun.report.incidents import Incident, incident_facts, write_batch
-from handspun.report.log import RunLog, duration
+from handspun.report.log import RunLog
 from handspun.report.record import write_run
 from handspun.resume import ResumePoint, last_checkpoint, unfinished_run
 from handspun.training.checkpoint import clear_leftovers, errors_for_people

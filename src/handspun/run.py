@@ -36,9 +36,11 @@ from handspun.models.lora import add_lora
 from handspun.output import TrainedRun, note, owned, prepare_output, recorded, refuse_without_room
 from handspun.report.account import account_lines, length_lines
 from handspun.report.html.keep import reported
+from handspun.report.live import LiveState
 from handspun.report.log import RunLog, plain_console
 from handspun.report.plan import plan_lines
 from handspun.report.record import run_facts
+from handspun.report.samples import Sampler, sampler_of
 from handspun.resume import ResumePoint, execution_changes, forget, refuse_another_run
 from handspun.training.checkpoint import TRAINING_STATE
 from handspun.training.dtype import choose_dtype
@@ -51,7 +53,7 @@ from handspun.training.out_of_memory import OutOfMemory
 from handspun.training.preflight import make_plan
 from handspun.training.processes import Processes, processes_of_this_run
 from handspun.training.room import room_on
-from handspun.training.signals import stop_requests
+from handspun.training.signals import StopRequest, stop_requests
 from handspun.training.spikes import Spike
 from handspun.training.threads import use_threads
 from handspun.training.training_state import read_optimizer, read_weights
@@ -161,7 +163,12 @@ def _run_loop(job: _Job) -> Keeper:
     if processes.is_first:
         _say_how_it_goes_on(job)
     keeper = Keeper(run, config, processes, job.facts, job.log)
-    with stop_requests() as request, processes.losses_explained():
+    sampler = sampler_of(run.model, config)
+    with (
+        stop_requests(say=not job.log.has_terminal) as request,
+        job.log.watched(_live_state(job, sampler, request)),
+        processes.losses_explained(),
+    ):
         processes.share_weights(model)
         with execution_of(
             model,
@@ -187,6 +194,8 @@ def _run_loop(job: _Job) -> Keeper:
                 job.log.event(event)
                 if isinstance(event, Skipped | Spike | OutOfMemory):
                     note(run, event, config, job.training, processes, job.log)
+                if sampler and processes.is_first and sampler.is_due(event, loop):
+                    job.log.event(sampler.after(event))  # before a checkpoint of the step: it would not come again
                 keeper.event(event, state)
                 if loop.ends_step(event) and event.step < loop.total_steps:
                     number = int(processes.max(request.signal))  # the same step is the last one of all ranks
@@ -200,6 +209,16 @@ def _run_loop(job: _Job) -> Keeper:
         model.activation_checkpointing_disable()
     model.eval()
     return keeper
+
+
+def _live_state(job: _Job, sampler: Sampler | None, request: StopRequest) -> LiveState:
+    return LiveState(
+        total_steps=job.run.plan.steps,
+        num_epochs=job.config.num_epochs,
+        held_out=job.held_out is not None,
+        prompts=sampler.prompts if sampler else (),
+        stopping=lambda: bool(request.signal),
+    )
 
 
 def _go_on_from(

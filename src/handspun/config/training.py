@@ -157,6 +157,9 @@ class TrainConfig(DataConfig):
     sample_prompts: tuple[str, ...] | None = None
     """The prompts of the sample answers; if not given, the three of the demonstration."""
 
+    sample_every: int | None = None
+    """Answer the sample prompts greedily every so many optimiser steps too, and show how the answers change."""
+
     report_rows: int = 256
     """Rows of each set, at even distances, whose losses by the final weights are in report.html, the worst and the
     best with their text; 0 leaves them out."""
@@ -193,6 +196,11 @@ class TrainConfig(DataConfig):
                 f"--shard cuts float32 optimiser states, and --optimizer-states {self.optimizer_states} shortens "
                 "whole ones: leave one of the two out."
             )
+        if self.sample_every is not None and self.shard:
+            problems.append(
+                "--sample-every answers with the whole model, and with --shard no process has it. Leave one of "
+                "the two out: without --shard, the first process answers."
+            )
         if problems:
             raise ConfigError(problems)
 
@@ -214,6 +222,7 @@ _TRAIN_RANGES: Ranges = {
     "save_minutes": (0, float("inf"), True, False),
     "keep_last": (1, float("inf"), True, False),
     "report_rows": (0, float("inf"), True, False),
+    "sample_every": (1, float("inf"), True, False),
     "num_epochs": (1, float("inf"), True, False),
     "batch_size": (1, float("inf"), True, False),
     "max_tokens": (1, float("inf"), True, False),

@@ -10,6 +10,8 @@ from handspun.models.load import ChatModel
 
 def cannot_decode_lean(chat: ChatModel) -> str | None:
     """Why a model is decoded through transformers' own forward; None if it need not be."""
+    if chat.in_training:
+        return "its weights are being trained, and stay where they are"
     if chat.lean is None and any(isinstance(module, Int8Linear) for module in chat.model.modules()):
         return "its frozen layers are int8, and with adapters merged into them they would be float copies"
     return cannot_be_lean(chat.model.config)

@@ -41,13 +41,15 @@ _INDEX = "model.safetensors.index.json"
 class ChatModel:
     """A causal language model in eval mode, its tokenizer, and the name it was loaded by.
 
-    With int8 weights these are in `lean`, and the model holds shapes and configuration alone (meta tensors).
+    With int8 weights these are in `lean`, and the model holds shapes and configuration alone (meta tensors). The
+    weights of one that is in training are neither moved nor merged when it is decoded from.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     lean: LeanModel | None = None
+    in_training: bool = False
 
     @cached_property
     def template(self) -> ChatTemplate:

@@ -1,25 +1,29 @@
 """A run as it goes: plain lines in train.log, one JSON object an event in metrics.jsonl, and the terminal.
 
-On a terminal there is one progress bar below the lines; anywhere else the lines alone, with nothing that
-moves the cursor, so that a file they are sent to reads well.
+On a terminal there is one panel below the lines (live.py); anywhere else the lines alone, with nothing that moves
+the cursor, so that a file they are sent to reads well.
 """
 
 import json
 import os
+import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self, TextIO, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from handspun.report.duration import duration
 from handspun.report.environment import current_memory
+from handspun.report.html.series import read_metrics
 from handspun.report.incidents import incident_facts, incident_line
+from handspun.report.live import LiveState, one_line, shown, wrapped
+from handspun.report.samples import Samples
 from handspun.training.checkpoint import errors_for_people
 from handspun.training.loop import EpochEnd, Evaluation, Event, Step
 from handspun.training.nonfinite import Skipped
@@ -29,10 +33,19 @@ from handspun.training.spikes import Spike
 _LEAST_SECONDS_BETWEEN_STEPS = 1.0
 """In train.log and on the terminal; metrics.jsonl has every step."""
 
+_WIDTH = 84
+"""Columns of a prompt or an answer: with what stands before it a line is shorter than 100."""
+
+_LINES_OF_AN_ANSWER = 3
+"""At most; metrics.jsonl has all of it."""
+
+_Kind = TypeVar("_Kind", Step, Evaluation)
+
 
 def plain_console() -> Console:
-    """Standard output without highlighting, and in a notebook plain text like anywhere else."""
-    return Console(highlight=False, force_jupyter=False)
+    """Standard output without highlighting, and in a notebook plain text like anywhere else. FORCE_COLOR, by which
+    rich takes a file for a terminal, gives it colours and no panel."""
+    return Console(highlight=False, force_jupyter=False, force_interactive=None if sys.stdout.isatty() else False)
 
 
 class RunLog:
@@ -56,9 +69,8 @@ class RunLog:
         mode = "w" if resumed_at is None else "a"
         self._log = _open(folder, "train.log", mode)
         self._metrics = _open(folder, "metrics.jsonl", mode)
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-        self._seconds, self._tokens, self._steps = 0.0, 0, 0
+        self._live: LiveState | None = None
+        self._seconds, self._steps = 0.0, 0
         self._last_step_line = -_LEAST_SECONDS_BETWEEN_STEPS
 
     def __enter__(self) -> Self:
@@ -67,29 +79,58 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
         for file in (self._log, self._metrics):
             if file is not None:
                 file.close()
+
+    @property
+    def has_terminal(self) -> bool:
+        """Whether the run is watched on a terminal that a panel can be kept on; of several ranks, the first's."""
+        return self._console.is_interactive and not self._console.quiet
+
+    @contextmanager
+    def watched(self, state: LiveState) -> Iterator[None]:
+        """Inside of the block a terminal has the panel, below the lines. What a resumed run has done is in it."""
+        if not self.has_terminal:
+            yield
+            return
+        if self._metrics is not None:
+            earlier = read_metrics(Path(self._metrics.name))
+            for facts in earlier.steps:
+                state.see(_from_facts(Step, facts))
+            state.evaluations += [_from_facts(Evaluation, facts) for facts in earlier.evaluations]
+        self._live = state
+        try:
+            with shown(state, self._console):
+                yield
+        finally:
+            self._live = None
 
     def line(self, text: str) -> None:
         """One line (or several), with the time of day in train.log."""
         self.only_in_file(text)
         for part in text.splitlines() or [""]:
-            self._console.print(part, markup=False, highlight=False, soft_wrap=True)
+            self._print(part)
 
     def only_in_file(self, text: str) -> None:
         """The same for what is shown by others, such as the error that ends the run."""
         for part in text.splitlines() or [""]:
             _write(self._log, f"{datetime.now():%H:%M:%S} {part}\n")
 
-    def event(self, event: Event) -> None:
-        """One event of the loop, as a line and as a record."""
+    def event(self, event: Event | Samples) -> None:
+        """One event of the loop, or answers behind a step, as lines and as a record."""
         measured = {"memory_bytes": current_memory()} if isinstance(event, Step) else {}
         _write(self._metrics, json.dumps({**_facts(event), **measured}) + "\n")
         if isinstance(event, Step):
+            self._seconds += event.seconds
+            self._steps += 1
+        if self._live is not None:
+            left = self._seconds_left(event) if isinstance(event, Step) else None
+            self._live.see(event, memory=measured.get("memory_bytes"), seconds_left=left)
+        if isinstance(event, Step):
             self._step(event)
+        elif isinstance(event, Samples):
+            self._samples(event)
         elif isinstance(event, Evaluation):
             best = ", the best so far" if event.best and event.step else ""
             self.line(f"held-out loss {event.loss:.4f} over {event.learned_tokens} tokens{best}")
@@ -99,73 +140,56 @@ class RunLog:
             self._last_step_line = -_LEAST_SECONDS_BETWEEN_STEPS
 
     def _step(self, step: Step) -> None:
-        self._seconds += step.seconds
-        self._tokens += step.tokens
-        self._steps += 1
         now = self._clock()
-        is_due = now - self._last_step_line >= _LEAST_SECONDS_BETWEEN_STEPS or step.step == step.total_steps
-        text = self._step_line(step)
-        if is_due:
-            self._last_step_line = now
-            _write(self._log, f"{datetime.now():%H:%M:%S} {text}\n")
-        if self._console.is_terminal:
-            self._show_progress(step)
-        elif is_due:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if now - self._last_step_line < _LEAST_SECONDS_BETWEEN_STEPS and step.step < step.total_steps:
+            return
+        self._last_step_line = now
+        text = f"{_step_line(step)}  left {duration(self._seconds_left(step))}"
+        self.only_in_file(text)
+        if self._live is None:
+            self._print(text)
 
-    def _step_line(self, step: Step) -> str:
-        width = len(str(step.total_steps))
-        return (
-            f"step {step.step:>{width}}/{step.total_steps}  epoch {step.epoch}  loss {step.loss:.4f}  "
-            f"lr {step.learning_rate:.2e}  grad {step.grad_norm:.2f}  "
-            f"{step.tokens / step.seconds:.0f} tokens/s ({step.learned_tokens / step.seconds:.0f} learned, "
-            f"{step.computed_tokens / step.seconds:.0f} computed)  "
-            f"left {duration(self._seconds_left(step))}"
-        )
+    def _samples(self, samples: Samples) -> None:
+        """All answers, each on some lines of its own; on a terminal the panel has them."""
+        lines = [f"answers after step {samples.step}, in {duration(samples.seconds)}:"]
+        for answer in samples.answers:
+            lines.append("  > " + wrapped(one_line(answer.prompt), _WIDTH, 1)[0])
+            text = one_line(answer.text) + (
+                " (cut: the time is up)" if answer.finish_reason == "cancelled" else ""
+            )
+            lines += ["    " + part for part in wrapped(text, _WIDTH, _LINES_OF_AN_ANSWER)]
+        text = "\n".join(lines)
+        self.only_in_file(text) if self._live is not None else self.line(text)
 
     def _seconds_left(self, step: Step) -> float:
         """By the mean of all steps so far; evaluation and saving are not in it."""
         return (step.total_steps - step.step) * self._seconds / self._steps
 
-    def _show_progress(self, step: Step) -> None:
-        if self._progress is None:
-            self._progress = Progress(
-                TextColumn("epoch {task.fields[epoch]}"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("loss [bold]{task.fields[loss]:.3f}[/]"),
-                TextColumn("{task.fields[rate]:.0f} tokens/s"),
-                TextColumn("left {task.fields[left]}"),
-                console=self._console,
-                expand=True,
-            )
-            self._task = self._progress.add_task("", total=step.total_steps, epoch=1, loss=0.0, rate=0.0, left="")
-            self._progress.start()
-        assert self._task is not None
-        self._progress.update(
-            self._task,
-            completed=step.step,
-            epoch=step.epoch,
-            loss=step.loss,
-            rate=self._tokens / self._seconds,
-            left=duration(self._seconds_left(step)),
-        )
+    def _print(self, text: str) -> None:
+        """On a terminal, cut between words; in a file a line stays one."""
+        wraps = self._console.is_interactive
+        self._console.print(text, markup=False, highlight=False, soft_wrap=not wraps)
 
 
-def _facts(event: Event) -> dict[str, Any]:
+def _step_line(step: Step) -> str:
+    """In columns: numbers of the usual sizes stand below each other."""
+    width = len(str(step.total_steps))
+    return (
+        f"step {step.step:>{width}}/{step.total_steps}  epoch {step.epoch}  loss {step.loss:.4f}  "
+        f"lr {step.learning_rate:.2e}  grad {step.grad_norm:5.2f}  "
+        f"{step.tokens / step.seconds:4.0f} tokens/s ({step.learned_tokens / step.seconds:.0f} learned)"
+    )
+
+
+def _from_facts(kind: type[_Kind], facts: dict[str, Any]) -> _Kind:
+    """The event that `_facts` made a record of."""
+    return kind(**{one.name: facts[one.name] for one in fields(kind)})
+
+
+def _facts(event: Event | Samples) -> dict[str, Any]:
     if isinstance(event, Skipped | Spike | OutOfMemory):
         return incident_facts(event)
     return {"event": type(event).__name__.lower(), **asdict(event)}
-
-
-def duration(seconds: float) -> str:
-    """`8s`, `3m07s`, `2h05m`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 def _open(folder: Path | None, name: str, mode: str) -> TextIO | None:

@@ -215,8 +215,15 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     """The model with packed attention, through transformers' AttentionInterface, and afterwards as it was."""
     AttentionInterface.register(_ATTENTION, _attend)
     AttentionMaskInterface.register(_ATTENTION, lambda *_, **__: None)  # no square mask is ever made
+    with attention_of(model, _ATTENTION):
+        yield
+
+
+@contextmanager
+def attention_of(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """The model with another of transformers' attentions, and afterwards with the one that it had."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(_ATTENTION)
+    model.set_attn_implementation(implementation)
     try:
         yield
     finally:

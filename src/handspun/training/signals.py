@@ -19,8 +19,10 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def stop_requests(*, say: bool = True) -> Iterator[StopRequest]:
     """Inside of the block the first SIGINT or SIGTERM is noted and said; a second one does what it always does.
+
+    say: on standard error, unless the caller shows it by the request.
 
     Outside of the main thread, where Python takes no signals, nothing is changed.
     """
@@ -34,7 +36,7 @@ def stop_requests() -> Iterator[StopRequest]:
         request.signal = number
         for one, handler in before.items():
             signal.signal(one, handler)
-        if os.environ.get("RANK", "0") == "0":
+        if say and os.environ.get("RANK", "0") == "0":
             name = signal.Signals(number).name
             os.write(2, f"\n{name}: the run stops after this step; a second one leaves at once\n".encode())
 

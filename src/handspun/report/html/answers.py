@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from handspun.config import TrainConfig
 from handspun.decoding.generate import generate
 from handspun.models.lean import own_weights
 from handspun.models.load import ChatModel
@@ -42,6 +43,11 @@ class SampleAnswers:
 
     answers: list[SampleAnswer]
     notes: list[str] = field(default_factory=list)
+
+
+def prompts_of(config: TrainConfig) -> tuple[str, ...]:
+    """The prompts that a run answers."""
+    return DEMONSTRATION_PROMPTS if config.sample_prompts is None else tuple(config.sample_prompts)
 
 
 def sample_answers(

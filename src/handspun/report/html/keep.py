@@ -16,11 +16,12 @@ from handspun.data.example_arrays import lengths_of
 from handspun.data.prepare import ExampleSet
 from handspun.errors import HandspunError, OutputError
 from handspun.models.load import ChatModel, model_source
-from handspun.report.html.answers import DEMONSTRATION_PROMPTS, sample_answers
+from handspun.report.duration import duration
+from handspun.report.html.answers import prompts_of, sample_answers
 from handspun.report.html.folder import KEPT, read_kept
 from handspun.report.html.page import write_report
 from handspun.report.html.rows import losses_by_row, texts_of
-from handspun.report.log import RunLog, duration
+from handspun.report.log import RunLog
 from handspun.report.record import write_json
 from handspun.training.execution import execution_of
 
@@ -58,7 +59,7 @@ def _write(folder: Path, kept: dict[str, Any], log: RunLog) -> None:
 def _at_the_start(
     chat: ChatModel, config: TrainConfig, training: ExampleSet, held_out: ExampleSet | None, log: RunLog
 ) -> dict[str, Any]:
-    prompts = config.sample_prompts if config.sample_prompts is not None else DEMONSTRATION_PROMPTS
+    prompts = prompts_of(config)
     sets = {"train": training, "held_out": held_out}
     return {
         "model": model_fingerprints(config.model, chat),

@@ -19,6 +19,7 @@ class Metrics:
 
     steps: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def read_metrics(file: Path) -> Metrics:
     """
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
+    samples: dict[int, dict[str, Any]] = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:
             event = json.loads(line)
@@ -47,7 +49,9 @@ def read_metrics(file: Path) -> Metrics:
             steps[event["step"]] = event
         elif event["event"] == "evaluation":
             evaluations[event["step"]] = event
-    return Metrics([steps[n] for n in sorted(steps)], [evaluations[n] for n in sorted(evaluations)])
+        elif event["event"] == "samples":
+            samples[event["step"]] = event
+    return Metrics(*([found[step] for step in sorted(found)] for found in (steps, evaluations, samples)))
 
 
 def thinned(steps: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

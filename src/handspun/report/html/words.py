@@ -7,10 +7,10 @@ from pathlib import PurePath
 from typing import Any
 
 from handspun.config import TrainConfig, option_name
+from handspun.report.duration import duration
 from handspun.report.html.command import command
 from handspun.report.html.folder import RunFiles
 from handspun.report.html.pictures import SET_NAMES
-from handspun.report.log import duration
 
 Fact = tuple[str, str, list[str]]
 """What, which, and small print below it."""
