@@ -95,6 +95,7 @@ def test_without_colour_it_has_none(state: LiveState) -> None:
 def test_what_a_model_says_does_not_act_on_the_terminal(state: LiveState) -> None:
     assert "?[2JNo." in "\n".join(seen(state, height=40))
     assert one_line("a\x07\u202eb\r\nc") == "a??b c"
+    assert one_line(" \n") == "(nothing)"
 
 
 def test_a_sparkline_is_the_run_from_its_least_to_its_largest() -> None:

@@ -212,9 +212,9 @@ def is_unicode(encoding: str) -> bool:
 
 
 def one_line(text: str, encoding: str = "utf-8") -> str:
-    """What a model said, on one line, with a question mark for what would act on a terminal or cannot be shown."""
+    """What a model said, on one line, with "?" for what would act on a terminal or cannot be shown there."""
     seen = "".join(sign if sign.isprintable() else "?" for sign in " ".join(text.split()))
-    return seen.encode(encoding, "replace").decode(encoding)
+    return seen.encode(encoding, "replace").decode(encoding) or "(nothing)"
 
 
 def wrapped(text: str, width: int, most: int) -> list[str]:
