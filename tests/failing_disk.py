@@ -27,7 +27,7 @@ from handspun.report.log import RunLog, plain_console
 from handspun.resume import last_checkpoint
 from handspun.training.checkpoint import clear_leftovers, is_checkpoint
 from handspun.training.loop import EpochEnd, Evaluation, TrainingState, start
-from handspun.training.preflight import make_plan
+from handspun.training.plan import make_plan
 from handspun.training.processes import Processes
 from tiny import tiny_model, tiny_tokenizer
 from torture import run_in_child

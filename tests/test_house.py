@@ -19,7 +19,7 @@ ROOMS = [
     {"data"},
     {"models"},
     {"training", "decoding"},
-    {"verification", "evaluation"},
+    {"verification", "evaluation", "preflight"},
     {"report"},
     {"resume"},
     {"output"},

@@ -14,7 +14,7 @@ from handspun.errors import ModelError, TrainingError
 from handspun.models.int8 import quantize_base
 from handspun.models.lora import add_lora
 from handspun.training.fitting import check_room
-from handspun.training.preflight import make_plan, predicted_peak
+from handspun.training.plan import make_plan, predicted_peak
 from handspun.training.processes import Processes
 from handspun.training.room import Room
 from tiny import tiny_model

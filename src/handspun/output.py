@@ -24,7 +24,7 @@ from handspun.resume import ResumePoint, last_checkpoint, unfinished_run
 from handspun.training.checkpoint import clear_leftovers, errors_for_people
 from handspun.training.loop import Evaluation
 from handspun.training.nonfinite import Skipped
-from handspun.training.preflight import Plan
+from handspun.training.plan import Plan, disk_at_most
 from handspun.training.processes import Processes
 
 _OUR_FILES = [
@@ -121,8 +121,7 @@ def _make_room(folder: Path, *, overwrite: bool) -> None:
 
 def refuse_without_room(plan: Plan, config: TrainConfig) -> None:
     """Raises OutputError before the first step rather than after the first epoch."""
-    resuming = (plan.checkpoint_size + plan.training_state_size) * (config.keep_last + 1)
-    needed = plan.checkpoint_size * (config.num_epochs + 1) + resuming
+    needed = disk_at_most(plan, config)
     free = shutil.disk_usage(config.output_dir).free
     if free < needed:
         raise OutputError(

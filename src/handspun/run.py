@@ -1,5 +1,6 @@
 """One fine-tuning run, put together: data, model, loop, log, checkpoints."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ from handspun.errors import StoppedError
 from handspun.keeping import Keeper
 from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.models.embedded import cache_folder
-from handspun.models.end_of_turn import end_of_turn_is_new, make_end_of_turn_eos
+from handspun.models.end_of_turn import end_of_turn_is_new, eos_token_ids_of, make_end_of_turn_eos
 from handspun.models.int8 import quantize_base, refuse_inexact_products
 from handspun.models.load import (
     ChatModel,
@@ -27,6 +28,7 @@ from handspun.models.load import (
     context_length,
     load,
     load_config,
+    load_generation_config,
     load_tokenizer,
     model_source,
     resolve_device,
@@ -34,11 +36,15 @@ from handspun.models.load import (
 )
 from handspun.models.lora import add_lora
 from handspun.output import TrainedRun, note, owned, prepare_output, recorded, refuse_without_room
+from handspun.preflight.end_of_turn import end_of_turn
+from handspun.preflight.look import look_at_rows
+from handspun.preflight.rates import Forecast, operations, predicted_seconds
 from handspun.report.account import account_lines, length_lines
 from handspun.report.html.keep import reported
 from handspun.report.live import LiveState
 from handspun.report.log import RunLog, plain_console
 from handspun.report.plan import plan_lines
+from handspun.report.preflight import corrected_line, doubts_about_memory, show_examples, show_preflight
 from handspun.report.record import run_facts
 from handspun.report.samples import Sampler, sampler_of
 from handspun.resume import ResumePoint, execution_changes, forget, refuse_another_run
@@ -50,7 +56,7 @@ from handspun.training.loop import Loop, TrainingState, start
 from handspun.training.loop import train as training_events
 from handspun.training.nonfinite import Skipped
 from handspun.training.out_of_memory import OutOfMemory
-from handspun.training.preflight import make_plan
+from handspun.training.plan import make_plan
 from handspun.training.processes import Processes, processes_of_this_run
 from handspun.training.room import room_on
 from handspun.training.signals import StopRequest, stop_requests
@@ -97,6 +103,7 @@ class _Job:
     point: ResumePoint | None
     processes: Processes
     log: RunLog
+    dtype: torch.dtype
 
 
 def _train(
@@ -109,9 +116,10 @@ def _train(
     """earlier, point: the unfinished run that is gone on with, on the first rank."""
     source = model_source(config.model, log.line)
     max_length = resolve_max_length(config.max_length, context_length(load_config(source)))
+    template = ChatTemplate(load_tokenizer(source))
     training, held_out = prepare_examples(
         config,
-        ChatTemplate(load_tokenizer(source)),
+        template,
         max_length=max_length,
         eval_data=config.eval_data,
         eval_ratio=config.eval_ratio,
@@ -119,12 +127,15 @@ def _train(
         cache=ExampleCache(cache_folder() / "examples"),
         notice=log.line,
     )
+    if processes.is_first:
+        show_examples(log, training.examples, template.tokenizer)
     _log_data(log, training, held_out, max_length)
-    shapes_of, room = partial(_shapes, source), room_on(processes.device)
-    check_room(config, training.examples, shapes_of, room, processes=processes, notice=log.line)
-    if config.dry_run:
-        return _dry_run(config, shapes_of(config), training, max_length, log)
-    facts = run_facts(config, training, held_out, max_length) if processes.is_first else {}
+    ending = end_of_turn(template, eos_token_ids_of(load_generation_config(source), load_config(source)), training)
+    new_token_ids = [] if ending.is_eos else [template.end_of_turn_id]
+    shapes_of, room = partial(shapes, source, new_token_ids=new_token_ids), room_on(processes.device)
+    doubts = list[str]()
+    check_room(config, training.examples, shapes_of, room, processes=processes, notice=doubts.append)
+    facts = {} if config.dry_run or not processes.is_first else run_facts(config, training, held_out, max_length)
     if earlier is not None:
         refuse_another_run(earlier, facts, config.output_dir)
         forget(Path(config.output_dir), after=point.folder if point else None)
@@ -132,12 +143,27 @@ def _train(
         facts["seconds"] = point.facts["run"]["seconds"] if point else 0.0
     shared = processes.shared(replace(point, folder=None) if point else None)
     point = point if processes.is_first else shared
+    dtype = _product_dtype(config, processes, facts, point, log)
+    shape = shapes_of(config)
+    plan = make_plan(shape, training.examples, config)
+    if processes.is_first:
+        for line in plan_lines(plan, config, max_length):
+            log.line(line)
+        seconds = predicted_seconds(
+            operations(shape, plan, training.examples, config),
+            config,
+            dtype=dtype,
+            device=processes.device,
+            threads=torch.get_num_threads() * processes.count,
+        )
+        found = [*look_at_rows(config, training, held_out, max_length=max_length), *doubts_about_memory(doubts)]
+        facts["preflight"] = show_preflight(log, config, found, ending, seconds)
+    if config.dry_run:
+        log.line("a dry run: nothing was trained or written")
+        return TrainedRun(Path(config.output_dir), plan)
     chat = _model_to_train(config, processes, log)
-    plan = make_plan(chat.model, training.examples, config)
-    for line in plan_lines(plan, config, max_length):
-        log.line(line)
     run = TrainedRun(Path(config.output_dir), plan, chat)
-    job = _Job(config, training, held_out, run, facts, point, processes, log)
+    job = _Job(config, training, held_out, run, facts, point, processes, log, dtype)
     if not processes.is_first:
         _run_loop(job)
         return run
@@ -159,7 +185,6 @@ def _run_loop(job: _Job) -> Keeper:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if point is not None and point.folder is not None:
         read_weights(model, point.folder / TRAINING_STATE)
-    dtype = _product_dtype(config, processes, job.facts, point, job.log)
     if processes.is_first:
         _say_how_it_goes_on(job)
     keeper = Keeper(run, config, processes, job.facts, job.log)
@@ -174,7 +199,7 @@ def _run_loop(job: _Job) -> Keeper:
             model,
             config,
             job.training.examples,
-            dtype=dtype,
+            dtype=job.dtype,
             pad_token_id=pad_token_id if pad_token_id is not None else 0,  # masked: any id would do
             notice=job.log.line,
             run_on=processes.run_on,
@@ -190,8 +215,11 @@ def _run_loop(job: _Job) -> Keeper:
             if point is not None:
                 keeper.take_up(point)
                 _go_on_from(point, state, run, config, processes)
+            forecast = Forecast(run.plan, config.num_epochs)
             for event in training_events(loop, state):
                 job.log.event(event)
+                if (left := forecast.after(event)) is not None:
+                    job.log.line(corrected_line(left, event.step))
                 if isinstance(event, Skipped | Spike | OutOfMemory):
                     note(run, event, config, job.training, processes, job.log)
                 if sampler and processes.is_first and sampler.is_due(event, loop):
@@ -270,23 +298,12 @@ def _product_dtype(
     return dtype
 
 
-def _dry_run(
-    config: TrainConfig, model: PreTrainedModel, training: ExampleSet, max_length: int, log: RunLog
-) -> TrainedRun:
-    """The plan from the model's shapes alone: its weights are not read."""
-    plan = make_plan(model, training.examples, config)
-    for line in plan_lines(plan, config, max_length):
-        log.line(line)
-    log.line("a dry run: nothing was trained or written")
-    return TrainedRun(Path(config.output_dir), plan)
-
-
-def _shapes(source: ModelSource, config: TrainConfig) -> PreTrainedModel:
-    """The model that is trained, on the meta device."""
+def shapes(source: ModelSource, config: TrainConfig, *, new_token_ids: Sequence[int] = ()) -> PreTrainedModel:
+    """The model that is trained, on the meta device. new_token_ids: as those of LoRA."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(source), dtype=torch.float32)
         if config.lora:
-            model = _with_lora(model, config)
+            model = _with_lora(model, config, new_token_ids)
     if config.base_weights == "int8":
         refuse_inexact_products(resolve_device(config.device))
         quantize_base(model)
@@ -317,16 +334,14 @@ def _model_to_train(config: TrainConfig, processes: Processes, log: RunLog) -> C
     return chat
 
 
-def _with_lora(
-    model: PreTrainedModel, config: TrainConfig, new_token_ids: list[int] | None = None
-) -> PreTrainedModel:
+def _with_lora(model: PreTrainedModel, config: TrainConfig, new_token_ids: Sequence[int]) -> PreTrainedModel:
     return add_lora(
         model,
         config.model,
         rank=config.lora_rank,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
-        new_token_ids=new_token_ids or [],
+        new_token_ids=new_token_ids,
     )
 
 

@@ -1,5 +1,6 @@
-"""Commands before and around a run: train, preview, demo."""
+"""Commands before and around a run: train, preflight, preview, demo."""
 
+from dataclasses import replace
 from typing import Annotated
 
 from rich.console import Console
@@ -18,6 +19,17 @@ def train(*, config: Annotated[TrainConfig, FLAT] = TrainConfig()) -> None:  # n
     from handspun.run import train as run_training
 
     run_training(config)
+
+
+@app.command
+def preflight(*, config: Annotated[TrainConfig, FLAT] = TrainConfig()) -> None:  # noqa: B008  (frozen)
+    """Show what a run would learn, what is odd in its rows, and what it would cost; nothing is trained or written.
+
+    Takes the options of train. With --strict, a warning is an error.
+    """
+    from handspun.run import train as run_training
+
+    run_training(replace(config, dry_run=True))
 
 
 @app.command

@@ -26,7 +26,7 @@ class DataConfig:
     """Longest example in tokens, prompt included; if not given, 2048 or the model's limit."""
 
     strict: bool = False
-    """Make dropped or truncated rows an error instead of a line in the account."""
+    """Make an error of dropped or truncated rows, and of every warning before a run."""
 
     cache_examples: bool = True
     """Keep tokenised rows in ~/.cache/handspun/examples, and read them from there where nothing has changed."""
@@ -168,7 +168,7 @@ class TrainConfig(DataConfig):
     """Replace an earlier run in the output folder."""
 
     dry_run: bool = False
-    """Show the plan (steps, tokens, predicted peak memory) and stop."""
+    """Do all that comes before the first step, and stop: the same as `handspun preflight`."""
 
     def __post_init__(self) -> None:
         problems = numbers_out_of_range(self, {**_DATA_RANGES, **_TRAIN_RANGES})

@@ -4,14 +4,19 @@ Qwen2.5-0.5B base has `<|endoftext|>` as its eos, while its template ends turns 
 tuning both are eos: in generation_config, config and tokenizer.
 """
 
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from handspun.models.load import ChatModel
 
 
 def eos_token_ids(model: PreTrainedModel) -> list[int]:
     """The ids that end generation: the generation_config's, else the config's."""
-    for config in (model.generation_config, model.config):
+    return eos_token_ids_of(model.generation_config, model.config)
+
+
+def eos_token_ids_of(*configs: GenerationConfig | PretrainedConfig | None) -> list[int]:
+    """Those of the first config that has any."""
+    for config in configs:
         eos = getattr(config, "eos_token_id", None)
         if eos is not None:
             return list(eos) if isinstance(eos, list | tuple) else [eos]

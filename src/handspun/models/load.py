@@ -8,6 +8,7 @@ import difflib
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -141,6 +142,14 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     config: PretrainedConfig = _from_pretrained(AutoConfig, source.name, source.location, **source.arguments)
     config.__dict__.pop("auto_map", None)  # which code of the folder to run: nothing may follow it later
     return config
+
+
+def load_generation_config(source: ModelSource) -> GenerationConfig | None:
+    """The model's generation_config; an adapter folder's own one where it has one; None if there is none."""
+    for place in (source.adapter, source.location) if source.adapter is not None else (source.location,):
+        with suppress(OSError):
+            return GenerationConfig.from_pretrained(str(place))
+    return None
 
 
 def resolve_device(device: str) -> torch.device:

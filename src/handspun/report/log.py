@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO, TypeVar
 
 from rich.console import Console
+from rich.text import Text
 
 from handspun.report.duration import duration
 from handspun.report.environment import current_memory
@@ -111,6 +112,12 @@ class RunLog:
         self.only_in_file(text)
         for part in text.splitlines() or [""]:
             self._print(part)
+
+    def styled(self, text: Text, plain: str) -> None:
+        """A text for terminals that have colours; its plain form for the others, for pipes and for train.log."""
+        self.only_in_file(plain)
+        is_seen = self._console.is_terminal and not self._console.no_color
+        self._console.print(text if is_seen else Text(plain), soft_wrap=not self._console.is_interactive)
 
     def only_in_file(self, text: str) -> None:
         """The same for what is shown by others, such as the error that ends the run."""

@@ -23,19 +23,27 @@ _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t
 _CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
-def coloured(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """Learned tokens in bold green on the terminal."""
+def coloured(example: Example, tokenizer: PreTrainedTokenizerBase, *, most: int | None = None) -> Text:
+    """Learned tokens in bold green on the terminal. most: characters of each run, the rest of it left out."""
     text = Text()
     for run, is_learned in learned_runs(example, tokenizer):
-        text.append(run.translate(_CONTROLS), style="bold green" if is_learned else "dim")
+        text.append(_cut(run, most).translate(_CONTROLS), style="bold green" if is_learned else "dim")
     return text
 
 
-def bracketed(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Learned tokens between ⟦ and ⟧, for files and for terminals without colour."""
-    runs = learned_runs(example, tokenizer)
+def bracketed(example: Example, tokenizer: PreTrainedTokenizerBase, *, most: int | None = None) -> str:
+    """Learned tokens between ⟦ and ⟧, for files and for terminals without colour. most: as above."""
+    runs = [(_cut(run, most), is_learned) for run, is_learned in learned_runs(example, tokenizer)]
     text = "".join(f"⟦{run}⟧" if is_learned else run for run, is_learned in runs)
     return text.translate(_CONTROLS)
+
+
+def _cut(run: str, most: int | None) -> str:
+    """Its beginning and its end, where it is longer."""
+    if most is None or len(run) <= most:
+        return run
+    head, tail = run[: most * 2 // 3], run[len(run) - most // 3 :]
+    return f"{head} … {len(run) - len(head) - len(tail)} characters … {tail}"
 
 
 def spread(examples: Sequence[Example], count: int) -> list[Example]:

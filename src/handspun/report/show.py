@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from rich.console import Console
 from rich.rule import Rule
+from rich.text import Text
 
 from handspun.config import DataConfig, GenerationOptions
 from handspun.data.cache import ExampleCache
@@ -44,8 +45,8 @@ def show_preview(config: DataConfig, model: str, console: Console, *, examples: 
     for example in spread(made.examples, examples):
         title = f"{example.file}, row {example.row}: {len(example)} tokens, {example.learned_tokens} learned"
         console.print(f"--- {title}" if plain else Rule(title, align="left"), markup=False)
-        text = bracketed(example, tokenizer) if plain else coloured(example, tokenizer)
-        console.print(text, markup=False, soft_wrap=True)
+        text = Text(bracketed(example, tokenizer)) if plain else coloured(example, tokenizer)
+        console.print(text, soft_wrap=True)
     console.print("---\n" if plain else Rule(), markup=False)
     for line in [*length_lines(made.examples), "", *account_lines(made.account, max_length=max_length)]:
         console.print(line, markup=False, soft_wrap=True)

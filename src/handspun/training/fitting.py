@@ -13,7 +13,7 @@ from handspun.data.batches import epoch_order
 from handspun.data.example_arrays import lengths_of
 from handspun.data.examples import Example
 from handspun.errors import HandspunError, TrainingError
-from handspun.training.preflight import predicted_peak
+from handspun.training.plan import predicted_peak
 from handspun.training.processes import Processes
 from handspun.training.room import Room
 

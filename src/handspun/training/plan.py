@@ -102,3 +102,10 @@ def _training_state_size(trainable: int, config: TrainConfig) -> int:
     """Optimiser states, and the weights once more where the checkpoint has them in another form."""
     links = not config.lora and config.save_dtype == "float32"
     return trainable * ({"float32": 8, "bfloat16": 4, "8bit": 2}[config.optimizer_states] + (0 if links else 4))
+
+
+def disk_at_most(plan: Plan, config: TrainConfig) -> int:
+    """Bytes of all checkpoints of a run when most are there: one an epoch, the best one, those to resume from, and
+    one more while it is written."""
+    resuming = (plan.checkpoint_size + plan.training_state_size) * (config.keep_last + 1)
+    return plan.checkpoint_size * (config.num_epochs + 1) + resuming

@@ -1,0 +1,153 @@
+"""Rows that say the same as an earlier one, or nearly.
+
+Two texts are the same where their words are. They are near-duplicates where four fifths of the 3-grams of words
+that either has are in both (a Jaccard similarity of 0.8), and this still holds without the 3-grams that many texts
+share: a task that is put in the same words each time does not make its rows alike.
+
+All near-duplicates are found, where MinHash would find most of them. If two sets are alike, the rarest fifth of
+the one has an element of the rarest fifth of the other ("prefix filtering": Chaudhuri, Ganti and Kaushik, ICDE
+2006; Bayardo, Ma and Srikant, WWW 2007), so only texts that share a rare 3-gram are compared.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+_WORD = re.compile(
+    r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"  # Chinese and Japanese write no spaces
+    r"|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+"
+    r"|[^\w\s.,;:!?'\"。，；：！？、]"  # 3 + 4 is not 3 - 4
+)
+_GRAM = 3
+Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Alike:
+    """A text and the first earlier one that it is like, by their places; `same` where all words are."""
+
+    text: int
+    earlier: int
+    same: bool
+
+
+def words_of(text: str) -> list[str]:
+    """Words in lower case, single Chinese and Japanese characters, and signs other than punctuation."""
+    return _WORD.findall(text.casefold())
+
+
+def most_in_common(texts: int) -> int:
+    """In so many texts a 3-gram may be; one that is in more belongs to the set's own manner of speaking."""
+    return min(max(texts // 20, 5), 50)
+
+
+def alike(texts: Sequence[str], known: int) -> list[Alike]:
+    """The texts that are like an earlier one of the first `known` texts, in their order.
+
+    So with training texts, and held-out ones behind them, `known` is the number of the former.
+    """
+    words = _numbered_words(texts)
+    first: dict[bytes, int] = {}
+    same, others = [], []
+    for place, text in enumerate(words):
+        earlier = first.setdefault(text.tobytes(), place) if place < known else first.get(text.tobytes(), place)
+        if earlier != place:
+            same.append(Alike(place, earlier, same=True))
+        elif len(text):
+            others.append(place)
+    grams = _Grams([words[place] for place in others])
+    near = grams.near_duplicates(sum(place < known for place in others))
+    found = [Alike(others[text], others[earlier], same=False) for text, earlier in near]
+    return sorted([*same, *found], key=lambda one: one.text)
+
+
+def _numbered_words(texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+    numbers: defaultdict[str, int] = defaultdict(lambda: len(numbers) + 1)
+    return [np.array([numbers[word] for word in words_of(text)], np.int32) for text in texts]
+
+
+class _Grams:
+    """The 3-grams of texts as numbers, each text's end to end, a smaller number for one that is in fewer texts.
+
+    starts: where those of each text begin, and the end of the last; distinct: how many of each are not shared by
+    many, which are its first.
+    """
+
+    def __init__(self, words: Sequence[npt.NDArray[np.int32]]) -> None:
+        self._texts = len(words)
+        gram, text = _distinct_pairs(*_grams(words))
+        in_texts = np.bincount(gram)
+        by_rarity = np.argsort(in_texts, kind="stable")
+        number = np.empty_like(by_rarity)
+        number[by_rarity] = np.arange(len(by_rarity))
+        self._grams, text = _distinct_pairs(number[gram], text)
+        self._in_texts = in_texts[by_rarity]
+        self._starts = np.searchsorted(text, np.arange(self._texts + 1)).tolist()
+        is_distinct = self._in_texts[self._grams] <= most_in_common(self._texts)
+        self._distinct = np.bincount(text[is_distinct], minlength=self._texts).tolist()
+        self._sets: dict[int, tuple[frozenset[int], frozenset[int]]] = {}
+
+    def near_duplicates(self, known: int) -> Iterator[tuple[int, int]]:
+        """(text, the first of the known texts before it that is like it)."""
+        texts_with: dict[int, list[int]] = {}
+        for text in range(self._texts):
+            rarest = self._rarest(text)
+            candidates = sorted({other for gram in rarest for other in texts_with.get(gram, ())})
+            like = next((other for other in candidates if self._are_alike(text, other)), None)
+            if like is not None:
+                yield text, like
+            for gram in rarest if text < known else ():
+                texts_with.setdefault(gram, []).append(text)
+
+    def _rarest(self, text: int) -> list[int]:
+        """Of a text's 3-grams those of which one that is like it has at least one; without those that no other
+        text has."""
+        start, count = self._starts[text], self._distinct[text]
+        rarest = self._grams[start : start + count - _four_fifths(count) + 1] if count else self._grams[:0]
+        return [int(gram) for gram in rarest[self._in_texts[rarest] > 1]]
+
+    def _are_alike(self, text: int, other: int) -> bool:
+        return all(
+            5 * len(some & others) >= 4 * len(some | others)
+            for some, others in zip(self._sets_of(text), self._sets_of(other), strict=True)
+        )
+
+    def _sets_of(self, text: int) -> tuple[frozenset[int], frozenset[int]]:
+        """(those that are not shared by many, all)."""
+        if text not in self._sets:
+            start, end = self._starts[text], self._starts[text + 1]
+            grams = self._grams[start:end].tolist()
+            self._sets[text] = frozenset(grams[: self._distinct[text]]), frozenset(grams)
+        return self._sets[text]
+
+
+def _grams(words: Sequence[npt.NDArray[np.int32]]) -> tuple[Array, Array]:
+    """(3-grams, numbered; the text of each). A text of one or two words is filled up to one 3-gram."""
+    filled = [text if len(text) >= _GRAM else np.pad(text, (0, _GRAM - len(text))) for text in words]
+    text = np.repeat(np.arange(len(words)), [len(some) for some in filled])
+    word = np.concatenate([np.zeros(0, np.int32), *filled]).astype(np.int64)
+    gram = word
+    for further in range(
+        1, _GRAM
+    ):  # numbers of pairs, then of pairs with the next word: never too large for 64 bits
+        gram = gram[:-1] * (word.max(initial=0) + 1) + word[further:]
+        gram = np.unique(gram, return_inverse=True)[1]
+    is_within = text[: len(gram)] == text[_GRAM - 1 :]
+    return gram[is_within], text[: len(gram)][is_within]
+
+
+def _distinct_pairs(gram: Array, text: Array) -> tuple[Array, Array]:
+    """Each 3-gram of a text once, by text and then by number."""
+    grams = int(gram.max(initial=0)) + 1
+    pairs = np.sort(text * grams + gram)  # np.unique hashes, which takes five times as long
+    pairs = pairs[np.diff(pairs, prepend=-1) > 0]
+    return pairs % grams, pairs // grams
+
+
+def _four_fifths(count: int) -> int:
+    """Rounded up."""
+    return (4 * count + 4) // 5
