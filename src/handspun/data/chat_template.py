@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from handspun.data.conversations import Message
+from handspun.data.missing_bytes import missing_bytes
 from handspun.data.rendering import refuse_powers, render
 from handspun.data.sentinels import SENTINEL, Sentinels, Slot, alternatives, cut_at_sentinels
 from handspun.errors import TemplateError
@@ -110,6 +111,7 @@ class ChatTemplate:
         self._added = {token.content: (id, token) for id, token in added if token.content}
         self._any_added = alternatives(self._added)
         self._first_run, self._later_run = _without_added_tokens(tokenizer.backend_tokenizer)
+        self.missing_bytes = missing_bytes(tokenizer.backend_tokenizer)
         self._rendered: dict[str, Rendering] = {}
         source = tokenizer.chat_template
         source = "\n".join(source.values()) if isinstance(source, dict) else source

@@ -153,16 +153,24 @@ def _lay_out(
     """The row's examples before they are tokenised; none if it is dropped."""
     try:
         conversation = to_conversation(row, account.formats[row.file], system_prompt=system_prompt)
-        layouts = template.lay_out(conversation.messages, conversation.tools)
+        whole = template.lay_out(conversation.messages, conversation.tools)
     except EndlessTemplateError:
         raise
     except (DroppedRow, TemplateError) as error:
         account.dropped.append(RowNote(row.file, row.number, str(error)))
         return []
+    layouts = [_tokenisable(layout, max_length) for layout in whole]
     damage = damage_in(message["content"] for message in conversation.messages)
-    for note in filter(None, dict.fromkeys([conversation.note, *(layout.note for layout in layouts), *damage])):
-        account.notes.append(RowNote(row.file, row.number, note))
-    return [_tokenisable(layout, max_length) for layout in layouts]
+    notes = [conversation.note, *(layout.note for layout in layouts), *damage, _left_out(layouts, template)]
+    account.notes += [RowNote(row.file, row.number, note) for note in dict.fromkeys(notes) if note]
+    return layouts
+
+
+def _left_out(layouts: Sequence[Layout], template: ChatTemplate) -> str | None:
+    texts = (run.text for layout in layouts for run in layout.runs if run.token_ids is None)
+    if any(template.missing_bytes.search(text.encode()) for text in texts):
+        return "the tokenizer has no tokens for some characters, and leaves them out"
+    return None
 
 
 def _tokenisable(layout: Layout, max_length: int) -> Layout:
