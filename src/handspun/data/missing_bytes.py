@@ -1,5 +1,5 @@
 """Characters that a tokenizer has no tokens for. Byte-level BPE leaves them out without a word: SmolLM2's
-vocabulary lacks 21 of the 256 bytes, among them some control characters, and the first one of U+40000 to U+BFFFF."""
+vocabulary lacks 21 of the 256 bytes, among them control characters, and what U+40000 to U+BFFFF begin with."""
 
 import re
 
