@@ -36,6 +36,8 @@ def main(arguments: Sequence[str]) -> int:
         return 130
     except BrokenPipeError:
         sys.stderr.close()  # the reader has seen enough, and Python would say so on the way out
+    finally:
+        app.config = ()
     return 0
 
 

@@ -1,0 +1,38 @@
+"""What the documents hold: commands, files, links and figures."""
+
+import re
+import shlex
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README, README_ZH = ROOT / "README.md", ROOT / "README.zh.md"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def commands(page: Path, *, program: str = "handspun") -> list[list[str]]:
+    """The arguments of the lines of a page's code blocks that begin with the program, continued lines joined."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"```(?:sh|console)\n(.*?)```", text, flags=re.DOTALL)
+    blocks += re.findall(r"^(?: {4}.*\n)+", text, flags=re.MULTILINE)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if re.match(rf"{program} [a-z-]", line)]
+
+
+def files(page: Path) -> dict[str, str]:
+    """The blocks of YAML, which begin with a comment that names their file: name -> content."""
+    found = re.findall(r"```yaml\n(# (\S+\.yaml).*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return {name: content for content, name in found}
+
+
+def links(page: Path) -> list[tuple[str, str]]:
+    """(file, anchor) of the links that stay in the project; the file is "" for the page itself."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    inside = [target for target in targets if not re.match(r"[a-z]+:", target)]
+    return [(file, anchor) for file, _, anchor in (target.partition("#") for target in inside)]
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}

@@ -1,0 +1,125 @@
+"""The commands of docs/ run as they stand there, on a tiny model; what the pages name is there."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from documents import PAGES, README, ROOT, anchors, commands, files, links
+from handspun.cli import main
+from handspun.cli.app import app
+from option_table import table
+
+ROWS = "instruction,input,output\n" + "".join(f"Say {n}.,,It is {n}.\n" for n in range(10))
+BATCH = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
+FILES = {
+    **dict.fromkeys(("train.csv", "held_out.csv", "rows/train.csv", "rows/held_out.csv"), ROWS),
+    "prompts.txt": "Say 3.\n",
+    "schema.json": '{"enum": ["red"]}',
+}
+MODELS = {"Qwen/Qwen2.5-0.5B", "smollm2-135m", "M", "MODEL"}
+"""What pages call a model; here it is a tiny one."""
+SHORTER = {
+    **{command: ["--max-new-tokens", "4"] for command in ("generate", "eval", "compare", "verify")},
+    "train": ["--no-sample-answers", "--report-rows", "2"],
+}
+NOT_RUN = {
+    "--push": "it sends a repository to the hub",
+    "verify-resume": "it starts process after process, and tests/test_verification_killed.py runs it",
+}
+"""By a word of theirs, the commands that are only parsed. So are those of torchrun, which
+tests/test_training_processes.py starts."""
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that pages speak of, and with a run and one of LoRA that they could have made."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name, content in FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+    common = ["--data", str(folder / "train.csv"), "--eval-ratio", "0.2", "--num-epochs", "1"]
+    for name, options in (("output", ["--learning-rate", "1e-3"]), ("output-lora", ["--lora"])):
+        (folder / name).mkdir(exist_ok=True)
+        model = ["--model", str(tiny_folder), "--output-dir", str(folder / name)]
+        assert main(["train", *model, *common, *options, *SHORTER["train"]]) == 0
+        assert (folder / name / "checkpoint-best").exists()
+    (folder / "output" / "nonfinite-step-17.jsonl").write_text(BATCH, encoding="utf-8")
+    return folder
+
+
+def as_here(arguments: list[str], tiny: Path) -> list[str]:
+    """The command with the tiny model, made shorter, and into a folder that may have been used before."""
+    command, *given = [str(tiny) if argument in MODELS else argument for argument in arguments]
+    given += SHORTER.get(command, [])
+    if command == "train":
+        given += [] if {"--model", "--config"} & {*given} else ["--model", str(tiny)]
+        given += [] if {"--overwrite", "--dry-run"} & {*given} else ["--overwrite"]
+    return [command, *given]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
+def test_the_commands_of_a_page_run(
+    page: Path,
+    trained: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In their order."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: "/quit")
+    for name, content in files(page).items():
+        Path(name).write_text(content.replace("smollm2-135m", str(tiny_folder)), encoding="utf-8")
+    for arguments in commands(page):
+        if not NOT_RUN.keys() & {*arguments}:
+            assert main(as_here(arguments, tiny_folder)) == 0, (arguments, capsys.readouterr().err)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
+def test_commands_have_options_that_exist(page: Path) -> None:
+    several = [arguments[arguments.index("handspun") + 1 :] for arguments in commands(page, program="torchrun")]
+    for arguments in commands(page) + several:
+        app.parse_args(without_config(arguments), exit_on_error=False, print_error=False)
+
+
+def without_config(arguments: list[str]) -> list[str]:
+    """--config and its file, which are read before the other options are."""
+    at = arguments.index("--config") if "--config" in arguments else len(arguments)
+    return arguments[:at] + arguments[at + 2 :]
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
+def test_scripts_and_targets_are_there(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for arguments in commands(page, program="make"):
+        targets = [argument for argument in arguments if "=" not in argument]
+        assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets), arguments
+    for script, *options in commands(page, program="python"):
+        text = (ROOT / script).read_text(encoding="utf-8")
+        for option in options:
+            if option.startswith("--") and script != "train_inference.py":
+                assert f'"{option}"' in text, f"{script} has no {option}"
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for file, anchor in links(page):
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), f"{page.name}: {file} is not there"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {file}#{anchor} is no heading"
+
+
+def test_every_page_is_in_the_table_of_the_readme() -> None:
+    linked = {(README.parent / file).resolve() for file, _ in links(README)}
+    assert not [page.name for page in PAGES if page not in linked]
+
+
+def test_the_table_of_options_is_that_of_the_code() -> None:
+    assert table() in (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), (
+        "docs/training.md is not what `python tests/option_table.py` prints"
+    )
