@@ -36,3 +36,33 @@ def anchors(page: Path) -> set[str]:
     """Of the headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def code(page: Path) -> list[str]:
+    """The lines of a page's code blocks, without comments."""
+    return [line for line in (re.sub(r"\s+# .*", "", line).strip() for line in _parts(page)[0]) if line]
+
+
+def names(page: Path) -> list[str]:
+    """What is code within a page's text."""
+    return re.findall(r"`([^`]+)`", "\n".join(_parts(page)[1]))
+
+
+def figures(page: Path) -> list[str]:
+    """The numbers of a page's text, and of each line of a table all of them together, sorted."""
+    found = []
+    for line in _parts(page)[1]:
+        numbers = re.findall(r"\d[\d,.]*\d(?:e-\d+)?|\d(?:e-\d+)?", line)
+        found += [f"| {' '.join(sorted(numbers))} |"] if line.startswith("|") else numbers
+    return found
+
+
+def _parts(page: Path) -> tuple[list[str], list[str]]:
+    """(lines of code, lines of text)."""
+    lines_of_code, text, fenced = [], [], False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            fenced = not fenced
+        else:
+            (lines_of_code if fenced or line.startswith(" " * 4) else text).append(line)
+    return lines_of_code, text

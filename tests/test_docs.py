@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from documents import PAGES, README, ROOT, anchors, commands, files, links
+from documents import PAGES, README, README_ZH, ROOT, anchors, commands, files, links
 from handspun.cli import main
 from handspun.cli.app import app
 from option_table import table
@@ -106,7 +106,7 @@ def test_scripts_and_targets_are_there(page: Path) -> None:
                 assert f'"{option}"' in text, f"{script} has no {option}"
 
 
-@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [README, README_ZH, *PAGES], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for file, anchor in links(page):
         target = (page.parent / file).resolve() if file else page

@@ -1,10 +1,13 @@
-"""The commands in README.md run as they stand there, with the embedded model."""
+"""The commands in README.md run as they stand there, with the embedded model; README.zh.md says the same."""
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from documents import README, commands
+from documents import README, README_ZH, code, commands, figures, links, names
 from handspun.cli import main
 from test_docs import FILES, SHORTER
 
@@ -25,3 +28,21 @@ def test_the_readme_commands_run(
         given = [argument.replace("Qwen/Qwen2.5-0.5B", "smollm2-135m") for argument in arguments]
         assert main([*given, *SHORTER.get(arguments[0], [])]) == 0, arguments
         capsys.readouterr()
+
+
+@pytest.mark.parametrize("what", [code, names, figures, links], ids=lambda what: what.__name__)
+def test_both_readmes_have_the_same(what: Callable[[Path], list[Any]]) -> None:
+    """Whoever changes one has to change the other. Comments in commands are translated."""
+    english, chinese = Counter(what(README)), Counter(what(README_ZH))
+    english -= Counter({(README_ZH.name, ""): 1})
+    chinese -= Counter({(README.name, ""): 1})
+    lacking = {
+        README_ZH.name: [*(english - chinese).elements()],
+        README.name: [*(chinese - english).elements()],
+    }
+    for name, missing in lacking.items():
+        assert not missing, f"{name} lacks what the other README has ({what.__name__}): {missing}"
+
+
+def test_commands_stand_in_the_same_order_in_both() -> None:
+    assert code(README_ZH) == code(README)
