@@ -53,8 +53,9 @@ def as_here(arguments: list[str], tiny: Path) -> list[str]:
     """The command with the tiny model, made shorter, and into a folder that may have been used before."""
     command, *given = [str(tiny) if argument in MODELS else argument for argument in arguments]
     given += SHORTER.get(command, [])
-    if command == "train":
+    if command in ("train", "preflight"):
         given += [] if {"--model", "--config"} & {*given} else ["--model", str(tiny)]
+    if command == "train":
         given += [] if {"--overwrite", "--dry-run"} & {*given} else ["--overwrite"]
     return [command, *given]
 
