@@ -24,6 +24,8 @@ def table() -> str:
 def _default(value: Any, of: Any) -> str:
     if value is None:
         return ""
+    if value == ():
+        return "none of " + ", ".join(f"`{other}`" for other in get_args(get_args(of)[0]))
     if isinstance(value, bool):
         return "on" if value else "off"
     others = [f"`{other}`" for other in get_args(of) if other != value] if get_origin(of) is Literal else []

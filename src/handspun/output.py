@@ -20,6 +20,7 @@ from handspun.report.environment import peak_memory
 from handspun.report.incidents import Incident, incident_facts, write_batch
 from handspun.report.log import RunLog
 from handspun.report.record import write_run
+from handspun.report.trackers import TRACKERS
 from handspun.resume import ResumePoint, last_checkpoint, unfinished_run
 from handspun.training.checkpoint import clear_leftovers, errors_for_people
 from handspun.training.loop import Evaluation
@@ -36,6 +37,7 @@ _OUR_FILES = [
     "report.html",
     "report_data.json",
     "nonfinite-step-*.jsonl",
+    TRACKERS,
 ]
 _LEFT_BY_NONE = {"train.log", "metrics.jsonl", "report_data.json"}
 

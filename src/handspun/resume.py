@@ -13,7 +13,7 @@ from handspun.training.training_state import read_facts
 
 _OF_THE_RUNNER = {
     *("output_dir", "overwrite", "resume", "dry_run", "save_steps", "save_minutes", "keep_last"),
-    *("sample_answers", "sample_prompts", "sample_every", "report_rows", "strict"),
+    *("sample_answers", "sample_prompts", "sample_every", "report_rows", "strict", "log_to"),
 }
 """Options that no weight depends on."""
 _OF_STEPS_TO_COME = {"on_nonfinite", "max_skipped_steps"}

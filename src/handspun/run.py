@@ -47,6 +47,7 @@ from handspun.report.plan import plan_lines
 from handspun.report.preflight import corrected_line, doubts_about_memory, show_examples, show_preflight
 from handspun.report.record import run_facts
 from handspun.report.samples import Sampler, sampler_of
+from handspun.report.trackers import refuse_missing
 from handspun.resume import ResumePoint, execution_changes, forget, refuse_another_run
 from handspun.training.checkpoint import TRAINING_STATE
 from handspun.training.dtype import choose_dtype
@@ -73,6 +74,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
     torchrun, every process calls it, and the first one logs and saves. Raises a HandspunError for anything that
     the user can mend: data, options, model, disk.
     """
+    refuse_missing(config.log_to)
     if not config.shard:  # FSDP2 frees each layer's weights after use: kept, they took a quarter more
         keep_freed_memory()
     use_threads(config.threads)
@@ -170,7 +172,7 @@ def _train(
     refuse_without_room(plan, config)
     facts["plan"] = asdict(plan)
     with reported(chat, config, training, held_out, log):
-        with recorded(run, facts, log):
+        with recorded(run, facts, log), log.tracked(config.log_to, facts):
             keeper = _run_loop(job)
         keeper.finish()
     return run

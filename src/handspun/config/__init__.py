@@ -6,7 +6,7 @@
 from handspun.config.export import ExportConfig, GgufType
 from handspun.config.generation import CONSTRAINTS, SAMPLING_OPTIONS, GenerationOptions, Weights
 from handspun.config.ranges import option_name
-from handspun.config.training import DataConfig, DataFormat, TrainConfig
+from handspun.config.training import DataConfig, DataFormat, Tracker, TrainConfig
 
 __all__ = [
     "CONSTRAINTS",
@@ -16,6 +16,7 @@ __all__ = [
     "ExportConfig",
     "GenerationOptions",
     "GgufType",
+    "Tracker",
     "TrainConfig",
     "Weights",
     "option_name",

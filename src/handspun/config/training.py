@@ -7,6 +7,7 @@ from handspun.config.ranges import Ranges, numbers_out_of_range
 from handspun.errors import ConfigError
 
 DataFormat = Literal["auto", "alpaca", "prompt-completion", "messages", "sharegpt"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +160,10 @@ class TrainConfig(DataConfig):
 
     sample_every: int | None = None
     """Answer the sample prompts greedily every so many optimiser steps too, and show how the answers change."""
+
+    log_to: tuple[Tracker, ...] = ()
+    """Send the figures of every step to TensorBoard, Weights & Biases (offline) or trackio too; may be given more
+    than once, and each needs its package."""
 
     report_rows: int = 256
     """Rows of each set, at even distances, whose losses by the final weights are in report.html, the worst and the

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from datetime import datetime
@@ -19,12 +19,14 @@ from typing import Any, Self, TextIO, TypeVar
 from rich.console import Console
 from rich.text import Text
 
+from handspun.config import Tracker
 from handspun.report.duration import duration
 from handspun.report.environment import current_memory
 from handspun.report.html.series import read_metrics
 from handspun.report.incidents import incident_facts, incident_line
 from handspun.report.live import LiveState, one_line, shown, wrapped
 from handspun.report.samples import Samples
+from handspun.report.trackers import TrackedRun, tracked
 from handspun.training.checkpoint import errors_for_people
 from handspun.training.loop import EpochEnd, Evaluation, Event, Step
 from handspun.training.nonfinite import Skipped
@@ -63,6 +65,7 @@ class RunLog:
         resumed_at: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self._folder, self._resumed_at = folder, resumed_at
         self._console = console
         self._clock = clock
         if folder is not None and resumed_at is not None:
@@ -71,6 +74,7 @@ class RunLog:
         self._log = _open(folder, "train.log", mode)
         self._metrics = _open(folder, "metrics.jsonl", mode)
         self._live: LiveState | None = None
+        self._send: Callable[[Mapping[str, Any]], None] | None = None
         self._seconds, self._steps = 0.0, 0
         self._last_step_line = -_LEAST_SECONDS_BETWEEN_STEPS
 
@@ -107,6 +111,18 @@ class RunLog:
         finally:
             self._live = None
 
+    @contextmanager
+    def tracked(self, trackers: Sequence[Tracker], facts: Mapping[str, Any]) -> Iterator[None]:
+        """Inside of the block the trackers get the figures too; facts: those of run.json. Raises ConfigError."""
+        assert self._folder is not None
+        options = {**facts["config"], "dtype": facts["dtype"]}
+        run = TrackedRun(self._folder, facts["started"], options, self._resumed_at)
+        with tracked(trackers, run, self.line) as self._send:
+            try:
+                yield
+            finally:
+                self._send = None
+
     def line(self, text: str) -> None:
         """One line (or several), with the time of day in train.log."""
         self.only_in_file(text)
@@ -127,7 +143,10 @@ class RunLog:
     def event(self, event: Event | Samples) -> None:
         """One event of the loop, or answers behind a step, as lines and as a record."""
         measured = {"memory_bytes": current_memory()} if isinstance(event, Step) else {}
-        _write(self._metrics, json.dumps({**_facts(event), **measured}) + "\n")
+        record = {**_facts(event), **measured}
+        _write(self._metrics, json.dumps(record) + "\n")
+        if self._send is not None:
+            self._send(record)
         if isinstance(event, Step):
             self._seconds += event.seconds
             self._steps += 1

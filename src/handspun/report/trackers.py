@@ -1,0 +1,178 @@
+"""The figures of a run in TensorBoard, Weights & Biases or trackio too; each package is an extra.
+
+They get the numbers of metrics.jsonl, under the names that transformers' Trainer gives them, so that runs of both
+lie over each other. Weights & Biases writes to the disk alone, for `wandb sync`, unless WANDB_MODE says otherwise.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from handspun.config import Tracker
+from handspun.errors import ConfigError
+
+TRACKERS = "trackers"
+"""The folder of their files in an output folder: `--overwrite` may remove it, and nobody else's `wandb`."""
+
+_PROJECT = "handspun"
+
+Figures = Mapping[str, float]
+Send = Callable[[Figures, int], None]
+"""Takes figures, and the optimiser steps that were done when they were measured."""
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told of a run. resumed_at: the step that it goes on after, as in RunLog."""
+
+    folder: Path
+    """Its output folder; trackers that write files have theirs in `trackers` below it."""
+    started: str
+    options: Mapping[str, Any]
+    resumed_at: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The same when the run is gone on with, and no other run's; without signs that W&B refuses."""
+        return re.sub(r"[^\w.-]+", "-", f"{self.folder.resolve().name}-{self.started.removesuffix('+00:00')}")
+
+
+def refuse_missing(trackers: Sequence[Tracker]) -> None:
+    """Raises ConfigError if the package of a tracker is not installed."""
+    missing = [name for name in dict.fromkeys(trackers) if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            [f"--log-to {name} needs the package {name}: pip install {name}, or leave it out." for name in missing]
+        )
+
+
+@contextmanager
+def tracked(
+    trackers: Sequence[Tracker], run: TrackedRun, notice: Callable[[str], None]
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Inside of the block, a function that sends the records of metrics.jsonl on.
+
+    Raises ConfigError if a tracker cannot begin. One that fails later is left out from there, and `notice` is
+    told: it is worth no run.
+    """
+    senders: dict[Tracker, Send] = {}
+
+    def send(record: Mapping[str, Any]) -> None:
+        figures = figures_of(record)
+        for name in list(senders) if figures else ():
+            try:
+                senders[name](figures, record["step"])
+            except Exception as error:
+                del senders[name]
+                notice(f"{name} takes no more figures ({error}): the run goes on without it")
+
+    with ExitStack() as stack:
+        for name in dict.fromkeys(trackers):
+            try:
+                senders[name] = stack.enter_context(_opened(name, run, notice))
+            except Exception as error:
+                raise ConfigError(f"--log-to {name}: {error}. Mend it, or leave {name} out.") from error
+        yield send
+
+
+def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a record of metrics.jsonl; none of one that is neither a step nor an evaluation."""
+    if record["event"] == "evaluation":
+        return {"eval/loss": record["loss"]}
+    if record["event"] != "step":
+        return {}
+    names = ("epoch", "loss", "learning_rate", "grad_norm")
+    seconds = record["seconds"]
+    figures = {f"train/{name}": record[name] for name in names}
+    figures |= {
+        f"train/{name}_per_second": record[name] / seconds for name in ("rows", "tokens", "learned_tokens")
+    }
+    if record["memory_bytes"] is not None:
+        figures["train/memory_gigabytes"] = record["memory_bytes"] / 1e9
+    return figures
+
+
+def _opened(name: Tracker, run: TrackedRun, notice: Callable[[str], None]) -> AbstractContextManager[Send]:
+    match name:
+        case "tensorboard":
+            return _tensorboard(run, notice)
+        case "wandb":
+            return _wandb(run, notice)
+        case "trackio":
+            return _trackio(run, notice)
+
+
+@contextmanager
+def _tensorboard(run: TrackedRun, notice: Callable[[str], None]) -> Iterator[Send]:
+    """Steps that will be made again are purged from the pictures."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = run.folder / TRACKERS / "tensorboard"
+    purge = None if run.resumed_at is None else run.resumed_at + 1 if run.resumed_at else 0
+    with SummaryWriter(str(folder), purge_step=purge, flush_secs=10) as writer:
+        notice(f"figures for TensorBoard: tensorboard --logdir {quote(str(folder))}")
+        options = "\n".join(f"| {name} | {value} |" for name, value in run.options.items())
+        writer.add_text("options", f"| option | value |\n| --- | --- |\n{options}", run.resumed_at or 0)
+
+        def send(figures: Figures, step: int) -> None:
+            for name, value in figures.items():
+                writer.add_scalar(name, value, step)
+
+        yield send
+
+
+@contextmanager
+def _wandb(run: TrackedRun, notice: Callable[[str], None]) -> Iterator[Send]:
+    """A resumed run has a folder more, of the same id: synced, they are one run, and steps that were made again
+    count once."""
+    import wandb
+
+    folder = run.folder / TRACKERS
+    folder.mkdir(exist_ok=True)
+    opened = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", _PROJECT),
+        name=run.name,
+        id=run.name,
+        dir=folder,
+        config=dict(run.options),
+        mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]  # it refuses others itself
+        resume="allow",
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    where = f"wandb sync {quote(opened.settings.sync_dir)}" if opened.offline else opened.url
+    notice(f"figures for W&B: {where}")
+    exit_code = 1
+    try:
+        yield lambda figures, step: opened.log(dict(figures), step=step)
+        exit_code = 0
+    finally:
+        opened.finish(exit_code)  # as a context manager, it prints the trace of whatever ends the run
+
+
+@contextmanager
+def _trackio(run: TrackedRun, notice: Callable[[str], None]) -> Iterator[Send]:
+    """Where trackio keeps everything, which its own variables say (TRACKIO_DIR); it is shown by project."""
+    import trackio
+
+    with redirect_stdout(None):  # it prints in colours, to a file too
+        opened = trackio.init(
+            project=_PROJECT,
+            name=run.name,
+            config=dict(run.options),
+            resume="allow",
+            embed=False,
+            auto_log_cpu=False,
+            auto_log_gpu=False,
+        )
+    notice(f"figures for trackio: trackio show --project {_PROJECT}")
+    try:
+        yield lambda figures, step: opened.log(dict(figures), step=step)
+    finally:
+        with redirect_stdout(None):
+            trackio.finish()  # as opened.finish() too, but this one is not done again at exit
