@@ -85,7 +85,7 @@ def summary(results: Results, option: str) -> str:
         [run] = results.of(choice)
         largest = max(abs(a - b) for a, b in zip(run["losses"], exact["losses"], strict=True))
         after = f"{run['after']:.4f} ({run['after'] / exact['after'] - 1:+.2%})"
-        rows.append([choice, f"{run['before']:.4f}", after, f"{largest:.4f}", f"{run['memory'] / 1e9:.2f} GB"])
+        rows.append([choice, f"{run['before']:.4f}", after, f"{largest:.1e}", f"{run['memory'] / 1e9:.2f} GB"])
     return table([option, "held-out loss before", "after", "a step's loss differs by at most", "memory"], rows)
 
 
