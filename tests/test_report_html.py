@@ -131,6 +131,24 @@ def test_the_facts_are_in_the_page(finished: Path, tiny_folder: Path) -> None:
         assert title in text
 
 
+def test_what_was_known_before_the_first_step_is_in_the_page(copy: Callable[..., Path]) -> None:
+    rows = [{"file": "train.csv", "row": 3, "text": "as row 1"}, {"file": "train.csv", "row": 17, "text": ""}]
+    warning = {"what": "rows <twice>", "remedy": "Leave them out.", "count": 3, "of": 100, "rows": rows}
+    about_memory = {"what": "memory is short", "remedy": "Give --lora.", "count": 0, "of": 0, "rows": []}
+    ending = {"token": "<|im_end|>", "learned": 96, "examples": 97, "is_eos": True, "saved": ["<|im_end|>"]}
+    known = {"warnings": [warning, about_memory], "end_of_turn": ending, "predicted_seconds": 61.0}
+    text = Page(report_page(read_run(copy(preflight=known)))).text
+    assert "Warnings before the first step" in text
+    assert "rows <twice>: 3 of 100 (3%). Leave them out. rows 3 (as row 1), 17 and 1 more" in text
+    assert "memory is short. Give --lora." in text
+    assert "<|im_end|>, an eos of the base model; the last learned token of 96 of 97 examples" in text
+    assert "1m01s of steps predicted" in text
+
+
+def test_a_run_without_preflight_has_a_page(copy: Callable[..., Path]) -> None:
+    assert "Warnings" not in Page(report_page(read_run(copy(preflight={})))).text
+
+
 def test_answers_before_and_after_stand_under_their_prompts(finished: Path) -> None:
     kept = json.loads((finished / "report_data.json").read_text(encoding="utf-8"))
     assert kept["prompts"] == ["Say 3.", HOSTILE]

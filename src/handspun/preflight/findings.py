@@ -37,6 +37,29 @@ def refuse_findings(found: Sequence[Finding]) -> None:
         )
 
 
+def headline(one: Finding) -> str:
+    """`rows that are cut: 3 of 100 (3%)`."""
+    return f"{one.what}: {one.count} of {one.of} ({_percent(one.count / one.of)})" if one.of else one.what
+
+
+def rows_named(one: Finding) -> str:
+    """`rows 3 (as row 1), 17 (as row 2) and 4 more`, with the files where there are several; nothing without."""
+    if not one.rows:
+        return ""
+    several = len({note.file for note in one.rows}) > 1
+    named = [
+        (f"{note.file} " if several else "") + str(note.row) + (f" ({note.text})" if note.text else "")
+        for note in one.rows
+    ]
+    more = f" and {one.count - len(named)} more" if one.count > len(named) else ""
+    return f"row{'s' if one.count > 1 else ''} {', '.join(named)}{more}"
+
+
+def _percent(share: float) -> str:
+    """Whole where that says something."""
+    return f"{share:.0%}" if share >= 0.1 else f"{100 * share:.1g}%"
+
+
 def counted(one: Finding) -> str:
     """` (3 of 100)`, or nothing where no rows are counted."""
     return f" ({one.count} of {one.of})" if one.of else ""

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.preflight.end_of_turn import EndOfTurn
-from handspun.preflight.findings import Finding, refuse_findings
+from handspun.preflight.findings import Finding, headline, refuse_findings, rows_named
 from handspun.preflight.rates import MEASURED_ON
 from handspun.report.duration import duration
 from handspun.report.log import RunLog
@@ -89,27 +89,9 @@ def warning_lines(found: Sequence[Finding]) -> Iterator[str]:
         return
     yield f"warnings: {len(found)} (--strict makes an error of them)"
     for number, one in enumerate(found, 1):
-        share = f": {one.count} of {one.of} ({_percent(one.count / one.of)})" if one.of else ""
-        yield from _wrapped(f"{number}. {one.what}{share}", "  ", "     ")
-        if one.rows:
-            yield from _wrapped(_rows(one), "     ", "     ")
+        yield from _wrapped(f"{number}. {headline(one)}", "  ", "     ")
+        yield from _wrapped(rows_named(one), "     ", "     ")
         yield from _wrapped(f"-> {one.remedy}", "     ", "        ")
-
-
-def _rows(one: Finding) -> str:
-    """`rows 3 (as row 1), 17 (as row 2) and 4 more`, with the files where there are several."""
-    several = len({note.file for note in one.rows}) > 1
-    named = [
-        (f"{note.file} " if several else "") + str(note.row) + (f" ({note.text})" if note.text else "")
-        for note in one.rows
-    ]
-    more = f" and {one.count - len(named)} more" if one.count > len(named) else ""
-    return f"row{'s' if one.count > 1 else ''} {', '.join(named)}{more}"
-
-
-def _percent(share: float) -> str:
-    """Whole where that says something."""
-    return f"{share:.0%}" if share >= 0.1 else f"{100 * share:.1g}%"
 
 
 def _wrapped(text: str, first: str, others: str) -> list[str]:

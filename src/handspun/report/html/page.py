@@ -52,6 +52,7 @@ def report_page(run: RunFiles) -> str:
         options=words.options(run),
         curves=pictures.curves(run),
         account=words.account(run),
+        warnings=words.warnings(run),
         lengths=pictures.lengths(run),
         answers=answers([run]),
         row_losses=_row_losses(run),

@@ -7,6 +7,8 @@ from pathlib import PurePath
 from typing import Any
 
 from handspun.config import TrainConfig, option_name
+from handspun.data.examples import RowNote
+from handspun.preflight.findings import Finding, headline, rows_named
 from handspun.report.duration import duration
 from handspun.report.html.command import command
 from handspun.report.html.folder import RunFiles
@@ -60,6 +62,7 @@ def about(run: RunFiles) -> list[Fact]:
             f"{config['learning_rate']:g}, {config['lr_schedule']} after {config['warmup_ratio']:.0%} warm-up",
             [],
         ),
+        *_about_end_of_turn(facts.get("preflight", {}).get("end_of_turn")),
         ("Checkpoints", ", ".join(kept) or "none", []),
     ]
 
@@ -80,6 +83,14 @@ def _about_rows(name: str, some: dict[str, Any] | None) -> Fact:
         f"{some['learned_tokens']:,} of them learned ({share:.0%})",
         [f"sha256 of the rows: {some['sha256']}"],
     )
+
+
+def _about_end_of_turn(found: dict[str, Any] | None) -> list[Fact]:
+    if found is None:
+        return []
+    known = "an eos of the base model" if found["is_eos"] else "no eos of the base model"
+    learned = f"the last learned token of {found['learned']:,} of {found['examples']:,} examples"
+    return [("End of turn", f"{found['token']}, {known}; {learned}", [])]
 
 
 def options(run: RunFiles) -> list[tuple[str, str, str]]:
@@ -143,6 +154,15 @@ def account(run: RunFiles) -> list[dict[str, Any]]:
         for name, some in run.facts["data"].items()
         if some is not None
     ]
+
+
+def warnings(run: RunFiles) -> list[Fact]:
+    """What was odd before the first step: what and how often, the remedy, and the rows in small print."""
+    found = [
+        Finding(**{**one, "rows": [RowNote(**note) for note in one["rows"]]})
+        for one in run.facts.get("preflight", {}).get("warnings", [])
+    ]
+    return [(headline(one), one.remedy, list(filter(None, [rows_named(one)]))) for one in found]
 
 
 def accounted_rows(run: RunFiles) -> list[dict[str, Any]]:
@@ -226,7 +246,9 @@ def _time_figure(run: RunFiles) -> tuple[str, str, str]:
     in_steps = sum(step["seconds"] for step in steps)
     rate = f"{sum(step['learned_tokens'] for step in steps) / in_steps:,.0f} learned tokens/s" if in_steps else ""
     whole = seconds if seconds is not None else in_steps
-    return "Time", duration(whole), f"{_count(len(steps), 'step')}, {rate}" if rate else "no step was made"
+    predicted = run.facts.get("preflight", {}).get("predicted_seconds")
+    guess = f"; {duration(predicted)} of steps predicted" if predicted is not None else ""
+    return "Time", duration(whole), f"{_count(len(steps), 'step')}, {rate}{guess}" if rate else "no step was made"
 
 
 def _memory_figure(run: RunFiles) -> tuple[str, str, str]:
