@@ -14,6 +14,7 @@ CONTENDERS = {
     "CTranslate2": Contender("ctranslate2_decode.py", environment=DECODING),
     "llama.cpp": Contender("llama_cpp_decode.py", environment=DECODING),
     "OpenVINO GenAI": Contender("openvino_decode.py", environment=OPENVINO),
+    "Handspun, int8, plain": Contender("handspun_decode.py", {"options": {"weights": "int8"}, "native": False}),
     "Handspun, int8": Contender("handspun_decode.py", {"options": {"weights": "int8"}}),
 }
 PEERS = {
@@ -21,7 +22,9 @@ PEERS = {
     "Handspun, int8": ["CTranslate2", "llama.cpp", "OpenVINO GenAI"],
 }
 """Whose weights are as long, or shorter."""
-FAMILIES = [[*peers, name] for name, peers in PEERS.items()]
+PLAIN = {"Handspun, int8": ["Handspun, int8, plain"]}
+"""Without native kernels."""
+FAMILIES = [[*peers, *PLAIN.get(name, []), name] for name, peers in PEERS.items()]
 
 PREFILLED = 41
 LENGTHS = (128, 512, 1024, 2048, 4096)

@@ -3,18 +3,20 @@
     python benchmarks/products.py [--model FOLDER] [--rows 1 2 4 8 16 32] [--threads 2]
 
 float32 by F.linear (MKL on x86), by oneDNN with the weights as they lie, and by oneDNN with the weights laid out
-anew for it, which takes their memory again; int8 as Handspun has it. The weights are random, of the shapes of the
-model. The ways take turns; medians of several rounds, the fastest and the slowest beside them.
+anew for it, which takes their memory again; int8 by oneDNN, and by the native kernel. The weights are random, of
+the shapes of the model. The ways take turns; medians of several rounds, the fastest and the slowest beside them.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from handspun.models import native
 from handspun.models.allocator import keep_freed_memory
 from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.load import load_config, model_source
@@ -61,8 +63,15 @@ def ways_of(weights: list[Tensor]) -> dict[str, list[Way]]:
         "oneDNN, laid out": [
             lambda x, w=weight: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "") for weight in packed
         ],
+        "int8, oneDNN": int8_without_kernel(weights),
         "int8": [Int8Product(weight, None) for weight in weights],
     }
+
+
+def int8_without_kernel(weights: list[Tensor]) -> list[Way]:
+    """Rows are rounded by the kernels all the same."""
+    with patch.object(native, "can_multiply", lambda _: False):
+        return [Int8Product(weight, None) for weight in weights]
 
 
 def measure(

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import handspun
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.examples import build_examples
 from handspun.data.rows import Row
@@ -105,3 +106,17 @@ def test_an_answer_is_learned_whole_whatever_the_texts(user: str, answer: str, s
 def test_so_it_is_with_smollm2s_tokenizer(smollm2: ChatModel, user: str, answer: str, system: str) -> None:
     """But for characters that it has no tokens for: the account notes those rows."""
     check(smollm2.template, user, answer, system, lacks=SMOLLM2_LACKS)
+
+
+@pytest.mark.embedded
+def test_prompts_that_lose_characters_are_named(smollm2: ChatModel) -> None:
+    conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "\x04"}]
+    prompts = ["\t\r\n", "ring the \x16", [*conversation, {"role": "user", "content": "So?"}]]
+    said = list[str]()
+    handspun.generate(smollm2, prompts, max_new_tokens=1, notice=said.append)
+    assert [text for text in said if "no tokens" in text] == [
+        "prompts 2, 3: the tokenizer has no tokens for some characters, and leaves them out"
+    ]
+    said.clear()
+    handspun.generate(smollm2, "\U000a8573", chat=False, max_new_tokens=1, notice=said.append)
+    assert "prompt 1: the tokenizer has no tokens for some characters, and leaves them out" in said

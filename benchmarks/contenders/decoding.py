@@ -36,6 +36,8 @@ class DecodingJob:
     threads: int = 2
     options: dict[str, Any] = field(default_factory=dict)
     """Of the contender's own loading."""
+    native: bool = True
+    """Whether Handspun's kernels take part."""
 
 
 Decode = Callable[[list[Prompt]], list[list[int]]]

@@ -1,5 +1,6 @@
 """Decoding with `handspun.generate`, timed. Argument: a job (decoding.py), with options of `handspun.load`."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from decoding import DecodingJob, Prompt, job_of_this_process, measure, weights_
 def main() -> None:
     job = job_of_this_process()
     torch.set_num_threads(job.threads)
+    if not job.native:
+        os.environ["HANDSPUN_NATIVE"] = "0"  # read when the first int8 layer is made
     model = handspun.load(job.model, notice=_unsaid, **job.options)
     weights = job.options["weights"]
     measure(
@@ -19,7 +22,7 @@ def main() -> None:
         lambda batch: decode(model, batch, job),
         lambda prompt, came: stream(model, prompt, job, came),
         engine=f"Handspun {handspun.__version__}",
-        weights=weights,
+        weights=weights if job.native else f"{weights}, no native kernels",
         bytes_a_token=weights_a_token(model.model) * {"int8": 1, "float32": 4}[weights],
     )
 

@@ -18,7 +18,7 @@ from handspun.decoding.detokenize import vocabulary
 from handspun.decoding.engines import cannot_decode_lean, cannot_draft
 from handspun.decoding.options import ResolvedOptions, resolve
 from handspun.decoding.processors import Function
-from handspun.decoding.prompts import Prompt, as_prompts, context_length, encode_prompts, said_in
+from handspun.decoding.prompts import Prompt, as_prompts, context_length, encode_prompts, left_out, said_in
 from handspun.decoding.results import GenerationChunk, GenerationResult
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
@@ -146,6 +146,7 @@ def _job(
     several = as_prompts(prompts)
     _check_seeds(resolved, len(several))
     encoded = encode_prompts(model, several, chat=chat, system_prompt=system_prompt, tools=tools)
+    notices += left_out(model, several, system_prompt=system_prompt)
     limits = _limits(model, encoded, resolved.max_new_tokens, notices)
     spares = chat and resolved.repetition_penalty_exempt == "template"
     job = Job(

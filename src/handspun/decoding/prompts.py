@@ -6,12 +6,14 @@ from typing import Any
 
 from handspun.data.conversations import DroppedRow, Message, check_writable
 from handspun.data.messages import Cell, read_messages, read_tools
+from handspun.data.missing_bytes import missing_bytes
 from handspun.data.said import said_ids
 from handspun.errors import ConfigError, DataError
 from handspun.models.load import ChatModel
 
 Prompt = str | Sequence[Message]
 """A user message (or, without a template, a text), or a conversation."""
+_MOST_NAMED = 12
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -50,6 +52,26 @@ def encode_prompts(
         _check_length(model, ids, number)
         encoded.append(ids)
     return encoded
+
+
+def left_out(model: ChatModel, prompts: list[Prompt], *, system_prompt: str | None) -> Iterator[str]:
+    """A notice, where the tokenizer has no tokens for some characters of prompts that were encoded."""
+    missing = missing_bytes(model.tokenizer.backend_tokenizer)
+    found = [
+        number
+        for number, prompt in enumerate(prompts, start=1)
+        if missing.search(f"{system_prompt or ''}{_text_of(prompt)}".encode())
+    ]
+    if found:
+        named = f"prompt{'s' if len(found) > 1 else ''} {', '.join(map(str, found[:_MOST_NAMED]))}"
+        more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+        yield f"{named}{more}: the tokenizer has no tokens for some characters, and leaves them out"
+
+
+def _text_of(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "".join(str(message.get("content") or "") for message in prompt)
 
 
 def said_in(
@@ -131,4 +153,4 @@ def _check_length(model: ChatModel, ids: list[int], number: int) -> None:
         )
 
 
-__all__ = ["Prompt", "as_prompts", "context_length", "encode_prompts", "said_in"]
+__all__ = ["Prompt", "as_prompts", "context_length", "encode_prompts", "left_out", "said_in"]

@@ -1,5 +1,6 @@
-/* What a decoding step does beside its matrix products, for x86-64 CPUs with AVX-512: rounding rows to int8, of
- * normed and gated inputs too, and attention of single queries. Training's int8 layers use `hadamard`.
+/* What a decoding step does, for x86-64 CPUs with AVX-512 and its int8 dot product (VNNI): rounding rows to int8, of
+ * normed and gated inputs too, their products with int8 weights, and attention of single queries. Training's int8
+ * layers use `hadamard`.
  *
  * Each function computes what models/products.py and decoding/lean_engine.py compute with PyTorch, without arrays in
  * between. Every row is computed by itself, by the same instructions wherever it stands: its result does not depend on
@@ -13,7 +14,9 @@
 
 #define LANES 16 /* float32 in a register */
 
-static inline __mmask16 lanes(int64_t left) { return left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1); }
+static inline __mmask16 lanes(int64_t left) {
+    return left >= LANES ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+}
 
 /* e^x, with a relative error of 2e-7: x = n ln 2 + r, and a polynomial of r (Cephes' expf). */
 static inline __m512 exp512(__m512 x) {
@@ -126,6 +129,63 @@ void gate_quantize(const float *x, int64_t rows, int64_t width, float *work, uin
         hadamard_row(work + row * width, width);
         scales[row] = quantize_row(work + row * width, out + row * width, width);
     }
+}
+
+/* The sums of up to ROWS rows of bytes with TILE channels, and what they stand for:
+ * (base + x @ weight) * scale * row_scale + bias. left: how many of the channels there are. The sums stay in registers,
+ * for which gcc needs all loops over them unrolled, and the instruction itself: its intrinsic is given copies. */
+#define ROWS 6
+#define TILE 64
+#define QUARTERS (TILE / LANES)
+#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
+
+static inline __attribute__((always_inline)) void multiply(const uint8_t *x, const float *row_scale, const int rows,
+                                                           int64_t width, const int8_t *weight, const int32_t *base,
+                                                           const float *scale, const float *bias, int64_t left,
+                                                           float *out, int64_t channels) {
+    __m512i sums[ROWS][QUARTERS];
+    EACH(r, rows) EACH(q, QUARTERS) sums[r][q] = _mm512_loadu_si512(base + q * LANES);
+    for (int64_t k = 0; k < width; k += 4, weight += 4 * TILE) {
+        __m512i weights[QUARTERS];
+        EACH(q, QUARTERS) weights[q] = _mm512_loadu_si512(weight + 4 * LANES * q);
+        EACH(r, rows) {
+            int32_t four;
+            memcpy(&four, x + r * width + k, 4);
+            __m512i bytes = _mm512_set1_epi32(four);
+            EACH(q, QUARTERS) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[r][q]) : "v"(bytes), "v"(weights[q]));
+        }
+    }
+    EACH(q, QUARTERS) {
+        __mmask16 mask = lanes(left - q * LANES);
+        __m512 scales = _mm512_maskz_loadu_ps(mask, scale + q * LANES);
+        __m512 biases = bias ? _mm512_maskz_loadu_ps(mask, bias + q * LANES) : _mm512_setzero_ps();
+        EACH(r, rows) {
+            __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][q]), scales), _mm512_set1_ps(row_scale[r]));
+            _mm512_mask_storeu_ps(out + r * channels + q * LANES, mask, _mm512_add_ps(y, biases));
+        }
+    }
+}
+
+/* The product of rows of bytes, 128 in their middle, (rows, width), with int8 weights, (channels, width), as float32,
+ * (rows, channels). weight: in tiles of 64 channels, the last one filled up with zeros, each (width / 4, 64, 4), so
+ * that it is read from end to end. base: -128 times the sums of the channels, filled up too. */
+void product(const uint8_t *x, const float *row_scale, int64_t rows, int64_t width, const int8_t *weight,
+             const int32_t *base, const float *scale, const float *bias, int64_t channels, float *out, int threads) {
+    int64_t parts = (rows + ROWS - 1) / ROWS;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t c = 0; c < channels; c += TILE)
+        for (int64_t part = 0; part < parts; part++) {
+            int64_t first = part * rows / parts, count = (part + 1) * rows / parts - first;
+            const float *biases = bias ? bias + c : NULL;
+#define OF(n) multiply(x + first * width, row_scale + first, n, width, weight + c * width, base + c, scale + c, biases, \
+                       channels - c, out + first * channels + c, channels)
+            if (count == 1) OF(1);
+            else if (count == 2) OF(2);
+            else if (count == 3) OF(3);
+            else if (count == 4) OF(4);
+            else if (count == 5) OF(5);
+            else OF(ROWS);
+        }
 }
 
 /* Norms the queries and keys of qkv, (tokens, heads + 2 * kv_heads, size), where there are norms for them, (size), and

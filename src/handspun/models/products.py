@@ -65,19 +65,20 @@ class FloatProduct:
 class Int8Product:
     """In int8, with a scale for each output channel and for each token.
 
-    On a CPU the matrix is laid out once for oneDNN's product, which takes unsigned rows and gives the same sums.
-    Rows are transformed and rounded by native kernels, where these can be had.
+    On a CPU the matrix is laid out once: for the native kernel, or where there is none, for oneDNN's product. Both
+    take unsigned rows and give the same sums. Rows are transformed and rounded by native kernels too.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, is_embedding: bool = False) -> None:
         """weight: (out, in), float. bias: (out,). is_embedding: keep what `rows_of_weight` needs."""
-        self._weight, self._scale = quantize_channels(weight)
+        matrix, self._scale = quantize_channels(weight)
         self._bias = None if bias is None else bias.float()
-        self._zero_points = torch.zeros(len(weight), dtype=torch.int64)
-        self._packed = _packed(self._weight) if weight.device.type == "cpu" else None
-        self._native = None if self._packed is None else native.kernels()
-        if self._packed is not None and not is_embedding:
-            self._weight = self._weight[:0].clone()
+        self._native = native.kernels() if weight.device.type == "cpu" else None
+        self._tiles = native.tiles(matrix) if native.can_multiply(matrix) else None
+        self._packed = _packed(matrix) if self._tiles is None and weight.device.type == "cpu" else None
+        self._zero_points = torch.zeros(len(matrix), dtype=torch.int64)
+        is_kept = self._tiles is None and (self._packed is None or is_embedding)
+        self._weight = matrix if is_kept else matrix[:0].clone()
 
     def __call__(self, x: Tensor) -> Tensor:
         """(tokens, in) to (tokens, out)."""
@@ -97,10 +98,13 @@ class Int8Product:
 
     def rows_of_weight(self, rows: Tensor) -> Tensor:
         """(tokens,) to (tokens, in): as an embedding."""
-        return hadamard(self._weight[rows].float().mul_(self._scale[rows, None]))
+        weight = self._weight[rows] if self._tiles is None else self._tiles.rows(rows)
+        return hadamard(weight.float().mul_(self._scale[rows, None]))
 
     def _product(self, rows: Tensor, row_scale: Tensor) -> Tensor:
         """rows: (tokens, in), unsigned, 128 in their middle. row_scale: (tokens, 1)."""
+        if self._tiles is not None:
+            return native.product(rows, row_scale, self._tiles, self._scale, self._bias)
         if self._packed is None:
             sums = int_mm(rows.view(torch.int8) ^ -128, self._weight.t()).float().mul_(self._scale)
         else:
