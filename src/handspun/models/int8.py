@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from handspun.errors import ModelError
+from handspun.models import native
 from handspun.models.hadamard import block_of, hadamard
+from handspun.models.tiles import Tiles, can_tile
 
 _SMALLEST_SCALE = 1e-12  # rows of zeros
 _CHANNELS_AT_ONCE = 8192  # in float: an embedding has 150,000
@@ -86,7 +88,8 @@ class Int8Linear(nn.Module):
         """weight: (out, in), int8. scale: (out,). bias: (out,)."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight = nn.Buffer(weight)
+        self.tiles = Tiles(weight) if can_tile(weight) else None
+        self.weight = nn.Buffer(weight if self.tiles is None else weight[:0].clone())  # one of the two holds it
         self.scale = nn.Buffer(scale)
         self.bias = None if bias is None else nn.Buffer(bias)
         self.rounds_rows = True
@@ -99,18 +102,26 @@ class Int8Linear(nn.Module):
 
     def float_weight(self) -> Tensor:
         """(out, in), float32: what the rounded weights stand for."""
-        return hadamard(self.weight.float().mul_(self.scale[:, None]))
+        weight = self.weight if self.tiles is None else self.tiles.rows(torch.arange(self.out_features))
+        return hadamard(weight.float().mul_(self.scale[:, None]))
 
     def product(self, x: Tensor) -> Tensor:
         """(tokens, in) to float32, (tokens, out)."""
         if not self.rounds_rows:
             return nn.functional.linear(x.float(), self.float_weight(), self.bias)
-        y = _dequantized(*quantize_rows(hadamard(x.float())), self.weight.t()).mul_(self.scale)
+        if self.tiles is not None:
+            return self.tiles.product(*native.quantize(native.kernels(), x.float()), self.scale, self.bias)
+        rows, row_scale = quantize_rows(hadamard(x.float()))
+        y = int_mm(rows, self.weight.t()).float().mul_(self.scale).mul_(row_scale)
         return y if self.bias is None else y.add_(self.bias)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """(tokens, out) to float32, (tokens, in)."""
-        return hadamard(_dequantized(*quantize_rows(grad * self.scale), self.weight))
+        if self.tiles is not None:
+            in_bytes = native.scale_quantize(native.kernels(), grad.float(), self.scale)
+            return hadamard(self.tiles.transposed_product(*in_bytes))
+        rows, row_scale = quantize_rows(grad.float() * self.scale)
+        return hadamard(int_mm(rows, self.weight).float().mul_(row_scale))
 
 
 @contextmanager
@@ -139,11 +150,6 @@ class _Int8Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.layer.input_gradient(grad).to(ctx.dtype), None
-
-
-def _dequantized(rows: Tensor, row_scale: Tensor, matrix: Tensor) -> Tensor:
-    """rows: (rows, in), int8. matrix: (in, out), int8. Returns float32, (rows, out)."""
-    return int_mm(rows, matrix).float().mul_(row_scale)
 
 
 def int_mm(rows: Tensor, matrix: Tensor) -> Tensor:

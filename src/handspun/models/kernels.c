@@ -8,6 +8,7 @@
  */
 #include <immintrin.h>
 #include <math.h>
+#include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -112,6 +113,18 @@ void quantize(const float *x, int64_t rows, int64_t width, float *work, uint8_t 
     }
 }
 
+/* Rows of x, (rows, width), times weight, (width), as unsigned bytes with their scales; not transformed. */
+void scale_quantize(const float *x, const float *weight, int64_t rows, int64_t width, float *work, uint8_t *out,
+                    float *scales, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *values = x + row * width;
+        float *scaled = work + row * width;
+        for (int64_t i = 0; i < width; i++) scaled[i] = values[i] * weight[i];
+        scales[row] = quantize_row(scaled, out + row * width, width);
+    }
+}
+
 void norm_quantize(const float *x, const float *weight, float eps, int64_t rows, int64_t width, float *work,
                    uint8_t *out, float *scales, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows > 1)
@@ -132,7 +145,8 @@ void gate_quantize(const float *x, int64_t rows, int64_t width, float *work, uin
 }
 
 /* The sums of up to ROWS rows of bytes with TILE channels, and what they stand for:
- * (base + x @ weight) * scale * row_scale + bias. left: how many of the channels there are. The sums stay in registers,
+ * (base + x @ weight) * scale * row_scale + bias. scale, bias: null for none. left: how many of the channels there
+ * are. The sums stay in registers,
  * for which gcc needs all loops over them unrolled, and the instruction itself: its intrinsic is given copies. */
 #define ROWS 6
 #define TILE 64
@@ -157,7 +171,7 @@ static inline __attribute__((always_inline)) void multiply(const uint8_t *x, con
     }
     EACH(q, QUARTERS) {
         __mmask16 mask = lanes(left - q * LANES);
-        __m512 scales = _mm512_maskz_loadu_ps(mask, scale + q * LANES);
+        __m512 scales = scale ? _mm512_maskz_loadu_ps(mask, scale + q * LANES) : _mm512_set1_ps(1.0f);
         __m512 biases = bias ? _mm512_maskz_loadu_ps(mask, bias + q * LANES) : _mm512_setzero_ps();
         EACH(r, rows) {
             __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][q]), scales), _mm512_set1_ps(row_scale[r]));
@@ -166,26 +180,59 @@ static inline __attribute__((always_inline)) void multiply(const uint8_t *x, con
     }
 }
 
+/* All rows with one tile, ROWS at a time, or as near to it as shares them out evenly. */
+static void multiply_tile(const uint8_t *x, const float *row_scale, int64_t rows, int64_t width, const int8_t *weight,
+                          const int32_t *base, const float *scale, const float *bias, int64_t left, float *out,
+                          int64_t channels) {
+    int64_t parts = (rows + ROWS - 1) / ROWS;
+    for (int64_t part = 0; part < parts; part++) {
+        int64_t first = part * rows / parts, count = (part + 1) * rows / parts - first;
+#define OF(n) multiply(x + first * width, row_scale + first, n, width, weight, base, scale, bias, left, \
+                       out + first * channels, channels)
+        if (count == 1) OF(1);
+        else if (count == 2) OF(2);
+        else if (count == 3) OF(3);
+        else if (count == 4) OF(4);
+        else if (count == 5) OF(5);
+        else OF(ROWS);
+    }
+}
+
 /* The product of rows of bytes, 128 in their middle, (rows, width), with int8 weights, (channels, width), as float32,
  * (rows, channels). weight: in tiles of 64 channels, the last one filled up with zeros, each (width / 4, 64, 4), so
  * that it is read from end to end. base: -128 times the sums of the channels, filled up too. */
 void product(const uint8_t *x, const float *row_scale, int64_t rows, int64_t width, const int8_t *weight,
              const int32_t *base, const float *scale, const float *bias, int64_t channels, float *out, int threads) {
-    int64_t parts = (rows + ROWS - 1) / ROWS;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t c = 0; c < channels; c += TILE)
-        for (int64_t part = 0; part < parts; part++) {
-            int64_t first = part * rows / parts, count = (part + 1) * rows / parts - first;
-            const float *biases = bias ? bias + c : NULL;
-#define OF(n) multiply(x + first * width, row_scale + first, n, width, weight + c * width, base + c, scale + c, biases, \
-                       channels - c, out + first * channels + c, channels)
-            if (count == 1) OF(1);
-            else if (count == 2) OF(2);
-            else if (count == 3) OF(3);
-            else if (count == 4) OF(4);
-            else if (count == 5) OF(5);
-            else OF(ROWS);
-        }
+        multiply_tile(x, row_scale, rows, width, weight + c * width, base + c, scale + c, bias ? bias + c : NULL,
+                      channels - c, out + c, channels);
+}
+
+/* The product with the transposed matrix: (rows, channels) to (rows, width). 64 columns at a time are laid out as a
+ * tile is, 4 by 16 bytes an instruction, and serve all rows. base: -128 times the sums of the columns, filled up.
+ * work: (threads, channels filled up, 64). */
+void transposed_product(const uint8_t *x, const float *row_scale, int64_t rows, int64_t channels, const int8_t *weight,
+                        const int32_t *base, int64_t width, float *out, int8_t *work, int threads) {
+    const __m512i turned = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    int64_t filled = (channels + TILE - 1) / TILE * TILE;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t c = 0; c < width; c += TILE) {
+        int8_t *panel = work + omp_get_thread_num() * filled * TILE;
+        int64_t groups = (width - c < TILE ? width - c : TILE) / 4;
+        for (int64_t tile = 0; tile < filled; tile += TILE)
+            for (int64_t group = 0; group < groups; group++)
+                EACH(q, QUARTERS) {
+                    const int8_t *four = weight + tile * width + (c / 4 + group) * 4 * TILE + q * 4 * LANES;
+                    __m512i columns = _mm512_shuffle_epi8(_mm512_loadu_si512(four), turned);
+                    __m128i *place = (__m128i *)(panel + (tile / 4 + q * 4) * 4 * TILE + group * 16);
+                    _mm_storeu_si128(place, _mm512_extracti32x4_epi32(columns, 0));
+                    _mm_storeu_si128(place + TILE / 4, _mm512_extracti32x4_epi32(columns, 1));
+                    _mm_storeu_si128(place + TILE / 2, _mm512_extracti32x4_epi32(columns, 2));
+                    _mm_storeu_si128(place + TILE / 4 * 3, _mm512_extracti32x4_epi32(columns, 3));
+                }
+        multiply_tile(x, row_scale, rows, channels, panel, base + c, NULL, NULL, width - c, out + c, width);
+    }
 }
 
 /* Norms the queries and keys of qkv, (tokens, heads + 2 * kv_heads, size), where there are norms for them, (size), and

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +24,6 @@ from handspun.models.embedded import cache_folder
 _SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
 _NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
-_TILE = 64
-"""Channels of a tile of `product`."""
 _HEAD_SIZES = {32, 64, 96, 128}
 
 _INT, _FLOAT, _ARRAY, _THREADS = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
@@ -34,7 +32,9 @@ _SIGNATURES = {
     "quantize": (_ARRAY, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _THREADS),
     "norm_quantize": (_ARRAY, _ARRAY, _FLOAT, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _THREADS),
     "gate_quantize": (_ARRAY, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _THREADS),
+    "scale_quantize": (_ARRAY, _ARRAY, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _THREADS),
     "product": (*(_ARRAY, _ARRAY, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _ARRAY, _INT, _ARRAY), _THREADS),
+    "transposed_product": (*(_ARRAY, _ARRAY, _INT, _INT, _ARRAY, _ARRAY, _INT, _ARRAY, _ARRAY), _THREADS),
     "rotate": (
         *(_ARRAY, _INT, _INT, _INT, _INT, _ARRAY, _ARRAY, _FLOAT),
         *(_ARRAY, _ARRAY, _ARRAY, _ARRAY, _INT),
@@ -79,6 +79,15 @@ def quantize(library: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return out, scale
 
 
+def scale_quantize(library: Any, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """x * scale to bytes, not transformed. x: (rows, width). scale: (width,)."""
+    x, work = x.contiguous(), torch.empty_like(x)
+    out, row_scale = _empty(x)
+    arrays = (work.data_ptr(), out.data_ptr(), row_scale.data_ptr())
+    library.scale_quantize(x.data_ptr(), scale.data_ptr(), *x.shape, *arrays, torch.get_num_threads())
+    return out, row_scale
+
+
 def norm_quantize(library: Any, x: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`quantize` of RMSNorm(x). norm: (width,)."""
     x, work = x.contiguous(), torch.empty_like(x)
@@ -97,49 +106,9 @@ def gate_quantize(library: Any, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return out, scale
 
 
-def can_multiply(weight: Tensor) -> bool:
-    """Whether `product` is there for such a matrix, (out, in), and the fastest there is: with AMX, oneDNN's is."""
-    is_int8 = weight.dtype == torch.int8 and weight.device.type == "cpu" and weight.shape[1] % 4 == 0
-    return is_int8 and kernels() is not None and "amx_int8" not in _cpu_flags().split()
-
-
-class Tiles(NamedTuple):
-    """An int8 matrix, (out, in), as `product` reads it."""
-
-    weight: Tensor
-    """(tiles, in / 4, 64, 4): the last tile is filled up with zeros."""
-    base: Tensor
-    """(tiles * 64,), int32: -128 times the channels' sums, since rows are bytes with 128 in their middle."""
-    channels: int
-
-    def rows(self, rows: Tensor) -> Tensor:
-        """(count,) to (count, in): rows of the matrix."""
-        return self.weight[rows // _TILE, :, rows % _TILE].flatten(1)
-
-
-def tiles(weight: Tensor) -> Tiles:
-    """weight: (out, in), int8, in a multiple of 4."""
-    channels, width = weight.shape
-    filled = torch.nn.functional.pad(weight, (0, 0, 0, -channels % _TILE))
-    base = filled.sum(1, dtype=torch.int32).mul_(-128)
-    in_tiles = filled.view(-1, _TILE, width // 4, 4).transpose(1, 2).contiguous()
-    return Tiles(in_tiles, base, channels)
-
-
-def product(rows: Tensor, row_scale: Tensor, matrix: Tiles, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """row_scale * scale * ((rows - 128) @ weight.T) + bias: (count, out), float32.
-
-    rows: (count, in), bytes. row_scale: (count, 1). scale, bias: (out,).
-    """
-    library: Any = kernels()
-    assert rows.is_contiguous() and row_scale.is_contiguous()  # noqa: PT018
-    out = torch.empty(len(rows), matrix.channels)
-    library.product(
-        *(rows.data_ptr(), row_scale.data_ptr(), *rows.shape, matrix.weight.data_ptr(), matrix.base.data_ptr()),
-        *(scale.data_ptr(), None if bias is None else bias.data_ptr(), matrix.channels, out.data_ptr()),
-        torch.get_num_threads(),
-    )
-    return out
+def can_multiply() -> bool:
+    """Whether the products are there, and the fastest that there are: with AMX, oneDNN's are."""
+    return kernels() is not None and "amx_int8" not in _cpu_flags().split()
 
 
 def can_attend(head_size: int, dtype: torch.dtype, device: torch.device) -> bool:

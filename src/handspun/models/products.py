@@ -14,6 +14,8 @@ from torch import Tensor
 from handspun.models import native
 from handspun.models.hadamard import hadamard
 from handspun.models.int8 import int_mm, quantize_channels, quantize_rows
+from handspun.models.onednn import linear
+from handspun.models.tiles import Tiles, can_tile
 
 
 class Product(Protocol):
@@ -33,21 +35,15 @@ class Product(Protocol):
 
 
 class FloatProduct:
-    """In the weights' own type.
-
-    On a CPU float32 goes through oneDNN: MKL, which F.linear calls for it, takes twice as long for up to 128 rows.
-    """
+    """In the weights' own type."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """weight: (out, in). bias: (out,)."""
         self.weight, self._bias = weight, bias
-        self._is_for_onednn = _has_onednn() and weight.device.type == "cpu" and weight.dtype == torch.float32
 
     def __call__(self, x: Tensor) -> Tensor:
         """(tokens, in) to (tokens, out)."""
-        if self._is_for_onednn:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
-        return F.linear(x.to(self.weight.dtype), self.weight, self._bias).float()
+        return linear(x.to(self.weight.dtype), self.weight, self._bias).float()
 
     def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
         """(tokens, in) to (tokens, out)."""
@@ -74,7 +70,7 @@ class Int8Product:
         matrix, self._scale = quantize_channels(weight)
         self._bias = None if bias is None else bias.float()
         self._native = native.kernels() if weight.device.type == "cpu" else None
-        self._tiles = native.tiles(matrix) if native.can_multiply(matrix) else None
+        self._tiles = Tiles(matrix) if can_tile(matrix) else None
         self._packed = _packed(matrix) if self._tiles is None and weight.device.type == "cpu" else None
         self._zero_points = torch.zeros(len(matrix), dtype=torch.int64)
         is_kept = self._tiles is None and (self._packed is None or is_embedding)
@@ -104,7 +100,7 @@ class Int8Product:
     def _product(self, rows: Tensor, row_scale: Tensor) -> Tensor:
         """rows: (tokens, in), unsigned, 128 in their middle. row_scale: (tokens, 1)."""
         if self._tiles is not None:
-            return native.product(rows, row_scale, self._tiles, self._scale, self._bias)
+            return self._tiles.product(rows, row_scale, self._scale, self._bias)
         if self._packed is None:
             sums = int_mm(rows.view(torch.int8) ^ -128, self._weight.t()).float().mul_(self._scale)
         else:
@@ -113,10 +109,6 @@ class Int8Product:
                 *(1.0, 0, torch.float32, "none", [], ""),
             )
         return sums.mul_(row_scale) if self._bias is None else sums.mul_(row_scale).add_(self._bias)
-
-
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _unsigned(x: Tensor) -> tuple[Tensor, Tensor]:

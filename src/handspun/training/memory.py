@@ -59,8 +59,8 @@ def predict_memory(
 
 def weights_of(model: PreTrainedModel) -> list[Tensor]:
     """All weights of a model, int8 ones too."""
-    int8 = [layer.weight for layer in model.modules() if isinstance(layer, Int8Linear)]
-    return [*model.parameters(), *int8]
+    int8 = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
+    return [*model.parameters(), *(layer.tiles.weight if layer.tiles else layer.weight for layer in int8)]
 
 
 def _tables(model: PreTrainedModel) -> list[Tensor]:
