@@ -37,7 +37,8 @@ def operations(model: PreTrainedModel, plan: Plan, examples: Sequence[Example], 
     body = [weight for weight in model.parameters() if id(weight) not in tables]
     again = 2 if config.activation_checkpointing else 0
     each = sum(weight.numel() * (again + (6 if weight.requires_grad else 4)) for weight in body)
-    each += sum(layer.weight.numel() * (again + 4) for layer in model.modules() if isinstance(layer, Int8Linear))
+    int8 = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
+    each += sum(layer.in_features * layer.out_features * (again + 4) for layer in int8)
     of_head = head.numel() * (6 if head.requires_grad else 4)
     shape: Any = model.config.get_text_config()
     width = shape.num_hidden_layers * shape.hidden_size

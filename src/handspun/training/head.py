@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from handspun.models.onednn import linear
-
 
 def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """The loss summed over the chunk. hidden: (chunk, hidden size). targets: (chunk,).
@@ -34,7 +32,7 @@ def head_backward(head: nn.Module, hidden: Tensor, targets: Tensor, divisor: int
 
 @torch.no_grad()
 def _linear_backward(head: nn.Linear, hidden: Tensor, targets: Tensor, divisor: int) -> tuple[float, Tensor]:
-    logits = linear(hidden, head.weight, head.bias)  # (chunk, vocab): one array, written over until the end
+    logits = F.linear(hidden, head.weight, head.bias)  # (chunk, vocab): one array, written over until the end
     targets = targets[:, None]
     at_target, highest = logits.gather(1, targets), logits.amax(1, keepdim=True)
     total = logits.sub_(highest).exp_().sum(1, keepdim=True)
@@ -45,7 +43,7 @@ def _linear_backward(head: nn.Linear, hidden: Tensor, targets: Tensor, divisor: 
         dense_gradient(head.weight).addmm_(gradient.t(), hidden)
     if head.bias is not None and head.bias.requires_grad:
         dense_gradient(head.bias).add_(gradient.sum(0))
-    return loss, linear(gradient, head.weight.t())
+    return loss, gradient @ head.weight
 
 
 def dense_gradient(parameter: Tensor) -> Tensor:
