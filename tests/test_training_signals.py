@@ -24,6 +24,15 @@ ROWS = "instruction,input,output\n" + "".join(f"Say {n}.,,It is {n}.\n" for n in
 linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 
 
+@pytest.fixture
+def usual_interrupt() -> Iterator[None]:
+    """Python's own, also where the tests are a shell's job in the background, for which SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("usual_interrupt")
 def test_the_first_signal_is_noted_and_the_second_leaves_at_once() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with stop_requests() as request:
