@@ -163,6 +163,20 @@ def test_a_tracker_that_fails_costs_its_figures_and_not_the_run(
     assert weights(data.with_name("output")) == weights(data.with_name("without"))
 
 
+def test_a_tracker_that_cannot_be_closed_does_not_fail_a_finished_run(
+    tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def failing(*_: object) -> Iterator[Send]:
+        yield lambda *_: None
+        raise OSError("no room")
+
+    monkeypatch.setattr(trackers, "_opened", failing)
+    said = train(config(tiny_folder, data, "output", log_to=("wandb",)))
+    assert "wandb could not be closed, and may lack the last figures: no room" in said
+    assert json.loads((data.with_name("output") / "run.json").read_text())["status"] == "finished"
+
+
 def test_a_tracker_that_cannot_begin_ends_the_run_before_its_first_step(
     tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

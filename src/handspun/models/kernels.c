@@ -1,6 +1,6 @@
 /* What a decoding step does, for x86-64 CPUs with AVX-512 and its int8 dot product (VNNI): rounding rows to int8, of
  * normed and gated inputs too, their products with int8 weights, and attention of single queries. Training's int8
- * layers use `hadamard`.
+ * layers use `hadamard`, `quantize`, `scale_quantize` and both products.
  *
  * Each function computes what models/products.py and decoding/lean_engine.py compute with PyTorch, without arrays in
  * between. Every row is computed by itself, by the same instructions wherever it stands: its result does not depend on
@@ -146,8 +146,8 @@ void gate_quantize(const float *x, int64_t rows, int64_t width, float *work, uin
 
 /* The sums of up to ROWS rows of bytes with TILE channels, and what they stand for:
  * (base + x @ weight) * scale * row_scale + bias. scale, bias: null for none. left: how many of the channels there
- * are. The sums stay in registers,
- * for which gcc needs all loops over them unrolled, and the instruction itself: its intrinsic is given copies. */
+ * are. The sums stay in registers, for which gcc needs all loops over them unrolled, and the instruction itself: its
+ * intrinsic is given copies. */
 #define ROWS 6
 #define TILE 64
 #define QUARTERS (TILE / LANES)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
+from types import TracebackType
 from typing import Any
 
 from handspun.config import Tracker
@@ -39,7 +40,7 @@ class TrackedRun:
 
     @property
     def name(self) -> str:
-        """The same when the run is gone on with, and no other run's; without signs that W&B refuses."""
+        """Of its folder and the second it began, so that it stays; without signs that W&B refuses."""
         return re.sub(r"[^\w.-]+", "-", f"{self.folder.resolve().name}-{self.started.removesuffix('+00:00')}")
 
 
@@ -74,11 +75,27 @@ def tracked(
 
     with ExitStack() as stack:
         for name in dict.fromkeys(trackers):
+            opened = _opened(name, run, notice)
             try:
-                senders[name] = stack.enter_context(_opened(name, run, notice))
+                senders[name] = opened.__enter__()
             except Exception as error:
                 raise ConfigError(f"--log-to {name}: {error}. Mend it, or leave {name} out.") from error
+            stack.push(_leaving(name, opened, notice))
         yield send
+
+
+def _leaving(
+    name: Tracker, opened: AbstractContextManager[Send], notice: Callable[[str], None]
+) -> Callable[[type[BaseException] | None, BaseException | None, TracebackType | None], None]:
+    """Closes a tracker, and says so where that fails: the run ends as it would have without."""
+
+    def leave(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            opened.__exit__(kind, error, trace)
+        except Exception as failure:
+            notice(f"{name} could not be closed, and may lack the last figures: {failure}")
+
+    return leave
 
 
 def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
@@ -129,8 +146,7 @@ def _tensorboard(run: TrackedRun, notice: Callable[[str], None]) -> Iterator[Sen
 
 @contextmanager
 def _wandb(run: TrackedRun, notice: Callable[[str], None]) -> Iterator[Send]:
-    """A resumed run has a folder more, of the same id: synced, they are one run, and steps that were made again
-    count once."""
+    """A resumed run has a folder more, of the same id, as W&B resumes runs."""
     import wandb
 
     folder = run.folder / TRACKERS
