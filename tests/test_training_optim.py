@@ -1,10 +1,12 @@
 """The learning rate as a table, and what is decayed."""
 
+import math
+
 import pytest
 import torch
 
 from handspun.config import TrainConfig
-from handspun.training.optim import lr_at, make_optimizer
+from handspun.training.optim import clip_gradients, lr_at, make_optimizer
 from tiny import tiny_model
 
 
@@ -47,3 +49,15 @@ def test_frozen_parameters_are_not_given_to_the_optimizer() -> None:
     groups = make_optimizer(model, TrainConfig()).param_groups
     assert [p is head for group in groups for p in group["params"]] == [True]
     assert isinstance(head, torch.Tensor)
+
+
+def test_the_gradient_norm_of_a_large_matrix() -> None:
+    """PyTorch's norm of the whole is off by more than 1e-4 here, on a CPU."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(256, 20_000)
+    gradients = torch.randn(20_000, 256) * torch.rand(20_000, 1) ** 4, torch.randn(20_000)
+    model.weight.grad, model.bias.grad = (gradient.clone() for gradient in gradients)
+    expected = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients))
+    assert clip_gradients(model, expected / 2) == pytest.approx(expected, rel=2e-6)
+    torch.testing.assert_close(model.weight.grad, gradients[0] / 2, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(model.bias.grad, gradients[1] / 2, rtol=1e-5, atol=0.0)
