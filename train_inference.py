@@ -8,7 +8,10 @@
 
 # %%
 import argparse
+import json
 from pathlib import Path
+
+import matplotlib.pyplot as plt
 
 import handspun
 from handspun.demo.run import demo_config
@@ -55,12 +58,39 @@ config = handspun.TrainConfig(
 run = handspun.train(config)
 
 # %% [markdown]
+# What came of it, out of `output/metrics.jsonl`, a line for each step and evaluation. The same and much more is in
+# `output/report.html`, for a browser.
+
+# %%
+output = Path(arguments.output_dir)
+events = [json.loads(line) for line in (output / "metrics.jsonl").open(encoding="utf-8")]
+steps = [event for event in events if event["event"] == "step"]
+evaluations = [event for event in events if event["event"] == "evaluation"]
+at = [event["step"] for event in steps]
+
+figure, (losses, rates) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+losses.plot(at, [event["loss"] for event in steps], lw=0.8, alpha=0.6, label="each batch")
+if evaluations:
+    held_out = [event["loss"] for event in evaluations]
+    losses.plot([event["step"] for event in evaluations], held_out, "o-", label="held-out rows")
+losses.set(xlabel="step", ylabel="loss per learned token", ylim=(0, None))
+losses.legend(frameon=False)
+rates.plot(at, [event["learning_rate"] for event in steps], "C0")
+rates.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+rates.yaxis.label.set_color("C0")
+norms = rates.twinx()
+norms.plot(at, [event["grad_norm"] for event in steps], "C1", lw=0.8, alpha=0.6)
+norms.set_ylabel("gradient norm", color="C1")
+norms.set_ylim(0, None)
+figure.savefig(output / "training.png", dpi=110)
+
+# %% [markdown]
 # ## Decode
 #
 # From the last checkpoint, as anybody would load it.
 
 # %%
-checkpoint = Path(arguments.output_dir) / f"checkpoint-epoch-{arguments.num_epochs}"
+checkpoint = output / f"checkpoint-epoch-{arguments.num_epochs}"
 model = handspun.load(str(checkpoint))
 
 
