@@ -19,7 +19,16 @@ from handspun.training import packed as packed_module
 from handspun.training.execution import cannot_pack, execution_of
 from handspun.training.forward import Padded
 from handspun.training.loop import Loop, Step, start, train
-from handspun.training.packed import Packed, pack, packed_attention, packed_micro_batches, shared_prefix
+from handspun.training.pack import (
+    BFLOAT16_TOKENS,
+    multiple_of_tokens,
+    pack,
+    packed_micro_batches,
+    packed_tokens,
+    shared_prefix,
+)
+from handspun.training.packed import Packed
+from handspun.training.packed_attention import Masks, masks_of, packed_attention, whole_mask
 from tiny import tiny_model
 
 SMALL = {
@@ -84,6 +93,40 @@ def test_loss_and_gradients_are_those_of_padded_rows(family: str, share_prefix: 
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_all_sequences_at_once_as_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, family: str, share_prefix: bool
+) -> None:
+    model, batch, found = model_of(family), rows(6), []
+    with packed_attention(model):
+        for mask in (masks_of, lambda made, dtype: Masks([], whole_mask(made, dtype))):
+            monkeypatch.setattr(packed_module, "masks_of", mask)
+            loss = Packed(model, torch.float32, share_prefix).backward(batch, 7)
+            found.append((loss, gradients(model)))
+    (expected, wanted), (loss, made) = found
+    assert loss == pytest.approx(expected, rel=1e-6)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(made[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+
+
+def test_one_mask_for_all_sequences_by_hand() -> None:
+    batch = [
+        Example([1, 2, 3, 4], [False, False, False, True], "a", 1),
+        Example([1, 5, 6], [False, False, True], "a", 2),
+    ]
+    made = pack(batch, share_prefix=True, device=torch.device("cpu"))  # 1 | 2 3 4 | 5 6
+    attends = (whole_mask(made, torch.float32) == 0).int().tolist()
+    assert attends == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 0, 0, 0, 1, 0],
+        [1, 0, 0, 0, 1, 1],
+    ]
+
+
 def test_afterwards_the_attention_is_as_it_was() -> None:
     model = model_of("llama")
     ids = torch.tensor([[1, 2, 3]])
@@ -106,9 +149,61 @@ def test_a_pack_by_hand() -> None:
     assert made.bounds == [(2, 5), (5, 7)]
     assert made.positions.tolist() == [2, 3, 5]
     assert made.targets.tolist() == [4, 5, 7]
-    second = made.masks[1]
+    second = masks_of(made, torch.float32).each[1]
     assert second is not None
     assert second.tolist() == [[True, True, True, False], [True, True, True, True]]
+
+
+def test_a_pack_filled_up_by_hand() -> None:
+    batch = [Example([1, 2, 3, 4], [False, False, True, True], "a", 1), Example([1, 5], [False, True], "a", 2)]
+    made = pack(batch, share_prefix=False, device=torch.device("cpu"), multiple=8)
+    assert made.input_ids.tolist() == [[1, 2, 3, 4, 1, 5, 1, 1]]
+    assert made.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1]]
+    assert made.bounds == [(0, 4), (4, 6), (6, 8)]
+    assert made.positions.tolist() == [1, 2, 4]
+    for multiple, tokens in ((6, 6), (7, 7), (8, 8), (4, 8)):
+        assert packed_tokens(batch, share_prefix=False, multiple=multiple) == tokens
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_fills_a_pack_up_changes_nothing(monkeypatch: pytest.MonkeyPatch, lora: bool) -> None:
+    model, batch = model_of("tied"), rows(5)
+    model = add_lora(model, "tiny", rank=4, alpha=8, dropout=0.0) if lora else model
+    found = []
+    for multiple in (1, 64):
+        monkeypatch.setattr(packed_module, "multiple_of_tokens", lambda *_, multiple=multiple: multiple)
+        with packed_attention(model):
+            packed = Packed(model, torch.float32, True)
+            loss = packed.backward(batch, 7)
+            assert packed.loss(batch) == pytest.approx(loss, rel=1e-6)
+            assert packed.computed_tokens(batch) % multiple == 0
+        found.append((loss, gradients(model)))
+    (plain, wanted), (filled, gradients_filled) = found
+    assert filled == pytest.approx(plain, rel=1e-6)
+    for name, gradient in wanted.items():
+        atol = 1e-6 * gradient.abs().max().item()
+        torch.testing.assert_close(gradients_filled[name], gradient, rtol=1e-5, atol=atol)
+
+
+def test_in_bfloat16_few_numbers_of_tokens_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN would keep a kernel for each of them. On a GPU, and in float32, none is rounded."""
+    model, counts = model_of("qwen2"), set[int]()
+    linear = torch.nn.functional.linear
+
+    def counted(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        if x.dim() == 3:
+            counts.add(x.shape[1])
+        return linear(x, *args)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    with packed_attention(model):
+        packed = Packed(model, torch.bfloat16, True)
+        for count in range(1, 9):
+            assert packed.computed_tokens(rows(count, seed=count)) % BFLOAT16_TOKENS == 0
+            packed.backward(rows(count, seed=count), 1)
+    assert counts
+    assert all(count % BFLOAT16_TOKENS == 0 for count in counts)
+    assert multiple_of_tokens(torch.float32, torch.device("cpu")) == 1
 
 
 def test_the_prefix_ends_before_what_predicts_a_learned_token() -> None:

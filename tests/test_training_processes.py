@@ -17,7 +17,7 @@ from handspun.data.examples import Example
 from handspun.errors import ConfigError
 from handspun.models.lora import add_lora
 from handspun.training.execution import Execution, execution_of
-from handspun.training.processes import NOTHING, Processes, deal
+from handspun.training.processes import NOTHING, Processes, deal, processes_of_this_run
 from tiny import tiny_model
 
 ROWS = "instruction,input,output\n" + "".join(
@@ -63,6 +63,17 @@ def test_sharded_ranks_have_equally_many_micro_batches_some_of_them_empty() -> N
         made = [Processes(rank, 4, sharded).parts(rows, one_by_one) for rank in range(4)]
         assert list(map(len, made)) == counts
     assert made[3] == [[NOTHING]]
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with (
+        pytest.raises(ConfigError, match="started 2 processes here, and there are 1 GPUs: each needs one"),
+        processes_of_this_run(torch.device("cuda")),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(("batching", "lora"), list(itertools.product(BATCHING, (False, True))))

@@ -57,6 +57,7 @@ from handspun.training.loop import Loop, TrainingState, start
 from handspun.training.loop import train as training_events
 from handspun.training.nonfinite import Skipped
 from handspun.training.out_of_memory import OutOfMemory
+from handspun.training.pack import multiple_of_tokens
 from handspun.training.plan import make_plan
 from handspun.training.processes import Processes, processes_of_this_run
 from handspun.training.room import room_on
@@ -147,7 +148,8 @@ def _train(
     point = point if processes.is_first else shared
     dtype = _product_dtype(config, processes, facts, point, log)
     shape = shapes_of(config)
-    plan = make_plan(shape, training.examples, config)
+    multiple = multiple_of_tokens(dtype, processes.device)
+    plan = make_plan(shape, training.examples, config, multiple=multiple)
     if processes.is_first:
         for line in plan_lines(plan, config, max_length):
             log.line(line)

@@ -10,7 +10,7 @@ from handspun.decoding.prompts import encode_prompts
 from handspun.models.load import ChatModel
 from handspun.report.html.answers import DECODINGS, MAX_NEW_TOKENS, SampleAnswer, prompts_of
 from handspun.training.loop import Event, Loop
-from handspun.training.packed import attention_of
+from handspun.training.packed_attention import attention_of
 
 _SECONDS = 30.0
 """For all answers behind one step."""

@@ -14,7 +14,8 @@ from handspun.data.example_arrays import lengths_of
 from handspun.data.examples import Example
 from handspun.models.int8 import rows_unrounded
 from handspun.training.forward import Padded, Run, directly
-from handspun.training.packed import Packed, packed_attention
+from handspun.training.packed import Packed
+from handspun.training.packed_attention import packed_attention
 
 _TOLERANCE = 1e-3
 """Relative. The two agree to 1e-6; a rule of attention that is not followed shows far above this."""

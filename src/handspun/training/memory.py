@@ -18,7 +18,8 @@ from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.models.int8 import Int8Linear
 from handspun.training.forward import padded_tokens
-from handspun.training.packed import CHUNK_BYTES, packed_tokens
+from handspun.training.pack import packed_tokens
+from handspun.training.packed import CHUNK_BYTES
 from handspun.training.short_states import BLOCK
 
 _FLOAT = 4

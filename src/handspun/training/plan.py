@@ -12,7 +12,7 @@ from handspun.data.examples import Example
 from handspun.training.execution import cannot_pack, shares_prefix
 from handspun.training.forward import padded_tokens
 from handspun.training.memory import predict_memory, weights_of
-from handspun.training.packed import packed_micro_batches, packed_tokens
+from handspun.training.pack import packed_micro_batches, packed_tokens
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,13 @@ class Plan:
     """Bytes of what is kept beside them to resume from."""
 
 
-def make_plan(model: PreTrainedModel, examples: Sequence[Example], config: TrainConfig) -> Plan:
-    """The plan of a run. Only the shapes of the model are looked at: it may be on the meta device."""
+def make_plan(
+    model: PreTrainedModel, examples: Sequence[Example], config: TrainConfig, *, multiple: int = 1
+) -> Plan:
+    """The plan of a run. Only the shapes of the model are looked at: it may be on the meta device.
+
+    multiple: numbers of tokens of packed micro-batches are rounded up to one of this.
+    """
     packed, share_prefix = _execution_of(model, config)
     order = epoch_order(len(examples), seed=config.seed, epoch=1)
     parameters = sum(weight.numel() for weight in weights_of(model))
@@ -49,7 +54,7 @@ def make_plan(model: PreTrainedModel, examples: Sequence[Example], config: Train
         return batches(examples, order, config.batch_size)
 
     computed = [
-        _computed(part, packed, share_prefix)
+        _computed(part, packed, share_prefix, multiple)
         for batch in optimiser_batches()
         for part in _cut(batch, config, packed)
     ]
@@ -88,8 +93,10 @@ def _cut(batch: Sequence[Example], config: TrainConfig, packed: bool) -> list[li
     return list((packed_micro_batches if packed else micro_batches)(batch, config.max_tokens))
 
 
-def _computed(part: Sequence[Example], packed: bool, share_prefix: bool) -> int:
-    return packed_tokens(part, share_prefix=share_prefix) if packed else padded_tokens(part)
+def _computed(part: Sequence[Example], packed: bool, share_prefix: bool, multiple: int) -> int:
+    if not packed:
+        return padded_tokens(part)
+    return packed_tokens(part, share_prefix=share_prefix, multiple=multiple)
 
 
 def _checkpoint_size(parameters: int, trainable: int, config: TrainConfig) -> int:

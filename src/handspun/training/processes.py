@@ -142,8 +142,7 @@ def processes_of_this_run(device: torch.device, *, sharded: bool = False) -> Ite
         yield Processes(device=device)
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        device = _gpu_of_this_process()
     is_ours = not dist.is_initialized()
     if is_ours:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -155,6 +154,19 @@ def processes_of_this_run(device: torch.device, *, sharded: bool = False) -> Ite
         if is_ours:
             dist.destroy_process_group()
         watch.end()
+
+
+def _gpu_of_this_process() -> torch.device:
+    """Raises ConfigError where there are more processes than GPUs."""
+    place, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if place >= there:
+        raise ConfigError(
+            f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, and there are {there} GPUs: "
+            f"each needs one of its own. Start it with --nproc-per-node {there}, or add --device cpu."
+        )
+    device = torch.device("cuda", place)
+    torch.cuda.set_device(device)
+    return device
 
 
 def deal(rows: Sequence[Example], count: int) -> list[list[Example]]:
