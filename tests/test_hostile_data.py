@@ -21,7 +21,9 @@ from handspun.data.mojibake import damage_in
 from handspun.data.prepare import ExampleSet, prepare_examples
 from handspun.data.rows import read_rows
 from handspun.errors import DataError
-from hostile import KINDS, LARGE, SIZES, Case, table
+from hostile import KINDS, table
+from hostile_files import SIZES
+from hostile_making import LARGE, Case
 from tiny import tiny_tokenizer
 
 TEMPLATE = ChatTemplate(tiny_tokenizer())

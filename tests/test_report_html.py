@@ -1,4 +1,4 @@
-"""report.html: the facts are in it, nothing is fetched, hostile texts stay texts, plots go through points."""
+"""report.html: the facts are in it, nothing is fetched, hostile texts stay texts."""
 
 import hashlib
 import io
@@ -6,11 +6,9 @@ import itertools
 import json
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +17,19 @@ from rich.console import Console
 
 import handspun
 from handspun.cli import main
-from handspun.cli.app import app
 from handspun.errors import OutputError, StoppedError
-from handspun.report.html.answers import DECODINGS, sample_answers
-from handspun.report.html.command import command, options_given
+from handspun.report.html.answers import DECODINGS
 from handspun.report.html.folder import RunFiles, read_run
 from handspun.report.html.page import comparison_page, report_page, write_report
-from handspun.report.html.plots import bar_plot, line_plot
-from handspun.report.html.series import Line, Metrics, loss_line, rate_line, read_metrics, smoothed, thinned
+from handspun.report.html.series import read_metrics
 from handspun.run import train
+from html_page import Page
 from report_in_a_browser import SCHEMES, WIDTHS, browser, overflow, violations
+from test_report_plots import points_of
 
 HOSTILE = "<script>alert(1)</script> \"'><img src=http://evil.example/x onerror=alert(2)> {{ 7 * 7 }} &amp; </pre>"
 ROWS = "instruction,input,output\n" + "".join(f"Say {n}.,,It is {n}.\n" for n in range(20))
 EMPTY_ROW = 21
-
-
-class Page(HTMLParser):
-    """A page taken apart: its text, and all attributes by name."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str, str | None]] = []
-        self.texts: list[str] = []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value) for name, value in attrs]
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.texts))
-
-    def values(self, name: str) -> list[str]:
-        return [value or "" for _, found, value in self.attributes if found == name]
 
 
 def quiet_console() -> Console:
@@ -239,46 +210,6 @@ def test_a_large_set_is_looked_at_at_even_distances(tiny_folder: Path, tmp_path:
     assert "There are no answers before training: they were not asked for (--no-sample-answers)." in text
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_sample_answers_change_nothing_of_the_training(tiny_folder: Path, tmp_path: Path, lora: bool) -> None:
-    data = tmp_path / "train.csv"
-    data.write_text(ROWS, encoding="utf-8")
-    steps = []
-    for asked in (False, True):
-        options = {"lora": lora, "lora_dropout": 0.1, "report_rows": 0, "overwrite": True, "sample_answers": asked}
-        options |= {"sample_prompts": ("Say 3.",), "num_epochs": 1, "dtype": "float32"}  # a probe may choose anew
-        run = train(config(tiny_folder, data, **options), console=quiet_console())
-        found = read_metrics(run.output_dir / "metrics.jsonl").steps
-        steps.append([(step["loss"], step["grad_norm"]) for step in found])
-    assert steps[0] == steps[1]
-
-
-def test_weights_lie_as_they_lay_before_the_answers(tiny_chat: handspun.ChatModel) -> None:
-    before = {name: weight.clone() for name, weight in tiny_chat.model.state_dict().items()}
-    sample_answers(tiny_chat, ["Say 3."])
-    for name, weight in tiny_chat.model.state_dict().items():
-        assert weight.untyped_storage().nbytes() == weight.nbytes
-        assert weight.equal(before[name])
-
-
-def test_the_time_for_answers_is_bounded_and_shared(tiny_chat: handspun.ChatModel) -> None:
-    ticks = iter(range(1_000_000))
-    made = sample_answers(tiny_chat, ["Say 3."], seconds=30, clock=lambda: float(next(ticks)))
-    assert [answer.decoding for answer in made.answers] == list(DECODINGS)
-    assert {answer.finish_reason for answer in made.answers} == {"cancelled"}
-    assert next(ticks) < 40
-
-
-def test_an_int8_base_answers_without_float_copies(tiny_folder: Path, tmp_path: Path) -> None:
-    data = tmp_path / "train.csv"
-    data.write_text(ROWS, encoding="utf-8")
-    options = {"lora": True, "base_weights": "int8", "sample_prompts": ("Say 3.",)}
-    run = train(config(tiny_folder, data, **options), console=quiet_console())
-    kept = json.loads((run.output_dir / "report_data.json").read_text(encoding="utf-8"))
-    assert len(kept["before"]["answers"]) == len(kept["after"]["answers"]) == len(DECODINGS)
-    assert any("float copies" in note for note in kept["before"]["notes"])
-
-
 def test_a_run_that_ends_early_has_a_report_that_says_so(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,102 +360,6 @@ def test_a_folder_without_a_run_is_said_to_be_none(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{", encoding="utf-8")
     with pytest.raises(OutputError, match=r"run\.json cannot be read"):
         read_run(tmp_path)
-
-
-def points_of(svg: str, name: str) -> list[tuple[float, float]]:
-    """The points of a line, in the units of the picture: its path is `M x y L x y ...`."""
-    found = re.search(rf'id="[\w-]*line-{re.escape(name)}">\s*<path d="([^"]*)"', svg)
-    assert found is not None
-    numbers = [float(number) for number in re.findall(r"-?[\d.]+", found[1])]
-    return list(zip(numbers[::2], numbers[1::2], strict=True))
-
-
-def test_a_line_goes_through_its_points() -> None:
-    """The picture's y grows downwards; distances keep their proportions, whatever the axes' limits."""
-    svg = line_plot("p", [Line("loss", [1, 2, 4, 5], [4.0, 3.0, 1.0, 2.0])], y="loss", label="")
-    (x1, y1), (x2, y2), (x3, y3), (x4, y4) = points_of(svg, "loss")
-    assert (x3 - x1) / (x2 - x1) == pytest.approx(3, rel=1e-4)
-    assert (x4 - x1) / (x2 - x1) == pytest.approx(4, rel=1e-4)
-    assert (y3 - y1) / (y2 - y1) == pytest.approx(3, rel=1e-4)
-    assert (y4 - y1) / (y2 - y1) == pytest.approx(2, rel=1e-4)
-    assert y1 < y2 < y3
-
-
-def test_bars_are_as_tall_as_their_counts() -> None:
-    svg = bar_plot("p", [1, 2, 4], [3, 6], x="tokens", label="", log=False)
-    bars = re.findall(r'<path d="M ([\d.]+) ([\d.]+)\s+L ([\d.]+) [\d.]+\s+L [\d.]+ ([\d.]+)', svg)
-    sizes = [(float(x2) - float(x1), float(y1) - float(y2)) for x1, y1, x2, y2 in bars]
-    (narrow, low), (wide, high) = [size for size in sizes if size[1] > 0][-2:]
-    assert wide / narrow == pytest.approx(2, rel=1e-4)
-    assert high / low == pytest.approx(2, rel=1e-4)
-
-
-def test_a_plots_text_and_name_are_escaped_and_its_colours_are_the_pages() -> None:
-    svg = line_plot("p", [Line("<b>$&$", [1, 2], [1.0, 2.0]), Line("b", [1], [1.0])], y="<i>", label='"<script>')
-    assert "<b>" not in svg
-    assert "<i>" not in svg
-    assert "&lt;b&gt;$&amp;$" in svg
-    assert 'aria-label="&quot;&lt;script&gt;"' in svg
-    assert "var(--line-1)" in svg
-    assert not re.search(r"#[0-9a-f]{6}\b(?!\))", re.sub(r'="[^"]*#p-[^"]*"', "", svg))
-
-
-def step(number: int, **values: Any) -> dict[str, Any]:
-    basic = {"event": "step", "step": number, "epoch": 1, "loss": 1.0, "learned_tokens": 1, "seconds": 1.0}
-    return {**basic, **values}
-
-
-def test_of_a_step_made_twice_the_later_line_counts(tmp_path: Path) -> None:
-    """A run that was killed behind its last checkpoint and resumed; the killed one left half a line."""
-    file = tmp_path / "metrics.jsonl"
-    lines = [step(1, loss=3.0), step(2, loss=2.0), step(3, loss=9.0)]
-    text = "".join(json.dumps(event) + "\n" for event in lines) + '{"event": "step", "st\n'
-    file.write_text(text + json.dumps(step(3, loss=1.0)) + "\n", encoding="utf-8")
-    assert loss_line(read_metrics(file)).y == [3.0, 2.0, 1.0]
-    assert read_metrics(tmp_path / "none.jsonl") == Metrics()
-
-
-def test_neighbouring_steps_of_a_long_run_become_one_point() -> None:
-    steps = [step(n, loss=float(n), learned_tokens=n, tokens=4, seconds=0.5) for n in range(1, 802)]
-    metrics = Metrics(steps)
-    assert len(thinned(steps)) == 267
-    loss, rate = loss_line(metrics), rate_line(metrics, "tokens", "real")
-    assert loss.x[:2] == [3, 6]
-    assert loss.y[0] == pytest.approx((1 * 1 + 2 * 2 + 3 * 3) / (1 + 2 + 3))
-    assert rate.y[0] == pytest.approx(3 * 4 / 1.5)
-    assert loss.x[-1] == 801
-
-
-def test_a_smoothed_line_is_the_mean_around_each_point() -> None:
-    line = Line("loss", [float(n) for n in range(40)], [float(n % 2) for n in range(40)])
-    mean = smoothed(line)
-    assert mean is not None
-    assert mean.y[0] == 0.5
-    assert mean.y[1] == pytest.approx(1 / 3)
-    assert mean.y[2] == pytest.approx(2 / 3)
-    assert smoothed(Line("loss", [1.0], [1.0])) is None
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"lora": True, "cache_examples": False, "learning_rate": 1e-4, "eval_ratio": 0.1},
-        {"data": "my rows.csv", "sample_prompts": ("one", "it's two", "-3"), "system_prompt": "--hush"},
-    ],
-)
-def test_the_command_of_a_report_gives_the_same_options(options: dict[str, Any]) -> None:
-    made = handspun.TrainConfig(**options)
-    line = command(options_given(made))
-    assert len(line.splitlines()) == 1 + sum(part.startswith("--") for part in shlex.split(line))
-    arguments = shlex.split(line.replace("\\\n", " "))
-    _, bound, *_ = app.parse_args(arguments[1:], exit_on_error=False, print_error=False)
-    assert bound.arguments.get("config", handspun.TrainConfig()) == made
-
-
-def test_several_processes_are_started_by_torchrun() -> None:
-    line = command({"data": "a.csv"}, processes=2)
-    assert line == "torchrun --standalone --nproc-per-node 2 -m handspun train \\\n    --data a.csv"
 
 
 @pytest.mark.skipif(browser() is None or "AXE" not in os.environ, reason="needs Chromium, and $AXE: axe.min.js")
