@@ -31,6 +31,16 @@ def train_on(capsys: pytest.CaptureFixture[str], model: Path, data: Path, conten
     return fail(capsys, "train", "--model", str(model), "--data", str(data), "--output-dir", str(output), *more)
 
 
+@pytest.mark.parametrize("command", ["train", "preflight", "preview", "eval"])
+def test_data_that_is_not_there_is_named_before_a_model_is_looked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = fail(capsys, command, "--model", "nobody/no-such-model", "--data", "trian.csv")
+    assert message.startswith("error: trian.csv: there is no file or folder trian.csv.")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [

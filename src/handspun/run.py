@@ -16,6 +16,7 @@ from handspun.config import TrainConfig
 from handspun.data.cache import ExampleCache
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.prepare import ExampleSet, prepare_examples, resolve_max_length
+from handspun.data.rows import refuse_missing_data
 from handspun.errors import StoppedError
 from handspun.keeping import Keeper
 from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
@@ -47,7 +48,7 @@ from handspun.report.plan import plan_lines
 from handspun.report.preflight import corrected_line, doubts_about_memory, show_examples, show_preflight
 from handspun.report.record import run_facts
 from handspun.report.samples import Sampler, sampler_of
-from handspun.report.trackers import refuse_missing
+from handspun.report.trackers import refuse_missing_trackers
 from handspun.resume import ResumePoint, execution_changes, forget, refuse_another_run
 from handspun.training.checkpoint import TRAINING_STATE
 from handspun.training.dtype import choose_dtype
@@ -75,7 +76,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
     torchrun, every process calls it, and the first one logs and saves. Raises a HandspunError for anything that
     the user can mend: data, options, model, disk.
     """
-    refuse_missing(config.log_to)
+    refuse_missing_trackers(config.log_to)
+    refuse_missing_data(config.data, config.eval_data)
     if not config.shard:  # FSDP2 frees each layer's weights after use: kept, they took a quarter more
         keep_freed_memory()
     use_threads(config.threads)

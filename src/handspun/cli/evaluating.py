@@ -54,11 +54,13 @@ def evaluate(
     json
         One JSON object in place of the table.
     """
+    from handspun.data.rows import refuse_missing_data
     from handspun.evaluation.score import score
     from handspun.report.account import account_lines
     from handspun.report.scores import row_lines, scores_record, scores_table
     from handspun.report.whole_file import whole_file
 
+    refuse_missing_data(config.data)
     with ExitStack() as stack:
         partial = stack.enter_context(whole_file(per_row, option="--per-row")) if per_row else None
         scores = score(

@@ -34,6 +34,17 @@ class Row:
     values: dict[str, Any]
 
 
+def refuse_missing_data(*sources: str | None) -> None:
+    """Raises DataError, as `read_rows` would, for a file or folder that is not there: before a model is
+    fetched for it. The hub is not asked."""
+    for source in sources:
+        try:
+            if source is not None:
+                _path_or_hub(source)
+        except OSError:  # read_rows says it
+            return
+
+
 def read_rows(source: str) -> list[Row]:
     """All rows of a file, of a folder's files, or of a hub dataset; at least one.
 
@@ -43,15 +54,10 @@ def read_rows(source: str) -> list[Row]:
     Of a folder, links are followed that stay in it (or in the hub's cache that it is of).
     Raises DataError.
     """
-    if not source.strip() or "\0" in source:
-        raise DataError(f"{source!r} names no data. Expected a file, a folder, or a hub dataset (org/name).")
     try:
-        path = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
-        if not path.exists():
-            hub = _HUB_ID.fullmatch(source)
-            if hub and path.suffix.lower() not in SUFFIXES and not path.parent.is_dir():
-                return _hub_rows(source, hub)
-            raise _missing(path)
+        path = _path_or_hub(source)
+        if isinstance(path, re.Match):
+            return _hub_rows(source, path)
         files = _folder_files(path) if path.is_dir() else [path]
         return [row for file in files for row in _file_rows(file)]
     except OSError as error:
@@ -64,6 +70,19 @@ def read_rows(source: str) -> list[Row]:
             "there is not enough memory to read it: its rows are held at once. Split it, or take a part of it.",
             file=shown(source, most=4096),
         ) from error
+
+
+def _path_or_hub(source: str) -> Path | re.Match[str]:
+    """The file or folder that is there, or the parts of a hub dataset's name."""
+    if not source.strip() or "\0" in source:
+        raise DataError(f"{source!r} names no data. Expected a file, a folder, or a hub dataset (org/name).")
+    path = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
+    if path.exists():
+        return path
+    hub = _HUB_ID.fullmatch(source)
+    if hub and path.suffix.lower() not in SUFFIXES and not path.parent.is_dir():
+        return hub
+    raise _missing(path)
 
 
 def _file_rows(path: Path) -> list[Row]:

@@ -14,6 +14,7 @@ from handspun.data.cache import ExampleCache
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.conversations import Message
 from handspun.data.prepare import prepare_examples, resolve_max_length
+from handspun.data.rows import refuse_missing_data
 from handspun.decoding.generate import generate, stream
 from handspun.decoding.results import GenerationResult
 from handspun.errors import DataError
@@ -30,6 +31,7 @@ def show_preview(config: DataConfig, model: str, console: Console, *, examples: 
     def notice(text: str) -> None:
         print(text, file=sys.stderr)
 
+    refuse_missing_data(config.data)
     source = model_source(model, notice)
     tokenizer = load_tokenizer(source)
     max_length = resolve_max_length(config.max_length, context_length(load_config(source)))
