@@ -40,7 +40,7 @@ def check_room(
     doubtful, and which options would fit.
 
     Raises TrainingError where the run cannot fit. Under `dry_run` that is told too; and with `shard`, whose share
-    is not predicted, and on a GPU, where predictions have not been measured.
+    is not predicted, and on a GPU, whose allocator is not this one.
     """
     if room is None:
         return

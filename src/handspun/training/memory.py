@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.models.int8 import Int8Linear
+from handspun.models.load import resolve_device
 from handspun.training.forward import padded_tokens
 from handspun.training.pack import packed_tokens
 from handspun.training.packed import CHUNK_BYTES
@@ -40,7 +41,8 @@ def predict_memory(
     packed: bool,
     share_prefix: bool,
 ) -> int:
-    """Bytes of the process at its largest. Only shapes are looked at: the model may be on the meta device.
+    """Bytes of the process at its largest, or on the GPU that it uses. Only shapes are looked at: the model may be
+    on the meta device.
 
     batches: the optimiser's, each in its micro-batches.
     """
@@ -55,6 +57,8 @@ def predict_memory(
             tokens = packed_tokens(part, share_prefix=share_prefix) if packed else padded_tokens(part)
             kept = _HOLES * _kept(tokens, model, config) + _logits(part, model, packed)
             forward = max(forward, kept + (gradients if before else first))
+    if resolve_device(config.device).type == "cuda":  # what Python holds, and what is read, is not on it
+        return int(held + max(forward, gradients))
     return int(_FIXED + max(_loading(model), held + max(forward, gradients)))
 
 
