@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from handspun.training.forward import without_cudnn
 from handspun.training.pack import Pack
 
 _ATTENTION = "handspun_packed"
@@ -102,10 +102,9 @@ def _attend(
 def _attend_at_once(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, dropout: float
 ) -> Tensor:
-    """With a key and a value for each head, since this kernel wants them. cuDNN's, which PyTorch would take for
-    bfloat16, is planned anew for every number of tokens: 25 ms on an H100, forward and backward."""
+    """With a key and a value for each head: no kernel takes both a mask and fewer of them."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+    with without_cudnn():
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout)
 
 
