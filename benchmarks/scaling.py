@@ -170,7 +170,7 @@ def run_name(point: Point, contender: str) -> str:
 
 def table_of(results: Results, points: Sequence[Point]) -> str:
     """A line for each value: seconds a step, rows/s, tokens/s and peak memory, and TRL's where there are any."""
-    header = [points[0].varied, "tokens a row", "s a step", "rows/s", "tokens/s", "peak memory"]
+    header = [points[0].varied, "tokens of a row", "s a step", "rows/s", "tokens/s", "peak memory"]
     lines = [line_of(results, point) for point in points]
     return table([*header, "TRL at its best: rows/s", "peak memory", "ratio"], lines)
 
