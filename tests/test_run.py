@@ -182,8 +182,9 @@ def test_held_out_rows_of_a_file_that_is_not_there(tiny_folder: Path, data: Path
 
 
 def test_a_run_that_never_began_does_not_stand_in_the_way(tiny_folder: Path, data: Path) -> None:
-    """A misspelt file leaves a log in the output folder; the next try needs no --overwrite."""
-    misspelt = config(tiny_folder, data.with_name("trian.csv"))
+    """A misspelt column leaves a log in the output folder; the next try needs no --overwrite."""
+    data.with_name("misspelt.csv").write_text("instructoin,output\na,b\n", encoding="utf-8")
+    misspelt = config(tiny_folder, data.with_name("misspelt.csv"))
     with pytest.raises(DataError):
         train(misspelt, console=quiet_console())
     assert (data.with_name("output") / "train.log").exists()

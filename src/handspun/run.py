@@ -77,13 +77,13 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
     the user can mend: data, options, model, disk.
     """
     refuse_missing_trackers(config.log_to)
-    refuse_missing_data(config.data, config.eval_data)
     if not config.shard:  # FSDP2 frees each layer's weights after use: kept, they took a quarter more
         keep_freed_memory()
     use_threads(config.threads)
     torch.manual_seed(config.seed)  # LoRA's initial values
     console = console or plain_console()
     with processes_of_this_run(resolve_device(config.device), sharded=config.shard) as processes:
+        refuse_missing_data(config.data, config.eval_data)
         console.quiet = console.quiet or not processes.is_first
         folder = Path(config.output_dir) if processes.is_first and not config.dry_run else None
         said: list[str] = []
