@@ -41,10 +41,7 @@ def read_rows(job: Job) -> list[dict[str, str]]:
 
 
 def answer(**figures: Any) -> None:
-    """Prints the figures, with the peak memory of this process, or on the GPU that it used."""
+    """Prints the figures, with the peak memory of this process."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        peak = torch.cuda.max_memory_reserved()
     print(json.dumps({**figures, "peak_gb": peak / 1e9}))

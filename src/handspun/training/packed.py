@@ -37,8 +37,9 @@ class Packed:
         return packed_micro_batches(batch, max_tokens)
 
     def computed_tokens(self, part: Sequence[Example]) -> int:
-        """Tokens that go through the model, the shared prefix once."""
-        return packed_tokens(part, share_prefix=self.share_prefix, multiple=self._multiple(self.dtype))
+        """Tokens that go through the model: the shared prefix once, and what a pack is filled up with."""
+        multiple = multiple_of_tokens(self.dtype, self.model.device)
+        return packed_tokens(part, share_prefix=self.share_prefix, multiple=multiple)
 
     def loss(self, part: Sequence[Example]) -> float:
         """The loss summed over the part's learned tokens, without a gradient, by products in float32."""
@@ -87,11 +88,9 @@ class Packed:
         return hidden, gradient, sum(loss for loss, _ in done)
 
     def _pack(self, part: Sequence[Example], dtype: torch.dtype) -> Pack:
-        device, multiple = self.model.device, self._multiple(dtype)
+        device = self.model.device
+        multiple = multiple_of_tokens(dtype, device)
         return pack(part, share_prefix=self.share_prefix, device=device, multiple=multiple)
-
-    def _multiple(self, dtype: torch.dtype) -> int:
-        return multiple_of_tokens(dtype, self.model.device)
 
     def _hidden_states(self, packed: Pack, dtype: torch.dtype) -> Tensor:
         """(learned, hidden size): the body's output at the positions that predict a learned token."""
