@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from handspun.models.allocator import keep_freed_memory
 
@@ -21,13 +22,44 @@ for _ in range(20):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
+KERNELS = """
+import sys
+from pathlib import Path
+from handspun.models.allocator import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+import torch
+from torch.nn.functional import linear
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def product(tokens):
+    with torch.autocast("cpu", torch.bfloat16):
+        linear(torch.ones(tokens, 128, requires_grad=True), weight).sum().backward()
+weight = torch.randn(256, 128, requires_grad=True)
+for tokens in range(240, 200, -1):
+    product(tokens)
+before = resident()
+for tokens in range(100, 160):
+    product(tokens)
+print(resident() - before)
+"""
+
+
+def printed(program: str, how: str) -> int:
+    return int(subprocess.run([sys.executable, "-c", program, how], check=True, capture_output=True).stdout)
+
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_a_tensor_of_the_same_size_faults_no_new_pages_in() -> None:
-    def faults(how: str) -> int:
-        return int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True).stdout)
+    assert printed(FAULTS, "keep") < 100 < printed(FAULTS, "leave")
 
-    assert faults("keep") < 100 < faults("leave")
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read from /proc")
+def test_kernels_for_numbers_of_tokens_gone_by_are_not_kept() -> None:
+    """Of bfloat16 products, forward and backward, 60 numbers of tokens."""
+    assert printed(KERNELS, "keep") < 4e6
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert printed(KERNELS, "leave") > 40e6
 
 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

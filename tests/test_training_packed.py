@@ -20,8 +20,6 @@ from handspun.training.execution import cannot_pack, execution_of
 from handspun.training.forward import Padded
 from handspun.training.loop import Loop, Step, start, train
 from handspun.training.pack import (
-    BFLOAT16_TOKENS,
-    multiple_of_tokens,
     pack,
     packed_micro_batches,
     packed_tokens,
@@ -183,27 +181,6 @@ def test_what_fills_a_pack_up_changes_nothing(monkeypatch: pytest.MonkeyPatch, l
     for name, gradient in wanted.items():
         atol = 1e-6 * gradient.abs().max().item()
         torch.testing.assert_close(gradients_filled[name], gradient, rtol=1e-5, atol=atol)
-
-
-def test_in_bfloat16_few_numbers_of_tokens_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN would keep a kernel for each of them. On a GPU, and in float32, none is rounded."""
-    model, counts = model_of("qwen2"), set[int]()
-    linear = torch.nn.functional.linear
-
-    def counted(x: torch.Tensor, *args: Any) -> torch.Tensor:
-        if x.dim() == 3:
-            counts.add(x.shape[1])
-        return linear(x, *args)
-
-    monkeypatch.setattr(torch.nn.functional, "linear", counted)
-    with packed_attention(model):
-        packed = Packed(model, torch.bfloat16, True)
-        for count in range(1, 9):
-            assert packed.computed_tokens(rows(count, seed=count)) % BFLOAT16_TOKENS == 0
-            packed.backward(rows(count, seed=count), 1)
-    assert counts
-    assert all(count % BFLOAT16_TOKENS == 0 for count in counts)
-    assert multiple_of_tokens(torch.float32, torch.device("cpu")) == 1
 
 
 def test_the_prefix_ends_before_what_predicts_a_learned_token() -> None:

@@ -150,8 +150,7 @@ def _train(
     point = point if processes.is_first else shared
     dtype = _product_dtype(config, processes, facts, point, log)
     shape = shapes_of(config)
-    multiple = multiple_of_tokens(dtype, processes.device)
-    plan = make_plan(shape, training.examples, config, multiple=multiple)
+    plan = make_plan(shape, training.examples, config, multiple=multiple_of_tokens(processes.device))
     if processes.is_first:
         for line in plan_lines(plan, config, max_length):
             log.line(line)

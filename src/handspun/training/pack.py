@@ -17,11 +17,8 @@ from torch import Tensor
 
 from handspun.data.examples import Example
 
-BFLOAT16_TOKENS = 32
-"""On a CPU, oneDNN makes bfloat16 kernels for each number of tokens and keeps them for good, megabytes each time:
-numbers are rounded up to a multiple of this. float32 is MKL's, which keeps nothing."""
 GPU_TOKENS = 16
-"""On a GPU a mask's rows have to be aligned."""
+"""On a GPU a mask's rows have to be aligned: numbers of tokens are rounded up to a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +78,9 @@ def shared_prefix(examples: Sequence[Example]) -> int:
     return min(common, *(example.learned.index(True) - 1 for example in examples))
 
 
-def multiple_of_tokens(dtype: torch.dtype, device: torch.device) -> int:
-    """Packed micro-batches have a multiple of so many tokens where products are in this type."""
-    if device.type == "cuda":
-        return GPU_TOKENS
-    return BFLOAT16_TOKENS if dtype == torch.bfloat16 and device.type == "cpu" else 1
+def multiple_of_tokens(device: torch.device) -> int:
+    """Packed micro-batches have a multiple of so many tokens there."""
+    return GPU_TOKENS if device.type == "cuda" else 1
 
 
 def packed_tokens(part: Sequence[Example], *, share_prefix: bool, multiple: int = 1) -> int:

@@ -38,7 +38,7 @@ class Packed:
 
     def computed_tokens(self, part: Sequence[Example]) -> int:
         """Tokens that go through the model: the shared prefix once, and what a pack is filled up with."""
-        multiple = multiple_of_tokens(self.dtype, self.model.device)
+        multiple = multiple_of_tokens(self.model.device)
         return packed_tokens(part, share_prefix=self.share_prefix, multiple=multiple)
 
     def loss(self, part: Sequence[Example]) -> float:
@@ -64,13 +64,13 @@ class Packed:
         return total
 
     def _loss(self, part: Sequence[Example]) -> float:
-        packed = self._pack(part, torch.float32)
+        packed = self._pack(part)
         hidden = self._hidden_states(packed, torch.float32)
         chunks = _chunks(hidden, packed.targets, self._vocabulary)
         return sum(head_loss(self._head, some, targets).item() for some, targets in chunks)
 
     def _row_losses(self, part: Sequence[Example]) -> list[float]:
-        packed = self._pack(part, torch.float32)
+        packed = self._pack(part)
         hidden = self._hidden_states(packed, torch.float32)
         chunks = _chunks(hidden, packed.targets, self._vocabulary)
         losses = [F.cross_entropy(self._head(some.float()), targets, reduction="none") for some, targets in chunks]
@@ -79,7 +79,7 @@ class Packed:
 
     def _through_the_head(self, part: Sequence[Example], divisor: int) -> tuple[Tensor, Tensor, float]:
         """(hidden states at learned positions, the gradient there, loss sum): the first stage."""
-        packed = self._pack(part, self.dtype)
+        packed = self._pack(part)
         hidden = self._hidden_states(packed, self.dtype)
         chunks = _chunks(hidden, packed.targets, self._vocabulary)
         with short_head(self.dtype, self.model.device):
@@ -87,10 +87,9 @@ class Packed:
         gradient = torch.cat([gradient for _, gradient in done]).to(hidden.dtype)
         return hidden, gradient, sum(loss for loss, _ in done)
 
-    def _pack(self, part: Sequence[Example], dtype: torch.dtype) -> Pack:
+    def _pack(self, part: Sequence[Example]) -> Pack:
         device = self.model.device
-        multiple = multiple_of_tokens(dtype, device)
-        return pack(part, share_prefix=self.share_prefix, device=device, multiple=multiple)
+        return pack(part, share_prefix=self.share_prefix, device=device, multiple=multiple_of_tokens(device))
 
     def _hidden_states(self, packed: Pack, dtype: torch.dtype) -> Tensor:
         """(learned, hidden size): the body's output at the positions that predict a learned token."""
