@@ -83,6 +83,34 @@ def test_lean_logits_are_transformers(name: str) -> None:
     torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["qwen2", "llama, yarn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_attended_in_one_call_as_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+) -> None:
+    """Prompts, tokens, a few tokens at once, a tree of tokens, and what no kernel may read: NaN in the pool."""
+    mask = torch.ones(3, len(PROMPTS[0]) + 1 + 3, dtype=torch.bool)
+    mask[1, -3:], mask[2, -3:] = torch.tensor([[False, True, False], [True, False, True]])
+    model, found = lean_model(model_of(name).to(dtype)), []
+    for gathers in (False, True):
+        engine = LeanEngine(model)
+        monkeypatch.setattr(engine, "_gathers", gathers)
+        rows = [engine.add() for _ in PROMPTS]
+        logits = [engine.forward([Feed(row, ids) for row, ids in zip(rows, PROMPTS, strict=True)])]
+        for row in rows:  # behind each row's tokens
+            end = engine.cache.start(row) + engine.cache.length(row)
+            with torch.inference_mode():
+                engine.cache._pool[:, :, end : end + 10] = torch.nan
+        logits += [engine.forward([Feed(row, [17 + row]) for row in rows])]
+        late = engine.add()
+        tree = Feed(rows[0], [4, 9, 30], positions=[5, 5, 6], mask=mask, all_logits=True)
+        long = Feed(rows[3], list(range(40, 70)))
+        logits += [engine.forward([Feed(late, [8, 8]), tree, Feed(rows[1], [3]), Feed(rows[2], [1, 2, 3]), long])]
+        found.append(torch.cat(logits))
+    near = 1e-4 if dtype == torch.float32 else 0.2
+    torch.testing.assert_close(found[1], found[0], rtol=near, atol=near)
+
+
 def engines(model: PreTrainedModel) -> list[Engine]:
     return [LeanEngine(lean_model(model)), TransformersEngine(model)]
 

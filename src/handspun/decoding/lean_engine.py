@@ -2,6 +2,7 @@
 
 Prompts and single tokens go through together. Linear layers see all tokens at once; attention is computed row by
 row, over exactly that row's keys, so that under int8 weights a row's logits do not depend on the rows beside it.
+Tokens that are no prompts go together where there is a kernel for that: a native one, or on a GPU any.
 """
 
 from collections.abc import Sequence
@@ -13,8 +14,12 @@ from torch import Tensor
 
 from handspun.decoding.cache import KVCache
 from handspun.decoding.engine import Feed
+from handspun.decoding.gathered import Gathered, Seen, attend, gather
 from handspun.models import native
 from handspun.models.lean import LeanLayer, LeanModel
+
+_FEW = 16
+"""A row's tokens are gathered up to so many."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,23 @@ class Laid:
         return self.mask is None and self.stop - self.start > 1
 
 
+@dataclass(frozen=True)
+class Layout:
+    """All that the layers need to know of the tokens that are fed.
+
+    parts: attended one after another. alone: tokens that are attended in one call, what each sees; at: (alone,),
+    which they are, None if all. places: (tokens,), in the pool, of their keys. rotation: cosines and sines,
+    (tokens, size) each.
+    """
+
+    parts: list[Laid]
+    alone: list[Seen]
+    at: Tensor | None
+    gathered: Gathered | None
+    places: Tensor
+    rotation: tuple[Tensor, Tensor]
+
+
 class LeanEngine:
     """A lean model with its cache."""
 
@@ -43,6 +65,7 @@ class LeanEngine:
             len(model.layers), model.kv_heads, model.head_size, dtype=model.cache_dtype, device=model.device
         )
         self._native = model.is_int8 and native.can_attend(model.head_size, model.cache_dtype, model.device)
+        self._gathers = not model.is_int8 and model.device.type == "cuda"
         self._rotations = torch.empty(2, 0, model.head_size, device=model.device)  # cosines, and sines
 
     def add(self) -> int:
@@ -65,18 +88,18 @@ class LeanEngine:
     def forward(self, feeds: Sequence[Feed]) -> Tensor:
         """Feeds rows. Returns logits, (tokens asked for, vocab), float32, in the feeds' order."""
         model = self.model
-        laid, ids, positions, places, wanted = self._lay_out(feeds)
-        cosines, sines = self._rotation(positions)
+        layout, ids, wanted = self._lay_out(feeds)
         x = model.embedding(ids)  # (tokens, hidden)
         for number, layer in enumerate(model.layers):
-            attended = self._attention(number, layer, x, laid, places, cosines, sines)
+            attended = self._attention(number, layer, x, layout)
             x = x + layer.o(attended)
             x = x + layer.down.gated(layer.gate_up.normed(x, layer.mlp_norm, model.norm_eps))
         if len(wanted) < len(x):
             x = x[wanted]
         return model.head.normed(x, model.norm, model.norm_eps)
 
-    def _lay_out(self, feeds: Sequence[Feed]) -> tuple[list[Laid], Tensor, Tensor, Tensor, Tensor]:
+    def _lay_out(self, feeds: Sequence[Feed]) -> tuple[Layout, Tensor, Tensor]:
+        """(the layout, ids, the tokens whose logits are asked for)."""
         laid: list[Laid] = []
         ids: list[int] = []
         positions: list[int] = []
@@ -89,8 +112,32 @@ class LeanEngine:
             places += self.cache.extend(feed.row, count)
             wanted += range(start if feed.all_logits else len(ids) - 1, len(ids))
             laid += self._laid(feed, before, start)
-        numbers = [torch.tensor(values, device=self.model.device) for values in (ids, positions, places, wanted)]
-        return laid, *numbers  # type: ignore[return-value]
+        device = self.model.device
+        layout = self._layout(laid, positions, torch.tensor(places, device=device))
+        return layout, torch.tensor(ids, device=device), torch.tensor(wanted, device=device)
+
+    def _layout(self, laid: Sequence[Laid], positions: Sequence[int], places: Tensor) -> Layout:
+        together = [part for part in laid if self._goes_together(part)]
+        alone = [token for part in together for token in self._seen(part)]
+        numbers = [i for part in together for i in range(part.start, part.stop)]
+        at = None if len(together) == len(laid) else torch.tensor(numbers, dtype=torch.long, device=places.device)
+        return Layout(
+            parts=[part for part in laid if not self._goes_together(part)],
+            alone=alone,
+            at=at,
+            gathered=gather(alone, self.cache.layer(0)) if alone and self._gathers else None,
+            places=places,
+            rotation=self._rotation(positions),
+        )
+
+    def _goes_together(self, part: Laid) -> bool:
+        """Gathered, the row's keys are copied for each token."""
+        return not part.is_prompt and (self._native or (self._gathers and part.stop - part.start <= _FEW))
+
+    def _seen(self, part: Laid) -> list[Seen]:
+        count, start = part.stop - part.start, self.cache.start(part.row)
+        masks = [None] * count if part.mask is None else part.mask.unbind()
+        return [Seen(start, part.length, mask) for mask in masks]
 
     def _laid(self, feed: Feed, before: int, start: int) -> list[Laid]:
         """Under int8 the tokens of a draft are laid one by one: each is attended as it would be alone, and its
@@ -106,27 +153,18 @@ class LeanEngine:
         ones = torch.ones(count, before + count, dtype=torch.bool, device=self.model.device)
         return ones.tril(before)
 
-    def _attention(
-        self,
-        number: int,
-        layer: LeanLayer,
-        x: Tensor,
-        laid: Sequence[Laid],
-        places: Tensor,
-        cosines: Tensor,
-        sines: Tensor,
-    ) -> Tensor:
+    def _attention(self, number: int, layer: LeanLayer, x: Tensor, layout: Layout) -> Tensor:
         """(tokens, hidden) to (tokens, heads * head_size)."""
         model = self.model
         qkv = layer.qkv.normed(x, layer.attention_norm, model.norm_eps).view(len(x), -1, model.head_size)
         if self._native:
             norms, pool = (layer.q_norm, layer.k_norm), self.cache.layer(number)
-            native.rotate(qkv, model.heads, norms, model.norm_eps, cosines, sines, places, pool)
+            native.rotate(qkv, model.heads, norms, model.norm_eps, *layout.rotation, layout.places, pool)
             queries = qkv[:, : model.heads]
         else:
-            queries, keys = self._rotated(layer, qkv, cosines, sines)
-            self.cache.write(number, places, keys, qkv[:, model.heads + model.kv_heads :])
-        return self._attended(number, queries, laid)
+            queries, keys = self._rotated(layer, qkv, *layout.rotation)
+            self.cache.write(number, layout.places, keys, qkv[:, model.heads + model.kv_heads :])
+        return self._attended(number, queries, layout)
 
     def _rotated(self, layer: LeanLayer, qkv: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys, (tokens, heads, size) each, normed where the model does that, and rotated."""
@@ -138,29 +176,24 @@ class LeanEngine:
         turned = both * cosines[:, None] + both.roll(self.model.head_size // 2, -1) * sines[:, None]
         return turned[:, :heads], turned[:, heads:]
 
-    def _attended(self, number: int, queries: Tensor, laid: Sequence[Laid]) -> Tensor:
+    def _attended(self, number: int, queries: Tensor, layout: Layout) -> Tensor:
         """(tokens, heads, size) to (tokens, heads * size): each row over its own keys."""
-        alone = [part for part in laid if not part.is_prompt] if self._native else []
-        if len(alone) == len(laid):
-            return self._attended_alone(number, queries, alone)
+        if layout.at is None:
+            return self._attended_together(number, queries, layout)
         output = queries.new_empty(len(queries), queries.shape[1] * queries.shape[2])
-        if alone:
-            places = torch.tensor([place for part in alone for place in range(part.start, part.stop)])
-            output[places] = self._attended_alone(number, queries[places], alone)
-        for part in laid:
-            if part.is_prompt or not self._native:
-                output[part.start : part.stop] = self._attend(number, queries[part.start : part.stop], part)
+        if layout.alone:
+            output[layout.at] = self._attended_together(number, queries[layout.at], layout)
+        for part in layout.parts:
+            output[part.start : part.stop] = self._attend(number, queries[part.start : part.stop], part)
         return output
 
-    def _attended_alone(self, number: int, queries: Tensor, laid: Sequence[Laid]) -> Tensor:
-        """Of tokens that are no prompts', all in one call of a native kernel."""
-        starts, lengths, masks = list[int](), list[int](), list[Tensor | None]()
-        for part in laid:
-            count = part.stop - part.start
-            starts += [self.cache.start(part.row)] * count
-            lengths += [part.length] * count
-            masks += [None] * count if part.mask is None else part.mask.unbind()
-        return native.attend(queries, self.cache.layer(number), starts, lengths, masks)
+    def _attended_together(self, number: int, queries: Tensor, layout: Layout) -> Tensor:
+        """Of the tokens that are attended in one call."""
+        pool = self.cache.layer(number)
+        if layout.gathered is not None:
+            return attend(queries, pool, layout.gathered)
+        starts, lengths = [seen.start for seen in layout.alone], [seen.length for seen in layout.alone]
+        return native.attend(queries, pool, starts, lengths, [seen.mask for seen in layout.alone])
 
     def _attend(self, number: int, queries: Tensor, part: Laid) -> Tensor:
         """One row's queries, (tokens, heads, size), to (tokens, heads * size)."""
@@ -183,16 +216,18 @@ class LeanEngine:
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self.model.norm_eps)
 
-    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions, (tokens,): each (tokens, head_size). The sines' first half is
+    def _rotation(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions: each (tokens, head_size). The sines' first half is
         negative, as the second half of a head comes to it with a minus."""
-        needed = int(positions.max()) + 1
+        device = self.model.device
+        needed = max(positions) + 1
         if needed > self._rotations.shape[1]:
-            steps = torch.arange(2 * needed, device=positions.device).float()
+            steps = torch.arange(2 * needed, device=device).float()
             angles = torch.outer(steps, self.model.frequencies)
             pairs = [torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)]
             self._rotations = torch.stack(pairs) * self.model.attention_scaling
-        return self._rotations[0, positions], self._rotations[1, positions]
+        cosines, sines = self._rotations[:, torch.tensor(positions, device=device)]
+        return cosines, sines
 
 
 __all__ = ["LeanEngine"]

@@ -1,27 +1,21 @@
 """Padded execution: a micro-batch of examples to its loss, in the plainest way there is. The reference."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from handspun.data.batches import IGNORED, collate, micro_batches
 from handspun.data.examples import Example
+from handspun.models.attention import without_cudnn
 from handspun.training.loss import cross_entropy_sum
 
 Run = Callable[..., Any]
 """Makes a computation on a model: `run(compute, *arguments)` is `compute(*arguments)`. Sharded, it is a module."""
-
-
-def without_cudnn() -> AbstractContextManager[None]:
-    """Attention by any kernel but cuDNN's, PyTorch's choice for bfloat16 behind a mask on a GPU: that is planned
-    anew for every shape, 25 ms forward and 25 backward on an H100."""
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def directly(compute: Callable[..., Any], *arguments: Any) -> Any:

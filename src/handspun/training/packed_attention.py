@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from handspun.training.forward import without_cudnn
+from handspun.models.attention import without_cudnn
 from handspun.training.pack import Pack
 
 _ATTENTION = "handspun_packed"
