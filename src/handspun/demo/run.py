@@ -9,7 +9,7 @@ from rich.table import Table
 
 from handspun.config import TrainConfig
 from handspun.decoding.generate import generate
-from handspun.models.allocator import keep_freed_memory
+from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.load import ChatModel, load
 from handspun.output import TrainedRun
@@ -61,6 +61,7 @@ def run_demo(
         torch.set_num_threads(threads)
     _say(console, "asking the model as it is")
     before = _answers(load(EMBEDDED_NAME, notice=lambda text: _say(console, text)))
+    give_back_freed_memory()
     run = train(config, console=console)
     assert run.model is not None
     _show_answers(console, before, _answers(run.model))

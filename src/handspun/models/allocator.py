@@ -4,6 +4,7 @@ By default each large tensor is mapped and unmapped again, and its pages are fau
 """
 
 import ctypes
+import gc
 import os
 import sys
 from contextlib import suppress
@@ -33,6 +34,7 @@ def keep_freed_memory() -> bool:
 
 def give_back_freed_memory() -> None:
     """Returns what is freed by now to the system, once: after a large thing that will not be asked for again."""
+    gc.collect()  # a model holds itself, in cycles
     if sys.platform.startswith("linux"):
         with suppress(OSError, AttributeError):  # musl
             ctypes.CDLL("libc.so.6").malloc_trim(0)
