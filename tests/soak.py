@@ -13,6 +13,7 @@ from handspun import TrainConfig, generate
 from handspun.data.examples import Example
 from handspun.models.allocator import keep_freed_memory
 from handspun.models.load import ChatModel
+from handspun.models.onednn import remember_few_kernels
 from handspun.training.execution import execution_of
 from handspun.training.loop import Loop, start, train
 from tiny import tiny_model, tiny_tokenizer
@@ -63,5 +64,6 @@ def generations(count: int, rng: random.Random) -> tuple[int, int]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     keep_freed_memory()
+    remember_few_kernels()
     for work in (training, generations):
         print(work.__name__, *work(int(sys.argv[1]), random.Random(0)), flush=True)

@@ -36,6 +36,7 @@ from handspun.models.load import (
     resolve_dtype,
 )
 from handspun.models.lora import add_lora
+from handspun.models.onednn import remember_few_kernels
 from handspun.output import TrainedRun, note, owned, prepare_output, recorded, refuse_without_room
 from handspun.preflight.end_of_turn import end_of_turn
 from handspun.preflight.look import look_at_rows
@@ -77,6 +78,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
     the user can mend: data, options, model, disk.
     """
     refuse_missing_trackers(config.log_to)
+    remember_few_kernels()
     if not config.shard:  # FSDP2 frees each layer's weights after use: kept, they took a quarter more
         keep_freed_memory()
     use_threads(config.threads)

@@ -21,10 +21,6 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's: align large tensors for huge pages
-    # Kernels of bfloat16 products take megabytes for each number of tokens, and every packed batch has a new one.
-    # oneDNN remembers 1,024 of them, and PyTorch, above it, as many again. A step needs a dozen.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
     try:
         libc = ctypes.CDLL("libc.so.6")
         return bool(libc.mallopt(_M_MMAP_MAX, 0)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, -1))

@@ -32,6 +32,7 @@ from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.models.embedded import EMBEDDED_NAME, embedded_folder
 from handspun.models.int8 import refuse_inexact_products
 from handspun.models.lean import LeanModel, cannot_be_lean, lean_model
+from handspun.models.onednn import remember_few_kernels
 from handspun.models.quiet import quiet
 
 _SUFFIXES_OF_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -80,6 +81,7 @@ def load(
     Raises ModelError if there is no such model, it is incomplete, or it cannot be had in int8.
     """
     keep_freed_memory()
+    remember_few_kernels()
     torch_device = resolve_device(device)
     source = model_source(name, notice)
     if weights == "int8":

@@ -1,10 +1,11 @@
 """float32 products through oneDNN, which PyTorch brings along and takes for other types.
 
 For float32 it takes MKL, where it was built with that; oneDNN is faster, twice so for few rows
-(`benchmarks/products.py`). It makes kernels for each number of rows and keeps them for good, half a megabyte each,
-so numbers of rows are rounded up. Training, whose batches come in all sizes, stays with MKL.
+(`benchmarks/products.py`). It makes kernels for each number of rows: half a megabyte a product in float32, more in
+bfloat16.
 """
 
+import os
 from functools import cache
 
 import torch
@@ -12,23 +13,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def remember_few_kernels() -> None:
+    """oneDNN remembers 1,024 kernels, and PyTorch, above it, as many again; every packed batch needs new ones, a
+    dozen. To be called before the first product."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
+
+
 @cache
 def _is_there() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, without gradients; F.linear on other devices and in other types.
+def takes(weight: Tensor) -> bool:
+    """Whether products with this matrix go through oneDNN: float32 on a CPU."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and _is_there()
 
-    x: (tokens, in). weight: (out, in). bias: (out,).
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, without gradients; F.linear where oneDNN does not take the matrix.
+
+    x: (tokens, in). weight: (out, in), or a view such as a transposed matrix. bias: (out,).
     """
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not _is_there():
+    if not takes(weight):
         return F.linear(x, weight, bias)
-    count = len(x)
-    if more := rounded_up(count) - count:
-        x = F.pad(x, (0, 0, 0, more))
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return y[:count]
+    return y
+
+
+def product_of_rounded_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same, with few numbers of rows: decoding meets many, and a kernel is made in milliseconds."""
+    count = len(x)
+    if takes(weight) and (more := rounded_up(count) - count):
+        x = F.pad(x, (0, 0, 0, more))
+    return product(x, weight, bias)[:count]
 
 
 def rounded_up(count: int) -> int:

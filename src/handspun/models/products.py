@@ -14,7 +14,7 @@ from torch import Tensor
 from handspun.models import native
 from handspun.models.hadamard import hadamard
 from handspun.models.int8 import int_mm, quantize_channels, quantize_rows
-from handspun.models.onednn import linear
+from handspun.models.onednn import product_of_rounded_rows
 from handspun.models.tiles import Tiles, can_tile
 
 
@@ -43,7 +43,7 @@ class FloatProduct:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(tokens, in) to (tokens, out)."""
-        return linear(x.to(self.weight.dtype), self.weight, self._bias).float()
+        return product_of_rounded_rows(x.to(self.weight.dtype), self.weight, self._bias).float()
 
     def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
         """(tokens, in) to (tokens, out)."""
