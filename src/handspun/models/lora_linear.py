@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
-
-from handspun.models.onednn import product
 
 
 class FrozenLayer(Protocol):
@@ -69,10 +68,10 @@ class _Frozen:
     bias: Tensor | None
 
     def product(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
-        return product(grad, self.weight.t())
+        return grad @ self.weight
 
 
 class _LoraProduct(torch.autograd.Function):

@@ -33,7 +33,7 @@ def takes(weight: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, without gradients; F.linear where oneDNN does not take the matrix.
 
-    x: (tokens, in). weight: (out, in), or a view such as a transposed matrix. bias: (out,).
+    x: (tokens, in). weight: (out, in). bias: (out,).
     """
     if not takes(weight):
         return F.linear(x, weight, bias)

@@ -14,7 +14,6 @@ from handspun.data.example_arrays import lengths_of
 from handspun.data.examples import Example
 from handspun.models.int8 import rows_unrounded
 from handspun.training.forward import Padded, Run, directly
-from handspun.training.linear import products_by_onednn
 from handspun.training.packed import Packed
 from handspun.training.packed_attention import packed_attention
 
@@ -68,7 +67,7 @@ def execution_of(
         return
     share_prefix = shares_prefix(model.config, config)
     notice("batching: packed" + ("" if share_prefix else "; no prefix is shared, because of dropout"))
-    with packed_attention(model), products_by_onednn(model):
+    with packed_attention(model):
         yield Packed(model, dtype, share_prefix, run_on(model))
 
 

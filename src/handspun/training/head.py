@@ -18,7 +18,16 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 
     In float32 whatever the type of the body's products: a logit of 20 is rounded to 1/8 in bfloat16.
     """
-    return F.cross_entropy(head(hidden.float()), targets, reduction="sum")
+    return F.cross_entropy(head_logits(head, hidden), targets, reduction="sum")
+
+
+def head_logits(head: nn.Module, hidden: Tensor) -> Tensor:
+    """(chunk, vocab), float32. Without a gradient through oneDNN: MKL lays so large a matrix out anew, in memory
+    that it keeps."""
+    if type(head) is nn.Linear and not torch.is_grad_enabled():
+        return product(hidden.float(), head.weight, head.bias)
+    logits: Tensor = head(hidden.float())
+    return logits
 
 
 def head_backward(head: nn.Module, hidden: Tensor, targets: Tensor, divisor: int) -> tuple[float, Tensor]:
@@ -34,25 +43,18 @@ def head_backward(head: nn.Module, hidden: Tensor, targets: Tensor, divisor: int
 
 @torch.no_grad()
 def _linear_backward(head: nn.Linear, hidden: Tensor, targets: Tensor, divisor: int) -> tuple[float, Tensor]:
-    logits = product(hidden, head.weight, head.bias)  # (chunk, vocab): one array, written over until the end
+    logits = head_logits(head, hidden)  # one array, written over until the end
     targets = targets[:, None]
     at_target, highest = logits.gather(1, targets), logits.amax(1, keepdim=True)
     total = logits.sub_(highest).exp_().sum(1, keepdim=True)
     loss = (total.log() + highest - at_target).sum().item()
     gradient = logits.div_(total * divisor)
     gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, -1 / divisor))
-    add_gradients(head, gradient, hidden)
-    return loss, product(gradient, head.weight.t())
-
-
-def add_gradients(layer: nn.Linear, grad: Tensor, x: Tensor) -> None:
-    """Adds those of a layer's weight and bias to what they have. grad: (tokens, out), of the output. x: (tokens,
-    in)."""
-    weight, bias = layer.weight, layer.bias
-    if weight.requires_grad:
-        weight.grad = grad.t() @ x if weight.grad is None else weight.grad.addmm_(grad.t(), x)
-    if bias is not None and bias.requires_grad:
-        dense_gradient(bias).add_(grad.sum(0))
+    if head.weight.requires_grad:
+        dense_gradient(head.weight).addmm_(gradient.t(), hidden)
+    if head.bias is not None and head.bias.requires_grad:
+        dense_gradient(head.bias).add_(gradient.sum(0))
+    return loss, gradient @ head.weight
 
 
 def dense_gradient(parameter: Tensor) -> Tensor:

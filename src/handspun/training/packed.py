@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from handspun.data.examples import Example
 from handspun.training.forward import Run, directly
-from handspun.training.head import dense_gradient, head_backward, head_loss
+from handspun.training.head import dense_gradient, head_backward, head_logits, head_loss
 from handspun.training.pack import Pack, multiple_of_tokens, pack, packed_micro_batches, packed_tokens
 from handspun.training.packed_attention import masks_of
 
@@ -73,7 +73,9 @@ class Packed:
         packed = self._pack(part)
         hidden = self._hidden_states(packed, torch.float32)
         chunks = _chunks(hidden, packed.targets, self._vocabulary)
-        losses = [F.cross_entropy(self._head(some.float()), targets, reduction="none") for some, targets in chunks]
+        losses = [
+            F.cross_entropy(head_logits(self._head, some), targets, reduction="none") for some, targets in chunks
+        ]
         rows = torch.cat(losses).double().split([example.learned_tokens for example in part])
         return [row.sum().item() for row in rows]
 
