@@ -25,7 +25,7 @@ def _is_there() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def takes(weight: Tensor) -> bool:
+def _takes(weight: Tensor) -> bool:
     """Whether products with this matrix go through oneDNN: float32 on a CPU."""
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and _is_there()
 
@@ -35,7 +35,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     x: (tokens, in). weight: (out, in). bias: (out,).
     """
-    if not takes(weight):
+    if not _takes(weight):
         return F.linear(x, weight, bias)
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
@@ -44,7 +44,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def product_of_rounded_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same, with few numbers of rows: decoding meets many, and a kernel is made in milliseconds."""
     count = len(x)
-    if takes(weight) and (more := rounded_up(count) - count):
+    if _takes(weight) and (more := rounded_up(count) - count):
         x = F.pad(x, (0, 0, 0, more))
     return product(x, weight, bias)[:count]
 

@@ -22,8 +22,10 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def head_logits(head: nn.Module, hidden: Tensor) -> Tensor:
-    """(chunk, vocab), float32. Without a gradient through oneDNN: MKL lays so large a matrix out anew, in memory
-    that it keeps."""
+    """hidden: (chunk, hidden size). Returns (chunk, vocab), float32.
+
+    Where no gradient is recorded, through oneDNN: MKL lays so large a matrix out anew, in memory that it keeps.
+    """
     if type(head) is nn.Linear and not torch.is_grad_enabled():
         return product(hidden.float(), head.weight, head.bias)
     logits: Tensor = head(hidden.float())
