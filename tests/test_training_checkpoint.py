@@ -11,9 +11,10 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from handspun.errors import OutputError
+from handspun.files import output_errors
 from handspun.models.end_of_turn import make_end_of_turn_eos
 from handspun.models.load import ChatModel
-from handspun.training.checkpoint import errors_for_people, is_checkpoint, link_checkpoint, save_checkpoint
+from handspun.training.checkpoint import is_checkpoint, link_checkpoint, save_checkpoint
 
 
 def save_tiny(chat: ChatModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -89,7 +90,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoint_and_nothing_else(
 
 def test_a_full_disk_under_safetensors_is_an_error_for_people(tmp_path: Path) -> None:
     """safetensors wraps the system's error in its own, with these words."""
-    with pytest.raises(OutputError, match="no room left on the disk"), errors_for_people(tmp_path / "checkpoint"):
+    with pytest.raises(OutputError, match="no room left on the disk"), output_errors(tmp_path / "checkpoint"):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from handspun.config import TrainConfig
 from handspun.data.prepare import ExampleSet
 from handspun.errors import OutputError, StoppedError, TrainingError
+from handspun.files import output_errors
 from handspun.models.load import ChatModel
 from handspun.report.duration import duration
 from handspun.report.environment import peak_memory
@@ -22,7 +23,7 @@ from handspun.report.log import RunLog
 from handspun.report.record import write_run
 from handspun.report.trackers import TRACKERS
 from handspun.resume import ResumePoint, last_checkpoint, unfinished_run
-from handspun.training.checkpoint import clear_leftovers, errors_for_people
+from handspun.training.checkpoint import clear_leftovers
 from handspun.training.loop import Evaluation
 from handspun.training.nonfinite import Skipped
 from handspun.training.plan import Plan, disk_at_most
@@ -67,7 +68,7 @@ def owned(folder: Path) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file: choose another --output-dir.")
-    with errors_for_people(folder):
+    with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
         try:
@@ -116,7 +117,7 @@ def _make_room(folder: Path, *, overwrite: bool) -> None:
             f"{folder} holds an earlier run ({', '.join(kept[:3])}): choose another --output-dir, or replace it "
             "with --overwrite."
         )
-    with errors_for_people(folder):
+    with output_errors(folder):
         for path in earlier:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

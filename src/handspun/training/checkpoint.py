@@ -5,11 +5,8 @@ checksums, and renamed. What was half done when a process was killed has another
 next run (`clear_leftovers`).
 """
 
-import errno
-import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,14 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from handspun.errors import OutputError
+from handspun.files import output_errors, sha256_of, sync
 from handspun.models.save import save_model
 
 MANIFEST = "manifest.json"
 TRAINING_STATE = "training_state"
 """Of a checkpoint that can be resumed from: a folder in it, with a manifest of its own, since it goes first."""
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How Rust writes an errno."""
 _PARTIAL, _OLD, _DELETED = ".partial", ".old", ".deleted"
 
 Fill = Callable[[Path], None]
@@ -74,7 +69,7 @@ def link_checkpoint(
 
 def remove_checkpoint(folder: Path) -> None:
     """The folder goes, or stays whole: what is being deleted does not have its name any more."""
-    with errors_for_people(folder):
+    with output_errors(folder):
         doomed = folder.with_name(f".{folder.name}{_DELETED}")
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
@@ -83,7 +78,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 def clear_leftovers(output_dir: Path) -> None:
     """What a process that was killed while it wrote, replaced or deleted checkpoints has left half done."""
-    with errors_for_people(output_dir):
+    with output_errors(output_dir):
         for old in output_dir.glob(f".checkpoint-*{_OLD}"):
             name = old.with_name(old.name.removeprefix(".").removesuffix(_OLD))
             if not name.exists():  # killed between the two renames that replace it
@@ -109,7 +104,7 @@ def damage(folder: Path) -> str | None:
         return f"{folder / MANIFEST} is missing or cannot be read"
     for name, checksum in manifest["files"].items():
         try:
-            if _sha256(folder / name) != checksum:
+            if sha256_of(folder / name) != checksum:
                 return f"{folder / name} is not as it was saved"
         except OSError as error:
             return f"{folder / name} cannot be read: {error.strerror}"
@@ -122,42 +117,15 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 @contextmanager
-def errors_for_people(folder: Path) -> Iterator[None]:
-    """Failures of the disk while writing `folder`, as OutputErrors that say what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise output_error(folder, error) from error
-    except Exception as error:
-        if isinstance(error, OutputError) or not _OS_ERROR.search(str(error)):
-            raise
-        raise output_error(folder, error) from error  # safetensors and tokenizers put the system's into their own
-
-
-def output_error(path: Path, error: Exception) -> OutputError:
-    """The error that says why `path` cannot be written, and what to do."""
-    wrapped = _OS_ERROR.search(str(error))
-    code = int(wrapped[1]) if wrapped else getattr(error, "errno", None)
-    if code in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(next(p for p in path.absolute().parents if p.exists())).free
-        return OutputError(
-            f"{path} cannot be written: no room left on the disk ({free / 1e9:.1f} GB free). Free some, choose "
-            "another --output-dir, or halve the files with --save-dtype bfloat16."
-        )
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return OutputError(f"{path} cannot be written: {reason}. Choose another --output-dir.")
-
-
-@contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
     """An empty folder that gets the name `folder`, all at once, when the block has filled it."""
-    with errors_for_people(folder):
+    with output_errors(folder):
         partial = folder.with_name(f".{folder.name}{_PARTIAL}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             yield partial
-            _sync(partial)
+            sync(partial)
             _replace(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -167,18 +135,18 @@ def write_manifest(folder: Path, facts: Mapping[str, object]) -> None:
     """Syncs the folder's files and writes their checksums, last of all."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
-        _sync(path)
-    checksums = {str(path.relative_to(folder)): _sha256(path) for path in files}
+        sync(path)
+    checksums = {str(path.relative_to(folder)): sha256_of(path) for path in files}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({**facts, "files": checksums}, indent=2) + "\n", encoding="utf-8")
-    _sync(manifest)
+    sync(manifest)
 
 
 def _add_training_state(partial: Path, fill: Fill, facts: Mapping[str, object]) -> None:
     (partial / TRAINING_STATE).mkdir()
     fill(partial / TRAINING_STATE)
     write_manifest(partial / TRAINING_STATE, facts)
-    _sync(partial / TRAINING_STATE)
+    sync(partial / TRAINING_STATE)
 
 
 def _replace(partial: Path, folder: Path) -> None:
@@ -191,11 +159,11 @@ def _replace(partial: Path, folder: Path) -> None:
         except OSError:
             old.rename(folder)
             raise
-        _sync(folder.parent)
+        sync(folder.parent)
         shutil.rmtree(old)
     else:
         partial.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -203,18 +171,3 @@ def _link_or_copy(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open a folder
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,5 @@
 """Kill and compare: a run that is killed and gone on with, and one that is not, on the user's own set-up."""
 
-import hashlib
 import json
 import random
 import signal
@@ -20,6 +19,7 @@ import yaml
 from handspun.config import TrainConfig
 from handspun.data.rows import read_rows
 from handspun.errors import TrainingError
+from handspun.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,4 @@ def _events(output: Path) -> list[dict[str, Any]]:
 
 def _weights(output: Path) -> dict[str, str]:
     files: list[Path] = sorted(output.glob("checkpoint-[eb]*/*.safetensors"))
-    return {f"{file.parent.name}/{file.name}": _sha256(file) for file in files}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return {f"{file.parent.name}/{file.name}": sha256_of(file) for file in files}

@@ -1,6 +1,5 @@
 """What a report needs besides run.json and metrics.jsonl, kept while it is at hand; and the report of a run."""
 
-import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from handspun.config import TrainConfig
 from handspun.data.example_arrays import lengths_of
 from handspun.data.prepare import ExampleSet
 from handspun.errors import HandspunError, OutputError
+from handspun.files import output_errors, sha256_of, write_json
 from handspun.models.load import ChatModel, model_source
 from handspun.report.duration import duration
 from handspun.report.html.answers import prompts_of, sample_answers
@@ -22,7 +22,6 @@ from handspun.report.html.folder import KEPT, read_kept
 from handspun.report.html.page import write_report
 from handspun.report.html.rows import losses_by_row, texts_of
 from handspun.report.log import RunLog
-from handspun.report.record import write_json
 from handspun.training.execution import execution_of
 
 _BARS = 30
@@ -39,7 +38,7 @@ def reported(
     """
     folder = Path(config.output_dir)
     kept = read_kept(folder) or _at_the_start(chat, config, training, held_out, log)
-    write_json(folder / KEPT, kept)
+    _write_kept(folder, kept)
     try:
         yield
         kept["after"] = _answers(chat, config, kept["prompts"], log, "after")
@@ -52,8 +51,13 @@ def reported(
 
 
 def _write(folder: Path, kept: dict[str, Any], log: RunLog) -> None:
-    write_json(folder / KEPT, kept)
+    _write_kept(folder, kept)
     log.line(f"report: {write_report(folder)}")
+
+
+def _write_kept(folder: Path, kept: dict[str, Any]) -> None:
+    with output_errors(folder / KEPT):
+        write_json(folder / KEPT, kept)
 
 
 def _at_the_start(
@@ -79,7 +83,7 @@ def model_fingerprints(name: str, chat: ChatModel) -> dict[str, str]:
         return {"commit on the hub": commit} if commit else {}
     files = [folder / source.gguf_file] if source.gguf_file else sorted(folder.glob("*.safetensors"))
     files += sorted(source.adapter.glob("*.safetensors")) if source.adapter else []
-    return {f"sha256 of {file.name}": _sha256(file) for file in files}
+    return {f"sha256 of {file.name}": sha256_of(file) for file in files}
 
 
 def length_histogram(some: ExampleSet) -> dict[str, Any]:
@@ -133,8 +137,3 @@ def _row_losses(
     rows = sum(len(some["losses"]) for some in found.values())
     log.line(f"losses of {rows} rows by the final weights in {duration(time.perf_counter() - began)}")
     return found
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,6 +1,5 @@
 """From a run's files to report.html, and from several runs' to one page that lays them side by side."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from handspun import __version__
+from handspun.files import output_errors, write_text
 from handspun.report.html import pictures, sides, words
 from handspun.report.html.answers import MAX_NEW_TOKENS
 from handspun.report.html.folder import REPORT, RunFiles, read_run
 from handspun.report.html.pictures import SET_NAMES
-from handspun.training.checkpoint import errors_for_people
 
 _CONTROLS = {**{i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\t\n"}, 0x7F: "\u2421"}
 _TURNS = {i: f"[U+{i:X}]" for i in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
@@ -28,10 +27,8 @@ def write_report(folder: Path) -> Path:
 
 def write_page(page: str, file: Path) -> Path:
     """Replaces the file in one move."""
-    partial = file.with_name(f".{file.name}.partial")
-    with errors_for_people(file):
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, file)
+    with output_errors(file):
+        write_text(file, page)
     return file
 
 
