@@ -123,7 +123,7 @@ def _train(
     """earlier, point: the unfinished run that is gone on with, on the first rank."""
     source = model_source(config.model, log.line)
     max_length = resolve_max_length(config.max_length, context_length(load_config(source)))
-    template = ChatTemplate(load_tokenizer(source))
+    template = ChatTemplate(load_tokenizer(source, log.line))
     training, held_out = prepare_examples(
         config,
         template,

@@ -34,6 +34,7 @@ from handspun.models.int8 import refuse_inexact_products
 from handspun.models.lean import LeanModel, cannot_be_lean, lean_model
 from handspun.models.onednn import remember_few_kernels
 from handspun.models.quiet import quiet
+from handspun.models.tokenizer_file import as_in_tokenizer_json
 
 _SUFFIXES_OF_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _INDEX = "model.safetensors.index.json"
@@ -130,13 +131,18 @@ def model_source(name: str, notice: Callable[[str], None]) -> ModelSource:
     return ModelSource(name, name)
 
 
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; an adapter folder's own one where it has one."""
+def load_tokenizer(source: ModelSource, notice: Callable[[str], None] | None = None) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer, or an adapter folder's own, with the ids of its tokenizer.json.
+
+    notice: told if transformers alone would have given other ids.
+    """
     if source.adapter is not None and (source.adapter / "tokenizer.json").exists():
         source = ModelSource(source.name, str(source.adapter))
     found: PreTrainedTokenizerBase
     found = _from_pretrained(AutoTokenizer, source.name, source.location, **source.arguments)
-    return found
+    if source.gguf_file:
+        return found
+    return as_in_tokenizer_json(found, source.name, source.location, notice)
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:

@@ -1,0 +1,121 @@
+"""The tokenizer that a folder's own tokenizer.json describes.
+
+`AutoTokenizer` may rebuild a tokenizer as the class that belongs to the architecture, with that class's normalizer
+and pre-tokenizer. The token ids are then not the ones that the model was trained with.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
+
+from handspun.models.quiet import quiet
+
+PROBES = (
+    "In 2023 there were 650841823 of them, 3.14 or 1,000.",
+    "Don't stop: it's what's LEFT, I'd say.",
+    "cafe\u0301 caf\u00e9 \u212b \ufb01ne \u2460 \uff21\uff22",
+    "two  spaces   three\ttab \n\n\n lines\r\n end ",
+    " leading",
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \u65e5\u672c\u8a9e \ud55c\uad6d\uc5b4",
+    "\u0e44\u0e17\u0e22 \u0939\u093f\u0928\u094d\u0926\u0940",
+    "\U0001f44d\U0001f3fd \U0001f1eb\U0001f1f7 \u0441\u044a\u0435\u0448\u044c \u00bfqu\u00e9?",
+    "def f(x):\n    return x**2  # {'a': [1, 2]}",
+    "snake_case camelCase HTTP/2 user@example.org https://example.org/a?b=c",
+)
+"""Texts on which tokenizers of different classes differ."""
+
+_MODEL_SETTINGS = (
+    "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
+    "ignore_merges",
+)  # fmt: skip
+
+
+def as_in_tokenizer_json(
+    tokenizer: PreTrainedTokenizerBase, name: str, location: str, notice: Callable[[str], None] | None = None
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, or, if it does not do what the folder's tokenizer.json says, one that does.
+
+    location: folder or hub id it was loaded from. notice: told if the ids of a text would have been others.
+    """
+    file = _tokenizer_json(location)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if file is None or not isinstance(backend, Tokenizer):
+        return tokenizer
+    of_file = Tokenizer.from_file(str(file))
+    for made in (backend, of_file):
+        _without_dropout(made)
+    other_ids = text_with_other_ids(backend, of_file)
+    if other_ids is None and _same_settings(backend, of_file):
+        return tokenizer
+    of_file_only = _load_as_it_stands(location, tokenizer, of_file)
+    if other_ids is not None and notice is not None:
+        notice(
+            f"{name}: its tokenizer.json is used as it stands. transformers' AutoTokenizer rebuilds it as "
+            f"{type(tokenizer).__name__}, which gives other token ids, for example for {other_ids!r}: programs "
+            "that load this model through AutoTokenizer read such text differently"
+        )
+    return of_file_only
+
+
+def text_with_other_ids(one: Tokenizer, other: Tokenizer) -> str | None:
+    """Return the first probe text that the two encode differently, or the word of it that does it."""
+    for text in PROBES:
+        for part in (*text.split(), text):
+            if one.encode(part, add_special_tokens=False).ids != other.encode(part, add_special_tokens=False).ids:
+                return part
+    return None
+
+
+def _tokenizer_json(location: str) -> Path | None:
+    """Return the file of a folder, or of a hub id whose files were just fetched."""
+    if Path(location).is_dir():
+        file = Path(location) / "tokenizer.json"
+        return file if file.is_file() else None
+    found = cached_file(
+        location, "tokenizer.json", local_files_only=True, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    return Path(found) if found else None
+
+
+def _without_dropout(backend: Tokenizer) -> None:
+    """BPE dropout draws other ids for the same text each time: nothing could be cached, compared or repeated."""
+    if getattr(backend.model, "dropout", None):
+        backend.model.dropout = None
+
+
+def _same_settings(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether the two differ in nothing that ids depend on. The vocabulary is the file's own either way."""
+    of_other = {id: token.content for id, token in other.get_added_tokens_decoder().items()}
+    of_one = {id: token.content for id, token in one.get_added_tokens_decoder().items()}
+    return _settings(one) == _settings(other) and of_other.items() <= of_one.items()
+
+
+def _settings(backend: Tokenizer) -> list[object]:
+    parts = (backend.normalizer, backend.pre_tokenizer)
+    of_model = [getattr(backend.model, setting, None) for setting in _MODEL_SETTINGS]
+    return [type(backend.model), *(part and part.__getstate__() for part in parts), *of_model]
+
+
+def _load_as_it_stands(
+    location: str, rebuilt: PreTrainedTokenizerBase, of_file: Tokenizer
+) -> PreTrainedTokenizerBase:
+    """Return the file's tokenizer with those special tokens of the rebuilt one that the file knows."""
+    with quiet():
+        found: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(location)
+    _without_dropout(found.backend_tokenizer)
+    defaults: dict[str, Any] = {
+        key: token
+        for key, token in rebuilt.special_tokens_map.items()
+        if isinstance(token, str) and of_file.token_to_id(token) is not None and getattr(found, key, None) is None
+    }
+    for key, token in defaults.items():
+        setattr(found, key, token)
+    return found
+
+
+__all__ = ["PROBES", "as_in_tokenizer_json", "text_with_other_ids"]
