@@ -4,8 +4,6 @@ from itertools import product
 
 import pytest
 import torch
-from tests.parity import answers_to, assert_same_as_transformers
-from tests.tiny import tiny_model, tiny_tokenizer
 
 from handspun.decoding.answer import Answer, Job
 from handspun.decoding.beam import Search
@@ -13,6 +11,8 @@ from handspun.decoding.detokenize import vocabulary
 from handspun.decoding.generate import generate
 from handspun.decoding.options import ResolvedOptions
 from handspun.models.load import ChatModel
+from parity import answers_to, assert_same_as_transformers
+from tiny import tiny_model, tiny_tokenizer
 
 _PROMPTS = [[5, 9, 13, 4], [8], [11, 6, 17, 9, 10, 12, 21, 5, 19]]
 _TOKENIZER = tiny_tokenizer()

@@ -4,8 +4,6 @@ import random
 from collections.abc import Iterable
 
 import pytest
-from tests.parity import answers_to, job_of
-from tests.tiny import tiny_model, tiny_tokenizer
 
 from handspun.decoding.answer import Answer
 from handspun.decoding.beam import Search, beam_search
@@ -14,6 +12,8 @@ from handspun.decoding.generate import stream
 from handspun.decoding.results import GenerationChunk, GenerationResult
 from handspun.decoding.tree import ForkedBeams, TreeBeams
 from handspun.models.load import ChatModel
+from parity import answers_to, job_of
+from tiny import tiny_model, tiny_tokenizer
 
 _TOKENIZER = tiny_tokenizer()
 _CHAT = ChatModel(tiny_model("qwen2", eos_token_id=[3, 7]), _TOKENIZER, "tiny")

@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny import tiny_model, tiny_tokenizer
 
 from handspun.decoding.constraint import make_constraint
 from handspun.decoding.generate import generate, stream
 from handspun.decoding.options import ResolvedOptions
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
+from tiny import tiny_model, tiny_tokenizer
 
 _TOKENIZER = tiny_tokenizer()  # 325 tokens, of which a head of 330 rows has five more
 _EOS = 322

@@ -1,13 +1,13 @@
 """Many prompts, empty ones, no room, nothing said, more beams than tokens: an answer, or a clear error."""
 
 import pytest
-from tests.parity import assert_same_as_transformers
-from tests.tiny import tiny_model, tiny_tokenizer
 
 from handspun.decoding import decode
 from handspun.decoding.engines import make_engine
 from handspun.decoding.generate import generate
 from handspun.models.load import ChatModel
+from parity import assert_same_as_transformers
+from tiny import tiny_model, tiny_tokenizer
 
 _TOKENIZER = tiny_tokenizer()
 _MODES = [{}, {"do_sample": True, "seed": 1}, {"num_beams": 3}]

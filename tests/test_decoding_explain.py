@@ -7,7 +7,6 @@ from dataclasses import asdict
 import pytest
 import torch
 from rich.console import Console
-from tests.tiny import tiny_model, tiny_tokenizer
 
 from handspun.decoding.explain import Candidate, Effect, explain
 from handspun.decoding.generate import generate, stream
@@ -17,6 +16,7 @@ from handspun.decoding.sampling import gumbel_noise
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
 from handspun.report.explain import explanation_table
+from tiny import tiny_model, tiny_tokenizer
 
 _CHAT = ChatModel(tiny_model("qwen2"), tiny_tokenizer(), "tiny")
 _SAMPLING = {"do_sample": True, "temperature": 1.5, "top_k": 40, "repetition_penalty": 1.2, "seed": 3}

@@ -4,8 +4,6 @@ from itertools import product
 
 import pytest
 import torch
-from tests.parity import answers_to, assert_same_as_transformers
-from tests.tiny import tiny_model, tiny_tokenizer
 
 from handspun.config import GenerationOptions
 from handspun.decoding.generate import generate, stream
@@ -14,6 +12,8 @@ from handspun.decoding.processors import History, make_processors, process
 from handspun.decoding.sampling import gumbel_noise
 from handspun.errors import ConfigError, DataError, ModelError, TemplateError
 from handspun.models.load import ChatModel
+from parity import answers_to, assert_same_as_transformers
+from tiny import tiny_model, tiny_tokenizer
 
 _PROMPTS = [[5, 9, 13, 4], [8], [11, 6, 17, 9, 10, 12, 21, 5, 19]]
 _TEXTS = ["Tell me a joke.", "Hi", "What is the sum of the first numbers? 你好"]

@@ -1,12 +1,12 @@
 """Where each option comes from: the user, then the model's generation_config, then the defaults."""
 
 import pytest
-from tests.tiny import tiny_model, tiny_tokenizer
 
 from handspun.config import GenerationOptions
 from handspun.decoding.options import ResolvedOptions, resolve
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
+from tiny import tiny_model, tiny_tokenizer
 
 _QWEN = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
 """What Qwen2.5's instruct models have in their generation_config.json."""

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny import tiny_model
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation.logits_process import (
@@ -31,6 +30,7 @@ from handspun.decoding.processors import History, check_some_left, make_processo
 from handspun.decoding.sampling import choose, gumbel_noise, stream_of
 from handspun.decoding.values import concrete
 from handspun.errors import ConfigError
+from tiny import tiny_model
 
 _VOCAB = 12
 _INF = math.inf

@@ -3,12 +3,12 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from handspun.decoding.detokenize import ByteDetokenizer, Vocabulary, WindowDetokenizer, vocabulary
 from handspun.decoding.stop import AnswerText
+from tiny import tiny_tokenizer
 
 _TOKENIZER = tiny_tokenizer()
 _WORDS = vocabulary(_TOKENIZER)

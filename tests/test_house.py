@@ -80,6 +80,15 @@ def test_no_room_has_the_name_of_a_public_function() -> None:
     assert not folders & set(handspun.__all__)
 
 
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("*.py")), ids=lambda path: path.name)
+def test_helpers_of_the_tests_are_imported_under_one_name(path: Path) -> None:
+    """`import tiny`, which pytest finds; as `tests.tiny` plain `pytest` does not, and it would be loaded twice."""
+    modules = [
+        node.module for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)
+    ]
+    assert not [module for module in modules if module and module.split(".")[0] == "tests"]
+
+
 def test_exported_members() -> None:
     assert handspun.__all__ == sorted(handspun.__all__)
     assert handspun.__all__ == [

@@ -103,5 +103,6 @@ def _differs(model: PreTrainedModel, padded: Padded, examples: Sequence[Example]
 
 def shares_prefix(model_config: PreTrainedConfig, config: TrainConfig) -> bool:
     """Not under dropout: rows that share a prefix would share its dropout."""
-    attention_dropout = getattr(model_config.get_text_config(), "attention_dropout", 0.0)
-    return not attention_dropout and not (config.lora and config.lora_dropout)
+    values = model_config.get_text_config().to_dict().items()  # attention_dropout, resid_pdrop, hidden_dropout...
+    drops = any(isinstance(value, float) and value > 0 for name, value in values if "drop" in name)
+    return not drops and not (config.lora and config.lora_dropout)

@@ -1,0 +1,151 @@
+"""The engine's rows of a job: long prompts go through in pieces, the limit on tokens is kept, and no row stays."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from handspun.decoding import beam as beam_module
+from handspun.decoding import decode as decode_module
+from handspun.decoding.engine import Engine, Feed
+from handspun.decoding.engines import make_engine
+from handspun.decoding.generate import answer_all
+from handspun.decoding.lean_engine import LeanEngine
+from handspun.models.load import ChatModel
+from parity import answers_to, job_of
+from tiny import tiny_model, tiny_tokenizer
+
+PROMPTS = [[5, 9, 13, 4, 6, 7, 10, 11], [8], [11, 6, 17, 9, 10, 12, 21, 5, 19, 4, 8, 15, 16], [7, 9, 5]]
+ENGINES = ["lean", "transformers"]
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "temperature": 1.5, "num_return_sequences": 2},
+    "drafted": {"prompt_lookup_num_tokens": 3},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+}
+
+
+def chat_of(engine: str) -> ChatModel:
+    """Under the name of another kind, the same weights are decoded by transformers."""
+    model = tiny_model("qwen2", vocab_size=24, pad_token_id=1)
+    model.generation_config.eos_token_id = [3, 7]
+    if engine == "transformers":
+        model.config.model_type = "other"
+    chat = ChatModel(model, tiny_tokenizer(), "tiny")
+    assert isinstance(make_engine(chat), LeanEngine) == (engine == "lean")
+    return chat
+
+
+class Watch:
+    """What the rows of the engines that are made hold, told after each forward pass."""
+
+    def __init__(self, look: Callable[[dict[int, int]], None] = lambda _: None) -> None:
+        self.rows: dict[int, int] = {}
+        self.largest_feed = 0
+        self.forwards = 0
+        self._look = look
+
+    def make_engine(self, chat: ChatModel) -> Engine:
+        engine: Any = make_engine(chat)
+        add, fork, free, forward = engine.add, engine.fork, engine.free, engine.forward
+        truncate = engine.truncate
+
+        def watched_add() -> int:
+            row: int = add()
+            self.rows[row] = 0
+            return row
+
+        def watched_fork(row: int) -> int:
+            new: int = fork(row)
+            self.rows[new] = self.rows[row]
+            return new
+
+        def watched_free(row: int) -> None:
+            free(row)
+            del self.rows[row]
+
+        def watched_truncate(row: int, length: int) -> None:
+            truncate(row, length)
+            self.rows[row] = length
+
+        def watched_forward(feeds: list[Feed]) -> torch.Tensor:
+            logits: torch.Tensor = forward(feeds)
+            self.forwards += 1
+            for feed in feeds:
+                self.rows[feed.row] += len(feed.token_ids)
+                self.largest_feed = max(self.largest_feed, len(feed.token_ids))
+            self._look(self.rows)
+            return logits
+
+        engine.add, engine.fork, engine.free, engine.truncate, engine.forward = (
+            watched_add, watched_fork, watched_free, watched_truncate, watched_forward,
+        )  # fmt: skip
+        return engine  # type: ignore[no-any-return]
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, watch: Watch) -> Watch:
+    for module in (decode_module, beam_module):
+        monkeypatch.setattr(module, "make_engine", watch.make_engine)
+    return watch
+
+
+def ids_of(chat: ChatModel, **options: Any) -> list[list[int]]:
+    return [answer.token_ids for answer in answers_to(chat, PROMPTS, max_new_tokens=12, **options)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_prompts_in_pieces_are_answered_as_whole_ones(
+    engine: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 3 tokens: prompts of 13, 8, 3 and 1 are four pieces and a rest, two and a rest, just one, and less."""
+    expected = ids_of(chat_of(engine), **MODES[mode])
+    monkeypatch.setattr(decode_module, "_PROMPT_TOKENS", 3)
+    watch = watched(monkeypatch, Watch())
+    assert ids_of(chat_of(engine), **MODES[mode]) == expected
+    assert watch.largest_feed <= 4  # a token and three drafted ones
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_row_is_left_after_a_job(
+    engine: str, mode: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = watched(monkeypatch, Watch())
+    ids_of(chat_of(engine), batch_size=batch_size, **MODES[mode])
+    assert watch.forwards > 3
+    assert watch.rows == {}
+
+
+@pytest.mark.parametrize("mode", ["greedy", "sampled", "drafted"])
+@pytest.mark.parametrize("most", [26, 40, 60])
+def test_rows_never_hold_more_than_the_limit_of_tokens(
+    mode: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest prompt and its answer are 13 + 12 tokens."""
+    held: list[int] = []
+    watch = watched(monkeypatch, Watch(lambda rows: held.append(sum(rows.values()))))
+    chat = chat_of("lean")
+    chat.model.generation_config.eos_token_id = []
+    job = job_of(chat, PROMPTS, max_new_tokens=12, **MODES[mode])
+    object.__setattr__(job, "max_batch_tokens", most)
+    answers = answer_all(job)
+    assert {len(answer.token_ids) for answer in answers} == {12}
+    assert max(held) <= most
+    assert watch.forwards > 12  # they did not all go at once
+
+
+@pytest.mark.parametrize("most", [75, 120, 1000])
+def test_beams_never_hold_more_than_the_limit_of_tokens(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three beams of the longest prompt and its answer are 3 * (13 + 12) = 75 tokens."""
+    together: list[int] = []
+    watched(monkeypatch, Watch(lambda rows: together.append(len(rows))))
+    chat = chat_of("lean")
+    chat.model.generation_config.eos_token_id = []
+    job = job_of(chat, PROMPTS, max_new_tokens=12, **MODES["beams"])
+    object.__setattr__(job, "max_batch_tokens", most)
+    assert len(answer_all(job)) == 8
+    # The tree has a row for each prompt. The limits of 12 tokens, times three: 60, 39, 75, 45.
+    assert max(together) == {75: 1, 120: 2, 1000: 4}[most]
