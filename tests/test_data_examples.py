@@ -1,5 +1,6 @@
 """Every row is accounted for: kept, truncated, dropped and why."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,25 @@ def test_rows_come_from_files(tmp_path: Path) -> None:
     )
     assert held_out is not None
     assert (len(training.examples), len(held_out.examples)) == (1, 1)
+
+
+def test_examples_begin_with_the_system_prompt_that_is_given(tmp_path: Path) -> None:
+    """In training and in held-out rows, and only where the row has none of its own."""
+    own = [{"role": "system", "content": "Be long."}]
+    turns = [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hi."}]
+    lines = [json.dumps({"messages": messages}) + "\n" for messages in (turns, [*own, *turns])]
+    for name in ("train.jsonl", "held.jsonl"):
+        (tmp_path / name).write_text("".join(lines), encoding="utf-8")
+    config = DataConfig(data=str(tmp_path / "train.jsonl"), system_prompt="Be brief.")
+    training, held_out = prepare_examples(config, TEMPLATE, max_length=99, eval_data=str(tmp_path / "held.jsonl"))
+    assert held_out is not None
+    for examples in (training.examples, held_out.examples):
+        texts = [TEMPLATE.tokenizer.decode(example.input_ids) for example in examples]
+        said = "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\nHi.<|im_end|>"
+        assert texts == [
+            "<|im_start|>system\nBe brief.<|im_end|>\n" + said,
+            "<|im_start|>system\nBe long.<|im_end|>\n" + said,
+        ]
 
 
 def test_lengths_are_told_with_quantiles_and_bars() -> None:

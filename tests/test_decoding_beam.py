@@ -149,6 +149,10 @@ def _search(early_stopping, length_penalty, hypotheses):
         (True, 1.0, [-1.0, -2.0], -0.1, True),
         (False, 1.0, [-1.0, -2.0], -9.0, True),  # -9 / 4 tokens = -2.25, worse than -2
         (False, 1.0, [-1.0, -2.0], -7.0, False),  # -7 / 4 = -1.75
+        (False, 1.0, [-1.0, -2.0], -8.0, True),  # -8 / 4 = -2, no better than the worst
+        ("never", 1.0, [-1.0, -2.0], -20.0, True),
+        (False, 2.0, [-1.0, -2.0], -32.0, True),  # -32 / 4 ** 2 = -2
+        (False, 2.0, [-1.0, -2.0], -31.9, False),
         ("never", 1.0, [-1.0, -2.0], -9.0, False),  # -9 / 10 tokens, the limit, = -0.9
         ("never", 1.0, [-1.0, -2.0], -21.0, True),  # -21 / 10 = -2.1
         ("never", 0.0, [-1.0, -2.0], -1.9, False),  # undivided

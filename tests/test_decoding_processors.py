@@ -301,6 +301,28 @@ def test_top_p_keeps_the_token_that_reaches_it_and_at_least_one():
     assert (filters.top_p(logits, 1e-9) > -_INF).tolist() == [[True, False, False]]
 
 
+@pytest.mark.parametrize(
+    ("probabilities", "p", "kept"),
+    [
+        ((0.5, 0.25, 0.125, 0.125), 0.75, [0, 1]),
+        ((0.5, 0.25, 0.125, 0.125), 0.5, [0]),
+        ((0.125, 0.125, 0.25, 0.5), 0.75, [2, 3]),
+        ((0.5, 0.25, 0.125, 0.125), 0.76, [0, 1, 3]),  # of equals the last, as transformers sorts them
+        ((0.5, 0.5), 0.5, [1]),
+    ],
+)
+def test_top_p_at_equality_keeps_no_more_than_reach_it(probabilities, p, kept):
+    assert _kept(filters.top_p(_probable(*probabilities), p)) == kept
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "share", "kept"),
+    [((0.5, 0.25, 0.125, 0.125), 0.5, [0, 1]), ((0.5, 0.25, 0.125, 0.125), 0.51, [0])],
+)
+def test_min_p_at_equality_keeps_the_token(probabilities, share, kept):
+    assert _kept(filters.min_p(_probable(*probabilities), share)) == kept
+
+
 def test_processors_leave_their_input_as_it_was():
     logits = torch.tensor([[3.0, 2.0, 2.0, 1.0]])
     options = ResolvedOptions(

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import handspun
@@ -130,6 +132,42 @@ def test_lora_trains_the_row_of_a_new_end_of_turn_in_embedding_and_head(tied: bo
     ]:
         changed = (after != before).any(dim=1).nonzero().flatten().tolist()
         assert changed == [row]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tied_weights_are_saved_once_and_read_back_tied(dtype: torch.dtype, tied: bool, tmp_path: Path) -> None:
+    model = tiny_model("qwen2", tie_word_embeddings=tied)
+    save_model(model, tiny_tokenizer(), tmp_path, dtype=dtype)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+        dtypes = {file.get_slice(name).get_dtype() for name in names}
+    assert "model.embed_tokens.weight" in names
+    assert ("lm_head.weight" in names) is not tied
+    assert dtypes == {"F32" if dtype == torch.float32 else "BF16"}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    embedding, head = again.get_input_embeddings().weight, again.get_output_embeddings().weight
+    assert (embedding.data_ptr() == head.data_ptr()) is tied
+    assert again.dtype == dtype
+    for name, parameter in model.named_parameters():
+        near = 0.0 if dtype == torch.float32 else 2**-7  # rounded up or down to 8 bits
+        torch.testing.assert_close(again.get_parameter(name).float(), parameter, rtol=near, atol=0.0)
+
+
+def test_adapters_are_scaled_by_alpha_over_rank_and_the_file_says_what_was_given(tmp_path: Path) -> None:
+    model = add_lora(tiny_model("qwen2"), "the-base", rank=3, alpha=12, dropout=0.25)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert len(layers) == 2 * 7
+    assert {layer.scaling["default"] for layer in layers} == {4.0}
+    assert {layer.r["default"] for layer in layers} == {3}
+    assert {layer.lora_dropout["default"].p for layer in layers} == {0.25}
+    save_model(model, tiny_tokenizer(), tmp_path, dtype=torch.float32)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    given = {"r": 3, "lora_alpha": 12, "lora_dropout": 0.25, "base_model_name_or_path": "the-base"}
+    assert {name: saved[name] for name in given} == given
+    assert not saved["use_rslora"]
+    projections = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {name.rpartition(".")[2] for name in saved["target_modules"]} == projections
 
 
 def test_an_adapter_is_a_standard_folder_that_peft_loads(tiny_folder: Path, tmp_path: Path) -> None:

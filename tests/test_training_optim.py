@@ -1,6 +1,7 @@
 """The learning rate as a table, and what is decayed."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -22,6 +23,48 @@ from tiny import tiny_model
 def test_learning_rate_by_step(schedule: str, expected: list[float]) -> None:
     config = TrainConfig(learning_rate=1.0, lr_schedule=schedule, warmup_ratio=0.2)
     assert [lr_at(step, 10, config) for step in range(10)] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [
+        (0.15, [0.5, 1, 1, 7 / 8]),  # 1.5 steps are two
+        (0.11, [0.5, 1, 1, 7 / 8]),  # 1.1 steps too
+        (0.1, [1, 1, 8 / 9, 7 / 9]),
+        (0.01, [1, 1, 8 / 9, 7 / 9]),
+        (0.0, [1, 9 / 10, 8 / 10, 7 / 10]),
+        (0.3, [1 / 3, 2 / 3, 1, 1]),
+    ],
+)
+def test_steps_of_warmup_are_rounded_up(ratio: float, expected: list[float]) -> None:
+    config = TrainConfig(learning_rate=1.0, lr_schedule="linear", warmup_ratio=ratio)
+    assert [lr_at(step, 10, config) for step in range(4)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("states", ["float32", "bfloat16", "8bit"])
+def test_two_updates_by_hand(states: Literal["float32", "bfloat16", "8bit"]) -> None:
+    """Step 1: both moments are the gradient's own, so the update is lr * g / (|g| + 1e-8): lr / 2 for a gradient
+    of 1e-8, lr for 1. Step 2, without a gradient: exp_avg is 0.09 g / 0.19, exp_avg_sq 0.000999 g^2 / 0.001999."""
+    config = TrainConfig(learning_rate=0.5, weight_decay=0.1, optimizer_states=states)
+    model = torch.nn.Linear(2, 1)
+    optimizer = make_optimizer(model, config)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+        model.bias.fill_(2.0)
+    model.weight.grad, model.bias.grad = torch.tensor([[1.0, 1e-8]]), torch.tensor([1.0])
+    optimizer.step()
+    decayed = 2 - 0.5 * 0.1 * 2
+    torch.testing.assert_close(model.weight.data, torch.tensor([[decayed - 0.5, decayed - 0.25]]))
+    torch.testing.assert_close(model.bias.data, torch.tensor([1.5]))  # not decayed
+    model.weight.grad, model.bias.grad = torch.zeros(1, 2), torch.zeros(1)
+    optimizer.step()
+    update = 0.5 * (0.09 / 0.19) / (0.000999 / 0.001999) ** 0.5
+    near = {"float32": 1e-5, "bfloat16": 0.01, "8bit": 0.1}[states] * update
+    torch.testing.assert_close(model.bias.data, torch.tensor([1.5 - update]), rtol=0, atol=near)
+    once = decayed - 0.5
+    torch.testing.assert_close(
+        model.weight.data[0, 0], torch.tensor(once - 0.5 * 0.1 * once - update), rtol=0, atol=near
+    )
 
 
 def test_no_warmup_divides_by_nothing() -> None:

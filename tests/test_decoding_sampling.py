@@ -1,0 +1,77 @@
+"""Draws: the argmax of logits and noise, with the frequencies of the softmax, under the stream's own name."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from handspun.decoding.sampling import choose, draw, gumbel_noise, stream_of
+
+VALUES = st.sampled_from([0.0, -7.99, -8.0, -8.01, -30.0, -math.inf]) | st.floats(-40, 40, width=32)
+
+
+def plainly(logits: torch.Tensor, stream: tuple[int, int, int], step: int) -> int:
+    """The draw by its definition, with the noise of every token."""
+    return int((logits + gumbel_noise(stream, step, len(logits))).argmax())
+
+
+def test_draw_takes_tokens_far_below_the_best_as_often_as_they_are_probable() -> None:
+    """One token at 0, and 3,000 at -8.5, which have 38 % of the probability together."""
+    logits = torch.full((3001,), -8.5)
+    logits[1234] = 0.0
+    drawn = [draw(logits, (7, prompt, 0), 3) for prompt in range(1500)]
+    assert drawn == [plainly(logits, (7, prompt, 0), 3) for prompt in range(1500)]
+    far, share = sum(token != 1234 for token in drawn), 3000 / (3000 + math.exp(8.5))
+    assert abs(far - 1500 * share) < 4 * math.sqrt(1500 * share * (1 - share))
+    assert len(set(drawn)) > 0.8 * far
+
+
+@given(
+    st.lists(VALUES, min_size=1).filter(lambda values: max(values) > -math.inf),
+    st.tuples(st.integers(0, 2**63), st.integers(0, 2**31), st.integers(0, 2**31)),
+    st.integers(0, 10_000),
+)
+def test_draw_is_the_argmax_of_logits_and_noise(
+    values: list[float], stream: tuple[int, int, int], step: int
+) -> None:
+    logits = torch.tensor(values)
+    assert draw(logits, stream, step) == plainly(logits, stream, step)
+
+
+def test_draws_have_the_frequencies_of_the_softmax() -> None:
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+    drawn = [draw(logits, (0, 0, 0), step) for step in range(4000)]
+    counts = np.bincount(drawn, minlength=4) / 4000
+    assert counts == pytest.approx([0.5, 0.25, 0.125, 0.125], abs=4 * 0.5 / math.sqrt(4000))
+
+
+def test_noise_is_standard_gumbel() -> None:
+    """Its mean is Euler's constant, its variance pi ** 2 / 6."""
+    noise = gumbel_noise((1, 2, 3), 4, 100_000).double()
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.03)
+    assert noise.isfinite().all()
+
+
+def test_each_seed_prompt_answer_and_step_has_noise_of_its_own() -> None:
+    names = [((0, 0, 0), 0), ((1, 0, 0), 0), ((0, 1, 0), 0), ((0, 0, 1), 0), ((0, 0, 0), 1), ((0, 1, 1), 0)]
+    noises = {tuple(gumbel_noise(stream, step, 8).tolist()) for stream, step in names}
+    assert len(noises) == len(names)
+    assert torch.equal(gumbel_noise((0, 1, 2), 3, 8), gumbel_noise((0, 1, 2), 3, 8))
+    assert torch.equal(gumbel_noise((0, 1, 2), 3, 9)[:8], gumbel_noise((0, 1, 2), 3, 8))  # not of the vocabulary
+
+
+def test_stream_of_one_seed_and_of_a_seed_for_each_prompt() -> None:
+    assert stream_of(5, 2, 1) == (5, 2, 1)
+    assert stream_of((7, 8, 9), 2, 1) == (9, 0, 1)
+
+
+def test_choose_takes_the_best_or_draws_each_row_from_its_stream() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]])
+    assert choose(logits, draws=None).tolist() == [1, 0]
+    draws = [((4, 0, 0), 6), ((4, 1, 0), 2)]
+    expected = [plainly(row, stream, step) for row, (stream, step) in zip(logits, draws, strict=True)]
+    assert choose(logits, draws=draws).tolist() == expected
