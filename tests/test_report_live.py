@@ -93,8 +93,9 @@ def test_without_colour_it_has_none(state: LiveState) -> None:
 
 
 def test_what_a_model_says_does_not_act_on_the_terminal(state: LiveState) -> None:
-    assert "?[2JNo." in "\n".join(seen(state, height=40))
-    assert one_line("a\x07\u202eb\r\nc") == "a??b c"
+    assert "␛[2JNo." in "\n".join(seen(state, height=40))
+    assert "?[2JNo." in "\n".join(seen(state, height=40, encoding="ascii"))
+    assert one_line("a\x07\u202eb\r\nc") == "a␇[U+202E]b c"
     assert one_line(" \n") == "(nothing)"
 
 

@@ -1,8 +1,6 @@
 """`python -m handspun` is the same program as `handspun`."""
 
-import sys
-
-from handspun.cli import main
+from handspun.cli import console_script
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    console_script()

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
-
 from handspun.cli.app import FLAT, ModelOptions, app, load_model, read_prompts
 from handspun.config import GenerationOptions
+from handspun.display import HarmlessConsole
 
 
 @app.command
@@ -53,7 +52,7 @@ def generate(
         load_model(source),
         read_prompts(prompts, prompts_file),
         options,
-        Console(highlight=False),
+        HarmlessConsole(),
         chat=chat,
         system_prompt=system_prompt,
         batch_size=batch_size,
@@ -80,4 +79,4 @@ def chat(
     """
     from handspun.report.show import hold_conversation
 
-    hold_conversation(load_model(source), options, Console(highlight=False), system_prompt=system_prompt)
+    hold_conversation(load_model(source), options, HarmlessConsole(), system_prompt=system_prompt)

@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import cyclopts
-from rich.console import Console
 
 from handspun.cli.app import app
+from handspun.display import (
+    HarmlessConsole,
+    UnprintedError,
+    abandon_unwritten,
+    open_missing_streams,
+    protected_streams,
+    say,
+)
 from handspun.errors import ConfigError, HandspunError, StoppedError
 
 
@@ -18,40 +25,60 @@ def main(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code: 0, 1 for a verification that has failed, 2 for what the user can
     mend, 128 + signal for a run that was stopped."""
     tokens = [argument for argument in arguments if argument != "--traceback"]
-    errors = Console(stderr=True, highlight=False)
+    try:
+        with protected_streams():
+            return _run(tokens, with_traceback="--traceback" in arguments)
+    except UnprintedError as unprinted:
+        return _unprinted(unprinted)
+
+
+def _run(tokens: list[str], *, with_traceback: bool) -> int:
+    errors = HarmlessConsole(stderr=True)
     try:
         tokens, app.config = _take_config(tokens)
         app(tokens, exit_on_error=False, print_error=False, result_action="return_none")
+    except UnprintedError:
+        raise
     except cyclopts.CycloptsError as error:
         command = f"{tokens[0]} " if tokens and tokens[0] in app else ""
         return _say(errors, f"{error}", f"handspun {command}--help shows what there is.")
     except StoppedError as stopped:  # the log has said it
         return stopped.exit_code
     except HandspunError as error:
-        if "--traceback" in arguments:
+        if with_traceback:
             errors.print_exception()
         _say(errors, str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader has seen enough, and Python would say so on the way out
     finally:
         app.config = ()
     return 0
 
 
+def _unprinted(error: UnprintedError) -> int:
+    """A reader that has gone has seen enough; anything else lost what was asked for."""
+    if error.is_unread:
+        return 0
+    say(f"error: {error}")
+    return error.exit_code
+
+
 def console_script() -> None:
     """What `handspun` runs."""
-    sys.exit(main(sys.argv[1:]))
+    open_missing_streams()
+    try:
+        sys.exit(main(sys.argv[1:]))
+    finally:
+        abandon_unwritten()
 
 
-def _say(errors: Console, message: str, hint: str = "") -> int:
+def _say(errors: HarmlessConsole, message: str, hint: str = "") -> int:
     rank = os.environ.get("RANK", "0")
-    errors.print(f"[bold red]{'error' if rank == '0' else f'error on rank {rank}'}:[/]", end=" ")
-    errors.print(message, markup=False, soft_wrap=True)
+    errors.print("error:" if rank == "0" else f"error on rank {rank}:", style="bold red", end=" ")
+    errors.print(message, soft_wrap=True)
     if hint:
-        errors.print(hint, markup=False, soft_wrap=True)
+        errors.print(hint, soft_wrap=True)
     return 2
 
 

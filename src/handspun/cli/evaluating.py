@@ -1,17 +1,15 @@
 """Commands that look at what a model does: eval, compare."""
 
-import json as json_module
-import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from handspun.cli.app import FLAT, ModelOptions, app, load_model, read_prompts
 from handspun.config import DataConfig, GenerationOptions, Weights
+from handspun.display import HarmlessConsole, json_line, say
 
 if TYPE_CHECKING:
     from handspun.models.load import ChatModel
@@ -69,22 +67,18 @@ def evaluate(
             batch_size=batch_size,
             ask=generate,
             max_new_tokens=max_new_tokens,
-            notice=_notice,
+            notice=say,
         )
         if partial is not None:
             partial.write_text("".join(f"{line}\n" for line in row_lines(scores.rows)), encoding="utf-8")
     if json:
-        print(json_module.dumps(scores_record(scores), ensure_ascii=False))
+        print(json_line(scores_record(scores)))
         return
-    console = Console(highlight=False)
+    console = HarmlessConsole()
     if scores.account is not None:
         for line in account_lines(scores.account, max_length=scores.max_length):
             console.print(line, markup=False, soft_wrap=True)
     console.print(scores_table(scores))
-
-
-def _notice(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 @app.command
@@ -145,10 +139,10 @@ def compare(
             chat=chat,
             system_prompt=system_prompt,
             batch_size=batch_size,
-            notice=_notice,
+            notice=say,
         )
         if partial is not None:
             partial.write_text(comparison_html(found, options), encoding="utf-8")
-    print_comparison(found, Console(highlight=False))
+    print_comparison(found, HarmlessConsole())
     if html is not None:
-        _notice(f"written: {html}")
+        say(f"written: {html}")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from handspun.cli.app import app
+from handspun.display import HarmlessConsole, write_text
 
 
 @app.command
@@ -24,4 +25,4 @@ def report(*runs: Path, output_file: Path | None = None) -> None:
         page, file = report_page(found[0]), found[0].folder / REPORT
     else:
         page, file = comparison_page(found), Path("comparison.html")
-    print(write_page(page, output_file or file))
+    write_text(HarmlessConsole(), str(write_page(page, output_file or file)))

@@ -4,10 +4,9 @@ import random
 import sys
 from typing import Annotated
 
-from rich.console import Console
-
 from handspun.cli.app import FLAT, app
 from handspun.config import TrainConfig
+from handspun.display import HarmlessConsole, unfailing
 
 
 @app.command(name="verify-resume")
@@ -30,7 +29,7 @@ def verify_resume(
     """
     from handspun.verification.killed import kill_and_compare
 
-    console = Console(highlight=False)
+    console = HarmlessConsole(file=unfailing(sys.stdout))
 
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)

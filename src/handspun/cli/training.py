@@ -3,10 +3,9 @@
 from dataclasses import replace
 from typing import Annotated
 
-from rich.console import Console
-
 from handspun.cli.app import FLAT, app, is_colourless
 from handspun.config import DataConfig, TrainConfig
+from handspun.display import HarmlessConsole
 
 
 @app.command
@@ -53,7 +52,7 @@ def preview(
     """
     from handspun.report.show import show_preview
 
-    console = Console(highlight=False)
+    console = HarmlessConsole()
     show_preview(config, model, console, examples=examples, plain=plain or is_colourless(console))
 
 

@@ -4,9 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
-
 from handspun.cli.app import FLAT, ModelOptions, app, load_model, read_prompts
+from handspun.display import HarmlessConsole
 from handspun.errors import VerificationError
 
 
@@ -43,7 +42,7 @@ def verify(
     prompts = DEFAULT_PROMPTS if prompts_file is None else read_prompts((), prompts_file)
     exact = load_model(replace(source, weights="float32"))
     rounded = None if _are_float32(source) else load_model(source)
-    with Console(stderr=True).status("comparing with transformers"):
+    with HarmlessConsole(stderr=True).status("comparing with transformers"):
         findings = list(
             run_checks(
                 exact,
@@ -54,13 +53,15 @@ def verify(
                 max_new_tokens=max_new_tokens,
             )
         )
-    console = Console(highlight=False)
-    if json:
-        print(findings_json(findings, source.model))
-    else:
-        console.print(findings_table(findings))
-    if failed(findings):
-        raise VerificationError(verdict(findings))
+    console = HarmlessConsole()
+    try:
+        if json:
+            print(findings_json(findings, source.model))
+        else:
+            console.print(findings_table(findings))
+    finally:  # also where the table could not be printed
+        if failed(findings):
+            raise VerificationError(verdict(findings))
     if not json:
         console.print(f"\n{verdict(findings)}", markup=False)
 

@@ -1,22 +1,15 @@
 """How messages call what stands in the data: short, on one line, and harmless to a terminal."""
 
 import json
-from collections.abc import Collection
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from handspun.display import join_names, printable
 
-def shown(text: str, *, most: int = 60) -> str:
-    """A name from the data, cut behind `most` characters; where a terminal would not print it, escaped."""
-    name = text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
-    return name if name.isprintable() else repr(name)[1:-1]
+shown = printable
+"""A name from the data, on one line and harmless to a terminal."""
 
-
-def listed(names: Collection[str], *, most: int = 20) -> str:
-    """`a, b, c and 4 more`."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(shown(name) for name in islice(names, most)) + more
+listed = join_names
 
 
 def file_name(path: Path) -> str:

@@ -5,7 +5,6 @@ sampling, and `beam_search` the other one.
 """
 
 import difflib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -20,12 +19,9 @@ from handspun.decoding.options import ResolvedOptions, resolve
 from handspun.decoding.processors import Function
 from handspun.decoding.prompts import Prompt, as_prompts, context_length, encode_prompts, left_out, said_in
 from handspun.decoding.results import GenerationChunk, GenerationResult
+from handspun.display import say
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
-
-
-def _print_notice(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def generate(
@@ -42,7 +38,7 @@ def generate(
     show_tree: bool = False,
     batch_size: int = 32,
     max_batch_tokens: int = 32768,
-    notice: Callable[[str], None] = _print_notice,
+    notice: Callable[[str], None] = say,
     should_stop: Callable[[], bool] | None = None,
     **given: Any,
 ) -> list[GenerationResult]:
@@ -89,7 +85,7 @@ def stream(
     explain: bool = False,
     batch_size: int = 32,
     max_batch_tokens: int = 32768,
-    notice: Callable[[str], None] = _print_notice,
+    notice: Callable[[str], None] = say,
     should_stop: Callable[[], bool] | None = None,
     **given: Any,
 ) -> Iterator[GenerationChunk]:

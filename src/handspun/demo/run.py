@@ -9,6 +9,7 @@ from rich.table import Table
 
 from handspun.config import TrainConfig
 from handspun.decoding.generate import generate
+from handspun.display import unfailing, visible, write_text
 from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.load import ChatModel, load
@@ -56,6 +57,7 @@ def run_demo(
     """Trains the demonstration and shows its answers before and after, then the three decodings."""
     keep_freed_memory()
     console = plain_console()
+    console.file = unfailing(console.file)
     config = demo_config(output_dir, num_epochs=num_epochs, threads=threads, overwrite=overwrite)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -74,10 +76,10 @@ def show_three_decodings(model: ChatModel, console: Console, *, max_new_tokens: 
     """Greedy, sampling three times, and beam search, each on its prompt."""
 
     def show(title: str, prompt: str, **options: Any) -> None:
-        console.print(f"\n[bold]{title}[/]", highlight=False)
+        console.print(f"\n{title}", style="bold", markup=False)
         console.print(f"> {prompt}", markup=False, soft_wrap=True)
         for result in generate(model, prompt, max_new_tokens=max_new_tokens, **options):
-            console.print(result.text, markup=False, soft_wrap=True)
+            write_text(console, result.text)
 
     show("Greedy", GREEDY_PROMPT, do_sample=False)
     show(
@@ -99,7 +101,7 @@ def _show_answers(console: Console, before: list[str], after: list[str]) -> None
     for name in ("prompt", "before", "after"):
         table.add_column(name, ratio=1, overflow="fold")
     for row in zip(BEFORE_AND_AFTER, before, after, strict=True):
-        table.add_row(*(cell.strip() for cell in row))
+        table.add_row(*(visible(cell.strip()) for cell in row))
     console.print(table, markup=False)
 
 

@@ -6,7 +6,6 @@ Nothing is executed that comes with a model: weights are read from safetensors (
 
 import difflib
 import json
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from transformers import (
 
 from handspun.config import Weights
 from handspun.data.chat_template import ChatTemplate
+from handspun.display import say
 from handspun.errors import ModelError
 from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.models.embedded import EMBEDDED_NAME, embedded_folder
@@ -70,7 +70,7 @@ def load(
     *,
     weights: Weights = "auto",
     device: str = "auto",
-    notice: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    notice: Callable[[str], None] = say,
 ) -> ChatModel:
     """A chat model by its name.
 

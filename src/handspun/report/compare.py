@@ -11,16 +11,17 @@ from rich.text import Text
 
 from handspun.config import GenerationOptions
 from handspun.decoding.results import GenerationResult
+from handspun.display import visible
 from handspun.evaluation.compare import Comparison
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Each prompt, and under it a column of answers for each model."""
     for number, prompt in enumerate(comparison.prompts):
-        console.print(Text(f"> {prompt}", style="bold", overflow="fold"))
+        console.print(Text(visible(f"> {prompt}"), style="bold", overflow="fold"))
         table = Table(box=box.SIMPLE_HEAD, expand=True, show_edge=False, padding=(0, 1), pad_edge=False)
         for name in comparison.models:
-            table.add_column(Text(name, overflow="fold"), ratio=1, overflow="fold")
+            table.add_column(Text(visible(name), overflow="fold"), ratio=1, overflow="fold")
         of_prompt = [answers[number] for answers in comparison.answers]
         for row, results in enumerate(zip(*of_prompt, strict=False)):
             table.add_row(*map(_cell, results), end_section=row < len(of_prompt[0]) - 1)
@@ -29,7 +30,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 
 def _cell(result: GenerationResult) -> Text:
-    text = Text(result.text.strip(), overflow="fold")  # what a model says is no markup
+    text = Text(visible(result.text.strip()), overflow="fold")  # what a model says is no markup
     if result.finish_reason == "length":
         text.append(" [cut off]", style="dim")
     return text
@@ -45,12 +46,13 @@ def comparison_html(comparison: Comparison, options: GenerationOptions) -> str:
         lstrip_blocks=True,
     )
     template = environment.get_template("compare.html.jinja")
-    return template.render(
+    page = template.render(
         models=comparison.models,
         short_names=_short_names(comparison.models),
         blocks=list(_blocks(comparison)),
         options=_given(options),
     )
+    return visible(page)
 
 
 def _blocks(comparison: Comparison) -> Iterator[tuple[str, list[list[GenerationResult]], bool]]:

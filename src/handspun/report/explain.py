@@ -8,6 +8,7 @@ from rich.text import Text
 
 from handspun.decoding.explain import Candidate, Effect, Explanation
 from handspun.decoding.search_tree import TreeNode
+from handspun.display import escaped
 
 _DEEPEST = 40
 """Columns of a tree's guides; of deeper ones the last are shown."""
@@ -95,7 +96,7 @@ def _noise(candidate: Candidate) -> str:
 
 def _quoted(text: str) -> str:
     """A token with what cannot be printed in it, such as newlines, escaped."""
-    return "'" + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + "'"
+    return f"'{escaped(text)}'"
 
 
 def _percent(probability: float) -> str:

@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from handspun.display import is_unicode, visible
 from handspun.report.duration import duration
 from handspun.report.samples import Samples
 from handspun.training.loop import Evaluation, Step
@@ -206,14 +207,9 @@ def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) 
     return "".join(blocks[min(int((mean - least) / reach * len(blocks)), len(blocks) - 1)] for mean in means)
 
 
-def is_unicode(encoding: str) -> bool:
-    """Whether blocks and ellipses can be shown."""
-    return encoding.lower().startswith("utf")
-
-
 def one_line(text: str, encoding: str = "utf-8") -> str:
-    """What a model said, on one line, with "?" for what would act on a terminal or cannot be shown there."""
-    seen = "".join(sign if sign.isprintable() else "?" for sign in " ".join(text.split()))
+    """What a model said, on one line, harmless to a terminal, with "?" for what it cannot show."""
+    seen = visible(" ".join(text.split()))
     return seen.encode(encoding, "replace").decode(encoding) or "(nothing)"
 
 

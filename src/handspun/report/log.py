@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from handspun.config import Tracker
+from handspun.display import HarmlessConsole, is_terminal, unfailing, visible
 from handspun.files import output_errors, write_text
 from handspun.report.duration import duration
 from handspun.report.environment import current_memory
@@ -47,7 +48,7 @@ _Kind = TypeVar("_Kind", Step, Evaluation)
 def plain_console() -> Console:
     """Standard output without highlighting, and in a notebook plain text like anywhere else. FORCE_COLOR, by which
     rich takes a file for a terminal, gives it colours and no panel."""
-    return Console(highlight=False, force_jupyter=False, force_interactive=None if sys.stdout.isatty() else False)
+    return HarmlessConsole(force_jupyter=False, force_interactive=None if is_terminal(sys.stdout) else False)
 
 
 class RunLog:
@@ -65,7 +66,9 @@ class RunLog:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._folder, self._resumed_at = folder, resumed_at
-        self._console = console
+        self._console, self._file = console, console.file
+        if folder is not None:  # a dry run is there to be printed; a run goes on in train.log
+            console.file = unfailing(console.file)
         self._clock = clock
         if folder is not None and resumed_at is not None:
             _forget_events_after(folder / "metrics.jsonl", resumed_at)
@@ -83,6 +86,7 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._console.file = self._file
         for file in (self._log, self._metrics):
             if file is not None:
                 file.close()
@@ -125,7 +129,7 @@ class RunLog:
     def line(self, text: str) -> None:
         """One line (or several), with the time of day in train.log."""
         self.only_in_file(text)
-        for part in text.splitlines() or [""]:
+        for part in visible(text).split("\n"):
             self._print(part)
 
     def styled(self, text: Text, plain: str) -> None:
@@ -136,7 +140,7 @@ class RunLog:
 
     def only_in_file(self, text: str) -> None:
         """The same for what is shown by others, such as the error that ends the run."""
-        for part in text.splitlines() or [""]:
+        for part in visible(text).split("\n"):
             _write(self._log, f"{datetime.now():%H:%M:%S} {part}\n")
 
     def event(self, event: Event | Samples) -> None:

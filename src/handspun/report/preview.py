@@ -7,6 +7,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from handspun.data.examples import Example
+from handspun.display import visible
 
 
 def learned_runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
@@ -18,16 +19,11 @@ def learned_runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterat
         yield str(text), is_learned
 
 
-# Of the data, none reaches a terminal that would obey it: they are shown as their pictures (␛).
-_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-_CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-
-
 def coloured(example: Example, tokenizer: PreTrainedTokenizerBase, *, most: int | None = None) -> Text:
     """Learned tokens in bold green on the terminal. most: characters of each run, the rest of it left out."""
     text = Text()
     for run, is_learned in learned_runs(example, tokenizer):
-        text.append(_cut(run, most).translate(_CONTROLS), style="bold green" if is_learned else "dim")
+        text.append(visible(_cut(run, most)), style="bold green" if is_learned else "dim")
     return text
 
 
@@ -35,7 +31,7 @@ def bracketed(example: Example, tokenizer: PreTrainedTokenizerBase, *, most: int
     """Learned tokens between ⟦ and ⟧, for files and for terminals without colour. most: as above."""
     runs = [(_cut(run, most), is_learned) for run, is_learned in learned_runs(example, tokenizer)]
     text = "".join(f"⟦{run}⟧" if is_learned else run for run, is_learned in runs)
-    return text.translate(_CONTROLS)
+    return visible(text)
 
 
 def _cut(run: str, most: int | None) -> str:

@@ -1,12 +1,12 @@
 """A model's scores: a short table for people, an object for machines, a line for each row."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
+from handspun.display import json_line
 from handspun.evaluation.instructions import Verdict
 from handspun.evaluation.score import RowScore, Scores
 
@@ -113,7 +113,7 @@ def row_lines(rows: Iterable[RowScore]) -> Iterator[str]:
                 "exact_match": row.exact_match,
                 "instructions": [asdict(verdict) for verdict in row.verdicts],
             }
-        yield json.dumps(record, ensure_ascii=False)
+        yield json_line(record)
 
 
 def _cut(scores: Scores) -> int:

@@ -1,7 +1,5 @@
 """Answers, conversations and previews on a terminal."""
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -17,6 +15,7 @@ from handspun.data.prepare import prepare_examples, resolve_max_length
 from handspun.data.rows import refuse_missing_data
 from handspun.decoding.generate import generate, stream
 from handspun.decoding.results import GenerationResult
+from handspun.display import json_line, say, write_text
 from handspun.errors import DataError
 from handspun.models.embedded import cache_folder
 from handspun.models.load import ChatModel, context_length, load_config, load_tokenizer, model_source
@@ -27,12 +26,8 @@ from handspun.report.preview import bracketed, coloured, spread
 
 def show_preview(config: DataConfig, model: str, console: Console, *, examples: int, plain: bool) -> None:
     """Rendered examples, the length distribution, and the account of every row."""
-
-    def notice(text: str) -> None:
-        print(text, file=sys.stderr)
-
     refuse_missing_data(config.data)
-    source = model_source(model, notice)
+    source = model_source(model, say)
     tokenizer = load_tokenizer(source)
     max_length = resolve_max_length(config.max_length, context_length(load_config(source)))
     made, _ = prepare_examples(
@@ -40,7 +35,7 @@ def show_preview(config: DataConfig, model: str, console: Console, *, examples: 
         ChatTemplate(tokenizer),
         max_length=max_length,
         cache=ExampleCache(cache_folder() / "examples"),
-        notice=notice,
+        notice=say,
     )
     how = "between ⟦ and ⟧" if plain else "in green"
     console.print(f"what is learned is {how}\n", markup=False)
@@ -83,10 +78,10 @@ def show_answers(
     for result in results:
         if as_json:
             record = {"prompt": prompts[result.prompt_index], **asdict(result)}
-            print(json.dumps(record, ensure_ascii=False))
+            print(json_line(record))
             continue
         if len(results) == 1:
-            console.print(result.text, markup=False, soft_wrap=True)
+            write_text(console, result.text)
         else:
             _under_its_prompt(console, prompts[result.prompt_index], result)
         if result.explanation is not None:
@@ -99,7 +94,7 @@ def show_answers(
 def _under_its_prompt(console: Console, prompt: str, result: GenerationResult) -> None:
     if result.return_index == 0:
         console.print(f"> {prompt}", style="bold", markup=False, soft_wrap=True)
-    console.print(result.text, markup=False, soft_wrap=True)
+    write_text(console, result.text)
     console.print()
 
 
@@ -111,7 +106,7 @@ def hold_conversation(
     messages: list[Message] = []
     while True:
         try:
-            said = console.input("[bold green]you:[/] ").strip()
+            said = console.input("[bold green]you:[/] ", markup=True).strip()
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
@@ -140,7 +135,7 @@ def _stream_answer(
         for chunk in stream(model, [messages], options=options, system_prompt=system_prompt):
             if chunk.return_index == 0:  # a conversation goes on from one answer
                 answer += chunk.text
-                console.print(chunk.text, end="", markup=False, soft_wrap=True)
+                write_text(console, chunk.text, end="")
     except KeyboardInterrupt:
         console.print(" (stopped)", end="", style="dim")
     console.print()

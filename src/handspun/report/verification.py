@@ -1,6 +1,5 @@
 """What `handspun verify` has found, as a table of 80 columns or as JSON, and what it means in a line."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from handspun.display import json_line
 from handspun.verification.findings import Divergence, Finding, Status
 
 _STYLES: dict[Status, str] = {"pass": "green", "tie": "yellow", "info": "dim", "fail": "bold red"}
@@ -45,7 +45,7 @@ def findings_json(findings: Sequence[Finding], model: str) -> str:
         "verdict": verdict(findings),
         "findings": [_finding_record(finding) for finding in findings],
     }
-    return json.dumps(record, ensure_ascii=False, allow_nan=False)
+    return json_line(record, allow_nan=False)
 
 
 def failed(findings: Sequence[Finding]) -> list[Finding]:

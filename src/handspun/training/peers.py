@@ -8,7 +8,6 @@ holds the exit status until torchrun has fetched it.
 import os
 import select
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from handspun.display import say
 from handspun.errors import TrainingError
 
 _GRACE = 20.0
@@ -84,7 +84,7 @@ class Watch:
         self._lost = describe(rank, process, code)
         self._died.set()
         if code is not None and not self._over.wait(_GRACE):
-            print(f"error on rank {os.environ['RANK']}: {self._lost}", file=sys.stderr, flush=True)
+            say(f"error on rank {os.environ['RANK']}: {self._lost}")
             os._exit(TrainingError.exit_code)  # the main thread waits in a collective for the dead
 
 

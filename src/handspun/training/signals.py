@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -38,7 +38,8 @@ def stop_requests(*, say: bool = True) -> Iterator[StopRequest]:
             signal.signal(one, handler)
         if say and os.environ.get("RANK", "0") == "0":
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: the run stops after this step; a second one leaves at once\n".encode())
+            with suppress(OSError):  # standard error may be closed, or its terminal gone
+                os.write(2, f"\n{name}: the run stops after this step; a second one leaves at once\n".encode())
 
     for number in _SIGNALS:
         signal.signal(number, note)

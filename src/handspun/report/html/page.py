@@ -7,17 +7,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from handspun import __version__
+from handspun.display import visible
 from handspun.files import output_errors, write_text
 from handspun.report.html import pictures, sides, words
 from handspun.report.html.answers import MAX_NEW_TOKENS
 from handspun.report.html.folder import REPORT, RunFiles, read_run
 from handspun.report.html.pictures import SET_NAMES
-
-_CONTROLS = {**{i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\t\n"}, 0x7F: "\u2421"}
-_TURNS = {i: f"[U+{i:X}]" for i in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
-_VISIBLE = {**_CONTROLS, **_TURNS}
-"""What acts and is not seen: control characters as the pictures that Unicode has of them, and those that turn the
-direction of the text by their names."""
 
 
 def write_report(folder: Path) -> Path:
@@ -133,4 +128,4 @@ def _render(template: str, **context: Any) -> str:
         lstrip_blocks=True,
     )
     page = environment.get_template(template).render(version=__version__, **context)
-    return page.translate(_VISIBLE).encode("utf-8", "replace").decode("utf-8")
+    return visible(page)

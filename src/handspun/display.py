@@ -1,0 +1,233 @@
+"""Printing: text that others wrote is made harmless, and a stream that fails never ends a run.
+
+Model answers, rows, names of folders and errors of other libraries may hold terminal escapes. They pass through
+one table before a terminal or a page shows them. Standard output and error may be closed, full, or read by a
+program that has gone away. `protected_streams` guards a command against that.
+"""
+
+import errno
+import json
+import os
+import re
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from typing import IO, Any, TextIO, cast
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from handspun.errors import OutputError
+
+_INVISIBLE = [
+    *range(0x80, 0xA0),  # C1 controls: U+009B alone begins an escape sequence
+    *(0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)),  # these turn the direction of text
+    *(0x180E, 0x200B, *range(0x2060, 0x2066), *range(0x206A, 0x2070), 0xFEFF),  # zero width
+    *(0x2028, 0x2029, *range(0xFFF9, 0xFFFC)),  # separators and annotations
+    *range(0xD800, 0xE000),  # lone surrogates, which no encoding holds
+]
+# Not here: U+200C, U+200D, variation selectors and tags, which Persian, Hindi and emoji are written with.
+
+VISIBLE = {
+    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"},
+    0x7F: "\u2421",
+    **{code: f"[U+{code:04X}]" for code in _INVISIBLE},
+}
+"""For `str.translate`: control characters as the pictures that Unicode has of them (␛), others by their codes."""
+
+_OURS_IN_ASCII = str.maketrans(
+    {**dict(zip("⟦⟧…→█", ("[[", "]]", "...", "->", "#"), strict=True)), **dict(zip("─└├│", "-`||", strict=True))}
+)
+"""Characters of our own messages, for a console that has no Unicode."""
+
+_ONE_FOR_ONE = {code: seen if len(seen) == 1 else "\ufffd" for code, seen in VISIBLE.items()}
+_ACTS = re.compile(f"[{re.escape(''.join(map(chr, VISIBLE)))}]")
+
+
+def visible(text: str) -> str:
+    """Return a text of any length with everything visible that would act on a terminal; line breaks stay."""
+    return text.translate(VISIBLE)
+
+
+def escaped(text: str) -> str:
+    """Return the text with Python's escapes for all that is not printable, line breaks included."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable(name: str, *, most: int = 60) -> str:
+    """Return a name on one line, cut after `most` characters, with escapes for what is not printable."""
+    cut = name if len(name) <= most else f"{name[:most]}… ({len(name)} characters)"
+    return escaped(cut)
+
+
+def join_names(names: Collection[str], *, most: int = 20) -> str:
+    """Return `a, b, c and 4 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(printable(name) for name in islice(names, most)) + more
+
+
+def json_line(record: Any, *, allow_nan: bool = True) -> str:
+    """Return the record as JSON on one line, with JSON's escapes for what would act on a terminal or cannot be
+    encoded. A parser reads the same values from it."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = json.dumps(record, ensure_ascii=not is_unicode(encoding), allow_nan=allow_nan)
+    return _ACTS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def is_unicode(encoding: str) -> bool:
+    """Return whether an encoding has all characters."""
+    return encoding.lower().startswith("utf")
+
+
+class HarmlessConsole(Console):
+    """A rich console that neither obeys escapes nor interprets markup or emoji codes in what it prints."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"highlight": False, "markup": False, "emoji": False, **options})
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return the string as a Text, with what would act visible."""
+        return super().render_str(visible(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yield segments. A Text keeps its styles, so each character is replaced by one."""
+        if isinstance(renderable, Text) and _ACTS.search(renderable.plain):
+            renderable = renderable.copy()
+            renderable.plain = renderable.plain.translate(_ONE_FOR_ONE)
+        return super().render(renderable, options)
+
+
+def write_text(console: Console, text: str, *, end: str = "\n") -> None:
+    """Print what a model wrote: as it is to a file or a pipe, harmless on a terminal."""
+    if is_terminal(console.file):
+        console.print(visible(text), end=end, markup=False, emoji=False, soft_wrap=True)
+    else:
+        console.file.write(text + end)
+        console.file.flush()
+
+
+def unfailing(stream: IO[str] | None) -> TextIO:
+    """Return the stream with failures to write to it ignored. A run's log goes on in train.log."""
+    return cast(TextIO, ProtectedStream(stream, "the output", is_ignored=True))
+
+
+def is_terminal(stream: IO[str] | None) -> bool:
+    """Return whether the stream is a terminal; a closed one is none."""
+    return unfailing(stream).isatty()
+
+
+def say(text: str) -> None:
+    """Print a notice on standard error. A failure to print it is ignored."""
+    print(visible(text), file=unfailing(sys.stderr), flush=True)
+
+
+class UnprintedError(OutputError):
+    """Standard output could not be written. `is_unread`: because its reader has gone, which is no fault."""
+
+    def __init__(self, name: str, error: OSError | ValueError | None) -> None:
+        self.is_unread = isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ECONNRESET)
+        reason = (error.strerror if isinstance(error, OSError) else str(error or "")) or "it is closed"
+        super().__init__(f"{name} cannot be written: {reason}. What was to be printed is lost.")
+
+
+class ProtectedStream:
+    """A standard stream (None if it was closed) whose failures are an UnprintedError, or are ignored.
+
+    Characters that the stream's encoding lacks are written as backslash escapes.
+    """
+
+    def __init__(self, stream: "IO[str] | ProtectedStream | None", name: str, *, is_ignored: bool) -> None:
+        self._outer = stream if isinstance(stream, ProtectedStream) else None
+        self._stream: IO[str] | None = stream._stream if isinstance(stream, ProtectedStream) else stream
+        self._name, self._is_ignored = name, is_ignored
+
+    @property
+    def encoding(self) -> str:
+        """The stream's encoding."""
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        """Write a text; return its length."""
+        if self._stream is None:
+            return self._fail(None) or len(text)
+        try:
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                ours = text.translate(_OURS_IN_ASCII)
+                self._stream.write(ours.encode(self.encoding, "backslashreplace").decode(self.encoding))
+        except (OSError, ValueError) as error:
+            self._fail(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is still in the stream's buffer."""
+        if self._stream is None:
+            return
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._fail(error)
+
+    def isatty(self) -> bool:
+        """Whether the stream is a terminal; a closed one is none."""
+        try:
+            return self._stream is not None and self._stream.isatty()
+        except (OSError, ValueError):
+            return False
+
+    def _fail(self, error: OSError | ValueError | None) -> int:
+        if not self._is_ignored:
+            raise UnprintedError(self._name, error)
+        if self._outer is not None:  # what could not be written is still in the buffer, and fails again
+            self._outer._is_ignored = True
+        return 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def protected_streams() -> Iterator[None]:
+    """Make failures of standard output UnprintedErrors, and ignore those of standard error, within the block."""
+    output, errors = sys.stdout, sys.stderr
+    guarded = ProtectedStream(output, "standard output", is_ignored=False)
+    sys.stdout = cast(TextIO, guarded)
+    sys.stderr = unfailing(errors)
+    try:
+        yield
+        guarded.flush()
+    finally:
+        sys.stdout, sys.stderr = output, errors
+
+
+def open_missing_streams() -> None:
+    """Occupy the file descriptors 0, 1 and 2 where they are closed.
+
+    The next file that is opened would get such a number, and what C libraries print would be written into it.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(
+                os.devnull, os.O_RDONLY if number else os.O_WRONLY
+            )  # writing, or reading, still fails
+            os.set_inheritable(opened, True)
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  (as long as the process)
+
+
+def abandon_unwritten() -> None:
+    """Drop what a full or closed stream has not taken, so that Python does not fail on it when it ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)
