@@ -21,6 +21,7 @@ from handspun.errors import StoppedError
 from handspun.keeping import Keeper
 from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.models.embedded import cache_folder
+from handspun.models.embedding_rows import check_examples, embedding_rows, embedding_rows_of
 from handspun.models.end_of_turn import end_of_turn_is_new, eos_token_ids_of, make_end_of_turn_eos
 from handspun.models.int8 import quantize_base, refuse_inexact_products
 from handspun.models.load import (
@@ -134,6 +135,8 @@ def _train(
         cache=ExampleCache(cache_folder() / "examples"),
         notice=log.line,
     )
+    for some in (training, held_out) if held_out else (training,):
+        check_examples(some.examples, embedding_rows_of(source), template.tokenizer, config.model)
     if processes.is_first:
         show_examples(log, training.examples, template.tokenizer)
     _log_data(log, training, held_out, max_length)
@@ -169,6 +172,7 @@ def _train(
         log.line("a dry run: nothing was trained or written")
         return TrainedRun(Path(config.output_dir), plan)
     chat = _model_to_train(config, processes, log)
+    check_examples(training.examples, embedding_rows(chat.model), chat.tokenizer, config.model)
     run = TrainedRun(Path(config.output_dir), plan, chat)
     job = _Job(config, training, held_out, run, facts, point, processes, log, dtype)
     if not processes.is_first:

@@ -9,6 +9,7 @@ from handspun.data.messages import Cell, read_messages, read_tools
 from handspun.data.missing_bytes import missing_bytes
 from handspun.data.said import said_ids
 from handspun.errors import ConfigError, DataError
+from handspun.models.embedding_rows import check_prompt
 from handspun.models.load import ChatModel
 
 Prompt = str | Sequence[Message]
@@ -50,6 +51,7 @@ def encode_prompts(
                 check_writable(prompt)
             ids = _plain_ids(model, prompt)
         _check_length(model, ids, number)
+        check_prompt(ids, model.model, model.tokenizer, f"prompt {number}")
         encoded.append(ids)
     return encoded
 

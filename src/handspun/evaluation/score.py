@@ -15,6 +15,7 @@ from handspun.evaluation.answers import Question, greedy_answers, is_exact_match
 from handspun.evaluation.instructions import Verdict, verdicts
 from handspun.evaluation.losses import RowKey, row_losses
 from handspun.models.embedded import cache_folder
+from handspun.models.embedding_rows import check_examples, embedding_rows
 from handspun.models.load import ChatModel, context_length
 
 
@@ -101,6 +102,7 @@ def score(
         cache = ExampleCache(cache_folder() / "examples")
         made, _ = prepare_examples(config, chat.template, max_length=max_length, cache=cache, notice=notice)
         account = made.account
+        check_examples(made.examples, embedding_rows(chat.model), chat.tokenizer, chat.name)
         losses = row_losses(chat, made.examples, batch_size=batch_size, notice=notice)
     elif not ask:
         raise ConfigError(

@@ -18,6 +18,7 @@ from handspun.decoding.results import GenerationResult
 from handspun.display import json_line, say, write_text
 from handspun.errors import DataError
 from handspun.models.embedded import cache_folder
+from handspun.models.embedding_rows import check_examples, embedding_rows_of
 from handspun.models.load import ChatModel, context_length, load_config, load_tokenizer, model_source
 from handspun.report.account import account_lines, length_lines
 from handspun.report.explain import explanation_table, search_tree
@@ -37,6 +38,7 @@ def show_preview(config: DataConfig, model: str, console: Console, *, examples: 
         cache=ExampleCache(cache_folder() / "examples"),
         notice=say,
     )
+    check_examples(made.examples, embedding_rows_of(source), tokenizer, model)
     how = "between ⟦ and ⟧" if plain else "in green"
     console.print(f"what is learned is {how}\n", markup=False)
     for example in spread(made.examples, examples):
