@@ -1,6 +1,7 @@
 # make demo    fine-tune the embedded model, with answers before and after (minutes, no hub)
 # make test    the tests
 # make torture kill a run at random moments, some hundred times, and compare its weights (minutes)
+# make test-readers  what is saved, opened by transformers 4 and CTranslate2
 # make check   format, lint, types, and the house's own tests
 # make bench   the tables of docs/benchmarks.md
 # Each makes the virtual environment that it needs; what is there already is not made again.
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 THREADS_OF_TESTS := OMP_NUM_THREADS=1
 
-.PHONY: demo test torture check bench
+.PHONY: demo test torture test-readers check bench
 
 demo: $(VENV)/.installed
 	$(BIN)/handspun demo --overwrite
@@ -22,6 +23,12 @@ test: $(VENV)/.installed-dev
 torture: $(VENV)/.installed-dev
 	$(THREADS_OF_TESTS) $(BIN)/python tests/torture.py --kills 200
 	$(THREADS_OF_TESTS) $(BIN)/python -m pytest tests/test_torture.py tests/test_soak.py
+
+READERS := $(VENV)/readers
+test-readers: $(VENV)/.installed-dev .venv-readers/.installed
+	rm -rf $(READERS)
+	$(BIN)/python tests/readers.py make $(READERS)
+	.venv-readers/bin/python tests/readers.py check $(READERS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check
@@ -55,6 +62,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 .venv-peers/.installed: constraints.txt | $(BIN)/python
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt torch transformers datasets accelerate peft trl==1.16.0
+	touch $@
+
+# Released before version 5 of transformers; constraints.txt is for that one.
+.venv-readers/.installed:
+	$(PYTHON) -m venv .venv-readers
+	.venv-readers/bin/python -m pip install --quiet torch==2.13.0 transformers==4.57.6 peft==0.21.2 ctranslate2==4.8.5
 	touch $@
 
 # llama-cpp-python is built from its source: some minutes, and a C++ compiler.

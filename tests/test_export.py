@@ -8,8 +8,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Qwen3Config, Qwen3ForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers.normalizers import NFC
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import handspun
 from handspun.config import ExportConfig
@@ -272,6 +280,59 @@ def test_a_push_makes_the_repository_and_sends_the_folder(
     assert "training_state/**" in sent["ignore_patterns"]
     assert "https://huggingface.co/me/model" in said[-1]
     assert not any("hf_of_the_environment" in text for text in said)
+
+
+def test_push_of_an_adapter_on_a_local_base_is_refused(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = Hub()
+    monkeypatch.setattr("handspun.export.hub.HfApi", lambda token: stand_in)  # noqa: ARG005
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_environment")
+    with pytest.raises(OutputError, match=r"adapter_config\.json names its base by a path of this machine, /"):
+        export(ExportConfig(model=str(adapter), push="me/model"), notice=silent)
+    assert stand_in.calls == []
+
+
+def test_write_gguf_says_what_the_file_leaves_out(tmp_path: Path) -> None:
+    chat = tiny("qwen2")
+    chat.tokenizer.backend_tokenizer.normalizer = NFC()
+    ends = chat.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    chat.model.generation_config = GenerationConfig(eos_token_id=ends, do_sample=True, temperature=0.7)
+    said: list[str] = []
+    write_gguf(chat, tmp_path / "model.gguf", "f32", notice=said.append)
+    assert [text.removeprefix("not in the file: ")[:40] for text in said] == [
+        "its tokenizer normalizes text first (NFC",
+        "a GGUF file names one end and one end of",
+        "generation_config's defaults: do_sample ",
+    ]
+    assert "<|endoftext|> ends generation here as well" in said[1]
+    assert "temperature 0.7. Give them" in said[2]
+
+
+def test_write_gguf_keeps_all_named_templates(tmp_path: Path) -> None:
+    chat = tiny("qwen2")
+    default = str(chat.tokenizer.chat_template)
+    chat.tokenizer.chat_template = {"default": default, "tool_use": "{{ tools }}" + default}  # type: ignore[assignment]
+    write_gguf(chat, tmp_path / "model.gguf", "f32", notice=silent)
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == default
+    assert fields["tokenizer.chat_template.tool_use"].contents() == "{{ tools }}" + default
+
+
+def test_a_merged_adapter_on_a_tied_embedding_keeps_the_head(tiny_folder: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["embed_tokens"])
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        adapted: Any = get_peft_model(base, lora)
+    torch.nn.init.normal_(
+        adapted.base_model.model.model.embed_tokens.lora_embedding_B["default"],
+        generator=torch.Generator().manual_seed(0),
+    )
+    adapted.peft_config["default"].base_model_name_or_path = str(tiny_folder)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    folder = tmp_path / "merged"
+    export(ExportConfig(model=str(tmp_path / "adapter"), output_dir=str(folder), merge=True), notice=silent)
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits(merged), logits(adapted.eval()), rtol=1e-5, atol=1e-6)
 
 
 def test_a_push_without_a_token_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,8 @@ from handspun.models.load import (
     load_generation_config,
     load_tokenizer,
     model_source,
+    recorded_base,
+    refuse_adapter_as_base,
     resolve_device,
     resolve_dtype,
 )
@@ -123,6 +125,8 @@ def _train(
 ) -> TrainedRun:
     """earlier, point: the unfinished run that is gone on with, on the first rank."""
     source = model_source(config.model, log.line)
+    if config.lora:
+        refuse_adapter_as_base(source)
     max_length = resolve_max_length(config.max_length, context_length(load_config(source)))
     template = ChatTemplate(load_tokenizer(source, log.line))
     training, held_out = prepare_examples(
@@ -348,7 +352,7 @@ def _model_to_train(config: TrainConfig, processes: Processes, log: RunLog) -> C
 def _with_lora(model: PreTrainedModel, config: TrainConfig, new_token_ids: Sequence[int]) -> PreTrainedModel:
     return add_lora(
         model,
-        config.model,
+        recorded_base(config.model),
         rank=config.lora_rank,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,

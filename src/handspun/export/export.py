@@ -10,7 +10,7 @@ import torch
 from handspun.config import ExportConfig
 from handspun.errors import OutputError
 from handspun.export.gguf_file import write_gguf
-from handspun.export.hub import hub, push_folder
+from handspun.export.hub import hub, push_folder, refuse_local_base
 from handspun.models.load import ChatModel, load
 from handspun.report.model_card import license_of, model_card
 from handspun.report.whole_file import whole_file
@@ -21,6 +21,8 @@ def export(wanted: ExportConfig, *, notice: Callable[[str], None]) -> None:
     """Makes what is wanted, and tells what was made. Raises a HandspunError before anything is done in vain."""
     api = hub(wanted.token) if wanted.push else None
     folder = wanted.folder
+    if wanted.push and not wanted.makes:
+        refuse_local_base(folder)
     if wanted.makes:
         _refuse_to_replace(wanted, folder)
         chat = load(wanted.model, weights="float32", device="cpu", notice=notice)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from handspun.config import GgufType
 from handspun.errors import ModelError
-from handspun.export.gguf_tokenizer import ANOTHER_WAY, write_tokenizer
+from handspun.export.gguf_tokenizer import ANOTHER_WAY, left_out, write_tokenizer
 from handspun.models.load import ChatModel
 
 _ARCHITECTURES = {
@@ -45,6 +45,8 @@ def write_gguf(chat: ChatModel, path: Path, kind: GgufType, *, notice: Callable[
     writer = GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture])
     _write_config(writer, chat, kind)
     write_tokenizer(writer, chat, _vocab_size(chat))
+    for note in left_out(chat):
+        notice(f"not in the file: {note}")
     for name, tensor, dtype in tensors:
         shape, numpy_dtype = _layout(tensor, dtype)
         size = int(np.prod(shape)) * np.dtype(numpy_dtype).itemsize

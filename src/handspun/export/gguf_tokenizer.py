@@ -15,6 +15,10 @@ from handspun.models.end_of_turn import eos_token_ids
 from handspun.models.load import ChatModel
 
 ANOTHER_WAY = "llama.cpp's convert_hf_to_gguf.py knows more: run it on the folder that --merge writes."
+_SAMPLING = (
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "num_beams"),
+    *("repetition_penalty", "no_repeat_ngram_size", "length_penalty", "max_new_tokens", "max_length"),
+)
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -45,8 +49,35 @@ def write_tokenizer(writer: GGUFWriter, chat: ChatModel, vocab_size: int) -> Non
     merges = spec["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     _write_special_ids(writer, chat)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    template: Any = tokenizer.chat_template
+    if isinstance(template, str):
+        writer.add_chat_template(template)
+    elif template:  # several, by name
+        writer.add_chat_template([{"name": name, "template": text} for name, text in template.items()])
+
+
+def left_out(chat: ChatModel) -> list[str]:
+    """Return what the model's folder says and a GGUF file does not, a sentence each."""
+    tokenizer = chat.tokenizer
+    notes = []
+    if not tokenizer.chat_template:
+        notes.append("no chat template: the model has none, so llama.cpp takes one of its own")
+    normalizer = json.loads(tokenizer.backend_tokenizer.to_str())["normalizer"]
+    if normalizer is not None:
+        kinds = [part["type"] for part in normalizer.get("normalizers", [normalizer])]
+        notes.append(
+            f"its tokenizer normalizes text first ({', '.join(kinds)}), which llama.cpp does not: such texts may "
+            "come out as other tokens there"
+        )
+    written = {tokenizer.eos_token_id, chat.template.end_of_turn_id if tokenizer.chat_template else None}
+    if others := [id for id in eos_token_ids(chat.model) if id not in written]:
+        texts = ", ".join(str(text) for text in tokenizer.convert_ids_to_tokens(others))
+        notes.append(f"a GGUF file names one end and one end of turn: {texts} ends generation here as well")
+    if chat.model.generation_config is not None:
+        config = chat.model.generation_config.to_diff_dict()
+        if defaults := [f"{name} {config[name]}" for name in _SAMPLING if name in config]:
+            notes.append(f"generation_config's defaults: {', '.join(defaults)}. Give them where the file is run")
+    return notes
 
 
 def _specification(tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A folder to a repository on the hub, with a token that the user gives."""
 
+import json
 import os
 from pathlib import Path
 
@@ -20,6 +21,21 @@ def hub(token: str | None) -> HfApi:
             "set HF_TOKEN to it, or give --token (which the shell may remember)."
         )
     return HfApi(token=token)
+
+
+def refuse_local_base(folder: Path) -> None:
+    """Raise OutputError for an adapter whose base is a path of this machine, which nobody else could open."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    base = str(config.get("base_model_name_or_path"))
+    if base.startswith(("/", ".", "~")) or "\\" in base or Path(base).exists():
+        raise OutputError(
+            f"{folder / 'adapter_config.json'} names its base by a path of this machine, {base}, where nobody "
+            "else has it. Push the merged model (--merge --output-dir FOLDER), or write the base's hub id into "
+            "that file."
+        )
 
 
 def push_folder(folder: Path, repo: str, api: HfApi, *, private: bool) -> str:

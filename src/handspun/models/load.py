@@ -32,6 +32,7 @@ from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.models.embedded import EMBEDDED_NAME, embedded_folder
 from handspun.models.int8 import refuse_inexact_products
 from handspun.models.lean import LeanModel, cannot_be_lean, lean_model
+from handspun.models.lora import embedding_rows, merge_adapter, unknown_settings
 from handspun.models.onednn import remember_few_kernels
 from handspun.models.quiet import quiet
 from handspun.models.tokenizer_file import as_in_tokenizer_json
@@ -120,7 +121,7 @@ def model_source(name: str, notice: Callable[[str], None]) -> ModelSource:
         raise ModelError(
             f"{name} is a file: expected a model's folder, a .gguf file or a hub id such as Qwen/Qwen2.5-0.5B."
         )
-    if name.count("/") != 1 or name.startswith(("/", ".", "~")) or name.endswith((".gguf", "/")):
+    if not _looks_like_hub_id(name):
         near = difflib.get_close_matches(path.name, _names_beside(path), 1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
         raise ModelError(
@@ -149,6 +150,8 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     """The model's config alone, without its weights."""
     config: PretrainedConfig = _from_pretrained(AutoConfig, source.name, source.location, **source.arguments)
     config.__dict__.pop("auto_map", None)  # which code of the folder to run: nothing may follow it later
+    if source.adapter is not None and (rows := embedding_rows(source.adapter)):
+        config.get_text_config().vocab_size = rows  # it brings tokens that its base lacks
     return config
 
 
@@ -221,13 +224,51 @@ def _adapter_source(name: str, path: Path, notice: Callable[[str], None]) -> Mod
     if not (path / "adapter_model.safetensors").exists():
         _refuse_pickles(name, path, "PeftModel.from_pretrained(base, folder).save_pretrained(folder)")
         raise ModelError(f"{name} lacks its weights: expected adapter_model.safetensors, found {_listing(path)}.")
-    if (Path(base).expanduser() / "adapter_config.json").exists():
+    if unknown := unknown_settings(config):
+        notice(
+            f"{path / 'adapter_config.json'} has settings that this version of peft does not know and leaves out: "
+            f"{', '.join(unknown)}. A newer one may read them."
+        )
+    base = _base_of(name, path, base)
+    if (Path(base) / "adapter_config.json").exists():
         raise ModelError(
-            f"{name} is an adapter whose base, {base}, is an adapter itself. Merge that one first, and name the "
-            "merged model as base_model_name_or_path in adapter_config.json."
+            f"{name} is an adapter whose base, {base}, is an adapter itself. Merge that one first (handspun "
+            f"export --model {base} --merge --output-dir merged), and write the merged folder's path as "
+            f"base_model_name_or_path into {path / 'adapter_config.json'}."
         )
     found = model_source(base, notice)
     return ModelSource(name, found.location, found.gguf_file, adapter=path)
+
+
+def _base_of(name: str, adapter: Path, base: str) -> str:
+    """Return the base's name so that it is found from here: a relative path counts from the working folder, as
+    peft reads it, or else from the adapter's folder."""
+    for candidate in (Path(base).expanduser(), adapter / base):
+        if candidate.exists():
+            return str(candidate)
+    if base == EMBEDDED_NAME or _looks_like_hub_id(base):
+        return base
+    raise ModelError(
+        f"{name}: its base model {base} is not there. {adapter / 'adapter_config.json'} names it as "
+        "base_model_name_or_path: write its place of today there, a folder or a hub id."
+    )
+
+
+def recorded_base(name: str) -> str:
+    """Return what an adapter's config calls its base: an absolute path for what is on this disk, so that it is
+    found from any working folder."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name != EMBEDDED_NAME and path.exists() else name
+
+
+def refuse_adapter_as_base(source: ModelSource) -> None:
+    """Raise ModelError for an adapter under new adapters, which no tool could open afterwards."""
+    if source.adapter is not None:
+        raise ModelError(
+            f"{source.name} is a LoRA adapter, and --lora would train adapters on top of it, which no tool can "
+            f"open. Merge it first: handspun export --model {source.name} --merge --output-dir merged, and then "
+            "--model merged. (Without --lora, the merged weights are trained.)"
+        )
 
 
 def _refuse_pickles(name: str, path: Path, remedy: str) -> None:
@@ -251,7 +292,12 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 def _load_merged(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedModel:
     model = _load_weights(source, dtype)
-    return model if source.adapter is None else _with_adapter(model, source.adapter)
+    if source.adapter is None:
+        return model
+    merged = merge_adapter(model, source.adapter, base_name=source.location)
+    if (source.adapter / "generation_config.json").exists():
+        merged.generation_config = GenerationConfig.from_pretrained(source.adapter)
+    return merged
 
 
 def _load_int8(source: ModelSource, device: torch.device) -> ChatModel:
@@ -292,19 +338,6 @@ def _load_weights(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedMo
     return model  # type: ignore[no-any-return]
 
 
-def _with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    from peft import PeftModel
-
-    try:
-        with quiet():
-            merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    except Exception as error:
-        raise ModelError(f"{adapter} cannot be read as an adapter of its base model: {error}") from error
-    if (adapter / "generation_config.json").exists():
-        merged.generation_config = GenerationConfig.from_pretrained(adapter)
-    return merged
-
-
 def _from_pretrained(auto: Any, name: str, location: str, **arguments: Any) -> Any:
     """`auto.from_pretrained`, quiet, with its failures in words for people."""
     try:
@@ -319,10 +352,15 @@ def _from_pretrained(auto: Any, name: str, location: str, **arguments: Any) -> A
             ) from error
         if Path(location).exists():
             raise ModelError(f"{name} cannot be read as a model: {reason}") from error
+        what = name if name == location else f"{location}, the base that {name}'s adapter_config.json names,"
         raise ModelError(
-            f"{name} cannot be had from the hub: {reason}\nCheck its spelling and the network, name a folder that "
+            f"{what} cannot be had from the hub: {reason}\nCheck its spelling and the network, name a folder that "
             f"holds it, or use the embedded model: --model {EMBEDDED_NAME}"
         ) from error
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not name.endswith((".gguf", "/"))
 
 
 def _names_beside(path: Path) -> list[str]:

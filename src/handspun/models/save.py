@@ -1,13 +1,22 @@
-"""Models to folders that transformers, peft, vLLM, CTranslate2 and llama.cpp's converter read."""
+"""Models to folders that transformers 4 and 5, peft, vLLM, CTranslate2, mlx-lm and llama.cpp's converter read."""
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from handspun.models.quiet import quiet
 from handspun.models.rounding import round_stochastically
+
+_OF_THIS_MACHINE = {
+    *("backend", "is_local", "local_files_only", "name_or_path", "tokenizer_file", "special_tokens_map_file"),
+    *("cache_dir", "token", "use_auth_token", "_commit_hash"),
+}
+"""Keys of tokenizer_config.json that say how and where the base was loaded."""
 
 
 def save_model(
@@ -32,8 +41,9 @@ def save_model(
     else:
         _save_weights(model, folder, dtype, model.state_dict() if state is None else state)
     if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+        _save_generation_config(model.generation_config, folder)
     tokenizer.save_pretrained(folder)
+    _rewrite(folder / "tokenizer_config.json", lambda config: _portable_tokenizer_config(config, tokenizer))
 
 
 def _save_weights(
@@ -47,11 +57,81 @@ def _save_weights(
             rounds = dtype == torch.bfloat16 and tensor.dtype == torch.float32
             cast[tensor.data_ptr()] = round_stochastically(tensor, generator) if rounds else _as(dtype, tensor)
         state[name] = cast[tensor.data_ptr()]
-    with quiet():
-        model.save_pretrained(folder, state_dict=state)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["dtype"] = str(dtype).removeprefix("torch.")  # of the file, not of the model in memory
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    generation_config = model.generation_config
+    model.generation_config = GenerationConfig()  # the model's own one is written by `_save_generation_config`
+    try:
+        with quiet():
+            model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.generation_config = generation_config
+    name = str(dtype).removeprefix("torch.")  # of the file, not of the model in memory
+    _rewrite(folder / "config.json", lambda saved: _with_older_keys({**saved, "dtype": name}, model.config))
+
+
+def _save_generation_config(config: GenerationConfig, folder: Path) -> None:
+    """Write what the config says.
+
+    Its own `save_pretrained` refuses what published models have, such as a temperature without do_sample, as soon
+    as an eos was added: a run would end at its first checkpoint.
+    """
+    config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+
+
+def _rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    config = change(json.loads(file.read_text(encoding="utf-8")))
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _with_older_keys(saved: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
+    """Return a config.json with transformers 4's keys next to those of 5.
+
+    Older vLLM, CTranslate2 and mlx-lm read them too, and where there is none take a rope_theta of 10,000 without
+    a word.
+    """
+    for name, part in saved.items():
+        if name.endswith("_config") and isinstance(part, dict):  # text and vision parts
+            saved[name] = _with_older_keys(part, getattr(config, name))
+    if "dtype" in saved:
+        saved["torch_dtype"] = saved["dtype"]
+    rope = saved.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return saved
+    older = saved | _older_rope_keys(rope)
+    # transformers 5 reads the older keys as corrections of the new ones: none may change what it reads.
+    same = type(config).from_dict(copy.deepcopy(older)).to_dict()["rope_parameters"] == rope
+    return older if same else saved
+
+
+def _older_rope_keys(rope: dict[str, Any]) -> dict[str, Any]:
+    """Return transformers 4's keys for `rope_parameters`, of all layers or by kind of layer."""
+    if "rope_type" not in rope:  # by kind of layer: Gemma 3 has a second theta for its sliding windows
+        whole, sliding = rope.get("full_attention"), rope.get("sliding_attention")
+        local = {"rope_local_base_freq": sliding["rope_theta"]} if sliding else {}
+        return {**(_older_rope_keys(whole) if whole else {}), **local}
+    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    keys: dict[str, Any] = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    return {**keys, "rope_scaling": None if rope["rope_type"] == "default" else scaling}
+
+
+def _portable_tokenizer_config(saved: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return a tokenizer_config.json that transformers 4 reads as well, without this machine's state."""
+    config = {name: value for name, value in saved.items() if name not in _OF_THIS_MACHINE}
+    if config["tokenizer_class"] == "TokenizersBackend":  # version 5's name, which AutoTokenizer of 4 refuses
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    extra = config.pop("extra_special_tokens", None)
+    if isinstance(extra, list):  # version 4 wants an object under this name, and has lists under the other one
+        config["additional_special_tokens"] = extra
+    elif extra is not None:
+        config["extra_special_tokens"] = extra
+    encoded = tokenizer("a", verbose=False)["input_ids"]
+    if tokenizer.bos_token_id is not None:  # Llama's class of version 4 writes one unless it is told
+        config["add_bos_token"] = encoded[0] == tokenizer.bos_token_id
+    template: Any = tokenizer.chat_template  # version 5 writes chat_template.jinja, which 4 reads since 4.51
+    if isinstance(template, str):
+        config["chat_template"] = template
+    elif template:
+        config["chat_template"] = [{"name": name, "template": text} for name, text in template.items()]
+    return dict(sorted(config.items()))
 
 
 def _as(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
