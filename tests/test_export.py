@@ -218,7 +218,7 @@ def test_a_failed_export_leaves_nothing(adapter: Path, tmp_path: Path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("handspun.export.gguf_file.GGUFWriter.write_tensor_data", broken)
-    with pytest.raises(OutputError, match="No space left"):
+    with pytest.raises(OutputError, match="no room left"):
         export(ExportConfig(model=str(adapter), output_dir=str(tmp_path), gguf="f16"), notice=silent)
     assert list(tmp_path.iterdir()) == []
 
