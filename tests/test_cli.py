@@ -158,7 +158,7 @@ def test_config_files_hold_mappings_with_numbers_as_keys(
     [
         ("bach_size: 4\n", "bach-size"),
         ("batch_size: many\n", "many"),
-        ("- 1\n", "one option a line"),
+        ("- 1\n", "one option per line"),
         ("a: [", "YAML"),
     ],
 )

@@ -104,7 +104,37 @@ def test_malformed_biases_and_ids_are_errors_that_say_what_was_expected():
     assert [problem.split(" is ")[0] for problem in error.value.problems] == [
         "--logit-bias", "--sequence-bias", "--bad-words-ids", "--suppress-tokens",
     ]  # fmt: skip
-    assert "expected token ids" in error.value.problems[3]
+    assert error.value.problems[0] == (
+        "--logit-bias is {'x': 1}: expected a token id before each bias. For example {\"42\": -100}."
+    )
+    assert error.value.problems[3] == "--suppress-tokens is (-1,): expected at least 0."
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("logit_bias", {"330": 5.0}),
+        ("sequence_bias", {"5 330": 5.0}),
+        ("bad_words_ids", ((5, 330),)),
+        ("suppress_tokens", (5, 330)),
+        ("begin_suppress_tokens", (330,)),
+    ],
+)
+def test_ids_that_the_model_has_no_logits_for_are_errors(name, value):
+    """330 rows: 329 is the last id, whether a token has it or not."""
+    with pytest.raises(ConfigError, match="has 330: the model's token ids end at 329"):
+        _resolve(_model(), **{name: value})
+    with pytest.raises(ConfigError, match="generation_config cannot be used: --suppress-tokens has 10000"):
+        _resolve(_model(suppress_tokens=[10_000]))
+    assert _resolve(_model(), suppress_tokens=(329,))[0].suppress_tokens == (329,)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300, "1", True, None])
+def test_a_bias_is_a_number(value):
+    with pytest.raises(ConfigError, match="--logit-bias is"):
+        _resolve(_model(), logit_bias={"5": value})
+    with pytest.raises(ConfigError, match="--sequence-bias is"):
+        _resolve(_model(), sequence_bias=[[[5, 7], value]])
 
 
 def test_bad_words_are_banned_alone_and_behind_a_space():
@@ -120,11 +150,50 @@ def test_an_exemption_without_a_penalty_is_an_error():
 
 
 def test_a_setting_of_the_model_that_is_out_of_range_is_an_error_with_a_remedy():
-    model = _model(eos_token_id=3, do_sample=True, temperature=0.0)
-    with pytest.raises(ConfigError, match="generation_config cannot be used: --temperature is 0"):
+    model = _model(eos_token_id=3, do_sample=True, top_p=0.0)
+    with pytest.raises(ConfigError, match=r"generation_config cannot be used: --top-p is 0.*Give another value"):
         _resolve(model)
-    assert _resolve(model, temperature=0.5)[0].temperature == 0.5
+    assert _resolve(model, top_p=0.5)[0].top_p == 0.5
     assert not _resolve(model, do_sample=False)[0].do_sample
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "greedy"),
+    [
+        ("num_beams", 10**9, False),
+        ("num_beams", "4", False),
+        ("do_sample", "true", False),
+        ("max_new_tokens", "20", False),
+        ("repetition_penalty", "1.1", False),
+        ("suppress_tokens", ["5"], False),
+        ("temperature", "0.7", True),
+        ("top_k", 20.5, True),
+    ],
+)
+def test_settings_of_the_model_with_texts_for_numbers_are_one_clear_error(name, value, greedy):
+    model = _model(**{"do_sample": True if greedy else None, name: value})
+    with pytest.raises(ConfigError, match="the model's generation_config cannot be used: --") as error:
+        _resolve(model)
+    assert len(error.value.problems) == 1
+    if greedy:  # it is not asked for without sampling
+        assert _resolve(model, do_sample=False)[0].num_beams == 1
+
+
+def test_temperature_0_is_greedy_decoding():
+    for given in ({}, {"do_sample": True}, {"do_sample": True, "top_p": 0.9, "top_k": 5}, {"do_sample": False}):
+        assert not _resolve(_model(), temperature=0, **given)[0].do_sample
+    assert not _resolve(_model(**_QWEN), temperature=0.0)[0].do_sample
+    assert _resolve(_model(num_beams=4), temperature=0)[0].num_beams == 1
+    assert _resolve(_model(), temperature=0, num_beams=4)[0].num_beams == 4
+    with pytest.raises(ConfigError, match="the same answer 2 times"):
+        _resolve(_model(), temperature=0, num_return_sequences=2)
+
+
+def test_a_model_s_temperature_0_is_greedy_decoding_and_is_said():
+    options, notices = _resolve(_model(do_sample=True, temperature=0.0, top_p=0.9))
+    assert not options.do_sample
+    assert notices == ["from the model's generation_config: temperature 0.0, which is greedy decoding"]
+    assert _resolve(_model(do_sample=True, temperature=0.0), temperature=0.5)[0].do_sample
 
 
 def test_sampling_settings_without_sampling_are_an_error():
@@ -141,7 +210,7 @@ def test_several_greedy_answers_are_an_error():
 
 
 def test_an_empty_stop_string_is_an_error():
-    with pytest.raises(ConfigError, match="empty string"):
+    with pytest.raises(ConfigError, match="no empty text, which would end every answer at once"):
         _resolve(_model(), stop_strings=("",))
 
 

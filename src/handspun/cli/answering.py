@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from handspun.cli.app import FLAT, ModelOptions, app, load_model, read_prompts
+from handspun.cli.app import FLAT, Count, ModelOptions, app, load_model, read_prompts
 from handspun.config import GenerationOptions
 from handspun.display import HarmlessConsole
 
@@ -16,7 +16,7 @@ def generate(
     prompts_file: Path | None = None,
     system_prompt: str | None = None,
     chat: bool = True,
-    batch_size: int = 8,
+    batch_size: Count = 8,
     json: bool = False,
     logprobs: bool = False,
     explain: bool = False,

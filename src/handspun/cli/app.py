@@ -2,15 +2,17 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import App, Parameter, validators
 from rich.console import Console
 
 from handspun import __version__
+from handspun.cli.values import convert, convert_or_refuse
 from handspun.config import Weights
+from handspun.config.names import options
+from handspun.config.ranges import MOST, wrong_values
 from handspun.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,14 +25,16 @@ app = App(
     "--traceback (the whole trace of an error).",
     version=__version__,
     help_format="plaintext",
-    default_parameter=Parameter(negative_iterable=()),
+    default_parameter=Parameter(negative_iterable=("no-",), converter=convert_or_refuse, json_list=False),
 )
 
-FLAT = Parameter(name="*")
-"""Of a dataclass: its fields are the options."""
+FLAT = Parameter(name="*", converter=convert)
+"""Of a dataclass: its fields are the options, and it checks them itself, all at once."""
+Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+"""A whole number, 1 or more."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ModelOptions:
     """Which model, and how it is held."""
 
@@ -46,6 +50,10 @@ class ModelOptions:
 
     threads: int | None = None
     """CPU threads; if not given, PyTorch's default (one per physical core)."""
+
+    def __post_init__(self) -> None:
+        if problems := wrong_values(self, {"threads": (1, MOST, True, True)}):
+            raise ConfigError(problems)
 
 
 def load_model(source: ModelOptions) -> "ChatModel":

@@ -1,15 +1,15 @@
 """From arguments to one command, and from its errors to an exit code."""
 
-import json
 import os
+import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import cyclopts
 
 from handspun.cli.app import app
+from handspun.config import option_name, unknown_option
 from handspun.display import (
     HarmlessConsole,
     UnprintedError,
@@ -18,7 +18,7 @@ from handspun.display import (
     protected_streams,
     say,
 )
-from handspun.errors import ConfigError, HandspunError, StoppedError
+from handspun.errors import HandspunError, StoppedError
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,9 +39,10 @@ def _run(tokens: list[str], *, with_traceback: bool) -> int:
         app(tokens, exit_on_error=False, print_error=False, result_action="return_none")
     except UnprintedError:
         raise
+    except cyclopts.UnknownOptionError as error:
+        return _say(errors, "\n".join(_unknown_options(error, tokens)), _help_of(tokens))
     except cyclopts.CycloptsError as error:
-        command = f"{tokens[0]} " if tokens and tokens[0] in app else ""
-        return _say(errors, f"{error}", f"handspun {command}--help shows what there is.")
+        return _say(errors, f"{error}", _help_of(tokens))
     except StoppedError as stopped:  # the log has said it
         return stopped.exit_code
     except HandspunError as error:
@@ -92,26 +93,32 @@ def _take_config(tokens: list[str]) -> tuple[list[str], tuple[Any, ...]]:
             files.append(value if equals else next(remaining, ""))
         else:
             rest.append(token)
-    configs = [cyclopts.config.Dict(_read_yaml(file), use_commands_as_keys=False, source=file) for file in files]
+    if not files:
+        return rest, ()
+    from handspun.cli.config_file import read_config_file  # it takes yaml, which most commands do without
+
+    configs = [
+        cyclopts.config.Dict(read_config_file(file), use_commands_as_keys=False, source=file) for file in files
+    ]
     return rest, tuple(configs)
 
 
-def _read_yaml(file: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {file} cannot be read: {error}. Expected a YAML file of options.") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"--config {file} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"--config {file} holds {type(content).__name__}: expected one option a line, such as `batch_size: 8`."
-        )
-    return {str(name).replace("_", "-"): _as_typed(value) for name, value in content.items() if value is not None}
+def _help_of(tokens: list[str]) -> str:
+    command = f"{tokens[0]} " if tokens and tokens[0] in app else ""
+    return f"handspun {command}--help shows what there is."
 
 
-def _as_typed(value: Any) -> Any:
-    """A mapping as it is given on the command line, where it is JSON."""
-    return json.dumps(value) if isinstance(value, dict) else value
+def _unknown_options(error: cyclopts.UnknownOptionError, tokens: list[str]) -> list[str]:
+    """What to say of all options that the command does not have, of a config file's or of the command line's."""
+    known = {name.lstrip("-").replace("-", "_") for one in error.argument_collection for name in one.names}
+    if error.token.source == "cli":
+        given, where = [token for token in tokens if token.startswith("-") and token.strip("-")], ""
+    else:
+        config = next(config for config in app.config if config.source == error.token.source)
+        given, where = list(config.config), f"--config {error.token.source}: "
+    names = [re.split("[=.]", name.lstrip("-"))[0].replace("-", "_") for name in given]
+    unknown = [
+        name for name in dict.fromkeys(names) if name not in known and name.removeprefix("no_") not in known
+    ]
+    found = [unknown_option(name, known, option_name) for name in unknown if not name[:1].isdigit()]
+    return [f"{where}{text}" for text in found] or [f"{error}"]

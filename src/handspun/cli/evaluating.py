@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from handspun.cli.app import FLAT, ModelOptions, app, load_model, read_prompts
+from handspun.cli.app import FLAT, Count, ModelOptions, app, load_model, read_prompts
 from handspun.config import DataConfig, GenerationOptions, Weights
 from handspun.display import HarmlessConsole, json_line, say
 
@@ -28,10 +28,10 @@ def evaluate(
     *,
     source: Annotated[ModelOptions, FLAT] = ModelOptions(),  # noqa: B008
     config: Annotated[HeldOutData, FLAT] = HeldOutData(),
-    batch_size: int = 8,
+    batch_size: Count = 8,
     per_row: Path | None = None,
     generate: bool = False,
-    max_new_tokens: int = 512,
+    max_new_tokens: Count = 512,
     json: bool = False,
 ) -> None:
     """Score a model on held-out rows: loss, perplexity; with --generate exact matches and instructions followed.
@@ -90,11 +90,11 @@ def compare(
     options: Annotated[GenerationOptions, FLAT] = GenerationOptions(),  # noqa: B008
     system_prompt: str | None = None,
     chat: bool = True,
-    batch_size: int = 8,
+    batch_size: Count = 8,
     html: Path | None = None,
     device: str = "auto",
     weights: Weights = "auto",
-    threads: int | None = None,
+    threads: Count | None = None,
 ) -> None:
     """Ask two models the same, and show their answers side by side. One is loaded after the other.
 

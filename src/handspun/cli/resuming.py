@@ -4,7 +4,7 @@ import random
 import sys
 from typing import Annotated
 
-from handspun.cli.app import FLAT, app
+from handspun.cli.app import FLAT, Count, app
 from handspun.config import TrainConfig
 from handspun.display import HarmlessConsole, unfailing
 
@@ -13,8 +13,8 @@ from handspun.display import HarmlessConsole, unfailing
 def verify_resume(
     *,
     config: Annotated[TrainConfig, FLAT] = TrainConfig(),  # noqa: B008
-    steps: int = 12,
-    kills: int = 3,
+    steps: Count = 12,
+    kills: Count = 3,
 ) -> None:
     """Kill a short run at random moments, go on with it, and compare its weights with those of an undisturbed one.
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Annotated
 
-from handspun.cli.app import FLAT, app, is_colourless
+from handspun.cli.app import FLAT, Count, app, is_colourless
 from handspun.config import DataConfig, TrainConfig
 from handspun.display import HarmlessConsole
 
@@ -36,7 +36,7 @@ def preview(
     *,
     config: Annotated[DataConfig, FLAT] = DataConfig(),  # noqa: B008
     model: str = "Qwen/Qwen2.5-0.5B",
-    examples: int = 3,
+    examples: Count = 3,
     plain: bool = False,
 ) -> None:
     """Show what would be learned: rendered examples, lengths, and the account of every row.
@@ -60,8 +60,8 @@ def preview(
 def demo(
     *,
     output_dir: str = "output/demo",
-    num_epochs: int = 3,
-    threads: int | None = None,
+    num_epochs: Count = 3,
+    threads: Count | None = None,
     overwrite: bool = False,
 ) -> None:
     """Fine-tune the embedded model on the embedded data, with answers before and after (minutes, no network).

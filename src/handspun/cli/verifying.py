@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-from handspun.cli.app import FLAT, ModelOptions, app, load_model, read_prompts
+from handspun.cli.app import FLAT, Count, ModelOptions, app, load_model, read_prompts
 from handspun.display import HarmlessConsole
 from handspun.errors import VerificationError
 
@@ -15,7 +15,7 @@ def verify(
     source: Annotated[ModelOptions, FLAT] = ModelOptions(),  # noqa: B008
     prompts_file: Path | None = None,
     chat: bool = True,
-    max_new_tokens: int = 16,
+    max_new_tokens: Count = 16,
     json: bool = False,
 ) -> None:
     """Compare what Handspun computes with transformers, on a model of your own: logits, tokens, beams, processors,

@@ -4,8 +4,9 @@
 """
 
 from handspun.config.export import ExportConfig, GgufType
-from handspun.config.generation import CONSTRAINTS, SAMPLING_OPTIONS, GenerationOptions, Weights
-from handspun.config.ranges import option_name
+from handspun.config.generation import CONSTRAINTS, SAMPLING_OPTIONS, GenerationOptions, Weights, read_option
+from handspun.config.names import unknown_option, wrong_names
+from handspun.config.ranges import option_name, wrong_argument
 from handspun.config.training import DataConfig, DataFormat, Tracker, TrainConfig
 
 __all__ = [
@@ -20,4 +21,8 @@ __all__ = [
     "TrainConfig",
     "Weights",
     "option_name",
+    "read_option",
+    "unknown_option",
+    "wrong_argument",
+    "wrong_names",
 ]

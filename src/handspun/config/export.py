@@ -1,15 +1,16 @@
 """Options of `handspun export`."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from handspun.config.names import options
+from handspun.config.ranges import wrong_values
 from handspun.errors import ConfigError
 
 GgufType = Literal["f32", "f16", "q8_0"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ExportConfig:
     """What is made of a model, and where."""
 
@@ -42,7 +43,8 @@ class ExportConfig:
     """Replace what is in the output folder."""
 
     def __post_init__(self) -> None:
-        problems = []
+        if problems := wrong_values(self, {}):
+            raise ConfigError(problems)
         if not (self.makes or self.push):
             problems.append("nothing to do: give --merge, --gguf or --push REPO, or several of them.")
         if self.makes and self.output_dir is None:

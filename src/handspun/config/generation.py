@@ -1,15 +1,17 @@
 """The options of decoding."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from handspun.config.ranges import Ranges, numbers_out_of_range, option_name
+from handspun.config.names import options
+from handspun.config.ranges import MOST, Ranges, option_name, problem_with, read_value, type_hints, wrong_values
+from handspun.config.typed import as_type
 from handspun.errors import ConfigError
 
 Weights = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class GenerationOptions:
     """How to decode. What is not given comes from the model's generation_config (and is said), then
     from the defaults named here."""
@@ -24,7 +26,8 @@ class GenerationOptions:
     """Draw from the distribution instead of taking the most probable token (default no)."""
 
     temperature: float | None = None
-    """Logits are divided by it before sampling (default 1.0); above 0."""
+    """Logits are divided by it before sampling (default 1.0); 0 takes the most probable token, as without
+    --do-sample."""
 
     top_k: int | None = None
     """Sample from the k most probable tokens, ties kept (default 0, off)."""
@@ -110,8 +113,7 @@ class GenerationOptions:
     """Seed of the draws: one, or one for each prompt (default 0)."""
 
     def __post_init__(self) -> None:
-        problems = numbers_out_of_range(self, _GENERATION_RANGES) + _exclusions(self)
-        if problems:
+        if problems := wrong_values(self, {}, read_option) or _exclusions(self):
             raise ConfigError(problems)
 
 
@@ -122,60 +124,119 @@ CONSTRAINTS = ("json_schema", "regex", "choice")
 """Options that say what a whole answer is; one of them at a time."""
 
 _GENERATION_RANGES: Ranges = {
-    "max_new_tokens": (1, float("inf"), True, False),
-    "min_new_tokens": (0, float("inf"), True, False),
-    "temperature": (0, float("inf"), False, False),
-    "top_k": (0, float("inf"), True, False),
+    "max_new_tokens": (1, MOST, True, True),
+    "min_new_tokens": (0, MOST, True, True),
+    "temperature": (0, 1e6, True, True),
+    "top_k": (0, MOST, True, True),
     "top_p": (0, 1, False, True),
     "min_p": (0, 1, True, True),
     "typical_p": (0, 1, False, True),
     "presence_penalty": (-2, 2, True, True),
     "frequency_penalty": (-2, 2, True, True),
-    "repetition_penalty": (0, float("inf"), False, False),
-    "no_repeat_ngram_size": (0, float("inf"), True, False),
-    "num_beams": (1, float("inf"), True, False),
-    "num_return_sequences": (1, float("inf"), True, False),
-    "prompt_lookup_num_tokens": (0, float("inf"), True, False),
-    "max_matching_ngram_size": (1, float("inf"), True, False),
+    "repetition_penalty": (1e-6, 1e6, True, True),
+    "no_repeat_ngram_size": (0, MOST, True, True),
+    "logit_bias": (-1e9, 1e9, True, True),
+    "sequence_bias": (-1e9, 1e9, True, True),
+    "bad_words_ids": (0, MOST, True, True),
+    "suppress_tokens": (0, MOST, True, True),
+    "begin_suppress_tokens": (0, MOST, True, True),
+    "num_beams": (1, 1000, True, True),
+    "length_penalty": (-50, 50, True, True),
+    "num_return_sequences": (1, 10_000, True, True),
+    "prompt_lookup_num_tokens": (0, MOST, True, True),
+    "max_matching_ngram_size": (1, MOST, True, True),
+    "seed": (0, 2**64, True, False),
 }
+"""Within them no number overflows in float32, whatever the model's logits are."""
+_COLDEST = 1e-6
+"""The least temperature that is not 0: below it, logits divided by it overflow."""
 
 
-def _exclusions(options: GenerationOptions) -> list[str]:
+def read_option(name: str, value: Any) -> Any:
+    """Return an option's value in its one form: a tuple for a list, ids as whole numbers, a mapping of biases.
+
+    Raises ValueError with what is wrong and what was expected.
+    """
+    spelled = _spelled_biases(value) if name in ("logit_bias", "sequence_bias") else value
+    typed = read_value(name, spelled, type_hints(GenerationOptions)[name], _GENERATION_RANGES)
+    if typed is not None and (wanted := _wrong_form(name, typed)):
+        raise ValueError(problem_with(name, value, wanted))
+    return typed
+
+
+def _spelled_biases(value: Any) -> Any:
+    """Biases by their ids in text ("42 7"), also from transformers' forms: tuples as keys, or [ids, bias] pairs,
+    whose biases add up where ids occur twice. Anything else as it is."""
+    pairs = value.items() if isinstance(value, Mapping) else value
+    spelled: dict[str, float] = {}
+    try:
+        for ids, bias in pairs:
+            typed = ids if isinstance(ids, str) else " ".join(map(str, as_type(ids, tuple[int, ...])))
+            spelled[typed] = spelled.get(typed, 0.0) + as_type(bias, float)
+    except (TypeError, ValueError):
+        return value
+    return spelled
+
+
+def _wrong_form(name: str, value: Any) -> str | None:
+    """What was expected in place of a value of the right type."""
+    if name in ("logit_bias", "sequence_bias"):
+        most = 1 if name == "logit_bias" else MOST
+        whole = "a token id before each bias" if most == 1 else "token ids before each bias"
+        ids = [text.split() for text in value]
+        return None if all(1 <= len(run) <= most and all(map(_is_id, run)) for run in ids) else whole
+    if name == "temperature" and 0 < value < _COLDEST:
+        return f"0, or at least {_COLDEST:g}"
+    if name == "bad_words_ids" and not all(value):
+        return "at least one id in each run"
+    if name == "choice" and not value:
+        return "at least one text"
+    if name == "stop_strings" and "" in value:
+        return "no empty text, which would end every answer at once"
+    if name == "bad_words" and "" in value:
+        return "no empty text, which is in every answer"
+    return None
+
+
+def _is_id(text: str) -> bool:
+    return text.isascii() and text.isdigit() and int(text[:12]) <= MOST and len(text) <= 10
+
+
+def _exclusions(given: GenerationOptions) -> list[str]:
     """Options that the user gave and that cannot be had together, each with the remedy."""
     problems = []
-    beams, sample = options.num_beams or 1, options.do_sample
-    sampling = [option_name(name) for name in SAMPLING_OPTIONS if getattr(options, name) is not None]
+    beams, sample = given.num_beams or 1, given.do_sample
+    sampling = [option_name(name) for name in SAMPLING_OPTIONS if getattr(given, name) is not None]
     if beams > 1 and sample:
         problems.append(
             f"--num-beams {beams} and --do-sample exclude each other: a beam search takes the most probable "
             "beams and draws nothing. Leave one of them out."
         )
-    elif sampling and (beams > 1 or sample is False):
+    elif sampling and given.temperature != 0 and (beams > 1 or sample is False):
         other = f"--num-beams {beams}" if beams > 1 else "--no-do-sample"
         verb = "changes" if len(sampling) == 1 else "change"
         problems.append(
             f"{', '.join(sampling)} only {verb} what is sampled, and {other} does not sample. "
             f"Leave {'it' if len(sampling) == 1 else 'them'} out, or use --do-sample without beams."
         )
-    constraints = [option_name(name) for name in CONSTRAINTS if getattr(options, name) is not None]
+    constraints = [option_name(name) for name in CONSTRAINTS if getattr(given, name) is not None]
     if len(constraints) > 1:
         problems.append(f"{' and '.join(constraints)} exclude each other: each says what a whole answer is.")
     for name in ("length_penalty", "early_stopping"):
-        if getattr(options, name) is not None and beams == 1:
+        if getattr(given, name) is not None and beams == 1:
             problems.append(f"{option_name(name)} belongs to beam search: give --num-beams 2 or more with it.")
-    returned = options.num_return_sequences or 1
+    returned = given.num_return_sequences or 1
     if beams > 1 and returned > beams:
         problems.append(
             f"--num-return-sequences {returned} is more than --num-beams {beams}: a beam search has at most "
             "as many answers as beams."
         )
-    if returned > 1 and beams == 1 and sample is False:
+    if returned > 1 and beams == 1 and (sample is False or given.temperature == 0):
         problems.append(
             f"--num-return-sequences {returned} with greedy decoding would give the same answer {returned} "
             "times: use --do-sample or --num-beams."
         )
-    if (options.min_new_tokens or 0) > (options.max_new_tokens or float("inf")):
-        problems.append(
-            f"--min-new-tokens {options.min_new_tokens} is more than --max-new-tokens {options.max_new_tokens}."
-        )
+    fewest, most = given.min_new_tokens, given.max_new_tokens
+    if fewest is not None and most is not None and fewest > most:
+        problems.append(f"--min-new-tokens {fewest} is more than --max-new-tokens {most}.")
     return problems

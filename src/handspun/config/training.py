@@ -1,16 +1,16 @@
 """The options of a run."""
 
-from dataclasses import dataclass
 from typing import Literal
 
-from handspun.config.ranges import Ranges, numbers_out_of_range
+from handspun.config.names import options
+from handspun.config.ranges import MOST, Ranges, wrong_values
 from handspun.errors import ConfigError
 
 DataFormat = Literal["auto", "alpaca", "prompt-completion", "messages", "sharegpt"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class DataConfig:
     """Which rows are read, and how they become examples."""
 
@@ -33,11 +33,11 @@ class DataConfig:
     """Keep tokenised rows in ~/.cache/handspun/examples, and read them from there where nothing has changed."""
 
     def __post_init__(self) -> None:
-        if problems := numbers_out_of_range(self, _DATA_RANGES):
+        if problems := wrong_values(self, _DATA_RANGES):
             raise ConfigError(problems)
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class TrainConfig(DataConfig):
     """One fine-tuning run, from rows to checkpoints."""
 
@@ -176,7 +176,8 @@ class TrainConfig(DataConfig):
     """Do all that comes before the first step, and stop: the same as `handspun preflight`."""
 
     def __post_init__(self) -> None:
-        problems = numbers_out_of_range(self, {**_DATA_RANGES, **_TRAIN_RANGES})
+        if problems := wrong_values(self, {**_DATA_RANGES, **_TRAIN_RANGES}):
+            raise ConfigError(problems)
         if self.eval_data is not None and self.eval_ratio > 0:
             problems.append(
                 "--eval-data and --eval-ratio exclude each other: rows are held out either from a file of "
@@ -218,27 +219,27 @@ class TrainConfig(DataConfig):
 
 
 _DATA_RANGES: Ranges = {
-    "max_length": (2, float("inf"), True, False),
+    "max_length": (2, MOST, True, True),
 }
 _TRAIN_RANGES: Ranges = {
     "eval_ratio": (0, 1, True, False),
-    "eval_steps": (1, float("inf"), True, False),
-    "save_steps": (1, float("inf"), True, False),
+    "eval_steps": (1, MOST, True, True),
+    "save_steps": (1, MOST, True, True),
     "save_minutes": (0, float("inf"), True, False),
-    "keep_last": (1, float("inf"), True, False),
-    "report_rows": (0, float("inf"), True, False),
-    "sample_every": (1, float("inf"), True, False),
-    "num_epochs": (1, float("inf"), True, False),
-    "batch_size": (1, float("inf"), True, False),
-    "max_tokens": (1, float("inf"), True, False),
+    "keep_last": (1, MOST, True, True),
+    "report_rows": (0, MOST, True, True),
+    "sample_every": (1, MOST, True, True),
+    "num_epochs": (1, MOST, True, True),
+    "batch_size": (1, MOST, True, True),
+    "max_tokens": (1, MOST, True, True),
     "learning_rate": (0, float("inf"), False, False),
     "warmup_ratio": (0, 1, True, True),
     "weight_decay": (0, float("inf"), True, False),
     "max_grad_norm": (0, float("inf"), True, False),
-    "max_skipped_steps": (1, float("inf"), True, False),
-    "lora_rank": (1, float("inf"), True, False),
-    "lora_alpha": (1, float("inf"), True, False),
+    "max_skipped_steps": (1, MOST, True, True),
+    "lora_rank": (1, MOST, True, True),
+    "lora_alpha": (1, MOST, True, True),
     "lora_dropout": (0, 1, True, False),
     "seed": (0, 2**63, True, False),
-    "threads": (1, float("inf"), True, False),
+    "threads": (1, MOST, True, True),
 }

@@ -4,12 +4,12 @@
 sampling, and `beam_search` the other one.
 """
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
-from handspun.config import GenerationOptions
+from handspun.config import GenerationOptions, wrong_argument, wrong_names
+from handspun.config.typed import short
 from handspun.decoding.answer import Job
 from handspun.decoding.beam import beam_search
 from handspun.decoding.decode import decode
@@ -123,9 +123,14 @@ def _job(
     notice: Callable[[str], None],
     should_stop: Callable[[], bool] | None,
 ) -> Job:
-    for name, value in (("batch_size", batch_size), ("max_batch_tokens", max_batch_tokens)):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}: expected at least 1.")
+    counts, flags = {"batch_size": batch_size, "max_batch_tokens": max_batch_tokens}, {
+        "chat": chat, "logprobs": logprobs, "explain": explain, "show_tree": show_tree,
+    }  # fmt: skip
+    problems = [text for name, value in counts.items() for text in wrong_argument(name, value, int, 1)]
+    problems += [text for name, value in flags.items() for text in wrong_argument(name, value, bool)]
+    problems += wrong_argument("system_prompt", system_prompt, str | None)
+    if problems:
+        raise ConfigError(problems)
     resolved, notices = resolve(_with_given(options, given), model, chat=chat)
     if explain and resolved.num_beams > 1:
         raise ConfigError(
@@ -180,14 +185,9 @@ def _drafted(answers: Sequence[GenerationResult]) -> str:
 
 def _with_given(options: GenerationOptions | None, given: dict[str, Any]) -> GenerationOptions:
     """The options with the single ones on top. Raises ConfigError for a name that there is not."""
-    names = [field.name for field in fields(GenerationOptions)]
-    problems = []
-    for name in given:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(names)}."
-            problems.append(f"there is no option {name}. {hint}")
-    if problems:
+    if options is not None and not isinstance(options, GenerationOptions):
+        raise ConfigError(f"options is {short(options)}: expected a handspun.GenerationOptions.")
+    if problems := wrong_names(GenerationOptions, given):
         raise ConfigError(problems)
     return replace(options or GenerationOptions(), **given)
 

@@ -5,9 +5,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from handspun.config import CONSTRAINTS, SAMPLING_OPTIONS, GenerationOptions, option_name
+from handspun.config import CONSTRAINTS, SAMPLING_OPTIONS, GenerationOptions, option_name, read_option
+from handspun.config.typed import as_type
 from handspun.decoding.filters import Bias
-from handspun.decoding.values import concrete
+from handspun.decoding.values import check_vocabulary, concrete
 from handspun.errors import ConfigError
 from handspun.models.end_of_turn import eos_token_ids
 from handspun.models.load import ChatModel
@@ -87,11 +88,15 @@ def resolve(given: GenerationOptions, model: ChatModel, *, chat: bool) -> tuple[
     """
     chosen = {field.name: getattr(given, field.name) for field in fields(given)}
     chosen = concrete({name: value for name, value in chosen.items() if value is not None}, model.tokenizer)
-    own = _settings_of(
+    own, unreadable = _settings_of(
         model, (*_ANY, *SAMPLING_OPTIONS, *_BEAMS, "do_sample", "num_beams", "num_return_sequences")
     )
+    vocabulary = _vocabulary_size(model)
+    if problems := check_vocabulary(chosen, vocabulary):
+        raise ConfigError(problems)
     taken = {name: value for name, value in _taken(chosen, own).items() if value != _DEFAULTS[name]}
-    _check_taken(taken, _strategy(chosen, own))
+    needed = _taken(chosen, {**own, **{name: _DEFAULTS[name] for name in unreadable}}).keys() & unreadable.keys()
+    _check_taken(taken, _strategy(chosen, own), [unreadable[name] for name in sorted(needed)], vocabulary)
     constrained = any(name in chosen for name in CONSTRAINTS)
     defaults = {"stop_strings": _default_stop_strings(model) if chat and not constrained else ()}
     options = ResolvedOptions(
@@ -104,19 +109,30 @@ def resolve(given: GenerationOptions, model: ChatModel, *, chat: bool) -> tuple[
     return options, _notices(taken, model, options)
 
 
-def _settings_of(model: ChatModel, names: tuple[str, ...]) -> dict[str, Any]:
-    """What the model's own generation_config sets. transformers' global defaults (such as top_k 50) are None
-    there, and so left out."""
+def _settings_of(model: ChatModel, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what the model's own generation_config sets, and what is wrong with settings that cannot be read.
+    transformers' global defaults (such as top_k 50) are None there, and so left out."""
     config = model.model.generation_config
-    values: dict[str, Any] = {name: getattr(config, name, None) for name in names}
-    return concrete({name: value for name, value in values.items() if value is not None}, model.tokenizer)
+    found, unreadable = dict[str, Any](), dict[str, str]()
+    for name in names:
+        try:
+            value = read_option(name, getattr(config, name, None))
+        except ValueError as error:
+            unreadable[name] = str(error)
+        else:
+            found |= {} if value is None else {name: value}
+    return concrete(found, model.tokenizer), unreadable
 
 
 def _strategy(chosen: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """do_sample and num_beams. They exclude each other, and the one that the user gave wins."""
+    """do_sample and num_beams. They exclude each other, and the one that the user gave wins; a temperature of 0 is
+    greedy decoding."""
     if chosen.get("num_beams", 1) > 1:
         return {"do_sample": False, "num_beams": chosen["num_beams"]}
-    if chosen.get("do_sample", own.get("do_sample", False)):
+    sample = chosen.get("do_sample", own.get("do_sample", False))
+    if chosen.get("temperature", own.get("temperature") if sample else None) == 0:
+        return {"do_sample": False, "num_beams": 1}
+    if sample:
         return {"do_sample": True, "num_beams": 1}
     return {"do_sample": False, "num_beams": chosen.get("num_beams", own.get("num_beams", 1))}
 
@@ -126,6 +142,8 @@ def _taken(chosen: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     strategy = _strategy(chosen, own)
     names: tuple[str, ...] = (*_ANY, "do_sample", "num_beams")
     names += SAMPLING_OPTIONS if strategy["do_sample"] else ()
+    if chosen.get("do_sample", own.get("do_sample")) and own.get("temperature") == 0:
+        names += ("temperature",)  # so that it is said why nothing is sampled
     names += _BEAMS if strategy["num_beams"] > 1 else ()
     values = {**own, **strategy}
     if strategy["do_sample"] or own.get("num_return_sequences", 1) <= strategy["num_beams"]:
@@ -133,24 +151,24 @@ def _taken(chosen: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in names if name in own and name not in chosen}
 
 
-def _check_taken(taken: dict[str, Any], strategy: dict[str, Any]) -> None:
-    try:
-        GenerationOptions(
-            **{**taken, "do_sample": strategy["do_sample"] or None, "num_beams": strategy["num_beams"]}
-        )
-    except ConfigError as error:
-        raise ConfigError(
-            [
-                f"the model's generation_config cannot be used: {problem} Give another value: it wins."
-                for problem in error.problems
-            ]
-        ) from error
+def _check_taken(taken: dict[str, Any], strategy: dict[str, Any], unreadable: list[str], vocabulary: int) -> None:
+    problems = unreadable + check_vocabulary(taken, vocabulary)
+    if not problems:
+        options = {name: value for name, value in taken.items() if not name.endswith("_bias")}
+        strategy = {"do_sample": strategy["do_sample"] or None, "num_beams": strategy["num_beams"]}
+        try:
+            GenerationOptions(**{**options, **strategy})
+        except ConfigError as error:
+            problems = error.problems
+    if problems:
+        what = "the model's generation_config cannot be used"
+        raise ConfigError([f"{what}: {problem} Give another value: it wins." for problem in problems])
 
 
 def _check(options: ResolvedOptions, chosen: dict[str, Any]) -> None:
     problems = []
     idle = [option_name(name) for name in SAMPLING_OPTIONS if name in chosen]
-    if idle and not options.do_sample:
+    if idle and not options.do_sample and options.temperature != 0:
         problems.append(
             f"{', '.join(idle)} only change what is sampled, and nothing is sampled here: neither the "
             "options nor the model's generation_config ask for it. Add --do-sample."
@@ -176,10 +194,6 @@ def _check(options: ResolvedOptions, chosen: dict[str, Any]) -> None:
         problems.append(
             "--max-matching-ngram-size belongs to prompt lookup: give --prompt-lookup-num-tokens 10, say, with it."
         )
-    if "" in options.stop_strings:
-        problems.append(
-            "--stop-strings holds an empty string, which would end every answer at once. Leave it out."
-        )
     if problems:
         raise ConfigError(problems)
 
@@ -188,10 +202,11 @@ def _notices(taken: dict[str, Any], model: ChatModel, options: ResolvedOptions) 
     notices = []
     if taken:
         values = ", ".join(f"{name} {value}" for name, value in sorted(taken.items()))
-        notices.append(f"from the model's generation_config: {values}")
-    other = {
-        name: value for name, value in _settings_of(model, tuple(_NOT_TAKEN)).items() if value != _NOT_TAKEN[name]
-    }
+        greedy = ", which is greedy decoding" if taken.get("temperature") == 0 else ""
+        notices.append(f"from the model's generation_config: {values}{greedy}")
+    config = model.model.generation_config
+    settings = {name: getattr(config, name, None) for name in _NOT_TAKEN}
+    other = {name: value for name, value in settings.items() if value is not None and value != _NOT_TAKEN[name]}
     if other:
         values = ", ".join(f"{name} {value}" for name, value in sorted(other.items()))
         notices.append(f"not taken from the model's generation_config (there is no such option here): {values}")
@@ -213,7 +228,10 @@ def _unpenalised_ids(chosen: dict[str, Any], model: ChatModel) -> frozenset[int]
 
 
 def _eos_token_ids(model: ChatModel, *, chat: bool) -> tuple[int, ...]:
-    eos = eos_token_ids(model.model)
+    try:
+        eos = list(as_type(eos_token_ids(model.model), tuple[int, ...]))
+    except ValueError as error:
+        raise ConfigError(f"the model's eos_token_id cannot be used: expected {error}. Correct it.") from None
     if not eos and model.tokenizer.eos_token_id is not None:
         eos = [model.tokenizer.eos_token_id]
     if chat:
@@ -223,13 +241,17 @@ def _eos_token_ids(model: ChatModel, *, chat: bool) -> tuple[int, ...]:
 
 def _pad_token_id(model: ChatModel) -> int:
     """0 is an id as good as any other; some models name one that their embeddings do not hold (-1)."""
+    rows = _vocabulary_size(model)
+    for pad in (getattr(model.model.generation_config, "pad_token_id", None), model.tokenizer.pad_token_id):
+        if isinstance(pad, int) and 0 <= pad < rows:
+            return pad
+    return 0
+
+
+def _vocabulary_size(model: ChatModel) -> int:
     embeddings = model.model.get_input_embeddings().weight
     assert isinstance(embeddings, Tensor)
-    rows = embeddings.shape[0]
-    for pad in (getattr(model.model.generation_config, "pad_token_id", None), model.tokenizer.pad_token_id):
-        if pad is not None and 0 <= pad < rows:
-            return int(pad)
-    return 0
+    return embeddings.shape[0]
 
 
 __all__ = ["ResolvedOptions", "resolve"]

@@ -1,0 +1,40 @@
+"""Values as they stand on the command line and in --config files."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from cyclopts import UNSET, Token
+
+from handspun.config.typed import as_type, read_texts, short
+
+Tokens = Sequence[Token] | Mapping[str, Any]
+"""What was typed for an option: one after the other, or by name (`--logit-bias.42=-100`)."""
+
+
+def convert(hint: Any, tokens: Tokens) -> Any:
+    """Return the value that was typed; text that spells none as it is, for the dataclass of options to refuse.
+
+    Cyclopts' own conversion would round 1.5 to 2.
+    """
+    if isinstance(tokens, Mapping):
+        return {name: convert(_value_type(hint), several) for name, several in tokens.items()}
+    if len(tokens) == 1 and tokens[0].implicit_value is not UNSET:
+        return tokens[0].implicit_value  # an empty list of a config file
+    return read_texts(hint, [token.value for token in tokens])
+
+
+def convert_or_refuse(hint: Any, tokens: Tokens) -> Any:
+    """Return the value that was typed. Raises ValueError for text that spells none."""
+    value = convert(hint, tokens)
+    try:
+        return as_type(value, hint)
+    except ValueError as error:
+        raise ValueError(f"{short(value)} is not what is expected: {error}.") from None
+
+
+def _value_type(hint: Any) -> Any:
+    """The type of a mapping's values; of a union's first mapping."""
+    for member in (hint, *get_args(hint)):
+        if len(get_args(member)) == 2 and isinstance(get_args(member)[0], type):
+            return get_args(member)[1]
+    return str
