@@ -248,7 +248,7 @@ def test_the_command_line_refuses_what_it_would_have_to_round(capsys: pytest.Cap
     assert {line.split()[0]: line.split()[2].strip("':") for line in printed} == options
     for command in (["demo", "--num-epochs", "0.5"], ["generate", "Hi", "--batch-size", "1.5"]):
         assert f"'{command[-1]}' is not what is expected: a whole number" in fail(capsys, *command)[0]
-    assert "Must be >= 1" in fail(capsys, "generate", "Hi", "--batch-size", "0")[0]
+    assert "--batch-size is 0: expected at least 1." in fail(capsys, "generate", "Hi", "--batch-size", "0")[0]
     assert "--threads is 0" in fail(capsys, "generate", "Hi", "--threads", "0")[0]
 
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, Parameter, validators
+from cyclopts import App, Parameter
 from rich.console import Console
 
 from handspun import __version__
-from handspun.cli.values import convert, convert_or_refuse
+from handspun.cli.values import convert, convert_or_refuse, refuse_less_than_1
 from handspun.config import Weights
 from handspun.config.names import options
 from handspun.config.ranges import MOST, wrong_values
@@ -30,7 +30,7 @@ app = App(
 
 FLAT = Parameter(name="*", converter=convert)
 """Of a dataclass: its fields are the options, and it checks them itself, all at once."""
-Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+Count = Annotated[int, Parameter(validator=refuse_less_than_1)]
 """A whole number, 1 or more."""
 
 

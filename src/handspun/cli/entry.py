@@ -41,6 +41,8 @@ def _run(tokens: list[str], *, with_traceback: bool) -> int:
         raise
     except cyclopts.UnknownOptionError as error:
         return _say(errors, "\n".join(_unknown_options(error, tokens)), _help_of(tokens))
+    except cyclopts.ValidationError as error:
+        return _say(errors, _refused(error), _help_of(tokens))
     except cyclopts.CycloptsError as error:
         return _say(errors, f"{error}", _help_of(tokens))
     except StoppedError as stopped:  # the log has said it
@@ -101,6 +103,12 @@ def _take_config(tokens: list[str]) -> tuple[list[str], tuple[Any, ...]]:
         cyclopts.config.Dict(read_config_file(file), use_commands_as_keys=False, source=file) for file in files
     ]
     return rest, tuple(configs)
+
+
+def _refused(error: cyclopts.ValidationError) -> str:
+    if error.argument is None or not error.argument.tokens:
+        return str(error)
+    return f"{error.argument.name} is {error.argument.tokens[0].value}: {error.exception_message}"
 
 
 def _help_of(tokens: list[str]) -> str:
