@@ -182,3 +182,8 @@ def deep_text(levels: int) -> str:
 def called(arguments: Any) -> list[dict[str, Any]]:
     call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
     return [turns("u")[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
+def marked(**marks: Any) -> list[dict[str, Any]]:
+    user, assistant = turns("ua")
+    return [user, {**assistant, **marks}]

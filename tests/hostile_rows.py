@@ -12,6 +12,7 @@ from hostile_making import (
     deep_text,
     far_future,
     jsonl,
+    marked,
     nested_nulls,
     not_utf8,
     null_messages,
@@ -54,7 +55,8 @@ CELLS = [
     Case(
         "null for a message in parquet",
         parquet(null_messages),
-        "train.parquet, row 2, column 'messages': message 1",
+        kept=1,
+        dropped={2: "a message that is no object"},
     ),
     Case(
         "bytes that are no UTF-8 in parquet", parquet(not_utf8), "train.parquet, row 2, column 'output': the value"
@@ -75,9 +77,13 @@ CELLS = [
 CONVERSATIONS = [
     Case(
         "it begins with the assistant",
-        chats(turns("aua"), turns("ua")),
-        kept=1,
-        dropped={1: "it begins with an ass"},
+        chats(turns("aua"), turns("saua"), turns("a"), turns("ua")),
+        kept=3,
+        noted={
+            1: "an assistant turn before the first user turn",
+            2: "an assistant turn before the first user turn",
+        },
+        dropped={3: "no turn to train on; an assistant turn before the first user turn"},
     ),
     Case("the user twice", chats(turns("uua")), kept=1, noted={1: "two user turns in a row"}),
     Case("the assistant twice", chats(turns("uaa")), kept=1, noted={1: "two assistant turns in a row"}),
@@ -121,19 +127,24 @@ CONVERSATIONS = [
     Case("no messages", chats([], turns("ua")), kept=1, dropped={1: "no messages"}),
     Case(
         "messages that are a text",
-        jsonl({"messages": "Hi"}),
-        "train.jsonl, row 1, column 'messages': expected a list",
+        chats("Hi", turns("ua")),
+        kept=1,
+        dropped={1: "a text in the column 'messages' that is not JSON"},
     ),
     Case(
         "messages that are an object", jsonl({"messages": {}}), "train.jsonl, row 1, column 'messages': expected a"
     ),
     Case(
         "a message that is null",
-        chats([None]),
-        "train.jsonl, row 1, column 'messages': message 1: expected an obj",
+        chats([None], turns("ua")),
+        kept=1,
+        dropped={1: "a message that is no object"},
     ),
     Case(
-        "a content that is a number", chats(turns("ua", _0=5)), "train.jsonl, row 1, column 'messages': message 1"
+        "a content that is a number",
+        chats(turns("ua", _0=5), turns("ua")),
+        kept=1,
+        dropped={1: "a user message whose content is a number"},
     ),
     Case(
         "a content that is null",
@@ -164,6 +175,28 @@ CONVERSATIONS = [
         chats(called(f'{{"a": {deep_text(300)}}}'), turns("ua")),
         kept=1,
         dropped={1: "tool call arguments that are not JSON"},
+    ),
+    Case(
+        "a tool's result that is an object",
+        chats([*called({"a": 2}), {"role": "tool", "content": {"degrees": 21}}, turns("ua")[1]], turns("ua")),
+        kept=2,
+        noted={1: "a tool's result that is no text is written as JSON"},
+    ),
+    Case(
+        "answers that are marked as not to be trained on",
+        chats(marked(weight=0), marked(train=False), marked(loss_mask="0"), marked(masked=True), turns("ua")),
+        kept=1,
+        dropped=dict.fromkeys((1, 2, 3, 4), "no turn to train on; turns marked"),
+    ),
+    Case(
+        "marks that cannot be understood",
+        chats(marked(weight=0.5), marked(mask=1), marked(train=True, weight=0), turns("ua")),
+        kept=1,
+        dropped={
+            1: "the mark 'weight' of a message is another number",
+            2: "the mark 'mask' of a message may mean",
+            3: "marks of one message that contradict each other",
+        },
     ),
     Case("tools that are no JSON", chats(turns("ua"), tools="add(a, b)"), "train.jsonl: none of its 1 rows"),
 ]

@@ -54,7 +54,7 @@ def test_any_text_comes_through_unchanged(layout: str, question: str, answer: st
         "sharegpt": {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]},
     }
     made = conversation(layout, **layouts[layout])
-    assert (made.messages, made.note) == ([user(question), assistant(answer)], None)
+    assert (made.messages, made.notes) == ([user(question), assistant(answer)], ())
 
 
 def test_alpaca_history_and_system_come_first() -> None:
@@ -113,10 +113,10 @@ def test_alpaca_cells_of_a_wrong_type_are_named(values: dict[str, Any], message:
 
 def test_prompt_and_completion_may_be_lists_of_messages() -> None:
     made = conversation("prompt-completion", prompt=[user("a")], completion=[assistant("b")])
-    assert (made.messages, made.note) == ([user("a"), assistant("b")], None)
+    assert (made.messages, made.notes) == ([user("a"), assistant("b")], ())
     made = conversation("prompt-completion", prompt=[user("a"), assistant("b"), user("c")], completion="d")
     assert [m["content"] for m in made.messages] == ["a", "b", "c", "d"]
-    assert made.note == "assistant turns of the prompt are learned too"
+    assert made.notes == ("assistant turns of the prompt are learned too",)
 
 
 @pytest.mark.parametrize(
@@ -138,14 +138,16 @@ def test_a_missing_completion_is_named() -> None:
 def test_turns_behind_the_last_answer_are_cut_off_and_noted() -> None:
     made = chat(user("a"), assistant("b"), user("c"), {"role": "tool", "content": "d"})
     assert made.messages == [user("a"), assistant("b")]
-    assert made.note == "cut off behind the last assistant turn"
+    assert made.notes == ("cut off behind the last assistant turn",)
 
 
 def test_a_conversation_is_cut_off_before_an_empty_turn() -> None:
     made = chat(user("a"), assistant("b"), user("c"), assistant(" "), user("d"), assistant("e"))
-    assert (made.messages, made.note) == ([user("a"), assistant("b")], "cut off before an empty assistant turn")
+    assert made.messages == [user("a"), assistant("b")]
+    assert made.notes == ("cut off before an empty assistant turn",)
     made = chat(user("a"), assistant("b"), user(""), assistant("d"))
-    assert (made.messages, made.note) == ([user("a"), assistant("b")], "cut off before an empty user turn")
+    assert made.messages == [user("a"), assistant("b")]
+    assert made.notes == ("cut off before an empty user turn",)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +253,7 @@ def test_every_row_of_the_public_sets_is_accounted_for(
     found: Counter[str | None] = Counter()
     for row in rows:
         try:
-            found[to_conversation(row, data_format, system_prompt=None).note] += 1
+            found["; ".join(to_conversation(row, data_format, system_prompt=None).notes) or None] += 1
         except DroppedRow as reason:
             found[str(reason)] += 1
     assert found == outcomes

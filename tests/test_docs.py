@@ -13,9 +13,11 @@ from option_table import table
 
 ROWS = "instruction,input,output\n" + "".join(f"Say {n}.,,It is {n}.\n" for n in range(10))
 BATCH = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
+SUPPORT = BATCH.replace('"role": "user"', '"from": "customer"').replace('"role": "assistant"', '"from": "agent"')
 FILES = {
     **dict.fromkeys(("train.csv", "held_out.csv", "rows/train.csv", "rows/held_out.csv"), ROWS),
     "prompts.txt": "Say 3.\n",
+    "support.jsonl": SUPPORT,
     "schema.json": '{"enum": ["red"]}',
 }
 MODELS = {"Qwen/Qwen2.5-0.5B", "smollm2-135m", "M", "MODEL"}

@@ -95,6 +95,7 @@ FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
     ("use_rslora use_dora lora_bias bias init_lora_weights", "There is none: adapters are plain LoRA, scaled by alpha / rank."),
     ("neftune_noise_alpha label_smoothing label_smoothing_factor", "There is none: the loss is plain cross-entropy."),
     ("train_on_inputs train_on_prompt train_on_source mask_prompt completion_only_loss", _ANSWERS),
+    ("roles role_mapping roles_map role_tags user_tag assistant_tag", "{role_map} maps them, as in {role_map} agent=assistant."),
     ("assistant_only_loss train_on_responses_only mask_history roles_to_train", _ANSWERS),
     ("dataset_text_field text_column prompt_column response_column input_key output_key", _COLUMNS),
     ("prompt_field text_field columns field_messages messages_key", _COLUMNS),

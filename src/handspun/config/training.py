@@ -4,6 +4,7 @@ from typing import Literal
 
 from handspun.config.names import options
 from handspun.config.ranges import MOST, Ranges, wrong_values
+from handspun.config.role_map import parse_role_map
 from handspun.errors import ConfigError
 
 DataFormat = Literal["auto", "alpaca", "prompt-completion", "messages", "sharegpt"]
@@ -23,6 +24,10 @@ class DataConfig:
     system_prompt: str | None = None
     """System message for conversations without one; if not given, the template's own default holds."""
 
+    role_map: tuple[str, ...] | dict[str, str] | None = None
+    """Names of the data's speakers that are not known, and the role that each stands for, as in agent=assistant;
+    may be given more than once, and a file's mapping works too. Roles: system, user, assistant, tool."""
+
     max_length: int | None = None
     """Longest example in tokens, prompt included; if not given, 2048 or the model's limit."""
 
@@ -33,8 +38,13 @@ class DataConfig:
     """Keep tokenised rows in ~/.cache/handspun/examples, and read them from there where nothing has changed."""
 
     def __post_init__(self) -> None:
-        if problems := wrong_values(self, _DATA_RANGES):
+        if problems := wrong_values(self, _DATA_RANGES) or _role_map_problems(self):
             raise ConfigError(problems)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The role map: name, as names are compared -> role."""
+        return parse_role_map(self.role_map or ())
 
 
 @options
@@ -178,6 +188,7 @@ class TrainConfig(DataConfig):
     def __post_init__(self) -> None:
         if problems := wrong_values(self, {**_DATA_RANGES, **_TRAIN_RANGES}):
             raise ConfigError(problems)
+        problems += _role_map_problems(self)
         if self.eval_data is not None and self.eval_ratio > 0:
             problems.append(
                 "--eval-data and --eval-ratio exclude each other: rows are held out either from a file of "
@@ -216,6 +227,16 @@ class TrainConfig(DataConfig):
         if self.learning_rate is not None:
             return self.learning_rate
         return 5e-4 if self.lora else 5e-5
+
+
+def _role_map_problems(config: DataConfig) -> list[str]:
+    """Return what is wrong with the role map. One that is right is kept as a mapping, however it was given: that
+    is what run.json holds and a resumed run compares."""
+    try:
+        object.__setattr__(config, "role_map", config.roles or None)
+    except ValueError as error:
+        return [f"--role-map: {error}"]
+    return []
 
 
 _DATA_RANGES: Ranges = {

@@ -128,7 +128,8 @@ class ChatTemplate:
 
     def lay_out(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[Layout]:
         """Training examples of a conversation, not yet tokenised: in every assistant turn, what the model has to
-        say is learned, from the end of the generation prompt to the end-of-turn token.
+        say is learned, from the end of the generation prompt to the end-of-turn token. A message whose `train` is
+        False is context: none of its tokens is learned, its end-of-turn token included.
 
         One example, or several where the template renders a turn differently once it is history (a think
         block that is later left out): each such turn is then learned as it was generated.
@@ -163,6 +164,7 @@ class ChatTemplate:
     def _render_prompt(
         self, hidden: Sentinels, messages: list[Message], tools: list[dict[str, Any]] | None
     ) -> Rendering:
+        messages, _ = _without_marks(messages)
         text = render(self.tokenizer, messages, tools, generation_prompt=True)
         self._nothing_left_out(text, hidden, messages)
         return Rendering([self._frame(text, [])])
@@ -170,12 +172,13 @@ class ChatTemplate:
     def _render_examples(
         self, hidden: Sentinels, messages: list[Message], tools: list[dict[str, Any]] | None
     ) -> Rendering:
+        messages, context = _without_marks(messages)
         full = render(self.tokenizer, messages, tools)
         self._nothing_left_out(full, hidden, messages)
         together: list[tuple[int, int]] = []
         alone: list[tuple[str, tuple[int, int]]] = []
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or i in context:
                 continue
             if i == 0:
                 raise TemplateError("it begins with an assistant turn, which no prompt comes before.")
@@ -346,6 +349,12 @@ class ChatTemplate:
         end_of_turn_id: int = self._added[match[0]][0]
         around_a_question = render(self.tokenizer, probe[:1], None)
         return end_of_turn_id, {match[0], *self._any_added.findall(around_a_question)}
+
+
+def _without_marks(messages: list[Message]) -> tuple[list[Message], set[int]]:
+    """Return the messages as templates know them, and the indices of those that are context only."""
+    context = {i for i, message in enumerate(messages) if message.get("train") is False}
+    return [{key: m[key] for key in m if key != "train"} for m in messages], context
 
 
 def _places(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:

@@ -1,21 +1,30 @@
 """Conversations: what a row says, whatever format it is written in."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from handspun.data.arrow_values import has_lost_nulls
+from handspun.data.dropped import DroppedRow
 from handspun.data.formats import MEDIA, NEEDED, recognise_format, used_columns
+from handspun.data.marks import check_parts, row_marks, turn_mark
 from handspun.data.messages import (
+    LOST_NULLS,
     Cell,
-    DroppedRow,
     Message,
     is_blank,
+    notes_on_turn,
     read_json_list,
-    read_messages,
+    read_message,
     read_tools,
+    read_turns,
+    unread_keys,
+    with_system_prompt,
 )
 from handspun.data.naming import listed
+from handspun.data.roles import UNKNOWN_ROLE, role_of
 from handspun.data.rows import Row
 
 __all__ = [
@@ -39,40 +48,87 @@ _MOST_MESSAGES = 1000
 class Conversation:
     """Messages in order, the tools (JSON schemas) that they may call, and the row they came from.
 
-    note: what of the row is not as it stood or not as elsewhere, for the account of the rows.
+    notes: what of the row is not as it stood or not as elsewhere, for the account of the rows.
+    unread_keys: keys of its messages that nothing is read from.
     """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None
     file: str
     row: int
-    note: str | None = None
+    notes: tuple[str, ...] = ()
+    unread_keys: tuple[str, ...] = ()
 
 
-def to_conversation(row: Row, data_format: str, *, system_prompt: str | None) -> Conversation:
+@dataclass
+class _Read:
+    """What was read of a row so far. context: why turns of it are not trained on."""
+
+    role_map: Mapping[str, str]
+    context: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    unread_keys: dict[str, None] = field(default_factory=dict)
+
+    def messages(self, value: Any, cell: Cell) -> list[Message]:
+        """Return the messages of a cell; those that are context only by their marks have `train` False."""
+        turns = read_turns(value, cell, self.role_map)
+        self._check_roles(turns)
+        return [self._message(turn) for turn in turns]
+
+    def _check_roles(self, turns: list[dict[str, Any]]) -> None:
+        """Raise DroppedRow that names all unknown roles at once, so that one role map can answer it."""
+        reasons = {
+            reason for turn in turns if (reason := role_of(turn, self.role_map)[1]).startswith(UNKNOWN_ROLE)
+        }
+        if len(reasons) > 1:
+            names = [reason.removeprefix(UNKNOWN_ROLE).strip() for reason in sorted(reasons)]
+            raise DroppedRow(f"{UNKNOWN_ROLE}s {listed(names)}")
+
+    def _message(self, turn: dict[str, Any]) -> Message:
+        message = read_message(turn, self.role_map)
+        role = message["role"]
+        train, why = turn_mark(turn, role)
+        if role == "assistant":
+            for key in ("content", "value", "tool_calls"):
+                check_parts(turn.get(key))
+        (self.context if train is False else self.notes).extend(why)
+        self.notes += notes_on_turn(turn, role)
+        self.unread_keys.update(dict.fromkeys(unread_keys(turn, role)))
+        return message if train is None else {**message, "train": train}
+
+
+def to_conversation(
+    row: Row, data_format: str, *, system_prompt: str | None, role_map: Mapping[str, str] | None = None
+) -> Conversation:
     """The row's conversation, its texts as they stand; `system_prompt` goes before one that has none.
 
-    Ends with an assistant turn: what no turn answers is cut off, and noted. Raises DroppedRow for a row that
-    teaches nothing, and DataError for one that is not of the format.
+    Ends with an assistant turn that is trained on: what comes after it is cut off, and noted. Raises DroppedRow
+    for a row that teaches nothing, and DataError for one that is not of the format.
     """
-    _refuse(row, data_format)
-    messages, note = _messages(row, data_format)
-    messages, cut = _answered(messages)
-    notes = (note, cut, _unusual_order(messages))
-    messages = _with_system(messages, row, system_prompt)
+    read = _Read(role_map or {})
+    _refuse(row, data_format, read)
+    read.notes += row_marks(row.values, used_columns(data_format))
+    messages = _messages(row, data_format, read)
+    messages = _answered(messages, read)
+    read.notes += filter(None, [_unusual_order(messages)])
+    messages = with_system_prompt(_with_column(messages, row), system_prompt)
+    messages = _up_to_the_last_trained(_with_greeting_as_context(messages, read), read)
     tools = read_tools(row.values.get("tools"), _cell(row, "tools"))
+    if has_lost_nulls(row.values.get("tools")):
+        read.notes.append(LOST_NULLS)
     check_writable([messages, tools])
-    return Conversation(messages, tools, row.file, row.number, "; ".join(filter(None, notes)) or None)
+    notes = tuple(dict.fromkeys([*read.context, *read.notes]))
+    return Conversation(messages, tools, row.file, row.number, notes, tuple(read.unread_keys))
 
 
-def _messages(row: Row, data_format: str) -> tuple[list[Message], str | None]:
-    """The messages of the row's own columns, and a note."""
+def _messages(row: Row, data_format: str, read: _Read) -> list[Message]:
+    """The messages of the row's own columns."""
     if data_format == "alpaca":
-        return _alpaca(row), None
+        return _alpaca(row)
     if data_format == "prompt-completion":
-        return _prompt_completion(row)
+        return _prompt_completion(row, read)
     column = NEEDED["messages" if data_format == "messages" else "sharegpt"][0]
-    return read_messages(_value(row, column, data_format), _cell(row, column)), None
+    return read.messages(_value(row, column, data_format), _cell(row, column))
 
 
 def _alpaca(row: Row) -> list[Message]:
@@ -85,49 +141,47 @@ def _alpaca(row: Row) -> list[Message]:
 
 def _history(row: Row) -> list[Message]:
     """LLaMA-Factory's list of earlier [user, assistant] pairs."""
-    value, cell = row.values.get("history"), _cell(row, "history")
-    if value is None or (isinstance(value, str) and is_blank(value)):
-        return []
+    cell = _cell(row, "history")
     messages = []
-    for pair in read_json_list(value, cell):
+    for pair in read_json_list(row.values.get("history"), cell):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise cell.expected("pairs of texts, [user, assistant]", pair)
         messages += _turns(*pair)
     return messages
 
 
-def _prompt_completion(row: Row) -> tuple[list[Message], str | None]:
+def _prompt_completion(row: Row, read: _Read) -> list[Message]:
     """Two texts, or two lists of messages (TRL's conversational form)."""
     prompt, completion = (
-        read_messages(value, _cell(row, column))
+        read.messages(value, _cell(row, column))
         if isinstance(value := _value(row, column, "prompt-completion"), list)
         else [{"role": role, "content": _filled(row, column, "prompt-completion")}]
         for column, role in (("prompt", "user"), ("completion", "assistant"))
     )
     if not completion:
         raise DroppedRow("empty completion")
-    earlier = any(message["role"] == "assistant" for message in prompt)
-    return prompt + completion, "assistant turns of the prompt are learned too" if earlier else None
+    if any(message["role"] == "assistant" and is_trained(message) for message in prompt):
+        read.notes.append("assistant turns of the prompt are learned too")
+    return prompt + completion
 
 
 def _turns(user: str, assistant: str) -> list[Message]:
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
-def _with_system(messages: list[Message], row: Row, system_prompt: str | None) -> list[Message]:
-    """With the system message of the row's column, or else the given one, if it has none of its own."""
+def _with_column(messages: list[Message], row: Row) -> list[Message]:
+    """With the system message of the row's column, if it has none of its own."""
     own = next((message["content"] for message in messages if message["role"] == "system"), None)
     of_column = _text(row, "system")
     if own is None:
-        content = system_prompt if is_blank(of_column) else of_column
-        return messages if content is None else [{"role": "system", "content": content}, *messages]
+        return messages if is_blank(of_column) else with_system_prompt(messages, of_column)
     if not is_blank(of_column) and of_column != own:
         raise DroppedRow("two system messages, in the column 'system' and in the conversation")
     return messages
 
 
-def _answered(messages: list[Message]) -> tuple[list[Message], str | None]:
-    """The messages to the last assistant turn before any empty turn, and a note of what was cut off."""
+def _answered(messages: list[Message], read: _Read) -> list[Message]:
+    """The messages to the last assistant turn before any empty turn. What was cut off is noted."""
     given, messages = len(messages), messages[:_MOST_MESSAGES]
     empty = next((i for i, message in enumerate(messages) if _says_nothing(message)), None)
     answered = messages[:empty]
@@ -137,12 +191,49 @@ def _answered(messages: list[Message]) -> tuple[list[Message], str | None]:
         reason = f"empty {messages[empty]['role']} turn"
         if not answered:
             raise DroppedRow(reason)
-        return answered, f"cut off before an {reason}"
+        read.notes.append(f"cut off before an {reason}")
+        return answered
     if not answered:
         raise DroppedRow("no assistant turn" if messages else "no messages")
     if given > _MOST_MESSAGES:
-        return answered, f"cut off behind {_MOST_MESSAGES} messages"
-    return answered, "cut off behind the last assistant turn" if len(answered) < len(messages) else None
+        read.notes.append(f"cut off behind {_MOST_MESSAGES} messages")
+    elif len(answered) < len(messages):
+        read.notes.append("cut off behind the last assistant turn")
+    return answered
+
+
+def _with_greeting_as_context(messages: list[Message], read: _Read) -> list[Message]:
+    """The messages, an assistant's turn before the first user's as context: nobody asked for it, and templates do
+    not agree on a prompt for it. A mark wins where a system message comes before it; so does a row without any
+    user."""
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    decided = []
+    for i, message in enumerate(messages):
+        is_early = i == 0 or (bool(users) and i < users[0] and "train" not in message)
+        if message["role"] == "assistant" and is_early and message.get("train") is not False:
+            read.context.append(
+                "an assistant turn before the first user turn (a greeting) is context, not trained on"
+            )
+            message = {**message, "train": False}
+        decided.append(message)
+    return decided
+
+
+def _up_to_the_last_trained(messages: list[Message], read: _Read) -> list[Message]:
+    """Without what comes after the last turn that is trained on, and with a mark only on turns that are context.
+
+    Raises DroppedRow if no turn is trained on.
+    """
+    trained = [i for i, message in enumerate(messages) if message["role"] == "assistant" and is_trained(message)]
+    if not trained:
+        raise DroppedRow("; ".join(["no turn to train on", *dict.fromkeys(read.context)]))
+    kept = messages[: trained[-1] + 1]
+    return [{key: m[key] for key in m if key != "train" or not m[key]} for m in kept]
+
+
+def is_trained(message: Message) -> bool:
+    """Return whether an assistant's message is trained on, and not context only."""
+    return message.get("train") is not False
 
 
 def _unusual_order(messages: list[Message]) -> str | None:
@@ -165,14 +256,18 @@ def _says_nothing(message: Message) -> bool:
     )
 
 
-def _refuse(row: Row, data_format: str) -> None:
+def _refuse(row: Row, data_format: str, read: _Read) -> None:
     """Raises DroppedRow for rows with more than text in them, and for answers that someone rejected (KTO)."""
     for column in MEDIA:
         if row.values.get(column):
             raise DroppedRow(f"{column.removesuffix('s')} content")
     for column in ("kto_tag", "label") if data_format != "alpaca" else ("kto_tag",):
-        if row.values.get(column) is False:
+        value = row.values.get(column)
+        text = value.strip().lower() if isinstance(value, str) else value  # csv cells are texts
+        if text is False or text == "false" or (column == "kto_tag" and text in (0, "0")):
             raise DroppedRow(f"{column} is false: a rejected answer")
+        if column == "label" and text in (0, "0"):
+            read.notes.append("the column 'label' is 0, and read as a class: write false for a rejected answer")
 
 
 def check_writable(value: Any) -> None:

@@ -2,8 +2,8 @@
 
 import gc
 import random
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,8 +13,10 @@ from handspun.config import DataFormat
 from handspun.data.chat_template import ChatTemplate, Encoded, Layout, Run
 from handspun.data.conversations import DroppedRow, recognise_format, to_conversation, used_columns
 from handspun.data.example_arrays import Example, ExampleArrays, end_to_end
+from handspun.data.marks import is_row_mark
 from handspun.data.mojibake import damage_in
 from handspun.data.rendering import EndlessTemplateError
+from handspun.data.roles import UNKNOWN_ROLE, role_advice
 from handspun.data.rows import Row
 from handspun.errors import DataError, TemplateError
 
@@ -25,6 +27,12 @@ _ROWS_AT_ONCE = 1000
 
 _CHARACTERS_OF_A_TOKEN = 1000
 """More than any token has."""
+
+_MOST_REASONS = 20
+"""Reasons that an error names."""
+
+_MOST_UNUSED = 100
+"""Columns and keys of messages that are named as not read, where messages bring new ones."""
 
 _AHEAD = 3
 """Parts of so many rows that are tokenised while the next is laid out."""
@@ -55,8 +63,20 @@ class RowAccount:
 
     def dropped_by_reason(self) -> dict[str, list[RowNote]]:
         """The dropped rows under their reasons, the most frequent first."""
-        reasons = Counter(note.text for note in self.dropped)
-        return {reason: [n for n in self.dropped if n.text == reason] for reason, _ in reasons.most_common()}
+        reasons = notes_by_text(self.dropped)
+        return dict(sorted(reasons.items(), key=lambda reason: -len(reason[1])))
+
+    def advice(self) -> str | None:
+        """What to do about rows that were dropped, where there is a general answer."""
+        return role_advice() if any(note.text.startswith(UNKNOWN_ROLE) for note in self.dropped) else None
+
+
+def notes_by_text(notes: Iterable[RowNote]) -> dict[str, list[RowNote]]:
+    """Return the notes under their texts, in the order in which these come first."""
+    found: dict[str, list[RowNote]] = {}
+    for note in notes:
+        found.setdefault(note.text, []).append(note)
+    return found
 
 
 def hold_out(rows: Sequence[Row], ratio: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -82,6 +102,7 @@ def build_examples(
     max_length: int,
     data_format: DataFormat = "auto",
     system_prompt: str | None = None,
+    role_map: Mapping[str, str] | None = None,
     strict: bool = False,
 ) -> tuple[ExampleArrays, RowAccount]:
     """Rows to examples of at most `max_length` tokens, and the account of every row.
@@ -96,7 +117,7 @@ def build_examples(
         [
             (row, layouts)
             for row in rows[start : start + _ROWS_AT_ONCE]
-            if (layouts := _lay_out(row, template, account, system_prompt, max_length))
+            if (layouts := _lay_out(row, template, account, system_prompt, role_map, max_length))
         ]
         for start in range(0, len(rows), _ROWS_AT_ONCE)
     )
@@ -148,11 +169,17 @@ def _counted(row: Row, encoded: list[Encoded], account: RowAccount, max_length: 
 
 
 def _lay_out(
-    row: Row, template: ChatTemplate, account: RowAccount, system_prompt: str | None, max_length: int
+    row: Row,
+    template: ChatTemplate,
+    account: RowAccount,
+    system_prompt: str | None,
+    role_map: Mapping[str, str] | None,
+    max_length: int,
 ) -> list[Layout]:
     """The row's examples before they are tokenised; none if it is dropped."""
     try:
-        conversation = to_conversation(row, account.formats[row.file], system_prompt=system_prompt)
+        data_format = account.formats[row.file]
+        conversation = to_conversation(row, data_format, system_prompt=system_prompt, role_map=role_map)
         whole = template.lay_out(conversation.messages, conversation.tools)
     except EndlessTemplateError:
         raise
@@ -161,9 +188,22 @@ def _lay_out(
         return []
     layouts = [_tokenisable(layout, max_length) for layout in whole]
     damage = damage_in(message["content"] for message in conversation.messages)
-    notes = [conversation.note, *(layout.note for layout in layouts), *damage, _left_out(layouts, template)]
+    _add_unread_keys(account, row.file, conversation.unread_keys)
+    notes = [*conversation.notes, *(layout.note for layout in layouts), *damage, _left_out(layouts, template)]
     account.notes += [RowNote(row.file, row.number, note) for note in dict.fromkeys(notes) if note]
     return layouts
+
+
+def _add_unread_keys(account: RowAccount, file: str, keys: Iterable[str]) -> None:
+    """Add keys of messages to the columns that are not read. Data can have any number of them: the first are
+    told."""
+    if not keys:
+        return
+    unused = account.unused_columns.setdefault(file, [])
+    for key in keys:
+        name = f"{key} (of messages)"
+        if name not in unused and len(unused) < _MOST_UNUSED:
+            unused.append(name)
 
 
 def _left_out(layouts: Sequence[Layout], template: ChatTemplate) -> str | None:
@@ -230,7 +270,8 @@ def _unused_columns(columns: _Columns, formats: dict[str, str]) -> dict[str, lis
     unused: dict[str, dict[str, None]] = {}
     for file, names in columns:
         used = used_columns(formats[file])
-        unused.setdefault(file, {}).update(dict.fromkeys(name for name in names if name not in used))
+        others = (name for name in names if name not in used and not is_row_mark(name))
+        unused.setdefault(file, {}).update(dict.fromkeys(others))
     return {file: list(names) for file, names in unused.items() if names}
 
 
@@ -238,10 +279,13 @@ def refuse_if_lost(account: RowAccount, *, strict: bool) -> None:
     """Raises DataError if no row is left, and under `strict` if one was dropped or truncated."""
     first = account.dropped[0] if account.dropped else None
     if account.kept == 0:
-        reasons = "; ".join(f"{reason}: {len(n)}" for reason, n in account.dropped_by_reason().items())
+        by_reason = account.dropped_by_reason()
+        reasons = "; ".join(f"{reason}: {len(n)}" for reason, n in islice(by_reason.items(), _MOST_REASONS))
+        more = f"; and {len(by_reason) - _MOST_REASONS} more reasons" if len(by_reason) > _MOST_REASONS else ""
+        advice = account.advice()
         raise DataError(
-            f"none of its {account.rows} rows can be trained on ({reasons}). `handspun preview` shows what is "
-            "read.",
+            f"none of its {account.rows} rows can be trained on ({reasons}{more}). "
+            + (f"{advice[0].upper()}{advice[1:]}." if advice else "`handspun preview` shows what is read."),
             file=first.file if first else None,
         )
     lost = [*account.dropped, *account.truncated]

@@ -1,55 +1,53 @@
 """One message, in any of the spellings that data sets have for it, and the tools that it may call.
 
-Texts are never changed. What cannot be learned from raises DroppedRow, which is counted; what is not the
-structure that the file claims to have raises DataError.
+Training and decoding both read messages here. Texts are never changed. What cannot be learned from raises
+DroppedRow, which is counted; a cell that is not of its column's type raises DataError.
 """
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from handspun.data.arrow_values import has_lost_nulls
+from handspun.data.dropped import DroppedRow
+from handspun.data.marks import mark_kind
 from handspun.data.naming import shown, type_name
 from handspun.data.nesting import is_nested_deeper
+from handspun.data.roles import CALL, known_role, role_name, role_of
 from handspun.errors import DataError
 
 Message = dict[str, Any]
 """role ("system", "user", "assistant" or "tool"), content (str); an assistant's may have tool_calls
-([{"type": "function", "function": {"name": str, "arguments": dict}}]) and reasoning_content (str)."""
+([{"type": "function", "function": {"name": str, "arguments": dict}}]), reasoning_content (str), and train (False
+for one that is context only)."""
 
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "tool_response": "tool",
-    "function_response": "tool",
-    "function_call": "call",
-    "tool_call": "call",
-}
+Turn = dict[str, Any]
+"""A message as the data has it."""
+
 # OpenAI's, Anthropic's and LLaMA-Factory's words for the parts of a content.
 _PARTS = {
     "text": "text",
     "input_text": "text",
     "output_text": "text",
+    "refusal": "text",
     "reasoning": "reasoning",
     "thinking": "reasoning",
     "tool_call": "call",
     "function_call": "call",
 }
+_MEDIA_PARTS = ("image", "video", "audio", "file")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_CONTENT_KEYS = ("content", "value", "text", "message", "utterance")
+_ARGUMENT_KEYS = ("arguments", "args", "parameters", "input")
+_CALL_KEYS = ("tool_calls", "function_call")
+_NAME_KEYS = ("name", "tool_call_id")
 
-
-class DroppedRow(Exception):  # noqa: N818
-    """A row that teaches nothing, or not what it seems to; str() is the reason, short and for people."""
+LOST_NULLS = (
+    "nulls left out of tools, calls or tool results: parquet cannot tell them from keys that are not there"
+)
+"""Note on a row."""
+_JSON_RESULT = "a tool's result that is no text is written as JSON"
 
 
 @dataclass(frozen=True)
@@ -70,19 +68,36 @@ class Cell:
         return DataError(message, file=self.file, row=self.row, column=self.column)
 
 
-def read_messages(value: Any, cell: Cell) -> list[Message]:
-    """A list of messages, or the same as JSON text (in a csv cell)."""
-    turns = read_json_list(value, cell)
-    return [_message(turn, f"message {number}", cell) for number, turn in enumerate(turns, 1)]
+def read_turns(value: Any, cell: Cell, role_map: Mapping[str, str]) -> list[Turn]:
+    """Return the turns of a list of messages, or of the same as JSON text (in a csv cell)."""
+    return [turn for item in read_json_list(value, cell) for turn in _turns_of(item, role_map)]
+
+
+def read_message(turn: Turn, role_map: Mapping[str, str]) -> Message:
+    """Return the message that a turn is. Raises DroppedRow."""
+    role, reason = role_of(turn, role_map)
+    if role is None:
+        _drop(reason)
+    key, content = _content_of(turn)
+    if role == CALL:
+        return {"role": "assistant", "content": "", "tool_calls": _calls_in(turn if key is None else content)}
+    text, reasoning, calls = _content(content, role)
+    message: Message = {"role": role, "content": text}
+    if role == "assistant":
+        _add_to_assistant(message, turn, reasoning, calls)
+    elif reasoning or calls:
+        _drop(f"{'reasoning' if reasoning else 'a tool call'} in a {role} message")
+    if role == "tool":
+        message |= {key: turn[key] for key in _NAME_KEYS if isinstance(turn.get(key), str)}
+    return message
 
 
 def read_json_list(value: Any, cell: Cell) -> list[Any]:
-    """A list, or one written as JSON text."""
+    """A list, or one written as JSON text; nothing is an empty list."""
+    if value is None or (isinstance(value, str) and is_blank(value)):
+        return []
     if isinstance(value, str):
-        try:
-            value = _load(value)
-        except ValueError:
-            raise cell.error("expected a list or the JSON text of one, found a text that is not JSON.") from None
+        value = _load_or_drop(value, f"a text in the column '{cell.column}' that is not JSON")
     if not isinstance(value, list):
         raise cell.expected("a list", value)
     return value
@@ -103,50 +118,93 @@ def read_tools(value: Any, cell: Cell) -> list[dict[str, Any]] | None:
     return [_tool(tool) for tool in tools]
 
 
+def with_system_prompt(messages: list[Message], system_prompt: str | None) -> list[Message]:
+    """Return the messages behind the system prompt, or as they are if they have a system message of their own."""
+    if system_prompt is None or any(message["role"] == "system" for message in messages):
+        return messages
+    return [{"role": "system", "content": system_prompt}, *messages]
+
+
+def unread_keys(turn: Turn, role: str) -> set[str]:
+    """Return the keys of a turn that nothing is read from."""
+    read = {role_name(turn)[0], _content_of(turn)[0]}
+    if role == "assistant":
+        read |= {*_CALL_KEYS, *_REASONING_KEYS}
+    if role == "tool":
+        read |= set(_NAME_KEYS)
+    return {
+        key
+        for key, value in turn.items()
+        if key not in read and value is not None and mark_kind(key) in (None, "prompts", "like a mark")
+    }
+
+
+def notes_on_turn(turn: Turn, role: str) -> list[str]:
+    """Return what to tell of how a turn was read."""
+    _, content = _content_of(turn)
+    notes = []
+    if role == "tool" and not (content is None or isinstance(content, str) or _is_parts(content)):
+        notes.append(_JSON_RESULT)
+        if has_lost_nulls(content):
+            notes.append(LOST_NULLS)
+    calls = [*(turn.get(key) for key in _CALL_KEYS), content]
+    if role == "assistant" and has_lost_nulls(list(_arguments_in(calls))):
+        notes.append(LOST_NULLS)
+    return notes
+
+
 def is_blank(text: str) -> bool:
     """Whether there is nothing but white space."""
     return not text.strip()
 
 
-def _tool(tool: Any) -> dict[str, Any]:
-    if isinstance(tool, str):
-        tool = _load_or_drop(tool, "tools that are not JSON")
-    if not isinstance(tool, dict):
-        _drop("a tool that is not an object")
-    function = tool.get("function")
-    if not isinstance(function, dict):
-        function = {key: item for key, item in tool.items() if key != "type"}
-        tool = {}
-    if not isinstance(function.get("name"), str) or not function["name"]:
-        _drop("a tool without a name")
-    return {**tool, "type": "function", "function": function}
+def _turns_of(item: Any, role_map: Mapping[str, str]) -> list[Turn]:
+    """Return the turns of one entry of a list of messages: mostly itself."""
+    if isinstance(item, str):  # datasets' Json type, in a reader that does not know it
+        item = _load_or_drop(item, "a message that is a text without a role")
+    if not isinstance(item, dict):
+        _drop("a message that is no object")
+    if item.get("lc") == 1 and isinstance(item.get("kwargs"), dict) and isinstance(item.get("id"), list):
+        return [{"type": str((item["id"] or [""])[-1]), **item["kwargs"]}]  # LangChain's dumps
+    if isinstance(item.get("data"), dict) and _content_of(item)[0] is None:  # LangChain's messages_to_dict
+        return [{**item["data"], **{key: value for key, value in item.items() if key != "data"}}]
+    return _pairs_in(item, role_map) or [item]
 
 
-def _message(turn: Any, at: str, cell: Cell) -> Message:
-    if not isinstance(turn, dict):
-        raise cell.expected("an object with role and content (or from and value)", turn, at=at)
-    name = turn.get("role", turn.get("from"))
-    if not isinstance(name, str):
-        raise cell.expected("a role", name, at=at)
-    role = _ROLES.get(name.strip().lower()) or _drop(f"the unknown role '{shown(name)}'")
-    content = turn["content"] if "content" in turn else turn.get("value")
-    if role == "call":
-        return {"role": "assistant", "content": "", "tool_calls": _calls_in(content, at, cell)}
-    text, reasoning, calls = _content(content, at, cell)
-    message: Message = {"role": role, "content": text}
-    if role == "assistant":
-        _add_to_assistant(message, turn, reasoning, calls)
-    elif reasoning or calls:
-        _drop(f"{'reasoning' if reasoning else 'a tool call'} in a {role} message")
-    if role == "tool":
-        message |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
-    return message
+def _pairs_in(item: Turn, role_map: Mapping[str, str]) -> list[Turn]:
+    """Return the turns of an object such as {"human": "Hi", "assistant": "Hello"}; none if it is something
+    else."""
+    filled = {key: value for key, value in item.items() if value is not None}
+    if role_name(item)[0] is not None or not all(
+        known_role(key, role_map) in ("system", "user", "assistant") and isinstance(value, str)
+        for key, value in filled.items()
+    ):
+        return []
+    return [{"role": key, "content": value} for key, value in filled.items()]
 
 
-def _add_to_assistant(message: Message, turn: Message, reasoning: str, calls: list[Any]) -> None:
-    if turn.get("weight") == 0:  # OpenAI's mark for a turn that is read and not learned
-        _drop("an assistant message of weight 0")
+def _content_of(turn: Turn) -> tuple[str | None, Any]:
+    """Return (key, value) of a turn's content; (None, None) if it has none."""
+    for key in _CONTENT_KEYS:
+        if turn.get(key) is not None:
+            return key, turn[key]
+    return None, None
+
+
+def _arguments_in(value: Any) -> Iterator[Any]:
+    """Yield the arguments of all tool calls in a value."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _arguments_in(item)
+    elif isinstance(value, dict):
+        yield from (value[key] for key in _ARGUMENT_KEYS if key in value)
+        yield from (inner for key in ("function", *_PARTS) for inner in _arguments_in(value.get(key)))
+
+
+def _add_to_assistant(message: Message, turn: Turn, reasoning: str, calls: list[Any]) -> None:
     given = turn.get("tool_calls") or turn.get("function_call") or []
+    if isinstance(given, str):
+        given = [] if is_blank(given) else _load_or_drop(given, "a tool call that is not JSON")
     calls = calls + [_tool_call(call) for call in (given if isinstance(given, list) else [given])]
     written = next((turn[key] for key in _REASONING_KEYS if turn.get(key)), "")
     if not isinstance(written, str):
@@ -157,20 +215,23 @@ def _add_to_assistant(message: Message, turn: Message, reasoning: str, calls: li
         message["reasoning_content"] = reasoning + written
 
 
-def _content(content: Any, at: str, cell: Cell) -> tuple[str, str, list[Any]]:
+def _content(content: Any, role: str) -> tuple[str, str, list[Any]]:
     """(text, reasoning, tool calls) of a text or a list of parts; nothing is an empty text."""
     if content is None or isinstance(content, str):
         return content or "", "", []
-    if not isinstance(content, list):
-        raise cell.expected("a text or a list of parts as content", content, at=at)
+    if role == "tool" and not _is_parts(content):
+        return _as_json(content), "", []
+    parts = _parts_of(content)
+    if parts is None:
+        _drop(f"a {role} message whose content is {_kind(content)}")
     text = reasoning = ""
     calls: list[Any] = []
-    for part in content:
-        kind, value = _part(part, at, cell)
+    for part in parts:
+        kind, value = _part(part)
         if kind == "call":
-            calls += _calls_in(value, at, cell)
+            calls += _calls_in(value)
         elif not isinstance(value, str):
-            raise cell.expected(f"a text in a part of type {kind!r}", value, at=at)
+            _drop(f"a part of type {kind!r} that holds {_kind(value)}")
         elif kind == "reasoning":
             reasoning += value
         elif calls and not is_blank(value):
@@ -180,12 +241,49 @@ def _content(content: Any, at: str, cell: Cell) -> tuple[str, str, list[Any]]:
     return text, reasoning, calls
 
 
-def _part(part: Any, at: str, cell: Cell) -> tuple[str, Any]:
+def _parts_of(content: Any) -> list[Any] | None:
+    """Return the parts of a content: a list, one part by itself, or ChatGPT's object with parts in it."""
+    if isinstance(content, list):
+        return content
+    if isinstance(content, dict) and isinstance(content.get("parts"), list):
+        return list(content["parts"])
+    if isinstance(content, dict) and (
+        isinstance(content.get("type"), str) or isinstance(content.get("text"), str)
+    ):
+        return [content]
+    return None
+
+
+def _is_parts(content: Any) -> bool:
+    """Return whether a tool's result is a message's content in parts, and not data that the tool gave back."""
+    if isinstance(content, dict) and "content_type" in content:
+        return True
+    parts = [content] if isinstance(content, dict) else content
+    return isinstance(parts, list) and bool(parts) and all(map(_is_part, parts))
+
+
+def _is_part(part: Any) -> bool:
+    name = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(name, str):
+        return False
+    return _PARTS.get(name) == "text" or any(media in name for media in _MEDIA_PARTS)
+
+
+def _as_json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise DroppedRow("NaN or Infinity in a tool's result, which no JSON has") from None
+    except TypeError as error:
+        raise DroppedRow(f"a value that JSON does not have in a tool's result ({error})") from None
+
+
+def _part(part: Any) -> tuple[str, Any]:
     """(text, reasoning or call; its value) of one part of a content."""
     if isinstance(part, str):
         return "text", part
     if not isinstance(part, dict):
-        raise cell.expected("parts that are objects", part, at=at)
+        _drop("a part of a content that is no object")
     name = part.get("type", "text")
     kind = _PARTS.get(name) if isinstance(name, str) else None
     if kind is None:
@@ -194,21 +292,23 @@ def _part(part: Any, at: str, cell: Cell) -> tuple[str, Any]:
     return kind, next(values, None)
 
 
-def _calls_in(value: Any, at: str, cell: Cell) -> list[dict[str, Any]]:
+def _calls_in(value: Any) -> list[dict[str, Any]]:
     """The tool calls of a `function_call` turn: one or several, as JSON text or as objects."""
     if isinstance(value, str):
         value = _load_or_drop(value, "a tool call that is not JSON")
     calls = value if isinstance(value, list) else [value]
-    if not calls or not all(isinstance(call, dict) for call in calls):
-        raise cell.expected("a tool call with name and arguments", value, at=at)
+    if not calls:
+        _drop("a tool call that is not an object")
     return [_tool_call(call) for call in calls]
 
 
 def _tool_call(call: Any) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
+    call = _loaded(call)
+    function = _loaded(call.get("function", call)) if isinstance(call, dict) else None
     if not isinstance(function, dict):
         _drop("a tool call that is not an object")
-    name, arguments = function.get("name"), function.get("arguments")
+    name = function.get("name")
+    arguments = next((function[key] for key in _ARGUMENT_KEYS if function.get(key) is not None), None)
     if not isinstance(name, str) or not name:
         _drop("a tool call without a name")
     if isinstance(arguments, str) and not is_blank(arguments):
@@ -217,6 +317,39 @@ def _tool_call(call: Any) -> dict[str, Any]:
         _drop("tool call arguments that are not an object")
     kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {**kept, "type": "function", "function": {"name": name, "arguments": arguments or {}}}
+
+
+def _tool(tool: Any) -> dict[str, Any]:
+    if isinstance(tool, str):
+        tool = _load_or_drop(tool, "tools that are not JSON")
+    if not isinstance(tool, dict):
+        _drop("a tool that is not an object")
+    function = _loaded(tool.get("function"))
+    if not isinstance(function, dict):
+        function = {key: item for key, item in tool.items() if key != "type"}
+        tool = {}
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        _drop("a tool without a name")
+    if isinstance(function.get("parameters"), str):
+        function = {**function, "parameters": _loaded(function["parameters"])}
+    return {**tool, "type": "function", "function": function}
+
+
+def _loaded(value: Any) -> Any:
+    """Return the object that a JSON text holds, as in columns that Arrow has no type for; else the value
+    itself."""
+    if not isinstance(value, str):
+        return value
+    try:
+        loaded = _load(value)
+    except ValueError:
+        return value
+    return loaded if isinstance(loaded, dict) else value
+
+
+def _kind(value: Any) -> str:
+    """Return what a value is, without what is in it: for a reason that many rows share."""
+    return "a number" if isinstance(value, int | float) and not isinstance(value, bool) else type_name(value)
 
 
 def _drop(reason: str) -> NoReturn:
@@ -243,3 +376,19 @@ def _load_or_drop(text: str, reason: str) -> Any:
         return _load(text)
     except ValueError:
         raise DroppedRow(reason) from None
+
+
+__all__ = [
+    "LOST_NULLS",
+    "Cell",
+    "Message",
+    "Turn",
+    "is_blank",
+    "notes_on_turn",
+    "read_json_list",
+    "read_message",
+    "read_tools",
+    "read_turns",
+    "unread_keys",
+    "with_system_prompt",
+]

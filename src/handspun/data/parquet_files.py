@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from handspun.data.arrow_values import cell_reader
 from handspun.data.memory_limit import memory_limit
 from handspun.data.naming import file_name, shown
 from handspun.data.text_files import check_kind
@@ -14,7 +15,7 @@ _BYTES_OF_A_CELL = 100
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """The table's rows. Nulls inside of nested values are left out, see `without_nulls`.
+    """The table's rows. Nulls inside of nested values are left out, see `cell_reader`.
 
     A file of kilobytes can hold a billion rows, or a long text a million times: what they take in memory is
     counted as they are unpacked. Raises DataError.
@@ -47,16 +48,6 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def without_nulls(value: Any) -> Any:
-    """A nested value without its null entries: Arrow gives every object all keys that any object has, so a
-    key that was not there and a null cannot be told apart."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
-
-
 def _rows(batch: Any, before: int, file: str) -> list[dict[str, Any]]:
     """The rows of an Arrow batch, `before` of the file's rows having been read."""
     names = batch.schema.names
@@ -66,12 +57,13 @@ def _rows(batch: Any, before: int, file: str) -> list[dict[str, Any]]:
 
 def _cells(column: Any, name: str, before: int, file: str) -> list[Any]:
     """Raises DataError where Python has no such value: text that is not UTF-8, the year 300000."""
+    read = cell_reader(column.type)
     try:
-        return [without_nulls(cell) for cell in column.to_pylist()]
+        return [read(cell) for cell in column.to_pylist(maps_as_pydicts="strict")]
     except Exception:  # whatever Arrow raises for one of its many types
         for number, cell in enumerate(column, before + 1):
             try:
-                cell.as_py()
+                read(cell.as_py(maps_as_pydicts="strict"))
             except Exception as error:
                 raise DataError(
                     f"the value cannot be read: {error}. Mend it, or write the file without the column.",

@@ -55,6 +55,7 @@ def prepare_examples(
             "max_length": max_length,
             "data_format": config.data_format,
             "system_prompt": config.system_prompt,
+            "role_map": config.roles,
         }
         used = cache if config.cache_examples else None
         examples, account, how = _examples(some, template, options, config.strict, used)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from handspun.data.arrow_values import without_nulls
 from handspun.data.naming import file_name, listed, shown
-from handspun.data.parquet_files import without_nulls
 from handspun.data.row_files import SUFFIXES, read_file
 from handspun.errors import DataError
 

@@ -69,6 +69,8 @@ class Sentinels:
             hidden["reasoning_content"] = self._hide(message["reasoning_content"], "assistant", "the reasoning")
         if message.get("tool_calls"):
             hidden["tool_calls"] = [self._tool_call(call) for call in message["tool_calls"]]
+        if message.get("train") is False:
+            hidden["train"] = False
         for key in ("name", "tool_call_id"):
             if message.get(key):
                 hidden[key] = self._hide(message[key], "data", "a name")

@@ -5,8 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from handspun.data.conversations import DroppedRow, Message, check_writable
-from handspun.data.messages import Cell, read_messages, read_tools
+from handspun.data.messages import Cell, read_message, read_tools, read_turns, with_system_prompt
 from handspun.data.missing_bytes import missing_bytes
+from handspun.data.roles import UNKNOWN_ROLE, known_roles
 from handspun.data.said import said_ids
 from handspun.errors import ConfigError, DataError
 from handspun.models.embedding_rows import check_prompt
@@ -62,7 +63,7 @@ def left_out(model: ChatModel, prompts: list[Prompt], *, system_prompt: str | No
     found = [
         number
         for number, prompt in enumerate(prompts, start=1)
-        if missing.search(f"{system_prompt or ''}{_text_of(prompt)}".encode())
+        if missing.search(_text_of(prompt, number, system_prompt).encode())
     ]
     if found:
         named = f"prompt{'s' if len(found) > 1 else ''} {', '.join(map(str, found[:_MOST_NAMED]))}"
@@ -70,10 +71,10 @@ def left_out(model: ChatModel, prompts: list[Prompt], *, system_prompt: str | No
         yield f"{named}{more}: the tokenizer has no tokens for some characters, and leaves them out"
 
 
-def _text_of(prompt: Prompt) -> str:
+def _text_of(prompt: Prompt, number: int, system_prompt: str | None) -> str:
     if isinstance(prompt, str):
-        return prompt
-    return "".join(str(message.get("content") or "") for message in prompt)
+        return f"{system_prompt or ''}{prompt}"
+    return "".join(message["content"] for message in _conversation(prompt, number, system_prompt))
 
 
 def said_in(
@@ -94,17 +95,15 @@ def _conversation(prompt: Prompt, number: int, system_prompt: str | None) -> lis
     messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not messages:
         raise DataError(f"prompt {number} is a conversation without messages: expected at least one.")
+    read: list[Message] = []
     for i, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(
-                f"prompt {number}, message {i}: expected {{'role': 'user', 'content': 'text'}}, found {message!r}."
-            )
-    if system_prompt is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    with _in_words(f"prompt {number}"):  # a role that nobody knows must not get into the template
-        messages = read_messages(messages, Cell(f"prompt {number}"))
-        check_writable(messages)
-    return messages
+        name = f"prompt {number}, message {i}" if len(messages) > 1 else f"prompt {number}"
+        with _in_words(name):  # a role that nobody knows must not get into the template
+            read += [read_message(turn, {}) for turn in read_turns([message], Cell(name), {})]
+    read = with_system_prompt(read, system_prompt)
+    with _in_words(f"prompt {number}"):
+        check_writable(read)
+    return read
 
 
 def _read_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
@@ -119,7 +118,8 @@ def _in_words(what: str) -> Iterator[None]:
     try:
         yield
     except DroppedRow as reason:
-        raise DataError(f"{what} cannot be used: {reason}.") from None
+        known = f" Known roles, in any case: {known_roles()}." if str(reason).startswith(UNKNOWN_ROLE) else ""
+        raise DataError(f"{what} cannot be used: {reason}.{known}") from None
 
 
 def _check_plain(prompts: list[Prompt], system_prompt: str | None, tools: list[dict[str, Any]] | None) -> None:

@@ -35,13 +35,19 @@ def only_asks(row: Row) -> bool:
     return isinstance(row.values.get("prompt"), str) and IDS in row.values and "completion" not in row.values
 
 
-def question_of(row: Row, formats: Mapping[str, str], *, system_prompt: str | None) -> Question:
+def question_of(
+    row: Row,
+    formats: Mapping[str, str],
+    *,
+    system_prompt: str | None,
+    role_map: Mapping[str, str] | None = None,
+) -> Question:
     """What a row asks that training would not drop. formats: of each file."""
     instructions = read_instructions(row)
     if only_asks(row):
         messages: list[Message] = [{"role": "user", "content": row.values["prompt"]}]
         return Question(row.file, row.number, messages, None, instructions)
-    conversation = to_conversation(row, formats[row.file], system_prompt=system_prompt)
+    conversation = to_conversation(row, formats[row.file], system_prompt=system_prompt, role_map=role_map)
     *asked, last = conversation.messages
     needs_tools = bool(conversation.tools or last.get("tool_calls"))
     return Question(row.file, row.number, asked, str(last["content"]), instructions, needs_tools)

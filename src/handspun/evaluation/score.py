@@ -109,7 +109,7 @@ def score(
             f"the rows of {config.data} have prompts and no answers, so there is no loss to take. Give "
             "--generate: the model's answers are then held against the rows' instructions."
         )
-    questions = _questions(rows, account, config.system_prompt)
+    questions = _questions(rows, account, config)
     answers: dict[RowKey, GenerationResult] = {}
     if ask:
         asked = [question for question in questions if not question.needs_tools]
@@ -127,12 +127,12 @@ def score(
     return Scores(chat.name, config.data, fingerprint(rows), max_length, scored, account)
 
 
-def _questions(rows: Sequence[Row], account: RowAccount | None, system_prompt: str | None) -> list[Question]:
+def _questions(rows: Sequence[Row], account: RowAccount | None, config: DataConfig) -> list[Question]:
     """What the rows ask that were not dropped."""
     dropped = {(note.file, note.row) for note in account.dropped} if account else set()
     formats = account.formats if account else {}
     kept = [row for row in rows if (row.file, row.number) not in dropped]
-    return [question_of(row, formats, system_prompt=system_prompt) for row in kept]
+    return [question_of(row, formats, system_prompt=config.system_prompt, role_map=config.roles) for row in kept]
 
 
 def _row_score(

@@ -19,8 +19,8 @@ def look_at_rows(
     rows, held_out_rows = read_split(
         config.data, eval_data=config.eval_data, eval_ratio=config.eval_ratio, seed=config.seed
     )
-    said = list(said_in(rows, training.account))
-    held = list(said_in(held_out_rows, held_out.account)) if held_out else []
+    said = list(said_in(rows, training.account, config))
+    held = list(said_in(held_out_rows, held_out.account, config)) if held_out else []
     found = [*_lost(training.account, max_length), *findings_in_answers(said)]
     if held_out:
         of_held_out = [*_lost(held_out.account, max_length), *findings_in_answers(held)]

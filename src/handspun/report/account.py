@@ -1,15 +1,16 @@
 """The account of every row, and the lengths of examples, in lines for people."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 
 from handspun.data.example_arrays import learned_tokens_of, lengths_of
-from handspun.data.examples import Example, RowAccount, RowNote
+from handspun.data.examples import Example, RowAccount, RowNote, notes_by_text
 from handspun.data.naming import listed
 
 _SHOWN = 12
+_MOST_REASONS = 30
 
 
 def account_lines(account: RowAccount, *, max_length: int) -> list[str]:
@@ -18,13 +19,19 @@ def account_lines(account: RowAccount, *, max_length: int) -> list[str]:
     for file, columns in account.unused_columns.items():
         lines.append(f"{file}: columns not read: {listed(columns)}")
     lines.append(f"rows: {account.rows} read, {account.kept} kept, {len(account.dropped)} dropped")
-    for reason, notes in account.dropped_by_reason().items():
+    by_reason = account.dropped_by_reason()
+    for reason, notes in islice(by_reason.items(), _MOST_REASONS):
         lines.append(f"  dropped, {reason}: {len(notes)} ({row_numbers(notes)})")
+    if len(by_reason) > _MOST_REASONS:
+        others = [note for notes in islice(by_reason.values(), _MOST_REASONS, None) for note in notes]
+        reasons = len(by_reason) - _MOST_REASONS
+        lines.append(f"  dropped for {reasons} more reasons: {len(others)} ({row_numbers(others)})")
+    if advice := account.advice():
+        lines.append(f"  {advice}")
     if account.truncated:
         where = row_numbers(account.truncated)
         lines.append(f"  truncated to {max_length} tokens: {len(account.truncated)} ({where})")
-    for text in dict.fromkeys(note.text for note in account.notes):
-        noted = [note for note in account.notes if note.text == text]
+    for text, noted in notes_by_text(account.notes).items():
         lines.append(f"  {text}: {len(noted)} ({row_numbers(noted)})")
     return lines
 

@@ -83,7 +83,7 @@ def write_batch(skipped: Skipped, config: TrainConfig, training: ExampleSet) -> 
         for row in rows:
             if (row.file, row.number) in wanted:
                 data_format = training.account.formats[row.file]
-                said = to_conversation(row, data_format, system_prompt=config.system_prompt)
+                said = to_conversation(row, data_format, system_prompt=config.system_prompt, role_map=config.roles)
                 written = {"messages": said.messages, "tools": said.tools, "file": row.file, "row": row.number}
                 file.write(json.dumps(written, ensure_ascii=False) + "\n")
     return f"its rows are in {path}: handspun preview --data {path} --model {config.model} shows them"

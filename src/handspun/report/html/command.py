@@ -1,5 +1,6 @@
 """A run's options as the command that makes the run again."""
 
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import fields
@@ -36,5 +37,7 @@ def _typed(name: str, value: Any) -> list[str]:
         return ["--no-" + option.removeprefix("--")]
     if isinstance(value, list | tuple):
         return [part for one in value for part in _typed(name, one)]
+    if isinstance(value, Mapping):
+        return _typed(name, json.dumps(value, ensure_ascii=False))
     is_like_one = str(value).startswith("-")
     return [shlex.join([f"{option}={value}"] if is_like_one else [option, str(value)])]

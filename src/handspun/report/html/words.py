@@ -272,4 +272,6 @@ def shown(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
         return "; ".join(map(str, value))
+    if isinstance(value, dict):
+        return "; ".join(f"{name}={item}" for name, item in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,56 @@
+"""The role map: which role of a chat each name of the data stands for."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+ROLES = ("system", "user", "assistant", "tool")
+"""The roles that a chat has here."""
+
+_EXPECTED = "NAME=ROLE, as in --role-map agent=assistant, and ROLE one of " + ", ".join(ROLES)
+
+
+def normalize_role(name: str) -> str:
+    """Return a role's name as it is compared: lower case, no space around it, `_` for the spaces and hyphens in
+    it."""
+    return name.strip().lower().replace("-", "_").replace(" ", "_")
+
+
+def parse_role_map(given: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
+    """Return name -> role of texts such as `agent=assistant` or `agent=assistant,customer=user`, or of a mapping.
+
+    A text may also be a JSON object, which is how a mapping in a YAML file arrives. Raises ValueError, which says
+    what is wrong.
+    """
+    role_map: dict[str, str] = {}
+    for name, role in _pairs(given):
+        if not isinstance(role, str) or normalize_role(role) not in ROLES:
+            raise ValueError(f"{name!r} is mapped to {role!r}, which is no role (expected {_EXPECTED}).")
+        key = normalize_role(name)
+        if not key:
+            raise ValueError(f"a name is empty (expected {_EXPECTED}).")
+        if role_map.setdefault(key, normalize_role(role)) != normalize_role(role):
+            raise ValueError(f"{name!r} is mapped to two roles, {role_map[key]} and {role}. Give one of them.")
+    return role_map
+
+
+def _pairs(given: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(given, Mapping):
+        yield from ((str(name), role) for name, role in given.items())
+        return
+    if not isinstance(given, str | list | tuple):
+        raise ValueError(f"{given!r} is no role map (expected {_EXPECTED}).")
+    for text in [given] if isinstance(given, str) else given:
+        if not isinstance(text, str):
+            raise ValueError(f"{text!r} is no text (expected {_EXPECTED}).")
+        if text.lstrip().startswith("{"):
+            try:
+                yield from _pairs(json.loads(text))
+            except json.JSONDecodeError:
+                raise ValueError(f"{text!r} is no JSON object (expected {_EXPECTED}).") from None
+            continue
+        for pair in filter(str.strip, text.split(",")):
+            name, equals, role = pair.rpartition("=")
+            if not equals:
+                raise ValueError(f"{pair.strip()!r} maps to nothing (expected {_EXPECTED}).")
+            yield name, role
