@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
@@ -62,17 +63,25 @@ def test_a_frozen_input_gets_no_gradient_and_the_adapter_does() -> None:
     assert lora.base_layer.weight.grad is None
 
 
-def test_dropout_and_disabled_adapters_are_left_to_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_is_on_the_adapters_input_in_training_and_off_otherwise() -> None:
+    """y = x @ W.T + bias + 2 * dropped(x) @ A.T @ B.T, with what the same seed drops of x."""
     lora, x = layer(dropout=0.5)
-    alone = lora.base_layer(x)
-    lora.train()
-    seen: list[str] = []
-    monkeypatch.setattr(Linear, "forward", lambda self, x: (seen.append("peft"), self.base_layer(x))[1])
-    lora(x)
-    assert seen == ["peft"]
-    lora.eval()
-    assert not torch.allclose(lora(x), alone)  # without dropout it is one operation
-    assert seen == ["peft"]
+    a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
+    base = F.linear(x, lora.base_layer.weight, lora.base_layer.bias)
+    torch.manual_seed(1)
+    dropped = F.dropout(x, 0.5)
+    assert 0.3 < (dropped == 0).float().mean() < 0.7
+    torch.manual_seed(1)
+    torch.testing.assert_close(lora.train()(x), base + 2 * dropped @ a.t() @ b.t(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lora.eval()(x), base + 2 * x @ a.t() @ b.t(), rtol=1e-5, atol=1e-5)
+
+
+def test_disabled_and_merged_adapters_are_not_added_again() -> None:
+    lora, x = layer()
+    with_adapter, base = lora(x), F.linear(x, lora.base_layer.weight, lora.base_layer.bias)
+    assert not torch.allclose(with_adapter, base, atol=0.01)
     lora.enable_adapters(False)
-    assert torch.equal(lora(x), alone)
-    assert seen == ["peft", "peft"]
+    torch.testing.assert_close(lora(x), base)
+    lora.enable_adapters(True)
+    lora.merge()
+    torch.testing.assert_close(lora(x), with_adapter, rtol=1e-4, atol=1e-4)

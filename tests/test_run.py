@@ -111,16 +111,21 @@ def test_an_int8_base_trains_packed_and_leaves_an_ordinary_adapter(tiny_folder: 
 
 
 def test_the_best_checkpoint_is_kept_not_the_last(tiny_folder: Path, data: Path) -> None:
-    """A rate so high that the second epoch is worse than the first."""
+    """A rate so high that the first step is an improvement, and everything after it is not."""
     made = config(tiny_folder, data, learning_rate=0.5, warmup_ratio=0.0, lr_schedule="constant", eval_steps=1)
     run = train(made, console=quiet_console())
-    best = min(run.evaluations, key=lambda e: e.loss)
-    if best.step == 0:
-        assert run.best_checkpoint is None
-        assert not data.with_name("output").joinpath("checkpoint-best").exists()
-    else:
-        manifest = json.loads((data.with_name("output") / "checkpoint-best" / "manifest.json").read_text())
-        assert manifest["step"] == best.step
+    assert [evaluation.best for evaluation in run.evaluations] == [True, True, False, False, False]
+    folder = data.with_name("output") / "checkpoint-best"
+    assert run.best_checkpoint == folder
+    assert json.loads((folder / "manifest.json").read_text())["step"] == 1
+
+
+def test_a_run_that_only_gets_worse_has_no_best_checkpoint(tiny_folder: Path, data: Path) -> None:
+    made = config(tiny_folder, data, learning_rate=3.0, warmup_ratio=0.0, lr_schedule="constant", eval_steps=1)
+    run = train(made, console=quiet_console())
+    assert [evaluation.best for evaluation in run.evaluations] == [True, False, False, False, False]
+    assert run.best_checkpoint is None
+    assert not data.with_name("output").joinpath("checkpoint-best").exists()
 
 
 def test_a_dry_run_tells_the_plan_and_writes_nothing(tiny_folder: Path, data: Path) -> None:

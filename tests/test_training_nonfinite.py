@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -96,10 +97,23 @@ def test_a_run_that_is_to_stop_says_what_it_stopped_at_first() -> None:
     assert isinstance(seen[-1], Skipped)
 
 
-def test_a_finite_loss_with_an_infinite_gradient_is_left_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("handspun.training.loop.clip_gradients", lambda *_: math.inf)
-    events = [event for event, _ in run(replace(CONFIG, max_skipped_steps=100), rows(set()))]
-    assert all(isinstance(event, Skipped) and math.isfinite(event.loss) for event in events[:-1])
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_a_finite_loss_with_an_infinite_gradient_is_left_out_too(batching: Literal["packed", "padded"]) -> None:
+    """Hidden states of 1e25 and a head of 1e-25: logits are as ever, and the square of the head's gradient is
+    beyond float32."""
+    model, examples = tiny_model("qwen2", initializer_range=0.05), rows(set())
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1e25)
+        model.lm_head.weight.mul_(1e-25)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    config = replace(CONFIG, max_skipped_steps=100, batching=batching)
+    with execution_of(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
+        events = list(train(Loop(config=config, examples=examples, execution=execution), start(model, config)))
+    skipped = [event for event in events if isinstance(event, Skipped)]
+    assert [event.skipped for event in skipped] == [1, 2, 3, 4, 5, 6]
+    assert not [event for event in events if isinstance(event, Step)]
+    assert all(math.isfinite(event.loss) and event.grad_norm == math.inf for event in skipped)
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
 
 
 def test_a_limit_of_none_at_all_is_refused() -> None:

@@ -374,4 +374,4 @@ def test_bfloat16_products_stay_near_float32() -> None:
     assert rounded != exact
     for name, gradient in gradients(model).items():
         assert gradient.dtype == torch.float32
-        assert (gradient - wanted[name]).norm() < 0.1 * wanted[name].norm(), name
+        assert (gradient - wanted[name]).norm() < 0.02 * wanted[name].norm(), name
