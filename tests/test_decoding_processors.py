@@ -286,9 +286,17 @@ def test_excluding_everything_is_an_error_that_names_the_options():
     check_some_left(filtered[:1], rows[:1], made)
 
 
-def test_ids_that_the_head_cannot_give_are_passed_over():
-    assert filters.repetition_penalty(torch.ones(1, 3), [[1, 7]], 2.0).tolist() == [[1.0, 0.5, 1.0]]
-    assert filters.forbid(torch.ones(1, 3), (1, 7), [True]).tolist() == [[1.0, -_INF, 1.0]]
+@pytest.mark.parametrize("beyond", [3, 4, 7])
+def test_ids_that_the_head_cannot_give_are_passed_over(beyond):
+    """The head gives 0, 1 and 2; a tokenizer may have more ids."""
+    ones = torch.ones(1, 3)
+    assert filters.repetition_penalty(ones, [[1, beyond]], 2.0).tolist() == [[1.0, 0.5, 1.0]]
+    assert filters.presence_penalty(ones, [[1, beyond]], 0.5).tolist() == [[1.0, 0.5, 1.0]]
+    assert filters.frequency_penalty(ones, [[1, beyond, 1]], 0.25).tolist() == [[1.0, 0.5, 1.0]]
+    biases = [((1,), 2.0), ((beyond,), 3.0), ((1, beyond), 4.0)]
+    assert filters.sequence_bias(ones, [[1]], biases).tolist() == [[1.0, 3.0, 1.0]]
+    assert filters.forbid(ones, (1, beyond), [True]).tolist() == [[1.0, -_INF, 1.0]]
+    assert filters.no_repeat_ngram(ones, [[0, beyond, 0]], 2).tolist() == [[1.0, 1.0, 1.0]]
 
 
 def test_top_k_keeps_ties():
