@@ -72,6 +72,27 @@ def test_a_frozen_head_hands_the_gradient_on_and_keeps_none() -> None:
     assert [parameter.grad for parameter in frozen.parameters()] == [None, None]
 
 
+def test_rows_of_very_different_size_are_reduced_each_by_its_own_highest_logit() -> None:
+    """Two equal logits of 1,000 in one row, of 0 in the other: log 2 each, and a gradient of a half."""
+    head = nn.Linear(1, 2, bias=False)
+    head.weight = nn.Parameter(torch.tensor([[1000.0], [1000.0]]))
+    hidden, targets = torch.tensor([[1.0], [0.0]]), torch.tensor([0, 1])
+    loss, gradient = head_backward(head, hidden, targets, 1)
+    assert loss == pytest.approx(2 * math.log(2), rel=1e-4)  # float32 near 1,000
+    assert gradient.flatten().tolist() == pytest.approx([0.0, 0.0])
+    assert head.weight.grad is not None
+    assert head.weight.grad.flatten().tolist() == pytest.approx([-0.5, 0.5])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_of_another_kind_gives_its_loss_without_gradients_too(bias: bool) -> None:
+    hidden, targets = torch.randn(7, 6), torch.tensor([0, 10, 3, 3, 5, 1, 2])
+    expected = head_loss(Wrapped(a_head(bias=bias)), hidden, targets).item()
+    with torch.no_grad():
+        losses = [head_loss(head, hidden, targets) for head in (a_head(bias=bias), Wrapped(a_head(bias=bias)))]
+    assert [loss.item() for loss in losses] == pytest.approx([expected] * 2, rel=1e-6)
+
+
 def test_large_logits_do_not_overflow() -> None:
     head = nn.Linear(1, 3, bias=False)
     head.weight = nn.Parameter(torch.tensor([[200.0], [0.0], [-200.0]]))

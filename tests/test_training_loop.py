@@ -1,7 +1,7 @@
 """The loop: every row, every token once, the same result however the work is cut, and it learns."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -107,6 +107,100 @@ def test_events_come_in_order_and_the_best_is_marked() -> None:
         assert evaluation.best == (evaluation.loss < lowest)
         lowest = min(lowest, evaluation.loss)
     assert [event.epoch for event in events if isinstance(event, EpochEnd)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("eval_steps", "steps"),
+    [
+        (None, [0, 3, 6]),
+        (1, [0, 1, 2, 3, 4, 5, 6]),
+        (2, [0, 2, 3, 4, 6]),
+        (4, [0, 3, 4, 6]),
+        (100, [0, 3, 6]),
+    ],
+)
+def test_held_out_rows_are_due_at_the_start_every_so_many_steps_and_after_each_epoch(
+    eval_steps: int | None, steps: list[int]
+) -> None:
+    config = TrainConfig(num_epochs=2, batch_size=4, eval_steps=eval_steps)
+    events = run(config, random_examples(10), random_examples(3, seed=9))
+    assert [event.step for event in events if isinstance(event, Evaluation)] == steps
+    assert [event.epoch for event in events if isinstance(event, Evaluation)] == [-(-step // 3) for step in steps]
+
+
+@pytest.mark.parametrize("eval_steps", [None, 1])
+def test_without_held_out_rows_there_is_no_evaluation(eval_steps: int | None) -> None:
+    events = run(TrainConfig(num_epochs=1, batch_size=4, eval_steps=eval_steps), random_examples(8))
+    assert [type(event).__name__ for event in events] == ["Step", "Step", "EpochEnd"]
+
+
+class Scripted:
+    """An execution whose held-out losses are written down, and whose steps learn nothing."""
+
+    def __init__(self, losses: list[float]) -> None:
+        self.losses = iter(losses)
+
+    def cut(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
+        assert max_tokens == 77  # that of the state, which memory may have made smaller than what was asked for
+        yield list(batch)
+
+    def computed_tokens(self, part: Sequence[Example]) -> int:
+        return sum(map(len, part))
+
+    def loss(self, part: Sequence[Example]) -> float:
+        return next(self.losses) * sum(example.learned_tokens for example in part)
+
+    def row_losses(self, part: Sequence[Example]) -> list[float]:
+        raise AssertionError(f"of {len(part)} rows")
+
+    def backward(self, part: Sequence[Example], divisor: int) -> float:
+        assert part
+        return 2.0 * divisor
+
+
+def scripted_events(losses: list[float], *, from_step: int = 0, best_loss: float = math.inf) -> list[Event]:
+    config = TrainConfig(num_epochs=2, batch_size=2, eval_steps=1, max_tokens=123)
+    state = start(tiny_model("qwen2"), config)
+    state.step, state.best_loss, state.max_tokens = from_step, best_loss, 77
+    loop = Loop(
+        config=config, examples=random_examples(6), held_out=random_examples(3), execution=Scripted(losses)
+    )
+    return list(train(loop, state))
+
+
+def test_the_best_is_the_lowest_of_all_not_of_the_last_two() -> None:
+    events = scripted_events([5.0, 4.0, 6.0, 4.5, 4.0, 3.5, math.nan])
+    evaluations = [event for event in events if isinstance(event, Evaluation)]
+    assert [evaluation.loss for evaluation in evaluations[:-1]] == pytest.approx([5.0, 4.0, 6.0, 4.5, 4.0, 3.5])
+    assert [evaluation.best for evaluation in evaluations] == [True, True, False, False, False, True, False]
+
+
+def test_a_run_that_goes_on_does_not_evaluate_before_its_first_step() -> None:
+    """From the middle of the first epoch, and from the end of it."""
+    events = scripted_events([4.0, 4.5, 3.5, 9.0], from_step=2, best_loss=4.2)
+    assert [(type(event).__name__, event.step) for event in events][:4] == [
+        ("Step", 3), ("Evaluation", 3), ("EpochEnd", 3), ("Step", 4),
+    ]  # fmt: skip
+    assert [event.best for event in events if isinstance(event, Evaluation)] == [True, False, True, False]
+    events = scripted_events([4.0, 4.5, 3.5], from_step=3)
+    assert [(type(event).__name__, event.step) for event in events][:2] == [("Step", 4), ("Evaluation", 4)]
+    assert [step.epoch for step in steps(events)] == [2, 2, 2]
+
+
+def test_a_run_that_goes_on_takes_the_rows_that_are_left() -> None:
+    """Steps of 2 rows of a seeded order: from step 2, the last two rows of the first epoch, then all six."""
+    whole = [step.tokens for step in steps(scripted_events([1.0] * 7))]
+    assert len(set(whole)) > 3
+    assert [step.tokens for step in steps(scripted_events([1.0] * 7, from_step=2))] == whole[2:]
+
+
+def test_the_same_held_out_loss_again_is_not_the_best_again() -> None:
+    """At a rate that moves nothing, all evaluations are equal."""
+    config = TrainConfig(num_epochs=2, batch_size=4, learning_rate=1e-30)
+    events = run(config, random_examples(8), random_examples(3, seed=9))
+    evaluations = [event for event in events if isinstance(event, Evaluation)]
+    assert len({evaluation.loss for evaluation in evaluations}) == 1
+    assert [evaluation.best for evaluation in evaluations] == [True, False, False]
 
 
 def test_clipping_bounds_the_update_and_zero_turns_it_off() -> None:
