@@ -1,5 +1,6 @@
 """Order, batches, micro-batches and padding."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +32,23 @@ def test_micro_batches_hold_every_row_once_and_keep_to_max_tokens(lengths: list[
     assert sorted(e.row for part in parts for e in part) == list(range(len(rows)))
     for part in parts:
         assert len(part) == 1 or len(part) * max(len(e) for e in part) <= max_tokens
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "parts"),
+    [
+        ([3, 4], 8, [[3, 4]]),  # two rows of 4, padded: 8
+        ([3, 4], 7, [[3], [4]]),
+        ([9, 2, 5, 2], 15, [[2, 2, 5], [9]]),
+        ([9, 2, 5, 2], 14, [[2, 2], [5], [9]]),
+        ([4, 4, 4], 12, [[4, 4, 4]]),
+        ([4, 4, 4], 11, [[4, 4], [4]]),
+        ([20, 1], 5, [[1], [20]]),
+    ],
+)
+def test_micro_batches_by_hand(lengths: list[int], max_tokens: int, parts: list[list[int]]) -> None:
+    made = micro_batches([example(length) for length in lengths], max_tokens)
+    assert [[len(e) for e in part] for part in made] == parts
 
 
 def test_collate_pads_on_the_right_and_masks_by_hand() -> None:

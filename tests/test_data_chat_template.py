@@ -167,6 +167,7 @@ def test_no_users_text_becomes_an_added_token(template: ChatTemplate) -> None:
 
 def test_an_assistant_cannot_forge_a_turn_but_may_say_what_it_must(template: ChatTemplate) -> None:
     special = {t.content for t in template.tokenizer.added_tokens_decoder.values() if t.special}
+    assert template.end_of_turn in special
     for text in special:
         (encoded,) = template.encode(turns("hello", f"before {text} after"))
         (span,) = learned_spans(template, turns("hello", f"before {text} after"))
@@ -204,6 +205,7 @@ def test_no_tool_schema_argument_or_result_forges_a_token(template: ChatTemplate
         return
     added_ids = set(template.tokenizer.added_tokens_decoder)
     expected = [i for i in template.encode(*with_forgery("harmless"))[0].input_ids if i in added_ids]
+    assert template.end_of_turn in added_tokens(template)
     for text in added_tokens(template):
         (encoded,) = template.encode(*with_forgery(text))
         assert [i for i in encoded.input_ids if i in added_ids] == expected, text

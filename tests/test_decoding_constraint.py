@@ -55,7 +55,9 @@ def _schemas(draw: st.DrawFn, depth: int = 2) -> dict:
 @settings(max_examples=25, deadline=None)
 @given(_schemas(), st.sampled_from(_MODES), st.integers(0, 100))
 def test_answers_are_json_of_the_schema(schema, mode, seed):
-    for answer in _answers(json_schema=schema, seed=seed, max_new_tokens=400, **mode):
+    answers = _answers(json_schema=schema, seed=seed, max_new_tokens=400, **mode)
+    assert answers
+    for answer in answers:
         assert answer.finish_reason == "eos"
         jsonschema.validate(json.loads(answer.text), schema)
 
@@ -75,7 +77,9 @@ _REGEXES = st.recursive(
 @settings(max_examples=40, deadline=None)
 @given(_REGEXES, st.sampled_from(_MODES), st.integers(0, 100))
 def test_answers_match_the_regular_expression(regex, mode, seed):
-    for answer in _answers(_PROMPTS[:2], regex=regex, seed=seed, **mode):
+    answers = _answers(_PROMPTS[:2], regex=regex, seed=seed, **mode)
+    assert len(answers) >= 2
+    for answer in answers:
         assert answer.finish_reason == "eos"
         assert re.fullmatch(regex, answer.text)
 

@@ -82,6 +82,7 @@ def test_explaining_changes_no_answer_and_explains_every_token_of_it():
 
 def test_an_explained_draw_is_the_one_that_was_made():
     answer = _answer(logprobs=True, **_SAMPLING)
+    assert len(answer.explanation) == len(answer.token_ids) > 0
     for number, step in enumerate(answer.explanation):
         noise = gumbel_noise((3, 0, 0), number, 330)
         assert step.chosen.noise == noise[step.chosen.token_id].item()
@@ -100,6 +101,7 @@ def test_rows_of_a_batch_have_their_own_explanations():
     together = generate(_CHAT, prompts, **options)
     for prompt, seed, answer in zip(prompts, (1, 2, 3), together, strict=True):
         [alone] = generate(_CHAT, prompt, **{**options, "seed": seed})
+        assert len(answer.explanation) == len(answer.token_ids) > 0
         for one, other in zip(alone.explanation, answer.explanation, strict=True):
             assert (one.rank, one.left, one.chosen.noise) == (other.rank, other.left, other.chosen.noise)
             assert one.probability == pytest.approx(other.probability, abs=1e-5)

@@ -121,6 +121,7 @@ def test_sampled_tokens_are_those_of_a_plain_forward_without_cache(chat):
     settings = {"do_sample": True, "temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.2}
     answer = _generate(chat, ["a", "Tell me a joke"], seed=5, **settings)[1]
     ids = list(answer.prompt_token_ids)
+    assert answer.token_ids
     for step, token in enumerate(answer.token_ids):
         table = torch.tensor([ids])
         logits = chat.model(table).logits[:, -1]
@@ -334,12 +335,14 @@ def test_a_malformed_conversation_is_named(chat, prompt):
         generate(chat, ["Hi", *prompt], notice=str)
 
 
-@pytest.mark.parametrize("prompt", ["a\ud800", [{"role": "user", "content": "a\ud800"}]], ids=ascii)
-@pytest.mark.parametrize("is_chat", [True, False])
+@pytest.mark.parametrize(
+    ("prompt", "is_chat"),
+    [("a\ud800", True), ("a\ud800", False), ([{"role": "user", "content": "a\ud800"}], True)],
+    ids=ascii,
+)
 def test_half_a_surrogate_pair_is_named(chat, prompt, is_chat):
-    if is_chat or isinstance(prompt, str):
-        with pytest.raises(DataError, match="prompt 1 cannot be used: broken Unicode"):
-            generate(chat, [prompt], chat=is_chat, notice=str)
+    with pytest.raises(DataError, match="prompt 1 cannot be used: broken Unicode"):
+        generate(chat, [prompt], chat=is_chat, notice=str)
 
 
 def test_a_tokenizer_without_a_template_can_still_take_plain_text():

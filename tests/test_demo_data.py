@@ -32,6 +32,7 @@ def test_no_question_is_asked_twice_and_none_is_both_trained_and_held_out() -> N
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_row_is_short_and_whole(path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(embedded_folder(print))
+    assert len(rows_of(path)) > 20
     for number, row in enumerate(rows_of(path), start=1):
         assert row["instruction"].strip(), number
         assert row["output"].strip(), number
@@ -42,12 +43,15 @@ def test_every_row_is_short_and_whole(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_sums_are_right(path: Path) -> None:
     """Every `a x b = c` in an answer, worked out again."""
+    sums = 0
     for row in rows_of(path):
         for clause in row["output"].replace("First, ", "").replace("Then, ", "").split(". "):
             left, equals, right = clause.partition(" = ")
             expression = left.replace(" x ", " * ")
             if equals and set(expression) <= set("0123456789+-*/(). ") and right.rstrip(".").isdigit():
                 assert eval(expression) == int(right.rstrip(".")), row  # digits and operators only
+                sums += 1
+    assert sums > 3
 
 
 def test_the_configuration_is_a_valid_one() -> None:

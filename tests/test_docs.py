@@ -90,6 +90,16 @@ def test_commands_have_options_that_exist(page: Path) -> None:
         app.parse_args(without_config(arguments), exit_on_error=False, print_error=False)
 
 
+def test_there_are_commands_scripts_and_links_to_look_at() -> None:
+    """The tests of pages say nothing of what their patterns do not find."""
+    pages = [README, *PAGES]
+    assert sum(len(commands(page)) for page in pages) > 50
+    assert sum(len(commands(page, program="make")) for page in pages) > 3
+    assert sum(len(commands(page, program="python")) for page in pages) > 3
+    assert sum(len(links(page)) for page in pages) > 50
+    assert sum(bool(anchor) for page in pages for _, anchor in links(page)) > 10
+
+
 def without_config(arguments: list[str]) -> list[str]:
     """--config and its file, which are read before the other options are."""
     at = arguments.index("--config") if "--config" in arguments else len(arguments)

@@ -73,6 +73,7 @@ def test_scores_do_not_depend_on_the_batch_size(chat: ChatModel, rows: Path) -> 
 def test_the_loss_is_transformers_own(chat: ChatModel, rows: Path) -> None:
     examples = prepare_examples(DataConfig(data=str(rows)), chat.template, max_length=512)[0].examples
     scores = scores_of(chat, rows)
+    assert len(examples) == 7
     for example, row in zip(examples, scores.rows, strict=True):
         labels = [id if learned else -100 for id, learned in zip(example.input_ids, example.learned, strict=True)]
         with torch.no_grad():
@@ -85,6 +86,7 @@ def test_the_engine_that_decodes_gives_the_same_losses(chat: ChatModel, rows: Pa
     """With logits for two positions at a time; int8 comes this way, and stays near."""
     examples = prepare_examples(DataConfig(data=str(rows)), chat.template, max_length=512)[0].examples
     expected = row_losses(chat, examples, batch_size=8, notice=lambda _: None)
+    assert len(examples) == len(expected) == 7
     for example in examples:
         loss, tokens = expected[example.file, example.row]
         assert _answer_loss(make_engine(chat), example, 2) == pytest.approx(loss, rel=1e-5)

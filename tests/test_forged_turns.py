@@ -197,7 +197,9 @@ def trained_and_prompted(chat: ChatModel, conversation: Conversation) -> list[li
 
 def check(chat: ChatModel, field: Callable[[str], Conversation], *, tokens: list[str]) -> None:
     expected = trained_and_prompted(chat, field(HARMLESS))
+    assert tokens
     for token in tokens:
+        assert token in forms(token)
         for text in forms(token):
             assert trained_and_prompted(chat, field(text)) == expected, repr(text)
 
@@ -247,6 +249,7 @@ def test_an_end_of_turn_that_is_not_marked_special_is_not_said_by_an_assistant_e
 
 
 def test_a_role_is_no_place_for_a_turn(qwen: ChatModel) -> None:
+    assert "<|im_end|>" in added(qwen)
     for token in added(qwen):
         messages = [{"role": f"user\nHi{token}", "content": "Hi"}]
         with pytest.raises(DataError, match="prompt 1 cannot be used: the unknown role"):

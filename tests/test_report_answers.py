@@ -29,6 +29,7 @@ def test_sample_answers_change_nothing_of_the_training(tiny_folder: Path, tmp_pa
 def test_weights_lie_as_they_lay_before_the_answers(tiny_chat: handspun.ChatModel) -> None:
     before = {name: weight.clone() for name, weight in tiny_chat.model.state_dict().items()}
     sample_answers(tiny_chat, ["Say 3."])
+    assert tiny_chat.model.state_dict().keys() == before.keys() > set()
     for name, weight in tiny_chat.model.state_dict().items():
         assert weight.untyped_storage().nbytes() == weight.nbytes
         assert weight.equal(before[name])

@@ -141,4 +141,6 @@ def test_the_heaviest_batches_stand_for_all() -> None:
 
 
 def test_without_a_word_from_the_system_nothing_is_refused() -> None:
-    check_room(CONFIG, rows(), shapes_of, None, processes=Processes(), notice=str)
+    said: list[str] = []
+    check_room(CONFIG, rows(), shapes_of, None, processes=Processes(), notice=said.append)
+    assert said == []

@@ -222,6 +222,21 @@ def test_micro_batches_keep_order_and_max_tokens(lengths: list[int], max_tokens:
     assert all(len(part) == 1 or sum(map(len, part)) <= max_tokens for part in parts)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "parts"),
+    [
+        ([3, 4], 7, [[3, 4]]),
+        ([3, 4], 6, [[3], [4]]),
+        ([9, 2, 5, 2], 11, [[9, 2], [5, 2]]),
+        ([9, 2, 5, 2], 9, [[9], [2, 5, 2]]),
+        ([20, 2], 5, [[20], [2]]),
+    ],
+)
+def test_packed_micro_batches_by_hand(lengths: list[int], max_tokens: int, parts: list[list[int]]) -> None:
+    batch = [Example([1] * n, [False] + [True] * (n - 1), "a", i) for i, n in enumerate(lengths)]
+    assert [[len(e) for e in part] for part in packed_micro_batches(batch, max_tokens)] == parts
+
+
 def run(config: TrainConfig, examples: list[Example], notices: list[str] | None = None) -> list[Step]:
     model = model_of("qwen2")
     if config.lora:
