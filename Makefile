@@ -2,6 +2,7 @@
 # make test    the tests
 # make torture kill a run at random moments, some hundred times, and compare its weights (minutes)
 # make test-readers  what is saved, opened by transformers 4 and CTranslate2
+# make mutants put some thousand small faults into the core, one at a time: 95 % have to be noticed (an hour)
 # make check   format, lint, types, and the house's own tests
 # make bench   the tables of docs/benchmarks.md
 # Each makes the virtual environment that it needs; what is there already is not made again.
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 THREADS_OF_TESTS := OMP_NUM_THREADS=1
 
-.PHONY: demo test torture test-readers check bench
+.PHONY: demo test torture mutants test-readers check bench
 
 demo: $(VENV)/.installed
 	$(BIN)/handspun demo --overwrite
@@ -29,6 +30,9 @@ test-readers: $(VENV)/.installed-dev .venv-readers/.installed
 	rm -rf $(READERS)
 	$(BIN)/python tests/readers.py make $(READERS)
 	.venv-readers/bin/python tests/readers.py check $(READERS)
+
+mutants: $(VENV)/.installed-mutants
+	$(BIN)/python tests/mutants.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check
@@ -87,4 +91,8 @@ OPENVINO := benchmarks/constraints-openvino.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --group dev
+	touch $@
+
+$(VENV)/.installed-mutants: $(VENV)/.installed-dev
+	$(PIP) --group mutants
 	touch $@

@@ -1,0 +1,237 @@
+"""Put small faults into the core's code, one at a time, and run the tests that should notice.
+
+    python tests/mutants.py                          # what `make mutants` runs: an hour at most on two cores
+    python tests/mutants.py training/optim.py --all  # every mutant of one file
+
+The faults (mutants) are mutmut's: `<=` for `<`, `-` for `+`, a number one larger, `or` for `and`, an argument left
+out. mutmut's own runner does not change decorated functions, which are half of the core, and it chooses tests by
+what they touch; here mutants.toml says which tests belong to which file. Each mutant is run in a fork of a process
+that has imported torch and transformers, by a loader that gives the changed code in place of the file's.
+
+Ends with 1 if fewer than 95 % are noticed.
+"""
+
+import argparse
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import math
+import os
+import random
+import signal
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import libcst
+import libcst.metadata
+from mutmut.mutation.mutators import mutation_operators
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "src" / "handspun"
+ENOUGH = 0.95
+"""Share of the mutants that has to be noticed."""
+_SWAPPED = {"min": "max", "max": "min", "any": "all", "all": "any", "ceil": "floor", "floor": "ceil"}
+_SWAPPED |= {"argmax": "argmin", "amax": "amin", "amin": "amax", "zeros": "ones", "zeros_like": "ones_like"}
+"""Names that mutmut does not change, and that are easily mistaken for each other."""
+_LEFT_ALONE = (
+    libcst.Annotation, libcst.Decorator, libcst.Import, libcst.ImportFrom, libcst.Raise, libcst.Assert,
+    libcst.SimpleString, libcst.ConcatenatedString, libcst.FormattedString,
+)  # fmt: skip
+"""Neither types nor texts are changed, nor what an error says; what leads to it is."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A file's code with one fault in it."""
+
+    line: int
+    before: str
+    after: str
+    code: str
+
+
+def mutants_of(path: Path) -> list[Mutant]:
+    """All mutants of a file, in the order of its lines."""
+    wrapper = libcst.metadata.MetadataWrapper(libcst.parse_module(path.read_text(encoding="utf-8")))
+    visitor = _Visitor()
+    wrapper.visit(visitor)
+    module, made = wrapper.module, []
+    for node, changed, line in visitor.found:
+        code = module.deep_replace(node, changed).code
+        before, after = module.code_for_node(node), module.code_for_node(changed)
+        if code != module.code:
+            made.append(Mutant(line, before, after, code))
+    return sorted(made, key=lambda mutant: mutant.line)
+
+
+class _Visitor(libcst.CSTVisitor):
+    """Collects (node, what takes its place, line)."""
+
+    METADATA_DEPENDENCIES = (libcst.metadata.PositionProvider,)
+
+    def __init__(self) -> None:
+        self.found: list[tuple[libcst.CSTNode, libcst.CSTNode, int]] = []
+
+    def on_visit(self, node: libcst.CSTNode) -> bool:
+        if isinstance(node, _LEFT_ALONE) or _is_type(node):
+            return False
+        line = self.get_metadata(libcst.metadata.PositionProvider, node).start.line
+        for kind, operator in mutation_operators:
+            if isinstance(node, kind):
+                self.found += [(node, new, line) for new in operator(node) if _device(new) == _device(node)]
+        if isinstance(node, libcst.Name) and node.value in _SWAPPED:
+            self.found.append((node, node.with_changes(value=_SWAPPED[node.value]), line))
+        return True
+
+
+def _device(node: libcst.CSTNode) -> str | None:
+    """Where a call makes its tensor: a fault there is seen on a GPU only."""
+    arguments = node.args if isinstance(node, libcst.Call) else ()
+    module = libcst.Module([])
+    return next(
+        (module.code_for_node(arg) for arg in arguments if arg.keyword and arg.keyword.value == "device"), None
+    )
+
+
+def _is_type(node: libcst.CSTNode) -> bool:
+    """Whether the statement only names a type, or what a module exports."""
+    if not isinstance(node, libcst.Assign):
+        return False
+    target = node.targets[0].target
+    return isinstance(target, libcst.Name) and (target.value == "__all__" or target.value[0].isupper())
+
+
+def sample(mutants: Sequence[Mutant], most: int | None) -> list[Mutant]:
+    """Return at most so many, the same ones each time, spread over the whole file."""
+    if most is None or len(mutants) <= most:
+        return list(mutants)
+    chosen = random.Random(0).sample(range(len(mutants)), most)
+    return [mutants[i] for i in sorted(chosen)]
+
+
+class _Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Gives a module the code of a mutant."""
+
+    def __init__(self, module: str, path: Path, code: str) -> None:
+        self.module, self.path, self.code = module, path, code
+
+    def find_spec(self, fullname: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.module:
+            return None
+        return importlib.util.spec_from_file_location(fullname, self.path, loader=self)
+
+    def exec_module(self, module: ModuleType) -> None:
+        exec(compile(self.code, self.path, "exec"), module.__dict__)
+
+
+def run_tests(file: str, code: str, tests: Sequence[str]) -> int:
+    """pytest's exit status with this code in place of the file's: 0 if nothing was noticed."""
+    import pytest
+
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+    module = "handspun." + file.removesuffix(".py").replace("/", ".")
+    sys.meta_path.insert(0, _Loader(module, SOURCES / file, code))
+    # Nothing that only explains a failure, or that costs time at the start or the end of every run.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    options = ["-x", "-q", "--tb=no", "--assert=plain", "--hypothesis-seed=0", "-p", "_hypothesis_pytestplugin"]
+    options += ["-p", "no:cacheprovider", "-p", "no:unraisableexception"]
+    return int(pytest.main([*options, *tests]))
+
+
+def in_fork(file: str, code: str, tests: Sequence[str]) -> int:
+    """The process that runs the tests; it is its group's leader, so that what it starts ends with it."""
+    if child := os.fork():
+        return child
+    status = 70
+    try:
+        os.setpgid(0, 0)
+        status = run_tests(file, code, tests)
+    finally:
+        os._exit(status)
+
+
+def unnoticed(
+    file: str, mutants: Sequence[Mutant], tests: Sequence[str], *, jobs: int, limit: float
+) -> Iterator[Mutant]:
+    """Run the tests on each mutant, `jobs` at a time, and yield those at which no test fails."""
+    waiting, running = list(reversed(mutants)), dict[int, tuple[Mutant, float]]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            mutant = waiting.pop()
+            running[in_fork(file, mutant.code, tests)] = mutant, time.monotonic() + limit
+        for child, (mutant, end) in list(running.items()):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                del running[child]
+                if status == 0:
+                    yield mutant
+            elif time.monotonic() > end:  # it hangs, which is noticed
+                os.killpg(child, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def main() -> int:
+    """Return 0 if enough of the mutants are noticed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", help="files of mutants.toml (default: all of them)")
+    parser.add_argument("--most", type=int, default=40, help="mutants of a file, drawn (default: %(default)s)")
+    parser.add_argument("--all", action="store_true", help="every mutant, whatever time it takes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    arguments = parser.parse_args()
+    table = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text(encoding="utf-8"))
+    if unknown := set(arguments.files) - set(table):
+        parser.error(f"mutants.toml has no {', '.join(sorted(unknown))} (expected one of {', '.join(table)}).")
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.chdir(ROOT)
+    sys.path[:0] = [str(ROOT / "src")]
+    _import_what_is_slow()
+    tried = noticed = 0
+    for file in arguments.files or table:
+        found = mutants_of(SOURCES / file)
+        chosen = sample(found, None if arguments.all else arguments.most)
+        tests = [f"tests/{name}" for name in table[file]]
+        began = time.monotonic()
+        if os.waitpid(in_fork(file, (SOURCES / file).read_text(encoding="utf-8"), tests), 0)[1]:
+            print(f"{file}: its tests fail without any fault in it", flush=True)
+            return 1
+        limit = 10 + 4 * (time.monotonic() - began)
+        survivors = 0
+        for mutant in unnoticed(file, chosen, tests, jobs=arguments.jobs, limit=limit):
+            survivors += 1
+            print(f"  {file}:{mutant.line}: {_short(mutant.before)}  ->  {_short(mutant.after)}", flush=True)
+        tried, noticed = tried + len(chosen), noticed + len(chosen) - survivors
+        print(
+            f"{file}: {len(chosen) - survivors} of {len(chosen)} noticed ({len(found)} mutants in all), "
+            f"{time.monotonic() - began:.0f} s",
+            flush=True,
+        )
+    print(f"{noticed} of {tried} mutants noticed: {math.floor(1000 * noticed / tried) / 10} %")
+    return int(noticed < ENOUGH * tried)
+
+
+def _import_what_is_slow() -> None:
+    """What every fork would import anew; nothing of handspun, which is what is changed."""
+    import hypothesis  # noqa: F401
+    import peft  # noqa: F401
+    import torch
+    import transformers.models.llama.modeling_llama
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+
+    torch.set_num_threads(1)  # a fork does not get the threads that were started before it
+
+
+def _short(code: str) -> str:
+    text = " ".join(code.split())
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+if __name__ == "__main__":
+    sys.exit(main())
