@@ -149,3 +149,28 @@ def test_beams_never_hold_more_than_the_limit_of_tokens(most: int, monkeypatch: 
     assert len(answer_all(job)) == 8
     # The tree has a row for each prompt. The limits of 12 tokens, times three: 60, 39, 75, 45.
     assert max(together) == {75: 1, 120: 2, 1000: 4}[most]
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beams"])
+def test_a_long_prompt_says_every_ten_seconds_where_it_is(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 3 tokens that take 4 seconds each: of 13 tokens, four pieces end at 4, 8, 12 and 16 seconds."""
+    monkeypatch.setattr(decode_module, "_PROMPT_TOKENS", 3)
+    job = job_of(chat_of("lean"), PROMPTS[2:3], max_new_tokens=2, **MODES[mode])
+    assert len(job.prompts[0]) == 13
+    said: list[str] = []
+    times = iter(range(0, 100, 4))
+    seconds = [0]
+
+    def clock() -> float:
+        return seconds[0]
+
+    progress = decode_module.prompt_progress(said.append, clock)
+
+    def on_prompt(done: int, total: int) -> None:
+        seconds[0] = next(times)
+        progress(done, total)
+
+    next(times)  # the first piece has taken 4 seconds
+    object.__setattr__(job, "on_prompt", on_prompt)
+    answer_all(job)
+    assert said == ["read 9 of 13 tokens of a prompt"]

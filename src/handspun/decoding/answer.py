@@ -37,6 +37,8 @@ class Job:
     """Tokens of each prompt that the repetition penalty counts, if not all."""
     explain: bool = False
     show_tree: bool = False
+    on_prompt: Callable[[int, int], None] | None = None
+    """Told how many tokens of how many of a long prompt have been read."""
 
     @cached_property
     def processors(self) -> tuple[Processor, ...]:

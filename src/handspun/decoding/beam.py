@@ -68,7 +68,7 @@ class Search:
     def join(self, engine: Engine, make_beams: Callable[..., Beams]) -> None:
         """Begins."""
         prompt = self.beams[0].prompt_token_ids
-        self.feeds = [feed_prompt(engine, prompt)]
+        self.feeds = [feed_prompt(engine, prompt, self.job.on_prompt)]
         self.kept = make_beams(engine, self.feeds[0].row, len(prompt), len(self.beams))
 
     @property

@@ -2,8 +2,9 @@
 
 With a draft an answer gets several tokens in a step (speculation.py)."""
 
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from handspun.decoding.speculation import draft
 
 _PROMPT_TOKENS = 2048
 """Most tokens of prompts that go through in one step; a longer prompt goes in pieces."""
+_SECONDS_BETWEEN_NOTICES = 10.0
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,37 @@ def decode(job: Job) -> Iterator[GenerationChunk]:
         running = list(_going_on(engine, running))
 
 
-def feed_prompt(engine: Engine, prompt_token_ids: Sequence[int]) -> Feed:
-    """A new row's last feed of its prompt; what is before it of a long prompt has gone through then."""
+def feed_prompt(
+    engine: Engine,
+    prompt_token_ids: Sequence[int],
+    on_prompt: Callable[[int, int], None] | None = None,
+) -> Feed:
+    """Return a new row's last feed of its prompt, after the pieces of a long prompt before it.
+
+    on_prompt: called after each piece, as `Job.on_prompt`.
+    """
     row, start = engine.add(), 0
     while len(prompt_token_ids) - start > _PROMPT_TOKENS:
         engine.forward([Feed(row, prompt_token_ids[start : start + _PROMPT_TOKENS])])
         start += _PROMPT_TOKENS
+        if on_prompt is not None:
+            on_prompt(start, len(prompt_token_ids))
     return Feed(row, prompt_token_ids[start:])
+
+
+def prompt_progress(
+    notice: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+) -> Callable[[int, int], None]:
+    """Return a `Job.on_prompt` that says where a long prompt is, every ten seconds."""
+    said_at = clock()
+
+    def on_prompt(done: int, total: int) -> None:
+        nonlocal said_at
+        if clock() - said_at >= _SECONDS_BETWEEN_NOTICES:
+            said_at = clock()
+            notice(f"read {done:,} of {total:,} tokens of a prompt")
+
+    return on_prompt
 
 
 def _names(job: Job) -> list[tuple[int, int]]:
@@ -93,7 +119,7 @@ def _step(engine: Engine, running: Sequence[Running], joining: Sequence[Answer])
     places = dict[int, int]()
     for answer in joining:
         if answer.prompt_index not in places:
-            feeds.append(feed_prompt(engine, answer.prompt_token_ids))
+            feeds.append(feed_prompt(engine, answer.prompt_token_ids, answer.job.on_prompt))
             places[answer.prompt_index] = place
             place += 1
     logits = engine.forward(feeds)
@@ -169,4 +195,4 @@ def _draws(answers: Sequence[Answer], job: Job) -> list[tuple[tuple[int, int, in
     return [(stream_of(seed, a.prompt_index, a.return_index), len(a.token_ids)) for a in answers]
 
 
-__all__ = ["decode", "feed_prompt"]
+__all__ = ["decode", "feed_prompt", "prompt_progress"]

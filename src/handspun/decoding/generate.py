@@ -12,7 +12,7 @@ from handspun.config import GenerationOptions, wrong_argument, wrong_names
 from handspun.config.typed import short
 from handspun.decoding.answer import Job
 from handspun.decoding.beam import beam_search
-from handspun.decoding.decode import decode
+from handspun.decoding.decode import decode, prompt_progress
 from handspun.decoding.detokenize import vocabulary
 from handspun.decoding.engines import cannot_decode_lean, cannot_draft
 from handspun.decoding.options import ResolvedOptions, resolve
@@ -56,7 +56,7 @@ def generate(
         makes room for the next.
     max_batch_tokens: most tokens of prompts and answers (or beams) in a batch, which bounds its memory; a longer
         one is decoded alone.
-    notice: told what was taken over from the model.
+    notice: told what was taken over from the model, and every ten seconds where a long prompt is.
     should_stop: asked before every step; once it says yes, what there is is returned as "cancelled".
 
     Raises ConfigError, DataError, TemplateError.
@@ -164,6 +164,7 @@ def _job(
         functions=tuple(processors),
         explain=explain,
         show_tree=show_tree,
+        on_prompt=prompt_progress(notice),
         penalised=said_in(model, several, system_prompt=system_prompt, tools=tools) if spares else None,
     )
     _ = job.processors  # a constraint that cannot be met is said before anything is decoded
