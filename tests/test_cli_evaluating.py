@@ -5,11 +5,13 @@ import json
 import re
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from handspun.cli import main
 from handspun.config import GenerationOptions
+from handspun.decoding.generate import generate
 from handspun.decoding.results import GenerationResult
 from handspun.evaluation.compare import Comparison, compare
 from handspun.models.load import ChatModel
@@ -116,6 +118,15 @@ def test_memory_holds_one_model_at_a_time() -> None:
     found = compare(["a", "b"], ["Hi", "Yes"], load=load, options=options, notice=lambda _: None)
     assert [[len(results) for results in answers] for answers in found.answers] == [[1, 1], [1, 1]]
     assert len(alive) == 2
+
+
+@pytest.mark.parametrize("given", [{}, {"system_prompt": "Be brief."}, {"chat": False}], ids=str)
+def test_compared_models_are_asked_as_generate_asks_them(given: dict[str, Any]) -> None:
+    model = ChatModel(tiny_model("qwen2"), tiny_tokenizer(), "a")
+    options = GenerationOptions(max_new_tokens=3, num_beams=2, num_return_sequences=2)
+    found = compare(["a"], ["Hi", "Yes"], load=lambda _: model, options=options, notice=str, **given)
+    expected = generate(model, ["Hi", "Yes"], options=options, notice=str, **given)
+    assert found.answers == [[expected[:2], expected[2:]]]
 
 
 def result(text: str) -> GenerationResult:

@@ -323,6 +323,16 @@ def test_top_p_at_equality_keeps_no_more_than_reach_it(probabilities, p, kept):
     assert _kept(filters.top_p(_probable(*probabilities), p)) == kept
 
 
+def test_typical_p_at_equality_keeps_no_more_than_reach_it():
+    """The entropy is 1.21, and the surprises are 0.69, 1.39 and twice 2.08: the second token comes first."""
+    logits = _probable(0.5, 0.25, 0.125, 0.125)
+    assert _kept(filters.typical_p(logits, 0.2)) == [1]
+    assert _kept(filters.typical_p(logits, 0.25)) == [1]
+    assert _kept(filters.typical_p(logits, 0.26)) == [0, 1]
+    assert _kept(filters.typical_p(logits, 0.75)) == [0, 1]
+    assert _kept(filters.typical_p(logits, 0.76)) == [0, 1, 2, 3]  # the two are as typical as each other
+
+
 @pytest.mark.parametrize(
     ("probabilities", "share", "kept"),
     [((0.5, 0.25, 0.125, 0.125), 0.5, [0, 1]), ((0.5, 0.25, 0.125, 0.125), 0.51, [0])],

@@ -8,6 +8,7 @@ import torch
 
 from handspun.config import DataConfig
 from handspun.data.conversations import Message
+from handspun.data.examples import Example
 from handspun.data.prepare import prepare_examples
 from handspun.decoding.engines import make_engine
 from handspun.decoding.generate import generate
@@ -98,7 +99,7 @@ def test_int8_weights_are_scored_as_they_decode(chat: ChatModel, rows: Path) -> 
     int8 = ChatModel(model, chat.tokenizer, "tiny", lean_model(model, int8=True))
     found = {size: scores_of(int8, rows, batch_size=size).loss for size in (1, 8)}
     assert found[1] == found[8]
-    assert found[1] == pytest.approx(scores_of(chat, rows).loss, rel=0.2)
+    assert found[1] == pytest.approx(scores_of(chat, rows).loss, rel=0.02)
     assert found[1] != scores_of(chat, rows).loss
 
 
@@ -106,6 +107,10 @@ def test_white_space_is_all_that_an_exact_match_overlooks() -> None:
     assert is_exact_match(" 1. Red\n\n2. Green ", "1. Red 2. Green")
     assert not is_exact_match("red", "Red")
     assert not is_exact_match("Red.", "Red")
+    assert not is_exact_match("Red and green", "Red")
+    assert not is_exact_match("Red", "Red and green")
+    assert not is_exact_match("", "Red")
+    assert is_exact_match("", " \n")
 
 
 def test_rows_that_only_ask_have_no_loss(chat: ChatModel, tmp_path: Path) -> None:
@@ -143,6 +148,32 @@ def test_dropped_rows_are_not_scored(chat: ChatModel, tmp_path: Path) -> None:
     assert [row.question.row for row in scores.rows] == [1, 3]
     assert scores.account is not None
     assert len(scores.account.dropped) == 1
+
+
+def test_the_system_prompt_is_in_what_is_scored_and_in_what_is_asked(chat: ChatModel, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("instruction,output\nSay hi.,Hi.\n", encoding="utf-8")
+    losses = []
+    for given in (None, "Be brief."):
+        config = DataConfig(data=str(file), system_prompt=given)
+        (row,) = score(chat, config, ask=True, max_new_tokens=5, notice=lambda _: None).rows
+        system = [{"role": "system", "content": given}] if given else []
+        prompt = chat.template.encode_prompt([*system, {"role": "user", "content": "Say hi."}])
+        assert row.answer is not None
+        assert row.answer.prompt_token_ids == prompt
+        assert len(row.answer.token_ids) <= 5
+        losses.append(row.loss)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
+def test_the_losses_of_a_rows_examples_are_added_up(chat: ChatModel) -> None:
+    """Two examples of one row, as where a template renders a turn differently once it is history."""
+    one, other = ([5, 6, 7, 8], [False, False, True, True]), ([9, 10, 11], [False, True, True])
+    parts = [Example(*part, "a.csv", 3) for part in (one, other)]
+    alone = [row_losses(chat, [part], batch_size=1, notice=str)["a.csv", 3] for part in parts]
+    both = row_losses(chat, parts, batch_size=2, notice=str)
+    assert both.keys() == {("a.csv", 3)}
+    assert both["a.csv", 3] == (pytest.approx(alone[0][0] + alone[1][0], rel=1e-6), 4)
 
 
 def test_an_answer_is_compared_with_what_the_row_says() -> None:

@@ -170,6 +170,19 @@ def test_adapters_are_scaled_by_alpha_over_rank_and_the_file_says_what_was_given
     assert {name.rpartition(".")[2] for name in saved["target_modules"]} == projections
 
 
+@pytest.mark.parametrize("new_token_ids", [[], [42]])
+def test_an_adapters_file_holds_adapters_alone(new_token_ids: list[int], tmp_path: Path) -> None:
+    """Of the embedding only the rows that are trained, where there are some."""
+    base = tiny_model("qwen2", tie_word_embeddings=True)
+    model = add_lora(base, "b", rank=2, alpha=4, dropout=0.0, new_token_ids=new_token_ids)
+    save_model(model, tiny_tokenizer(), tmp_path, dtype=torch.float32)
+    with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    others = {name: shape for name, shape in shapes.items() if ".lora_A." not in name and ".lora_B." not in name}
+    assert len(shapes) - len(others) == 2 * 2 * 7
+    assert list(others.values()) == [[1, 32]] * len(new_token_ids)
+
+
 def test_an_adapter_is_a_standard_folder_that_peft_loads(tiny_folder: Path, tmp_path: Path) -> None:
     chat = lora_of(handspun.load(str(tiny_folder)), [])
     chat.model.peft_config["default"].base_model_name_or_path = str(tiny_folder)

@@ -94,6 +94,28 @@ def test_frozen_parameters_are_not_given_to_the_optimizer() -> None:
     assert isinstance(head, torch.Tensor)
 
 
+@pytest.mark.parametrize("max_norm", [1.0, math.inf])
+def test_clip_gradients_by_hand(max_norm: float) -> None:
+    """A matrix of 3 and 4 in its two rows and a bias of 12: 13 together. Without gradients, nothing is clipped."""
+    model = torch.nn.Linear(2, 2)
+    assert clip_gradients(model, max_norm) == 0.0
+    model.weight.grad = torch.tensor([[3.0, 0.0], [0.0, -4.0]])
+    model.bias.grad = torch.tensor([0.0, 12.0])
+    assert clip_gradients(model, max_norm) == pytest.approx(13.0)
+    factor = 1.0 if max_norm == math.inf else 1 / 13
+    torch.testing.assert_close(model.weight.grad, factor * torch.tensor([[3.0, 0.0], [0.0, -4.0]]))
+    torch.testing.assert_close(model.bias.grad, factor * torch.tensor([0.0, 12.0]))
+
+
+@pytest.mark.parametrize("max_norm", [13.0, 14.0])
+def test_gradients_at_or_below_the_norm_are_not_clipped(max_norm: float) -> None:
+    model = torch.nn.Linear(2, 2)
+    model.weight.grad = torch.tensor([[3.0, 0.0], [0.0, -4.0]])
+    model.bias.grad = torch.tensor([0.0, 12.0])
+    assert clip_gradients(model, max_norm) == pytest.approx(13.0)
+    torch.testing.assert_close(model.bias.grad, torch.tensor([0.0, 12.0]))
+
+
 def test_the_gradient_norm_of_a_large_matrix() -> None:
     """PyTorch's norm of the whole is off by more than 1e-4 here, on a CPU."""
     torch.manual_seed(0)

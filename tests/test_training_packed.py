@@ -152,6 +152,12 @@ def test_a_pack_by_hand() -> None:
     assert second.tolist() == [[True, True, True, False], [True, True, True, True]]
 
 
+def test_a_pack_of_which_nothing_is_learned_can_still_be_indexed() -> None:
+    made = pack([Example([1, 2], [False, False], "a", 1)], share_prefix=False, device=torch.device("cpu"))
+    assert made.positions.dtype == made.targets.dtype == torch.long
+    assert made.input_ids[0, made.positions].tolist() == made.targets.tolist() == []
+
+
 def test_a_pack_filled_up_by_hand() -> None:
     batch = [Example([1, 2, 3, 4], [False, False, True, True], "a", 1), Example([1, 5], [False, True], "a", 2)]
     made = pack(batch, share_prefix=False, device=torch.device("cpu"), multiple=8)

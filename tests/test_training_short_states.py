@@ -103,6 +103,32 @@ def test_the_first_step_is_adamws_to_the_last_digits() -> None:
     torch.testing.assert_close(short[0], plain[0], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("states", ["bfloat16", "8bit"])
+def test_the_seed_decides_what_is_rounded_up_and_each_step_is_rounded_anew(states: str) -> None:
+    found = []
+    for seed in (0, 0, 1):
+        parameter = torch.nn.Parameter(torch.zeros(4 * BLOCK))
+        optimizer = ShortStatesAdamW([{"params": [parameter]}], lr=0.01, states=states, seed=seed)  # type: ignore[arg-type]
+        steps(optimizer, [parameter], 5)
+        found.append(parameter.detach().clone())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    torch.testing.assert_close(found[0], found[2], rtol=0.1, atol=0.01)
+
+
+@pytest.mark.parametrize("states", ["bfloat16", "8bit"])
+def test_make_optimizer_hands_the_runs_seed_on(states: str) -> None:
+    found = []
+    for seed in (0, 5):
+        model = torch.nn.Linear(BLOCK, 4, bias=False)
+        torch.nn.init.ones_(model.weight)
+        config = TrainConfig(optimizer_states=states, learning_rate=0.01, seed=seed)  # type: ignore[arg-type]
+        optimizer = make_optimizer(model, config)
+        steps(optimizer, [model.weight], 5)
+        found.append(model.weight.detach().clone())
+    assert not torch.equal(*found)
+
+
 def test_a_small_second_moment_does_not_stand_still() -> None:
     """Gradients that fall to a tenth: rounded to the nearest, exp_avg_sq would stay where it was."""
     parameter = torch.nn.Parameter(torch.zeros(BLOCK))

@@ -36,6 +36,14 @@ def test_losses_near_zero_may_be_multiples_of_each_other() -> None:
     assert spike([0.010, 0.012, 0.011] * 10, 0.52) is not None
 
 
+def test_a_loss_at_the_limit_is_no_spike() -> None:
+    """Twenty times 1.0: the limit is 1.5."""
+    assert spike([1.0] * 20, 1.5) is None
+    found = spike([1.0] * 20, 1.5 + 2**-20)
+    assert found is not None
+    assert (found.usual, found.limit) == (1.0, 1.5)
+
+
 def test_there_is_no_telling_with_fewer_than_twenty() -> None:
     assert spike([2.0] * 19, 100.0) is None
     assert spike([2.0] * 20, 100.0) is not None

@@ -93,7 +93,8 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     rest = 1 - mass.cumsum(-1) + mass  # what each of them and all behind it have
     kept = (rest > 1 - p).sum(-1, keepdim=True).clamp(min=1)
     last, next_one = best.gather(-1, kept - 1), best.gather(-1, kept.clamp(max=_FEW - 1))
-    unclear = (kept == _FEW) | (last == next_one) | ((rest - (1 - p)).abs() < _ROUNDING).any(-1, keepdim=True)
+    # Where all of the few are kept, the next one is the last: more might have to be.
+    unclear = (last == next_one) | ((rest - (1 - p)).abs() < _ROUNDING).any(-1, keepdim=True)
     filtered = logits.masked_fill(logits < last, -math.inf)
     again = unclear[:, 0].nonzero()[:, 0]
     return filtered.index_copy(0, again, top_p_by_sorting(logits[again], p)) if len(again) else filtered
