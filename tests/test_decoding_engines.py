@@ -27,14 +27,19 @@ from handspun.decoding.tree import ForkedBeams, TreeBeams
 from handspun.errors import ModelError
 from handspun.models import native
 from handspun.models.hadamard import butterflies
-from handspun.models.int8 import quantize_rows
 from handspun.models.lean import LeanModel, cannot_be_lean, lean_model
 from handspun.models.load import ChatModel
 from handspun.models.lora import add_lora
+from handspun.models.products import _gated, _unsigned
 from handspun.models.save import save_model
 from parity import job_of
 from tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.cpu
+needs_kernels = pytest.mark.skipif(
+    native.kernels() is None, reason=f"native kernels: {native.reason_for_none() or 'HANDSPUN_NATIVE=0'}"
+)
+BACKENDS = [pytest.param(True, id="native", marks=needs_kernels), pytest.param(False, id="PyTorch")]
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 SHAPES: dict[str, Any] = {
     "vocab_size": 330, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
@@ -257,7 +262,7 @@ def int8_lean(name: str) -> LeanModel:
     return lean_model(model, int8=True)
 
 
-@pytest.mark.skipif(native.kernels() is None, reason="no C compiler, or no AVX-512")
+@needs_kernels
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 def test_native_kernels_give_what_pytorch_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To rounding: a value half way between two integers may go either way. Qwen3 norms queries and keys."""
@@ -269,21 +274,27 @@ def test_native_kernels_give_what_pytorch_gives(name: str, monkeypatch: pytest.M
     assert not torch.equal(found[1], plain[1])  # they did take part
 
 
-@pytest.mark.skipif(native.kernels() is None, reason="no C compiler, or no AVX-512")
+@pytest.mark.parametrize("is_native", BACKENDS)
 @pytest.mark.parametrize("width", [16, 33, 200])
-def test_kernels_round_as_pytorch_does(width: int) -> None:
+def test_rows_are_rounded_as_in_float64(width: int, is_native: bool) -> None:
+    """To one step where a value lies half way between two integers; scales to float32."""
     torch.manual_seed(0)
     library, x, norm = native.kernels(), torch.randn(5, 2 * width) * 3, torch.randn(width)
     x[3] = 0
-    cases = [
-        (native.quantize(library, x[:, :width]), x[:, :width]),
-        (native.norm_quantize(library, x[:, :width], norm, 1e-6), F.rms_norm(x[:, :width], (width,), norm, 1e-6)),
-        (native.gate_quantize(library, x), F.silu(x[:, :width]) * x[:, width:]),
-    ]
-    for (found, scale), exact in cases:
-        rows, expected_scale = quantize_rows(butterflies(exact))
-        torch.testing.assert_close(scale, expected_scale, rtol=1e-5, atol=0)
-        difference = (found.int() - 128) - rows.int()
+    half, wide = x[:, :width].double(), x.double()
+    exact = [half, F.rms_norm(half, (width,), norm.double(), 1e-6), F.silu(wide[:, :width]) * wide[:, width:]]
+    if is_native:
+        rounded = [native.quantize(library, x[:, :width]), native.norm_quantize(library, x[:, :width], norm, 1e-6)]
+        rounded.append(native.gate_quantize(library, x))
+    else:
+        normed, gated = F.rms_norm(x[:, :width], (width,), norm, 1e-6), _gated(x)
+        rounded = [_unsigned(values) for values in (x[:, :width], normed, gated)]
+    assert len(rounded) == len(exact) == 3
+    for (found, scale), values in zip(rounded, exact, strict=True):
+        transformed = butterflies(values)
+        expected_scale = (transformed.abs().amax(1, keepdim=True) / 127).clamp_min(1e-12)
+        torch.testing.assert_close(scale.double(), expected_scale, rtol=1e-5, atol=0)
+        difference = (found.int() - 128) - (transformed / expected_scale).round().int()
         assert difference.abs().max() <= 1
         assert (difference != 0).float().mean() < 0.02
 

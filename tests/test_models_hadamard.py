@@ -8,6 +8,8 @@ from handspun.models import native
 from handspun.models.hadamard import block_of, butterflies, hadamard
 from handspun.models.int8 import int8_linear, quantize_rows
 
+pytestmark = pytest.mark.cpu
+
 
 def test_a_block_of_four_by_hand() -> None:
     assert hadamard(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).tolist() == [[10.0, -2.0, -4.0, 0.0]]
@@ -26,7 +28,21 @@ def test_it_is_its_own_inverse(width: int, block: int) -> None:
     assert torch.equal(hadamard(hadamard(x)), block * x)
 
 
-@pytest.mark.skipif(native.kernels() is None, reason="no C compiler, or no AVX-512")
+@pytest.mark.parametrize("width", [1, 33, 48, 576, 4864])
+def test_it_is_sylvesters_matrix(width: int) -> None:
+    """In integers, where nothing is rounded: H of 2n is ((H, H), (H, -H)), of values width / block apart."""
+    x = torch.randint(-100, 100, (3, width))
+    matrix = torch.ones(1, 1, dtype=torch.long)
+    while len(matrix) < block_of(width):
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    expected = torch.einsum("ij,njd->nid", matrix, x.view(3, len(matrix), -1)).reshape(3, width)
+    assert torch.equal(hadamard(x.float()).long(), expected)
+    assert torch.equal(butterflies(x.float()).long(), expected)
+
+
+@pytest.mark.skipif(
+    native.kernels() is None, reason=f"native kernels: {native.reason_for_none() or 'HANDSPUN_NATIVE=0'}"
+)
 @pytest.mark.parametrize("width", [33, 48, 576, 4864])
 def test_the_kernel_adds_as_pytorch_does(width: int) -> None:
     torch.manual_seed(0)

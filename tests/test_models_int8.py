@@ -8,18 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from handspun.errors import ModelError
-from handspun.models import int8
 from handspun.models.int8 import (
     Int8Linear,
     int8_linear,
     quantize_base,
     quantize_rows,
-    refuse_inexact_products,
     rows_unrounded,
 )
 from handspun.models.lora import add_lora
 from tiny import tiny_model
+
+pytestmark = pytest.mark.cpu
 
 
 def test_the_largest_value_of_a_row_becomes_127() -> None:
@@ -109,19 +108,3 @@ def test_only_the_layers_under_adapters_are_rounded() -> None:
     rounded = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
     assert len(rounded) == 2 * 7
     assert not [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.shape == (64, 32)]
-
-
-def test_products_that_overflow_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_inexact_products(torch.device("cpu"))
-    monkeypatch.setattr(int8, "int_mm", lambda rows, matrix: torch._int_mm(rows, matrix).clamp(max=2**15))
-    with pytest.raises(ModelError, match="overflow on cpu .*--base-weights float32"):
-        refuse_inexact_products(torch.device("cpu"))
-
-
-def test_a_device_without_int8_products_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: object) -> None:
-        raise NotImplementedError("_int_mm is not there\nand more")
-
-    monkeypatch.setattr(int8, "int_mm", fails)
-    with pytest.raises(ModelError, match=r"cannot be had on cpu: _int_mm is not there Use --base-weights"):
-        refuse_inexact_products(torch.device("cpu"))

@@ -1,15 +1,28 @@
-"""Native products of bytes and int8 weights: exact sums, whatever the numbers of rows and channels, both ways."""
+"""Products of bytes and int8 weights, by native kernels and without: exact sums, whatever the numbers of rows and
+channels, both ways."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from handspun.models import native
-from handspun.models.int8 import int8_linear
-from handspun.models.products import Int8Product
+from handspun.models.int8 import Int8Linear, int8_linear
+from handspun.models.int8_matmul import exact_sums
+from handspun.models.products import Int8Matrix, Int8Product
 from handspun.models.tiles import Tiles
 
-pytestmark = pytest.mark.skipif(native.kernels() is None, reason="no C compiler, or no AVX-512 with VNNI")
+pytestmark = pytest.mark.cpu
+needs_kernels = pytest.mark.skipif(
+    native.kernels() is None, reason=f"native kernels: {native.reason_for_none() or 'HANDSPUN_NATIVE=0'}"
+)
+BACKENDS = [pytest.param(True, id="native", marks=needs_kernels), pytest.param(False, id="PyTorch")]
+
+
+@pytest.fixture(params=BACKENDS)
+def is_native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether products are native: with AMX they are not by themselves."""
+    monkeypatch.setattr(native, "can_multiply", lambda: request.param)
+    return bool(request.param)
 
 
 def bytes_of(count: int, width: int) -> Tensor:
@@ -23,42 +36,51 @@ def weights_of(channels: int, width: int) -> Tensor:
 @pytest.mark.parametrize("width", [4, 36, 896])
 @pytest.mark.parametrize("channels", [4, 20, 64, 132])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_a_product_is_the_exact_sum_scaled_in_pytorchs_order(width: int, channels: int, has_bias: bool) -> None:
-    """From one row to more than two rounds of them."""
+def test_a_product_is_the_exact_sum_scaled_in_pytorchs_order(
+    width: int, channels: int, has_bias: bool, is_native: bool
+) -> None:
+    """From one row to more than two rounds of them, in decoding and in training."""
     torch.manual_seed(0)
     weight, scale = weights_of(channels, width), torch.rand(channels)
     bias = torch.randn(channels) if has_bias else None
+    layer, matrix = Int8Linear(weight, scale, bias), Int8Matrix(weight, keeps_rows=False)
+    assert (layer.tiles is not None) == is_native
     for count in range(1, 15):
         rows, row_scale = bytes_of(count, width), torch.rand(count, 1)
-        found = Tiles(weight).product(rows, row_scale, scale, bias)
-        expected = sums(rows, weight.T) * scale * row_scale
-        assert torch.equal(found, expected if bias is None else expected + bias)
+        expected = exact_sums(rows.int() - 128, weight).float() * scale * row_scale
+        expected = expected if bias is None else expected + bias
+        assert torch.equal(layer.product_of_bytes(rows, row_scale), expected)
+        assert torch.equal(matrix.product(rows, row_scale, scale, bias), expected)
 
 
 @pytest.mark.parametrize("width", [4, 36, 896])
 @pytest.mark.parametrize("channels", [4, 20, 64, 132])
+@pytest.mark.usefixtures("is_native")
 def test_so_is_the_product_with_the_transposed_matrix(width: int, channels: int) -> None:
     torch.manual_seed(0)
     weight = weights_of(channels, width)
+    layer = Int8Linear(weight, torch.ones(channels), None)
     for count in (1, 2, 5, 6, 7, 13):
         rows, row_scale = bytes_of(count, channels), torch.rand(count, 1)
-        assert torch.equal(Tiles(weight).transposed_product(rows, row_scale), sums(rows, weight) * row_scale)
+        expected = exact_sums(rows.int() - 128, weight.T).float() * row_scale
+        assert torch.equal(layer.transposed_product_of_bytes(rows, row_scale), expected)
 
 
-def sums(rows: Tensor, matrix: Tensor) -> Tensor:
-    return ((rows.long() - 128) @ matrix.long()).float()
-
-
+@pytest.mark.usefixtures("is_native")
 def test_the_largest_sums_are_exact() -> None:
     """Pairs of 255 * 127 do not fit into 16 bits, where older instructions add them."""
-    width = 8192
-    tiles, one = Tiles(torch.full((width, width), 127, dtype=torch.int8)), torch.ones(7, 1)
+    width, channels = 8192, 68
+    weight, one = torch.full((channels, width), 127, dtype=torch.int8), torch.ones(7, 1)
+    layer, transposed = (
+        Int8Linear(matrix, torch.ones(len(matrix)), None) for matrix in (weight, weight.T.contiguous())
+    )
     for byte, value in ((255, 127), (0, -128)):
         rows = torch.full((7, width), byte, dtype=torch.uint8)
-        assert (tiles.product(rows, one, torch.ones(width), None) == float(value * 127 * width)).all()
-        assert (tiles.transposed_product(rows, one) == float(value * 127 * width)).all()
+        assert (layer.product_of_bytes(rows, one) == float(value * 127 * width)).all()
+        assert (transposed.transposed_product_of_bytes(rows, one) == float(value * 127 * width)).all()
 
 
+@pytest.mark.usefixtures("is_native")
 def test_a_row_is_the_same_whatever_is_beside_it() -> None:
     torch.manual_seed(0)
     product = Int8Product(torch.randn(200, 68), torch.randn(200))
@@ -68,17 +90,27 @@ def test_a_row_is_the_same_whatever_is_beside_it() -> None:
         assert torch.equal(product(x[-count:]), whole[-count:])
 
 
-def test_rows_of_the_tiles_are_those_of_the_matrix() -> None:
-    """The embedding's, where it is the head's matrix too."""
+@pytest.mark.usefixtures("is_native")
+def test_rows_of_the_matrix_as_an_embedding() -> None:
+    """Where it is the head's matrix too."""
     torch.manual_seed(0)
+    weight = weights_of(132, 36)
+    rows = torch.tensor([0, 131, 63, 64, 63])
+    assert torch.equal(Int8Matrix(weight, keeps_rows=True).rows(rows), weight[rows])
+
+
+@needs_kernels
+def test_rows_of_the_tiles_are_those_of_the_matrix() -> None:
     weight = weights_of(132, 36)
     rows = torch.tensor([0, 131, 63, 64, 63])
     assert torch.equal(Tiles(weight).rows(rows), weight[rows])
 
 
+@needs_kernels
 def test_decoding_has_the_bits_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     weight, bias, x = torch.randn(200, 68), torch.randn(200), torch.randn(9, 68)
+    monkeypatch.setattr(native, "can_multiply", lambda: True)
     with_kernel = Int8Product(weight, bias, is_embedding=True)
     monkeypatch.setattr(native, "can_multiply", lambda: False)
     without = Int8Product(weight, bias, is_embedding=True)
@@ -87,6 +119,7 @@ def test_decoding_has_the_bits_of_onednn(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(with_kernel.rows_of_weight(places), without.rows_of_weight(places))
 
 
+@needs_kernels
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_training_has_the_bits_of_pytorch(has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

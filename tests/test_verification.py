@@ -19,6 +19,7 @@ from handspun.data.chat_template import ChatTemplate, Encoded
 from handspun.decoding import beam, decode, filters
 from handspun.decoding.lean_engine import LeanEngine
 from handspun.errors import ConfigError
+from handspun.models.int8_matmul import exact_sums
 from handspun.models.lean import lean_model
 from handspun.models.load import ChatModel
 from handspun.report.verification import findings_json, findings_table
@@ -27,6 +28,7 @@ from handspun.verification import sampling
 from handspun.verification.answers import check_beams, check_greedy, check_logits
 from handspun.verification.batches import check_batches
 from handspun.verification.findings import Divergence, Finding, compared, first_difference
+from handspun.verification.int8 import check_int8, compared_sums
 from handspun.verification.material import Material, gather
 from handspun.verification.processors import check_processors
 from handspun.verification.sampling import check_distributions, check_draws, goodness_of_fit
@@ -75,7 +77,7 @@ def test_a_right_model_passes(make: Callable[[], PreTrainedModel]) -> None:
     assert [finding for finding in findings if finding.status == "fail"] == []
     checks = {finding.check for finding in findings}
     assert checks == {
-        "logits", "greedy", "beams", "processors", "sampling", "draws", "batches", "packed", "prompts",
+        "logits", "greedy", "beams", "processors", "sampling", "draws", "batches", "int8", "packed", "prompts",
     }  # fmt: skip
 
 
@@ -335,3 +337,21 @@ def test_the_embedded_model_passes(smollm2: ChatModel) -> None:
     assert [finding for finding in findings if finding.status == "fail"] == []
     passed = {(finding.check, finding.case) for finding in findings if finding.status == "pass"}
     assert {("batches", "int8, logits"), ("batches", "int8, greedy"), ("batches", "int8, sampled")} <= passed
+
+
+def test_int8_sums_are_compared_one_by_one() -> None:
+    findings = list(check_int8(torch.device("cpu")))
+    assert [finding.case for finding in findings] == ["decoding", "training, forward", "training, backward"]
+    assert statuses(findings) == ["pass"] * 3
+
+
+def test_one_wrong_int8_sum_fails() -> None:
+    """Of a hundred thousand, by one."""
+
+    def wrong(rows: Tensor, weight: Tensor) -> Tensor:
+        sums = exact_sums(rows.int() - 128, weight)
+        sums[-1, -1] += len(rows) == 130
+        return sums
+
+    finding = compared_sums("decoding", wrong, torch.device("cpu"))
+    assert (finding.status, finding.found) == ("fail", "1 of 19506 sums are not the exact ones")

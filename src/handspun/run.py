@@ -19,6 +19,7 @@ from handspun.data.prepare import ExampleSet, prepare_examples, resolve_max_leng
 from handspun.data.rows import refuse_missing_data
 from handspun.errors import StoppedError
 from handspun.keeping import Keeper
+from handspun.models import native
 from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.models.embedded import cache_folder
 from handspun.models.embedding_rows import check_examples, embedding_rows, embedding_rows_of
@@ -346,6 +347,8 @@ def _model_to_train(config: TrainConfig, processes: Processes, log: RunLog) -> C
         quantize_base(chat.model)
         give_back_freed_memory()
         log.line("the frozen layers under the adapters are int8; embedding and head stay float32")
+        if slower := native.slower_without(chat.device):
+            log.line(slower)
     return chat
 
 

@@ -11,7 +11,7 @@ pass uses the same matrix: the channels' scales are folded into the gradient bef
 and the input's gradient is transformed back.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from handspun.errors import ModelError
 from handspun.models import native
 from handspun.models.hadamard import block_of, hadamard
+from handspun.models.int8_matmul import int_mm, is_exact
 from handspun.models.tiles import Tiles, can_tile
 
 _SMALLEST_SCALE = 1e-12  # rows of zeros
@@ -54,24 +55,44 @@ def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(rows), torch.cat(scales).squeeze(1)
 
 
-def refuse_inexact_products(device: torch.device, *, remedy: str = "--base-weights float32") -> None:
-    """Tries the largest sums: CPUs without an int8 dot product (VNNI) add pairs in 16 bits, which overflow.
+def refuse_inexact_products(device: torch.device) -> None:
+    """Raise ModelError if int8 training products, forward or backward, are not exact on the device, or missing.
 
-    Raises ModelError, with what to use in their place, where int8 products are not exact, or not to be had.
+    Tries the products of `Int8Linear` themselves, with the largest values.
     """
-    rows = torch.full((32, 64), 127, dtype=torch.int8, device=device)
-    expected = 64 * 127 * 127
+    check_exact(training_matmuls(), device, remedy="--base-weights float32")
+
+
+def check_exact(
+    matmuls: Sequence[Callable[[Tensor, Tensor], Tensor]], device: torch.device, *, remedy: str
+) -> None:
+    """Raise ModelError, with a remedy, if a matmul (see `is_exact`) fails or is not exact on the device."""
     try:
-        sums = [int_mm(rows, matrix) for matrix in (rows.t(), -rows.t())]
-        exact = bool((sums[0] == expected).all() and (sums[1] == -expected).all())
-    except (RuntimeError, NotImplementedError) as error:
-        raise ModelError(
-            f"int8 products cannot be had on {device}: {str(error).splitlines()[0]} Use {remedy}."
-        ) from error
+        exact = all(is_exact(matmul, device) for matmul in matmuls)
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"int8 products are not available on {device}: {reason} Use {remedy}.") from error
     if not exact:
         raise ModelError(
-            f"int8 products overflow on {device} (a CPU without VNNI adds them in 16 bits). Use {remedy}."
+            f"int8 products are not exact on {device} (expected exact sums, got others for the largest values). "
+            f"Use {remedy}."
         )
+
+
+def training_matmuls() -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    """Return the int8 products of training, forward and backward, as matmuls of bytes and weights (`is_exact`)."""
+    return _sums_forward, _sums_backward
+
+
+def _sums_forward(rows: Tensor, weight: Tensor) -> Tensor:
+    ones = torch.ones(len(weight), device=rows.device)
+    return Int8Linear(weight, ones, None).product_of_bytes(rows, torch.ones(len(rows), 1, device=rows.device))
+
+
+def _sums_backward(rows: Tensor, weight: Tensor) -> Tensor:
+    """The same through the gradient's product: of the transposed matrix, whose transpose that multiplies by."""
+    layer = Int8Linear(weight.T.contiguous(), torch.ones(weight.shape[1], device=rows.device), None)
+    return layer.transposed_product_of_bytes(rows, torch.ones(len(rows), 1, device=rows.device))
 
 
 def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,6 +100,16 @@ def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
     values ≈ int8 * scale, with an error of at most scale / 2, a 254th of the row's largest value."""
     scale = values.abs().amax(1, keepdim=True).float().div_(127).clamp_min_(_SMALLEST_SCALE)
     return (values / scale).round_().to(torch.int8), scale
+
+
+def bytes_of(rows: Tensor) -> Tensor:
+    """Return int8 values as bytes: each value + 128."""
+    return (rows ^ -128).view(torch.uint8)
+
+
+def int8_of(rows: Tensor) -> Tensor:
+    """Return bytes as int8 values: each byte - 128."""
+    return rows.view(torch.int8) ^ -128
 
 
 class Int8Linear(nn.Module):
@@ -110,18 +141,30 @@ class Int8Linear(nn.Module):
         if not self.rounds_rows:
             return nn.functional.linear(x.float(), self.float_weight(), self.bias)
         if self.tiles is not None:
-            return self.tiles.product(*native.quantize(native.kernels(), x.float()), self.scale, self.bias)
+            return self.product_of_bytes(*native.quantize(native.kernels(), x.float()))
         rows, row_scale = quantize_rows(hadamard(x.float()))
-        y = int_mm(rows, self.weight.t()).float().mul_(self.scale).mul_(row_scale)
+        return self.product_of_bytes(bytes_of(rows), row_scale)
+
+    def product_of_bytes(self, rows: Tensor, row_scale: Tensor) -> Tensor:
+        """Return row_scale * scale * ((rows - 128) @ weight.T) + bias. rows: (tokens, in), bytes."""
+        if self.tiles is not None:
+            return self.tiles.product(rows, row_scale, self.scale, self.bias)
+        y = int_mm(int8_of(rows), self.weight.t()).float().mul_(self.scale).mul_(row_scale)
         return y if self.bias is None else y.add_(self.bias)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """(tokens, out) to float32, (tokens, in)."""
         if self.tiles is not None:
             in_bytes = native.scale_quantize(native.kernels(), grad.float(), self.scale)
-            return hadamard(self.tiles.transposed_product(*in_bytes))
+            return hadamard(self.transposed_product_of_bytes(*in_bytes))
         rows, row_scale = quantize_rows(grad.float() * self.scale)
-        return hadamard(int_mm(rows, self.weight).float().mul_(row_scale))
+        return hadamard(self.transposed_product_of_bytes(bytes_of(rows), row_scale))
+
+    def transposed_product_of_bytes(self, rows: Tensor, row_scale: Tensor) -> Tensor:
+        """Return row_scale * ((rows - 128) @ weight). rows: (tokens, out), bytes."""
+        if self.tiles is not None:
+            return self.tiles.transposed_product(rows, row_scale)
+        return int_mm(int8_of(rows), self.weight).float().mul_(row_scale)
 
 
 @contextmanager
@@ -150,11 +193,3 @@ class _Int8Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.layer.input_gradient(grad).to(ctx.dtype), None
-
-
-def int_mm(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Exact int32 sums. CUDA's product wants at least 17 rows."""
-    count = len(rows)
-    if rows.is_cuda and count < 17:
-        rows = nn.functional.pad(rows, (0, 0, 0, 17 - count))
-    return torch._int_mm(rows, matrix)[:count]

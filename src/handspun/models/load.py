@@ -28,12 +28,13 @@ from handspun.config import Weights
 from handspun.data.chat_template import ChatTemplate
 from handspun.display import say
 from handspun.errors import ModelError
+from handspun.models import native
 from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.models.embedded import EMBEDDED_NAME, embedded_folder
-from handspun.models.int8 import refuse_inexact_products
 from handspun.models.lean import LeanModel, cannot_be_lean, lean_model
 from handspun.models.lora import embedding_rows, merge_adapter, unknown_settings
 from handspun.models.onednn import remember_few_kernels
+from handspun.models.products import refuse_inexact_decoding
 from handspun.models.quiet import quiet
 from handspun.models.tokenizer_file import as_in_tokenizer_json
 
@@ -87,7 +88,7 @@ def load(
     torch_device = resolve_device(device)
     source = model_source(name, notice)
     if weights == "int8":
-        return _load_int8(source, torch_device)
+        return _load_int8(source, torch_device, notice)
     model = _load_merged(source, resolve_dtype(weights, torch_device))
     model.to(torch_device)  # type: ignore[arg-type]  # transformers wraps it and loses its types
     return ChatModel(model.eval(), load_tokenizer(source), name)
@@ -300,11 +301,13 @@ def _load_merged(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedMod
     return merged
 
 
-def _load_int8(source: ModelSource, device: torch.device) -> ChatModel:
+def _load_int8(source: ModelSource, device: torch.device, notice: Callable[[str], None]) -> ChatModel:
     config = load_config(source)
     if reason := cannot_be_lean(config):
         raise ModelError(f"{source.name} cannot be decoded from in int8: {reason}. Use --weights float32.")
-    refuse_inexact_products(device, remedy="--weights float32")
+    refuse_inexact_decoding(device)
+    if slower := native.slower_without(device):
+        notice(slower)
     model = _load_merged(source, "auto")  # of the files
     model.to(device)  # type: ignore[arg-type]
     chat = ChatModel(model.eval(), load_tokenizer(source), source.name, lean_model(model, int8=True))

@@ -4,13 +4,9 @@ Where there is none, or the CPU lacks AVX-512, everything runs in plain PyTorch 
 """
 
 import ctypes
-import hashlib
 import os
 import platform
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -19,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handspun.models.embedded import cache_folder
+from handspun.models.cpu import cpu_flags
+from handspun.models.native_library import LibraryError, load_library
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
@@ -46,20 +43,43 @@ _SIGNATURES = {
 }
 
 
-@cache
 def kernels() -> Any | None:
     """The library, built if it is not there yet; None where it cannot be had, or HANDSPUN_NATIVE=0 is set."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if os.environ.get("HANDSPUN_NATIVE") == "0" or not _cpu_can() or compiler is None:
-        return None
+    return _kernels_or_reason()[0]
+
+
+def reason_for_none() -> str | None:
+    """Return why there are no kernels; None if there are, or if the user has switched them off."""
+    return _kernels_or_reason()[1]
+
+
+def slower_without(device: torch.device) -> str | None:
+    """Return a line for users of int8 on a CPU that has no kernels; None if none is due."""
+    reason = reason_for_none() if device.type == "cpu" else None
+    return None if reason is None else f"int8 works without its native kernels, slower: {reason}"
+
+
+@cache
+def _kernels_or_reason() -> tuple[Any | None, str | None]:
+    if os.environ.get("HANDSPUN_NATIVE") == "0":
+        return None, None
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return None, "they are for Linux on x86-64"
+    if not cpu_flags() >= _NEEDED:
+        return None, "this CPU has no AVX-512 with VNNI"
     try:
-        library = ctypes.CDLL(str(_built(compiler)))
-    except (OSError, subprocess.SubprocessError):
-        return None
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
-    return library
+        library = load_library(_SOURCE, _FLAGS)
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
+    except (LibraryError, AttributeError) as error:
+        return None, str(error)
+    return library, None
+
+
+def forget_kernels() -> None:
+    """Look for the kernels again at the next call of `kernels`."""
+    _kernels_or_reason.cache_clear()
 
 
 def hadamard(library: Any, x: Tensor) -> Tensor:
@@ -108,7 +128,7 @@ def gate_quantize(library: Any, gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 def can_multiply() -> bool:
     """Whether the products are there, and the fastest that there are: with AMX, oneDNN's are."""
-    return kernels() is not None and "amx_int8" not in _cpu_flags().split()
+    return kernels() is not None and "amx_int8" not in cpu_flags()
 
 
 def can_attend(head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -168,29 +188,3 @@ def attend(
 
 def _empty(like: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(like.shape, dtype=torch.uint8), torch.empty(len(like), 1)
-
-
-def _cpu_can() -> bool:
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return False
-    return set(_cpu_flags().split()) >= _NEEDED
-
-
-def _cpu_flags() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line for line in lines if line.startswith("flags")), "")
-
-
-def _built(compiler: str) -> Path:
-    """The library's file: its name says what it was built from, by what, for which CPU."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=20).stdout
-    made_from = b"\0".join([_SOURCE.read_bytes(), version, _cpu_flags().encode(), " ".join(_FLAGS).encode()])
-    file = cache_folder() / "native" / f"kernels-{hashlib.sha256(made_from).hexdigest()[:16]}.so"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as work:
-            partial = Path(work) / file.name
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(partial), "-lm"]
-            subprocess.run(command, capture_output=True, check=True, timeout=120)
-            partial.rename(file)  # whole, whoever else is building it
-    return file

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from handspun.models import native
 from handspun.models.hadamard import hadamard
-from handspun.models.int8 import int_mm, quantize_channels, quantize_rows
+from handspun.models.int8 import bytes_of, check_exact, int8_of, quantize_channels, quantize_rows
+from handspun.models.int8_matmul import PackedInt8, int_mm, packed_int8
 from handspun.models.onednn import product_of_rounded_rows
 from handspun.models.tiles import Tiles, can_tile
 
@@ -70,11 +71,7 @@ class Int8Product:
         matrix, self._scale = quantize_channels(weight)
         self._bias = None if bias is None else bias.float()
         self._native = native.kernels() if weight.device.type == "cpu" else None
-        self._tiles = Tiles(matrix) if can_tile(matrix) else None
-        self._packed = _packed(matrix) if self._tiles is None and weight.device.type == "cpu" else None
-        self._zero_points = torch.zeros(len(matrix), dtype=torch.int64)
-        is_kept = self._tiles is None and (self._packed is None or is_embedding)
-        self._weight = matrix if is_kept else matrix[:0].clone()
+        self._matrix = Int8Matrix(matrix, keeps_rows=is_embedding)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(tokens, in) to (tokens, out)."""
@@ -94,35 +91,65 @@ class Int8Product:
 
     def rows_of_weight(self, rows: Tensor) -> Tensor:
         """(tokens,) to (tokens, in): as an embedding."""
-        weight = self._weight[rows] if self._tiles is None else self._tiles.rows(rows)
-        return hadamard(weight.float().mul_(self._scale[rows, None]))
+        return hadamard(self._matrix.rows(rows).float().mul_(self._scale[rows, None]))
 
     def _product(self, rows: Tensor, row_scale: Tensor) -> Tensor:
         """rows: (tokens, in), unsigned, 128 in their middle. row_scale: (tokens, 1)."""
-        if self._tiles is not None:
-            return self._tiles.product(rows, row_scale, self._scale, self._bias)
-        if self._packed is None:
-            sums = int_mm(rows.view(torch.int8) ^ -128, self._weight.t()).float().mul_(self._scale)
-        else:
-            sums = torch.ops.onednn.qlinear_pointwise(
-                *(rows, 1.0, 128, self._packed, self._scale, self._zero_points, None),
-                *(1.0, 0, torch.float32, "none", [], ""),
-            )
-        return sums.mul_(row_scale) if self._bias is None else sums.mul_(row_scale).add_(self._bias)
+        return self._matrix.product(rows, row_scale, self._scale, self._bias)
+
+
+class Int8Matrix:
+    """A frozen int8 matrix, (out, in), laid out for the fastest matmul that is exact on its device."""
+
+    def __init__(self, weight: Tensor, *, keeps_rows: bool) -> None:
+        """weight: (out, in), int8. keeps_rows: keep what `rows` needs."""
+        self._tiles = Tiles(weight) if can_tile(weight) else None
+        self._packed = _packed(weight) if self._tiles is None and weight.device.type == "cpu" else None
+        is_kept = self._tiles is None and (self._packed is None or keeps_rows)
+        self._weight = weight if is_kept else weight[:0].clone()
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """(count,) to (count, in): rows of the matrix."""
+        return self._weight[rows] if self._tiles is None else self._tiles.rows(rows)
+
+    def product(self, rows: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Return row_scale * scale * ((rows - 128) @ weight.T) + bias: (count, out), float32.
+
+        rows: (count, in), bytes. row_scale: (count, 1). scale, bias: (out,).
+        """
+        laid_out = self._tiles or self._packed
+        if laid_out is not None:
+            return laid_out.product(rows, row_scale, scale, bias)
+        products = int_mm(int8_of(rows), self._weight.t()).float().mul_(scale).mul_(row_scale)
+        return products if bias is None else products.add_(bias)
+
+
+def refuse_inexact_decoding(device: torch.device) -> None:
+    """Raise ModelError if the int8 products of decoding are not exact on the device, or missing.
+
+    Tries the very products, with the largest values.
+    """
+    check_exact([decoded_sums], device, remedy="--weights float32")
+
+
+def decoded_sums(rows: Tensor, weight: Tensor) -> Tensor:
+    """Return the sums of rows - 128, bytes, and int8 weights as decoding computes them: (count, out), float32."""
+    ones = torch.ones(len(weight), device=rows.device)
+    row_scale = torch.ones(len(rows), 1, device=rows.device)
+    return Int8Matrix(weight, keeps_rows=False).product(rows, row_scale, ones, None)
 
 
 def _unsigned(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, scale = quantize_rows(hadamard(x))
-    return (rows ^ -128).view(torch.uint8), scale  # each value + 128
+    return bytes_of(rows), scale
 
 
-def _packed(weight: Tensor) -> Tensor | None:
+def _packed(weight: Tensor) -> PackedInt8 | None:
     """The matrix in oneDNN's layout; None where this PyTorch has it not."""
     try:
-        packed: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
+        return packed_int8(weight)
     except (AttributeError, RuntimeError, NotImplementedError):
         return None
-    return packed
 
 
 def _gated(gate_up: Tensor) -> Tensor:

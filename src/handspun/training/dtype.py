@@ -1,34 +1,89 @@
 """The type of the matrix products: bfloat16 where a probe says that it is clearly faster, else float32."""
 
+import hashlib
+import json
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
+from handspun import files
+from handspun.models.cpu import cpu_flags, cpu_model
+from handspun.models.embedded import cache_folder
+
 _WORTH = 1.2
 """bfloat16 rounds, so it has to be faster by this much."""
+_HOPELESS = 0.5
+"""A gain below this says enough, at any size: without instructions for bfloat16 it is 0.01."""
+_SIZES = ((8, 256), (64, 512), (256, 1024))
+"""(tokens, width) of the products that are timed, smallest first. The last decides: it is like a small model's."""
+_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")
+"""What Linux calls bfloat16's dot products, on x86 and on ARM."""
+_SECONDS = 0.25
+"""No further size is tried after so long; what was measured until then decides."""
 
 
 def choose_dtype(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> tuple[torch.dtype, str]:
-    """(float32 or bfloat16, why), by products of the size of a small model's layers: a fraction of a second.
+    """Return (float32 or bfloat16, why), by the CPU's flags, what an earlier run measured, or timed products.
 
-    Weights, optimiser, head and evaluation stay float32 either way: this is the type of autocast.
+    Weights, optimizer, head and evaluation stay float32 either way: this is the type of autocast.
     """
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        return torch.float32, "this GPU has no bfloat16"
-    gain = _rate(device, torch.bfloat16, clock) / _rate(device, torch.float32, clock)
+    reason = _without_bfloat16(device)
+    if reason is not None:
+        return torch.float32, reason
+    if device.type != "cpu":
+        return _chosen(_measured_gain(device, clock))
+    file = _remembered_file()
+    gain = _remembered_gain(file)
+    if gain is None:
+        gain = _measured_gain(device, clock)
+        _remember(file, gain)
+    return _chosen(gain)
+
+
+def _without_bfloat16(device: torch.device) -> str | None:
+    """Return why bfloat16 cannot be faster on the device; None if it may be."""
+    if device.type == "cuda":
+        return None if torch.cuda.is_bf16_supported() else "this GPU has no bfloat16"
+    if device.type == "cpu" and not (_onednn_has_bfloat16() and cpu_flags().intersection(_INSTRUCTIONS)):
+        return "this CPU has no instructions for bfloat16"
+    return None
+
+
+def _onednn_has_bfloat16() -> bool:
+    """PyTorch's private name for what oneDNN says; where it is gone, the flags and the clock decide."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return True if ask is None else bool(ask())
+
+
+def _chosen(gain: float) -> tuple[torch.dtype, str]:
     if gain < _WORTH:
         return torch.float32, f"bfloat16 products are {gain:.1f} times as fast here"
     return torch.bfloat16, f"its products are {gain:.1f} times as fast as float32's here"
 
 
-def _rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> float:
-    """Operations a second: the best of a few products, the first of which is not counted."""
-    tokens, width, inner = 512, 1024, 4096
-    a, b = (
-        torch.ones(tokens, width, device=device, dtype=dtype),
-        torch.ones(width, inner, device=device, dtype=dtype),
-    )
+def _measured_gain(device: torch.device, clock: Callable[[], float]) -> float:
+    """Return how many times as fast as float32 bfloat16 is, by products of growing size, as far as need be."""
+    began, gain = clock(), 0.0
+    for tokens, width in _SIZES:
+        gain = _seconds(device, torch.float32, tokens, width, clock) / _seconds(
+            device, torch.bfloat16, tokens, width, clock
+        )
+        if gain < _HOPELESS or clock() - began > _SECONDS:
+            break
+    return gain
+
+
+def _seconds(
+    device: torch.device, dtype: torch.dtype, tokens: int, width: int, clock: Callable[[], float]
+) -> float:
+    """Return how long a product takes: the best of three, after one that is not counted."""
+    a, b = (torch.ones(count, width, device=device, dtype=dtype) for count in (tokens, width))
     best = float("inf")
     for turn in range(4):
         began = clock()
@@ -36,4 +91,34 @@ def _rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) 
         product[0, 0].item()  # waits for a GPU
         if turn:
             best = min(best, clock() - began)
-    return 2 * tokens * width * inner / best
+    return max(best, 1e-9)  # a coarse clock
+
+
+def _remembered_file() -> Path:
+    """Return where the answer for this CPU, these threads and this PyTorch is kept."""
+    limits = [
+        os.environ.get(name, "") for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+    ]
+    about = "\0".join([cpu_model(), torch.__version__, str(torch.get_num_threads()), *limits])
+    return cache_folder() / f"dtype-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+
+
+def _remembered_gain(file: Path) -> float | None:
+    """Return what was measured before; None if nothing was, or the file is not what was written."""
+    found = files.read_json_object(file) or {}
+    gain = found.get("bfloat16_gain")
+    if not isinstance(gain, float) or not 0 <= gain < 1000:
+        return None
+    return gain if found == _record(gain) else None
+
+
+def _remember(file: Path, gain: float) -> None:
+    """Keep the answer if the cache folder can be written: it costs nothing but the probe if it cannot."""
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(file, _record(gain))
+
+
+def _record(gain: float) -> dict[str, float | str]:
+    digest = hashlib.sha256(json.dumps(gain).encode()).hexdigest()
+    return {"bfloat16_gain": gain, "sha256": digest}

@@ -8,6 +8,7 @@ from handspun.models.load import ChatModel
 from handspun.verification.answers import check_beams, check_greedy, check_logits
 from handspun.verification.batches import check_batches
 from handspun.verification.findings import Finding
+from handspun.verification.int8 import check_int8
 from handspun.verification.material import Material, engine_logits, gather
 from handspun.verification.processors import check_processors
 from handspun.verification.prompts import DEFAULT_PROMPTS
@@ -43,6 +44,7 @@ def verify(
     if rounded is not None:
         yield agreement(material, rounded, rounded_name)
         yield from check_batches(material, rounded, rounded_name, exact=_is_int8(rounded))
+    yield from check_int8(chat.device)
     yield from check_packed(material)
     yield check_prefix(material)
 

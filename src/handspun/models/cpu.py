@@ -1,0 +1,74 @@
+"""Instructions of this CPU that the libraries below PyTorch may use.
+
+oneDNN and PyTorch can be held to older instructions (`ONEDNN_MAX_CPU_ISA=AVX2`, `ATEN_CPU_CAPABILITY=avx2`). Such
+a process must do what an older CPU does, or tests on a new machine would say nothing about old ones.
+"""
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_CPUINFO = Path("/proc/cpuinfo")
+
+_AVX512 = ("avx512", "amx", "avx10")
+_FORBIDDEN_BY_ONEDNN = {
+    "SSE41": ("avx", "amx"),
+    "AVX": ("avx2", "avx_", *_AVX512),
+    "AVX2": ("avx_", *_AVX512),
+    "AVX2_VNNI": ("avx_ne", *_AVX512),
+    "AVX2_VNNI_2": _AVX512,
+    "AVX512_CORE": ("avx_", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx", "avx10"),
+    "AVX512_CORE_VNNI": ("avx512_bf16", "avx512_fp16", "amx", "avx10"),
+    "AVX512_CORE_BF16": ("avx512_fp16", "amx", "avx10"),
+    "AVX512_CORE_FP16": ("amx",),
+    "AVX10_1_512": ("amx",),
+}
+"""How flags begin that each value of ONEDNN_MAX_CPU_ISA forbids; values that are not here forbid none."""
+
+_FORBIDDEN_BY_PYTORCH = {"default": ("avx2", "avx_", *_AVX512), "avx2": _AVX512}
+"""The same for ATEN_CPU_CAPABILITY, which leaves oneDNN alone: our own kernels obey both."""
+
+
+def cpu_flags() -> frozenset[str]:
+    """Return the CPU's instruction sets, as Linux spells them, without those that the environment forbids.
+
+    Empty where the CPU does not say.
+    """
+    onednn = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    forbidden = _FORBIDDEN_BY_ONEDNN.get(onednn.upper(), ())
+    forbidden += _FORBIDDEN_BY_PYTORCH.get(os.environ.get("ATEN_CPU_CAPABILITY", "").lower(), ())
+    return frozenset(flag for flag in _flags_of_the_cpu() if not flag.startswith(forbidden))
+
+
+def cpu_model() -> str:
+    """Return the CPU's name with its flags: what a measurement on it may be remembered by."""
+    return f"{_field('model name', 'CPU implementer')}, {' '.join(sorted(cpu_flags()))}"
+
+
+@cache
+def _flags_of_the_cpu() -> frozenset[str]:
+    flags = _field("flags", "Features").split()
+    if flags or not hasattr(torch.cpu, "get_capabilities"):
+        return frozenset(flags)
+    return frozenset(
+        _as_linux_spells(name) for name, there in torch.cpu.get_capabilities().items() if there is True
+    )
+
+
+def _as_linux_spells(name: str) -> str:
+    """PyTorch writes avx512_f where Linux writes avx512f; they agree on avx512_vnni, avx512_bf16 and amx_bf16."""
+    short = {"avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_cd"}
+    return name.replace("_", "") if name in short else name
+
+
+@cache
+def _field(*names: str) -> str:
+    """Return the first processor's value of the first of these fields that is there; empty if none is."""
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    return next((values[name] for name in names if name in values), "")
