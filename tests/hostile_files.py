@@ -38,15 +38,19 @@ CUT_SHORT_OR_MALFORMED = [
     Case("csv with single quotes", csv("'a, b','c'"), "train.csv, line 2, row 1: expected 2 cells"),
     Case("csv with text behind a quote", csv('"a" b,c'), "train.csv, line 2: malformed at line 2"),
     Case("csv with backslashes before quotes", csv(r'"a \"b\"",c'), "train.csv, line 2: malformed at line 2"),
-    Case("csv with semicolons", csv("a;b", header="instruction;output"), "train.csv, line 1: the header is the"),
+    Case("csv with semicolons", csv("a;b", header="instruction;output"), kept=1),
     Case(
-        "tabs under the name .csv", csv("a\tb", header="instruction\toutput"), "train.csv, line 1: the header is"
+        "csv with semicolons, of no format", csv("a;b", header="x;y"), "train.csv, line 1: the header is the one"
     ),
+    Case("tabs under the name .csv", csv("a\tb", header="instruction\toutput"), kept=1),
+    Case("Excel's first line, sep=;", file("train.csv", "\ufeffsep=;\r\ninstruction;output\r\na;b\r\n"), kept=1),
     Case("a header alone", csv(), "train.csv: it has a header (instruction, output) and no rows"),
     Case(
         "a header that names a column twice", csv("a,b,c", header="instruction,output,output"), "train.csv, line 1"
     ),
-    Case("a header with a hole", csv("0,a,b", header=",instruction,output"), "train.csv, line 1: column 1 of"),
+    Case("an index of pandas, without a name", csv("0,a,b", header=",instruction,output"), kept=1),
+    Case("a header with a hole", csv("x,a,b", header=",instruction,output"), "train.csv, line 1: column 1 of"),
+    Case("columns and rows that hold nothing", csv("a,b,,", ",,,", header="instruction,output,,"), kept=1),
     Case(
         "two files joined", csv("a,b", "\ufeffinstruction,output", "c,d"), "train.csv, line 3, row 2: the header"
     ),
@@ -54,7 +58,12 @@ CUT_SHORT_OR_MALFORMED = [
     Case(
         "line ends of all kinds, blank lines", file("train.csv", "instruction,output\r\n\na,b\r\n\n\nc,d"), kept=2
     ),
-    Case("csv with quotes and line breaks in cells", csv('"a ""b""\nc","d,\r\ne"'), kept=1),
+    Case(
+        "csv with quotes and line breaks in cells",
+        csv('"a ""b""\nc","d,\r\ne"'),
+        kept=1,
+        noted={1: "carriage returns"},
+    ),
     Case(
         "json cut short", file("train.json", '[{"instruction": "a", "output": "b"},\n{"in'), "train.json, line 2"
     ),
@@ -65,7 +74,11 @@ CUT_SHORT_OR_MALFORMED = [
     ),
     Case("json with single quotes", file("train.json", "[{'instruction': 'a'}]"), "train.json, line 1: malformed"),
     Case("json with comments", file("train.json", "[ // rows\n{}]"), "train.json, line 1: malformed"),
-    Case("json objects without commas", file("train.json", '{"a": 1}{"a": 2}'), "train.json, line 1: malformed"),
+    Case("json objects without commas", file("train.json", json.dumps(pair()) * 2), kept=2),
+    Case(
+        "json column by column", file("train.json", json.dumps({k: {"0": v} for k, v in pair().items()})), kept=1
+    ),
+    Case("json of bare lists of turns", file("train.json", json.dumps([turns("ua"), turns("ua")])), kept=2),
     Case(
         "json with a key twice",
         file("train.json", '[{"a": 1,\n"a": 2}]'),
@@ -88,7 +101,8 @@ CUT_SHORT_OR_MALFORMED = [
         "a number of 5,000 digits", file("train.jsonl", f'{{"a": {"9" * 5000}}}'), "train.jsonl, line 1: the JSON"
     ),
     Case("jsonl cut short", file("train.jsonl", '{"a": 1}\n{"a": '), "train.jsonl, line 2: malformed JSON"),
-    Case("jsonl that is a list", file("train.jsonl", '[{"a": 1}]'), "train.jsonl, line 1: expected an object on"),
+    Case("jsonl that is a list", file("train.jsonl", json.dumps([pair(), pair()])), kept=2),
+    Case("jsonl with objects over several lines", file("train.jsonl", json.dumps(pair(), indent=1) * 2), kept=2),
     Case("jsonl with a bare value", jsonl(pair(), 5), "train.jsonl, line 2, row 2: expected an object"),
     Case(
         "jsonl with line separators in texts",
@@ -174,7 +188,7 @@ SIZES = [
     Case("a million columns", a_million_columns("a,b", ",instruction,output"), kept=1),
     Case(
         "a million columns that no format has",
-        a_million_columns(),
+        a_million_columns("x"),
         "train.csv: the columns fit no format. Found: 0, 1, 2",
     ),
     Case(
@@ -281,7 +295,7 @@ NO_FILES = [
         file("a\n\x1b[31m.csv", "instruction\n"),
         r"a\n\x1b[31m.csv: it has a header",
     ),
-    Case("a name of 5,000 characters", lambda: "x" * 5000, "x" * 20),
+    Case("a name of 5,000 characters", lambda: "x" * 5000, "--data is 'xxxxx"),
     Case(
         "the home of a user who is not there",
         lambda: "~nobody-of-this-name/train.csv",

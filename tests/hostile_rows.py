@@ -47,7 +47,7 @@ CELLS = [
         kept=1,
         dropped={1: "empty output", 2: "empty instruction", 3: "empty instruction"},
     ),
-    Case("no cell with anything in it", csv("a,", ","), "train.csv: none of its 2 rows can be trained on"),
+    Case("no cell with anything in it", csv("a,", ","), "train.csv: none of its 1 rows can be trained on"),
     Case("words that others take for missing", csv("007,N/A", "None,nan", "NULL,#N/A"), kept=3),
     Case("columns of two formats", jsonl(pair(messages=turns("ua"))), "train.jsonl: the columns"),
     Case("columns of no format", csv("a,b", header="text,title"), "train.csv: the columns fit no format"),

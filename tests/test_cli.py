@@ -275,3 +275,70 @@ def test_a_beam_search_is_shown_as_a_tree(capsys: pytest.CaptureFixture[str], ti
     command = ["generate", "--model", str(tiny_folder), "Hi", "--choice", "yes", "--choice", "no"]
     assert main([*command, "--num-beams", "2", "--show-tree"]) == 0
     assert "answer 1" in capsys.readouterr().out
+
+
+FOUR_PROMPTS = (
+    "\ufeffFirst prompt\r\nSecond\u2028still second\rThird\x0cstill third\n \r\n\r\nFourth\x85still fourth\r\n"
+)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-32-le"])
+def test_a_line_of_a_prompts_file_ends_where_a_line_ends(
+    capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path, encoding: str
+) -> None:
+    (tmp_path / "prompts.txt").write_bytes(FOUR_PROMPTS.encode(encoding))
+    command = ["generate", "--model", str(tiny_folder), "--max-new-tokens", "1", "--json"]
+    assert main([*command, "--prompts-file", str(tmp_path / "prompts.txt")]) == 0
+    answers = capsys.readouterr().out.splitlines()  # which ends lines at U+2028 and NEL too
+    assert [json.loads(line)["prompt"] for line in answers] == [
+        "First prompt",
+        "Second\u2028still second",
+        "Third\x0cstill third",
+        "Fourth\x85still fourth",
+    ]
+
+
+def test_a_prompt_on_standard_input_is_read_as_a_file_is(
+    capsys: pytest.CaptureFixture[str], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = io.TextIOWrapper(io.BytesIO("Wörter\r\n\u2028und mehr\r\n".encode("utf-16")), encoding="ascii")
+    monkeypatch.setattr("sys.stdin", typed)
+    assert main(["generate", "--model", str(tiny_folder), "--max-new-tokens", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "Wörter\n\u2028und mehr"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_schemas_and_configs_may_have_a_byte_order_mark(
+    capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path, encoding: str
+) -> None:
+    (tmp_path / "schema.json").write_bytes('{"enum": [7]}\r\n'.encode(encoding))
+    config = f"model: {tiny_folder}\r\njson_schema: {tmp_path / 'schema.json'}\r\nmax_new_tokens: 4\r\n"
+    (tmp_path / "run.yaml").write_bytes(config.encode(encoding))
+    assert main(["generate", "--config", str(tmp_path / "run.yaml"), "Hi"]) == 0
+    assert capsys.readouterr().out == "7\n"
+
+
+@pytest.mark.parametrize("option", ["--prompts-file", "--json-schema", "--config"])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            "a: b\ncafé: x".encode("latin-1"),
+            ", line 2: the byte 0xE9 at character 4 of the line (offset 8) is not UTF-8",
+        ),
+        ("a: b\n".encode("utf-16-le"), ", line 1: there is a NUL character in the text, at character 2"),
+        (b"\x1f\x8b", ": this is a gzip file"),
+    ],
+    ids=["Latin-1", "UTF-16 without a mark", "gzip"],
+)
+def test_text_files_that_cannot_be_read_are_named_with_the_place_and_what_to_do(
+    capsys: pytest.CaptureFixture[str],
+    tiny_folder: Path,
+    tmp_path: Path,
+    option: str,
+    content: bytes,
+    expected: str,
+) -> None:
+    (tmp_path / "file").write_bytes(content)
+    message = fail(capsys, "generate", "--model", str(tiny_folder), option, str(tmp_path / "file"), "Hi")
+    assert f"{option} {tmp_path / 'file'}{expected}" in message

@@ -23,11 +23,13 @@ def test_the_columns_tell_the_format(columns: list[str], data_format: str) -> No
 @pytest.mark.parametrize(
     ("columns", "hint"),
     [
-        (["instructions", "output"], "Did you mean 'instruction' for 'instructions'?"),
-        (["instruction", " Output"], "Did you mean 'output' for ' Output'?"),
-        (["conversation"], "Did you mean 'conversations' for 'conversation'?"),
+        (["instructions", "output"], "Rename 'instructions' to 'instruction'."),
+        (["instruction", " Output"], "Rename ' Output' to 'output'."),
+        (["conversation"], "Rename 'conversation' to 'conversations'."),
+        (["Completions"], "Did you mean 'completion' for 'Completions'?"),  # which makes no format by itself
+        (["prompt", "outputs"], "sharegpt needs conversations. Rename 'outputs' to 'completion'."),
         (["prompt", "chosen", "rejected"], "to train on the preferred answer, name it `completion`"),
-        (["question", "answer"], "Name `question` `prompt`, and its answer `completion`."),
+        (["question", "answer"], "Rename 'question' to 'prompt' and 'answer' to 'completion'."),
         (["question_id", "turns"], "`turns` are questions without answers"),
         ([], "Found: none. Expected: alpaca needs instruction and output; prompt-completion needs"),
     ],

@@ -95,7 +95,13 @@ def test_what_csv_writer_wrote_comes_back(tmp_path: Path, rows: list[tuple[str, 
     stream = io.StringIO(newline="")
     csv.writer(stream, delimiter=delimiter).writerows([("a", "b"), *rows])
     file.write_bytes(stream.getvalue().encode())
-    assert [(row["a"], row["b"]) for row in values(str(file))] == rows
+    held = [
+        row for row in rows if any(cell.strip() for cell in row)
+    ]  # a line of nothing but a separator is no row
+    if not held:
+        assert "and no rows" in refusal(str(file))
+        return
+    assert [(row["a"], row["b"]) for row in values(str(file))] == held
 
 
 json_values = st.recursive(
@@ -230,7 +236,7 @@ def test_no_name_is_no_data(source: str) -> None:
         ("a.csv", 'a,b\n1,2\n"x,3\n4,5\n', "a.csv, line 3: a quote opens in this record and is not closed"),
         ("a.csv", 'a,b\n"x" y,3\n', "a.csv, line 2: malformed at line 2 (',' expected after '\"')"),
         ("a.csv", "a,b,a\n1,2,3\n", "a.csv, line 1: columns 1 and 3 are both named 'a'"),
-        ("a.csv", "\n,a\n0,1\n", "a.csv, line 2: column 1 of the header has no name"),
+        ("a.csv", "\n,a\nx,1\n", "a.csv, line 2: column 1 of the header has no name, and line 3 has 'x' in it"),
         ("a.csv", "a;b\n1;2\n", "a.csv, line 1: the header is the one name 'a;b'; it looks separated by ';'"),
         ("a.csv", "a,b\n1,2\nx\0y,3\n", "a.csv, line 3: there is a NUL character"),
         ("a.json", '[\n{"a": 1},\n{"a": }\n]', "a.json, line 3: malformed JSON at character 7 of the line"),
@@ -242,7 +248,6 @@ def test_no_name_is_no_data(source: str) -> None:
         ("a.json", f'[{{"a": {"9" * 5000}}}]', "a.json, line 1: the JSON cannot be read"),
         ("a.jsonl", '{"a": 1}\n\n{"a": 1\n', "a.jsonl, line 3: malformed JSON"),
         ("a.jsonl", '{"a": 1}\n\n[1]\n', "a.jsonl, line 3, row 2: expected an object, found a list."),
-        ("a.jsonl", '[\n{"a": 1}\n]', "a.jsonl, line 1: expected an object on each line, found a list."),
         ("a.jsonl", '{"a": 1}\n{"b": 1, "b": 2}', "a.jsonl, line 2: the key 'b' stands twice"),
         ("a.txt", "x", "a.txt: the suffix .txt is none of .csv, .tsv"),
         ("train", "x", "train: the suffix (none) is none of"),
@@ -260,10 +265,11 @@ def test_mistakes_are_named_with_their_place(write: Write, name: str, content: s
 def test_bytes_of_another_encoding_are_named_with_line_offset_and_remedy(write: Write) -> None:
     message = refusal(write("my train.csv", "a,b\n1,2\ncafé,3\n".encode("latin-1")))
     assert message == (
-        "my train.csv, line 3: the byte 0xE9 at offset 11 is not UTF-8. Convert the file from the encoding it was "
-        "saved in, for example: iconv -f WINDOWS-1252 -t UTF-8 'my train.csv' > 'my train.utf8.csv'"
+        "my train.csv, line 3: the byte 0xE9 at character 4 of the line (offset 11) is not UTF-8. Convert it from "
+        "the encoding that it was saved in to UTF-8, for example: iconv -f WINDOWS-1252 -t UTF-8 'my train.csv' > "
+        "'my train.utf8.csv'"
     )
-    assert "line 2: the byte 0xFF at offset 6 is not UTF-8" in refusal(
+    assert "line 2: the byte 0xFF at character 1 of the line (offset 6) is not UTF-8" in refusal(
         write("b.csv", b"\xef\xbb\xbfa\n\xff\n".replace(b"a\n", b"aa\n"))
     )
     assert "UTF-16LE" in refusal(write("c.csv", "a,b\n1,2\n".encode("utf-16-le")))

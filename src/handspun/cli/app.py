@@ -13,7 +13,8 @@ from handspun.cli.values import convert, convert_or_refuse, refuse_less_than_1
 from handspun.config import Weights
 from handspun.config.names import options
 from handspun.config.ranges import MOST, wrong_values
-from handspun.errors import ConfigError
+from handspun.data.text_files import BYTE_ORDER_MARK, decode_text, read_text, split_lines
+from handspun.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from handspun.models.load import ChatModel
@@ -71,19 +72,35 @@ def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
     """Those given, then those of the file, one a line; with neither, standard input. ConfigError without any."""
     found = list(prompts)
     if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--prompts-file {file} cannot be read: {error}") from error
+        lines = (line.rstrip("\r\n").removeprefix(BYTE_ORDER_MARK) for line in split_lines(_text_of_prompts(file)))
         found += [line for line in lines if line.strip()]
-    if not found and not sys.stdin.isatty():
-        try:
-            found = [sys.stdin.read().rstrip("\n")]
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"the prompt on standard input cannot be read: {error}") from error
+    if not found and sys.stdin is not None and not sys.stdin.isatty():
+        found = [_prompt_on_standard_input()]
     if not any(prompt.strip() for prompt in found):
         raise ConfigError('there is no prompt: give one, as in handspun generate --model M "Tell me a joke."')
     return found
+
+
+def _text_of_prompts(file: Path) -> str:
+    try:
+        return read_text(file)
+    except OSError as error:
+        raise ConfigError(f"--prompts-file {file} cannot be read: {error}") from error
+    except DataError as error:  # it names the file
+        raise ConfigError(f"--prompts-file {error}") from error
+
+
+def _prompt_on_standard_input() -> str:
+    """All of it is one prompt, read as a file is, whatever encoding the terminal has."""
+    try:
+        if hasattr(sys.stdin, "buffer"):
+            lines = split_lines(decode_text(sys.stdin.buffer.read(), ""))
+            text = "".join(line.rstrip("\r\n") + "\n" for line in lines)
+        else:
+            text = sys.stdin.read()
+    except (OSError, DataError) as error:
+        raise ConfigError(f"the prompt on standard input cannot be read: {error}") from error
+    return text.rstrip("\n")
 
 
 def is_colourless(console: Console) -> bool:

@@ -15,7 +15,8 @@ import yaml
 
 from handspun.config import option_name
 from handspun.config.typed import short
-from handspun.errors import ConfigError
+from handspun.data.text_files import read_text
+from handspun.errors import ConfigError, DataError
 
 _NULL = "tag:yaml.org,2002:null"
 _MOST_NODES = 100_000
@@ -47,9 +48,11 @@ def read_config_file(file: str) -> dict[str, Any]:
     is not given. Raises ConfigError."""
     where = f"--config {file}"
     try:
-        text = Path(file).read_text(encoding="utf-8-sig")
+        text = read_text(Path(file))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where} cannot be read: {error}. Expected a YAML file of options.") from error
+    except DataError as error:  # it names the file
+        raise ConfigError(f"--config {error}") from error
     try:
         return _options(_Loader(text), where)
     except (yaml.YAMLError, RecursionError, ValueError) as error:

@@ -12,6 +12,8 @@ Ranges = dict[str, tuple[float, float, bool, bool]]
 
 PATHS = frozenset({"model", "data", "eval_data", "output_dir", "json_schema"})
 """Options that name a file or folder: a pathlib.Path is one too."""
+_FILES_OF_ANY_NAME = frozenset({"data", "eval_data"})
+"""Only read, so their names may hold bytes that are not UTF-8, which Python gives as lone surrogates."""
 MOST = 10**9
 """Of a count: more is a mistake in typing, and would fill the memory with lists."""
 _LONGEST_NAME = 255
@@ -111,14 +113,16 @@ def _short_number(number: float) -> str:
 
 
 def _path(name: str, value: Any, hint: Any) -> Any:
-    path = as_type(os.fspath(value) if isinstance(value, os.PathLike) else value, hint)
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not (isinstance(path, str) and name in _FILES_OF_ANY_NAME):
+        path = as_type(path, hint)
     if isinstance(path, str):
         if not path:
             raise ValueError("a name, and this one is empty")
         if "\0" in path:
             raise ValueError("a name without the character NUL")
         is_json = name == "json_schema" and path.lstrip().startswith("{")
-        if not is_json and any(len(part.encode()) > _LONGEST_NAME for part in path.split("/")):
+        if not is_json and any(len(part.encode(errors="replace")) > _LONGEST_NAME for part in path.split("/")):
             raise ValueError(f"names of at most {_LONGEST_NAME} bytes")
     return path
 

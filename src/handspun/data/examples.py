@@ -60,6 +60,8 @@ class RowAccount:
     """file -> its format, as recognised or named."""
     unused_columns: dict[str, list[str]] = field(default_factory=dict)
     """file -> columns that are not read."""
+    file_notes: dict[str, list[str]] = field(default_factory=dict)
+    """file or folder -> what was skipped there, or not read as it stands."""
 
     def dropped_by_reason(self) -> dict[str, list[RowNote]]:
         """The dropped rows under their reasons, the most frequent first."""

@@ -1,11 +1,10 @@
 """Which format a file has, judged by its columns."""
 
-import difflib
 from collections.abc import Collection
-from itertools import islice
 
 from handspun.config import DataFormat
-from handspun.data.naming import listed, shown
+from handspun.data.column_hints import hints
+from handspun.data.naming import listed
 from handspun.errors import DataError
 
 NEEDED: dict[DataFormat, tuple[str, ...]] = {
@@ -19,21 +18,10 @@ NEEDED: dict[DataFormat, tuple[str, ...]] = {
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Columns of pictures, films and sound; a row that has any is dropped."""
 
-_SEARCHED = 1000
-"""Columns that are compared with those of the formats, where none fits."""
-
 # Columns that are read where they are there, in every format.
 _OPTIONAL = {"system", "tools", "kto_tag", *MEDIA}
-# What the columns of other formats mean here.
-_HINTS = {
-    "chosen": "`chosen` and `rejected` are a preference; to train on the preferred answer, name it `completion`.",
-    "text": "`text` does not say what is to be learned; split it into `prompt` and `completion`.",
-    "turns": "`turns` are questions without answers, so there is nothing to learn.",
-    "question": "Name `question` `prompt`, and its answer `completion`.",
-    "query": "Name `query` `prompt`, and its answer `completion`.",
-    "response": "Name `response` `completion` or `output`.",
-    "answer": "Name `answer` `completion` or `output`.",
-}
+_KNOWN = _OPTIONAL.union({"input", "history"}, *NEEDED.values())
+_BYTE_ORDER_MARK = "\ufeff"
 
 
 def recognise_format(columns: Collection[str], file: str) -> DataFormat:
@@ -49,7 +37,7 @@ def recognise_format(columns: Collection[str], file: str) -> DataFormat:
         )
     formats = "; ".join(f"{name} needs {' and '.join(needed)}" for name, needed in NEEDED.items())
     message = f"the columns fit no format. Found: {names}. Expected: {formats}."
-    raise DataError(" ".join([message, *_near_misses(columns)]), file=file)
+    raise DataError(" ".join([message, *hints(columns, dict(NEEDED.items()))]), file=file)
 
 
 def used_columns(data_format: str) -> set[str]:
@@ -58,13 +46,20 @@ def used_columns(data_format: str) -> set[str]:
     return used | ({"input", "history"} if data_format == "alpaca" else {"label"})
 
 
-def _near_misses(columns: Collection[str]) -> list[str]:
-    """Sentences on columns that are almost those of a format, and on what others mean here."""
-    wanted = {column for needed in NEEDED.values() for column in needed}
-    first = islice(columns, _SEARCHED)
-    others = {column.strip().lower(): column for column in first if column not in wanted}
-    hints = []
-    for column in sorted(wanted.difference(columns)):
-        for close in difflib.get_close_matches(column, others, n=1, cutoff=0.8):
-            hints.append(f"Did you mean {column!r} for '{shown(others[close])}'?")
-    return hints + [hint for column, hint in _HINTS.items() if column in columns]
+def fits_a_format(columns: Collection[str]) -> bool:
+    """Return whether the columns, whatever their case, are those of a format."""
+    spelled = {name.strip().lower() for name in columns}
+    return any(spelled.issuperset(needed) for needed in NEEDED.values())
+
+
+def known_spellings(columns: Collection[str]) -> dict[str, str]:
+    """Return the columns that are known but for their case or white space around -> their known names.
+
+    One is left alone where the known name is there too, or where several are spellings of it.
+    """
+    found: dict[str, list[str]] = {}
+    for column in columns:
+        name = column.strip().strip(_BYTE_ORDER_MARK).strip().lower()
+        if name in _KNOWN and column not in _KNOWN:
+            found.setdefault(name, []).append(column)
+    return {others[0]: name for name, others in found.items() if len(others) == 1 and name not in columns}

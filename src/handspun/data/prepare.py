@@ -12,7 +12,7 @@ from handspun.data.cache import ExampleCache, key_of
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.example_arrays import ExampleArrays
 from handspun.data.examples import RowAccount, build_examples, hold_out, refuse_if_lost
-from handspun.data.rows import Row, read_rows
+from handspun.data.rows import FileNotes, Row, read_rows
 from handspun.errors import ConfigError
 
 DEFAULT_MAX_LENGTH = 2048
@@ -48,9 +48,18 @@ def prepare_examples(
     Held-out rows come from `eval_data`, or are an `eval_ratio` of the training rows. `notice` is told whether
     examples were tokenised or found in the cache, and in what time. Raises DataError.
     """
-    rows, held_out = read_split(config.data, eval_data=eval_data, eval_ratio=eval_ratio, seed=seed)
+    notes: FileNotes = {}
+    held_out_notes: FileNotes = {}
+    rows, held_out = read_split(
+        config.data,
+        eval_data=eval_data,
+        eval_ratio=eval_ratio,
+        seed=seed,
+        notes=notes,
+        held_out_notes=held_out_notes,
+    )
 
-    def example_set(some: Sequence[Row]) -> ExampleSet:
+    def example_set(some: Sequence[Row], file_notes: FileNotes) -> ExampleSet:
         options = {
             "max_length": max_length,
             "data_format": config.data_format,
@@ -59,20 +68,30 @@ def prepare_examples(
         }
         used = cache if config.cache_examples else None
         examples, account, how = _examples(some, template, options, config.strict, used)
+        account.file_notes = file_notes
         if notice is not None:
             notice(how)
         return ExampleSet(examples, account, fingerprint(some), _accounted(some, account))
 
-    return example_set(rows), example_set(held_out) if held_out else None
+    return example_set(rows, notes), example_set(held_out, held_out_notes) if held_out else None
 
 
 def read_split(
-    data: str, *, eval_data: str | None, eval_ratio: float, seed: int
+    data: str,
+    *,
+    eval_data: str | None,
+    eval_ratio: float,
+    seed: int,
+    notes: FileNotes | None = None,
+    held_out_notes: FileNotes | None = None,
 ) -> tuple[Sequence[Row], Sequence[Row]]:
-    """(training rows, held-out rows): the same ones whenever it is asked, as long as the files are the same."""
-    rows = read_rows(data)
+    """(training rows, held-out rows): the same ones whenever it is asked, as long as the files are the same.
+
+    notes, held_out_notes: are told of what was skipped in files of `data` and of `eval_data`, see `read_rows`.
+    """
+    rows = read_rows(data, notes)
     if eval_data is not None:
-        return rows, read_rows(eval_data)
+        return rows, read_rows(eval_data, held_out_notes)
     return hold_out(rows, eval_ratio, seed) if eval_ratio > 0 else (rows, [])
 
 

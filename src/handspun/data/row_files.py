@@ -11,28 +11,35 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from handspun.data.naming import file_name, listed, shown, type_name
+from handspun.data.csv_headers import (
+    Record,
+    check_separator,
+    find_separator,
+    is_empty,
+    named_columns,
+    without_empty,
+    wrong_count,
+)
+from handspun.data.formats import fits_a_format, known_spellings
+from handspun.data.json_shapes import Values, is_conversation, rows_of, rows_of_list
+from handspun.data.json_syntax import remedy
+from handspun.data.naming import file_name, listed, shown
 from handspun.data.nesting import MOST_LEVELS, is_nested_deeper
 from handspun.data.parquet_files import read_parquet
-from handspun.data.text_files import read_text
+from handspun.data.text_files import BYTE_ORDER_MARK, line_and_column, read_text, read_text_of_rows, split_lines
 from handspun.errors import DataError
 
-Values = dict[str, Any]
 
-# An object with one of these is a row and no wrapper around a list of rows.
-_OF_A_ROW = {"messages", "conversations", "instruction", "prompt"}
+def read_file(path: Path, notes: list[str] | None = None) -> list[Values]:
+    """The file's rows in order, at least one. Raises DataError, and OSError where the system refuses.
 
-
-def read_file(path: Path) -> list[Values]:
-    """The file's rows in order, at least one. Raises DataError, and OSError where the system refuses."""
+    notes: is told of what was skipped, or not read as it stands.
+    """
     read = _READERS.get(path.suffix.lower())
     if read is None:
-        raise DataError(
-            f"the suffix {path.suffix or '(none)'} is none of {', '.join(SUFFIXES)}, so how to read the file is "
-            "unknown. Convert it to one of these, or rename it if it already is one.",
-            file=file_name(path),
-        )
-    rows = read(path)
+        raise DataError(_about_the_suffix(path), file=file_name(path))
+    notes = [] if notes is None else notes
+    rows = with_known_names(read(path, notes), notes)
     if not rows:
         raise DataError("there are no rows in it; at least one is expected.", file=file_name(path))
     for number, values in enumerate(rows, 1):
@@ -45,167 +52,151 @@ def read_file(path: Path) -> list[Values]:
     return rows
 
 
-def read_csv(path: Path, *, delimiter: str = ",") -> list[Values]:
-    """Rows under a header of column names; blank lines are skipped. Cells are the strings in the file."""
-    file, text = file_name(path), read_text(path)
+def read_csv(path: Path, notes: list[str], *, separator: str = ",") -> list[Values]:
+    """Rows under a header of column names; lines that hold nothing are skipped. Cells are as in the file."""
+    file, text = file_name(path), read_text_of_rows(path)
     limit = csv.field_size_limit(min(len(text) + 1, 2**31 - 1))
     try:
-        records = list(_csv_records(text, delimiter, file))
+        separator, start = find_separator(text, separator, notes)
+        records = without_empty(list(_csv_records(text, start, separator, file)), notes)
     finally:
         csv.field_size_limit(limit)
-    (line, header), *body = records
-    _check_header(header, line, delimiter, file)
-    rows: list[Values] = []
-    for line, cells in body:
-        if len(cells) == 1 < len(header) and not cells[0].strip():
-            continue
-        if len(cells) != len(header):
-            raise DataError(
-                f"expected {len(header)} cells ({listed(header)}), found {len(cells)}. A text that holds "
-                f"{'a tab' if delimiter == chr(9) else 'a comma'}, a quote or a line break stands in double "
-                "quotes, with the quotes inside it doubled.",
-                file=file,
-                line=line,
-                row=len(rows) + 1,
-            )
-        if cells[0].removeprefix("\ufeff") == header[0] and cells[1:] == header[1:]:
+    if not records:
+        raise DataError("there is nothing but separators in it; a header and rows are expected.", file=file)
+    header, *body = records
+    check_separator(header, separator, file)
+    for number, record in enumerate(body, 1):
+        if (
+            record.cells[0].removeprefix(BYTE_ORDER_MARK) == header.cells[0]
+            and record.cells[1:] == header.cells[1:]
+        ):
             raise DataError(
                 "the header stands here again, as where two files were joined. Remove the line.",
                 file=file,
-                line=line,
-                row=len(rows) + 1,
+                line=record.line,
+                row=number,
             )
-        rows.append(dict(zip(header, cells, strict=True)))
+    columns = named_columns(header, body, file, notes)
+    rows: list[Values] = []
+    for line, cells in body:
+        if len(cells) != columns.least and not (
+            columns.least < len(cells) <= columns.most and is_empty(cells[columns.least :])
+        ):
+            message = wrong_count(columns, len(cells), separator)
+            raise DataError(message, file=file, line=line, row=len(rows) + 1)
+        rows.append(columns.row(cells))
     if not rows:
         raise DataError(
-            f"it has a header ({listed(header)}) and no rows; at least one is expected. If that is a row, put "
-            "a line with the column names above it.",
+            f"it has a header ({listed(columns.names)}) and no rows; at least one is expected. If that is a row, "
+            "put a line with the column names above it.",
             file=file,
         )
     return rows
 
 
-def read_tsv(path: Path) -> list[Values]:
+def read_tsv(path: Path, notes: list[str]) -> list[Values]:
     """As csv, with tabs between the cells; quotes mean what they mean in csv."""
-    return read_csv(path, delimiter="\t")
+    return read_csv(path, notes, separator="\t")
 
 
-def read_json(path: Path) -> list[Values]:
-    """A list of objects; or an object with one list of objects in it; or one object, which is one row.
+def read_json(path: Path, notes: list[str]) -> list[Values]:
+    """A list of objects, or a shape of it that `json_shapes` knows; or one object, which is one row.
 
     JSON Lines under this suffix are read too. NaN and Infinity are read as numbers, as Python does.
     """
-    file, text = file_name(path), read_text(path)
-    first, _, rest = text.lstrip().partition("\n")
-    if rest.strip() and _is_object(first):
-        return _json_lines(text, file)
-    value = _parse(text, file)
-    if isinstance(value, dict):
-        value = _list_within(value, file)
-    if not isinstance(value, list):
-        raise DataError(f"expected a list of objects, found {type_name(value)}.", file=file)
-    for number, item in enumerate(value, 1):
-        if not isinstance(item, dict):
-            raise DataError(f"expected an object, found {type_name(item)}.", file=file, row=number)
-    return value
+    file, text = file_name(path), read_text_of_rows(path)
+    value, end = _value_at(text, _SPACE.match(text).end(), file)  # type: ignore[union-attr]
+    rest = _SPACE.match(text, end).end()  # type: ignore[union-attr]
+    if rest == len(text):
+        return rows_of(value, file, notes)
+    if any(end_of_line in text[end:rest] for end_of_line in "\n\r"):
+        notes.append("an object a line (JSON Lines) under the name .json")
+    return _json_lines(text, file, notes)
 
 
-def read_jsonl(path: Path) -> list[Values]:
-    """An object a line; blank lines are skipped."""
-    return _json_lines(read_text(path), file_name(path))
+def read_jsonl(path: Path, notes: list[str]) -> list[Values]:
+    """An object a line; blank lines are skipped. One JSON list, and objects over several lines, are read too."""
+    return _json_lines(read_text_of_rows(path), file_name(path), notes)
 
 
-def _csv_records(text: str, delimiter: str, file: str) -> Iterator[tuple[int, list[str]]]:
-    """(line where the record starts, its cells); lines with nothing on them are none."""
-    reader = csv.reader(_lines(text), delimiter=delimiter, strict=True)
-    line = 1
+def _csv_records(text: str, start: int, separator: str, file: str) -> Iterator[Record]:
+    """The records from `start` on, with the lines where they begin; lines with nothing on them are none."""
+    before = line_and_column(text, start)[0]
+    reader = csv.reader(split_lines(text, start), delimiter=separator, strict=True)
+    line = before
     try:
         for cells in reader:
             if cells:
-                yield line, cells
-            line = reader.line_num + 1
+                yield Record(line, cells)
+            line = before + reader.line_num
     except csv.Error as error:
         if "unexpected end" in str(error):
             problem = "a quote opens in this record and is not closed before the end of the file. Close it"
         else:
-            problem = f"malformed at line {reader.line_num} ({error})"
+            problem = f"malformed at line {before - 1 + reader.line_num} ({error})"
         raise DataError(
             f"{problem}; inside of a quoted cell, a quote is written twice.", file=file, line=line
         ) from error
 
 
-def _lines(text: str) -> Iterator[str]:
-    """As io.StringIO gives them, which would hold the text a second time, at four bytes a character."""
-    return (match[0] for match in re.finditer(r"[^\r\n]*+(?:\r\n?|\n)|[^\r\n]++", text))
-
-
-def _check_header(header: list[str], line: int, delimiter: str, file: str) -> None:
-    other = next((mark for mark in ";\t|," if mark != delimiter and mark in header[0]), None)
-    if len(header) == 1 and other is not None:
-        raise DataError(
-            f"the header is the one name '{shown(header[0])}'; it looks separated by {other!r}, and {delimiter!r} "
-            "is expected. Save it with that separator (or as .tsv, if it is tabs).",
-            file=file,
-            line=line,
-        )
-    for number, name in enumerate(header, 1):
-        if not name.strip():
-            raise DataError(
-                f"column {number} of the header has no name. Name it, or leave it out (an index written by "
-                "pandas is left out by to_csv(..., index=False)).",
-                file=file,
-                line=line,
-            )
-    _check_unique(header, file, line)
-
-
-def _check_unique(names: list[str], file: str, line: int) -> None:
-    places: dict[str, int] = {}
-    for number, name in enumerate(names, 1):
-        first = places.setdefault(name, number)
-        if first != number:
-            raise DataError(
-                f"columns {first} and {number} are both named '{shown(name)}'; each name is expected once. "
-                "Rename or remove one.",
-                file=file,
-                line=line,
-            )
-
-
-def _json_lines(text: str, file: str) -> list[Values]:
-    rows: list[Values] = []
-    for line, record in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand in a JSON string
+def _json_lines(text: str, file: str, notes: list[str]) -> list[Values]:
+    """The rows of JSON Lines; of values over several lines, or several on one, where lines alone are no JSON."""
+    values: list[Any] = []
+    lines: list[int] = []
+    marks = list[int]()
+    for line, record in enumerate(split_lines(text), 1):  # not splitlines: U+2028 may stand in a JSON string
+        if record.startswith(BYTE_ORDER_MARK):
+            record = record.lstrip(BYTE_ORDER_MARK)
+            marks.append(line)
         if not record.strip():
             continue
-        if line == 1 and record.lstrip().startswith("["):
-            raise DataError(
-                "expected an object on each line, found a list. If the file is one JSON list, name it .json.",
-                file=file,
-                line=1,
-            )
-        value = _parse(record, file, line)
-        if not isinstance(value, dict):
-            raise DataError(
-                f"expected an object, found {type_name(value)}.", file=file, line=line, row=len(rows) + 1
-            )
-        rows.append(value)
-    return rows
-
-
-def _list_within(value: Values, file: str) -> Any:
-    """The rows of {"data": [row, ...]}; an object that is itself a row comes back as the only one."""
-    lists = [
-        key for key, item in value.items() if isinstance(item, list) and all(isinstance(x, dict) for x in item)
-    ]
-    if not lists or _OF_A_ROW & value.keys():
-        return [value]
-    if len(lists) > 1:
-        raise DataError(
-            f"the object holds several lists ({listed(lists)}); one list of rows is expected. Save the one "
-            "to be read as a file of its own.",
-            file=file,
+        try:
+            values.append(_parse(record.rstrip("\r\n"), file, line))
+        except DataError as error:
+            values = _values_over_lines(text, file, error, is_first=not values, is_open=_opens(record))
+            notes.append("values that go over several lines, or share one; an object on each line is expected")
+            return rows_of(values[0], file, notes) if len(values) == 1 else rows_of_list(values, file, notes)
+        lines.append(line)
+    if marks:
+        notes.append(
+            f"byte order marks inside of the file, left out: {len(marks)} (line{'s'[: len(marks) > 1]} "
+            f"{listed([str(line) for line in marks], most=12)})"
         )
-    return value[lists[0]]
+    if len(values) == 1 and isinstance(values[0], list) and not is_conversation(values[0]):
+        notes.append("one JSON list, not an object a line")
+        return rows_of(values[0], file, notes)
+    return rows_of_list(values, file, notes, lines)
+
+
+def _values_over_lines(text: str, file: str, error: DataError, *, is_first: bool, is_open: bool) -> list[Any]:
+    """All values of the text, wherever its lines end. Where they are no JSON either: `error`, of a single line,
+    unless that line only begins a value."""
+    values, end = [], 0
+    try:
+        while (start := _SPACE.match(text, end).end()) < len(text):  # type: ignore[union-attr]
+            value, end = _value_at(text, start, file)
+            values.append(value)
+    except DataError as of_all:
+        if is_first and is_open and not values:
+            raise of_all from error
+        raise error from None
+    return values
+
+
+def _opens(record: str) -> bool:
+    """Whether a line begins a value that goes over many: a list, or an object as it is written indented."""
+    return record.lstrip().startswith("[") or record.strip() == "{"
+
+
+def with_known_names(rows: list[Values], notes: list[str]) -> list[Values]:
+    """The rows, with columns whose names differ from known ones in their case or white space alone under those."""
+    renamed = known_spellings(
+        dict.fromkeys(name for names in {tuple(values): None for values in rows} for name in names)
+    )
+    if not renamed:
+        return rows
+    notes.append("columns read as " + ", ".join(f"{new} (written '{shown(old)}')" for old, new in renamed.items()))
+    return [{renamed.get(name, name): value for name, value in values.items()} for values in rows]
 
 
 class _DuplicateKeyError(Exception):
@@ -221,27 +212,45 @@ def _object(pairs: list[tuple[str, Any]]) -> Values:
     return values
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_SPACE = re.compile(r"[ \t\r\n\ufeff]*")
+
+
 def _parse(text: str, file: str, first_line: int = 1) -> Any:
-    """JSON text that begins on `first_line` of the file."""
+    """The one JSON value of a text that begins on `first_line` of the file."""
+    value, end = _value_at(text, _SPACE.match(text).end(), file, first_line)  # type: ignore[union-attr]
+    rest = _SPACE.match(text, end).end()  # type: ignore[union-attr]
+    if rest != len(text):
+        raise _malformed(json.JSONDecodeError("Extra data", text, rest), file, first_line)
+    return value
+
+
+def _value_at(text: str, start: int, file: str, first_line: int = 1) -> tuple[Any, int]:
+    """The JSON value that begins at a character of the text, and where it ends."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return _DECODER.raw_decode(text, start)
     except _DuplicateKeyError as error:
         raise DataError(
             f"the key '{shown(error.key)}' stands twice in one object, so one value would be lost. Remove one.",
             file=file,
-            line=first_line + _line_of_duplicate(text),
+            line=first_line + _line_of_duplicate(text[start:]) + line_and_column(text, start)[0] - 1,
         ) from error
     except json.JSONDecodeError as error:
-        near = text[max(error.pos - 20, 0) : error.pos + 20]
-        raise DataError(
-            f"malformed JSON at character {error.colno} of the line: {error.msg}, near {near!r}.",
-            file=file,
-            line=first_line + error.lineno - 1,
-        ) from error
+        raise _malformed(error, file, first_line) from error
     except RecursionError as error:
         raise DataError("the JSON is nested too deeply to be read.", file=file, line=first_line) from error
     except ValueError as error:  # an integer of thousands of digits
         raise DataError(f"the JSON cannot be read: {error}.", file=file, line=first_line) from error
+
+
+def _malformed(error: json.JSONDecodeError, file: str, first_line: int) -> DataError:
+    line, column = line_and_column(error.doc, error.pos)
+    near = error.doc[max(error.pos - 20, 0) : error.pos + 20]
+    return DataError(
+        f"malformed JSON at character {column} of the line: {error.msg}, near {near!r}. {remedy(error)}",
+        file=file,
+        line=first_line + line - 1,
+    )
 
 
 def _line_of_duplicate(text: str) -> int:
@@ -260,20 +269,56 @@ def _line_of_duplicate(text: str) -> int:
     return 0
 
 
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
+# What to do with files of other kinds, by their suffix.
+_OTHER_SUFFIXES = {
+    ".gz": "it is packed. Unpack it: gunzip -k {name}",
+    ".zip": "it is packed. Unpack it: unzip {name}",
+    ".zst": "it is packed. Unpack it: unzstd {name}",
+    ".xz": "it is packed. Unpack it: unxz -k {name}",
+    ".bz2": "it is packed. Unpack it: bunzip2 -k {name}",
+    ".tar": "it is packed. Unpack it: tar -xf {name}",
+    ".tgz": "it is packed. Unpack it: tar -xzf {name}",
+    **dict.fromkeys(
+        (".xlsx", ".xlsm", ".xls", ".ods", ".numbers"),
+        "it is a workbook. Save its sheet as CSV UTF-8 (File, Save as or Export) and name that file.",
+    ),
+    **dict.fromkeys(
+        (".arrow", ".feather"),
+        "it is an Arrow file. Write its rows as parquet: datasets.Dataset.from_file({name!r})"
+        ".to_parquet('train.parquet')",
+    ),
+    **dict.fromkeys(
+        (".pkl", ".pickle", ".pt", ".npy", ".npz"),
+        "it is Python's own, and reading it could run code. Write its rows as JSON Lines where it was made.",
+    ),
+    **dict.fromkeys((".db", ".sqlite", ".sqlite3"), "it is a database. Export its table as CSV."),
+}
 
 
-_READERS: dict[str, Callable[[Path], list[Values]]] = {
+def _about_the_suffix(path: Path) -> str:
+    """What to say of a file that is not read, by its suffix; or by its text, where it is of another one."""
+    suffix, name = path.suffix.lower(), file_name(path)
+    said = f"the suffix {path.suffix or '(none)'} is none of {', '.join(SUFFIXES)}"
+    if suffix in _OTHER_SUFFIXES:
+        return f"{said}: {_OTHER_SUFFIXES[suffix].format(name=name)}"
+    text = read_text(path).lstrip()
+    first = next(split_lines(text), "")
+    if text.startswith(("{", "[")):
+        better = path.with_suffix(".jsonl" if first.rstrip().endswith(("}", "]")) else ".json")
+        return f"{said}; it looks like JSON. Rename it to {file_name(better)}."
+    for separator, better_suffix in ((",", ".csv"), ("\t", ".tsv"), (";", ".csv"), ("|", ".csv")):
+        if fits_a_format(first.strip().replace('"', "").split(separator)):
+            return f"{said}; it looks like a table. Rename it to {file_name(path.with_suffix(better_suffix))}."
+    return f"{said}, so how to read it is unknown. Convert it to one of these, or rename it if it already is one."
+
+
+_READERS: dict[str, Callable[[Path, list[str]], list[Values]]] = {
     ".csv": read_csv,
     ".tsv": read_tsv,
     ".json": read_json,
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
-    ".parquet": read_parquet,
+    ".parquet": lambda path, _: read_parquet(path),
 }
 SUFFIXES = tuple(_READERS)
 """Suffixes of the files that can be read."""

@@ -11,8 +11,11 @@ from typing import Any
 
 from handspun.data.arrow_values import without_nulls
 from handspun.data.naming import file_name, listed, shown
-from handspun.data.row_files import SUFFIXES, read_file
+from handspun.data.row_files import SUFFIXES, read_file, with_known_names
 from handspun.errors import DataError
+
+FileNotes = dict[str, list[str]]
+"""File or folder -> what was skipped in it, or not read as it stands."""
 
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[^:/]+)(?=:))?(:(?P<split>[^:/]+))?")
 # What `datasets` writes beside the data.
@@ -45,21 +48,23 @@ def refuse_missing_data(*sources: str | None) -> None:
             return
 
 
-def read_rows(source: str) -> list[Row]:
+def read_rows(source: str, notes: FileNotes | None = None) -> list[Row]:
     """All rows of a file, of a folder's files, or of a hub dataset; at least one.
 
     A folder means the csv, tsv, json, jsonl, ndjson and parquet files directly in it, by name; if there are
     none, those in its folder `train`, or else `data`. Hidden files and `datasets`' own notes are no data.
     A hub dataset is `org/name`, `org/name:split` or `org/name:config:split`; the split is train if not given.
     Of a folder, links are followed that stay in it (or in the hub's cache that it is of).
+    `notes` is told, under the name of each file, of what was skipped or not read as it stands.
     Raises DataError.
     """
+    notes = {} if notes is None else notes
     try:
         path = _path_or_hub(source)
         if isinstance(path, re.Match):
-            return _hub_rows(source, path)
-        files = _folder_files(path) if path.is_dir() else [path]
-        return [row for file in files for row in _file_rows(file)]
+            return _hub_rows(source, path, notes)
+        files = _folder_files(path, notes) if path.is_dir() else [path]
+        return [row for file in files for row in _file_rows(file, notes)]
     except OSError as error:
         raise DataError(
             f"the system refuses to read it ({error.strerror or error}). Check its permissions and the disk.",
@@ -85,7 +90,7 @@ def _path_or_hub(source: str) -> Path | re.Match[str]:
     raise _missing(path)
 
 
-def _file_rows(path: Path) -> list[Row]:
+def _file_rows(path: Path, notes: FileNotes) -> list[Row]:
     file, status = file_name(path), path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise DataError(
@@ -94,15 +99,22 @@ def _file_rows(path: Path) -> list[Row]:
         )
     if not status.st_size:  # a file in /proc too, where reading may wait for ever
         raise DataError("the file is empty; at least one row is expected.", file=file)
-    return [Row(file, number, values) for number, values in enumerate(read_file(path), 1)]
+    noted: list[str] = []
+    rows = [Row(file, number, values) for number, values in enumerate(read_file(path, noted), 1)]
+    if noted:
+        notes.setdefault(file, []).extend(dict.fromkeys(noted))
+    return rows
 
 
-def _folder_files(folder: Path) -> list[Path]:
+def _folder_files(folder: Path, notes: FileNotes) -> list[Path]:
     for place in (folder, folder / "train", folder / "data"):
         files = _data_files(place) if place.is_dir() else []
         if files:
             _check_splits(files, place)
             _check_links(files, folder)
+            others = sorted(entry.name + "/" * entry.is_dir() for entry in place.iterdir() if entry not in files)
+            if others := [name for name in others if not name.startswith(".")]:
+                notes.setdefault(file_name(place), []).append(f"not read in this folder: {listed(others)}")
             return files
     found = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
     raise DataError(
@@ -177,14 +189,14 @@ def _is_loop(link: Path) -> bool:
     return False
 
 
-def _hub_rows(source: str, hub: re.Match[str]) -> list[Row]:
+def _hub_rows(source: str, hub: re.Match[str], notes: FileNotes) -> list[Row]:
     """Rows of a hub dataset as `datasets` reads them (which takes csv cells for numbers where it can)."""
     import datasets
 
     name, config, split = hub["name"], hub["config"], hub["split"] or "train"
     try:
         dataset = datasets.load_dataset(name, config, split=split)
-        rows = [Row(source, number, _values(values)) for number, values in enumerate(dataset, 1)]
+        found = [_values(values) for values in dataset]
     except Exception as error:  # whatever the network, the hub or the dataset's files bring about
         raise DataError(
             f"there is no such file or folder here, and the hub dataset {name!r} (split {split!r}) cannot be "
@@ -192,9 +204,13 @@ def _hub_rows(source: str, hub: re.Match[str]) -> list[Row]:
             "org/name:split, a configuration as org/name:config:split. Or download the files and name them.",
             file=source,
         ) from error
-    if not rows:
+    if not found:
         raise DataError(f"the split {split!r} has no rows; at least one is expected.", file=source)
-    return rows
+    noted: list[str] = []
+    found = with_known_names(found, noted)
+    if noted:
+        notes[source] = noted
+    return [Row(source, number, values) for number, values in enumerate(found, 1)]
 
 
 def _values(values: dict[str, Any]) -> dict[str, Any]:

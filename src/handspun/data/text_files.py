@@ -1,7 +1,13 @@
-"""A file's bytes to text: which encoding, and what to do if it is no text."""
+r"""The one reader of text: every text file that a user can name comes through here.
+
+UTF-8, or UTF-16 and UTF-32 with a byte order mark; a mark at the beginning is no part of the text. `\n`, `\r\n`
+and a lone `\r` end a line, and nothing else does: U+2028, form feeds and NEL stand inside of texts.
+"""
 
 import codecs
+import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 from handspun.data.memory_limit import memory_limit
@@ -16,43 +22,94 @@ _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+BYTE_ORDER_MARK = "\ufeff"
 _OTHER_KINDS = {
     b"version https://git-lfs": "this is a Git LFS pointer, not the data. Fetch the data with: git lfs pull",
     b"PAR1": "this is a parquet file. Give it the suffix .parquet.",
     b"PK\x03\x04": "this is a zip archive or an Excel workbook. Unpack it, or save it as CSV UTF-8.",
+    b"\xd0\xcf\x11\xe0": "this is an old Excel workbook. Save it as CSV UTF-8.",
     b"\x1f\x8b": "this is a gzip file. Unpack it with gunzip.",
     b"\x28\xb5\x2f\xfd": "this is a zstd file. Unpack it with unzstd.",
+    b"\xfd7zXZ": "this is an xz file. Unpack it with unxz.",
+    b"BZh": "this is a bzip2 file. Unpack it with bunzip2.",
+    b"ARROW1": "this is an Arrow file. Save it as parquet or JSON Lines.",
+    b"SQLite format 3": "this is an SQLite database. Export its table as CSV.",
+    b"%PDF": "this is a PDF document. Save its text as CSV or JSON Lines.",
 }
+_WEB_PAGE = re.compile(rb"\s*<(?:!doctype html|html)\b", re.IGNORECASE)
+_LINE_END = re.compile(r"\r\n?|\n")
+_LINE = re.compile(r"[^\r\n]*+(?:\r\n?|\n)|[^\r\n]++")
+# Those that decode anything go last. Where none does, the first is named.
+_GUESSED_ENCODINGS = ("windows-1252", "gb18030", "shift_jis", "windows-1251")
 
 
 def read_text(path: Path) -> str:
-    """The file as text: UTF-8, or UTF-16 and UTF-32 with a byte order mark. Line ends stay as they are."""
+    """Return the file's text, its line ends as they stand. Raise DataError; OSError where the system refuses."""
     file = file_name(path)
     _refuse_if_larger_than_memory(path, file)
     data = path.read_bytes()
-    check_kind(data[:32], file)
+    if data:
+        check_kind(data[:200], file)
+    return decode_text(data, file, path)
+
+
+def read_text_of_rows(path: Path) -> str:
+    """Return the text of a file that is expected to hold rows. Raise DataError if there is nothing in it."""
+    text = read_text(path)
+    if not text.strip():
+        raise DataError("the file is empty; at least one row is expected.", file=file_name(path))
+    return text
+
+
+def decode_text(data: bytes, name: str, path: Path | None = None) -> str:
+    """Return the bytes as text.
+
+    Raise DataError that names the first byte that is none, and how to convert the file.
+
+    Args:
+        data: all bytes of the file.
+        name: what messages call it.
+        path: where it is, for a command that converts it.
+    """
     mark = next((mark for mark in _BYTE_ORDER_MARKS if data.startswith(mark)), b"")
     encoding = _BYTE_ORDER_MARKS.get(mark, "utf-8")
     data = data[len(mark) :]
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
+        line, column = line_and_column(data[: error.start].decode(encoding, errors="replace"))
         raise DataError(
-            f"the byte 0x{data[error.start]:02X} at offset {error.start + len(mark)} is not {encoding.upper()}. "
-            f"Convert the file from the encoding it was saved in, for example: {_iconv(path, 'WINDOWS-1252')}",
-            file=file,
-            line=data[: error.start].decode(encoding, errors="replace").count("\n") + 1,
+            f"the byte 0x{data[error.start]:02X} at character {column} of the line (offset "
+            f"{error.start + len(mark)}) is not {encoding.upper()}. {_remedy(data, path)}",
+            file=name,
+            line=line,
         ) from error
     if "\0" in text:
+        line, column = line_and_column(text, text.index("\0"))
         raise DataError(
-            "there is a NUL character in the text. If the file is UTF-16 without a byte order mark, convert it: "
-            f"{_iconv(path, 'UTF-16LE')}; otherwise remove it.",
-            file=file,
-            line=text.count("\n", 0, text.index("\0")) + 1,
+            f"there is a NUL character in the text, at character {column} of the line. If the file is UTF-16 "
+            f"without a byte order mark, convert it{_command(path, _utf16_of(data))}; otherwise remove it.",
+            file=name,
+            line=line,
         )
-    if not text.strip():
-        raise DataError("the file is empty; at least one row is expected.", file=file)
-    return text
+    return text.lstrip(BYTE_ORDER_MARK)
+
+
+def split_lines(text: str, start: int = 0) -> Iterator[str]:
+    r"""Yield the lines from `start` on, each with its end (`\n`, `\r\n` or `\r`).
+
+    io.StringIO would hold the text a second time, at four bytes a character.
+    """
+    return (match[0] for match in _LINE.finditer(text, start))
+
+
+def line_and_column(text: str, position: int | None = None) -> tuple[int, int]:
+    """Return line and character of a position (default: the end of the text), both counted from 1."""
+    position = len(text) if position is None else position
+    line, start = 1, 0
+    for match in _LINE_END.finditer(text, 0, position):
+        line, start = line + 1, match.end()
+    return line, position - start + 1
 
 
 def check_kind(head: bytes, file: str, *, but: bytes = b"") -> None:
@@ -62,6 +119,12 @@ def check_kind(head: bytes, file: str, *, but: bytes = b"") -> None:
     for start, message in _OTHER_KINDS.items():
         if start != but and head.startswith(start):
             raise DataError(message, file=file)
+    if _WEB_PAGE.match(head):
+        raise DataError(
+            "this is a web page, not the data: what a browser shows was saved. Download the file itself (on the "
+            "hub: `download`, or the address with /resolve/ in place of /blob/).",
+            file=file,
+        )
 
 
 def _refuse_if_larger_than_memory(path: Path, file: str) -> None:
@@ -75,6 +138,28 @@ def _refuse_if_larger_than_memory(path: Path, file: str) -> None:
         )
 
 
-def _iconv(path: Path, encoding: str) -> str:
+def _remedy(data: bytes, path: Path | None) -> str:
+    encoding = _utf16_of(data) if b"\0" in data else _guessed_encoding(data)
+    return f"Convert it from the encoding that it was saved in to UTF-8, for example{_command(path, encoding)}"
+
+
+def _guessed_encoding(data: bytes) -> str:
+    for encoding in _GUESSED_ENCODINGS:
+        try:
+            data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        return encoding.upper()
+    return _GUESSED_ENCODINGS[0].upper()
+
+
+def _utf16_of(data: bytes) -> str:
+    """In UTF-16 the high bytes of ASCII characters are zero: the second of each pair, or the first."""
+    return "UTF-16LE" if data[1::2].count(0) >= data[::2].count(0) else "UTF-16BE"
+
+
+def _command(path: Path | None, encoding: str) -> str:
+    if path is None:
+        return f" with: iconv -f {encoding} -t UTF-8"
     converted = path.with_name(f"{path.stem}.utf8{path.suffix}")
-    return f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(str(converted))}"
+    return f": iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(str(converted))}"

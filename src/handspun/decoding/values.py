@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from handspun.config import option_name
-from handspun.errors import ConfigError
+from handspun.data.text_files import read_text
+from handspun.errors import ConfigError, DataError
 
 
 def concrete(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -49,11 +50,13 @@ def _schema(value: str | dict[str, Any]) -> str:
     if not value.lstrip().startswith("{"):
         where = f"--json-schema {value}"
         try:
-            text = Path(value).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(Path(value))
+        except OSError as error:
             raise ConfigError(
                 f"{where} cannot be read: {error}. Expected a JSON schema ({{...}}), or a file that holds one."
             ) from error
+        except DataError as error:  # it names the file
+            raise ConfigError(f"--json-schema {error}") from error
     try:
         json.loads(text)
     except json.JSONDecodeError as error:

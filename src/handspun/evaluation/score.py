@@ -94,7 +94,8 @@ def score(
     """
     if batch_size < 1:
         raise ConfigError(f"--batch-size is {batch_size}: expected at least 1.")
-    rows = read_rows(config.data)
+    file_notes: dict[str, list[str]] = {}
+    rows = read_rows(config.data, file_notes)
     max_length = resolve_max_length(config.max_length, context_length(chat.model.config))
     account: RowAccount | None = None
     losses: dict[RowKey, tuple[float, int]] = {}
@@ -109,6 +110,9 @@ def score(
             f"the rows of {config.data} have prompts and no answers, so there is no loss to take. Give "
             "--generate: the model's answers are then held against the rows' instructions."
         )
+    else:  # without an account that would tell of them
+        for file, texts in file_notes.items():
+            notice(f"{file}: {'; '.join(texts)}")
     questions = _questions(rows, account, config)
     answers: dict[RowKey, GenerationResult] = {}
     if ask:

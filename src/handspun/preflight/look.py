@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from handspun.config import TrainConfig
 from handspun.data.examples import RowAccount, RowNote
+from handspun.data.mojibake import CARRIAGE_RETURNS, EXCEL_ESCAPES
 from handspun.data.prepare import ExampleSet, read_split
 from handspun.preflight.answers import findings_in_answers
 from handspun.preflight.duplicates import alike
@@ -38,6 +39,13 @@ def _lost(account: RowAccount, max_length: int) -> Iterator[Finding]:
         account.truncated,
         of=account.rows,
     )
+    for what in (CARRIAGE_RETURNS, EXCEL_ESCAPES):
+        yield from finding(
+            f"rows with {what} in a text",
+            "replace them by line feeds in the file, or the model learns to write them",
+            _bare([note for note in account.notes if note.text.startswith(what)]),
+            of=account.rows,
+        )
 
 
 def _bare(notes: Sequence[RowNote]) -> list[RowNote]:

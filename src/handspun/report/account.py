@@ -16,6 +16,7 @@ _MOST_REASONS = 30
 def account_lines(account: RowAccount, *, max_length: int) -> list[str]:
     """Kept, truncated, dropped and why, with row numbers."""
     lines = [f"{file}: {name} format" for file, name in account.formats.items()]
+    lines += [f"{file}: {note}" for file, notes in account.file_notes.items() for note in notes]
     for file, columns in account.unused_columns.items():
         lines.append(f"{file}: columns not read: {listed(columns)}")
     lines.append(f"rows: {account.rows} read, {account.kept} kept, {len(account.dropped)} dropped")

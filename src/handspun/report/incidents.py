@@ -1,6 +1,5 @@
 """What went wrong in a run that went on, in a line; and the rows of a batch that no step could be made of."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from typing import Any
 from handspun.config import TrainConfig
 from handspun.data.conversations import to_conversation
 from handspun.data.prepare import ExampleSet, fingerprint, read_split
+from handspun.display import json_line
 from handspun.errors import DataError
 from handspun.files import output_errors
 from handspun.training.nonfinite import Skipped
@@ -85,7 +85,7 @@ def write_batch(skipped: Skipped, config: TrainConfig, training: ExampleSet) -> 
                 data_format = training.account.formats[row.file]
                 said = to_conversation(row, data_format, system_prompt=config.system_prompt, role_map=config.roles)
                 written = {"messages": said.messages, "tools": said.tools, "file": row.file, "row": row.number}
-                file.write(json.dumps(written, ensure_ascii=False) + "\n")
+                file.write(json_line(written) + "\n")
     return f"its rows are in {path}: handspun preview --data {path} --model {config.model} shows them"
 
 
