@@ -25,10 +25,11 @@ from handspun.models.load import ChatModel
 from handspun.output import TrainedRun
 from handspun.report.log import RunLog, plain_console
 from handspun.resume import last_checkpoint
-from handspun.training.checkpoint import clear_leftovers, is_checkpoint
+from handspun.training.checkpoint import is_checkpoint
 from handspun.training.loop import EpochEnd, Evaluation, TrainingState, start
 from handspun.training.plan import make_plan
 from handspun.training.processes import Processes
+from handspun.training.staging import recover_all
 from tiny import tiny_model, tiny_tokenizer
 from torture import run_in_child
 
@@ -93,7 +94,7 @@ def one(disk: ctypes.CDLL, work: Path, nth: int, code: int) -> None:
     finally:
         disk.disk_is_mended()
     assert saved or code, "a short write is no failure: the rest is to be written"
-    clear_leftovers(output)
+    recover_all(output)
     folders = {path.name: path for path in output.glob("checkpoint-*")}
     assert all(map(is_checkpoint, folders.values())), folders
     assert folders.keys() >= {"checkpoint-best", "checkpoint-epoch-1"}

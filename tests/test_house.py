@@ -22,6 +22,7 @@ ROOMS = [
     {"verification", "evaluation", "preflight"},
     {"report"},
     {"resume"},
+    {"replacing"},
     {"output"},
     {"keeping"},
     {"run", "export"},

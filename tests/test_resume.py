@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import handspun
 from handspun import run as run_module
-from handspun.errors import ConfigError, OutputError
+from handspun.errors import ConfigError, OutputError, TrainingError
 from handspun.training.checkpoint import TRAINING_STATE, is_checkpoint
 from handspun.training.loop import Event, Loop, TrainingState
 
@@ -231,10 +233,181 @@ def test_resume_and_its_opposites(tiny_folder: Path, data: Path, crash_after: Ca
         train(config(tiny_folder, data, "output", resume=False))
     crash_after(15)
     train(config(tiny_folder, data, "output", resume=True))
-    with pytest.raises(OutputError, match="holds no unfinished run to go on with"):
-        train(config(tiny_folder, data, "output", resume=True))
+    said = train(config(tiny_folder, data, "output", resume=True))
+    assert "output has finished (3 checkpoints, the best one checkpoint-best): nothing is left to do" in said
+    with pytest.raises(
+        ConfigError, match=r"holds a finished run, and this is another one:\n  --num-epochs: 3 then, 4"
+    ):
+        train(config(tiny_folder, data, "output", resume=True, num_epochs=4))
     with pytest.raises(ConfigError, match="--resume and --overwrite exclude each other"):
         config(tiny_folder, data, "output", resume=True, overwrite=True)
+
+
+@pytest.mark.parametrize("left", ["train.log", "run.json", "empty run.json", "run.json and answers"])
+def test_resume_of_a_run_that_had_not_saved_begins_again(
+    tiny_folder: Path, data: Path, crash_after: Callable[[int], None], left: str
+) -> None:
+    """As a job does that is started again by the command that it was started with."""
+    output = data.with_name("output")
+    crash_after(2)
+    crash(config(tiny_folder, data, "output", eval_ratio=0.0))
+    if left == "train.log":
+        for path in output.iterdir():
+            if path.name != left:
+                path.unlink()
+    elif left == "empty run.json":
+        (output / "run.json").write_bytes(b"")
+    crash_after(15)
+    said = train(config(tiny_folder, data, "output", eval_ratio=0.0, resume=True))
+    assert "was ended before its first checkpoint: it begins again" in said
+    assert [event["step"] for event in events(output) if event["event"] == "step"] == list(range(1, 16))
+    assert json.loads((output / "run.json").read_text())["status"] == "finished"
+
+
+def test_after_a_resume_a_worse_evaluation_does_not_replace_the_best(
+    tiny_folder: Path, data: Path, crash_after: Callable[[int], None]
+) -> None:
+    """A rate so high that the first evaluations are the best: those after the resume are all worse."""
+    options = {
+        "learning_rate": 0.02,
+        "lr_schedule": "constant",
+        "warmup_ratio": 0.0,
+        "eval_steps": 1,
+        "save_steps": 1,
+    }
+    train(config(tiny_folder, data, "whole", **options))
+    evaluated = [event for event in events(data.with_name("whole")) if event["event"] == "evaluation"]
+    best = min(evaluated, key=lambda event: event["loss"])["step"]
+    assert 0 < best < 14
+    made = config(tiny_folder, data, "again", **options)
+    crash_after(best + 1)
+    crash(made)
+    crash_after(best + 2)
+    crash(made)  # the next evaluation is worse, and was the first one after a resume
+    manifest = json.loads((data.with_name("again") / "checkpoint-best" / "manifest.json").read_text())
+    assert manifest["step"] == best
+
+
+def test_after_a_resume_the_skipped_steps_and_the_last_losses_are_those_of_the_whole_run(
+    tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps are skipped, one before and one after the resume; no more than one may be."""
+    from handspun.training import loop as loop_module
+
+    real, skips, seen = loop_module.is_finite, {2, 7}, []
+
+    def train_to(step: int, output: str) -> list[Any]:
+        def finite(loss: float, norm: float) -> bool:
+            seen.append(None)
+            return number[0] not in skips and real(loss, norm)
+
+        def watched(loop: Loop, state: TrainingState) -> Iterator[Event]:
+            number[0] = state.step + 1
+            for event in whole(loop, state):
+                states[:] = [state.skipped, state.losses]
+                if event.step > step:
+                    raise Crash
+                number[0] = event.step + 1
+                yield event
+
+        number, states = [1], list[Any]()
+        monkeypatch.setattr(loop_module, "is_finite", finite)
+        monkeypatch.setattr(run_module, "training_events", watched)
+        options = {"on_nonfinite": "skip", "max_skipped_steps": 1, "save_steps": 1, "eval_ratio": 0.0}
+        with pytest.raises((Crash, TrainingError)) as raised:
+            train(config(tiny_folder, data, output, **options))
+        return [raised.type, *states]
+
+    whole = run_module.training_events
+    assert train_to(5, "again")[0] is Crash
+    again = train_to(99, "again")
+    assert again == train_to(99, "whole")
+    assert again[0] is TrainingError
+    assert again[1] == 2
+    assert len(again[2]) == 5  # steps 1, 3, 4, 5 and 6
+    assert seen
+
+
+def other_template(model: Path) -> None:
+    file = model / "chat_template.jinja"
+    file.write_text(file.read_text().replace("assistant\n", "assistant:\n"))
+
+
+def other_tokens(model: Path) -> None:
+    file = model / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["added_tokens"][-1]["content"] = "</call>"
+    file.write_text(json.dumps(content))
+
+
+def other_weights(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    save_file(
+        {name: tensor * 1.01 for name, tensor in tensors.items()}, model / "model.safetensors", {"format": "pt"}
+    )
+
+
+def other_config(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+
+
+def other_generation_config(model: Path) -> None:
+    config = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps({**config, "temperature": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("change", "named", "options"),
+    [
+        (other_template, r"chat template \(sha256\): \w{16} then, \w{16} now", {}),
+        (other_tokens, r"tokenizer \(sha256\)", {}),
+        (other_config, r"model's config \(sha256\)", {}),
+        (other_generation_config, r"generation config \(sha256\)", {}),
+        (other_weights, r"base weights \(sha256\)", {"lora": True}),
+        (other_weights, r"base weights \(sha256\)", {"lora": True, "base_weights": "int8"}),
+        (other_weights, None, {}),
+    ],
+)
+def test_another_model_under_the_same_name_is_not_gone_on_with(
+    tiny_folder: Path,
+    data: Path,
+    crash_after: Callable[[int], None],
+    change: Callable[[Path], None],
+    named: str | None,
+    options: dict[str, Any],
+) -> None:
+    """Full fine-tuning goes on from its checkpoint, whatever has become of the base's weights."""
+    model = data.with_name("model")
+    shutil.copytree(tiny_folder, model)
+    made = config(model, data, "output", **options)
+    crash_after(6)
+    crash(made)
+    change(model)
+    crash_after(15)
+    if named is None:
+        assert "goes on after step 5" in train(made)
+        return
+    with pytest.raises(ConfigError, match="this is another one") as raised:
+        train(made)
+    assert re.search(named, str(raised.value))
+    assert (data.with_name("output") / "checkpoint-epoch-1" / TRAINING_STATE).exists()
+
+
+def test_a_run_of_an_earlier_version_has_no_fingerprints_and_goes_on_with_a_line(
+    tiny_folder: Path, data: Path, crash_after: Callable[[int], None]
+) -> None:
+    made = config(tiny_folder, data, "output")
+    crash_after(6)
+    crash(made)
+    record = data.with_name("output") / "run.json"
+    facts = json.loads(record.read_text())
+    del facts["fingerprints"]
+    record.write_text(json.dumps(facts))
+    crash_after(15)
+    said = train(made)
+    assert "no fingerprints of model, tokenizer and chat template" in said
+    assert "goes on after step 5 of 15" in said
 
 
 def test_a_second_run_into_the_same_folder_is_refused_while_the_first_one_lives(
@@ -245,7 +418,7 @@ def test_a_second_run_into_the_same_folder_is_refused_while_the_first_one_lives(
         f"from pathlib import Path; from handspun.output import owned\nwith owned(Path({str(output)!r})): input()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True) as first:
-        while not (output / ".owner").exists():
+        while not (output / ".handspun" / "owner").exists():
             assert first.poll() is None
         with pytest.raises(OutputError, match=rf"another run is writing into .* \(process {first.pid}\)"):
             train(config(tiny_folder, data, "output"))

@@ -164,7 +164,7 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_step(
     tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("handspun.output.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(OutputError, match=r"0\.0 GB free, and 2 checkpoints"):
+    with pytest.raises(OutputError, match=r"has 1\.0 kB free, and 2 checkpoints"):
         train(config(tiny_folder, data), console=quiet_console())
 
 

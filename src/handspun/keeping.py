@@ -10,10 +10,11 @@ import torch
 
 from handspun.config import TrainConfig
 from handspun.output import TrainedRun, record
+from handspun.replacing import drop_replaced
 from handspun.report.incidents import incident_facts, incident_from
 from handspun.report.log import RunLog
 from handspun.report.model_card import license_of, model_card
-from handspun.resume import ResumePoint, resumable
+from handspun.resume import BEST, ResumePoint, checkpoints_in, resumable
 from handspun.training.checkpoint import (
     TRAINING_STATE,
     Fill,
@@ -54,8 +55,10 @@ class Keeper:
         run.evaluations[:] = [Evaluation(**evaluation) for evaluation in facts["evaluations"]]
         run.incidents[:] = [incident_from(incident) for incident in facts["incidents"]]
         run.checkpoints[:] = [run.output_dir / name for name in facts["checkpoints"]]
-        best = run.output_dir / "checkpoint-best"
-        run.best_checkpoint = best if facts["best_checkpoint"] else None
+        run.best_checkpoint = self._best if facts["best_checkpoint"] else None
+        if self._processes.is_first:  # what the user has removed is not named any more
+            run.checkpoints[:] = [path for path in run.checkpoints if path.exists()]
+            run.best_checkpoint = self._best if facts["best_checkpoint"] and self._best.exists() else None
 
     def event(self, event: Event, state: TrainingState) -> None:
         """checkpoint-best after an evaluation that is the best so far, checkpoint-epoch-N after each epoch."""
@@ -97,13 +100,14 @@ class Keeper:
         for folder in resumable(self._run.output_dir):
             remove_checkpoint(folder / TRAINING_STATE)
         if not self._config.save_steps:
-            for folder in self._run.output_dir.glob("checkpoint-step-*"):
-                remove_checkpoint(folder)
+            for folder in checkpoints_in(self._run.output_dir):
+                if folder.name.startswith("checkpoint-step-"):
+                    remove_checkpoint(folder)
             self._run.step_checkpoints.clear()
 
     @property
     def _best(self) -> Path:
-        return self._run.output_dir / "checkpoint-best"
+        return self._run.output_dir / BEST
 
     def _save_epoch(self, event: EpochEnd, state: TrainingState) -> None:
         run = self._run
@@ -171,6 +175,7 @@ class Keeper:
         self._log.line(f"saved {folder}")
         if not self._processes.is_first:
             return
+        drop_replaced(self._run.output_dir)
         for old in resumable(self._run.output_dir)[self._config.keep_last :]:
             if old in self._run.step_checkpoints:
                 remove_checkpoint(old)

@@ -3,50 +3,55 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from handspun.config import TrainConfig
 from handspun.data.prepare import ExampleSet
 from handspun.errors import OutputError, StoppedError, TrainingError
-from handspun.files import output_errors
+from handspun.files import output_errors, read_json_object, readable_size
 from handspun.models.load import ChatModel
+from handspun.replacing import (
+    LOG,
+    METRICS,
+    WORK,
+    commit,
+    earlier_run,
+    leave,
+    move_aside,
+    refuse_strangers,
+    tidy,
+    undo,
+)
 from handspun.report.duration import duration
 from handspun.report.environment import peak_memory
-from handspun.report.incidents import Incident, incident_facts, write_batch
+from handspun.report.html.folder import KEPT, REPORT
+from handspun.report.incidents import Incident, incident_facts, incident_from, write_batch
 from handspun.report.log import RunLog
-from handspun.report.record import write_run
-from handspun.report.trackers import TRACKERS
-from handspun.resume import ResumePoint, last_checkpoint, unfinished_run
-from handspun.training.checkpoint import clear_leftovers
+from handspun.report.record import RUN_FILE, write_run
+from handspun.resume import (
+    ResumePoint,
+    checkpoints_in,
+    finished_run,
+    record_problem,
+    refuse_other_options,
+    unfinished_run,
+)
 from handspun.training.loop import Evaluation
 from handspun.training.nonfinite import Skipped
 from handspun.training.plan import Plan, disk_at_most
 from handspun.training.processes import Processes
-
-_OUR_FILES = [
-    "checkpoint-*",
-    ".checkpoint-*",
-    "train.log",
-    "metrics.jsonl",
-    "run.json",
-    "report.html",
-    "report_data.json",
-    "nonfinite-step-*.jsonl",
-    TRACKERS,
-]
-_LEFT_BY_NONE = {"train.log", "metrics.jsonl", "report_data.json"}
+from handspun.training.staging import exclusive
 
 
 @dataclass
 class TrainedRun:
     """What a run left: its folder, its checkpoints in order, the best one, held-out losses, what went wrong on the
-    way, and the model (None after a dry run, and after a sharded one, whose model is in no process)."""
+    way, and the model (None after a dry run, a run that had finished earlier, and a sharded one, whose model is in
+    no process)."""
 
     output_dir: Path
     plan: Plan
@@ -60,79 +65,166 @@ class TrainedRun:
     incidents: list[Incident] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What an output folder means for the run that is to begin in it.
+
+    earlier, point: facts of the unfinished run that goes on, and where; replaces: files of an earlier run that
+    this one takes the place of; finished: facts of a run that has nothing left to do.
+    """
+
+    earlier: dict[str, Any] | None = None
+    point: ResumePoint | None = None
+    replaces: list[Path] = field(default_factory=list)
+    finished: dict[str, Any] | None = None
+
+    @property
+    def resumed_at(self) -> int | None:
+        """The step that the run goes on after; None for a new one."""
+        return None if self.earlier is None else self.point.step if self.point else 0
+
+
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """The output folder is this process's inside of the block; the lock goes with the process, however it ends.
+    """Hold an exclusive lock on the output folder. The system releases it if the process dies.
 
-    Raises OutputError if another run has it.
+    Raises OutputError if another run has it, or there can be no such folder.
     """
+    with ExitStack() as stack:
+        with output_errors(folder):
+            _refuse_name(folder)
+            is_new = not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.callback(_leave, folder, is_new=is_new)
+            stack.enter_context(exclusive(folder / WORK, busy=lambda owner: (
+                f"another run is writing into {folder}{owner}: wait for its end, or choose another --output-dir."
+            )))  # fmt: skip
+        yield
+
+
+def _refuse_name(folder: Path) -> None:
+    name = str(folder.absolute())
+    if "\0" in name or any("\ud800" <= character <= "\udfff" for character in name):
+        raise OutputError(
+            f"--output-dir {name!r} is not valid UTF-8, which the libraries that write models need (expected "
+            "a name "
+            "that can be printed). Choose another --output-dir."
+        )
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file: choose another --output-dir.")
-    with output_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise OutputError(
-                f"another run is writing into {folder}{_owner(folder)}: wait for its end, or choose another "
-                "--output-dir."
-            ) from None
-        (folder / ".owner").write_text(f"{os.getpid()}\n", encoding="utf-8")
-    try:
-        yield
-    finally:
-        (folder / ".owner").unlink(missing_ok=True)
-        lock.release()
 
 
-def prepare_output(
-    folder: Path, config: TrainConfig, notice: Callable[[str], None]
-) -> tuple[dict[str, Any] | None, ResumePoint | None]:
-    """Makes room for the run, or for the rest of it: facts of the unfinished run that it goes on with, and from
-    which checkpoint; Nones for a run of its own. Raises OutputError if an earlier run may not go.
+def _leave(folder: Path, *, is_new: bool) -> None:
+    with suppress(OSError):
+        leave(folder)
+        if is_new:
+            folder.rmdir()  # if nothing was written
+
+
+def prepare_output(folder: Path, config: TrainConfig, notice: Callable[[str], None]) -> Prepared:
+    """Find out what is in the output folder, and what that means. Nothing is removed yet but leftovers.
+
+    Raises OutputError if an earlier run may not go, or something else is in the way.
     """
-    clear_leftovers(folder)
-    earlier = None if config.overwrite or config.resume is False else unfinished_run(folder)
-    if earlier is not None:
-        point = last_checkpoint(folder, notice)
-        if point is None:
-            notice(f"the run in {folder} was ended before its first checkpoint: it begins again")
-        return earlier, point
-    if config.resume:
+    tidy(folder, notice)
+    begins_again = f"the run in {folder} was ended before its first checkpoint: it begins again"
+    if not config.overwrite and config.resume is not False:
+        found = unfinished_run(folder, notice)
+        if found is not None:
+            refuse_strangers(folder, names=[REPORT])
+            if found[1] is None:
+                notice(begins_again)
+            return Prepared(*found)
+    finished = finished_run(folder)
+    if config.resume and finished is not None:
+        refuse_other_options(finished, config)
+        return Prepared(finished=finished)
+    refuse_strangers(folder)
+    earlier = earlier_run(folder)
+    has_begun = bool(earlier) and finished is None and not checkpoints_in(folder)
+    if config.resume and not has_begun:
         raise OutputError(
-            f"{folder} holds no unfinished run to go on with. Leave --resume out to begin one, or name the run's "
-            "--output-dir."
+            f"{folder} holds no unfinished run to go on with. Leave --resume out to begin one (the same "
+            "command then "
+            "goes on with it by itself), or name the run's --output-dir."
         )
-    _make_room(folder, overwrite=config.overwrite)
-    return None, None
-
-
-def _make_room(folder: Path, *, overwrite: bool) -> None:
-    earlier = [path for pattern in _OUR_FILES for path in folder.glob(pattern)]
     # Log and answers alone are left by a run that never began: its data or its model could not be used.
-    kept = sorted(path.name for path in earlier if path.name not in _LEFT_BY_NONE)
-    if kept and not overwrite:
+    kept = sorted(path.name for path in earlier if path.name not in (LOG, METRICS, KEPT))
+    record_is_lost = has_begun and record_problem(read_json_object(folder / RUN_FILE)) is not None
+    if kept and not config.overwrite and not record_is_lost:
         raise OutputError(
             f"{folder} holds an earlier run ({', '.join(kept[:3])}): choose another --output-dir, or replace it "
             "with --overwrite."
         )
-    with output_errors(folder):
-        for path in earlier:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if config.resume or (kept and not config.overwrite):
+        notice(begins_again)
+    return Prepared(replaces=[] if {path.name for path in earlier} <= {LOG, METRICS} else earlier)
 
 
-def refuse_without_room(plan: Plan, config: TrainConfig) -> None:
-    """Raises OutputError before the first step rather than after the first epoch."""
+def finished_earlier(folder: Path, facts: dict[str, Any]) -> TrainedRun:
+    """Return what a run left that has finished before, without its model. Raises OutputError."""
+    try:
+        best = facts["best_checkpoint"]
+        return TrainedRun(
+            folder,
+            Plan(**facts["plan"]),
+            checkpoints=[folder / name for name in facts["checkpoints"]],
+            best_checkpoint=folder / best if best else None,
+            evaluations=[Evaluation(**evaluation) for evaluation in facts["evaluations"]],
+            incidents=[incident_from(incident) for incident in facts["incidents"]],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise OutputError(
+            f"{folder / RUN_FILE} is not as a run leaves it ({error}). Choose another --output-dir."
+        ) from error
+
+
+@contextmanager
+def in_place_of(replaces: list[Path], run: TrainedRun, facts: dict[str, Any], log: RunLog) -> Iterator[None]:
+    """Move an earlier run aside for this one; `drop_replaced` removes it once this one has saved.
+
+    It comes back if this one ends, by whatever error, before its first step.
+    """
+    folder = run.output_dir
+    if not replaces:
+        yield
+        return
+    move_aside(folder, replaces)
+    try:
+        log.move_to(folder)
+        record(run, facts, "running")
+        place = commit(folder)
+        log.line(f"the earlier run is in {place} until this one has saved a checkpoint to resume from")
+        yield
+    except BaseException:
+        if not log.steps and not run.incidents:
+            undo(folder)
+        raise
+
+
+def refuse_without_room(plan: Plan, config: TrainConfig, replaces: Sequence[Path] = ()) -> None:
+    """Raise OutputError before the first step rather than after the first epoch.
+
+    replaces: what goes once a first checkpoint is saved.
+    """
     needed = disk_at_most(plan, config)
     free = shutil.disk_usage(config.output_dir).free
-    if free < needed:
-        raise OutputError(
-            f"{config.output_dir} has {free / 1e9:.1f} GB free, and {config.num_epochs} checkpoints with the best "
-            f"one, {config.keep_last} of them with what resuming needs, take {needed / 1e9:.1f} GB. Free some, "
-            "choose another --output-dir, give fewer --num-epochs or --keep-last 1, or halve the files with "
-            "--save-dtype bfloat16."
-        )
+    first = min(needed, plan.checkpoint_size * 2 + plan.training_state_size)
+    if free >= needed or first <= free >= needed - _size_of(replaces):
+        return
+    meanwhile = " The earlier run stays until the first one is saved." if replaces else ""
+    raise OutputError(
+        f"{config.output_dir} has {readable_size(free)} free, and {config.num_epochs} checkpoints with the best "
+        f"one, {config.keep_last} of them with what resuming needs, take {readable_size(needed)}.{meanwhile} Free "
+        "some, choose another --output-dir, give fewer --num-epochs or --keep-last 1, or halve the files with "
+        "--save-dtype bfloat16."
+    )
+
+
+def _size_of(paths: Sequence[Path]) -> int:
+    """Return bytes on the disk; a file under several names counts once."""
+    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+    return sum({(status.st_dev, status.st_ino): status.st_size for status in map(os.stat, files)}.values())
 
 
 @contextmanager
@@ -205,10 +297,3 @@ def _log_outcome(log: RunLog, run: TrainedRun, seconds: float) -> None:
     memory = peak_memory()
     used = f", peak memory {memory / 1e9:.1f} GB (predicted {run.plan.peak_memory / 1e9:.1f})" if memory else ""
     log.line(f"finished in {duration(seconds)}{used}")
-
-
-def _owner(folder: Path) -> str:
-    try:
-        return f" (process {(folder / '.owner').read_text(encoding='utf-8').strip()})"
-    except OSError:
-        return ""

@@ -24,6 +24,7 @@ from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.models.embedded import cache_folder
 from handspun.models.embedding_rows import check_examples, embedding_rows, embedding_rows_of
 from handspun.models.end_of_turn import end_of_turn_is_new, eos_token_ids_of, make_end_of_turn_eos
+from handspun.models.fingerprints import model_fingerprints
 from handspun.models.int8 import quantize_base, refuse_inexact_products
 from handspun.models.load import (
     ChatModel,
@@ -41,10 +42,21 @@ from handspun.models.load import (
 )
 from handspun.models.lora import add_lora
 from handspun.models.onednn import remember_few_kernels
-from handspun.output import TrainedRun, note, owned, prepare_output, recorded, refuse_without_room
+from handspun.output import (
+    Prepared,
+    TrainedRun,
+    finished_earlier,
+    in_place_of,
+    note,
+    owned,
+    prepare_output,
+    recorded,
+    refuse_without_room,
+)
 from handspun.preflight.end_of_turn import end_of_turn
 from handspun.preflight.look import look_at_rows
 from handspun.preflight.rates import Forecast, operations, predicted_seconds
+from handspun.replacing import pending, refuse_inputs_inside
 from handspun.report.account import account_lines, length_lines
 from handspun.report.html.keep import reported
 from handspun.report.live import LiveState
@@ -54,7 +66,7 @@ from handspun.report.preflight import corrected_line, doubts_about_memory, show_
 from handspun.report.record import run_facts
 from handspun.report.samples import Sampler, sampler_of
 from handspun.report.trackers import refuse_missing_trackers
-from handspun.resume import ResumePoint, execution_changes, forget, refuse_another_run
+from handspun.resume import ResumePoint, execution_changes, make_way, refuse_another_run
 from handspun.training.checkpoint import TRAINING_STATE
 from handspun.training.dtype import choose_dtype
 from handspun.training.execution import execution_of
@@ -94,12 +106,14 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
         folder = Path(config.output_dir) if processes.is_first and not config.dry_run else None
         said: list[str] = []
         with owned(folder) if folder else nullcontext():
-            earlier, point = prepare_output(folder, config, said.append) if folder else (None, None)
-            resumed_at = None if earlier is None else point.step if point else 0
-            with RunLog(folder, console, resumed_at=resumed_at) as log:
+            prepared = prepare_output(folder, config, said.append) if folder else Prepared()
+            if (finished := processes.shared(prepared.finished)) is not None:
+                return _finished(config, finished, console)
+            place = pending(folder) if folder and prepared.replaces else folder
+            with RunLog(place, console, resumed_at=prepared.resumed_at) as log:
                 for text in said:
                     log.line(text)
-                return _train(config, processes, log, earlier, point)
+                return _train(config, processes, log, prepared)
 
 
 @dataclass(frozen=True)
@@ -121,13 +135,14 @@ def _train(
     config: TrainConfig,
     processes: Processes,
     log: RunLog,
-    earlier: dict[str, Any] | None,
-    point: ResumePoint | None,
+    prepared: Prepared,
 ) -> TrainedRun:
-    """earlier, point: the unfinished run that is gone on with, on the first rank."""
+    """prepared: what is in the output folder, on the first rank."""
+    earlier, point = prepared.earlier, prepared.point
     source = model_source(config.model, log.line)
     if config.lora:
         refuse_adapter_as_base(source)
+    _refuse_inputs_inside(prepared.replaces, config, source)
     max_length = resolve_max_length(config.max_length, context_length(load_config(source)))
     template = ChatTemplate(load_tokenizer(source, log.line))
     training, held_out = prepare_examples(
@@ -151,9 +166,13 @@ def _train(
     doubts = list[str]()
     check_room(config, training.examples, shapes_of, room, processes=processes, notice=doubts.append)
     facts = {} if config.dry_run or not processes.is_first else run_facts(config, training, held_out, max_length)
+    if facts:
+        facts["fingerprints"] = model_fingerprints(source, template.tokenizer)
     if earlier is not None:
-        refuse_another_run(earlier, facts, config.output_dir)
-        forget(Path(config.output_dir), after=point.folder if point else None)
+        has_saved = point is not None
+        refuse_another_run(earlier, facts, config.output_dir, has_saved=has_saved, notice=log.line)
+        if point is not None:
+            make_way(Path(config.output_dir), point, log.line)
         facts |= {key: earlier[key] for key in ("started", "resumed") if key in earlier}
         facts["seconds"] = point.facts["run"]["seconds"] if point else 0.0
     shared = processes.shared(replace(point, folder=None) if point else None)
@@ -183,13 +202,29 @@ def _train(
     if not processes.is_first:
         _run_loop(job)
         return run
-    refuse_without_room(plan, config)
+    refuse_without_room(plan, config, prepared.replaces)
     facts["plan"] = asdict(plan)
-    with reported(chat, config, training, held_out, log):
+    with in_place_of(prepared.replaces, run, facts, log), reported(chat, config, training, held_out, log):
         with recorded(run, facts, log), log.tracked(config.log_to, facts):
             keeper = _run_loop(job)
         keeper.finish()
     return run
+
+
+def _finished(config: TrainConfig, facts: dict[str, Any], console: Console) -> TrainedRun:
+    """Say that nothing is left to do."""
+    run = finished_earlier(Path(config.output_dir), facts)
+    best = f", the best one {run.best_checkpoint.name}" if run.best_checkpoint else ""
+    text = f"the run in {run.output_dir} has finished ({len(run.checkpoints)} checkpoints{best}): nothing is "
+    "left to do"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return run
+
+
+def _refuse_inputs_inside(replaces: Sequence[Path], config: TrainConfig, source: ModelSource) -> None:
+    data = [config.data, config.eval_data] if config.eval_data is not None else [config.data]
+    models = [config.model, source.location, source.adapter or config.model]
+    refuse_inputs_inside(models, data, replaces, "Choose another --output-dir, or move it out of there first.")
 
 
 def _run_loop(job: _Job) -> Keeper:

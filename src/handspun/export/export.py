@@ -1,6 +1,8 @@
 """Exports of a checkpoint, put together."""
 
+import glob
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,35 +10,101 @@ from typing import Any
 import torch
 
 from handspun.config import ExportConfig
+from handspun.data.naming import listed
 from handspun.errors import OutputError
-from handspun.export.gguf_file import write_gguf
+from handspun.export.gguf_file import is_written_here, write_gguf
 from handspun.export.hub import hub, push_folder, refuse_local_base
-from handspun.models.load import ChatModel, load
+from handspun.files import is_partial
+from handspun.models.load import ChatModel, ModelSource, load, model_source
+from handspun.replacing import refuse_inputs_inside
 from handspun.report.model_card import license_of, model_card
 from handspun.report.whole_file import whole_file
-from handspun.training.checkpoint import MANIFEST, save_checkpoint
+from handspun.training.checkpoint import MANIFEST, edited_files, save_checkpoint, unknown_files
+from handspun.training.staging import locked
 
 
 def export(wanted: ExportConfig, *, notice: Callable[[str], None]) -> None:
-    """Makes what is wanted, and tells what was made. Raises a HandspunError before anything is done in vain."""
+    """Make what is wanted, and tell what was made. Raises a HandspunError before anything is done in vain.
+
+    What is there already is replaced when the new is whole, and only if Handspun wrote it.
+    """
     api = hub(wanted.token) if wanted.push else None
-    folder = wanted.folder
+    folder = Path(os.path.realpath(wanted.folder))  # a link stays one, and `.` has a name
     if wanted.push and not wanted.makes:
         refuse_local_base(folder)
     if wanted.makes:
-        _refuse_to_replace(wanted, folder)
-        chat = load(wanted.model, weights="float32", device="cpu", notice=notice)
+        source = model_source(wanted.model, lambda _: None)
+        _refuse_inputs_inside(wanted, folder, source)
         if wanted.merge:
-            _merge(chat, wanted, folder, notice)
-        if wanted.gguf:
-            file = gguf_file(wanted, folder)
-            with whole_file(file, option="--output-dir") as partial:
-                write_gguf(chat, partial, wanted.gguf, notice=notice)
-            notice(f"{wanted.gguf} GGUF: {file} ({file.stat().st_size / 1e6:.0f} MB)")
+            with locked(folder, busy=lambda owner: _busy(folder, owner)):
+                _refuse_to_replace(wanted, folder)
+                _write_folder(wanted, folder, notice)
+        else:
+            _write_file(wanted, folder, notice)
     if wanted.push and api is not None:
         kind = "private, if it is new" if wanted.private else "public, if it is new"
         address = push_folder(folder, wanted.push, api, private=wanted.private)
         notice(f"pushed to {address} ({kind})")
+
+
+def _busy(folder: Path, owner: str) -> str:
+    return f"another export is writing {folder}{owner}: wait for its end, or choose another --output-dir."
+
+
+def _write_folder(wanted: ExportConfig, folder: Path, notice: Callable[[str], None]) -> None:
+    """Write the merged model, and a GGUF file in the same folder if one is wanted too."""
+    chat = _load(wanted, notice)
+    card = _merged_card(Path(wanted.model))
+    save_checkpoint(
+        chat.model,
+        chat.tokenizer,
+        folder,
+        dtype=torch.bfloat16 if wanted.save_dtype == "bfloat16" else torch.float32,
+        facts={"merged_from": Path(wanted.model).name},
+        card=card,
+        more=(lambda new: _write_gguf(chat, wanted, gguf_file(wanted, new), notice)) if wanted.gguf else None,
+    )
+    notice(f"merged: {wanted.folder} ({wanted.save_dtype})")
+    if card is None:
+        notice(f"no model card: {wanted.model} is not a checkpoint beside its run's run.json")
+    if wanted.gguf:
+        _say_gguf(wanted, notice)
+
+
+def _write_file(wanted: ExportConfig, folder: Path, notice: Callable[[str], None]) -> None:
+    file = gguf_file(wanted, folder)
+    with locked(file, busy=lambda owner: _busy(file, owner)):
+        if file.exists() and not wanted.overwrite:
+            raise OutputError(
+                f"{file} is there already: choose another --output-dir, or replace it with --overwrite."
+            )
+        if os.path.lexists(file) and not is_written_here(file):
+            raise OutputError(
+                f"{file} does not say that Handspun wrote it, so it is not replaced. Move it away, or choose "
+                "another "
+                "--output-dir."
+            )
+        chat = _load(wanted, notice)
+        for leftover in file.parent.glob(f".{glob.escape(file.name)}.*"):
+            if is_partial(leftover):
+                leftover.unlink()
+        with whole_file(file, option="--output-dir") as partial:
+            _write_gguf(chat, wanted, partial, notice)
+    _say_gguf(wanted, notice)
+
+
+def _write_gguf(chat: ChatModel, wanted: ExportConfig, path: Path, notice: Callable[[str], None]) -> None:
+    assert wanted.gguf is not None
+    write_gguf(chat, path, wanted.gguf, notice=notice)
+
+
+def _say_gguf(wanted: ExportConfig, notice: Callable[[str], None]) -> None:
+    file = gguf_file(wanted, wanted.folder)
+    notice(f"{wanted.gguf} GGUF: {file} ({file.stat().st_size / 1e6:.0f} MB)")
+
+
+def _load(wanted: ExportConfig, notice: Callable[[str], None]) -> ChatModel:
+    return load(wanted.model, weights="float32", device="cpu", notice=notice)
 
 
 def gguf_file(wanted: ExportConfig, folder: Path) -> Path:
@@ -44,30 +112,30 @@ def gguf_file(wanted: ExportConfig, folder: Path) -> Path:
     return folder / f"{Path(wanted.model).name.removesuffix('.gguf')}-{wanted.gguf}.gguf"
 
 
+def _refuse_inputs_inside(wanted: ExportConfig, folder: Path, source: ModelSource) -> None:
+    doomed = folder if wanted.merge else gguf_file(wanted, folder)
+    models = [wanted.model, source.location, source.adapter or wanted.model]
+    if source.gguf_file:
+        models[1] = Path(source.location) / source.gguf_file
+    refuse_inputs_inside(models, [], [doomed], "Choose another --output-dir.")
+
+
 def _refuse_to_replace(wanted: ExportConfig, folder: Path) -> None:
-    if wanted.merge and Path(wanted.model).resolve().is_relative_to(folder.resolve()):
-        raise OutputError(f"{folder} holds the model that is to be merged: choose another --output-dir.")
-    if wanted.overwrite:
+    """Raise OutputError if there is something, and it may not go."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if wanted.merge and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not folder.is_dir() or not wanted.overwrite:
         raise OutputError(
-            f"{folder} is there already: choose another --output-dir, or replace all of it with --overwrite."
-        )
-    if wanted.gguf and gguf_file(wanted, folder).exists():
-        raise OutputError(
-            f"{gguf_file(wanted, folder)} is there already: choose another --output-dir, or replace it with "
+            f"{wanted.folder} is there already: choose another --output-dir, or replace all of it with "
             "--overwrite."
         )
-
-
-def _merge(chat: ChatModel, wanted: ExportConfig, folder: Path, notice: Callable[[str], None]) -> None:
-    dtype = torch.bfloat16 if wanted.save_dtype == "bfloat16" else torch.float32
-    card = _merged_card(Path(wanted.model))
-    facts = {"merged_from": Path(wanted.model).name}
-    save_checkpoint(chat.model, chat.tokenizer, folder, dtype=dtype, facts=facts, card=card)
-    notice(f"merged: {folder} ({wanted.save_dtype})")
-    if card is None:
-        notice(f"no model card: {wanted.model} is not a checkpoint beside its run's run.json")
+    files = [*unknown_files(folder), *edited_files(folder)]
+    if strangers := [str(path.relative_to(folder)) for path in files if not is_written_here(path)]:
+        raise OutputError(
+            f"{wanted.folder} holds what Handspun did not write, or what has been changed since: "
+            f"{listed(strangers)}. "
+            "Move it away, or choose another --output-dir."
+        )
 
 
 def _merged_card(checkpoint: Path) -> str | None:

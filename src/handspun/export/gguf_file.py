@@ -14,6 +14,7 @@ import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor
 
+from handspun import __version__
 from handspun.config import GgufType
 from handspun.errors import ModelError
 from handspun.export.gguf_tokenizer import ANOTHER_WAY, left_out, write_tokenizer
@@ -30,6 +31,8 @@ _FILE_TYPES = {
     "f16": LlamaFileType.MOSTLY_F16,
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
+_WRITTEN_BY = "handspun.version"
+"""The key by which `is_written_here` knows a file again."""
 _BLOCK = 32
 """Values that share a scale in q8_0."""
 
@@ -61,6 +64,14 @@ def write_gguf(chat: ChatModel, path: Path, kind: GgufType, *, notice: Callable[
         writer.close()
 
 
+def is_written_here(path: Path) -> bool:
+    """Return whether a file says in its metadata that `write_gguf` wrote it."""
+    try:
+        return path.is_file() and not path.is_symlink() and _WRITTEN_BY in gguf.GGUFReader(path).fields
+    except Exception:  # whatever the reader makes of other bytes
+        return False
+
+
 def _architecture(chat: ChatModel) -> MODEL_ARCH:
     """Raises ModelError for what is not known to come out right."""
     config = chat.model.config
@@ -86,6 +97,7 @@ def _write_config(writer: GGUFWriter, chat: ChatModel, kind: GgufType) -> None:
     head_size = _head_size(chat)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(Path(chat.name).name)
+    writer.add_string(_WRITTEN_BY, __version__)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

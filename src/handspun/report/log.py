@@ -5,10 +5,11 @@ the cursor, so that a file they are sent to reads well.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +24,7 @@ from handspun.display import HarmlessConsole, is_terminal, unfailing, visible
 from handspun.files import output_errors, write_text
 from handspun.report.duration import duration
 from handspun.report.environment import current_memory
-from handspun.report.html.series import read_metrics
+from handspun.report.html.series import read_events, read_metrics
 from handspun.report.incidents import incident_facts, incident_line
 from handspun.report.live import LiveState, one_line, shown, wrapped
 from handspun.report.samples import Samples
@@ -90,6 +91,23 @@ class RunLog:
         for file in (self._log, self._metrics):
             if file is not None:
                 file.close()
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps that were logged."""
+        return self._steps
+
+    def move_to(self, folder: Path) -> None:
+        """Go on in another folder, which the files are moved into."""
+        moved = []
+        for file in (self._log, self._metrics):
+            assert file is not None
+            file.close()
+            target = folder / Path(file.name).name
+            with output_errors(target):
+                os.replace(file.name, target)
+            moved.append(_open(folder, target.name, "a"))
+        self._folder, (self._log, self._metrics) = folder, moved
 
     @property
     def has_terminal(self) -> bool:
@@ -229,14 +247,10 @@ def _open(folder: Path | None, name: str, mode: str) -> TextIO | None:
 
 
 def _forget_events_after(path: Path, step: int) -> None:
-    """Keeps whole lines up to the step; a kill may have cut the last one. After step 0 all are made again."""
-    kept = []
+    """Keep whole events up to the step; a kill may have cut the last one. After step 0 all are made again."""
     with output_errors(path):
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() and step else []:
-            with suppress(ValueError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        write_text(path, "".join(kept))
+        events = read_events(path) if step else iter(())
+        write_text(path, "".join(json.dumps(event) + "\n" for event in events if event["step"] <= step))
 
 
 def _write(file: TextIO | None, text: str) -> None:

@@ -1,13 +1,14 @@
 """Checkpoints: ordinary model folders, written so that a folder with its final name is whole.
 
-A checkpoint is written to a temporary folder beside its place, synced to the disk, given a manifest with
-checksums, and renamed. What was half done when a process was killed has another name, and is cleared away by the
-next run (`clear_leftovers`).
+A checkpoint is written under another name, synced to the disk, given a manifest with checksums, and renamed
+(`staging.py`). Its manifest is also the proof that this program wrote it: what no manifest names is never removed.
 """
 
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +18,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from handspun.files import output_errors, sha256_of, sync
+from handspun.files import output_errors, read_json_object, sha256_of, sync
 from handspun.models.save import save_model
+from handspun.training.staging import atomic_folder, remove_folder, work_folder
 
 MANIFEST = "manifest.json"
 TRAINING_STATE = "training_state"
 """Of a checkpoint that can be resumed from: a folder in it, with a manifest of its own, since it goes first."""
-_PARTIAL, _OLD, _DELETED = ".partial", ".old", ".deleted"
+_NAME = re.compile(r"checkpoint-(best|epoch-[0-9]+|step-[0-9]+)")
+_CHECKSUM = re.compile(r"[0-9a-f]{64}")
+_SMALL = 16 * 2**20
+"""Bytes up to which a file that somebody may have edited is read again, whatever its times say."""
 
 Fill = Callable[[Path], None]
 """Writes files into a folder; the folder's manifest is not its business."""
@@ -39,12 +44,14 @@ def save_checkpoint(
     card: str | None = None,
     state: dict[str, Tensor] | None = None,
     training_state: Fill | None = None,
+    more: Fill | None = None,
 ) -> None:
     """The model as `folder`, replacing an earlier one there; `facts` (step, loss) go into its manifest.
 
     card: the text of its README.md, if it is to have one.
     state: its weights, where the model itself does not hold all of them.
     training_state: writes what resuming needs, if it is to be resumed from here.
+    more: writes other files, which belong to it.
 
     Raises OutputError if it cannot be written; `folder` is then as it was.
     """
@@ -52,6 +59,8 @@ def save_checkpoint(
         save_model(model, tokenizer, partial, dtype=dtype, state=state)
         if card is not None:
             (partial / "README.md").write_text(card, encoding="utf-8")
+        if more is not None:
+            more(partial)
         write_manifest(partial, facts)
         if training_state is not None:
             _add_training_state(partial, training_state, facts)
@@ -62,39 +71,78 @@ def link_checkpoint(
 ) -> None:
     """The checkpoint `source` under a second name, without a second copy where the disk can link files."""
     with _whole(folder) as partial:
-        shutil.copytree(source, partial, copy_function=_link_or_copy, dirs_exist_ok=True)
+        manifest = read_manifest(source)
+        assert manifest is not None
+        for name in (*manifest["files"], MANIFEST):  # and nothing that somebody has put beside them
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(source / name, partial / name)
         if training_state is not None:
             _add_training_state(partial, training_state, facts)
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Return whether a run gives this name to a checkpoint."""
+    return bool(_NAME.fullmatch(name))
+
+
 def remove_checkpoint(folder: Path) -> None:
-    """The folder goes, or stays whole: what is being deleted does not have its name any more."""
-    with output_errors(folder):
-        doomed = folder.with_name(f".{folder.name}{_DELETED}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+    """Remove a checkpoint, or its training state; one that holds anything of somebody else's stays.
 
-
-def clear_leftovers(output_dir: Path) -> None:
-    """What a process that was killed while it wrote, replaced or deleted checkpoints has left half done."""
-    with output_errors(output_dir):
-        for old in output_dir.glob(f".checkpoint-*{_OLD}"):
-            name = old.with_name(old.name.removeprefix(".").removesuffix(_OLD))
-            if not name.exists():  # killed between the two renames that replace it
-                old.rename(name)
-        for suffix in (_PARTIAL, _OLD, _DELETED):
-            for leftover in [*output_dir.glob(f".checkpoint-*{suffix}"), *output_dir.glob(f"*/.*{suffix}")]:
-                shutil.rmtree(leftover)
+    It goes, or stays whole: what is being deleted does not have its name any more. Raises OutputError.
+    """
+    is_state = folder.name == TRAINING_STATE
+    if not unknown_files(folder):
+        remove_folder(folder, work=work_folder(folder.parent) if is_state else None)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Facts and checksums; None without one that can be read."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """Return facts and checksums; None without a manifest that can be read."""
+    manifest = read_json_object(folder / MANIFEST)
+    files = (manifest or {}).get("files")
+    if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
         return None
-    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
+    return manifest if all(map(_CHECKSUM.fullmatch, files.values())) else None
+
+
+def step_of(folder: Path) -> int | None:
+    """Return the optimizer step after which the checkpoint was saved, if its manifest says so."""
+    step = (read_manifest(folder) or {}).get("step")
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def unknown_files(folder: Path) -> list[Path]:
+    """Return what is in the folder and in no manifest: somebody else's. All of a folder without a manifest."""
+    if folder.is_symlink() or not folder.is_dir():
+        return [folder]
+    manifest = read_manifest(folder)
+    known = {folder / name for name in manifest["files"]} | {folder / MANIFEST} if manifest else set()
+    state = folder / TRAINING_STATE
+    unknown = []
+    for place, folders, files in os.walk(folder):
+        if Path(place) == folder and state.is_dir() and not state.is_symlink():
+            folders.remove(TRAINING_STATE)
+            unknown += unknown_files(state)
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        unknown += [path for name in [*files, *links] if (path := Path(place) / name) not in known]
+    return sorted(unknown)
+
+
+def edited_files(folder: Path) -> list[Path]:
+    """Return the files that are not as this program saved them, and hold something that could be lost.
+
+    A large file is read only if it is younger than the manifest, which was written last.
+    """
+    edited = []
+    for place in (folder, folder / TRAINING_STATE):
+        manifest = read_manifest(place)
+        for name, checksum in manifest["files"].items() if manifest else ():
+            path = place / name
+            if not path.is_file() or not (status := path.stat()).st_size:
+                continue
+            untouched = status.st_mtime_ns <= (place / MANIFEST).stat().st_mtime_ns
+            if not (untouched and status.st_size > _SMALL) and sha256_of(path) != checksum:
+                edited.append(path)
+    return edited
 
 
 def damage(folder: Path) -> str | None:
@@ -118,26 +166,41 @@ def is_checkpoint(folder: Path) -> bool:
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """An empty folder that gets the name `folder`, all at once, when the block has filled it."""
+    """Yield an empty folder that gets the name `folder`, all at once, when the block has filled it.
+
+    If somebody has put files into the folder that has the name now, it is kept under another one.
+    """
+    if folder.exists() and unknown_files(folder):
+        keep_aside(folder, "kept")
+    with atomic_folder(folder) as new:
+        yield new
+
+
+def keep_aside(folder: Path, why: str) -> Path:
+    """Rename a folder to `kept-checkpoint-best` or the like, so that its name is free. Return where it is."""
+    names = (f"{why}-{folder.name}{number}" for number in ("", *(f"-{n}" for n in range(2, 1000))))
+    place = next(place for name in names if not os.path.lexists(place := folder.with_name(name)))
     with output_errors(folder):
-        partial = folder.with_name(f".{folder.name}{_PARTIAL}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            sync(partial)
-            _replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        folder.rename(place)
+        sync(folder.parent)
+    return place
 
 
 def write_manifest(folder: Path, facts: Mapping[str, object]) -> None:
-    """Syncs the folder's files and writes their checksums, last of all."""
+    """Sync the folder's files and write their checksums, last of all.
+
+    All get the mode that the umask gives a new file: libraries write through temporary files, which nobody else
+    may read.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = folder / MANIFEST
+    manifest.touch()
+    mode = stat.S_IMODE(manifest.stat().st_mode)
     for path in files:
+        if stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
         sync(path)
     checksums = {str(path.relative_to(folder)): sha256_of(path) for path in files}
-    manifest = folder / MANIFEST
     manifest.write_text(json.dumps({**facts, "files": checksums}, indent=2) + "\n", encoding="utf-8")
     sync(manifest)
 
@@ -149,24 +212,7 @@ def _add_training_state(partial: Path, fill: Fill, facts: Mapping[str, object]) 
     sync(partial / TRAINING_STATE)
 
 
-def _replace(partial: Path, folder: Path) -> None:
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}{_OLD}")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        try:
-            partial.rename(folder)
-        except OSError:
-            old.rename(folder)
-            raise
-        sync(folder.parent)
-        shutil.rmtree(old)
-    else:
-        partial.rename(folder)
-        sync(folder.parent)
-
-
-def _link_or_copy(source: str, target: str) -> None:
+def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:

@@ -19,7 +19,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from handspun.errors import OutputError
+from handspun.files import read_json_object
 
+_VERSION = 1
+"""Of what is saved. One that reads otherwise gets the next number."""
 _WEIGHTS, _OPTIMIZER, _FACTS = "weights.safetensors", "optimizer.safetensors", "state.json"
 _MODEL = "model.safetensors"
 
@@ -43,12 +46,23 @@ def write_state(folder: Path, gathered: dict[str, dict[str, Tensor]], facts: Map
     if not _linked(folder.parent / _MODEL, folder / _WEIGHTS, gathered[_WEIGHTS]):
         save_file(gathered[_WEIGHTS], folder / _WEIGHTS)
     save_file(gathered[_OPTIMIZER], folder / _OPTIMIZER)
-    (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps({"version": _VERSION, **facts}, indent=2)
+    (folder / _FACTS).write_text(text + "\n", encoding="utf-8")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What was given to `write_state`."""
-    return dict(json.loads((folder / _FACTS).read_text(encoding="utf-8")))
+    """Return what was given to `write_state`, and the version. Raises OutputError if a newer one wrote it."""
+    facts = read_json_object(folder / _FACTS)
+    if facts is None:
+        raise OutputError(f"{folder / _FACTS} cannot be read: expected a JSON object. Was it changed by hand?")
+    version = facts.get("version", _VERSION)
+    if version != _VERSION:
+        raise OutputError(
+            f"{folder / _FACTS} is of version {version!r} (expected {_VERSION}): another version of Handspun "
+            "saved "
+            "it. Resume with that one, or choose another --output-dir."
+        )
+    return facts
 
 
 def read_weights(model: PreTrainedModel, folder: Path) -> None:
@@ -110,7 +124,10 @@ def _linked(model_file: Path, weights_file: Path, weights: dict[str, Tensor]) ->
 
 
 def _open(path: Path) -> Any:
-    return safe_open(path, framework="pt")
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{path} cannot be read: {error}. Was it changed by hand?") from error
 
 
 def _read(file: Any, name: str, *, like: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from handspun.errors import OutputError
+from handspun.files import read_json_object
 from handspun.report.html.series import Metrics, read_metrics
 
 REPORT = "report.html"
@@ -45,8 +46,11 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def read_kept(folder: Path) -> dict[str, Any]:
-    """What has been kept for the report so far."""
-    return _read(folder / KEPT) or {}
+    """Return what has been kept for the report so far; {} where it is damaged, since it can be had again."""
+    kept = read_json_object(folder / KEPT) or {}
+    kinds = {"model": dict, "lengths": dict, "accounted": dict, "prompts": list, "before": dict}
+    is_whole = all(isinstance(kept.get(name), kind) for name, kind in kinds.items())
+    return kept if is_whole and all(isinstance(prompt, str) for prompt in kept["prompts"]) else {}
 
 
 def _read(file: Path) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import torch
 from handspun.config import TrainConfig
 from handspun.data.example_arrays import lengths_of
 from handspun.data.prepare import ExampleSet
-from handspun.errors import HandspunError, OutputError
-from handspun.files import output_errors, sha256_of, write_json
+from handspun.errors import HandspunError
+from handspun.files import output_errors, write_json
+from handspun.models.fingerprints import weight_checksums
 from handspun.models.load import ChatModel, model_source
 from handspun.report.duration import duration
 from handspun.report.html.answers import prompts_of, sample_answers
@@ -34,25 +35,29 @@ def reported(
 ) -> Iterator[None]:
     """Around a run's loop: answers before and after it, losses of rows, and report.html, however it ended.
 
-    A resumed run keeps the answers of its beginning. What cannot be had is left out, and the report says why.
+    A resumed run keeps the answers of its beginning. What cannot be had is left out, and the report says why. No
+    report is worth a run: what goes wrong with it is a line in the log.
     """
     folder = Path(config.output_dir)
     kept = read_kept(folder) or _at_the_start(chat, config, training, held_out, log)
-    _write_kept(folder, kept)
+    with _never_the_end(log):
+        _write_kept(folder, kept)
     try:
         yield
         kept["after"] = _answers(chat, config, kept["prompts"], log, "after")
         kept["row_losses"] = _row_losses(chat, config, training, held_out, log)
-    except BaseException:
-        with suppress(OutputError):  # the run's own error is the one to be told
-            _write(folder, kept, log)
-        raise
-    _write(folder, kept, log)
+    finally:  # the run's own error is the one to be told
+        with _never_the_end(log):
+            _write_kept(folder, kept)
+            log.line(f"report: {write_report(folder)}")
 
 
-def _write(folder: Path, kept: dict[str, Any], log: RunLog) -> None:
-    _write_kept(folder, kept)
-    log.line(f"report: {write_report(folder)}")
+@contextmanager
+def _never_the_end(log: RunLog) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever a page cannot be made of: the weights are saved
+        log.line(f"no report: {error or type(error).__name__}")
 
 
 def _write_kept(folder: Path, kept: dict[str, Any]) -> None:
@@ -77,13 +82,10 @@ def _at_the_start(
 def model_fingerprints(name: str, chat: ChatModel) -> dict[str, str]:
     """The model's weights by their fingerprints: its files' sha256, or its commit on the hub."""
     source = model_source(name, lambda _: None)
-    folder = Path(source.location)
-    if not folder.is_dir():
+    if not Path(source.location).is_dir():
         commit = getattr(chat.model.config, "_commit_hash", None)
         return {"commit on the hub": commit} if commit else {}
-    files = [folder / source.gguf_file] if source.gguf_file else sorted(folder.glob("*.safetensors"))
-    files += sorted(source.adapter.glob("*.safetensors")) if source.adapter else []
-    return {f"sha256 of {file.name}": sha256_of(file) for file in files}
+    return {f"sha256 of {name}": checksum for name, checksum in weight_checksums(source).items()}
 
 
 def length_histogram(some: ExampleSet) -> dict[str, Any]:

@@ -1,13 +1,22 @@
 """metrics.jsonl as series to plot."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 MOST_POINTS = 400
 """Of a line: more cannot be told apart on a page."""
+
+_NUMBERS = {
+    "step": (
+        *("total_steps", "epoch", "loss", "learning_rate", "grad_norm"),
+        *("rows", "tokens", "learned_tokens", "computed_tokens", "seconds"),
+    ),
+    "evaluation": ("epoch", "loss", "learned_tokens", "best"),
+    "samples": ("seconds",),
+}
 
 _SMOOTHED_FROM = 20
 """Steps from which a smoothed line is worth drawing."""
@@ -35,16 +44,12 @@ def read_metrics(file: Path) -> Metrics:
     """The events of a run's metrics.jsonl; none if there is no such file.
 
     A run that was killed and resumed may have made a step twice: the later line is what the weights were made by.
-    It may have been killed in the middle of a line, which is passed over.
+    A line that is damaged, as a kill or a power cut leaves one, is passed over.
     """
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
     samples: dict[int, dict[str, Any]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
+    for event in read_events(file):
         if event["event"] == "step":
             steps[event["step"]] = event
         elif event["event"] == "evaluation":
@@ -52,6 +57,24 @@ def read_metrics(file: Path) -> Metrics:
         elif event["event"] == "samples":
             samples[event["step"]] = event
     return Metrics(*([found[step] for step in sorted(found)] for found in (steps, evaluations, samples)))
+
+
+def read_events(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield what stands in whole lines of a metrics.jsonl, as far as a run writes such lines."""
+    text = file.read_bytes().decode("utf-8", "replace") if file.is_file() else ""
+    for line in text.splitlines():
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(event, dict) and isinstance(event.get("step"), int) and _is_whole(event):
+            yield event
+
+
+def _is_whole(event: dict[str, Any]) -> bool:
+    """Return whether the event has the numbers that plots are made of."""
+    names = _NUMBERS.get(str(event.get("event")), ())
+    return isinstance(event.get("event"), str) and all(isinstance(event.get(name), int | float) for name in names)
 
 
 def thinned(steps: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
