@@ -22,7 +22,7 @@ test: $(VENV)/.installed-dev
 	$(THREADS_OF_TESTS) $(BIN)/python -m pytest -n auto --dist loadfile
 
 torture: $(VENV)/.installed-dev
-	$(THREADS_OF_TESTS) $(BIN)/python tests/torture.py --kills 200
+	$(THREADS_OF_TESTS) $(BIN)/python tests/torture.py --kills 200 --replacing 200
 	$(THREADS_OF_TESTS) $(BIN)/python -m pytest tests/test_torture.py tests/test_soak.py
 
 READERS := $(VENV)/readers

@@ -15,7 +15,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, HERE / "torture.py", "--kills", "24", "--work", tmp_path],
+        [sys.executable, HERE / "torture.py", "--kills", "24", "--replacing", "12", "--work", tmp_path],
         capture_output=True,
         text=True,
         check=False,
@@ -23,7 +23,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(tmp_pa
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "24 kills" in done.stdout
+    assert "36 kills" in done.stdout
+    assert "7 --overwrite of a run" in done.stdout or "8 --overwrite of a run" in done.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="needs Linux and a C compiler")
