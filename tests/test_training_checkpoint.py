@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,15 @@ from handspun.errors import OutputError
 from handspun.files import output_errors
 from handspun.models.end_of_turn import make_end_of_turn_eos
 from handspun.models.load import ChatModel
-from handspun.training.checkpoint import is_checkpoint, link_checkpoint, save_checkpoint
+from handspun.training.checkpoint import (
+    is_checkpoint,
+    link_checkpoint,
+    read_manifest,
+    save_checkpoint,
+    step_of,
+    unknown_files,
+)
+from handspun.training.staging import make_work_folder, recover_all
 
 
 def save_tiny(chat: ChatModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -103,3 +113,132 @@ def test_a_second_name_shares_the_files(tiny_chat: ChatModel, tmp_path: Path) ->
     save_tiny(tiny_chat, best)  # replacing one name leaves the other
     shutil.rmtree(best)
     assert is_checkpoint(again)
+
+
+def write_two(folder: Path) -> None:
+    (folder / "weights.safetensors").write_bytes(b"weights")
+    (folder / "state.json").write_bytes(b"{}")
+
+
+def test_all_is_synced_before_the_name_and_the_old_one_goes_after_it(
+    tiny_chat: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name: each file and folder of the new one, the rename, the folder around it, and then the deletion."""
+    folder = save_tiny(tiny_chat, tmp_path / "checkpoint-best")
+    work = tmp_path / ".checkpoint-best.handspun"
+    calls: list[str] = []
+    synced: set[int] = set()
+    fsync, rename, rmtree = os.fsync, os.rename, shutil.rmtree
+
+    def logged_fsync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        if os.fstat(descriptor).st_ino == tmp_path.stat().st_ino:
+            calls.append("sync around it")
+        fsync(descriptor)
+
+    def logged_rename(source: Path, target: Path, **_: object) -> None:
+        calls.append(f"{Path(source).name} -> {Path(target).name}")
+        if Path(source) == work / "new":
+            inside = [Path(source), *Path(source).rglob("*")]
+            assert [path.name for path in inside if path.stat().st_ino not in synced] == []
+            assert len(inside) > 8
+            assert is_checkpoint(work / "old")
+        rename(source, target)
+
+    def logged_rmtree(path: Path) -> None:
+        calls.append(f"delete {Path(path).name}")
+        assert is_checkpoint(folder)
+        rmtree(path)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "rename", logged_rename)
+    monkeypatch.setattr(shutil, "rmtree", logged_rmtree)
+    save_checkpoint(
+        tiny_chat.model,
+        tiny_chat.tokenizer,
+        folder,
+        dtype=torch.float32,
+        facts={"step": 4},
+        training_state=write_two,
+    )
+    assert calls == [
+        "checkpoint-best -> old",
+        "new -> checkpoint-best",
+        "sync around it",
+        "delete old",
+    ]
+    assert is_checkpoint(folder / "training_state")
+
+
+def test_files_have_the_mode_that_the_umask_gives(tiny_chat: ChatModel, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_checkpoint(
+            tiny_chat.model,
+            tiny_chat.tokenizer,
+            tmp_path / "checkpoint",
+            dtype=torch.float32,
+            facts={},
+            training_state=write_two,
+        )
+        link_checkpoint(tmp_path / "checkpoint", tmp_path / "linked", facts={})
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 12
+    assert {oct(stat.S_IMODE(path.stat().st_mode)) for path in files} == {"0o640"}
+
+
+@pytest.mark.parametrize("moment", ["before the new has the name", "after it", "somebody made another"])
+def test_what_a_killed_replacement_left_is_put_right(tiny_chat: ChatModel, tmp_path: Path, moment: str) -> None:
+    folder = save_tiny(tiny_chat, tmp_path / "checkpoint-best")
+    work = tmp_path / ".checkpoint-best.handspun"
+    make_work_folder(work)
+    shutil.copytree(folder, work / "old")
+    (work / "old" / "which").write_text("old")
+    if moment == "before the new has the name":
+        shutil.rmtree(folder)
+        (work / "new").mkdir()
+    elif moment == "somebody made another":
+        (work / "new").mkdir()
+        with pytest.raises(
+            OutputError, match=r"another checkpoint-best has been made since\. Move one of them away"
+        ):
+            recover_all(tmp_path)
+        assert (work / "old" / "which").read_text() == "old"
+        assert is_checkpoint(folder)
+        return
+    recover_all(tmp_path)
+    assert (folder / "which").exists() == (moment == "before the new has the name")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-best"]
+
+
+def test_a_work_folder_of_somebody_else_is_refused_and_stays(tiny_chat: ChatModel, tmp_path: Path) -> None:
+    work = tmp_path / ".checkpoint-best.handspun"
+    work.mkdir()
+    (work / "old").write_text("mine")
+    with pytest.raises(OutputError, match="was not made by Handspun"):
+        save_tiny(tiny_chat, tmp_path / "checkpoint-best")
+    recover_all(tmp_path)
+    assert (work / "old").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"files": 3}',
+        b'{"files": {"a": 3}}',
+        b'{"files": {"a": "not a checksum"}}',
+        b"[" * 99_999,
+    ],
+)
+def test_a_manifest_of_another_kind_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    (tmp_path / "a").write_text("a")
+    assert read_manifest(tmp_path) is None
+    assert step_of(tmp_path) is None
+    assert not is_checkpoint(tmp_path)
+    assert {path.name for path in unknown_files(tmp_path)} == {"a", "manifest.json"}

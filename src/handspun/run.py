@@ -215,8 +215,8 @@ def _finished(config: TrainConfig, facts: dict[str, Any], console: Console) -> T
     """Say that nothing is left to do."""
     run = finished_earlier(Path(config.output_dir), facts)
     best = f", the best one {run.best_checkpoint.name}" if run.best_checkpoint else ""
-    text = f"the run in {run.output_dir} has finished ({len(run.checkpoints)} checkpoints{best}): nothing is "
-    "left to do"
+    count = len(run.checkpoints)
+    text = f"the run in {run.output_dir} has finished ({count} checkpoints{best}): nothing is left to do"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     return run
 
