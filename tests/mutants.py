@@ -45,15 +45,28 @@ _LEFT_ALONE = (
 )  # fmt: skip
 """Neither types nor texts are changed, nor what an error says; what leads to it is."""
 
+_UNSEEN = {"device", "strict"}
+"""Arguments that are left alone, too: where a tensor is, which shows on a GPU only, and whether zip compares
+lengths, which are the same as long as the code is right."""
+
 
 @dataclass(frozen=True)
 class Mutant:
-    """A file's code with one fault in it."""
+    """One fault in a file: a node of its code, and what takes its place."""
 
+    module: libcst.Module
     line: int
-    before: str
-    after: str
-    code: str
+    node: libcst.CSTNode
+    changed: libcst.CSTNode
+
+    @property
+    def code(self) -> str:
+        """Of the whole file."""
+        return self.module.deep_replace(self.node, self.changed).code
+
+    def __str__(self) -> str:
+        before, after = (" ".join(self.module.code_for_node(n).split()) for n in (self.node, self.changed))
+        return f"{self.line}: {before[:100]}  ->  {after[:100]}"
 
 
 def mutants_of(path: Path) -> list[Mutant]:
@@ -61,42 +74,39 @@ def mutants_of(path: Path) -> list[Mutant]:
     wrapper = libcst.metadata.MetadataWrapper(libcst.parse_module(path.read_text(encoding="utf-8")))
     visitor = _Visitor()
     wrapper.visit(visitor)
-    module, made = wrapper.module, []
-    for node, changed, line in visitor.found:
-        code = module.deep_replace(node, changed).code
-        before, after = module.code_for_node(node), module.code_for_node(changed)
-        if code != module.code:
-            made.append(Mutant(line, before, after, code))
-    return sorted(made, key=lambda mutant: mutant.line)
+    return sorted((Mutant(wrapper.module, *found) for found in visitor.found), key=lambda mutant: mutant.line)
 
 
 class _Visitor(libcst.CSTVisitor):
-    """Collects (node, what takes its place, line)."""
+    """Collects (line, node, what takes its place)."""
 
     METADATA_DEPENDENCIES = (libcst.metadata.PositionProvider,)
 
     def __init__(self) -> None:
-        self.found: list[tuple[libcst.CSTNode, libcst.CSTNode, int]] = []
+        self.found: list[tuple[int, libcst.CSTNode, libcst.CSTNode]] = []
 
     def on_visit(self, node: libcst.CSTNode) -> bool:
-        if isinstance(node, _LEFT_ALONE) or _is_type(node):
+        if isinstance(node, _LEFT_ALONE) or _is_type(node) or _is_unseen(node):
             return False
         line = self.get_metadata(libcst.metadata.PositionProvider, node).start.line
         for kind, operator in mutation_operators:
             if isinstance(node, kind):
-                self.found += [(node, new, line) for new in operator(node) if _device(new) == _device(node)]
+                unseen = _unseen_arguments(node)
+                self.found += [(line, node, new) for new in operator(node) if _unseen_arguments(new) == unseen]
         if isinstance(node, libcst.Name) and node.value in _SWAPPED:
-            self.found.append((node, node.with_changes(value=_SWAPPED[node.value]), line))
+            self.found.append((line, node, node.with_changes(value=_SWAPPED[node.value])))
         return True
 
 
-def _device(node: libcst.CSTNode) -> str | None:
-    """Where a call makes its tensor: a fault there is seen on a GPU only."""
+def _unseen_arguments(node: libcst.CSTNode) -> list[str]:
+    """A call's arguments of `_UNSEEN`, as they are written."""
     arguments = node.args if isinstance(node, libcst.Call) else ()
     module = libcst.Module([])
-    return next(
-        (module.code_for_node(arg) for arg in arguments if arg.keyword and arg.keyword.value == "device"), None
-    )
+    return [module.code_for_node(arg.value) for arg in arguments if _is_unseen(arg)]
+
+
+def _is_unseen(node: libcst.CSTNode) -> bool:
+    return isinstance(node, libcst.Arg) and node.keyword is not None and node.keyword.value in _UNSEEN
 
 
 def _is_type(node: libcst.CSTNode) -> bool:
@@ -206,7 +216,7 @@ def main() -> int:
         survivors = 0
         for mutant in unnoticed(file, chosen, tests, jobs=arguments.jobs, limit=limit):
             survivors += 1
-            print(f"  {file}:{mutant.line}: {_short(mutant.before)}  ->  {_short(mutant.after)}", flush=True)
+            print(f"  {file}:{mutant}", flush=True)
         tried, noticed = tried + len(chosen), noticed + len(chosen) - survivors
         print(
             f"{file}: {len(chosen) - survivors} of {len(chosen)} noticed ({len(found)} mutants in all), "
@@ -226,11 +236,6 @@ def _import_what_is_slow() -> None:
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
     torch.set_num_threads(1)  # a fork does not get the threads that were started before it
-
-
-def _short(code: str) -> str:
-    text = " ".join(code.split())
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 if __name__ == "__main__":

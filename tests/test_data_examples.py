@@ -51,6 +51,15 @@ def test_truncation_keeps_the_front_and_is_counted() -> None:
     assert account.kept == 2
 
 
+@pytest.mark.parametrize(("left_out", "truncated"), [(0, []), (1, [1])])
+def test_a_row_of_just_max_length_is_not_truncated(left_out: int, truncated: list[int]) -> None:
+    rows = rows_of(("Count.", "one two three"))
+    (whole,), _ = build_examples(rows, TEMPLATE, max_length=1000)
+    (made,), account = build_examples(rows, TEMPLATE, max_length=len(whole) - left_out)
+    assert len(made) == len(whole) - left_out
+    assert [note.row for note in account.truncated] == truncated
+
+
 def test_a_row_with_nothing_learned_left_is_dropped_with_its_reason() -> None:
     rows = rows_of(("A very long question that fills all the room there is.", "Yes."), ("Hi.", "Hi."))
     examples, account = build_examples(rows, TEMPLATE, max_length=25)

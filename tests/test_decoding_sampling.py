@@ -56,6 +56,16 @@ def test_noise_is_standard_gumbel() -> None:
     assert noise.isfinite().all()
 
 
+@pytest.mark.parametrize("name", [(0, 0, 0), (2**63 - 1, 5, 3), (2**63 - 2, 5, 3)])
+def test_noise_of_a_name_is_the_same_in_every_version(name: tuple[int, int, int]) -> None:
+    """Philox under the key (seed, prompt * 2 ** 32 + answer) at the counter (0, step, 0, 0): its upper 52 bits."""
+    seed, prompt, answer = name
+    key = np.array([seed, prompt * 2**32 + answer], dtype=np.uint64)
+    bits = np.random.Philox(key=key, counter=[0, 7, 0, 0]).random_raw(5) >> np.uint64(12)
+    expected = [-math.log(-math.log((int(value) + 0.5) / 2**52)) for value in bits]
+    assert gumbel_noise(name, 7, 5).tolist() == pytest.approx(expected, rel=1e-6)
+
+
 def test_each_seed_prompt_answer_and_step_has_noise_of_its_own() -> None:
     names = [((0, 0, 0), 0), ((1, 0, 0), 0), ((0, 1, 0), 0), ((0, 0, 1), 0), ((0, 0, 0), 1), ((0, 1, 1), 0)]
     noises = {tuple(gumbel_noise(stream, step, 8).tolist()) for stream, step in names}

@@ -166,6 +166,17 @@ def test_the_system_prompt_is_in_what_is_scored_and_in_what_is_asked(chat: ChatM
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
+def test_rows_that_only_ask_get_the_system_prompt_too(chat: ChatModel, tmp_path: Path) -> None:
+    file = tmp_path / "ifeval.jsonl"
+    record = {"key": 1, "prompt": "Hi.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    file.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    config = DataConfig(data=str(file), system_prompt="Be brief.")
+    (row,) = score(chat, config, ask=True, max_new_tokens=3, notice=str).rows
+    assert row.answer is not None
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
+    assert row.answer.prompt_token_ids == chat.template.encode_prompt(messages)
+
+
 def test_the_losses_of_a_rows_examples_are_added_up(chat: ChatModel) -> None:
     """Two examples of one row, as where a template renders a turn differently once it is history."""
     one, other = ([5, 6, 7, 8], [False, False, True, True]), ([9, 10, 11], [False, True, True])

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
@@ -21,6 +22,9 @@ def layer(*, bias: bool = True, dropout: float = 0.0) -> tuple[LoraLinear, Tenso
     found = attention.q_proj if bias else attention.o_proj
     assert isinstance(found, LoraLinear)
     nn.init.normal_(found.lora_B["default"].weight)
+    assert (found.base_layer.bias is not None) is bias
+    if bias:
+        nn.init.normal_(found.base_layer.bias)  # zeros until then
     return found, torch.randn(2, 5, 32, requires_grad=True)
 
 
@@ -74,6 +78,19 @@ def test_dropout_is_on_the_adapters_input_in_training_and_off_otherwise() -> Non
     torch.manual_seed(1)
     torch.testing.assert_close(lora.train()(x), base + 2 * dropped @ a.t() @ b.t(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lora.eval()(x), base + 2 * x @ a.t() @ b.t(), rtol=1e-5, atol=1e-5)
+
+
+def test_two_active_adapters_are_both_added() -> None:
+    lora, x = layer()
+    lora.update_layer("other", 2, lora_alpha=2, config=LoraConfig(r=2, lora_alpha=2))
+    nn.init.normal_(lora.lora_B["other"].weight)
+    lora.set_adapter(["default", "other"])
+    expected = F.linear(x, lora.base_layer.weight, lora.base_layer.bias)
+    for name, scaling in (("default", 2.0), ("other", 1.0)):
+        expected = expected + scaling * x @ lora.lora_A[name].weight.t() @ lora.lora_B[name].weight.t()
+    torch.testing.assert_close(lora(x), expected, rtol=1e-4, atol=1e-4)
+    lora.set_adapter("other")
+    assert not torch.allclose(lora(x), expected, atol=0.01)
 
 
 def test_disabled_and_merged_adapters_are_not_added_again() -> None:

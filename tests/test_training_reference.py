@@ -49,8 +49,14 @@ def product_loop(model: PreTrainedModel, config: TrainConfig) -> list[Step]:
 
 
 def a_model(**config: Any) -> PreTrainedModel:
-    """A Qwen2: biases in its attention, norms, and matrices."""
-    return tiny_model("qwen2", initializer_range=0.2, **config).train()
+    """A Qwen2: biases in its attention, norms, and matrices, none of them zeros or ones."""
+    model = tiny_model("qwen2", initializer_range=0.2, **config).train()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
 
 
 def assert_same_steps(found: list[Step], expected: list[ReferenceStep], max_grad_norm: float) -> None:
@@ -69,8 +75,8 @@ def assert_same_weights(found: Any, expected: Any, before: dict[str, torch.Tenso
     assert trained.keys() == wanted.keys()
     for name, parameter in trained.items():
         off, moved = parameter - wanted[name], wanted[name] - before[name]
-        assert off.square().mean().sqrt() < 2e-6, name
-        assert off.abs().max() < 1e-5, name
+        assert off.square().mean().sqrt() < 5e-6, name
+        assert off.abs().max() < PEAK / 100, name
         assert moved.abs().max() > PEAK, name
 
 
