@@ -65,5 +65,6 @@ def test_a_learned_pad_token_is_learned_and_padding_is_not() -> None:
     eos = 2
     batch = collate([Example([1, eos], [False, True], "a", 1), Example([1, 3, eos], [False, True, True], "a", 2)],
                     pad_token_id=eos)  # fmt: skip
+    assert batch["input_ids"].tolist() == [[1, eos, eos], [1, 3, eos]]
     assert batch["labels"].tolist() == [[-100, eos, -100], [-100, 3, eos]]
     assert torch.equal(batch["attention_mask"], torch.tensor([[1, 1, 0], [1, 1, 1]]))

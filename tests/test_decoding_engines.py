@@ -217,8 +217,14 @@ def int8_chat() -> ChatModel:
     return ChatModel(model, tiny_tokenizer(), "tiny", lean_model(model, int8=True))
 
 
-def test_int8_answers_do_not_depend_on_batch_mates() -> None:
-    """200 batches, of any answers in any order, that join and leave as they may: the same text, bit for bit."""
+needs_kernels = pytest.mark.skipif(native.kernels() is None, reason="no C compiler, or no AVX-512")
+
+
+@pytest.mark.parametrize("kernels", [pytest.param("native", marks=needs_kernels), "PyTorch's"])
+def test_int8_answers_do_not_depend_on_batch_mates(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 batches, of any answers in any order, that join and leave as they may: the same text, bit for bit."""
+    if kernels != "native":
+        monkeypatch.setattr(native, "kernels", lambda: None)
     chat, choose = int8_chat(), random.Random(0)
     prompts = [f"{'Tell me more. ' * (n % 4)}Say {n}." for n in range(12)]
     options: dict[str, Any] = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 12, "stop_strings": ()}
@@ -230,7 +236,7 @@ def test_int8_answers_do_not_depend_on_batch_mates() -> None:
         return {n: (answer.token_ids, answer.logprobs) for n, answer in zip(chosen, found, strict=True)}
 
     alone = {n: answers([n])[n] for n in range(12)}
-    for _ in range(200):
+    for _ in range(100):
         chosen = choose.sample(range(12), choose.randint(2, 6))
         limits = {"batch_size": choose.randint(1, 5), "max_batch_tokens": choose.choice([60, 200, 10_000])}
         assert answers(chosen, **limits) == {n: alone[n] for n in chosen}
@@ -297,11 +303,6 @@ def test_rows_are_rounded_as_in_float64(width: int, is_native: bool) -> None:
         difference = (found.int() - 128) - (transformed / expected_scale).round().int()
         assert difference.abs().max() <= 1
         assert (difference != 0).float().mean() < 0.02
-
-
-def test_int8_works_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "kernels", lambda: None)
-    test_int8_answers_do_not_depend_on_batch_mates()
 
 
 def test_int8_weights_take_the_place_of_the_float_ones() -> None:
