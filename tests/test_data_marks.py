@@ -127,6 +127,13 @@ def test_a_mark_in_a_part_of_a_message_drops_the_row() -> None:
     assert "marked 'weight' 0" in dropped("messages", messages=[user(), assistant("", tool_calls=[call])])
 
 
+def test_a_mark_inside_of_an_object_is_not_read_and_not_trained_over() -> None:
+    turns = [user(), assistant("bad", metadata={"train": False, "loss": 2.3})]
+    assert dropped("messages", messages=turns).startswith("'train' false inside of 'metadata'")
+    assert dropped("alpaca", instruction="a", output="b", extra={"weight": "0"}).startswith("'weight' 0 inside of")
+    assert chat(user(), assistant("good", metadata={"train": True, "loss": 2.3})).notes == ()
+
+
 def test_a_template_that_changes_history_trains_on_the_marked_turns_alone() -> None:
     """Each turn that is rendered otherwise once it is history becomes an example of its own."""
     tokenizer = tiny_tokenizer()

@@ -18,7 +18,7 @@ from handspun.config.role_map import parse_role_map
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.conversations import Conversation, DroppedRow, to_conversation
 from handspun.data.examples import build_examples
-from handspun.data.messages import LOST_NULLS
+from handspun.data.messages import LOST_NULLS, plain_message, read_message
 from handspun.data.rows import Row, read_rows
 from handspun.decoding.prompts import encode_prompts
 from handspun.errors import ConfigError, DataError
@@ -63,6 +63,17 @@ def mapped(role_map: dict[str, str], *turns: Any) -> Conversation:
 def test_a_role_is_known_by_many_names_and_keys(name: str, role: str, key: str) -> None:
     made = chat(user("a"), assistant("b"), {key: name, "content": "x"}, user("c"), assistant("d"))
     assert made.messages[2] == {"role": role, "content": "x"}
+
+
+@pytest.mark.parametrize(("name", "role"), SPELLINGS)
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value"), ("role", "value")])
+def test_a_plain_message_is_read_the_short_way_as_it_is_the_long_way(
+    name: str, role: str, keys: tuple[str, str]
+) -> None:
+    turn = dict(zip(keys, (name, " x "), strict=True))
+    assert plain_message(turn, {}) == read_message(turn, {}) == {"role": role, "content": " x "}
+    for other in ({**turn, "weight": 0}, {**turn, keys[1]: None}, {**turn, keys[0]: "critic"}, {keys[1]: "x"}):
+        assert plain_message(other, {}) is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -10,6 +11,7 @@ ROLES = ("system", "user", "assistant", "tool")
 _EXPECTED = "NAME=ROLE, as in --role-map agent=assistant, and ROLE one of " + ", ".join(ROLES)
 
 
+@lru_cache(maxsize=4096)
 def normalize_role(name: str) -> str:
     """Return a role's name as it is compared: lower case, no space around it, `_` for the spaces and hyphens in
     it."""

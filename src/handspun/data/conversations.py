@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,7 @@ from handspun.data.messages import (
     Message,
     is_blank,
     notes_on_turn,
+    plain_message,
     read_json_list,
     read_message,
     read_tools,
@@ -72,17 +74,17 @@ class _Read:
     def messages(self, value: Any, cell: Cell) -> list[Message]:
         """Return the messages of a cell; those that are context only by their marks have `train` False."""
         turns = read_turns(value, cell, self.role_map)
-        self._check_roles(turns)
-        return [self._message(turn) for turn in turns]
+        try:
+            return [plain_message(turn, self.role_map) or self._message(turn) for turn in turns]
+        except DroppedRow as reason:
+            raise DroppedRow(self._all_unknown_roles(turns) or str(reason)) from None
 
-    def _check_roles(self, turns: list[dict[str, Any]]) -> None:
-        """Raise DroppedRow that names all unknown roles at once, so that one role map can answer it."""
-        reasons = {
-            reason for turn in turns if (reason := role_of(turn, self.role_map)[1]).startswith(UNKNOWN_ROLE)
-        }
-        if len(reasons) > 1:
-            names = [reason.removeprefix(UNKNOWN_ROLE).strip() for reason in sorted(reasons)]
-            raise DroppedRow(f"{UNKNOWN_ROLE}s {listed(names)}")
+    def _all_unknown_roles(self, turns: list[dict[str, Any]]) -> str | None:
+        """Return a reason that names all unknown roles at once, so that one role map can answer it; None if there
+        are not several."""
+        reasons = {role_of(turn, self.role_map)[1] for turn in turns}
+        names = [reason.removeprefix(UNKNOWN_ROLE).strip() for reason in sorted(reasons) if UNKNOWN_ROLE in reason]
+        return f"{UNKNOWN_ROLE}s {listed(names)}" if len(names) > 1 else None
 
     def _message(self, turn: dict[str, Any]) -> Message:
         message = read_message(turn, self.role_map)
@@ -107,7 +109,7 @@ def to_conversation(
     """
     read = _Read(role_map or {})
     _refuse(row, data_format, read)
-    read.notes += row_marks(row.values, used_columns(data_format))
+    read.notes += row_marks(row.values, _used_columns(data_format))
     messages = _messages(row, data_format, read)
     messages = _answered(messages, read)
     read.notes += filter(None, [_unusual_order(messages)])
@@ -119,6 +121,9 @@ def to_conversation(
     check_writable([messages, tools])
     notes = tuple(dict.fromkeys([*read.context, *read.notes]))
     return Conversation(messages, tools, row.file, row.number, notes, tuple(read.unread_keys))
+
+
+_used_columns = lru_cache(used_columns)
 
 
 def _messages(row: Row, data_format: str, read: _Read) -> list[Message]:
@@ -228,7 +233,7 @@ def _up_to_the_last_trained(messages: list[Message], read: _Read) -> list[Messag
     if not trained:
         raise DroppedRow("; ".join(["no turn to train on", *dict.fromkeys(read.context)]))
     kept = messages[: trained[-1] + 1]
-    return [{key: m[key] for key in m if key != "train" or not m[key]} for m in kept]
+    return [{key: m[key] for key in m if key != "train"} if m.get("train") else m for m in kept]
 
 
 def is_trained(message: Message) -> bool:

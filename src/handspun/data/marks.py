@@ -80,6 +80,7 @@ def turn_mark(turn: Mapping[str, Any], role: str) -> tuple[bool | None, list[str
     """
     if role != "assistant":
         return None, list(_notes_of_others(turn, role))
+    _check_nested(turn)
     said = {key: mark for key, value in turn.items() if (mark := _mark_of_turn(key, value)) is not None}
     if len(set(said.values())) > 1:
         raise DroppedRow(f"marks of one message that contradict each other ({', '.join(map(shown, said))})")
@@ -103,6 +104,7 @@ def row_marks(values: Mapping[str, Any], used: set[str]) -> list[str]:
     Raises DroppedRow for a row that is not to be trained on, or of which that cannot be known.
     """
     notes = []
+    _check_nested(values)
     for column, value in values.items():
         kind = None if column in used else mark_kind(column)
         if kind is None:
@@ -179,6 +181,17 @@ def _mark_of_turn(key: str, value: Any) -> bool | None:
             "say it with `train`, true or false"
         )
     return None
+
+
+def _check_nested(values: Mapping[str, Any]) -> None:
+    """Raise DroppedRow for a mark that says "do not train on this" inside of an object such as `metadata`."""
+    for outer, nested in values.items():
+        if not isinstance(nested, dict):
+            continue
+        for key, value in nested.items():
+            kind = mark_kind(key)
+            if kind in ("train", "not") and _verdict(value) is (kind == "not"):
+                raise DroppedRow(f"{_as_written(key, value)} inside of '{shown(outer)}', where marks are not read")
 
 
 def _notes_of_others(turn: Mapping[str, Any], role: str) -> Iterator[str]:

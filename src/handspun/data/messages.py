@@ -73,6 +73,20 @@ def read_turns(value: Any, cell: Cell, role_map: Mapping[str, str]) -> list[Turn
     return [turn for item in read_json_list(value, cell) for turn in _turns_of(item, role_map)]
 
 
+def plain_message(turn: Turn, role_map: Mapping[str, str]) -> Message | None:
+    """Return the message of a turn that has a role and a text and nothing else, as most have; None for any other.
+
+    It is what `read_message` returns, and no mark, note or unread key can be in it: rows come by the million.
+    """
+    if len(turn) != 2:
+        return None
+    name, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if not (isinstance(name, str) and isinstance(text, str)):
+        return None
+    role = known_role(name, role_map)
+    return None if role is None or role == CALL else {"role": role, "content": text}
+
+
 def read_message(turn: Turn, role_map: Mapping[str, str]) -> Message:
     """Return the message that a turn is. Raises DroppedRow."""
     role, reason = role_of(turn, role_map)
@@ -385,6 +399,7 @@ __all__ = [
     "Turn",
     "is_blank",
     "notes_on_turn",
+    "plain_message",
     "read_json_list",
     "read_message",
     "read_tools",
