@@ -19,6 +19,10 @@ FILES = {
     "prompts.txt": "Say 3.\n",
     "support.jsonl": SUPPORT,
     "schema.json": '{"enum": ["red"]}',
+    "own.jinja": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
 }
 MODELS = {"Qwen/Qwen2.5-0.5B", "smollm2-135m", "M", "MODEL"}
 """What pages call a model; here it is a tiny one."""
@@ -28,6 +32,7 @@ SHORTER = {
 }
 NOT_RUN = {
     "--push": "it sends a repository to the hub",
+    "enable_thinking=false": "tests/test_data_template_args.py runs it, with a template that has it",
     "verify-resume": "it starts process after process, and tests/test_verification_killed.py runs it",
 }
 """By a word of theirs, the commands that are only parsed. So are those of torchrun, which

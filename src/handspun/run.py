@@ -17,6 +17,7 @@ from handspun.data.cache import ExampleCache
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.prepare import ExampleSet, prepare_examples, resolve_max_length
 from handspun.data.rows import refuse_missing_data
+from handspun.data.template_source import choose_template, with_defaults
 from handspun.errors import StoppedError
 from handspun.keeping import Keeper
 from handspun.models import native
@@ -144,7 +145,9 @@ def _train(
         refuse_adapter_as_base(source)
     _refuse_inputs_inside(prepared.replaces, config, source)
     max_length = resolve_max_length(config.max_length, context_length(load_config(source)))
-    template = ChatTemplate(load_tokenizer(source, log.line))
+    tokenizer = load_tokenizer(source, log.line)
+    choose_template(tokenizer, config.chat_template)
+    template = ChatTemplate(tokenizer, config.template_values)
     training, held_out = prepare_examples(
         config,
         template,
@@ -365,7 +368,16 @@ def _model_to_train(config: TrainConfig, processes: Processes, log: RunLog) -> C
     """The model in float32, with an end of turn that it can learn, and with adapters where they are asked for. One
     that will be cut over the ranks is moved to their devices in shares."""
     device = "cpu" if processes.sharded else str(processes.device)
-    chat = load(config.model, weights="float32", device=device, notice=log.line)
+    chat = load(
+        config.model,
+        weights="float32",
+        device=device,
+        chat_template=config.chat_template,
+        template_args=config.template_args,
+        notice=log.line,
+    )
+    # What is saved renders as it was trained, in every program.
+    chat.tokenizer.chat_template = with_defaults(chat.tokenizer.chat_template, chat.template_args)
     is_new = end_of_turn_is_new(chat)
     make_end_of_turn_eos(chat)
     if is_new:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from handspun.cli.app import FLAT, Count, ModelOptions, app, load_model, read_prompts
+from handspun.cli.app import FLAT, Count, ModelOptions, TemplateOptions, app, load_model, read_prompts
 from handspun.config import GenerationOptions
 from handspun.display import HarmlessConsole
 
@@ -13,8 +13,10 @@ def generate(
     *prompts: str,
     source: Annotated[ModelOptions, FLAT] = ModelOptions(),  # noqa: B008
     options: Annotated[GenerationOptions, FLAT] = GenerationOptions(),  # noqa: B008
+    template: Annotated[TemplateOptions, FLAT] = TemplateOptions(),  # noqa: B008
     prompts_file: Path | None = None,
     system_prompt: str | None = None,
+    prefill: str | None = None,
     chat: bool = True,
     batch_size: Count = 8,
     json: bool = False,
@@ -32,6 +34,8 @@ def generate(
         A text file with one prompt a line.
     system_prompt
         System message; if not given, the template's own default holds.
+    prefill
+        How every answer begins; the model goes on from there, and what is shown comes after it.
     chat
         Put prompts into the model's chat template; --no-chat takes them as they are.
     batch_size
@@ -49,12 +53,13 @@ def generate(
     from handspun.report.show import show_answers
 
     show_answers(
-        load_model(source),
+        load_model(source, template),
         read_prompts(prompts, prompts_file),
         options,
         HarmlessConsole(),
         chat=chat,
         system_prompt=system_prompt,
+        prefill=prefill,
         batch_size=batch_size,
         as_json=json,
         logprobs=logprobs,
@@ -68,6 +73,7 @@ def chat(
     *,
     source: Annotated[ModelOptions, FLAT] = ModelOptions(),  # noqa: B008
     options: Annotated[GenerationOptions, FLAT] = GenerationOptions(),  # noqa: B008
+    template: Annotated[TemplateOptions, FLAT] = TemplateOptions(),  # noqa: B008
     system_prompt: str | None = None,
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer, /reset begins anew, /quit (or Ctrl-D) leaves.
@@ -79,4 +85,4 @@ def chat(
     """
     from handspun.report.show import hold_conversation
 
-    hold_conversation(load_model(source), options, HarmlessConsole(), system_prompt=system_prompt)
+    hold_conversation(load_model(source, template), options, HarmlessConsole(), system_prompt=system_prompt)

@@ -3,14 +3,14 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 from rich.console import Console
 
 from handspun import __version__
 from handspun.cli.values import convert, convert_or_refuse, refuse_less_than_1
-from handspun.config import Weights
+from handspun.config import DataConfig, Weights
 from handspun.config.names import options
 from handspun.config.ranges import MOST, wrong_values
 from handspun.data.text_files import BYTE_ORDER_MARK, decode_text, read_text, split_lines
@@ -57,15 +57,32 @@ class ModelOptions:
             raise ConfigError(problems)
 
 
-def load_model(source: ModelOptions) -> "ChatModel":
-    """The model on its threads."""
+@options
+class TemplateOptions:
+    """How conversations become text."""
+
+    chat_template: str | None = None
+    """Name of one of the tokenizer's chat templates, or a Jinja file; if not given, the tokenizer's own."""
+
+    template_args: tuple[str, ...] | dict[str, Any] | None = None
+    """Values for the chat template's variables, as in enable_thinking=false; may be given more than once."""
+
+
+def load_model(source: ModelOptions, template: TemplateOptions | DataConfig | None = None) -> "ChatModel":
+    """The model on its threads, with the chosen chat template."""
     import torch
 
     from handspun.models.load import load
 
     if source.threads is not None:
         torch.set_num_threads(source.threads)
-    return load(source.model, weights=source.weights, device=source.device)
+    return load(
+        source.model,
+        weights=source.weights,
+        device=source.device,
+        chat_template=template.chat_template if template else None,
+        template_args=template.template_args if template else None,
+    )
 
 
 def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from handspun.cli.app import FLAT, Count, ModelOptions, app, load_model, read_prompts
+from handspun.cli.app import FLAT, Count, ModelOptions, TemplateOptions, app, load_model, read_prompts
 from handspun.config import DataConfig, GenerationOptions, Weights
 from handspun.display import HarmlessConsole, json_line, say
 
@@ -62,7 +62,7 @@ def evaluate(
     with ExitStack() as stack:
         partial = stack.enter_context(whole_file(per_row, option="--per-row")) if per_row else None
         scores = score(
-            load_model(source),
+            load_model(source, config),
             config,
             batch_size=batch_size,
             ask=generate,
@@ -88,6 +88,7 @@ def compare(
     *,
     prompts_file: Annotated[Path | None, Parameter(alias="--prompts")] = None,
     options: Annotated[GenerationOptions, FLAT] = GenerationOptions(),  # noqa: B008
+    template: Annotated[TemplateOptions, FLAT] = TemplateOptions(),  # noqa: B008
     system_prompt: str | None = None,
     chat: bool = True,
     batch_size: Count = 8,
@@ -126,7 +127,7 @@ def compare(
     from handspun.report.whole_file import whole_file
 
     def load(name: str) -> "ChatModel":
-        return load_model(ModelOptions(model=name, device=device, weights=weights, threads=threads))
+        return load_model(ModelOptions(model=name, device=device, weights=weights, threads=threads), template)
 
     prompts = read_prompts((), prompts_file)
     with ExitStack() as stack:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-from handspun.cli.app import FLAT, Count, ModelOptions, app, load_model, read_prompts
+from handspun.cli.app import FLAT, Count, ModelOptions, TemplateOptions, app, load_model, read_prompts
 from handspun.display import HarmlessConsole
 from handspun.errors import VerificationError
 
@@ -13,6 +13,7 @@ from handspun.errors import VerificationError
 def verify(
     *,
     source: Annotated[ModelOptions, FLAT] = ModelOptions(),  # noqa: B008
+    template: Annotated[TemplateOptions, FLAT] = TemplateOptions(),  # noqa: B008
     prompts_file: Path | None = None,
     chat: bool = True,
     max_new_tokens: Count = 16,
@@ -40,8 +41,8 @@ def verify(
     from handspun.verification.verify import verify as run_checks
 
     prompts = DEFAULT_PROMPTS if prompts_file is None else read_prompts((), prompts_file)
-    exact = load_model(replace(source, weights="float32"))
-    rounded = None if _are_float32(source) else load_model(source)
+    exact = load_model(replace(source, weights="float32"), template)
+    rounded = None if _are_float32(source) else load_model(source, template)
     with HarmlessConsole(stderr=True).status("comparing with transformers"):
         findings = list(
             run_checks(

@@ -7,6 +7,7 @@ from handspun.config.export import ExportConfig, GgufType
 from handspun.config.generation import CONSTRAINTS, SAMPLING_OPTIONS, GenerationOptions, Weights, read_option
 from handspun.config.names import unknown_option, wrong_names
 from handspun.config.ranges import option_name, wrong_argument
+from handspun.config.template_args import TemplateArgs, read_template_args
 from handspun.config.training import DataConfig, DataFormat, Tracker, TrainConfig
 
 __all__ = [
@@ -17,11 +18,13 @@ __all__ = [
     "ExportConfig",
     "GenerationOptions",
     "GgufType",
+    "TemplateArgs",
     "Tracker",
     "TrainConfig",
     "Weights",
     "option_name",
     "read_option",
+    "read_template_args",
     "unknown_option",
     "wrong_argument",
     "wrong_names",

@@ -1,10 +1,11 @@
 """The options of a run."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from handspun.config.names import options
 from handspun.config.ranges import MOST, Ranges, wrong_values
 from handspun.config.role_map import parse_role_map
+from handspun.config.template_args import read_template_args
 from handspun.errors import ConfigError
 
 DataFormat = Literal["auto", "alpaca", "prompt-completion", "messages", "sharegpt"]
@@ -28,6 +29,14 @@ class DataConfig:
     """Names of the data's speakers that are not known, and the role that each stands for, as in agent=assistant;
     may be given more than once, and a file's mapping works too. Roles: system, user, assistant, tool."""
 
+    chat_template: str | None = None
+    """Name of one of the tokenizer's chat templates, or a Jinja file; if not given, the tokenizer's own (and its
+    "tool_use" for rows with tools)."""
+
+    template_args: tuple[str, ...] | dict[str, Any] | None = None
+    """Values for the chat template's variables, as in enable_thinking=false; may be given more than once. What is
+    saved has them as its template's defaults."""
+
     max_length: int | None = None
     """Longest example in tokens, prompt included; if not given, 2048 or the model's limit."""
 
@@ -37,8 +46,13 @@ class DataConfig:
     cache_examples: bool = True
     """Keep tokenised rows in ~/.cache/handspun/examples, and read them from there where nothing has changed."""
 
+    @property
+    def template_values(self) -> dict[str, Any]:
+        """The values for the chat template's variables, by name."""
+        return read_template_args(self.template_args)[0]
+
     def __post_init__(self) -> None:
-        if problems := wrong_values(self, _DATA_RANGES) or _role_map_problems(self):
+        if problems := wrong_values(self, _DATA_RANGES) or _role_map_problems(self) + _read_template_args(self):
             raise ConfigError(problems)
 
     @property
@@ -188,7 +202,7 @@ class TrainConfig(DataConfig):
     def __post_init__(self) -> None:
         if problems := wrong_values(self, {**_DATA_RANGES, **_TRAIN_RANGES}):
             raise ConfigError(problems)
-        problems += _role_map_problems(self)
+        problems += _role_map_problems(self) + _read_template_args(self)
         if self.eval_data is not None and self.eval_ratio > 0:
             problems.append(
                 "--eval-data and --eval-ratio exclude each other: rows are held out either from a file of "
@@ -237,6 +251,15 @@ def _role_map_problems(config: DataConfig) -> list[str]:
     except ValueError as error:
         return [f"--role-map: {error}"]
     return []
+
+
+def _read_template_args(config: DataConfig) -> list[str]:
+    """Make a dict of what was given for the template's variables; return what is wrong with it."""
+    if config.template_args is None:
+        return []
+    found, problems = read_template_args(config.template_args)
+    object.__setattr__(config, "template_args", found)
+    return problems
 
 
 _DATA_RANGES: Ranges = {

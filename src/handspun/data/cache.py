@@ -105,6 +105,7 @@ def key_of(rows: Sequence[Row], template: ChatTemplate, options: dict[str, Any])
         *(importlib.metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")),
         tokenizer.backend_tokenizer.to_str(),
         chat_template,
+        json.dumps(template.template_args, sort_keys=True),
         repr(sorted(tokenizer.special_tokens_map.items())),
         repr(sorted(options.items())),
         *(repr((row.file, row.number, row.values)) for row in rows),  # repr: types and the order of keys count

@@ -12,7 +12,8 @@ whole, because BPE merges across the seams of smaller pieces.
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
@@ -23,10 +24,13 @@ from transformers import PreTrainedTokenizerBase
 from handspun.data.conversations import Message
 from handspun.data.missing_bytes import missing_bytes
 from handspun.data.rendering import refuse_powers, render
-from handspun.data.sentinels import SENTINEL, Sentinels, Slot, alternatives, cut_at_sentinels
+from handspun.data.sentinels import SENTINEL, Sentinels, Slot, alternatives, cut_at_sentinels, end_of_content
+from handspun.data.template_source import check_template_args
 from handspun.errors import TemplateError
 
 _SHAPES_REMEMBERED = 1000
+_MAX_REPEATS = 100
+"""How often a template may write one text of a message: a long one would take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,9 @@ class Segment:
 
     parts: Sequence[tuple[str, list[tuple[int, int]]] | Slot]
     is_turn: bool
+    is_begun: bool = False
+    """Whether it is a turn that the model is to continue: it is cut where turns are cut in training, and has no
+    end."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +101,15 @@ class ChatTemplate:
     with an added token (a model could never learn to stop).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_args: Mapping[str, Any] | None = None) -> None:
+        """template_args: values of further variables that the template reads, such as enable_thinking."""
         self.tokenizer = tokenizer
+        self.template_args = dict(template_args or {})
         if not tokenizer.chat_template:
             raise TemplateError(
                 "this tokenizer has no chat template, so conversations cannot be rendered for it. Use a chat "
-                "model's tokenizer, put a chat_template.jinja into the model folder, or prompt it with plain "
-                "text (--no-chat)."
+                "model's tokenizer, give one (--chat-template FILE), put a chat_template.jinja into the model "
+                "folder, or prompt it with plain text (--no-chat)."
             )
         if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
             raise TemplateError(
@@ -114,6 +123,12 @@ class ChatTemplate:
         self.missing_bytes = missing_bytes(tokenizer.backend_tokenizer)
         self._rendered: dict[str, Rendering] = {}
         source = tokenizer.chat_template
+        if isinstance(source, dict) and "default" not in source:
+            raise TemplateError(
+                "this tokenizer has several chat templates and none of them is the default. Choose one: "
+                f"--chat-template with one of {', '.join(source)}."
+            )
+        check_template_args(source, self.template_args)
         source = "\n".join(source.values()) if isinstance(source, dict) else source
         refuse_powers(source)
         self.end_of_turn_id, of_turns = self._find_tokens_of_turns()
@@ -121,6 +136,8 @@ class ChatTemplate:
         self._may_be_said = alternatives(said)
         self._markers = self._find_markers(source, said)
         self.end_of_turn: str = tokenizer.added_tokens_decoder[self.end_of_turn_id].content
+        self.plain_markers = self._find_plain_markers()
+        self._any_turn_marker = alternatives([*of_turns, *self.plain_markers])
 
     def encode(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[Encoded]:
         """Training examples of a conversation: `lay_out` and `tokenize`."""
@@ -139,12 +156,30 @@ class ChatTemplate:
         rendering = self._once_a_shape(self._render_examples, hidden, messages, tools)
         return [Layout(self._filled(frame, hidden), rendering.note) for frame in rendering.frames]
 
-    def encode_prompt(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """Ids of the conversation and the generation prompt: a prefix of the ids that `encode` trains."""
+    def encode_prompt(
+        self,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        """Ids of the conversation and the generation prompt: a prefix of the ids that `encode` trains.
+
+        continue_final_message: end inside of the last message, which is the assistant's, so that the model goes on
+        with it; there is then no generation prompt.
+        """
+        hidden, frame = self.prompt_frame(messages, tools, continue_final_message=continue_final_message)
+        return self.tokenize([Layout(self._filled(frame, hidden))])[0].input_ids
+
+    def prompt_frame(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, *, continue_final_message: bool = False
+    ) -> tuple[Sentinels, Frame]:
+        """Return the hidden data of a prompt, and its frame."""
         hidden = Sentinels(self._markers, self._any_added)
         messages, tools = hidden.conversation(messages, tools)
-        [frame] = self._once_a_shape(self._render_prompt, hidden, messages, tools).frames
-        return self.tokenize([Layout(self._filled(frame, hidden))])[0].input_ids
+        make = self._render_continued if continue_final_message else self._render_prompt
+        [frame] = self._once_a_shape(make, hidden, messages, tools).frames
+        return hidden, frame
 
     def _once_a_shape(
         self,
@@ -161,19 +196,43 @@ class ChatTemplate:
             self._rendered[shape] = make(hidden, messages, tools)
         return self._rendered[shape]
 
+    def _render(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, *, generation_prompt: bool = False
+    ) -> str:
+        return render(
+            self.tokenizer, messages, tools, generation_prompt=generation_prompt, variables=self.template_args
+        )
+
     def _render_prompt(
         self, hidden: Sentinels, messages: list[Message], tools: list[dict[str, Any]] | None
     ) -> Rendering:
         messages, _ = _without_marks(messages)
-        text = render(self.tokenizer, messages, tools, generation_prompt=True)
+        text = self._render(messages, tools, generation_prompt=True)
         self._nothing_left_out(text, hidden, messages)
         return Rendering([self._frame(text, [])])
+
+    def _render_continued(
+        self, hidden: Sentinels, messages: list[Message], tools: list[dict[str, Any]] | None
+    ) -> Rendering:
+        """The conversation up to the last character of its last message."""
+        messages, _ = _without_marks(messages)
+        full = self._render(messages, tools)
+        self._nothing_left_out(full, hidden, messages)
+        end = end_of_content(full, messages[-1]["content"])
+        if end is None:
+            raise TemplateError(
+                "the chat template leaves out the begun answer, so it cannot be continued. Leave it out, or use "
+                "another template."
+            )
+        head = self._render(messages[:-1], tools, generation_prompt=True)
+        begins = len(head) if full.startswith(head) and len(head) <= end else end
+        return Rendering([self._frame(full[:end], [(begins, end)], is_begun=True)])
 
     def _render_examples(
         self, hidden: Sentinels, messages: list[Message], tools: list[dict[str, Any]] | None
     ) -> Rendering:
         messages, context = _without_marks(messages)
-        full = render(self.tokenizer, messages, tools)
+        full = self._render(messages, tools)
         self._nothing_left_out(full, hidden, messages)
         together: list[tuple[int, int]] = []
         alone: list[tuple[str, tuple[int, int]]] = []
@@ -182,8 +241,8 @@ class ChatTemplate:
                 continue
             if i == 0:
                 raise TemplateError("it begins with an assistant turn, which no prompt comes before.")
-            head = render(self.tokenizer, messages[:i], tools, generation_prompt=True)
-            turn = render(self.tokenizer, messages[: i + 1], tools)
+            head = self._render(messages[:i], tools, generation_prompt=True)
+            turn = self._render(messages[: i + 1], tools)
             if not turn.startswith(head):
                 raise TemplateError(
                     f"the template renders assistant turn {i + 1} so that it does not begin with the generation "
@@ -198,10 +257,15 @@ class ChatTemplate:
         note = hidden.reasoning_left_out(text for text, _ in texts)
         return Rendering([self._frame(text, spans) for text, spans in texts], note)
 
-    def _frame(self, rendered: str, turns: list[tuple[int, int]]) -> Frame:
+    def _frame(self, rendered: str, turns: list[tuple[int, int]], *, is_begun: bool = False) -> Frame:
         """Cut once a shape: a sentinel stands for text that neither begins nor ends with white space, so that runs
         with sentinels in them are the runs with the data in them, unless there is an added token in the data."""
-        segments = self._segments(rendered, turns)
+        times = Counter(match[2] for match in SENTINEL.finditer(rendered)).most_common(1)
+        if times and times[0][1] > _MAX_REPEATS:
+            raise TemplateError(
+                f"the chat template writes the same text of a message {times[0][1]:,} times. Use another."
+            )
+        segments = self._segments(rendered, turns, is_begun=is_begun)
         runs = self._runs(segments, lambda slot: (slot.sentinel, []))
         of_template = [run for run in runs if run.token_ids is None and not SENTINEL.search(run.text)]
         ids = self._ids_of(of_template)
@@ -232,7 +296,7 @@ class ChatTemplate:
         text, owner = hidden.data_of(slot)
         return text, [] if owner == "data" else _places(self._may_be_said, text)
 
-    def _segments(self, rendered: str, turns: list[tuple[int, int]]) -> list[Segment]:
+    def _segments(self, rendered: str, turns: list[tuple[int, int]], *, is_begun: bool) -> list[Segment]:
         """Rendered text with sentinels, cut where the turns that are learned begin and end."""
         edges = sorted({0, len(rendered), *(edge for turn in turns for edge in turn)})
         return [
@@ -241,7 +305,8 @@ class ChatTemplate:
                     part if isinstance(part, Slot) else (part, _places(self._any_added, part))
                     for part in cut_at_sentinels(rendered[start:end])
                 ],
-                is_turn=(start, end) in turns,
+                is_turn=(start, end) in turns and not is_begun,
+                is_begun=(start, end) in turns and is_begun,
             )
             for start, end in pairwise(edges)
         ]
@@ -255,7 +320,7 @@ class ChatTemplate:
         edges: list[int] = []  # where each turn that is learned begins, and where its end-of-turn token ends
         for segment in segments:
             start, first = len(text), len(cuts)
-            if segment.is_turn:
+            if segment.is_turn or segment.is_begun:
                 cuts.append((start, start, False))
             for part in segment.parts:
                 new, added = data_of(part) if isinstance(part, Slot) else part
@@ -330,6 +395,27 @@ class ChatTemplate:
         found = set(re.findall(r"""['"](?:\\n)*(</?\w+>)(?:\\n)*['"]""", source))
         return alternatives([marker for marker in found if marker not in self._added or marker in said])
 
+    def turn_markers_in(self, text: str) -> list[str]:
+        """Return what a text holds of that which the template writes around turns."""
+        return list(dict.fromkeys(self._any_turn_marker.findall(text)))
+
+    def _find_plain_markers(self) -> list[str]:
+        """Return the texts by which the template begins a user's and an assistant's turn, where no added token is
+        in them but the end of the turn before: such text in the data looks the same as the template's."""
+        hidden = Sentinels(alternatives([]), self._any_added)
+        said = [("user", "question"), ("assistant", "answer"), ("user", "another")]
+        probe, _ = hidden.conversation([{"role": role, "content": text} for role, text in said], None)
+        try:
+            rendered = self._render(probe, None, generation_prompt=True)
+        except TemplateError:
+            return []
+        places = [match.span() for match in SENTINEL.finditer(rendered)]
+        if len(places) != len(said):
+            return []
+        before_user, before_assistant = rendered[places[1][1] : places[2][0]], rendered[places[2][1] :]
+        markers = [text.replace(self.end_of_turn, "").strip() for text in (before_user, before_assistant)]
+        return [text for text in dict.fromkeys(markers) if text and not self._any_added.search(text)]
+
     def _find_tokens_of_turns(self) -> tuple[int, set[str]]:
         """The id of the end-of-turn token, and all added tokens that stand around turns: whoever writes one of
         them, special or not, forges a turn."""
@@ -337,7 +423,7 @@ class ChatTemplate:
         probe, _ = hidden.conversation(
             [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}], None
         )
-        rendered = render(self.tokenizer, probe, None)
+        rendered = self._render(probe, None)
         after = rendered[max(match.end() for match in SENTINEL.finditer(rendered)) :] if rendered else ""
         match = self._any_added.search(after)
         if match is None:
@@ -347,7 +433,7 @@ class ChatTemplate:
                 "ends the turn with one (ChatML's is <|im_end|>)."
             )
         end_of_turn_id: int = self._added[match[0]][0]
-        around_a_question = render(self.tokenizer, probe[:1], None)
+        around_a_question = self._render(probe[:1], None)
         return end_of_turn_id, {match[0], *self._any_added.findall(around_a_question)}
 
 

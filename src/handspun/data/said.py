@@ -4,16 +4,18 @@ from typing import Any
 
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.conversations import Message
-from handspun.data.sentinels import Sentinels, Slot
+from handspun.data.sentinels import Slot
 
 
 def said_ids(
-    template: ChatTemplate, messages: list[Message], tools: list[dict[str, Any]] | None = None
+    template: ChatTemplate,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None = None,
+    *,
+    continue_final_message: bool = False,
 ) -> list[int]:
     """Those ids of `template.encode_prompt` that hold any of the data, and not the template's own text alone."""
-    hidden = Sentinels(template._markers, template._any_added)
-    messages, tools = hidden.conversation(messages, tools)
-    [frame] = template._once_a_shape(template._render_prompt, hidden, messages, tools).frames
+    hidden, frame = template.prompt_frame(messages, tools, continue_final_message=continue_final_message)
     text, is_said = "", list[bool]()
     for part in (part for segment in frame.segments for part in segment.parts):
         new = hidden.data_of(part)[0] if isinstance(part, Slot) else part[0]

@@ -141,6 +141,20 @@ def cut_at_sentinels(rendered: str) -> Iterator[str | Slot]:
         yield rendered[position:]
 
 
+def end_of_content(rendered: str, content: str) -> int | None:
+    """Return where a message's content ends in what was rendered; None if it is not in there."""
+    found = list(SENTINEL.finditer(content))
+    if not found:  # it is nothing but marks that a template looks for
+        core = content.strip()
+        place = rendered.rfind(core) if core else -1
+        return None if place < 0 else place + len(core)
+    ends = [match.end() for match in SENTINEL.finditer(rendered) if match[2] == found[-1][2]]
+    if not ends:
+        return None
+    after = content[found[-1].end() :]  # white space, unless the template has trimmed it, or marks
+    return ends[-1] + (len(after) if rendered.startswith(after, ends[-1]) else 0)
+
+
 def alternatives(texts: Any) -> re.Pattern[str]:
     """Matches any of the texts, the longest first; with no texts, nothing."""
     return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from handspun.config import GenerationOptions, wrong_argument, wrong_names
+from handspun.config import GenerationOptions, TemplateArgs, read_template_args, wrong_argument, wrong_names
 from handspun.config.typed import short
 from handspun.decoding.answer import Job
 from handspun.decoding.beam import beam_search
@@ -17,7 +17,15 @@ from handspun.decoding.detokenize import vocabulary
 from handspun.decoding.engines import cannot_decode_lean, cannot_draft
 from handspun.decoding.options import ResolvedOptions, resolve
 from handspun.decoding.processors import Function
-from handspun.decoding.prompts import Prompt, as_prompts, context_length, encode_prompts, left_out, said_in
+from handspun.decoding.prompts import (
+    Prompt,
+    as_prompts,
+    context_length,
+    encode_prompts,
+    left_out,
+    rendered_already,
+    said_in,
+)
 from handspun.decoding.results import GenerationChunk, GenerationResult
 from handspun.display import say
 from handspun.errors import ConfigError
@@ -32,6 +40,8 @@ def generate(
     chat: bool = True,
     system_prompt: str | None = None,
     tools: list[dict[str, Any]] | None = None,
+    template_args: TemplateArgs | None = None,
+    continue_final_message: bool = False,
     processors: Sequence[Function] = (),
     logprobs: bool = False,
     explain: bool = False,
@@ -47,6 +57,8 @@ def generate(
     prompts: one or several; a string is a user message, a list of messages a conversation. With chat=False,
         a string is plain text.
     options: GenerationOptions; single ones can also be given by their names (`temperature=0.7`).
+    template_args: values for the chat template's variables, such as {"enable_thinking": False}.
+    continue_final_message: go on with each conversation's last message, an assistant's; the answer comes after it.
     processors: functions of your own, (logits, token_ids) -> logits: of one row, (vocab,), with the ids of its
         prompt and output so far. They come behind the penalties, before the constraint and what sampling has.
     logprobs: also give each token's log-probability in the model's own distribution.
@@ -63,6 +75,7 @@ def generate(
     """
     job = _job(
         model, prompts, options, given, chat=chat, system_prompt=system_prompt, tools=tools,
+        template_args=template_args, continue_final_message=continue_final_message,
         processors=processors, logprobs=logprobs, explain=explain, show_tree=show_tree, batch_size=batch_size,
         max_batch_tokens=max_batch_tokens, notice=notice, should_stop=should_stop,
     )  # fmt: skip
@@ -80,6 +93,8 @@ def stream(
     chat: bool = True,
     system_prompt: str | None = None,
     tools: list[dict[str, Any]] | None = None,
+    template_args: TemplateArgs | None = None,
+    continue_final_message: bool = False,
     processors: Sequence[Function] = (),
     logprobs: bool = False,
     explain: bool = False,
@@ -99,6 +114,7 @@ def stream(
     """
     job = _job(
         model, prompts, options, given, chat=chat, system_prompt=system_prompt, tools=tools,
+        template_args=template_args, continue_final_message=continue_final_message,
         processors=processors, logprobs=logprobs, explain=explain, show_tree=False, batch_size=batch_size,
         max_batch_tokens=max_batch_tokens, notice=notice, should_stop=should_stop,
     )  # fmt: skip
@@ -114,6 +130,8 @@ def _job(
     chat: bool,
     system_prompt: str | None,
     tools: list[dict[str, Any]] | None,
+    template_args: TemplateArgs | None,
+    continue_final_message: bool,
     processors: Sequence[Function],
     logprobs: bool,
     explain: bool,
@@ -125,12 +143,14 @@ def _job(
 ) -> Job:
     counts, flags = {"batch_size": batch_size, "max_batch_tokens": max_batch_tokens}, {
         "chat": chat, "logprobs": logprobs, "explain": explain, "show_tree": show_tree,
+        "continue_final_message": continue_final_message,
     }  # fmt: skip
     problems = [text for name, value in counts.items() for text in wrong_argument(name, value, int, 1)]
     problems += [text for name, value in flags.items() for text in wrong_argument(name, value, bool)]
     problems += wrong_argument("system_prompt", system_prompt, str | None)
     if problems:
         raise ConfigError(problems)
+    model = _with_template_args(model, template_args)
     resolved, notices = resolve(_with_given(options, given), model, chat=chat)
     if explain and resolved.num_beams > 1:
         raise ConfigError(
@@ -146,8 +166,12 @@ def _job(
         )
     several = as_prompts(prompts)
     _check_seeds(resolved, len(several))
-    encoded = encode_prompts(model, several, chat=chat, system_prompt=system_prompt, tools=tools)
+    encoded = encode_prompts(
+        model, several, chat=chat, system_prompt=system_prompt, tools=tools,
+        continue_final_message=continue_final_message,
+    )  # fmt: skip
     notices += left_out(model, several, system_prompt=system_prompt)
+    notices += rendered_already(model, several, chat=chat)
     limits = _limits(model, encoded, resolved.max_new_tokens, notices)
     spares = chat and resolved.repetition_penalty_exempt == "template"
     job = Job(
@@ -165,7 +189,15 @@ def _job(
         explain=explain,
         show_tree=show_tree,
         on_prompt=prompt_progress(notice),
-        penalised=said_in(model, several, system_prompt=system_prompt, tools=tools) if spares else None,
+        penalised=said_in(
+            model,
+            several,
+            system_prompt=system_prompt,
+            tools=tools,
+            continue_final_message=continue_final_message,
+        )
+        if spares
+        else None,
     )
     _ = job.processors  # a constraint that cannot be met is said before anything is decoded
     if reason := cannot_decode_lean(model):
@@ -173,6 +205,14 @@ def _job(
     for text in notices:
         notice(text)
     return job
+
+
+def _with_template_args(model: ChatModel, given: TemplateArgs | None) -> ChatModel:
+    """The model with these values for its template's variables, beside its own. Raises ConfigError."""
+    args, problems = read_template_args(given)
+    if problems:
+        raise ConfigError(problems)
+    return replace(model, template_args={**model.template_args, **args}) if args else model
 
 
 def _drafted(answers: Sequence[GenerationResult]) -> str:

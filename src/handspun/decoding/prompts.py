@@ -9,6 +9,7 @@ from handspun.data.messages import Cell, read_message, read_tools, read_turns, w
 from handspun.data.missing_bytes import missing_bytes
 from handspun.data.roles import UNKNOWN_ROLE, known_roles
 from handspun.data.said import said_ids
+from handspun.decoding.rendered_prompts import notices_about_chat, notices_about_plain, plain_ids
 from handspun.errors import ConfigError, DataError
 from handspun.models.embedding_rows import check_prompt
 from handspun.models.load import ChatModel
@@ -34,23 +35,28 @@ def encode_prompts(
     chat: bool,
     system_prompt: str | None,
     tools: list[dict[str, Any]] | None,
+    continue_final_message: bool = False,
 ) -> list[list[int]]:
     """Token ids of each prompt.
+
+    continue_final_message: each conversation ends in an assistant's message, which the model goes on with.
 
     Raises ConfigError for what plain text cannot have, DataError for a prompt that is empty, malformed or
     longer than the model's context.
     """
     if not chat:
-        _check_plain(prompts, system_prompt, tools)
+        _check_plain(prompts, system_prompt, tools, continue_final_message)
     tools = _read_tools(tools)
     encoded = []
     for number, prompt in enumerate(prompts, start=1):
         if chat:
-            ids = model.template.encode_prompt(_conversation(prompt, number, system_prompt), tools)
+            messages = _conversation(prompt, number, system_prompt)
+            _check_last(messages, number, continue_final_message)
+            ids = model.template.encode_prompt(messages, tools, continue_final_message=continue_final_message)
         else:
             with _in_words(f"prompt {number}"):
                 check_writable(prompt)
-            ids = _plain_ids(model, prompt)
+            ids = plain_ids(model.tokenizer, str(prompt))
         _check_length(model, ids, number)
         check_prompt(ids, model.model, model.tokenizer, f"prompt {number}")
         encoded.append(ids)
@@ -77,12 +83,34 @@ def _text_of(prompt: Prompt, number: int, system_prompt: str | None) -> str:
     return "".join(message["content"] for message in _conversation(prompt, number, system_prompt))
 
 
+def rendered_already(model: ChatModel, prompts: list[Prompt], *, chat: bool) -> Iterator[str]:
+    """Notices about prompts that look as if a template had rendered them."""
+    if not chat:
+        yield from notices_about_plain(model.tokenizer, [str(prompt) for prompt in prompts])
+        return
+    numbered = enumerate(prompts, start=1)
+    yield from notices_about_chat(model.template, [_conversation(prompt, n, None) for n, prompt in numbered])
+
+
 def said_in(
-    model: ChatModel, prompts: list[Prompt], *, system_prompt: str | None, tools: list[dict[str, Any]] | None
+    model: ChatModel,
+    prompts: list[Prompt],
+    *,
+    system_prompt: str | None,
+    tools: list[dict[str, Any]] | None,
+    continue_final_message: bool = False,
 ) -> list[list[int]]:
     """Of each chat prompt, the tokens that the template did not write."""
     numbered, tools = enumerate(prompts, start=1), _read_tools(tools)
-    return [said_ids(model.template, _conversation(prompt, n, system_prompt), tools) for n, prompt in numbered]
+    return [
+        said_ids(
+            model.template,
+            _conversation(prompt, n, system_prompt),
+            tools,
+            continue_final_message=continue_final_message,
+        )
+        for n, prompt in numbered
+    ]
 
 
 def context_length(model: ChatModel) -> int | None:
@@ -122,8 +150,40 @@ def _in_words(what: str) -> Iterator[None]:
         raise DataError(f"{what} cannot be used: {reason}.{known}") from None
 
 
-def _check_plain(prompts: list[Prompt], system_prompt: str | None, tools: list[dict[str, Any]] | None) -> None:
+def _check_last(messages: Sequence[Message], number: int, continue_final_message: bool) -> None:
+    """Raise DataError where a second header would stand after a begun answer, or nothing is begun."""
+    last = messages[-1]
+    if last["role"] != "assistant":
+        if continue_final_message:
+            raise DataError(
+                f"prompt {number} ends with a {last['role']} message, and only an assistant's can be continued. "
+                "End it with the begun answer, or leave continue_final_message (--prefill) out."
+            )
+    elif not continue_final_message:
+        raise DataError(
+            f"prompt {number} ends with an assistant message: a new answer after it would be a second one. To go "
+            "on with it, give continue_final_message=True (--prefill on the command line); else end with a user "
+            "message."
+        )
+    elif last.get("tool_calls") or not str(last.get("content") or "").strip():
+        raise DataError(
+            f"prompt {number} ends with an assistant message that cannot be continued: expected a text, without "
+            "tool calls."
+        )
+
+
+def _check_plain(
+    prompts: list[Prompt],
+    system_prompt: str | None,
+    tools: list[dict[str, Any]] | None,
+    continue_final_message: bool,
+) -> None:
     problems = []
+    if continue_final_message:
+        problems.append(
+            "continue_final_message (--prefill) needs a chat template: plain text is always continued. Write the "
+            "begun answer into the prompt, or leave out --no-chat (chat=False)."
+        )
     if system_prompt is not None:
         problems.append("--system-prompt needs a chat template: leave out --no-chat (chat=False), or the prompt.")
     if tools:
@@ -134,11 +194,6 @@ def _check_plain(prompts: list[Prompt], system_prompt: str | None, tools: list[d
         )
     if problems:
         raise ConfigError(problems)
-
-
-def _plain_ids(model: ChatModel, prompt: Prompt) -> list[int]:
-    ids: list[int] = model.tokenizer(prompt, verbose=False)["input_ids"]
-    return ids
 
 
 def _check_length(model: ChatModel, ids: list[int], number: int) -> None:
@@ -155,4 +210,4 @@ def _check_length(model: ChatModel, ids: list[int], number: int) -> None:
         )
 
 
-__all__ = ["Prompt", "as_prompts", "context_length", "encode_prompts", "left_out", "said_in"]
+__all__ = ["Prompt", "as_prompts", "context_length", "encode_prompts", "left_out", "rendered_already", "said_in"]

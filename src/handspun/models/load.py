@@ -8,7 +8,7 @@ import difflib
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from handspun.config import Weights
+from handspun.config import TemplateArgs, Weights, read_template_args
 from handspun.data.chat_template import ChatTemplate
+from handspun.data.template_source import choose_template
 from handspun.display import say
-from handspun.errors import ModelError
+from handspun.errors import ConfigError, ModelError
 from handspun.models import native
 from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.models.embedded import EMBEDDED_NAME, embedded_folder
@@ -55,11 +56,13 @@ class ChatModel:
     name: str
     lean: LeanModel | None = None
     in_training: bool = False
+    template_args: dict[str, Any] = field(default_factory=dict)
+    """Values for the chat template's variables, such as enable_thinking."""
 
     @cached_property
     def template(self) -> ChatTemplate:
         """Raises TemplateError if the tokenizer has no chat template."""
-        return ChatTemplate(self.tokenizer)
+        return ChatTemplate(self.tokenizer, self.template_args)
 
     @property
     def device(self) -> torch.device:
@@ -72,6 +75,8 @@ def load(
     *,
     weights: Weights = "auto",
     device: str = "auto",
+    chat_template: str | None = None,
+    template_args: TemplateArgs | None = None,
     notice: Callable[[str], None] = say,
 ) -> ChatModel:
     """A chat model by its name.
@@ -79,19 +84,33 @@ def load(
     name: hub id, folder, folder of a LoRA adapter (merged into its base), .gguf file, or "smollm2-135m".
     weights: their type; "auto" is float32 on a CPU, bfloat16 on a GPU that has it. "int8" is for decoding: a scale
         for each channel, and for each row of activations, in place of the float weights.
+    chat_template: name of one of the tokenizer's templates, or a Jinja file; if not given, its own.
+    template_args: values for the template's variables, as {"enable_thinking": False}.
     notice: told what the user should know, such as a conversion that is done once.
 
-    Raises ModelError if there is no such model, it is incomplete, or it cannot be had in int8.
+    Raises ModelError if there is no such model, it is incomplete, or it cannot be had in int8; ConfigError for a
+    template or template variable that there is not.
     """
+    args, problems = read_template_args(template_args)
+    if problems:
+        raise ConfigError(problems)
     keep_freed_memory()
     remember_few_kernels()
     torch_device = resolve_device(device)
     source = model_source(name, notice)
     if weights == "int8":
-        return _load_int8(source, torch_device, notice)
+        return _with_template(_load_int8(source, torch_device, notice), chat_template, args)
     model = _load_merged(source, resolve_dtype(weights, torch_device))
     model.to(torch_device)  # type: ignore[arg-type]  # transformers wraps it and loses its types
-    return ChatModel(model.eval(), load_tokenizer(source), name)
+    return _with_template(ChatModel(model.eval(), load_tokenizer(source), name), chat_template, args)
+
+
+def _with_template(chat: ChatModel, chat_template: str | None, template_args: dict[str, Any]) -> ChatModel:
+    choose_template(chat.tokenizer, chat_template)
+    chat.template_args = template_args
+    if template_args:
+        _ = chat.template  # a variable that the template does not read is said at once
+    return chat
 
 
 @dataclass(frozen=True)

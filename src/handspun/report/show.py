@@ -13,6 +13,7 @@ from handspun.data.chat_template import ChatTemplate
 from handspun.data.conversations import Message
 from handspun.data.prepare import prepare_examples, resolve_max_length
 from handspun.data.rows import refuse_missing_data
+from handspun.data.template_source import choose_template
 from handspun.decoding.generate import generate, stream
 from handspun.decoding.results import GenerationResult
 from handspun.display import json_line, say, write_text
@@ -30,10 +31,11 @@ def show_preview(config: DataConfig, model: str, console: Console, *, examples: 
     refuse_missing_data(config.data)
     source = model_source(model, say)
     tokenizer = load_tokenizer(source)
+    choose_template(tokenizer, config.chat_template)
     max_length = resolve_max_length(config.max_length, context_length(load_config(source)))
     made, _ = prepare_examples(
         config,
-        ChatTemplate(tokenizer),
+        ChatTemplate(tokenizer, config.template_values),
         max_length=max_length,
         cache=ExampleCache(cache_folder() / "examples"),
         notice=say,
@@ -59,6 +61,7 @@ def show_answers(
     *,
     chat: bool = True,
     system_prompt: str | None = None,
+    prefill: str | None = None,
     batch_size: int = 8,
     as_json: bool = False,
     logprobs: bool = False,
@@ -66,12 +69,14 @@ def show_answers(
     show_tree: bool = False,
 ) -> list[GenerationResult]:
     """Prints each answer as it is complete: the text alone if there is one answer, else under its prompt."""
+    asked = list(prompts) if prefill is None else [_begun(prompt, prefill) for prompt in prompts]
     results = generate(
         model,
-        list(prompts),
+        asked,
         options=options,
         chat=chat,
         system_prompt=system_prompt,
+        continue_final_message=prefill is not None,
         batch_size=batch_size,
         logprobs=logprobs,
         explain=explain,
@@ -91,6 +96,10 @@ def show_answers(
         if result.tree is not None:
             console.print(search_tree(result.tree))
     return results
+
+
+def _begun(prompt: str, prefill: str) -> list[Message]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": prefill}]
 
 
 def _under_its_prompt(console: Console, prompt: str, result: GenerationResult) -> None:
