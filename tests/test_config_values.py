@@ -257,7 +257,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str, *argum
     found = {}
     monkeypatch.setattr("handspun.run.train", lambda config: found.update(config=config))
     monkeypatch.setattr("handspun.report.show.show_answers", lambda *a, **_: found.update(config=a[2]))
-    monkeypatch.setattr("handspun.cli.answering.load_model", lambda source, template: source)
+    monkeypatch.setattr("handspun.cli.answering.load_model", lambda source, _: source)
     (tmp_path / "run.yaml").write_text(content, encoding="utf-8")
     assert main([*arguments, "--config", str(tmp_path / "run.yaml")]) == 0
     return found["config"]
