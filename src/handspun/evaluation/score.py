@@ -36,10 +36,11 @@ class RowScore:
 
     @property
     def exact_match(self) -> bool | None:
-        """Whether the answer is the row's own; None where there are not both."""
+        """Whether the answer is the row's own, or what is learned of the row; None where there are not both."""
         if self.answer is None or self.question.expected is None:
             return None
-        return is_exact_match(self.answer.text, self.question.expected)
+        right = {self.question.expected, self.question.trained or self.question.expected}
+        return any(is_exact_match(self.answer.text, text) for text in right)
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -113,7 +114,7 @@ def score(
     else:  # without an account that would tell of them
         for file, texts in file_notes.items():
             notice(f"{file}: {'; '.join(texts)}")
-    questions = _questions(rows, account, config)
+    questions = _questions(rows, account, config, chat if ask else None)
     answers: dict[RowKey, GenerationResult] = {}
     if ask:
         asked = [question for question in questions if not question.needs_tools]
@@ -131,12 +132,17 @@ def score(
     return Scores(chat.name, config.data, fingerprint(rows), max_length, scored, account)
 
 
-def _questions(rows: Sequence[Row], account: RowAccount | None, config: DataConfig) -> list[Question]:
-    """What the rows ask that were not dropped."""
+def _questions(
+    rows: Sequence[Row], account: RowAccount | None, config: DataConfig, chat: ChatModel | None
+) -> list[Question]:
+    """What the rows ask that were not dropped. chat: to be asked."""
     dropped = {(note.file, note.row) for note in account.dropped} if account else set()
     formats = account.formats if account else {}
     kept = [row for row in rows if (row.file, row.number) not in dropped]
-    return [question_of(row, formats, system_prompt=config.system_prompt, role_map=config.roles) for row in kept]
+    return [
+        question_of(row, formats, system_prompt=config.system_prompt, role_map=config.roles, chat=chat)
+        for row in kept
+    ]
 
 
 def _row_score(
