@@ -260,6 +260,51 @@ def test_a_template_that_fails_is_one_clear_error(template: str) -> None:
         with_template(template)
 
 
+_GROWS = "{% set n = namespace(x=START) %}{% for i in range(99) %}{% set n.x = STEP %}{% endfor %}"
+GROWING = {
+    what: _GROWS.replace("START", start).replace("STEP", step)
+    for what, start, step in (
+        ("a text that doubles", "'abcdefgh'", "n.x ~ n.x"),
+        ("a list that doubles", "[1]", "n.x + n.x"),
+        ("a filter that doubles", "'a'", "n.x | replace('a', 'aa')"),
+        ("a join that doubles", "'a'", "[n.x, n.x] | join"),
+    )
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is watched through /proc")
+@pytest.mark.parametrize("template", GROWING.values(), ids=GROWING)
+def test_a_template_that_grows_is_stopped_before_it_fills_the_memory(
+    monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    monkeypatch.setattr(rendering, "MAX_GROWTH", 2**25)
+    before = rendering._resident_bytes()
+    with pytest.raises(TemplateError, match="took more than 32 MiB for one conversation"):
+        with_template(template)
+    assert rendering._resident_bytes() - before < 2**30
+
+
+def test_a_template_that_writes_without_end_is_refused_by_its_length() -> None:
+    with pytest.raises(TemplateError, match=r"writes 9,99\d,\d{3} characters around one conversation"):
+        with_template("{% for i in range(99990) %}{{ 'x' * 100 }}{% endfor %}")
+
+
+def test_a_long_conversation_is_not_refused_by_its_length() -> None:
+    """White space around a text is rendered as it is, and so are a thousand turns."""
+    template = with_template("")
+    long = [{"role": "user", "content": "a" + "\n" * 6_000_000}, {"role": "assistant", "content": "b"}]
+    assert len(rendering.render(template.tokenizer, long, None)) > rendering.MAX_CHARACTERS
+    many = [{"role": role, "content": "a"} for _ in range(1000) for role in ("user", "assistant")]
+    assert len(template.encode_prompt(many[:-1])) > 4000
+
+
+def test_a_template_that_writes_one_text_again_and_again_is_refused() -> None:
+    with pytest.raises(TemplateError, match="the same text of a message 5,001 times"):
+        with_template("{% for i in range(5000) %}{{ messages[0].content }}{% endfor %}").encode_prompt(
+            [{"role": "user", "content": "a" * 1_000_000}]
+        )
+
+
 def test_arguments_by_name_are_no_powers() -> None:
     assert with_template("{% set x = dict(**{'a': 1}) %}").end_of_turn == "<|im_end|>"
 

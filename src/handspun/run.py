@@ -57,6 +57,7 @@ from handspun.output import (
 from handspun.preflight.end_of_turn import end_of_turn
 from handspun.preflight.look import look_at_rows
 from handspun.preflight.rates import Forecast, operations, predicted_seconds
+from handspun.preflight.role_markers import role_marker_lines
 from handspun.replacing import pending, refuse_inputs_inside
 from handspun.report.account import account_lines, length_lines
 from handspun.report.html.keep import reported
@@ -193,7 +194,11 @@ def _train(
             device=processes.device,
             threads=torch.get_num_threads() * processes.count,
         )
-        found = [*look_at_rows(config, training, held_out, max_length=max_length), *doubts_about_memory(doubts)]
+        markers = template.plain_markers
+        found = look_at_rows(config, training, held_out, max_length=max_length, markers=markers)
+        found += doubts_about_memory(doubts)
+        for line in role_marker_lines(template):
+            log.line(line)
         facts["preflight"] = show_preflight(log, config, found, ending, seconds)
     if config.dry_run:
         log.line("a dry run: nothing was trained or written")

@@ -22,10 +22,10 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from handspun.data.conversations import Message
-from handspun.data.missing_bytes import missing_bytes
 from handspun.data.rendering import refuse_powers, render
 from handspun.data.sentinels import SENTINEL, Sentinels, Slot, alternatives, cut_at_sentinels, end_of_content
 from handspun.data.template_source import check_template_args
+from handspun.data.text_loss import TextLoss
 from handspun.errors import TemplateError
 
 _SHAPES_REMEMBERED = 1000
@@ -120,7 +120,7 @@ class ChatTemplate:
         self._added = {token.content: (id, token) for id, token in added if token.content}
         self._any_added = alternatives(self._added)
         self._first_run, self._later_run = _without_added_tokens(tokenizer.backend_tokenizer)
-        self.missing_bytes = missing_bytes(tokenizer.backend_tokenizer)
+        self.text_loss = TextLoss(tokenizer.backend_tokenizer, tokenizer.unk_token_id)
         self._rendered: dict[str, Rendering] = {}
         source = tokenizer.chat_template
         if isinstance(source, dict) and "default" not in source:

@@ -125,7 +125,7 @@ def build_examples(
     )
     with _left_alone_by_the_garbage_collector():
         examples = end_to_end(
-            [example for row, encoded in part for example in _counted(row, encoded, account, max_length)]
+            [example for row, encoded in part for example in _counted(row, encoded, account, max_length, template)]
             for part in _tokenised_ahead(parts, template)
         )
     account.dropped.sort(key=lambda note: (list(account.formats).index(note.file), note.row))
@@ -164,9 +164,13 @@ def _tokenised(part: _LaidOut, template: ChatTemplate) -> _Tokenised:
     return [(row, list(islice(encoded, len(layouts)))) for row, layouts in part]
 
 
-def _counted(row: Row, encoded: list[Encoded], account: RowAccount, max_length: int) -> list[Example]:
+def _counted(
+    row: Row, encoded: list[Encoded], account: RowAccount, max_length: int, template: ChatTemplate
+) -> list[Example]:
     made = list(_examples_of(row, encoded, account, max_length))
     account.kept += bool(made)
+    notes = (note for example in encoded for note in template.text_loss.notes_on_ids(example.input_ids))
+    account.notes += [RowNote(row.file, row.number, note) for note in dict.fromkeys(notes)]
     return made
 
 
@@ -191,7 +195,7 @@ def _lay_out(
     layouts = [_tokenisable(layout, max_length) for layout in whole]
     damage = damage_in(message["content"] for message in conversation.messages)
     _add_unread_keys(account, row.file, conversation.unread_keys)
-    notes = [*conversation.notes, *(layout.note for layout in layouts), *damage, _left_out(layouts, template)]
+    notes = [*conversation.notes, *(layout.note for layout in layouts), *damage, *_changed(layouts, template)]
     account.notes += [RowNote(row.file, row.number, note) for note in dict.fromkeys(notes) if note]
     return layouts
 
@@ -208,11 +212,8 @@ def _add_unread_keys(account: RowAccount, file: str, keys: Iterable[str]) -> Non
             unused.append(name)
 
 
-def _left_out(layouts: Sequence[Layout], template: ChatTemplate) -> str | None:
-    texts = (run.text for layout in layouts for run in layout.runs if run.token_ids is None)
-    if any(template.missing_bytes.search(text.encode()) for text in texts):
-        return "the tokenizer has no tokens for some characters, and leaves them out"
-    return None
+def _changed(layouts: Sequence[Layout], template: ChatTemplate) -> list[str]:
+    return template.text_loss.notes(run.text for layout in layouts for run in layout.runs if run.token_ids is None)
 
 
 def _tokenisable(layout: Layout, max_length: int) -> Layout:

@@ -24,8 +24,9 @@ MOST_SECONDS = 10.0
 """For one rendering, which takes less than a thousandth of it."""
 MAX_CHARACTERS = 5_000_000
 """Of one rendering, besides what the data holds: its texts are hidden, so that a few thousand are usual."""
-MAX_GROWTH = 2**30
-"""Bytes that the process may grow by while one template is rendered."""
+MAX_GROWTH = 2**28
+"""Bytes that the process may grow by while one template is rendered. An operation that is under way is not
+interrupted, so that a text that doubles may take some four times as much."""
 _WATCHED_EVERY = 0.02
 
 
@@ -105,9 +106,8 @@ def _time_limit(seconds: float) -> Iterator[None]:
     one_at_a_time = threading.Lock()
 
     def watch() -> None:
-        end, at_first = time.monotonic() + seconds, None
+        end, at_first = time.monotonic() + seconds, _resident_bytes()
         while not is_done.wait(min(_WATCHED_EVERY, seconds)):
-            at_first = _resident_bytes() if at_first is None else at_first
             reason = _TimeIsUp if time.monotonic() >= end else None
             if _resident_bytes() - at_first > MAX_GROWTH:
                 reason = _TooMuchMemory

@@ -170,7 +170,7 @@ def _job(
         model, several, chat=chat, system_prompt=system_prompt, tools=tools,
         continue_final_message=continue_final_message,
     )  # fmt: skip
-    notices += left_out(model, several, system_prompt=system_prompt)
+    notices += left_out(model, several, encoded, system_prompt=system_prompt)
     notices += rendered_already(model, several, chat=chat)
     limits = _limits(model, encoded, resolved.max_new_tokens, notices)
     spares = chat and resolved.repetition_penalty_exempt == "template"

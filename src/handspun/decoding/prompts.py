@@ -6,9 +6,9 @@ from typing import Any
 
 from handspun.data.conversations import DroppedRow, Message, check_writable
 from handspun.data.messages import Cell, read_message, read_tools, read_turns, with_system_prompt
-from handspun.data.missing_bytes import missing_bytes
 from handspun.data.roles import UNKNOWN_ROLE, known_roles
 from handspun.data.said import said_ids
+from handspun.data.text_loss import TextLoss
 from handspun.decoding.rendered_prompts import notices_about_chat, notices_about_plain, plain_ids
 from handspun.errors import ConfigError, DataError
 from handspun.models.embedding_rows import check_prompt
@@ -63,18 +63,19 @@ def encode_prompts(
     return encoded
 
 
-def left_out(model: ChatModel, prompts: list[Prompt], *, system_prompt: str | None) -> Iterator[str]:
-    """A notice, where the tokenizer has no tokens for some characters of prompts that were encoded."""
-    missing = missing_bytes(model.tokenizer.backend_tokenizer)
-    found = [
-        number
-        for number, prompt in enumerate(prompts, start=1)
-        if missing.search(_text_of(prompt, number, system_prompt).encode())
-    ]
-    if found:
-        named = f"prompt{'s' if len(found) > 1 else ''} {', '.join(map(str, found[:_MOST_NAMED]))}"
-        more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
-        yield f"{named}{more}: the tokenizer has no tokens for some characters, and leaves them out"
+def left_out(
+    model: ChatModel, prompts: list[Prompt], encoded: Sequence[list[int]], *, system_prompt: str | None
+) -> Iterator[str]:
+    """Notices, where the tokenizer does not keep the text of prompts. encoded: their ids."""
+    loss = TextLoss(model.tokenizer.backend_tokenizer, model.tokenizer.unk_token_id)
+    found: dict[str, list[int]] = {}
+    for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True), start=1):
+        for note in loss.notes([_text_of(prompt, number, system_prompt)]) + loss.notes_on_ids(ids):
+            found.setdefault(note, []).append(number)
+    for note, numbers in found.items():
+        named = f"prompt{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:_MOST_NAMED]))}"
+        more = f" and {len(numbers) - _MOST_NAMED} more" if len(numbers) > _MOST_NAMED else ""
+        yield f"{named}{more}: {note}"
 
 
 def _text_of(prompt: Prompt, number: int, system_prompt: str | None) -> str:

@@ -10,19 +10,29 @@ from handspun.data.prepare import ExampleSet, read_split
 from handspun.preflight.answers import findings_in_answers
 from handspun.preflight.duplicates import alike
 from handspun.preflight.findings import Finding, finding
+from handspun.preflight.role_markers import findings_in_prompts
 from handspun.preflight.said import Said, said_in
 
 
 def look_at_rows(
-    config: TrainConfig, training: ExampleSet, held_out: ExampleSet | None, *, max_length: int
+    config: TrainConfig,
+    training: ExampleSet,
+    held_out: ExampleSet | None,
+    *,
+    max_length: int,
+    markers: Sequence[str] = (),
 ) -> list[Finding]:
-    """What is odd in the rows of a run. They are read again: until now, only their tokens were kept."""
+    """What is odd in the rows of a run. They are read again: until now, only their tokens were kept.
+
+    markers: role markers of the chat template that are ordinary text.
+    """
     rows, held_out_rows = read_split(
         config.data, eval_data=config.eval_data, eval_ratio=config.eval_ratio, seed=config.seed
     )
     said = list(said_in(rows, training.account, config))
     held = list(said_in(held_out_rows, held_out.account, config)) if held_out else []
     found = [*_lost(training.account, max_length), *findings_in_answers(said)]
+    found += findings_in_prompts([*said, *held], markers)
     if held_out:
         of_held_out = [*_lost(held_out.account, max_length), *findings_in_answers(held)]
         found += [replace(one, what=f"held out: {one.what}") for one in of_held_out]
