@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conftest import SHARED_DATA
@@ -85,6 +86,35 @@ def test_every_assistant_turn_is_learned_with_its_end(template: ChatTemplate) ->
     messages = turns("What is two and two?", "Four.", "And three?", "Seven, é 你好 🙂", system="Be brief.")
     end = template.end_of_turn
     assert learned_spans(template, messages) == [f"Four.{end}", f"Seven, é 你好 🙂{end}"]
+
+
+def test_a_turn_that_the_template_writes_in_two_parts_is_learned_to_the_end_of_the_second() -> None:
+    """The second part's header comes from the model, too: nothing prompts it."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+        "{% if message.role == 'assistant' %}<|im_start|>done\n<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    spans = learned_spans(ChatTemplate(tokenizer), turns("Hi", "Four.", "And?", "Five."))
+    assert spans == [f"{answer}<|im_end|>\n<|im_start|>done\n<|im_end|>" for answer in ("Four.", "Five.")]
+
+
+@pytest.mark.parametrize(("lstrip", "rstrip"), [(False, False), (True, False), (False, True), (True, True)])
+def test_added_tokens_that_take_the_space_beside_them_do_so(lstrip: bool, rstrip: bool) -> None:
+    """Behind the data, before text of the template, and between two of them: the ids are those of transformers."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<mark>", lstrip=lstrip, rstrip=rstrip, normalized=False)])
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}  <mark>"
+        "  and \n<mark> <mark><|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    template, messages = ChatTemplate(tokenizer), turns("Hello you", "Hi.")
+    assert template.encode_prompt(messages[:1]) == transformers_prompt(template, messages[:1])
+    whole = tokenizer.apply_chat_template(messages, return_dict=False)
+    (encoded,) = template.encode(messages)
+    assert encoded.input_ids == whole
 
 
 def test_a_prompt_is_transformers_prompt_and_a_prefix_of_what_is_trained(template: ChatTemplate) -> None:

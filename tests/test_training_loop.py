@@ -19,6 +19,9 @@ from handspun.training.evaluate import evaluate
 from handspun.training.execution import execution_of
 from handspun.training.forward import Padded
 from handspun.training.loop import EpochEnd, Evaluation, Event, Loop, Step, start, train
+from handspun.training.nonfinite import Skipped
+from handspun.training.out_of_memory import OutOfMemory
+from handspun.training.spikes import Spike
 from tiny import tiny_model
 
 QUESTIONS = {
@@ -192,6 +195,41 @@ def test_a_run_that_goes_on_takes_the_rows_that_are_left() -> None:
     whole = [step.tokens for step in steps(scripted_events([1.0] * 7))]
     assert len(set(whole)) > 3
     assert [step.tokens for step in steps(scripted_events([1.0] * 7, from_step=2))] == whole[2:]
+
+
+def a_step(step: int) -> Step:
+    return Step(step, 6, 1, 1.0, 1.0, 1.0, 1, 1, 1, 1, 0.0)
+
+
+def a_skipped(step: int, skipped: int) -> Skipped:
+    return Skipped(step, 6, 1, math.nan, math.nan, [], skipped)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize(
+    ("event", "with_held_out", "without"),
+    [  # of 3 steps in an epoch, and an evaluation every 2
+        (a_step(1), True, True),
+        (a_step(2), False, True),  # an evaluation follows
+        (Evaluation(2, 1, 1.0, 1, True), True, True),
+        (a_step(3), False, False),  # the end of the epoch follows
+        (Evaluation(3, 1, 1.0, 1, True), False, False),
+        (EpochEnd(3, 1), True, True),
+        (a_skipped(1, 2), True, True),
+        (a_skipped(1, 3), False, False),  # it ends the run
+        (a_skipped(2, 2), False, True),
+        (a_skipped(3, 2), False, False),
+        (Spike(1, 1, 9.0, 1.0, 1.5, []), False, False),  # its step follows
+        (OutOfMemory(1, 1, 10, 5), False, False),
+    ],
+)
+def test_a_run_can_be_resumed_behind_the_last_event_of_a_step(
+    event: Event, with_held_out: bool, without: bool, held_out: bool
+) -> None:
+    config = TrainConfig(num_epochs=2, batch_size=2, eval_steps=2, on_nonfinite="skip", max_skipped_steps=2)
+    rows = random_examples(3) if held_out else []
+    loop = Loop(config=config, examples=random_examples(6), held_out=rows, execution=Scripted([]))
+    assert loop.ends_step(event) is (with_held_out if held_out else without)
 
 
 def test_the_same_held_out_loss_again_is_not_the_best_again() -> None:
