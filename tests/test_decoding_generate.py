@@ -117,9 +117,12 @@ def test_the_seed_decides_and_nothing_else(chat):
     assert _generate(chat, "Hi", **{**_SAMPLING, "seed": 4}) != first
 
 
-def test_sampled_tokens_are_those_of_a_plain_forward_without_cache(chat):
+@pytest.mark.parametrize("back", [0, 1])
+def test_sampled_tokens_are_those_of_a_plain_forward_without_cache(chat, back):
+    """Of the second prompt, both answers, each with noise of its own."""
     settings = {"do_sample": True, "temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.2}
-    answer = _generate(chat, ["a", "Tell me a joke"], seed=5, **settings)[1]
+    answer = _generate(chat, ["a", "Tell me a joke"], seed=5, num_return_sequences=2, **settings)[2 + back]
+    assert (answer.prompt_index, answer.return_index) == (1, back)
     ids = list(answer.prompt_token_ids)
     assert answer.token_ids
     for step, token in enumerate(answer.token_ids):
@@ -127,7 +130,7 @@ def test_sampled_tokens_are_those_of_a_plain_forward_without_cache(chat):
         logits = chat.model(table).logits[:, -1]
         history = History(answer.prompt_token_ids, answer.token_ids[:step])
         filtered = process(logits, [history], make_processors(ResolvedOptions(**settings)))
-        assert token == (filtered[0] + gumbel_noise((5, 1, 0), step, 330)).argmax().item()
+        assert token == (filtered[0] + gumbel_noise((5, 1, back), step, 330)).argmax().item()
         ids.append(token)
 
 

@@ -174,3 +174,29 @@ def test_a_long_prompt_says_every_ten_seconds_where_it_is(mode: str, monkeypatch
     object.__setattr__(job, "on_prompt", on_prompt)
     answer_all(job)
     assert said == ["read 9 of 13 tokens of a prompt"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "batch_size", "rows"),
+    [
+        ("greedy", 1, 1),
+        ("greedy", 3, 3),
+        ("sampled", 3, 3),
+        ("drafted", 2, 2),
+        ("beams", 1, 1),  # a search is never cut
+        ("beams", 3, 1),
+        ("beams", 5, 1),
+        ("beams", 6, 2),
+        ("beams", 12, 4),
+    ],
+)
+def test_no_more_answers_or_beams_than_the_batch_size_are_decoded_at_a_time(
+    mode: str, batch_size: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lean engine has a row for each answer, and for the three beams of a prompt."""
+    together: list[int] = []
+    watched(monkeypatch, Watch(lambda held: together.append(len(held))))
+    chat = chat_of("lean")
+    chat.model.generation_config.eos_token_id = []
+    ids_of(chat, batch_size=batch_size, **MODES[mode])
+    assert max(together) == rows
