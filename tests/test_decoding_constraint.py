@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from handspun.config import GenerationOptions
 from handspun.decoding.constraint import make_constraint
 from handspun.decoding.generate import generate, stream
-from handspun.decoding.options import ResolvedOptions
+from handspun.decoding.options import ResolvedOptions, resolve
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
 from tiny import tiny_model, tiny_tokenizer
@@ -151,7 +152,7 @@ def test_an_eos_is_allowed_only_where_the_answer_is_complete():
         ({"json_schema": {"type": "intger"}}, "--json-schema .* cannot be used: Invalid type: intger"),
         ({"json_schema": {"type": "string", "minLength": 5, "maxLength": 2}}, "Unsatisfiable schema: minLength"),
         ({"json_schema": {"allOf": [{"type": "string"}, {"type": "integer"}]}}, "Unsatisfiable schema: incompat"),
-        ({"json_schema": {"not": {}}}, "Unimplemented keys"),
+        ({"json_schema": {"not": {}}}, "# has 'not', which nothing here enforces"),
         ({"json_schema": '{"type": '}, "--json-schema is not JSON"),
         ({"json_schema": "nowhere.json"}, "--json-schema nowhere.json cannot be read.*Expected a JSON schema"),
         ({"regex": "a(b"}, "--regex a.b cannot be used: .*unclosed group"),
@@ -183,3 +184,190 @@ def test_without_an_eos_nothing_could_end_the_answer():
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="--regex needs an end-of-sequence token"):
         generate(ChatModel(tiny_model("qwen2"), tokenizer, "tiny"), "a", chat=False, regex="a", notice=str)
+
+
+def _allows(schema, text):
+    """Whether an answer may be this text, token by token."""
+    options, _ = resolve(GenerationOptions(json_schema=schema), _CHAT, chat=False)
+    constraint = make_constraint(options, _TOKENIZER)
+    ids = [*_TOKENIZER(text)["input_ids"], _EOS]
+    prefixes = [ids[:n] for n in range(len(ids))]
+    rows = (constraint.apply(torch.zeros(1, 330), [prefix])[0] for prefix in prefixes)
+    return all(float(row[token]) == 0 for row, token in zip(rows, ids, strict=True))
+
+
+_HELD = [
+    ({"type": "integer"}, "7", "1.5"),
+    ({"type": ["integer", "null"]}, "null", '"x"'),
+    ({"const": {"a": 1}}, '{"a":1}', '{"a":2}'),
+    ({"enum": ["no", 7]}, '"no"', "false"),
+    ({"enum": [1, 2], "minimum": 2}, "2", "1"),
+    ({"type": "integer", "minimum": 3, "maximum": 12}, "10", "2"),
+    ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, "0.5", "0.0"),
+    ({"type": "integer", "minimum": 3, "exclusiveMinimum": True}, "4", "3"),
+    ({"type": "integer", "multipleOf": 3}, "9", "4"),
+    ({"type": "number", "multipleOf": 0.5}, "1.5", "0.3"),
+    ({"type": "string", "minLength": 2, "maxLength": 3}, '"abc"', '"a"'),
+    ({"type": "string", "maxLength": 1}, '"色"', '"ab"'),
+    ({"type": "string", "pattern": "^a"}, '"ab"', '"ba"'),
+    ({"type": "string", "pattern": "a$"}, '"ba"', '"ab"'),
+    ({"type": "string", "pattern": "b", "minLength": 3}, '"abc"', '"ab"'),
+    ({"type": "string", "pattern": "^(a|b)$"}, '"b"', '"ab"'),
+    ({"type": "string", "format": "date"}, '"2024-02-29"', '"2024-02-31"'),
+    ({"type": "string", "format": "time"}, '"12:00:00Z"', '"25:00:00Z"'),
+    ({"type": "string", "format": "date-time"}, '"2024-01-31T12:00:00Z"', '"2024-01-31"'),
+    ({"type": "string", "format": "uuid"}, '"12345678-1234-1234-1234-123456789abc"', '"123"'),
+    ({"type": "string", "format": "email"}, '"a@b.de"', '"a.b.de"'),
+    ({"type": "string", "format": "ipv4"}, '"1.2.3.4"', '"999.2.3.4"'),
+    ({"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 2}, "[1,2]", "[]"),
+    ({"type": "array", "prefixItems": [{"type": "integer"}], "items": False}, "[1]", "[1,2]"),
+    ({"type": "array", "items": [{"type": "integer"}], "additionalItems": {"type": "null"}}, "[1,null]", "[1,2]"),
+    ({"properties": {"a": {"type": "integer"}}}, '{"a":1}', '{"a":"x"}'),
+    ({"properties": {"a": {"type": "integer"}}, "type": "object"}, '{"b":"x"}', '{"\\u0061":"x"}'),
+    ({"type": "object", "additionalProperties": {"type": "integer"}}, '{"a":1}', '{"a":"x"}'),
+    ({"type": "object", "additionalProperties": False, "properties": {"a": True}}, '{"a":1}', '{"b":1}'),
+    ({"type": "object", "required": ["a"]}, '{"a":1}', "{}"),
+    ({"type": "object", "patternProperties": {"^x": {"type": "integer"}}}, '{"xa":1}', '{"xa":"s"}'),
+    ({"type": "object", "patternProperties": {"^x": {"type": "integer"}}}, '{"xa":1}', '{"\\u0078a":"s"}'),
+    ({"type": "object", "minProperties": 1}, '{"a":1}', "{}"),
+    ({"type": "object", "maxProperties": 1}, '{"a":1}', '{"a":1,"b":2}'),
+    ({"anyOf": [{"minimum": 3, "type": "integer"}, {"type": "null"}]}, "4", "1"),
+    ({"oneOf": [{"type": "integer"}, {"type": "null"}]}, "4", '"x"'),
+    ({"allOf": [{"minimum": 3}, {"maximum": 5}], "type": "integer"}, "4", "6"),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}}}}, "[[],[]]", "[1]"),
+    ({"$ref": "#/$defs/a", "minimum": 5, "$defs": {"a": {"type": "integer"}}}, "5", "4"),
+    ({"properties": {"not": {"type": "integer"}}, "required": ["not"]}, '{"not":1}', '{"not":"x"}'),
+    ({"title": "t", "x-order": 1, "$comment": "c", "default": {"if": 1}, "type": "null"}, "null", "1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "right", "wrong"), _HELD, ids=lambda value: json.dumps(value)[:60])
+def test_a_keyword_that_is_taken_is_held_to(schema, right, wrong):
+    assert _allows(schema, right)
+    assert not _allows(schema, wrong)
+
+
+_NOT_HELD = [
+    ({"not": {"type": "string"}}, "'not'"),
+    ({"type": "object", "if": {}, "then": {}, "else": {}}, "'if'"),
+    ({"type": "object", "dependentRequired": {"a": ["b"]}}, "'dependentRequired'"),
+    ({"type": "object", "dependentSchemas": {"a": {}}}, "'dependentSchemas'"),
+    ({"type": "object", "dependencies": {"a": ["b"]}}, "'dependencies'"),
+    ({"type": "object", "propertyNames": {"pattern": "^x"}}, "'propertyNames'"),
+    ({"type": "array", "uniqueItems": True}, "'uniqueItems'"),
+    ({"type": "array", "contains": {"const": 1}, "minContains": 2}, "'contains'"),
+    ({"type": "object", "unevaluatedProperties": False}, "'unevaluatedProperties'"),
+    ({"$dynamicRef": "#a"}, "'\\$dynamicRef'"),
+    ({"type": "string", "contentEncoding": "base64"}, "'contentEncoding'"),
+    ({"type": "string", "nullable": True}, "'nullable'"),
+    ({"type": "object", "x-guidance": {"lenient": True}, "not": {}}, "'x-guidance'"),
+    ({"typ": "integer"}, "the keyword 'typ'.*Did you mean type"),
+    ({"type": "integer", "Minimum": 3}, "the keyword 'Minimum'.*Did you mean minimum"),
+    ({"properties": {"a": {"items": {"maxLenght": 3}}}}, "#/properties/a/items has the keyword 'maxLenght'"),
+    ({"anyOf": [{}, {"enumm": []}]}, "#/anyOf/1 has the keyword 'enumm'"),
+    ({"$defs": {"a": {"requird": []}}, "type": "null"}, "#/\\$defs/a has the keyword 'requird'"),
+    ({"name": "n", "strict": True, "schema": {"type": "null"}}, 'Give what stands under its "schema"'),
+    ({"type": "integer", "format": "int32"}, "of what is no string"),
+    ({"type": "string", "format": "regex"}, "Unknown format: regex"),
+    ({"type": "object", "minProperties": 2}, "minProperties 2"),
+    ({"type": "array", "items": {}, "additionalItems": False}, "additionalItems without a list of items"),
+    ({"$schema": "http://json-schema.org/draft-04/schema#", "const": 3}, "const, which draft 4"),
+    ({"$schema": "http://json-schema.org/draft-07/schema#", "prefixItems": [{}]}, "prefixItems, which its"),
+    ({"$schema": "http://json-schema.org/draft-99/schema#"}, "is no draft that is known"),
+    ({"$ref": "http://example.com/a.json"}, "cannot be used"),
+    ({"$ref": "#/$defs/none"}, "does not exist"),
+    ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
+    ({"enum": ["a\u0001b"]}, "whose control character answers cannot have"),
+    ({"type": "string", "pattern": "(a)\\1"}, "backreferences are not supported"),
+    ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
+    ({"properties": []}, "properties must be an object"),
+    ({"type": "string", "minLength": "5"}, "minLength"),
+    ({"enum": []}, "Unsatisfiable"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "words"), _NOT_HELD, ids=lambda value: json.dumps(value)[:60])
+def test_a_keyword_that_would_not_be_held_to_is_refused_by_name(schema, words):
+    with pytest.raises(ConfigError, match=f"(?s)--json-schema .*{words}"):
+        _answers(_PROMPTS[:1], json_schema=schema)
+
+
+def _nested(levels, kind):
+    schema = {"type": "integer"}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema} if kind == "array" else {"enum": [[schema]]}
+    return schema
+
+
+@pytest.mark.parametrize("levels", [100, 300, 5_000])
+@pytest.mark.parametrize("kind", ["array", "enum"])
+def test_schemas_that_are_nested_deeply_are_one_error_or_held_to(levels, kind):
+    schema = _nested(levels, kind)
+    texts = [schema] if levels == 5_000 else [schema, json.dumps(schema)]
+    for form in texts:
+        try:
+            assert _allows(form, "[" * levels + "1" + "]" * levels)
+        except ConfigError as error:
+            assert re.search("recursion limit|nested too deeply", str(error))  # noqa: PT017
+        else:
+            assert levels == 100
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": float("nan")},
+        {"maximum": float("inf")},
+        {"enum": ["\ud800"]},
+        {"properties": {"\ud800": {}}},
+        {"const": {1, 2}},
+        {"const": b"x"},
+        {"description": object()},
+        '{"const": NaN}',
+        '{"const": 1e999}',
+        '{"enum": ["\\ud800"]}',
+        '{"a": 1, "a": 2}',
+        "{",
+        "[1]",
+        "true",
+    ],
+    ids=str,
+)
+def test_schemas_that_are_no_json_are_one_error(schema, tmp_path):
+    with pytest.raises(ConfigError, match="--json-schema"):
+        _answers(_PROMPTS[:1], json_schema=schema)
+    if isinstance(schema, str):
+        (tmp_path / "schema.json").write_text(schema)
+        with pytest.raises(ConfigError, match=r"--json-schema .*schema\.json"):
+            _answers(_PROMPTS[:1], json_schema=str(tmp_path / "schema.json"))
+
+
+@pytest.mark.parametrize(
+    ("regex", "words"),
+    [
+        ("a(?!b)", "look-around"),
+        ("(?<=a)b", "look-around"),
+        (r"(a)\1", "backreferences"),
+        (r"\bfoo", "lookarounds not supported"),
+        ("a^b", "lookarounds not supported"),
+        ("(?>a)b", "unrecognized flag"),
+        ("a{,3}", "repetition"),
+        ("[z-a]", "invalid"),
+        ("*a", "repetition"),
+        ("a\ud800", "expected text that UTF-8 can hold"),
+    ],
+)
+def test_what_regular_expressions_cannot_have_here_is_refused(regex, words):
+    with pytest.raises(ConfigError, match=f"(?s)--regex .*{words}"):
+        _answers(_PROMPTS[:1], regex=regex)
+
+
+@pytest.mark.parametrize(
+    ("regex", "right"),
+    [("^a$", "a"), ("a+?", "aa"), (r"\d{2}", "07"), (r"\p{Han}", "色"), ("(?i)yes", "YES"), (r"\Aab\z", "ab")],
+)
+def test_what_regular_expressions_may_have(regex, right):
+    constraint = make_constraint(ResolvedOptions(regex=regex, eos_token_ids=(_EOS,)), _TOKENIZER)
+    ids = [*_TOKENIZER(right)["input_ids"], _EOS]
+    for place, token in enumerate(ids):
+        assert constraint.apply(torch.zeros(1, 330), [ids[:place]])[0, token] == 0

@@ -12,7 +12,14 @@ from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.models.int8 import quantize_base
 from handspun.models.lora import add_lora
-from handspun.preflight.answers import placeholder_answer, placeholder_prompt, refusal, unfilled_field
+from handspun.preflight.answers import (
+    findings_in_answers,
+    next_user,
+    placeholder_answer,
+    placeholder_prompt,
+    refusal,
+    unfilled_field,
+)
 from handspun.preflight.duplicates import Alike, alike, most_in_common, words_of
 from handspun.preflight.rates import Forecast, operations, predicted_seconds
 from handspun.preflight.said import Said
@@ -272,3 +279,14 @@ def test_the_faster_one_of_two_steps_says_how_long_the_rest_takes() -> None:
     assert resumed.after(step(9, 2.0)) == 2.0
     short = Forecast(plan, 10)
     assert [short.after(step(1, 4.0, total=2)), short.after(step(2, 2.0, total=2))] == [None, None]
+
+
+def test_an_answer_that_decoding_would_cut_is_found() -> None:
+    assert next_user(said("Scene one.\nUser: Hello?\nBot: Hi.\nUser: Bye.")) == "User: Hello?"
+    for whole in ("User: Hello", "A User: line", "Say\n User: x", "", "\nuser: x"):
+        assert next_user(said(whole)) is None
+    rows = [said("Yes."), said("Scene.\nUser: Hello?"), said("Scene.\nUser: Bye.")]
+    (found,) = findings_in_answers(rows)
+    assert found.what == 'answers with a line "User:", which is a stop string of chats'
+    assert (found.count, found.of, found.rows[0].text) == (2, 3, "User: Hello?")
+    assert "--no-stop-strings" in found.remedy

@@ -4,7 +4,14 @@
 """
 
 from handspun.config.export import ExportConfig, GgufType
-from handspun.config.generation import CONSTRAINTS, SAMPLING_OPTIONS, GenerationOptions, Weights, read_option
+from handspun.config.generation import (
+    CONSTRAINTS,
+    NEXT_USER,
+    SAMPLING_OPTIONS,
+    GenerationOptions,
+    Weights,
+    read_option,
+)
 from handspun.config.names import unknown_option, wrong_names
 from handspun.config.ranges import option_name, wrong_argument
 from handspun.config.template_args import TemplateArgs, read_template_args
@@ -12,6 +19,7 @@ from handspun.config.training import DataConfig, DataFormat, Tracker, TrainConfi
 
 __all__ = [
     "CONSTRAINTS",
+    "NEXT_USER",
     "SAMPLING_OPTIONS",
     "DataConfig",
     "DataFormat",

@@ -107,7 +107,7 @@ class GenerationOptions:
 
     stop_strings: tuple[str, ...] | None = None
     """Strings that end an answer and are cut from it (default for chats: the template's end of turn
-    and "\\nUser:"; otherwise none)."""
+    and "\\nUser:"; otherwise none). --no-stop-strings is none."""
 
     seed: int | tuple[int, ...] | None = None
     """Seed of the draws: one, or one for each prompt (default 0)."""
@@ -116,6 +116,9 @@ class GenerationOptions:
         if problems := wrong_values(self, {}, read_option) or _exclusions(self):
             raise ConfigError(problems)
 
+
+NEXT_USER = "\nUser:"
+"""A stop string of chats: a model that does not end its turn goes on with the user's."""
 
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 """Options that only change what is sampled."""

@@ -25,6 +25,7 @@ from handspun.decoding.beam_stream import BeamStream
 from handspun.decoding.decode import feed_prompt
 from handspun.decoding.engine import Engine, Feed
 from handspun.decoding.engines import make_engine
+from handspun.decoding.finite import check_finite
 from handspun.decoding.lean_engine import LeanEngine
 from handspun.decoding.processors import nothing_left, process
 from handspun.decoding.results import GenerationChunk, GenerationResult
@@ -176,8 +177,10 @@ def _a_row_for_each_beam(logits: Tensor, searches: Sequence[Search]) -> Tensor:
 def _advance(searches: Sequence[Search], logits: Tensor) -> None:
     """One step of every search. logits: (prompts * beams, vocab)."""
     options, prompts = searches[0].job.options, len(searches)
+    beams = [beam for search in searches for beam in search.beams]
+    check_finite(logits, beams, searches[0].job.model)
     own = logits.log_softmax(-1)
-    filtered = process(own, [beam for search in searches for beam in search.beams], searches[0].job.processors)
+    filtered = process(own, beams, searches[0].job.processors)
     width = max(2, 1 + len(options.eos_token_ids)) * options.num_beams
     # The best of all are among the best of each beam: no beam's whole vocabulary is sorted twice.
     best, ids = filtered.topk(min(width, filtered.shape[-1]))  # (prompts * beams, width)

@@ -8,7 +8,7 @@ remembered by their tokens, and one that is not is made again.
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +18,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from handspun.config import option_name
+from handspun.data.naming import shown
 from handspun.decoding.options import ResolvedOptions
 from handspun.errors import ConfigError
 
 _WHITESPACE = r"\n?[ ]{0,24}"
 """Between the parts of a JSON answer. Unbounded, small models go on with it for ever."""
+
+_ESCAPES = 'nrbtf"\\'
+"""After a backslash in JSON texts. Not u: readers take "\\u0061" for the property "a", and llguidance for another,
+so that it would not have its type."""
 
 
 class _State(NamedTuple):
@@ -89,24 +94,35 @@ def make_constraint(options: ResolvedOptions, tokenizer: PreTrainedTokenizerBase
     """
     if options.json_schema is not None:
         name, given = "json_schema", options.json_schema
-        grammar = LLMatcher.grammar_from_json_schema(given, overrides={"whitespace_pattern": _WHITESPACE})
     elif options.regex is not None:
         name, given = "regex", options.regex
-        grammar = LLMatcher.grammar_from_regex(given)
     elif options.choice:
         name, given = "choice", ", ".join(options.choice)
-        grammar = LLMatcher.grammar_from_regex("|".join(map(re.escape, options.choice)))
     else:
         return None
+    what = f"{option_name(name)} {shown(given, most=200)} cannot be used"
+    try:
+        grammar = _grammar(options)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{what}: {error}.") from error
     eos = tuple(token for token in options.eos_token_ids if token < len(tokenizer))
     _check(name, eos, tokenizer)
     matcher = LLMatcher(_token_table(tokenizer, eos), grammar, log_level=0)
     if matcher.is_error():
-        raise ConfigError(f"{option_name(name)} {given} cannot be used: {matcher.get_error()}")
+        raise ConfigError(f"{what}: {matcher.get_error()}")
     constraint = Constraint(name, matcher, eos)
     if not constraint.can_begin():
-        raise ConfigError(f"{option_name(name)} {given} cannot be used: no answer can match it.")
+        raise ConfigError(f"{what}: no answer can match it.")
     return constraint
+
+
+def _grammar(options: ResolvedOptions) -> str:
+    """llguidance's form of what the options ask for. Raises ValueError for a schema that is nested too deeply."""
+    if options.json_schema is not None:
+        overrides: Any = {"whitespace_pattern": _WHITESPACE, "json_allowed_escapes": _ESCAPES}
+        return LLMatcher.grammar_from_json_schema(options.json_schema, overrides=overrides)
+    regex = options.regex if options.regex is not None else "|".join(map(re.escape, options.choice))
+    return LLMatcher.grammar_from_regex(regex)
 
 
 def _check(name: str, eos_token_ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -14,6 +14,7 @@ from handspun.decoding.answer import Answer, Job
 from handspun.decoding.engine import Engine, Feed
 from handspun.decoding.engines import make_engine
 from handspun.decoding.explain import explain
+from handspun.decoding.finite import check_finite
 from handspun.decoding.processors import check_some_left, process
 from handspun.decoding.results import GenerationChunk
 from handspun.decoding.sampling import choose, gumbel_noise, stream_of
@@ -166,6 +167,7 @@ def _rows(logits: Tensor, places: list[int]) -> Tensor:
 
 def _next_tokens(logits: Tensor, answers: Sequence[Answer], job: Job) -> tuple[Tensor, Sequence[float | None]]:
     """(answers, vocab) -> the next token of each answer, (answers,), and their log-probabilities if wanted."""
+    check_finite(logits, answers, job.model)
     filtered = process(logits, answers, job.processors)
     check_some_left(filtered, answers, job.processors)
     tokens = choose(filtered, draws=_draws(answers, job))

@@ -3,13 +3,12 @@
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from torch import Tensor
-
-from handspun.config import CONSTRAINTS, SAMPLING_OPTIONS, GenerationOptions, option_name, read_option
+from handspun.config import CONSTRAINTS, NEXT_USER, SAMPLING_OPTIONS, GenerationOptions, option_name, read_option
 from handspun.config.typed import as_type
 from handspun.decoding.filters import Bias
 from handspun.decoding.values import check_vocabulary, concrete
 from handspun.errors import ConfigError
+from handspun.models.embedding_rows import embedding_rows
 from handspun.models.end_of_turn import eos_token_ids
 from handspun.models.load import ChatModel
 
@@ -91,7 +90,7 @@ def resolve(given: GenerationOptions, model: ChatModel, *, chat: bool) -> tuple[
     own, unreadable = _settings_of(
         model, (*_ANY, *SAMPLING_OPTIONS, *_BEAMS, "do_sample", "num_beams", "num_return_sequences")
     )
-    vocabulary = _vocabulary_size(model)
+    vocabulary = embedding_rows(model.model)
     if problems := check_vocabulary(chosen, vocabulary):
         raise ConfigError(problems)
     taken = {name: value for name, value in _taken(chosen, own).items() if value != _DEFAULTS[name]}
@@ -219,7 +218,7 @@ def _notices(taken: dict[str, Any], model: ChatModel, options: ResolvedOptions) 
 
 
 def _default_stop_strings(model: ChatModel) -> tuple[str, ...]:
-    return model.template.end_of_turn, "\nUser:"
+    return model.template.end_of_turn, NEXT_USER
 
 
 def _unpenalised_ids(chosen: dict[str, Any], model: ChatModel) -> frozenset[int]:
@@ -241,17 +240,11 @@ def _eos_token_ids(model: ChatModel, *, chat: bool) -> tuple[int, ...]:
 
 def _pad_token_id(model: ChatModel) -> int:
     """0 is an id as good as any other; some models name one that their embeddings do not hold (-1)."""
-    rows = _vocabulary_size(model)
+    rows = embedding_rows(model.model)
     for pad in (getattr(model.model.generation_config, "pad_token_id", None), model.tokenizer.pad_token_id):
         if isinstance(pad, int) and 0 <= pad < rows:
             return pad
     return 0
-
-
-def _vocabulary_size(model: ChatModel) -> int:
-    embeddings = model.model.get_input_embeddings().weight
-    assert isinstance(embeddings, Tensor)
-    return embeddings.shape[0]
 
 
 __all__ = ["ResolvedOptions", "resolve"]

@@ -198,10 +198,28 @@ def _row_by_row(function: Function) -> Callable[[Tensor, Sequence[Row]], Tensor]
                     f"the processor {_name_of(function)} returned {found}: expected the logits of one row, a "
                     f"tensor of shape {tuple(row.shape)}."
                 )
+            _check_own(function, new, ids)
             made.append(new)
         return torch.stack(made).to(logits)
 
     return apply
+
+
+def _check_own(function: Function, logits: Tensor, token_ids: list[int]) -> None:
+    """Raise ConfigError for logits that no token can be chosen by: what a user's processor returned."""
+    highest = float(logits.max())  # NaN if any of them is
+    if math.isnan(highest) or highest == math.inf:
+        wrong = int((logits.isnan() | (logits == math.inf)).sum())
+        raise ConfigError(
+            f"the processor {_name_of(function)} returned {wrong:,} logits that are NaN or infinite, behind "
+            f"{len(token_ids)} tokens of prompt and answer: expected finite numbers, and -inf for a token that is "
+            "to be excluded."
+        )
+    if highest == -math.inf:
+        raise ConfigError(
+            f"the processor {_name_of(function)} left no token to go on with behind {len(token_ids)} tokens of "
+            "prompt and answer: all logits that it returned are -inf. Leave one finite."
+        )
 
 
 _OFF = ResolvedOptions()

@@ -1,9 +1,10 @@
 """From what the user gives as prompts to token ids."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from handspun.config.typed import short
 from handspun.data.conversations import DroppedRow, Message, check_writable
 from handspun.data.messages import Cell, read_message, read_tools, read_turns, with_system_prompt
 from handspun.data.roles import UNKNOWN_ROLE, known_roles
@@ -20,12 +21,22 @@ _MOST_NAMED = 12
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A single prompt becomes a list of one."""
+    """A single prompt becomes a list of one. Raises ConfigError for what is neither text nor conversation."""
     if isinstance(prompts, str):
         return [prompts]
-    if prompts and all(isinstance(item, dict) for item in prompts):
-        return [prompts]  # type: ignore[list-item]  # dicts are messages: this is one conversation
-    return list(prompts)  # type: ignore[arg-type]
+    if isinstance(prompts, Mapping | bytes | bytearray) or not isinstance(prompts, Iterable):
+        raise ConfigError(f"the prompts are {short(prompts)}: expected a text, a conversation, or a list of them.")
+    several = list(prompts)
+    if several and all(isinstance(item, dict) for item in several):
+        return [several]  # type: ignore[list-item]  # dicts are messages: this is one conversation
+    problems = [
+        f"prompt {number} is {short(prompt)}: expected a text, or a list of messages."
+        for number, prompt in enumerate(several, start=1)
+        if isinstance(prompt, Mapping | bytes | bytearray) or not isinstance(prompt, Sequence)
+    ]
+    if problems:
+        raise ConfigError(problems[:_MOST_NAMED])
+    return several  # type: ignore[return-value]
 
 
 def encode_prompts(

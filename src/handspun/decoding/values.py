@@ -1,14 +1,11 @@
 """Values of options as they may be given, and as decoding holds them."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from handspun.config import option_name
-from handspun.data.text_files import read_text
-from handspun.errors import ConfigError, DataError
+from handspun.decoding.schema import read_schema
 
 
 def concrete(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -20,7 +17,7 @@ def concrete(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict
     for name in {"logit_bias", "sequence_bias"} & made.keys():
         made[name] = tuple((tuple(map(int, ids.split())), bias) for ids, bias in made[name].items())
     if "json_schema" in made:
-        made["json_schema"] = _schema(made["json_schema"])
+        made["json_schema"] = read_schema(made["json_schema"])
     if "bad_words" in made:
         made["bad_words_ids"] = made.get("bad_words_ids", ()) + _words_ids(made.pop("bad_words"), tokenizer)
     return made
@@ -40,28 +37,6 @@ def check_vocabulary(values: dict[str, Any], vocabulary: int) -> list[str]:
                 "of another tokenizer."
             )
     return problems
-
-
-def _schema(value: str | dict[str, Any]) -> str:
-    """JSON text of a schema: of a dict, of text that begins as JSON does, or of a file."""
-    if not isinstance(value, str):
-        return json.dumps(value)
-    text, where = value, "--json-schema"
-    if not value.lstrip().startswith("{"):
-        where = f"--json-schema {value}"
-        try:
-            text = read_text(Path(value))
-        except OSError as error:
-            raise ConfigError(
-                f"{where} cannot be read: {error}. Expected a JSON schema ({{...}}), or a file that holds one."
-            ) from error
-        except DataError as error:  # it names the file
-            raise ConfigError(f"--json-schema {error}") from error
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is not JSON: {error}.") from error
-    return text
 
 
 def _words_ids(words: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], ...]:

@@ -32,6 +32,7 @@ from handspun.errors import ConfigError, ModelError
 from handspun.models import native
 from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.models.embedded import EMBEDDED_NAME, embedded_folder
+from handspun.models.finite import nonfinite_weights
 from handspun.models.lean import LeanModel, cannot_be_lean, lean_model
 from handspun.models.lora import embedding_rows, merge_adapter, unknown_settings
 from handspun.models.onednn import remember_few_kernels
@@ -328,6 +329,11 @@ def _load_int8(source: ModelSource, device: torch.device, notice: Callable[[str]
     if slower := native.slower_without(device):
         notice(slower)
     model = _load_merged(source, "auto")  # of the files
+    if found := nonfinite_weights(model):  # rounded to int8, they would be numbers again, and wrong ones
+        raise ModelError(
+            f"{source.name} cannot be rounded to int8: these weights hold NaN or infinity: {found}. Use an "
+            "earlier checkpoint, or download the model again."
+        )
     model.to(device)  # type: ignore[arg-type]
     chat = ChatModel(model.eval(), load_tokenizer(source), source.name, lean_model(model, int8=True))
     give_back_freed_memory()

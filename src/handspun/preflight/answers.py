@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 
+from handspun.config import NEXT_USER
 from handspun.data.examples import RowNote
 from handspun.data.naming import shown
 from handspun.preflight.findings import Finding, finding
@@ -72,6 +73,18 @@ def findings_in_answers(said: Sequence[Said]) -> Iterator[Finding]:
         "answers that read like a refusal",
         "read some of them, and delete those in which nothing should be refused",
     )
+    yield from _those(
+        said,
+        next_user,
+        'answers with a line "User:", which is a stop string of chats',
+        "give --no-stop-strings to generate and chat, which would cut such answers there; eval --generate does",
+    )
+
+
+def next_user(said: Said) -> str | None:
+    """Return the line of an answer at which decoding would cut it."""
+    lines = (answer.partition(NEXT_USER)[1:] for answer in said.answers)
+    return next((f"{stop.strip()}{rest}".split("\n")[0] for stop, rest in lines if stop), None)
 
 
 def placeholder_answer(said: Said) -> str | None:
