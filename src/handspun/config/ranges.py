@@ -63,7 +63,7 @@ def read_value(name: str, value: Any, hint: Any, ranges: Ranges) -> Any:
         raise ValueError(problem_with(name, value, str(error))) from None
     for number in _numbers_in(typed) if name in ranges else ():
         if not _is_in(number, ranges[name]):
-            raise ValueError(problem_with(name, typed, _wanted(number, ranges[name])))
+            raise ValueError(problem_with(name, value, _wanted(number, ranges[name])))
     return typed
 
 
