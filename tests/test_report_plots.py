@@ -2,6 +2,8 @@
 
 import json
 import re
+import warnings
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +85,13 @@ def test_a_smoothed_line_is_the_mean_around_each_point() -> None:
     assert mean.y[1] == pytest.approx(1 / 3)
     assert mean.y[2] == pytest.approx(2 / 3)
     assert smoothed(Line("loss", [1.0], [1.0])) is None
+
+
+@pytest.mark.parametrize("name", ["输出 文件夹", "लिखित", "$a_b$ <x>", "👩‍👩‍👧"])
+def test_a_name_that_the_font_lacks_is_drawn_without_a_warning(name: str) -> None:
+    """matplotlib warns of each character; the text is the browser's to draw."""
+    lines = [Line(name, [1, 2], [1.0, 2.0]), Line("b", [1, 2], [2.0, 1.0])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svg = line_plot("p", lines, y="loss", label=name)
+    assert escape(name, quote=False) in svg

@@ -47,6 +47,43 @@ def test_the_first_signal_is_noted_and_the_second_leaves_at_once() -> None:
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_the_end_of_a_terminal_is_noted_once() -> None:
+    """Shell and system both send a SIGHUP; the second one must not end the process."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with stop_requests() as request:
+            signal.raise_signal(signal.SIGHUP)
+            assert request.signal == signal.SIGHUP
+            signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_hangup_after_another_signal_does_not_end_the_process() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with stop_requests() as request:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGHUP)
+            assert request.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_hangup_that_is_ignored_stays_so() -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests() as request:
+            signal.raise_signal(signal.SIGHUP)
+            assert not request.signal
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @linux
 def test_how_a_process_ended_is_known_until_its_parent_has_asked() -> None:
     killed = subprocess.Popen(["sleep", "100"])
@@ -157,7 +194,7 @@ def test_a_rank_that_is_killed_ends_the_others_with_its_name(
 
 
 @linux
-@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (1, signal.SIGHUP), (2, signal.SIGTERM)])
 def test_a_signal_stops_all_ranks_after_the_same_step(
     tiny_folder: Path, tmp_path: Path, processes: int, number: signal.Signals
 ) -> None:

@@ -7,7 +7,7 @@ HandspunError                what went wrong, what was expected, what to do (exi
 ├── ModelError               a model that is unknown, incomplete or does not fit the request
 ├── TrainingError            a run that cannot go on: a loss or gradient that is not finite (names the rows), too
 │                            little memory (names what takes less), another process that died (names it)
-├── StoppedError             a run that Ctrl-C or SIGTERM ended after a step (exit code 128 + signal)
+├── StoppedError             a run that a signal ended after a step (exit code 128 + its number)
 ├── OutputError              a folder that cannot be written: exists, no permission, no room on the disk
 └── VerificationError        numbers that are not those of the reference (exit code 1)
 

@@ -31,11 +31,11 @@ from handspun.models.load import (
     ChatModel,
     ModelSource,
     context_length,
-    load,
     load_config,
     load_generation_config,
     load_tokenizer,
     model_source,
+    read_model,
     recorded_base,
     refuse_adapter_as_base,
     resolve_device,
@@ -69,6 +69,7 @@ from handspun.report.record import run_facts
 from handspun.report.samples import Sampler, sampler_of
 from handspun.report.trackers import refuse_missing_trackers
 from handspun.resume import ResumePoint, execution_changes, make_way, refuse_another_run
+from handspun.training.agreement import check_same_options, check_same_rows, check_same_weights
 from handspun.training.checkpoint import TRAINING_STATE
 from handspun.training.dtype import choose_dtype
 from handspun.training.execution import execution_of
@@ -95,7 +96,6 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
     torchrun, every process calls it, and the first one logs and saves. Raises a HandspunError for anything that
     the user can mend: data, options, model, disk.
     """
-    refuse_missing_trackers(config.log_to)
     remember_few_kernels()
     if not config.shard:  # FSDP2 frees each layer's weights after use: kept, they took a quarter more
         keep_freed_memory()
@@ -103,6 +103,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
     torch.manual_seed(config.seed)  # LoRA's initial values
     console = console or plain_console()
     with processes_of_this_run(resolve_device(config.device), sharded=config.shard) as processes:
+        check_same_options(config, processes)
+        refuse_missing_trackers(config.log_to)
         refuse_missing_data(config.data, config.eval_data)
         console.quiet = console.quiet or not processes.is_first
         folder = Path(config.output_dir) if processes.is_first and not config.dry_run else None
@@ -159,6 +161,7 @@ def _train(
         cache=ExampleCache(cache_folder() / "examples"),
         notice=log.line,
     )
+    check_same_rows(training, held_out, template, max_length, processes)
     for some in (training, held_out) if held_out else (training,):
         check_examples(some.examples, embedding_rows_of(source), template.tokenizer, config.model)
     if processes.is_first:
@@ -373,7 +376,7 @@ def _model_to_train(config: TrainConfig, processes: Processes, log: RunLog) -> C
     """The model in float32, with an end of turn that it can learn, and with adapters where they are asked for. One
     that will be cut over the ranks is moved to their devices in shares."""
     device = "cpu" if processes.sharded else str(processes.device)
-    chat = load(
+    chat = read_model(
         config.model,
         weights="float32",
         device=device,
@@ -381,6 +384,7 @@ def _model_to_train(config: TrainConfig, processes: Processes, log: RunLog) -> C
         template_args=config.template_args,
         notice=log.line,
     )
+    check_same_weights(chat.model, processes)
     # What is saved renders as it was trained, in every program.
     chat.tokenizer.chat_template = with_defaults(chat.tokenizer.chat_template, chat.template_args)
     is_new = end_of_turn_is_new(chat)

@@ -131,7 +131,8 @@ def _keep(cache: ExampleCache, key: str, examples: ExampleArrays, account: RowAc
     try:
         cache.keep(key, examples, account)
     except OSError as error:
-        return f"not cached: {cache.folder} cannot take them ({error.strerror or error})"
+        reason = error.strerror or error
+        return f"not cached: {cache.folder} cannot take them ({reason}). XDG_CACHE_HOME names another folder"
     return f"cached in {cache.folder}"
 
 

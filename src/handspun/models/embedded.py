@@ -33,6 +33,11 @@ def embedded_folder(notice: Callable[[str], None]) -> Path:
     if folder.is_dir():  # it gets its name only once it is complete
         return folder
     gguf = embedded_gguf()
+    if folder.parent == NO_CACHE:
+        raise OutputError(
+            f"{EMBEDDED_NAME}: there is no home folder to unpack the embedded model in. Set XDG_CACHE_HOME to the "
+            "absolute path of a folder with 300 MB of room."
+        )
     notice(f"dequantising the embedded model into {folder} (once)")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -48,9 +53,20 @@ def embedded_folder(notice: Callable[[str], None]) -> Path:
     return folder
 
 
+NO_CACHE = Path(os.devnull) / "no-home-folder"
+"""A folder that cannot be made: whatever would be kept in it is not."""
+
+
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/handspun, by default ~/.cache/handspun."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "handspun"
+    """Return $XDG_CACHE_HOME/handspun, by default ~/.cache/handspun; NO_CACHE for a user without a home.
+
+    A relative $XDG_CACHE_HOME is ignored, as its specification says: it would be another folder in every place.
+    """
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if named.is_absolute():
+        return named / "handspun"
+    home = Path(os.path.expanduser("~"))  # Path.home() raises where there is neither HOME nor a user's entry
+    return home / ".cache" / "handspun" if home.is_absolute() else NO_CACHE
 
 
 def dequantise(gguf: Path, folder: Path) -> None:

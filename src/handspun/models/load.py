@@ -6,6 +6,7 @@ Nothing is executed that comes with a model: weights are read from safetensors (
 
 import difflib
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -92,11 +93,31 @@ def load(
     Raises ModelError if there is no such model, it is incomplete, or it cannot be had in int8; ConfigError for a
     template or template variable that there is not.
     """
+    keep_freed_memory()
+    remember_few_kernels()
+    return read_model(
+        name,
+        weights=weights,
+        device=device,
+        chat_template=chat_template,
+        template_args=template_args,
+        notice=notice,
+    )
+
+
+def read_model(
+    name: str,
+    *,
+    weights: Weights,
+    device: str,
+    chat_template: str | None,
+    template_args: TemplateArgs | None,
+    notice: Callable[[str], None],
+) -> ChatModel:
+    """Return the same without a change to the process's allocator, which a sharded run must not make."""
     args, problems = read_template_args(template_args)
     if problems:
         raise ConfigError(problems)
-    keep_freed_memory()
-    remember_few_kernels()
     torch_device = resolve_device(device)
     source = model_source(name, notice)
     if weights == "int8":
@@ -131,7 +152,7 @@ class ModelSource:
 
 def model_source(name: str, notice: Callable[[str], None]) -> ModelSource:
     """Finds a model's files; for a hub id, nothing is fetched yet. Raises ModelError."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path's own raises where there is no such user
     if name == EMBEDDED_NAME:
         return ModelSource(name, str(embedded_folder(notice)))
     if path.is_file() and path.suffix == ".gguf":
@@ -264,7 +285,7 @@ def _adapter_source(name: str, path: Path, notice: Callable[[str], None]) -> Mod
 def _base_of(name: str, adapter: Path, base: str) -> str:
     """Return the base's name so that it is found from here: a relative path counts from the working folder, as
     peft reads it, or else from the adapter's folder."""
-    for candidate in (Path(base).expanduser(), adapter / base):
+    for candidate in (Path(os.path.expanduser(base)), adapter / base):
         if candidate.exists():
             return str(candidate)
     if base == EMBEDDED_NAME or _looks_like_hub_id(base):
@@ -278,7 +299,7 @@ def _base_of(name: str, adapter: Path, base: str) -> str:
 def recorded_base(name: str) -> str:
     """Return what an adapter's config calls its base: an absolute path for what is on this disk, so that it is
     found from any working folder."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return str(path.resolve()) if name != EMBEDDED_NAME and path.exists() else name
 
 

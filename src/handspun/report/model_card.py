@@ -1,6 +1,7 @@
 """The model card of a checkpoint, README.md in the hub's format, from the facts of its run."""
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -51,7 +52,7 @@ def license_of(model: str) -> str | None:
     """The license that the base model's own card names, in its folder or in the hub's cache; None if unknown."""
     if model == EMBEDDED_NAME:
         return "apache-2.0"
-    card: Any = Path(model).expanduser() / "README.md"
+    card: Any = Path(os.path.expanduser(model)) / "README.md"
     if not card.is_file() and hub_id(model):
         card = try_to_load_from_cache(model, "README.md")
     if not isinstance(card, str | Path) or not Path(card).is_file():

@@ -43,6 +43,7 @@ def check_room(
     is not predicted, and on a GPU, whose allocator is not this one.
     """
     if room is None:
+        processes.max(0.0)  # other ranks may know theirs
         return
     heaviest = _heaviest(examples, config)
     predicted = predicted_peak(shapes_of(config), heaviest, config)

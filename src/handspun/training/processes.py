@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from handspun.data.examples import Example
 from handspun.errors import ConfigError
 from handspun.training.forward import Run, directly
-from handspun.training.peers import Watch, local_processes
+from handspun.training.peers import Board, Watch, local_processes
 from handspun.training.sharded import shard, whole_state
 
 _BUCKET = 2**24
@@ -118,6 +118,14 @@ class Processes:
         dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
+    def gathered(self, value: _Value) -> list[_Value]:
+        """Return the values of all ranks in their order; all of them must ask together."""
+        if self.count == 1:
+            return [value]
+        values = [value] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
     def _agreed(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
         if self.count == 1:
             return value
@@ -147,9 +155,10 @@ def processes_of_this_run(device: torch.device, *, sharded: bool = False) -> Ite
     if is_ours:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     rank = int(os.environ["RANK"])
-    watch = Watch(local_processes(rank))
+    watch = Watch(local_processes(rank), Board(rank))
     try:
-        yield Processes(rank, count, sharded, device, watch)
+        with watch.termination_explained(), watch.explained(), watch.errors_told():
+            yield Processes(rank, count, sharded, device, watch)
     finally:
         if is_ours:
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, kept until the step is finished."""
+"""Ctrl-C, SIGTERM and the end of the terminal (SIGHUP), kept until the step is finished."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @dataclass
@@ -20,7 +20,9 @@ class StopRequest:
 
 @contextmanager
 def stop_requests(*, say: bool = True) -> Iterator[StopRequest]:
-    """Inside of the block the first SIGINT or SIGTERM is noted and said; a second one does what it always does.
+    """Inside of the block the first SIGINT, SIGTERM or SIGHUP is noted and said; a second one does what it always
+    does. SIGHUP is left alone where it is ignored (nohup), and is ignored after the first signal: shell and system
+    both send one when a terminal goes away.
 
     say: on standard error, unless the caller shows it by the request.
 
@@ -30,22 +32,31 @@ def stop_requests(*, say: bool = True) -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: handler for number, handler in handlers.items() if not _is_left_alone(number, handler)}
 
     def note(number: int, _frame: FrameType | None) -> None:
         request.signal = number
         for one, handler in before.items():
-            signal.signal(one, handler)
+            signal.signal(one, signal.SIG_IGN if _is_hangup(one) else handler)
         if say and os.environ.get("RANK", "0") == "0":
             name = signal.Signals(number).name
             with suppress(OSError):  # standard error may be closed, or its terminal gone
                 os.write(2, f"\n{name}: the run stops after this step; a second one leaves at once\n".encode())
 
-    for number in _SIGNALS:
+    for number in before:
         signal.signal(number, note)
     try:
         yield request
     finally:
         for number, handler in before.items():
-            if signal.getsignal(number) is note:
+            if not _is_hangup(request.signal):  # else another one is to come
                 signal.signal(number, handler)
+
+
+def _is_hangup(number: int) -> bool:
+    return number == getattr(signal, "SIGHUP", None)
+
+
+def _is_left_alone(number: int, handler: object) -> bool:
+    return _is_hangup(number) and handler == signal.SIG_IGN

@@ -1,13 +1,16 @@
 """Lines and bars as SVG, by matplotlib, in colours that the page gives them."""
 
 import io
+import logging
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from handspun.errors import OutputError
 from handspun.report.html.series import Line, smoothed
 
 if TYPE_CHECKING:
@@ -100,10 +103,20 @@ def bar_plot(
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    import matplotlib  # takes a moment, and only a report needs it
+    log = logging.getLogger("matplotlib")  # says where it keeps its fonts, which is no news of a run
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        import matplotlib  # takes a moment, and only a report needs it
 
-    with matplotlib.rc_context(_SETTINGS):
-        yield
+        with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
+            # Text stays text in the SVG, and the reader's browser has the glyphs.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+            yield
+    except OSError as error:
+        raise OutputError(f"no picture can be drawn: {error}. Set MPLCONFIGDIR to a folder for files.") from error
+    finally:
+        log.setLevel(level)
 
 
 def _axes(x: str, y: str) -> tuple["Figure", "Axes"]:

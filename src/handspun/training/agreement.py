@@ -1,0 +1,124 @@
+"""Several processes must be one run. What they would train, and on what, is compared before the first step.
+
+Ranks that differ would wait for each other in different collectives, or drift apart without a word. Every rank
+takes part in each comparison, whatever its options are, and all of them raise the same error.
+"""
+
+import hashlib
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from transformers import PreTrainedModel
+
+from handspun import __version__
+from handspun.config import TrainConfig
+from handspun.config.ranges import option_name
+from handspun.data.chat_template import ChatTemplate
+from handspun.data.example_arrays import ExampleArrays
+from handspun.data.prepare import ExampleSet
+from handspun.errors import ConfigError
+from handspun.training.processes import Processes
+
+_MAY_DIFFER = {"data", "eval_data", "model", "chat_template", "output_dir", "threads", "cache_examples"}
+"""Options with a place or a number of this machine; what stands at the places is compared itself."""
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy")
+_SWITCHES = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "HANDSPUN_NATIVE",
+)
+"""Environment variables that change what is computed."""
+
+
+def check_same_options(config: TrainConfig, processes: Processes) -> None:
+    """Raise ConfigError on all ranks if one has other options, versions or switches of the environment."""
+    options = {option_name(name): value for name, value in asdict(config).items() if name not in _MAY_DIFFER}
+    facts = {name: "nothing" if value is None else str(value) for name, value in options.items()}
+    facts |= {"Python": platform.python_version(), "handspun": __version__, **dict(_versions())}
+    facts |= {name: os.environ.get(name, "nothing") for name in _SWITCHES}
+    facts["the type of device"] = processes.device.type
+    _check_same(facts, processes, "Start all ranks with the same options, versions and environment.")
+
+
+def check_same_rows(
+    training: ExampleSet,
+    held_out: ExampleSet | None,
+    template: ChatTemplate,
+    max_length: int,
+    processes: Processes,
+) -> None:
+    """Raise ConfigError on all ranks if one has other rows, template, tokenizer or tokens."""
+    facts = {"the longest example (--max-length)": str(max_length)}
+    for name, some in (("the training rows (--data)", training), ("the held-out rows (--eval-data)", held_out)):
+        facts[name] = f"{some.account.rows} rows of sha256 {some.fingerprint[:12]}" if some else "none"
+    facts["the chat template"] = _digest(str(template.tokenizer.chat_template))
+    facts["the tokenizer"] = _digest(template.tokenizer.backend_tokenizer.to_str())
+    facts["the tokens of the training rows"] = _digest_of(training.examples)
+    facts["the tokens of the held-out rows"] = _digest_of(held_out.examples) if held_out else "none"
+    _check_same(facts, processes, "Give all ranks the same files of data and the same model.")
+
+
+def check_same_weights(model: PreTrainedModel, processes: Processes) -> None:
+    """Raise ConfigError on all ranks if one has loaded other weights."""
+    digest = hashlib.sha256()
+    if processes.count > 1:
+        for name, tensor in model.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_sum_of_bits(tensor)}\n".encode())
+    facts = {"the model's weights (--model)": f"sha256 {digest.hexdigest()[:12]}"}
+    _check_same(facts, processes, "Give all ranks the same model.")
+
+
+def _check_same(facts: Mapping[str, str], processes: Processes, remedy: str) -> None:
+    first, *others = processes.gathered(dict(facts))
+    problems = list(_differences(first, dict(enumerate(others, 1))))
+    if problems:
+        raise ConfigError(["the processes are not the same run.", *problems, remedy])
+
+
+def _differences(first: Mapping[str, str], others: Mapping[int, Mapping[str, str]]) -> Iterator[str]:
+    """Yield a line for each fact that is not the same on all ranks. Another version may have other facts."""
+    for name in dict.fromkeys([*first, *(name for facts in others.values() for name in facts)]):
+        expected = first.get(name, "unknown")
+        ranks = [rank for rank, facts in others.items() if facts.get(name, "unknown") != expected]
+        if ranks:
+            more = f" (and {len(ranks) - 1} more differ)" if len(ranks) > 1 else ""
+            found = others[ranks[0]].get(name, "unknown")
+            yield f"  {name}: rank 0 has {expected}, rank {ranks[0]} has {found}{more}"
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in _PACKAGES:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            yield package, "nothing"
+
+
+def _digest(text: str) -> str:
+    return f"sha256 {hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+
+
+def _digest_of(examples: ExampleArrays) -> str:
+    digest = hashlib.sha256()
+    for array in (examples.input_ids, examples.learned, examples.starts):
+        digest.update(array.tobytes())
+    return f"sha256 {digest.hexdigest()[:12]}"
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> int:
+    """Return a sum over the tensor's bits as whole numbers: the memory's speed, which sha256 has not."""
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(tensor.contiguous().view(sizes[tensor.element_size()]).sum(dtype=torch.int64))

@@ -1,0 +1,111 @@
+"""Users without a home, homes and cache folders that cannot be used: a run goes on without its caches."""
+
+import pwd
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+import handspun
+from handspun.config import DataConfig
+from handspun.data.cache import ExampleCache
+from handspun.data.chat_template import ChatTemplate
+from handspun.data.prepare import prepare_examples
+from handspun.errors import HandspunError, OutputError
+from handspun.models.embedded import NO_CACHE, cache_folder, embedded_folder
+from tiny import tiny_tokenizer
+
+
+def nobody(_: int) -> NoReturn:
+    raise KeyError("getpwuid(): uid not found")
+
+
+@pytest.fixture
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user id without an entry and without HOME, as containers have."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+
+
+@pytest.mark.parametrize(
+    ("home", "xdg", "expected"),
+    [
+        ("/home/a", "", "/home/a/.cache/handspun"),
+        ("/home/a", "/caches", "/caches/handspun"),
+        ("/home/a", "caches", "/home/a/.cache/handspun"),
+        ("/home/a", "./caches", "/home/a/.cache/handspun"),
+        ("/home/a", "~/caches", "/home/a/.cache/handspun"),
+        ("/", "", "/.cache/handspun"),
+        ("not/absolute", "", str(NO_CACHE)),
+        ("not/absolute", "/caches", "/caches/handspun"),
+    ],
+)
+def test_the_cache_folder_is_one_folder_wherever_a_command_starts(
+    monkeypatch: pytest.MonkeyPatch, home: str, xdg: str, expected: str
+) -> None:
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setenv("XDG_CACHE_HOME", xdg)
+    assert cache_folder() == Path(expected)
+
+
+@pytest.mark.usefixtures("no_home")
+def test_without_a_home_nothing_is_cached_and_a_run_ends_well(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cache_folder() == NO_CACHE
+    (tmp_path / "a.csv").write_text("instruction,output\nSay hi.,Hi.\n")
+    handspun.train(
+        handspun.TrainConfig(
+            model=str(tiny_folder), data="a.csv", output_dir="output", num_epochs=1, dtype="float32",
+            sample_answers=False,
+        )
+    )  # fmt: skip
+    log = Path("output/train.log").read_text()
+    assert f"not cached: {NO_CACHE}/examples cannot take them (Not a directory)." in log
+    assert "report: output/report.html" in log
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "output"]  # no folder called "~"
+
+
+@pytest.mark.usefixtures("no_home")
+def test_without_a_home_the_embedded_model_says_what_to_set() -> None:
+    with pytest.raises(OutputError, match=r"there is no home folder .* Set XDG_CACHE_HOME to the absolute path"):
+        embedded_folder(print)
+
+
+@pytest.mark.usefixtures("no_home")
+@pytest.mark.parametrize("name", ["~", "~/model", "~no-such-user/model"])
+def test_a_name_with_a_home_that_is_not_there_is_an_error_for_people(name: str) -> None:
+    with pytest.raises(HandspunError):
+        handspun.load(name)
+    with pytest.raises(HandspunError):
+        prepare_examples(DataConfig(data=name), ChatTemplate(tiny_tokenizer()), max_length=100)
+
+
+def file_for_a_folder(place: Path) -> None:
+    place.write_text("")
+
+
+def link_to_nothing(place: Path) -> None:
+    place.symlink_to(place.with_name("gone") / "further")
+
+
+def folder_that_takes_no_files(place: Path) -> None:
+    place.symlink_to("/proc")  # also for root, who writes into folders that are to be read only
+
+
+@pytest.mark.parametrize("make", [file_for_a_folder, link_to_nothing, folder_that_takes_no_files])
+def test_a_cache_folder_that_cannot_be_written_is_done_without(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / "cache")
+    (tmp_path / "a.csv").write_text("instruction,output\nSay hi.,Hi.\n")
+    said: list[str] = []
+    made, _ = prepare_examples(
+        DataConfig(data=str(tmp_path / "a.csv")), ChatTemplate(tiny_tokenizer()), max_length=100,
+        cache=ExampleCache(tmp_path / "cache" / "handspun" / "examples"), notice=said.append,
+    )  # fmt: skip
+    assert len(made.examples) == 1
+    assert "XDG_CACHE_HOME names another folder" in said[0]
