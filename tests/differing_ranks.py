@@ -36,10 +36,10 @@ def outcome(case: dict[str, Any], rank: int) -> dict[str, Any]:
 def faults() -> int:
     """Return how many new pages of memory 20 tensors of the same size take: none, where freed memory is kept."""
     for _ in range(3):
-        torch.ones(8_000_000)
+        torch.ones(16_000_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
-        torch.ones(8_000_000)
+        torch.ones(16_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 

@@ -50,7 +50,8 @@ def stop_requests(*, say: bool = True) -> Iterator[StopRequest]:
         yield request
     finally:
         for number, handler in before.items():
-            if not _is_hangup(request.signal):  # else another one is to come
+            is_hangup = _is_hangup(number) and not _is_hangup(request.signal)  # of those, another one is to come
+            if is_hangup or signal.getsignal(number) is note:
                 signal.signal(number, handler)
 
 
