@@ -80,6 +80,19 @@ def test_dropout_is_on_the_adapters_input_in_training_and_off_otherwise() -> Non
     torch.testing.assert_close(lora.eval()(x), base + 2 * x @ a.t() @ b.t(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("dropout", "training", "at_once"),
+    [(0.0, True, True), (0.0, False, True), (0.5, False, True), (0.5, True, False)],
+)
+def test_it_is_one_operation_wherever_nothing_is_dropped(dropout: float, training: bool, at_once: bool) -> None:
+    """peft's way gives the same numbers, and is slower."""
+    lora, x = layer(dropout=dropout)
+    view = lora.train(training)(x).grad_fn
+    assert view is not None
+    made_by = type(view.next_functions[0][0]).__name__
+    assert (made_by == "_LoraProductBackward") is at_once
+
+
 def test_two_active_adapters_are_both_added() -> None:
     lora, x = layer()
     lora.update_layer("other", 2, lora_alpha=2, config=LoraConfig(r=2, lora_alpha=2))
