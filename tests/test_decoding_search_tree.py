@@ -78,6 +78,19 @@ def test_a_cancelled_search_has_its_tree_too():
         assert (answers[0].tree == []) == (steps == 0)
 
 
+@pytest.mark.parametrize(
+    ("answer", "marked"),
+    [([5], [0]), ([6], [1]), ([5, 8], [2]), ([9], []), ([9, 8], []), ([5, 9], []), ([5, 8, 9], []), ([], [])],
+    ids=str,
+)
+def test_the_last_node_of_an_answer_is_marked_and_none_of_one_that_was_no_beam(answer, marked):
+    tree = SearchTree(2, str)
+    tree.grow([0, 0], [5, 6], [-1.0, -2.0], ended=[], beams=[0, 1])
+    tree.grow([0, 1], [8, 8], [-2.0, -3.0], ended=[], beams=[0, 1])
+    nodes = tree.with_answers([answer])
+    assert [i for i, node in enumerate(nodes) if node.return_index is not None] == marked
+
+
 def test_a_tree_without_beams_is_an_error():
     with pytest.raises(ConfigError, match="--show-tree shows what a beam search looks at"):
         generate(_CHAT, "Hi", show_tree=True, notice=str)
