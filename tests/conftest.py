@@ -11,9 +11,6 @@ from handspun.models.embedded import embedded_folder
 from handspun.models.load import ChatModel
 from tiny import tiny_model, tiny_tokenizer
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
-"""A folder of public sets that may lie beside the project; no test needs it to pass."""
-
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

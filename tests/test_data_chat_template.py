@@ -1,12 +1,12 @@
 """What is learned is exactly the answer and the end of turn; no data forges a token; prompts are prefixes.
 
-On rows made here with a tiny tokenizer and the embedded model's; and on the public sets beside the project,
-where they lie there, with Qwen2.5's too.
+With a tiny tokenizer's template, the embedded model's, and Qwen2.5's; on rows made here and the
+demonstration's.
 """
 
 import csv
 import json
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,15 +15,14 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from conftest import SHARED_DATA
+import handspun
 from handspun.data.chat_template import ChatTemplate, Layout
 from handspun.data.said import said_ids
 from handspun.data.sentinels import Sentinels
 from handspun.errors import TemplateError
 from handspun.models.embedded import embedded_folder
-from tiny import tiny_tokenizer
+from tiny import qwen_tokenizer, tiny_tokenizer
 
-QWEN = SHARED_DATA / "qwen2.5-0.5b"
 TINY = ChatTemplate(tiny_tokenizer())
 TOOL = {
     "type": "function",
@@ -35,20 +34,13 @@ TOOL = {
 }
 
 
-def templates() -> Iterator[Any]:
-    yield pytest.param("tiny", id="tiny")
-    yield pytest.param("smollm2", id="smollm2")
-    yield pytest.param(
-        "qwen", id="qwen2.5", marks=pytest.mark.skipif(not QWEN.exists(), reason="not on this machine")
-    )
-
-
-@pytest.fixture(scope="module", params=templates())
+@pytest.fixture(scope="module", params=["tiny", "smollm2", "qwen2.5"])
 def template(request: pytest.FixtureRequest) -> ChatTemplate:
     if request.param == "tiny":
         return TINY
-    folder = QWEN if request.param == "qwen" else embedded_folder(print)
-    return ChatTemplate(AutoTokenizer.from_pretrained(folder))
+    if request.param == "qwen2.5":
+        return ChatTemplate(qwen_tokenizer())
+    return ChatTemplate(AutoTokenizer.from_pretrained(embedded_folder(print)))
 
 
 def turns(*texts: str, system: str | None = None) -> list[dict[str, Any]]:
@@ -293,20 +285,28 @@ def test_a_template_that_trims_and_forgets_thoughts_gives_an_example_for_each_tu
     assert sorted(learned) == ["<think>ha</think> a2<|im_end|>", "<think>hm</think> a1<|im_end|>"]
 
 
-# --- the public sets beside the project -----------------------------------------------------------------
+CHINESE = [
+    {"instruction": "列出三种颜色。", "input": "", "output": "红色、绿色、蓝色。"},
+    {"instruction": "把这句话翻译成英文。", "input": "“你好”，他说。", "output": '"Hello," he said.'},
+    {"instruction": "计算：１２＋３０", "input": "", "output": "４２\n答案是 42。"},
+    {
+        "instruction": "写一首短诗",
+        "input": "主题：秋天\n要求：四行",
+        "output": "秋风起，\n叶落知。\n\n雁南飞，\n人未归。",
+    },
+]
 
 
-def alpaca_rows() -> list[dict[str, str]]:
-    with (SHARED_DATA / "alpaca" / "train.csv").open(encoding="utf-8", newline="") as file:
-        rows = [row for row, _ in zip(csv.DictReader(file), range(2000), strict=False)]
-    chinese = json.loads((SHARED_DATA / "alpaca" / "alpaca_zh_demo.json").read_text(encoding="utf-8"))
-    return [row for row in rows + chinese if row["output"].strip()]
+def rows_of_the_demonstration() -> list[dict[str, str]]:
+    with (Path(handspun.__file__).parent / "demo" / "demo.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
-@pytest.mark.skipif(not (SHARED_DATA / "alpaca").exists(), reason="the public sets are not on this machine")
-def test_alpaca_rows_english_and_chinese(template: ChatTemplate) -> None:
+def test_rows_english_and_chinese(template: ChatTemplate) -> None:
     """The learned part is the output and the end of turn, the prompt transformers' own, in every row."""
-    for row in alpaca_rows():
+    rows = rows_of_the_demonstration() + CHINESE
+    assert len(rows) > 300
+    for row in rows:
         user = row["instruction"] + ("\n" + row["input"] if row["input"] else "")
         messages = turns(user, row["output"])
         (encoded,) = template.encode(messages)

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from handspun.data.rows import Row, read_rows
 from handspun.errors import DataError
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 Write = Callable[[str, str | bytes], str]
 
 ALPACA = [
@@ -346,11 +345,3 @@ def test_what_the_hub_refuses_comes_with_a_remedy(hub: list[tuple[Any, ...]]) ->
     hub.clear()
     assert "there is no file or folder" in refusal("org/name.csv")  # a file, by its suffix
     assert hub == []
-
-
-@pytest.mark.skipif(not SHARED_DATA.exists(), reason="the shared data is not here")
-def test_alpaca_is_read_whole() -> None:
-    rows = read_rows(str(SHARED_DATA / "alpaca" / "train.csv"))
-    assert len(rows) == 52_002
-    assert sum(cell in ("N/A", "NA", "None") for row in rows for cell in row.values.values()) == 24
-    assert all(isinstance(cell, str) for row in rows for cell in row.values.values())
