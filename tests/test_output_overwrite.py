@@ -17,6 +17,7 @@ import handspun
 from handspun import run as run_module
 from handspun.errors import HandspunError, OutputError
 from handspun.report import trackers
+from handspun.report.html.page import write_report
 from handspun.training.checkpoint import is_checkpoint
 from handspun.training.loop import Event, Loop, TrainingState
 
@@ -388,3 +389,12 @@ def test_a_name_that_is_not_utf_8_is_refused_before_anything(tiny_folder: Path, 
     with pytest.raises(OutputError, match="not valid UTF-8"):
         train(config(tiny_folder, tmp_path, output_dir=os.fsdecode(os.fsencode(tmp_path) + b"/\xff")))
     assert os.listdir(tmp_path) == ["train.csv"]
+
+
+def test_a_report_of_somebody_else_is_not_replaced_by_the_report_command(place: Path) -> None:
+    (place / "output" / "report.html").write_text("<html>mine</html>")
+    with pytest.raises(OutputError, match=r"report\.html was not written by Handspun"):
+        write_report(place / "output")
+    assert (place / "output" / "report.html").read_text() == "<html>mine</html>"
+    (place / "output" / "report.html").unlink()
+    assert b"Handspun" in write_report(place / "output").read_bytes()

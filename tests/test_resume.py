@@ -243,7 +243,7 @@ def test_resume_and_its_opposites(tiny_folder: Path, data: Path, crash_after: Ca
         config(tiny_folder, data, "output", resume=True, overwrite=True)
 
 
-@pytest.mark.parametrize("left", ["train.log", "run.json", "empty run.json", "run.json and answers"])
+@pytest.mark.parametrize("left", ["train.log", "run.json", "empty run.json"])
 def test_resume_of_a_run_that_had_not_saved_begins_again(
     tiny_folder: Path, data: Path, crash_after: Callable[[int], None], left: str
 ) -> None:
@@ -265,27 +265,26 @@ def test_resume_of_a_run_that_had_not_saved_begins_again(
 
 
 def test_after_a_resume_a_worse_evaluation_does_not_replace_the_best(
-    tiny_folder: Path, data: Path, crash_after: Callable[[int], None]
+    tiny_folder: Path, data: Path, crash_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rate so high that the first evaluations are the best: those after the resume are all worse."""
-    options = {
-        "learning_rate": 0.02,
-        "lr_schedule": "constant",
-        "warmup_ratio": 0.0,
-        "eval_steps": 1,
-        "save_steps": 1,
-    }
-    train(config(tiny_folder, data, "whole", **options))
-    evaluated = [event for event in events(data.with_name("whole")) if event["event"] == "evaluation"]
-    best = min(evaluated, key=lambda event: event["loss"])["step"]
-    assert 0 < best < 14
-    made = config(tiny_folder, data, "again", **options)
-    crash_after(best + 1)
-    crash(made)
-    crash_after(best + 2)
-    crash(made)  # the next evaluation is worse, and was the first one after a resume
-    manifest = json.loads((data.with_name("again") / "checkpoint-best" / "manifest.json").read_text())
-    assert manifest["step"] == best
+    """Held-out losses fall until step 3 and are higher from there on; the run is ended after step 4."""
+    from handspun.training import loop as loop_module
+
+    made = config(tiny_folder, data, "output", eval_steps=1, save_steps=1)
+    best = data.with_name("output") / "checkpoint-best" / "manifest.json"
+
+    def train_from(step: int, *, to: int) -> None:
+        losses = iter([5.0, 4.0, 3.5, 3.0, 3.2, 3.1, 3.4, 3.3][step:])
+        monkeypatch.setattr(loop_module, "evaluate", lambda *_, **__: (next(losses), 10))
+        crash_after(to)
+        crash(made)
+
+    train_from(0, to=4)
+    assert json.loads(best.read_text())["step"] == 3
+    train_from(5, to=5)
+    assert json.loads(best.read_text())["step"] == 3
+    record = json.loads((data.with_name("output") / "run.json").read_text())
+    assert [evaluation["best"] for evaluation in record["evaluations"]] == [True] * 4 + [False] * 2
 
 
 def test_after_a_resume_the_skipped_steps_and_the_last_losses_are_those_of_the_whole_run(
@@ -329,8 +328,9 @@ def test_after_a_resume_the_skipped_steps_and_the_last_losses_are_those_of_the_w
 
 
 def other_template(model: Path) -> None:
+    """One that renders the same today."""
     file = model / "chat_template.jinja"
-    file.write_text(file.read_text().replace("assistant\n", "assistant:\n"))
+    file.write_text("{# of another day #}" + file.read_text())
 
 
 def other_tokens(model: Path) -> None:
@@ -353,8 +353,7 @@ def other_config(model: Path) -> None:
 
 
 def other_generation_config(model: Path) -> None:
-    config = json.loads((model / "generation_config.json").read_text())
-    (model / "generation_config.json").write_text(json.dumps({**config, "temperature": 0.5}))
+    (model / "generation_config.json").write_text(json.dumps({"temperature": 0.5}))
 
 
 @pytest.mark.parametrize(

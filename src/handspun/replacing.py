@@ -20,7 +20,7 @@ from handspun.data.naming import listed
 from handspun.data.row_files import SUFFIXES
 from handspun.errors import OutputError
 from handspun.files import is_partial, output_errors, read_json_object, sync
-from handspun.report.html.folder import KEPT, REPORT
+from handspun.report.html.folder import KEPT, REPORT, is_report
 from handspun.report.record import RUN_FILE
 from handspun.report.trackers import TRACKERS
 from handspun.resume import checkpoints_in, finished_run, resumable
@@ -34,7 +34,6 @@ _RECORDS = (RUN_FILE, LOG, METRICS, REPORT, KEPT)
 _REPLACING, _REPLACED, _DELETED, _PENDING = "replacing", "replaced-", "deleted", "pending"
 _NONFINITE = re.compile(r"nonfinite-step-[0-9]+\.jsonl")
 _LOG_LINE = re.compile(r"[0-9]{2}:[0-9]{2}:[0-9]{2} ")
-_GENERATOR = b'<meta name="generator" content="Handspun '
 _ENOUGH = 4096
 """Bytes of a file from which it is known what it is."""
 
@@ -222,7 +221,7 @@ def _is_proven(path: Path) -> bool:
 
 def _looks_like_ours(path: Path, start: bytes) -> bool:
     if path.name == REPORT:
-        return _GENERATOR in start
+        return is_report(path)
     text = start.decode("utf-8", "replace")
     lines = text.splitlines()[: None if len(start) < _ENOUGH else -1]
     if path.name == LOG:

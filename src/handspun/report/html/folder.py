@@ -29,6 +29,14 @@ class RunFiles:
         return self.folder.name or str(self.folder.absolute().name)
 
 
+def is_report(file: Path) -> bool:
+    """Return whether the page says that Handspun made it."""
+    if file.is_symlink() or not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return b'<meta name="generator" content="Handspun ' in opened.read(4096)
+
+
 def read_run(folder: Path) -> RunFiles:
     """The files of a run's folder. Raises OutputError if it is none."""
     facts = _read(folder / "run.json")

@@ -1,5 +1,6 @@
 """From a run's files to report.html, and from several runs' to one page that lays them side by side."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,23 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from handspun import __version__
 from handspun.display import visible
+from handspun.errors import OutputError
 from handspun.files import output_errors, write_text
 from handspun.report.html import pictures, sides, words
 from handspun.report.html.answers import MAX_NEW_TOKENS
-from handspun.report.html.folder import REPORT, RunFiles, read_run
+from handspun.report.html.folder import REPORT, RunFiles, is_report, read_run
 from handspun.report.html.pictures import SET_NAMES
 
 
 def write_report(folder: Path) -> Path:
-    """Writes the report of a run's folder into it. Raises OutputError if it is none, or cannot be written."""
-    return write_page(report_page(read_run(folder)), folder / REPORT)
+    """Write the report of a run's folder into it.
+
+    Raises OutputError if it is none, cannot be written, or holds somebody else's page of that name.
+    """
+    page = report_page(read_run(folder))
+    if os.path.lexists(folder / REPORT) and not is_report(folder / REPORT):
+        raise OutputError(f"{folder / REPORT} was not written by Handspun, so it is not replaced. Move it away.")
+    return write_page(page, folder / REPORT)
 
 
 def write_page(page: str, file: Path) -> Path:
