@@ -115,10 +115,14 @@ def move_aside(folder: Path, items: Iterable[Path]) -> None:
     replacing = folder / WORK / _REPLACING
     with output_errors(folder):
         replacing.mkdir()
-        for path in items:
-            path.rename(replacing / path.name)
-        sync(replacing)
-        sync(folder)
+        try:
+            for path in items:
+                path.rename(replacing / path.name)
+            sync(replacing)
+            sync(folder)
+        except BaseException:  # a mount point, or a folder of a container's image: neither can be renamed
+            _move_back(folder)
+            raise
 
 
 def commit(folder: Path) -> Path:
