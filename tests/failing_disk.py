@@ -25,7 +25,7 @@ from handspun.models.load import ChatModel
 from handspun.output import TrainedRun
 from handspun.report.log import RunLog, plain_console
 from handspun.resume import last_checkpoint
-from handspun.training.checkpoint import is_checkpoint
+from handspun.training.checkpoint import is_checkpoint, is_checkpoint_name
 from handspun.training.loop import EpochEnd, Evaluation, TrainingState, start
 from handspun.training.plan import make_plan
 from handspun.training.processes import Processes
@@ -94,7 +94,7 @@ def one(disk: ctypes.CDLL, work: Path, nth: int, code: int) -> None:
     finally:
         disk.disk_is_mended()
     assert saved or code, "a short write is no failure: the rest is to be written"
-    recover_all(output)
+    recover_all(output, is_ours=is_checkpoint_name)
     folders = {path.name: path for path in output.glob("checkpoint-*")}
     assert all(map(is_checkpoint, folders.values())), folders
     assert folders.keys() >= {"checkpoint-best", "checkpoint-epoch-1"}

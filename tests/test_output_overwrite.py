@@ -190,6 +190,26 @@ def test_a_tracker_that_cannot_begin_brings_the_earlier_run_back(
     assert snapshot(place / "output") == before
 
 
+def test_a_file_that_cannot_be_moved_aside_brings_the_others_back(
+    tiny_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a mount point, or a folder of a container's image, cannot be renamed."""
+    before = snapshot(place / "output")
+    rename, moved = os.rename, []
+
+    def refuses(source: Path, target: Path, **_: object) -> None:
+        if Path(source).name == "checkpoint-epoch-2":
+            raise OSError(18, "Invalid cross-device link")
+        moved.append(Path(source).name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuses)
+    with pytest.raises(OutputError, match="Invalid cross-device link"):
+        train(config(tiny_folder, place, overwrite=True))
+    assert snapshot(place / "output") == before
+    assert moved.count("run.json") == 2  # it had been moved, and came back
+
+
 def test_the_earlier_run_goes_when_the_new_one_has_saved(
     tiny_folder: Path, place: Path, crash_after: Callable[[int], None]
 ) -> None:
@@ -247,6 +267,7 @@ STRANGERS = [
     ".run.json.partial",
     ".report.html.partial",
     ".something.handspun/a.txt",
+    ".checkpoint-epoch-1.handspun-old/a.txt",
     "nonfinite-step-by-step.jsonl",
     "sub/.something.partial",
     "sub/.something.old/a.txt",

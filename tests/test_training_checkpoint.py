@@ -18,6 +18,7 @@ from handspun.models.end_of_turn import make_end_of_turn_eos
 from handspun.models.load import ChatModel
 from handspun.training.checkpoint import (
     is_checkpoint,
+    is_checkpoint_name,
     link_checkpoint,
     read_manifest,
     save_checkpoint,
@@ -204,11 +205,11 @@ def test_what_a_killed_replacement_left_is_put_right(tiny_chat: ChatModel, tmp_p
         with pytest.raises(
             OutputError, match=r"another checkpoint-best has been made since\. Move one of them away"
         ):
-            recover_all(tmp_path)
+            recover_all(tmp_path, is_ours=is_checkpoint_name)
         assert (work / "old" / "which").read_text() == "old"
         assert is_checkpoint(folder)
         return
-    recover_all(tmp_path)
+    recover_all(tmp_path, is_ours=is_checkpoint_name)
     assert (folder / "which").exists() == (moment == "before the new has the name")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-best"]
 
@@ -219,7 +220,7 @@ def test_a_work_folder_of_somebody_else_is_refused_and_stays(tiny_chat: ChatMode
     (work / "old").write_text("mine")
     with pytest.raises(OutputError, match="was not made by Handspun"):
         save_tiny(tiny_chat, tmp_path / "checkpoint-best")
-    recover_all(tmp_path)
+    recover_all(tmp_path, is_ours=is_checkpoint_name)
     assert (work / "old").read_text() == "mine"
 
 

@@ -24,7 +24,13 @@ from handspun.report.html.folder import KEPT, REPORT, is_report
 from handspun.report.record import RUN_FILE
 from handspun.report.trackers import TRACKERS
 from handspun.resume import checkpoints_in, finished_run, resumable
-from handspun.training.checkpoint import TRAINING_STATE, edited_files, read_manifest, unknown_files
+from handspun.training.checkpoint import (
+    TRAINING_STATE,
+    edited_files,
+    is_checkpoint_name,
+    read_manifest,
+    unknown_files,
+)
 from handspun.training.staging import is_work_folder, recover_all, remove_work_folder
 
 WORK = ".handspun"
@@ -54,7 +60,7 @@ def tidy(folder: Path, notice: Callable[[str], None]) -> None:
             )
         if any(_replaced(folder)) and _is_whole(folder):
             drop_replaced(folder)
-        recover_all(folder)
+        recover_all(folder, is_ours=is_checkpoint_name)
         for path in folder.glob(".*.partial"):
             if is_partial(path):
                 path.unlink()
@@ -81,8 +87,7 @@ def earlier_run(folder: Path) -> list[Path]:
 
 
 def refuse_strangers(folder: Path, *, names: Collection[str] | None = None) -> None:
-    """Raise OutputError if something has a name that a run writes to, or one of these names, and no run "
-    "wrote it."""
+    """Raise OutputError if something has a name that a run writes to (or one of these), and no run wrote it."""
     found = [path for path in _names_of_a_run(folder) if names is None or path.name in names]
     if strangers := [path for path in found if not _is_proven(path)]:
         named = [f"{path.name}{_why_not(path)}" for path in strangers]
@@ -206,8 +211,7 @@ def _has_trackers(folder: Path) -> bool:
 
 
 def _is_proven(path: Path) -> bool:
-    """Return whether a run wrote it, by its content; of a file that a power cut has damaged, by what is "
-    "beside it."""
+    """Return whether a run wrote it, by its content; of a damaged file, by the run that it lies in."""
     if path.is_symlink():
         return False
     if path.is_dir():

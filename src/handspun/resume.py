@@ -209,8 +209,7 @@ def refuse_another_run(
 
 
 def refuse_other_options(finished: Mapping[str, Any], config: TrainConfig) -> None:
-    """Raise ConfigError if the finished run was not of these options, as far as they tell without data and "
-    "model."""
+    """Raise ConfigError if the finished run had other options, as far as they tell without data and model."""
     before = finished.get("config")
     now = {**asdict(config), "learning_rate": config.peak_learning_rate}
     if config.max_length is None:

@@ -51,8 +51,7 @@ def is_work_folder(work: Path) -> bool:
 
 
 def remove_work_folder(work: Path) -> None:
-    """Remove the folder with what is unfinished in it; its marker goes last. Anything of a stranger's in it "
-    "stays."""
+    """Remove the folder with what is unfinished in it, its marker last. What somebody else put in stays."""
     for name in (_NEW, _OLD, _DELETED):
         _remove(work / name)
     if set(os.listdir(work)) <= {_MARKER}:
@@ -78,9 +77,8 @@ def exclusive(work: Path, *, busy: Callable[[str], str]) -> Iterator[None]:
         yield
     finally:
         (work / _OWNER).unlink(missing_ok=True)
-        (work / _LOCK).unlink(
-            missing_ok=True
-        )  # while it is held: the next one must not find it, and be left alone
+        with suppress(OSError):  # Windows keeps what is open
+            (work / _LOCK).unlink()  # while it is held, or the next one could lock a file that is gone
         lock.release()
 
 
@@ -153,16 +151,17 @@ def recover(path: Path) -> None:
         elif (work / _OLD).exists() and (work / _NEW).exists():
             raise OutputError(
                 f"{path} was being replaced when the process was killed, and is in {work / _OLD}; another "
-                f"{path.name} "
-                "has been made since. Move one of them away."
+                f"{path.name} has been made since. Move one of them away."
             )
         remove_work_folder(work)
 
 
-def recover_all(folder: Path) -> None:
-    """Do so for every name in the folder."""
+def recover_all(folder: Path, *, is_ours: Callable[[str], bool]) -> None:
+    """Do so for every name in the folder that is ours."""
     for work in sorted(folder.glob(".*.handspun")):
-        recover(work.with_name(work.name.removeprefix(".").removesuffix(".handspun")))
+        name = work.name.removeprefix(".").removesuffix(".handspun")
+        if is_ours(name):
+            recover(work.with_name(name))
 
 
 def _take_the_name(path: Path, work: Path) -> None:
