@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,7 +60,9 @@ def keeper_of(output: Path) -> tuple[Keeper, TrainingState]:
     keeping.model_card = lambda *_, **__: "what it says is tried elsewhere"
     console = plain_console()
     console.file = io.StringIO()
-    return Keeper(run, config, Processes(), {}, RunLog(None, console)), start(chat.model, config)
+    facts: dict[str, Any] = {"started": "now", "config": {}, "environment": {"versions": {}}, "dtype": "float32"}
+    facts["data"] = {"train": {"sha256": "of the rows"}, "held_out": None}
+    return Keeper(run, config, Processes(), facts, RunLog(None, console)), start(chat.model, config)
 
 
 def save(keeper: Keeper, state: TrainingState, *, epoch: int) -> None:
