@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
+from handspun.cli import main
 from handspun.config import DataConfig
+from handspun.data import prepare
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.conversations import recognise_format, to_conversation
 from handspun.data.prepare import ExampleSet, prepare_examples
+from handspun.data.row_files import read_file
 from handspun.data.rows import read_rows
 from handspun.errors import DataError
 from handspun.report.account import account_lines
@@ -517,3 +520,50 @@ def test_carriage_returns_are_gone_after_following_the_documentation(write: Writ
     subprocess.run(shlex.split(command), check=True)
     assert read(name) == ([{"instruction": "a", "output": "1\n2"}], [])
     assert prepared(name).account.notes == []
+
+
+@pytest.mark.parametrize("command", ["preflight", "preview", "eval"])
+def test_a_file_is_read_once(
+    write: Write,
+    tiny_folder: Path,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A million rows take minutes to read, and were read twice."""
+    write("train.csv", "sep=;\ninstruction;output\na;b\na;b\nc;N/A\n")
+    read: list[str] = []
+
+    def read_and_count(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+        read.append(path.name)
+        return read_file(path, notes)
+
+    monkeypatch.setattr("handspun.data.rows.read_file", read_and_count)
+    assert main([command, "--data", "train.csv", "--model", str(tiny_folder), "--no-cache-examples"]) == 0
+    assert read == ["train.csv"]
+    printed = capsys.readouterr().out
+    assert "sep=;, is Excel's hint" in printed
+    assert command != "preflight" or "the same as an earlier one: 1 of 3" in printed
+
+
+def test_tokenizing_says_how_far_it_has_come(monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(prepare, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(prepare, "_LARGE", 10_000)
+    name = write("train.csv", "instruction,output\n" + "a,b\n" * 2500)
+    prepare_examples(DataConfig(data=name), TEMPLATE, max_length=100, notice=said.append)
+    assert said[:3] == [
+        "reading train.csv (0 MB)",
+        "1000 of 2500 rows tokenized",
+        "2000 of 2500 rows tokenized",
+    ]
+    assert len(said) == 4
+    assert said[3].startswith("2500 rows tokenised in ")
+
+
+def test_rows_are_let_go(write: Write) -> None:
+    made = prepared(write("train.csv", "instruction,output\na,b\nc,\n"))
+    assert len(made.rows) == 2
+    made.release_rows()
+    assert made.rows == []
+    assert [row.number for row in made.accounted] == [2]

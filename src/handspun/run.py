@@ -55,6 +55,7 @@ from handspun.output import (
     refuse_without_room,
 )
 from handspun.preflight.end_of_turn import end_of_turn
+from handspun.preflight.findings import Finding
 from handspun.preflight.look import look_at_rows
 from handspun.preflight.rates import Forecast, operations, predicted_seconds
 from handspun.preflight.role_markers import role_marker_lines
@@ -86,6 +87,9 @@ from handspun.training.signals import StopRequest, stop_requests
 from handspun.training.spikes import Spike
 from handspun.training.threads import use_threads
 from handspun.training.training_state import read_optimizer, read_weights
+
+_MANY_ROWS = 100_000
+"""To look at these takes a while in which nothing else is said."""
 
 
 def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
@@ -167,6 +171,9 @@ def _train(
     if processes.is_first:
         show_examples(log, training.examples, template.tokenizer)
     _log_data(log, training, held_out, max_length)
+    odd = _odd_rows(config, training, held_out, template, log, max_length) if processes.is_first else []
+    for some in (training, held_out) if held_out else (training,):
+        some.release_rows()  # before memory is measured
     ending = end_of_turn(template, eos_token_ids_of(load_generation_config(source), load_config(source)), training)
     new_token_ids = [] if ending.is_eos else [template.end_of_turn_id]
     shapes_of, room = partial(shapes, source, new_token_ids=new_token_ids), room_on(processes.device)
@@ -197,9 +204,7 @@ def _train(
             device=processes.device,
             threads=torch.get_num_threads() * processes.count,
         )
-        markers = template.plain_markers
-        found = look_at_rows(config, training, held_out, max_length=max_length, markers=markers)
-        found += doubts_about_memory(doubts)
+        found = [*odd, *doubts_about_memory(doubts)]
         for line in role_marker_lines(template):
             log.line(line)
         facts["preflight"] = show_preflight(log, config, found, ending, seconds)
@@ -417,6 +422,20 @@ def _with_lora(model: PreTrainedModel, config: TrainConfig, new_token_ids: Seque
         dropout=config.lora_dropout,
         new_token_ids=new_token_ids,
     )
+
+
+def _odd_rows(
+    config: TrainConfig,
+    training: ExampleSet,
+    held_out: ExampleSet | None,
+    template: ChatTemplate,
+    log: RunLog,
+    max_length: int,
+) -> list[Finding]:
+    rows = training.account.rows + (held_out.account.rows if held_out else 0)
+    if rows >= _MANY_ROWS:
+        log.line(f"looking for duplicates and placeholders in {rows} rows")
+    return look_at_rows(config, training, held_out, max_length=max_length, markers=template.plain_markers)
 
 
 def _log_data(log: RunLog, training: ExampleSet, held_out: ExampleSet | None, max_length: int) -> None:

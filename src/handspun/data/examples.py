@@ -3,7 +3,7 @@
 import gc
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -106,27 +106,32 @@ def build_examples(
     system_prompt: str | None = None,
     role_map: Mapping[str, str] | None = None,
     strict: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[ExampleArrays, RowAccount]:
     """Rows to examples of at most `max_length` tokens, and the account of every row.
 
-    A row that cannot teach anything is dropped and accounted for with its reason. Raises DataError if no row
-    is left, and under `strict` if one was dropped or truncated.
+    A row that cannot teach anything is dropped and accounted for with its reason. `progress` is told from time to
+    time how many rows are done. Raises DataError if no row is left, and under `strict` if one was dropped or
+    truncated.
     """
     columns = list(dict.fromkeys((row.file, tuple(row.values)) for row in rows))
     account = RowAccount(rows=len(rows), formats=_formats(columns, data_format))
     account.unused_columns = _unused_columns(columns, account.formats)
-    parts = (
-        [
-            (row, layouts)
-            for row in rows[start : start + _ROWS_AT_ONCE]
-            if (layouts := _lay_out(row, template, account, system_prompt, role_map, max_length))
-        ]
-        for start in range(0, len(rows), _ROWS_AT_ONCE)
-    )
+
+    def laid_out() -> Iterator[_LaidOut]:
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            yield [
+                (row, layouts)
+                for row in rows[start : start + _ROWS_AT_ONCE]
+                if (layouts := _lay_out(row, template, account, system_prompt, role_map, max_length))
+            ]
+            if progress is not None:
+                progress(min(start + _ROWS_AT_ONCE, len(rows)))
+
     with _left_alone_by_the_garbage_collector():
         examples = end_to_end(
             [example for row, encoded in part for example in _counted(row, encoded, account, max_length, template)]
-            for part in _tokenised_ahead(parts, template)
+            for part in _tokenised_ahead(laid_out(), template)
         )
     account.dropped.sort(key=lambda note: (list(account.formats).index(note.file), note.row))
     refuse_if_lost(account, strict=strict)

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +14,16 @@ from handspun.data.cache import ExampleCache, key_of
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.example_arrays import ExampleArrays
 from handspun.data.examples import RowAccount, build_examples, hold_out, refuse_if_lost
+from handspun.data.naming import shown
 from handspun.data.rows import FileNotes, Row, read_rows
 from handspun.errors import ConfigError
 
 DEFAULT_MAX_LENGTH = 2048
 
+_LARGE = 50_000_000
+"""Bytes of a file, of which it is said that it is read."""
+_SECONDS_BETWEEN_LINES = 10.0
+"""Of progress."""
 _MOST_ACCOUNTED = 200
 """Rows of each kind, dropped, truncated or noted, that are held after the others have been let go."""
 
@@ -30,6 +37,12 @@ class ExampleSet:
     account: RowAccount
     fingerprint: str
     accounted: list[Row] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list, repr=False)
+    """All rows, for what looks at them before the run; `release_rows` lets their memory go."""
+
+    def release_rows(self) -> None:
+        """Forget all rows but those that the account names."""
+        self.rows.clear()
 
 
 def prepare_examples(
@@ -50,6 +63,9 @@ def prepare_examples(
     """
     notes: FileNotes = {}
     held_out_notes: FileNotes = {}
+    if notice is not None:
+        for source in filter(None, (config.data, eval_data)):
+            _say_if_large(source, notice)
     rows, held_out = read_split(
         config.data,
         eval_data=eval_data,
@@ -59,21 +75,55 @@ def prepare_examples(
         held_out_notes=held_out_notes,
     )
 
-    def example_set(some: Sequence[Row], file_notes: FileNotes) -> ExampleSet:
-        options = {
-            "max_length": max_length,
-            "data_format": config.data_format,
-            "system_prompt": config.system_prompt,
-            "role_map": config.roles,
-        }
-        used = cache if config.cache_examples else None
-        examples, account, how = _examples(some, template, options, config.strict, used)
-        account.file_notes = file_notes
-        if notice is not None:
-            notice(how)
-        return ExampleSet(examples, account, fingerprint(some), _accounted(some, account))
+    def set_of(some: Sequence[Row], file_notes: FileNotes) -> ExampleSet:
+        return example_set(
+            some, config, template, max_length=max_length, file_notes=file_notes, cache=cache, notice=notice
+        )
 
-    return example_set(rows, notes), example_set(held_out, held_out_notes) if held_out else None
+    return set_of(rows, notes), set_of(held_out, held_out_notes) if held_out else None
+
+
+def example_set(
+    rows: Sequence[Row],
+    config: DataConfig,
+    template: ChatTemplate,
+    *,
+    max_length: int,
+    file_notes: FileNotes,
+    cache: ExampleCache | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> ExampleSet:
+    """Return the examples of rows that were read, with their account. Raise DataError.
+
+    Args:
+        rows: as `read_rows` gives them.
+        config: how they are read and tokenized.
+        template: the model's.
+        max_length: most tokens of an example.
+        file_notes: what `read_rows` has noted, for the account.
+        cache: where examples are looked for, and kept.
+        notice: is told how far tokenizing has come, whether the examples were in the cache, and in what time.
+    """
+    options = {
+        "max_length": max_length,
+        "data_format": config.data_format,
+        "system_prompt": config.system_prompt,
+        "role_map": config.roles,
+    }
+    used = cache if config.cache_examples else None
+    examples, account, how = _examples(rows, template, options, config.strict, used, notice)
+    account.file_notes = file_notes
+    if notice is not None:
+        notice(how)
+    return ExampleSet(examples, account, fingerprint(rows), _accounted(rows, account), list(rows))
+
+
+def _say_if_large(source: str, notice: Callable[[str], None]) -> None:
+    """Reading so much takes a while in which nothing else is said."""
+    with suppress(OSError, ValueError):  # read_rows says it
+        size = os.stat(os.path.expanduser(source)).st_size
+        if size > _LARGE:
+            notice(f"reading {shown(source)} ({size / 1e6:.0f} MB)")
 
 
 def read_split(
@@ -101,6 +151,7 @@ def _examples(
     options: dict[str, Any],
     strict: bool,
     cache: ExampleCache | None,
+    notice: Callable[[str], None] | None,
 ) -> tuple[ExampleArrays, RowAccount, str]:
     """Those of the cache, or made and kept there; and how they were come by, for the log."""
     started = time.perf_counter()
@@ -110,13 +161,29 @@ def _examples(
         refuse_if_lost(found[1], strict=strict)
         how = f"{len(rows)} rows, tokenised before: from the cache in {time.perf_counter() - started:.1f} s"
         return *found, how
-    examples, account = build_examples(rows, template, strict=strict, **options)
+    progress = _Progress(notice, len(rows)) if notice is not None else None
+    examples, account = build_examples(rows, template, strict=strict, progress=progress, **options)
     seconds = time.perf_counter() - started
     if cache and key:
         kept = _keep(cache, key, examples, account)
     else:
         kept = "the template writes the time, so they are not cached" if cache else "not cached"
     return examples, account, f"{len(rows)} rows tokenised in {seconds:.1f} s; {kept}"
+
+
+@dataclass
+class _Progress:
+    """Says how far tokenizing has come, every now and then."""
+
+    notice: Callable[[str], None]
+    rows: int
+    last: float = field(default_factory=time.perf_counter)
+
+    def __call__(self, done: int) -> None:
+        now = time.perf_counter()
+        if done < self.rows and now - self.last > _SECONDS_BETWEEN_LINES:
+            self.last = now
+            self.notice(f"{done} of {self.rows} rows tokenized")
 
 
 def _accounted(rows: Sequence[Row], account: RowAccount) -> list[Row]:

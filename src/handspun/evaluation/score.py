@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from handspun.config import DataConfig
 from handspun.data.cache import ExampleCache
 from handspun.data.examples import RowAccount
-from handspun.data.prepare import fingerprint, prepare_examples, resolve_max_length
+from handspun.data.prepare import example_set, fingerprint, resolve_max_length
 from handspun.data.rows import Row, read_rows
 from handspun.decoding.results import GenerationResult
 from handspun.errors import ConfigError
@@ -102,7 +102,15 @@ def score(
     losses: dict[RowKey, tuple[float, int]] = {}
     if not all(map(only_asks, rows)):
         cache = ExampleCache(cache_folder() / "examples")
-        made, _ = prepare_examples(config, chat.template, max_length=max_length, cache=cache, notice=notice)
+        made = example_set(
+            rows,
+            config,
+            chat.template,
+            max_length=max_length,
+            file_notes=file_notes,
+            cache=cache,
+            notice=notice,
+        )
         account = made.account
         check_examples(made.examples, embedding_rows(chat.model), chat.tokenizer, chat.name)
         losses = row_losses(chat, made.examples, batch_size=batch_size, notice=notice)

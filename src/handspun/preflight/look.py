@@ -6,7 +6,7 @@ from dataclasses import replace
 from handspun.config import TrainConfig
 from handspun.data.examples import RowAccount, RowNote
 from handspun.data.mojibake import CARRIAGE_RETURNS, EXCEL_ESCAPES
-from handspun.data.prepare import ExampleSet, read_split
+from handspun.data.prepare import ExampleSet
 from handspun.preflight.answers import findings_in_answers
 from handspun.preflight.duplicates import alike
 from handspun.preflight.findings import Finding, finding
@@ -22,15 +22,12 @@ def look_at_rows(
     max_length: int,
     markers: Sequence[str] = (),
 ) -> list[Finding]:
-    """What is odd in the rows of a run. They are read again: until now, only their tokens were kept.
+    """What is odd in the rows of a run, which the sets still hold.
 
     markers: role markers of the chat template that are ordinary text.
     """
-    rows, held_out_rows = read_split(
-        config.data, eval_data=config.eval_data, eval_ratio=config.eval_ratio, seed=config.seed
-    )
-    said = list(said_in(rows, training.account, config))
-    held = list(said_in(held_out_rows, held_out.account, config)) if held_out else []
+    said = list(said_in(training.rows, training.account, config))
+    held = list(said_in(held_out.rows, held_out.account, config)) if held_out else []
     found = [*_lost(training.account, max_length), *findings_in_answers(said)]
     found += findings_in_prompts([*said, *held], markers)
     if held_out:
