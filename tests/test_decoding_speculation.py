@@ -132,6 +132,7 @@ def test_answers_are_those_without_speculation(
     assert 0 < accepted < drafted
 
 
+@pytest.mark.cpu
 def test_explanations_are_those_without_speculation() -> None:
     options = {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "max_new_tokens": 30, "seed": 2}
     said: dict[str, Any] = {"chat": False, "explain": True, "notice": str, **options}

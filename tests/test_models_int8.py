@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from handspun.models import int8, native
 from handspun.models.int8 import (
     Int8Linear,
     int8_linear,
     quantize_base,
     quantize_rows,
     rows_unrounded,
+    speed_notices,
 )
 from handspun.models.lora import add_lora
 from tiny import tiny_model
@@ -108,3 +110,15 @@ def test_only_the_layers_under_adapters_are_rounded() -> None:
     rounded = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
     assert len(rounded) == 2 * 7
     assert not [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.shape == (64, 32)]
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_a_base_that_saves_no_time_says_so(is_fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "has_fast_int_mm", lambda: is_fast)
+    monkeypatch.setattr(native, "slower_without", lambda device: "no kernels" if device.type == "cpu" else None)
+    found = speed_notices(torch.device("cpu"))
+    assert [notice[:30] for notice in found] == [
+        "no kernels",
+        *([] if is_fast else ["without AVX-512 VNNI, int8 lay"]),
+    ]
+    assert speed_notices(torch.device("cuda")) == []

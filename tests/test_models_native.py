@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from handspun.models import native
+from handspun.models import native, products
 from handspun.models.int8 import Int8Linear, int8_linear
 from handspun.models.int8_matmul import exact_sums
 from handspun.models.products import Int8Matrix, Int8Product
@@ -97,6 +97,22 @@ def test_rows_of_the_matrix_as_an_embedding() -> None:
     weight = weights_of(132, 36)
     rows = torch.tensor([0, 131, 63, 64, 63])
     assert torch.equal(Int8Matrix(weight, keeps_rows=True).rows(rows), weight[rows])
+
+
+def test_a_pytorch_without_onednns_products_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are internal to PyTorch, and may go: the plain product takes their place."""
+
+    def is_gone(_: Tensor) -> None:
+        raise AttributeError("'_OpNamespace' 'onednn' object has no attribute 'qlinear_prepack'")
+
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(200, 68), torch.randn(200), torch.randn(9, 68)
+    monkeypatch.setattr(native, "can_multiply", lambda: False)
+    usual = Int8Product(weight, bias)(x)
+    monkeypatch.setattr(products, "packed_int8", is_gone)
+    product = Int8Product(weight, bias, is_embedding=True)
+    assert torch.equal(product(x), usual)
+    assert product._matrix._packed is None
 
 
 @needs_kernels

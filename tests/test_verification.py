@@ -339,6 +339,7 @@ def test_the_embedded_model_passes(smollm2: ChatModel) -> None:
     assert {("batches", "int8, logits"), ("batches", "int8, greedy"), ("batches", "int8, sampled")} <= passed
 
 
+@pytest.mark.cpu
 def test_int8_sums_are_compared_one_by_one() -> None:
     findings = list(check_int8(torch.device("cpu")))
     assert [finding.case for finding in findings] == ["decoding", "training, forward", "training, backward"]

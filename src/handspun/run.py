@@ -20,13 +20,12 @@ from handspun.data.rows import refuse_missing_data
 from handspun.data.template_source import choose_template, with_defaults
 from handspun.errors import StoppedError
 from handspun.keeping import Keeper
-from handspun.models import native
 from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.models.embedded import cache_folder
 from handspun.models.embedding_rows import check_examples, embedding_rows, embedding_rows_of
 from handspun.models.end_of_turn import end_of_turn_is_new, eos_token_ids_of, make_end_of_turn_eos
 from handspun.models.fingerprints import model_fingerprints
-from handspun.models.int8 import quantize_base, refuse_inexact_products
+from handspun.models.int8 import quantize_base, refuse_inexact_products, speed_notices
 from handspun.models.load import (
     ChatModel,
     ModelSource,
@@ -362,6 +361,9 @@ def _product_dtype(
     each = "a share of the model" if processes.sharded else "the whole model"
     several = f"{processes.count} processes with {each} each, of " if processes.count > 1 else ""
     log.line(f"{several}{where}, products in {name} ({reason})")
+    if config.base_weights == "int8":
+        for notice in speed_notices(device):
+            log.line(notice)
     return dtype
 
 
@@ -408,8 +410,6 @@ def _model_to_train(config: TrainConfig, processes: Processes, log: RunLog) -> C
         quantize_base(chat.model)
         give_back_freed_memory()
         log.line("the frozen layers under the adapters are int8; embedding and head stay float32")
-        if slower := native.slower_without(chat.device):
-            log.line(slower)
     return chat
 
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from handspun.errors import ModelError
 from handspun.models import native
 from handspun.models.hadamard import block_of, hadamard
-from handspun.models.int8_matmul import int_mm, is_exact
+from handspun.models.int8_matmul import has_fast_int_mm, int_mm, is_exact
 from handspun.models.tiles import Tiles, can_tile
 
 _SMALLEST_SCALE = 1e-12  # rows of zeros
@@ -61,6 +61,17 @@ def refuse_inexact_products(device: torch.device) -> None:
     Tries the products of `Int8Linear` themselves, with the largest values.
     """
     check_exact(training_matmuls(), device, remedy="--base-weights float32")
+
+
+def speed_notices(device: torch.device) -> list[str]:
+    """Return what users of int8 layers in training should know about their speed on the device."""
+    notices = [native.slower_without(device)]
+    if device.type == "cpu" and not has_fast_int_mm():
+        notices.append(
+            "without AVX-512 VNNI, int8 layers are computed in float32: they take a quarter of the memory, and no "
+            "less time than --base-weights float32"
+        )
+    return [notice for notice in notices if notice is not None]
 
 
 def check_exact(

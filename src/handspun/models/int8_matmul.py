@@ -167,13 +167,13 @@ def int_mm(rows: Tensor, matrix: Tensor) -> Tensor:
     count = len(rows)
     if rows.is_cuda and count < 17:
         rows = nn.functional.pad(rows, (0, 0, 0, 17 - count))
-    if rows.device.type == "cpu" and (len(matrix) == 1 or not _multiplies_int8()):  # of one column, oneDNN gives 0
+    if rows.device.type == "cpu" and (len(matrix) == 1 or not has_fast_int_mm()):  # of one column, oneDNN gives 0
         return _int_mm_in_float(rows, matrix)
     return torch._int_mm(rows, matrix)[:count]
 
 
 @cache
-def _multiplies_int8() -> bool:
+def has_fast_int_mm() -> bool:
     """Return whether PyTorch's `_int_mm` is oneDNN's here, not a plain loop, and exact."""
     if "avx512_vnni" not in cpu_flags() or not hasattr(torch, "_int_mm"):
         return False
