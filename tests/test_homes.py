@@ -1,16 +1,19 @@
 """Users without a home, homes and cache folders that cannot be used: a run goes on without its caches."""
 
 import pwd
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
+from huggingface_hub import close_session, constants
 
 import handspun
 from handspun.config import DataConfig
 from handspun.data.cache import ExampleCache
 from handspun.data.chat_template import ChatTemplate
+from handspun.data.hub_access import stay_offline_if_unreachable
 from handspun.data.prepare import prepare_examples
 from handspun.errors import HandspunError, OutputError
 from handspun.models.embedded import NO_CACHE, cache_folder, embedded_folder
@@ -109,3 +112,20 @@ def test_a_cache_folder_that_cannot_be_written_is_done_without(
     )  # fmt: skip
     assert len(made.examples) == 1
     assert "XDG_CACHE_HOME names another folder" in said[0]
+
+
+@pytest.mark.parametrize("repo_type", ["model", "dataset"])
+def test_a_hub_behind_a_dead_proxy_is_asked_once(monkeypatch: pytest.MonkeyPatch, repo_type: Any) -> None:
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # the port "discard", where nothing listens
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    close_session()
+    said: list[str] = []
+    began = time.monotonic()
+    for _ in range(2):
+        stay_offline_if_unreachable("nobody/nothing", said.append, repo_type=repo_type)
+    close_session()
+    assert time.monotonic() - began < 20
+    assert len(said) == 1
+    assert said[0].startswith("the hub does not answer (")
+    assert constants.HF_HUB_OFFLINE

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from handspun.data.arrow_values import without_nulls
+from handspun.data.hub_access import stay_offline_if_unreachable
 from handspun.data.naming import file_name, listed, shown
 from handspun.data.row_files import SUFFIXES, read_file, with_known_names
+from handspun.display import say
 from handspun.errors import DataError
 
 FileNotes = dict[str, list[str]]
@@ -194,6 +196,7 @@ def _hub_rows(source: str, hub: re.Match[str], notes: FileNotes) -> list[Row]:
     import datasets
 
     name, config, split = hub["name"], hub["config"], hub["split"] or "train"
+    stay_offline_if_unreachable(name, say, repo_type="dataset")
     try:
         dataset = datasets.load_dataset(name, config, split=split)
         found = [_values(values) for values in dataset]

@@ -27,6 +27,7 @@ from transformers import (
 
 from handspun.config import TemplateArgs, Weights, read_template_args
 from handspun.data.chat_template import ChatTemplate
+from handspun.data.hub_access import stay_offline_if_unreachable
 from handspun.data.template_source import choose_template
 from handspun.display import say
 from handspun.errors import ConfigError, ModelError
@@ -170,6 +171,7 @@ def model_source(name: str, notice: Callable[[str], None]) -> ModelSource:
             f"there is no model {name}: no such folder or file, and no hub id (they look like "
             f"Qwen/Qwen2.5-0.5B). {EMBEDDED_NAME} is embedded and needs no network.{hint}"
         )
+    stay_offline_if_unreachable(name, notice)
     notice(f"{name}: from the hub, or its cache")
     return ModelSource(name, name)
 
@@ -403,8 +405,8 @@ def _from_pretrained(auto: Any, name: str, location: str, **arguments: Any) -> A
             raise ModelError(f"{name} cannot be read as a model: {reason}") from error
         what = name if name == location else f"{location}, the base that {name}'s adapter_config.json names,"
         raise ModelError(
-            f"{what} cannot be had from the hub: {reason}\nCheck its spelling and the network, name a folder that "
-            f"holds it, or use the embedded model: --model {EMBEDDED_NAME}"
+            f"{what} cannot be had from the hub: {reason}\nCheck its spelling and the network. Without a network, "
+            f"name a folder that holds it, or use the embedded model: --model {EMBEDDED_NAME}"
         ) from error
 
 
