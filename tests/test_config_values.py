@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from handspun.config import DataConfig, ExportConfig, GenerationOptions, TrainCo
 from handspun.config.foreign_names import FOREIGN_NAMES
 from handspun.config.names import foreign_note, unknown_option
 from handspun.config.ranges import option_name, type_hints
-from handspun.config.typed import as_type, load_json, read_texts
+from handspun.config.typed import load_json, read_texts
 from handspun.errors import ConfigError
 
 CONFIGS = {DataConfig: {}, TrainConfig: {}, GenerationOptions: {}, ExportConfig: {"model": "m", "push": "a/b"}}
@@ -74,7 +74,8 @@ def test_flags_are_true_or_false(config: type, name: str) -> None:
 
 @pytest.mark.parametrize(("config", "name"), fields_of_type(str), ids=str)
 def test_texts_are_texts_that_a_file_can_hold(config: type, name: str) -> None:
-    for value in (b"text", 5, True, ["text"], "a\ud800b", "\udcff", {"a": 1}):
+    values = [b"text", 5, True, ["text"], "a\ud800b", {"a": 1}]
+    for value in values if name in ("data", "eval_data") else [*values, "\udcff"]:  # a file may be called so
         found = problems(config, **{name: value})
         assert found[0].startswith(f"{option_name(name)} is "), found
         assert "expected text" in found[0]
@@ -110,7 +111,7 @@ def test_paths_are_taken_where_a_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model", "data", "eval_data", "output_dir"])
-@pytest.mark.parametrize("path", ["", "a\0b", "a/" + "é" * 128, "\udcff", b"a"])
+@pytest.mark.parametrize("path", ["", "a\0b", "a/" + "é" * 128, "a\ud800", b"a"])
 def test_paths_that_no_file_system_has_are_refused(name: str, path: object) -> None:
     (problem,) = problems(TrainConfig, **{name: path})
     assert problem.startswith(f"{option_name(name)} is ")
@@ -182,9 +183,8 @@ def test_any_value_is_an_option_or_one_config_error(data: st.DataObject) -> None
         made = config(**{**CONFIGS[config], **options})
     except ConfigError:
         return
-    typed = {name: as_type(getattr(made, name), hint) for name, hint in type_hints(config).items()}
-    assert typed == {name: getattr(made, name) for name in typed}
-    json.dumps(typed).encode()  # what is recorded of a run
+    assert replace(made) == made
+    json.dumps(asdict(made)).encode()  # what is recorded of a run
 
 
 # Texts: the command line and YAML.

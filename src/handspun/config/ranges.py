@@ -114,7 +114,7 @@ def _short_number(number: float) -> str:
 
 def _path(name: str, value: Any, hint: Any) -> Any:
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not (isinstance(path, str) and name in _FILES_OF_ANY_NAME):
+    if not (isinstance(path, str) and name in _FILES_OF_ANY_NAME and _is_encodable(path)):
         path = as_type(path, hint)
     if isinstance(path, str):
         if not path:
@@ -125,6 +125,15 @@ def _path(name: str, value: Any, hint: Any) -> Any:
         if not is_json and any(len(part.encode(errors="replace")) > _LONGEST_NAME for part in path.split("/")):
             raise ValueError(f"names of at most {_LONGEST_NAME} bytes")
     return path
+
+
+def _is_encodable(path: str) -> bool:
+    """Whether a file can have this name: of lone surrogates, those that stand for a byte."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def type_hints(config: type) -> dict[str, Any]:
