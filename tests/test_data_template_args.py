@@ -241,3 +241,8 @@ def test_several_templates_without_a_default_are_one_error_that_names_them() -> 
     tokenizer.chat_template = {"brief": OWN, "rag": OWN}
     with pytest.raises(handspun.HandspunError, match=r"--chat-template.*brief, rag"):
         ChatTemplate(tokenizer)
+
+
+def test_a_variable_given_as_an_option_names_template_args() -> None:
+    with pytest.raises(ConfigError, match=r"template_args=dict\(enable_thinking=False\)"):
+        handspun.generate(chat_of("thinking"), "Hi", enable_thinking=False, notice=str)

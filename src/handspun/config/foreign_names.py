@@ -187,4 +187,5 @@ FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
     ("template conversation_template chat_format chat_template_file chat_template_path", "{chat_template} takes a Jinja file or the name of one of the tokenizer's templates; without it, the tokenizer's own holds."),
     ("template conversation_template chat_format chat_template_file chat_template_path", "There is none: the chat template is that of the model's tokenizer."),
     ("chat_template_kwargs default_chat_template_kwargs enable_thinking thinking no_think think reasoning_effort reasoning", "{template_args} gives the template's variables their values, such as enable_thinking=false."),
+    ("chat_template_kwargs default_chat_template_kwargs enable_thinking thinking no_think think reasoning_effort reasoning", "The chat template's variables are given by name, as in template_args=dict(enable_thinking=False)."),
 )  # fmt: skip
