@@ -246,3 +246,15 @@ def test_several_templates_without_a_default_are_one_error_that_names_them() -> 
 def test_a_variable_given_as_an_option_names_template_args() -> None:
     with pytest.raises(ConfigError, match=r"template_args=dict\(enable_thinking=False\)"):
         handspun.generate(chat_of("thinking"), "Hi", enable_thinking=False, notice=str)
+
+
+def test_rows_with_tools_use_the_template_for_tools() -> None:
+    tokenizer = tokenizer_of("thinking")
+    with_tools = "{% if tools %}[{{ tools | tojson }}]{% endif %}" + OWN
+    tokenizer.chat_template = {"default": OWN, "tool_use": with_tools}
+    template, tools = (
+        ChatTemplate(tokenizer),
+        [{"type": "function", "function": {"name": "sum", "parameters": {}}}],
+    )
+    assert tokenizer.decode(template.encode_prompt(ASKED, tools)).startswith('[[{"type"')
+    assert tokenizer.decode(template.encode_prompt(ASKED)).startswith("<|im_start|>user")

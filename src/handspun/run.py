@@ -57,7 +57,7 @@ from handspun.preflight.end_of_turn import end_of_turn
 from handspun.preflight.findings import Finding
 from handspun.preflight.look import look_at_rows
 from handspun.preflight.rates import Forecast, operations, predicted_seconds
-from handspun.preflight.role_markers import role_marker_lines
+from handspun.preflight.role_markers import template_lines
 from handspun.replacing import pending, refuse_inputs_inside
 from handspun.report.account import account_lines, length_lines
 from handspun.report.html.keep import reported
@@ -204,7 +204,7 @@ def _train(
             threads=torch.get_num_threads() * processes.count,
         )
         found = [*odd, *doubts_about_memory(doubts)]
-        for line in role_marker_lines(template):
+        for line in template_lines(template):
             log.line(line)
         facts["preflight"] = show_preflight(log, config, found, ending, seconds)
     if config.dry_run:

@@ -8,8 +8,12 @@ from handspun.preflight.findings import Finding, finding
 from handspun.preflight.said import Said
 
 
-def role_marker_lines(template: ChatTemplate) -> Iterator[str]:
-    """Say that a template cannot be protected from turns in the data that only look like turns."""
+def template_lines(template: ChatTemplate) -> Iterator[str]:
+    """Say which of several templates is used, and that one cannot be protected from what only looks like turns."""
+    named = template.tokenizer.chat_template
+    if isinstance(named, dict):
+        for_tools = "tool_use for rows with tools, else default" if "tool_use" in named else "default"
+        yield f"chat templates of the tokenizer: {', '.join(named)}; used: {for_tools} (--chat-template chooses)"
     if template.plain_markers:
         names = " and ".join(map(repr, template.plain_markers))
         yield f"role markers {names} are ordinary text in this chat template:"
@@ -31,4 +35,4 @@ def findings_in_prompts(said: Sequence[Said], markers: Sequence[str]) -> Iterato
     )
 
 
-__all__ = ["findings_in_prompts", "role_marker_lines"]
+__all__ = ["findings_in_prompts", "template_lines"]
