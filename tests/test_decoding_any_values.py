@@ -66,11 +66,12 @@ def test_each_value_of_an_option_by_itself_is_an_answer_or_one_config_error(name
 @pytest.mark.parametrize(
     "prompts",
     [
-        None, 5, 1.5, b"Hi", bytearray(b"Hi"), True, object(), {"role": "user", "content": "Hi"}, ["Hi", None],
+        None, 5, 1.5, b"Hi", bytearray(b"Hi"), True, pytest.param(object(), id="an object"),
+        {"role": "user", "content": "Hi"}, ["Hi", None],
         ["Hi", 5], [b"Hi"], ["Hi", {"a": 1}], [[None]], [[5]], [["Hi"]], [[{"role": 5, "content": "Hi"}]],
         [[{"role": "user", "content": b"Hi"}]], [[{"role": "user", "content": 5}]], "\ud800", ["Hi", "a\udcff"],
         [[{"role": "user", "content": "\ud800"}]], [[{"role": "\ud800", "content": "Hi"}]], np.array([1, 2]),
-        np.array(["Hi", "\ud800"]), [[]], {"Hi"} | {5},
+        np.array(["Hi", "\ud800"]), [[]], pytest.param({"Hi"} | {5}, id="a set"),
     ],
     ids=lambda value: ascii(value)[:40],
 )  # fmt: skip

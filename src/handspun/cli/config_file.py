@@ -19,6 +19,7 @@ from handspun.data.text_files import read_text
 from handspun.errors import ConfigError, DataError
 
 _NULL = "tag:yaml.org,2002:null"
+_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "bool", "int", "float", "null", "seq", "map")}
 _MOST_NODES = 100_000
 """Of a value with aliases written out: a few lines of them can stand for billions."""
 
@@ -91,9 +92,12 @@ def _option(key: yaml.Node) -> str:
 
 def _as_typed(loader: _Loader, node: yaml.Node) -> Any:
     """The text of a value as on the command line: a mapping, and a list of lists, as JSON."""
+    items = node.value if isinstance(node, yaml.SequenceNode) else None
+    for one in (node, *(items or ())):
+        if one.tag not in _TAGS:
+            raise ValueError(f"has the tag {short(one.tag)}, and tags are not read. Leave it out")
     if isinstance(node, yaml.ScalarNode):
         return node.value
-    items = node.value if isinstance(node, yaml.SequenceNode) else None
     if items is not None and all(isinstance(item, yaml.ScalarNode) for item in items):
         if any(item.tag == _NULL for item in items):
             raise ValueError("has an item that is null. Put the word into quotes, or leave it out")
