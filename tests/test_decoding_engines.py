@@ -217,13 +217,10 @@ def int8_chat() -> ChatModel:
     return ChatModel(model, tiny_tokenizer(), "tiny", lean_model(model, int8=True))
 
 
-needs_kernels = pytest.mark.skipif(native.kernels() is None, reason="no C compiler, or no AVX-512")
-
-
-@pytest.mark.parametrize("kernels", [pytest.param("native", marks=needs_kernels), "PyTorch's"])
-def test_int8_answers_do_not_depend_on_batch_mates(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_native", BACKENDS)
+def test_int8_answers_do_not_depend_on_batch_mates(is_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """100 batches, of any answers in any order, that join and leave as they may: the same text, bit for bit."""
-    if kernels != "native":
+    if not is_native:
         monkeypatch.setattr(native, "kernels", lambda: None)
     chat, choose = int8_chat(), random.Random(0)
     prompts = [f"{'Tell me more. ' * (n % 4)}Say {n}." for n in range(12)]

@@ -106,7 +106,7 @@ def test_a_csv_cell_holds_them_as_json() -> None:
     [
         ("no json", [], "not JSON"),
         (["punctuation:no_comma"], [], "expected 1 objects"),
-        (["punctuation:no_comma"], None, "expected a list"),
+        (["punctuation:no_comma"], None, "expected 1 objects"),
         (["length_constraints:number_words"], [{"relation": "at least"}], "needs num_words"),
         ([3], [{}], "expected a name"),
     ],

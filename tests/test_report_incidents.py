@@ -247,7 +247,7 @@ def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_read(
     tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("handspun.run.room_on", lambda _: Room(10**8, "what is free in this machine"))
-    monkeypatch.setattr("handspun.run.load", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr("handspun.run.read_model", lambda *_, **__: pytest.fail("the weights were read"))
     with pytest.raises(TrainingError, match=r"predicted to take 0\.6 GB at its peak, and 0\.1 GB are there"):
         train(config(tiny_folder, data), console=Console(file=io.StringIO()))
     console = Console(file=io.StringIO(), width=200)

@@ -53,7 +53,8 @@ def test_a_plots_text_and_name_are_escaped_and_its_colours_are_the_pages() -> No
 
 def step(number: int, **values: Any) -> dict[str, Any]:
     basic = {"event": "step", "step": number, "epoch": 1, "loss": 1.0, "learned_tokens": 1, "seconds": 1.0}
-    return {**basic, **values}
+    others = dict.fromkeys(("total_steps", "learning_rate", "grad_norm", "rows", "tokens", "computed_tokens"), 1)
+    return {**basic, **others, **values}
 
 
 def test_of_a_step_made_twice_the_later_line_counts(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from handspun.data.dropped import DroppedRow
 from handspun.data.messages import Cell, read_json_list
 from handspun.data.rows import Row
 
@@ -42,9 +43,14 @@ def read_instructions(row: Row) -> tuple[Instruction, ...]:
     """The instructions that a row carries; none if it has no such column. Raises DataError for malformed ones."""
     if IDS not in row.values:
         return ()
-    ids = read_json_list(row.values[IDS], Cell(row.file, row.number, IDS))
     cell = Cell(row.file, row.number, ARGUMENTS)
-    given = read_json_list(row.values.get(ARGUMENTS), cell)
+    try:
+        ids = read_json_list(row.values[IDS], Cell(row.file, row.number, IDS))
+        given = read_json_list(row.values.get(ARGUMENTS), cell)
+    except (
+        DroppedRow
+    ) as reason:  # of a message, it would drop the row; instructions are nothing without each other
+        raise cell.error(f"{reason}.") from reason
     if len(given) != len(ids):
         raise cell.error(f"expected {len(ids)} objects, one for each of {IDS}, found {len(given)}.")
     instructions = []
