@@ -42,23 +42,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a ChatML template and Qwen's added tokens; 256 bytes, some merges."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    backend.train_from_iterator(_TEXTS, trainer)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    backend.add_tokens(
-        [AddedToken(text, special=False, normalized=False) for text in ("<tool_call>", "</tool_call>")]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=_CHATML,
-        clean_up_tokenization_spaces=False,
-    )
+    return _trained(backend, _CHATML)
 
 
 def qwen_tokenizer() -> PreTrainedTokenizerFast:
@@ -71,6 +55,11 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    return _trained(backend, Path(__file__).with_name("qwen2.5_chat_template.jinja").read_text(encoding="utf-8"))
+
+
+def _trained(backend: Tokenizer, chat_template: str) -> PreTrainedTokenizerFast:
+    """The backend with a vocabulary and Qwen's added tokens."""
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
@@ -85,7 +74,7 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=backend,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        chat_template=Path(__file__).with_name("qwen2.5_chat_template.jinja").read_text(encoding="utf-8"),
+        chat_template=chat_template,
         clean_up_tokenization_spaces=False,
     )
 
