@@ -28,7 +28,6 @@ from handspun.decoding import filters
 from handspun.decoding.options import ResolvedOptions
 from handspun.decoding.processors import History, check_some_left, make_processors, process
 from handspun.decoding.sampling import choose, gumbel_noise, stream_of
-from handspun.decoding.values import concrete
 from handspun.errors import ConfigError
 from tiny import tiny_model
 
@@ -196,7 +195,9 @@ _MODEL = tiny_model("llama", vocab_size=_VOCAB)
 def test_all_together_come_in_the_order_of_transformers(logits, histories, options):
     config = GenerationConfig(**options)
     config._eos_token_tensor = torch.tensor([3, 7])
-    values = concrete({name: value for name, value in options.items() if value is not None}, None)
+    values = {name: value for name, value in options.items() if value is not None}
+    if "sequence_bias" in values:
+        values["sequence_bias"] = tuple(values["sequence_bias"].items())
     made = make_processors(ResolvedOptions(**values, eos_token_ids=(3, 7)))
     ours = process(logits, [History(ids) for ids in histories], made)
     for row, ids in enumerate(histories):

@@ -1,13 +1,12 @@
-"""Nothing is executed that comes with a model, with data or with options, and no template runs for ever."""
+"""Nothing is executed that comes with a model, with data or with options."""
 
 import io
 import json
 import pickle
 import shutil
-import threading
-import time
+import subprocess
+import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -236,14 +235,9 @@ def with_template(template: str) -> ChatTemplate:
     return ChatTemplate(tokenizer)
 
 
-ENDLESS = (
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
-    "{% endfor %}{% endfor %}{% endfor %}"
-)
 UNUSABLE = {
     "a huge range": "{% for a in range(10 ** 12) %}{% endfor %}",
     "a range beyond the sandbox": "{% for a in range(1000000000) %}{% endfor %}",
-    "a power without end": "{{ 9**9**9 }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "a division by zero": "{{ 1 / 0 }}",
     "Python's insides": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -258,30 +252,6 @@ UNUSABLE = {
 def test_a_template_that_fails_is_one_clear_error(template: str) -> None:
     with pytest.raises(TemplateError, match="the chat template"):
         with_template(template)
-
-
-_GROWS = "{% set n = namespace(x=START) %}{% for i in range(99) %}{% set n.x = STEP %}{% endfor %}"
-GROWING = {
-    what: _GROWS.replace("START", start).replace("STEP", step)
-    for what, start, step in (
-        ("a text that doubles", "'abcdefgh'", "n.x ~ n.x"),
-        ("a list that doubles", "[1]", "n.x + n.x"),
-        ("a filter that doubles", "'a'", "n.x | replace('a', 'aa')"),
-        ("a join that doubles", "'a'", "[n.x, n.x] | join"),
-    )
-}
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is watched through /proc")
-@pytest.mark.parametrize("template", GROWING.values(), ids=GROWING)
-def test_a_template_that_grows_is_stopped_before_it_fills_the_memory(
-    monkeypatch: pytest.MonkeyPatch, template: str
-) -> None:
-    monkeypatch.setattr(rendering, "MAX_GROWTH", 2**25)
-    before = rendering._resident_bytes()
-    with pytest.raises(TemplateError, match="took more than 32 MiB for one conversation"):
-        with_template(template)
-    assert rendering._resident_bytes() - before < 2**30
 
 
 def test_a_template_that_writes_without_end_is_refused_by_its_length() -> None:
@@ -305,63 +275,38 @@ def test_a_template_that_writes_one_text_again_and_again_is_refused() -> None:
         )
 
 
-def test_arguments_by_name_are_no_powers() -> None:
-    assert with_template("{% set x = dict(**{'a': 1}) %}").end_of_turn == "<|im_end|>"
-
-
-@pytest.mark.parametrize("is_main_thread", [True, False])
-def test_a_template_without_end_is_stopped_in_any_thread(
-    monkeypatch: pytest.MonkeyPatch, is_main_thread: bool
-) -> None:
-    monkeypatch.setattr(rendering, "MOST_SECONDS", 0.3)
-    caught: list[BaseException] = []
-
-    def attempt() -> None:
-        try:
-            with_template(ENDLESS)
-        except TemplateError as error:
-            caught.append(error)
-
-    if is_main_thread:
-        attempt()
-    else:
-        thread = threading.Thread(target=attempt)
-        thread.start()
-        thread.join(30)
-    assert "is not done after 0 seconds, as if it had no end" in str(caught[0])
-
-
-def test_a_template_without_end_for_some_rows_stops_the_run_at_the_first(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_template_that_writes_without_end_for_some_rows_stops_the_run_at_the_first(tmp_path: Path) -> None:
     """It would take as long for every other row."""
-    monkeypatch.setattr(rendering, "MOST_SECONDS", 0.3)
-    template = with_template("{% if messages | length > 2 %}" + ENDLESS + "{% endif %}")
+    writes = "{% for i in range(99990) %}{{ 'x' * 100 }}{% endfor %}"
+    template = with_template("{% if messages | length > 2 %}" + writes + "{% endif %}")
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
     (tmp_path / "a.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 1000)
-    with pytest.raises(TemplateError, match="had no end"):
+    with pytest.raises(TemplateError, match="characters around one conversation"):
         prepare_examples(DataConfig(data=str(tmp_path / "a.jsonl")), template, max_length=100)
 
 
-def test_the_time_limit_leaves_nothing_behind() -> None:
-    """Neither a thread that waits, nor an exception on its way to what comes next."""
-    before = threading.active_count()
-    for seconds in (0.0001, 0.0005, 0.001) * 100:  # done at the very moment when the time is up
-        with suppress(rendering._TimeIsUp), rendering._time_limit(seconds):
-            end = time.perf_counter() + seconds
-            while time.perf_counter() < end:
-                pass
-        sum(range(1000))
-    deadline = time.perf_counter() + 10
-    while threading.active_count() > before and time.perf_counter() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before
-
-
-def test_a_models_template_that_has_no_end_ends_a_command(
-    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_models_template_that_writes_without_end_ends_a_command(
+    model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(rendering, "MOST_SECONDS", 0.3)
-    (model_folder / "chat_template.jinja").write_text(ENDLESS)
+    (model_folder / "chat_template.jinja").write_text("{% for i in range(99990) %}{{ 'x' * 100 }}{% endfor %}")
     assert main(["generate", "--model", str(model_folder), "Hi"]) == 2
-    assert "had no end" in capsys.readouterr().err
+    assert "characters around one conversation" in capsys.readouterr().err
+
+
+def test_a_rendering_leaves_the_interpreter_as_it_was() -> None:
+    """With an asynchronous exception pending, Python 3.11 hangs at the next traced call of a function that holds a
+    closure, so no debugger and no coverage tool could be used."""
+    code = (
+        "import sys\n"
+        "from handspun.data.chat_template import ChatTemplate\n"
+        "from tiny import tiny_tokenizer\n"
+        "ChatTemplate(tiny_tokenizer())\n"
+        "def outer():\n"
+        "    def inner(): return outer\n"
+        "    return inner\n"
+        "sys.settrace(lambda *event: None)\n"
+        "outer()()\n"
+        "sys.settrace(None)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, timeout=100, check=False)
+    assert done.returncode == 0

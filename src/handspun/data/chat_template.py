@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from handspun.data.conversations import Message
-from handspun.data.rendering import refuse_powers, render
+from handspun.data.rendering import render
 from handspun.data.sentinels import SENTINEL, Sentinels, Slot, alternatives, cut_at_sentinels, end_of_content
 from handspun.data.template_source import check_template_args
 from handspun.data.text_loss import TextLoss
@@ -130,7 +130,6 @@ class ChatTemplate:
             )
         check_template_args(source, self.template_args)
         source = "\n".join(source.values()) if isinstance(source, dict) else source
-        refuse_powers(source)
         self.end_of_turn_id, of_turns = self._find_tokens_of_turns()
         said = {text for text, (_, token) in self._added.items() if not token.special and text not in of_turns}
         self._may_be_said = alternatives(said)
