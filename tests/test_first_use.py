@@ -18,6 +18,7 @@ from handspun.config import DataConfig
 from handspun.data.cache import ExampleCache
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.prepare import prepare_examples
+from handspun.files import cache_folder
 from handspun.models import embedded
 from handspun.models.native_library import load_library
 from tiny import tiny_tokenizer
@@ -42,7 +43,7 @@ def use_everything(folder: str, at_once: Barrier, results: Any) -> None:
     at_once.wait()
     if HAS_COMPILER:
         assert load_library(Path(folder) / "answer.c", ("-shared", "-fPIC")).answer() == 42
-        [library] = (embedded.cache_folder() / "native").glob("*.so")
+        [library] = (cache_folder() / "native").glob("*.so")
         found["native"].append(content(library))
     results.put(found)
 

@@ -16,7 +16,8 @@ from handspun.data.chat_template import ChatTemplate
 from handspun.data.hub_access import stay_offline_if_unreachable
 from handspun.data.prepare import prepare_examples
 from handspun.errors import HandspunError, OutputError
-from handspun.models.embedded import NO_CACHE, cache_folder, embedded_folder
+from handspun.files import NO_CACHE, cache_folder
+from handspun.models.embedded import embedded_folder
 from tiny import tiny_tokenizer
 
 

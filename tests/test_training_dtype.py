@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from handspun.models import cpu, embedded
+from handspun.files import cache_folder
+from handspun.models import cpu
 from handspun.training import dtype as dtype_module
 from handspun.training.dtype import choose_dtype
 
@@ -207,7 +208,7 @@ def test_flags_that_the_environment_forbids_are_not_there(
     monkeypatch.setenv(variable, value)
     assert not cpu.cpu_flags() & gone
     assert cpu.cpu_flags() >= left
-    assert embedded.cache_folder().is_absolute()
+    assert cache_folder().is_absolute()
 
 
 def test_the_flags_of_cpuinfo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -137,3 +137,19 @@ def _free(path: Path) -> str:
         there = next(parent for parent in path.absolute().parents if parent.exists())
         return f"{readable_size(shutil.disk_usage(there).free)} free"
     return "and how much is free cannot be asked"
+
+
+NO_CACHE = Path(os.devnull) / "no-home-folder"
+"""A folder that cannot be made: whatever would be kept in it is not."""
+
+
+def cache_folder() -> Path:
+    """Return $XDG_CACHE_HOME/handspun, by default ~/.cache/handspun; NO_CACHE for a user without a home.
+
+    A relative $XDG_CACHE_HOME is ignored, as its specification says: it would be another folder in every place.
+    """
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if named.is_absolute():
+        return named / "handspun"
+    home = Path(os.path.expanduser("~"))  # Path.home() raises where there is neither HOME nor a user's entry
+    return home / ".cache" / "handspun" if home.is_absolute() else NO_CACHE

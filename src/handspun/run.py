@@ -19,9 +19,9 @@ from handspun.data.prepare import ExampleSet, prepare_examples, resolve_max_leng
 from handspun.data.rows import refuse_missing_data
 from handspun.data.template_source import choose_template, with_defaults
 from handspun.errors import StoppedError
+from handspun.files import cache_folder
 from handspun.keeping import Keeper
 from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
-from handspun.models.embedded import cache_folder
 from handspun.models.embedding_rows import check_examples, embedding_rows, embedding_rows_of
 from handspun.models.end_of_turn import end_of_turn_is_new, eos_token_ids_of, make_end_of_turn_eos
 from handspun.models.fingerprints import model_fingerprints

@@ -204,7 +204,7 @@ class _DuplicateKeyError(Exception):
         self.key = key
 
 
-def _object(pairs: list[tuple[str, Any]]) -> Values:
+def _json_object(pairs: list[tuple[str, Any]]) -> Values:
     values = dict(pairs)
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]
@@ -212,7 +212,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Values:
     return values
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_DECODER = json.JSONDecoder(object_pairs_hook=_json_object)
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 
 

@@ -14,7 +14,7 @@ from handspun.errors import ConfigError
 from handspun.evaluation.answers import Question, greedy_answers, is_exact_match, only_asks, question_of
 from handspun.evaluation.instructions import Verdict, verdicts
 from handspun.evaluation.losses import RowKey, row_losses
-from handspun.models.embedded import cache_folder
+from handspun.files import cache_folder
 from handspun.models.embedding_rows import check_examples, embedding_rows
 from handspun.models.load import ChatModel, context_length
 

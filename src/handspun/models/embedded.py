@@ -5,7 +5,6 @@ folder, as an ordinary transformers folder in bfloat16.
 """
 
 import importlib.metadata
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from handspun.errors import ModelError, OutputError
-from handspun.files import sha256_of
+from handspun.files import NO_CACHE, cache_folder, sha256_of
 from handspun.models.quiet import quiet
 
 EMBEDDED_NAME = "smollm2-135m"
@@ -51,22 +50,6 @@ def embedded_folder(notice: Callable[[str], None]) -> Path:
             "300 MB; XDG_CACHE_HOME names another cache folder."
         ) from error
     return folder
-
-
-NO_CACHE = Path(os.devnull) / "no-home-folder"
-"""A folder that cannot be made: whatever would be kept in it is not."""
-
-
-def cache_folder() -> Path:
-    """Return $XDG_CACHE_HOME/handspun, by default ~/.cache/handspun; NO_CACHE for a user without a home.
-
-    A relative $XDG_CACHE_HOME is ignored, as its specification says: it would be another folder in every place.
-    """
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if named.is_absolute():
-        return named / "handspun"
-    home = Path(os.path.expanduser("~"))  # Path.home() raises where there is neither HOME nor a user's entry
-    return home / ".cache" / "handspun" if home.is_absolute() else NO_CACHE
 
 
 def dequantise(gguf: Path, folder: Path) -> None:

@@ -17,9 +17,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from handspun.files import atomic_file
+from handspun.files import atomic_file, cache_folder
 from handspun.models.cpu import cpu_model
-from handspun.models.embedded import cache_folder
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _COMPILERS = ("cc", "gcc", "clang")

@@ -18,7 +18,7 @@ from handspun.decoding.generate import generate, stream
 from handspun.decoding.results import GenerationResult
 from handspun.display import json_line, say, write_text
 from handspun.errors import DataError
-from handspun.models.embedded import cache_folder
+from handspun.files import cache_folder
 from handspun.models.embedding_rows import check_examples, embedding_rows_of
 from handspun.models.load import ChatModel, context_length, load_config, load_tokenizer, model_source
 from handspun.report.account import account_lines, length_lines

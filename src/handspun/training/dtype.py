@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from handspun import files
+from handspun.files import cache_folder
 from handspun.models.cpu import cpu_flags, cpu_model
-from handspun.models.embedded import cache_folder
 
 _WORTH = 1.2
 """bfloat16 rounds, so it has to be faster by this much."""

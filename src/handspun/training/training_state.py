@@ -34,10 +34,10 @@ def gather(
     without `keep`."""
     gathered: dict[str, dict[str, Tensor]] = {_WEIGHTS: {}, _OPTIMIZER: {}}
     for name, parameter in _trained(model):
-        gathered[_WEIGHTS][name] = _whole(parameter, keep=keep)
+        gathered[_WEIGHTS][name] = _whole_tensor(parameter, keep=keep)
         for key, value in optimizer.state[parameter].items():
             tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-            gathered[_OPTIMIZER][f"{name}.{key}"] = _whole(tensor, keep=keep)
+            gathered[_OPTIMIZER][f"{name}.{key}"] = _whole_tensor(tensor, keep=keep)
     return gathered if keep else {}
 
 
@@ -104,7 +104,7 @@ def _trained(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Parameter]]
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def _whole(tensor: Tensor, *, keep: bool) -> Tensor:
+def _whole_tensor(tensor: Tensor, *, keep: bool) -> Tensor:
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.detach().cpu().contiguous() if keep else torch.empty(0)
 

@@ -62,7 +62,7 @@ def _tokens(material: Material, chat: ChatModel, case: str, rounding: float, opt
         for prompt, (ours, one) in enumerate(zip(batch, alone, strict=True)):
             place = first_difference(ours.token_ids, one.token_ids)
             if place is not None:
-                margin = _margin(one, place, ours.token_ids)
+                margin = _preference_margin(one, place, ours.token_ids)
                 divergences.append(
                     material.divergence(
                         prompt, place, ours.token_ids, one.token_ids, margin=margin, rounding=rounding
@@ -72,7 +72,7 @@ def _tokens(material: Material, chat: ChatModel, case: str, rounding: float, opt
     return compared("batches", case, f"{tokens} tokens the same alone, together, reversed", divergences)
 
 
-def _margin(alone: GenerationResult, place: int, ours: Sequence[int]) -> float:
+def _preference_margin(alone: GenerationResult, place: int, ours: Sequence[int]) -> float:
     """By how much the answer alone preferred its token to the other, noise of the draw included; without limit if
     the other was not the next best."""
     if place >= min(len(alone.token_ids), len(ours)) or alone.explanation is None:
