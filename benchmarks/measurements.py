@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from handspun.models.embedded import EMBEDDED_NAME, embedded_folder
-from handspun.report.environment import environment
+from handspun.runs.record import environment
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -16,8 +16,8 @@ import torch
 import handspun
 from handspun.data.examples import Example, build_examples
 from handspun.data.rows import Row
-from handspun.decoding.engine import Feed
-from handspun.decoding.engines import make_engine
+from handspun.decoding.engines.base import Feed
+from handspun.decoding.engines.choose import make_engine
 from handspun.models.embedded import EMBEDDED_NAME
 from measurements import DEMO_ROWS, Results, draw, open_results, read_rows, table
 

@@ -14,9 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from handspun.report.html.answers import SampleAnswer
-from handspun.report.live import LiveState, panel
-from handspun.report.samples import Samples
+from handspun.runs.live import LiveState, panel
+from handspun.runs.sample_answers import SampleAnswer, Samples
 from handspun.training.loop import Evaluation, Step
 
 

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from handspun.models import native
-from handspun.models.allocator import keep_freed_memory
+from handspun.kernels import native
+from handspun.kernels.allocator import keep_freed_memory
 from handspun.models.embedded import EMBEDDED_NAME
+from handspun.models.fused import FloatProduct, Int8Product
 from handspun.models.load import load_config, model_source
-from handspun.models.products import FloatProduct, Int8Product
 from measurements import table, with_range
 
 Way = Callable[[Tensor], object]

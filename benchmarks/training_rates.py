@@ -1,4 +1,4 @@
-"""The rates by which a run's time is predicted (src/handspun/preflight/rates.py), from figures that were measured.
+"""The rates by which a run's time is predicted (preflight/time_estimate.py), from measured figures.
 
     python benchmarks/training_rates.py --data train.csv --model FOLDER
 
@@ -16,12 +16,12 @@ from typing import Any
 
 from handspun.config import TrainConfig
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.prepare import prepare_examples
+from handspun.data.dataset import prepare_examples
 from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.load import load_tokenizer, model_source
-from handspun.preflight.rates import operations
-from handspun.run import shapes
-from handspun.training.plan import make_plan
+from handspun.preflight.time_estimate import operations
+from handspun.runs.train import shapes
+from handspun.training.memory import make_plan
 from measurements import RESULTS, draw, read_rows, rows_file, table
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -19,18 +19,19 @@ from typing import Any
 
 import torch
 
-from handspun import TrainConfig, keeping
+from handspun import TrainConfig
 from handspun.errors import OutputError
-from handspun.keeping import Keeper
+from handspun.files import recover_all
 from handspun.models.load import ChatModel
-from handspun.output import TrainedRun
-from handspun.report.log import RunLog, plain_console
-from handspun.resume import last_checkpoint
+from handspun.runs import checkpoints as keeping
+from handspun.runs.checkpoints import Keeper
+from handspun.runs.log import RunLog, plain_console
+from handspun.runs.output_dir import TrainedRun
+from handspun.runs.resume import last_checkpoint
 from handspun.training.checkpoint import is_checkpoint, is_checkpoint_name
+from handspun.training.distributed import Processes
 from handspun.training.loop import EpochEnd, Evaluation, TrainingState, start
-from handspun.training.plan import make_plan
-from handspun.training.processes import Processes
-from handspun.training.staging import recover_all
+from handspun.training.memory import make_plan
 from tiny import tiny_model, tiny_tokenizer
 from torture import run_in_child
 

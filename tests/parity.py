@@ -7,11 +7,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from handspun.config import GenerationOptions
-from handspun.decoding.answer import Job
-from handspun.decoding.detokenize import vocabulary
 from handspun.decoding.generate import answer_all
 from handspun.decoding.options import resolve
+from handspun.decoding.request import Job
 from handspun.decoding.results import GenerationResult
+from handspun.decoding.text import vocabulary
 from handspun.models.load import ChatModel
 
 

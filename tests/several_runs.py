@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from handspun import TrainConfig, train
-from handspun import run as run_module
+from handspun.runs import train as run_module
 
 
 class Crash(BaseException):

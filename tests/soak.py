@@ -11,11 +11,11 @@ import torch
 
 from handspun import TrainConfig, generate
 from handspun.data.examples import Example
-from handspun.models.allocator import keep_freed_memory
+from handspun.kernels.allocator import keep_freed_memory
+from handspun.kernels.onednn import remember_few_kernels
 from handspun.models.load import ChatModel
-from handspun.models.onednn import remember_few_kernels
-from handspun.training.execution import execution_of
 from handspun.training.loop import Loop, start, train
+from handspun.training.runner import execution_of
 from tiny import tiny_model, tiny_tokenizer
 
 

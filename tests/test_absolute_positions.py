@@ -9,10 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.models.load import ChatModel
-from handspun.training.execution import execution_of, shares_prefix
-from handspun.training.forward import Padded
-from handspun.training.packed import Packed
-from handspun.training.packed_attention import packed_attention
+from handspun.training.objectives import Padded
+from handspun.training.packed import Packed, packed_attention
+from handspun.training.runner import execution_of, shares_prefix
 from parity import answers_to, assert_same_as_transformers
 from tiny import tiny_tokenizer
 

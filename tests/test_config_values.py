@@ -255,8 +255,8 @@ def test_the_command_line_refuses_what_it_would_have_to_round(capsys: pytest.Cap
 def parsed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str, *arguments: str) -> Any:
     """The dataclass of options that `handspun train` or `generate` would get from a config file."""
     found = {}
-    monkeypatch.setattr("handspun.run.train", lambda config: found.update(config=config))
-    monkeypatch.setattr("handspun.report.show.show_answers", lambda *a, **_: found.update(config=a[2]))
+    monkeypatch.setattr("handspun.runs.train.train", lambda config: found.update(config=config))
+    monkeypatch.setattr("handspun.cli.views.answers.show_answers", lambda *a, **_: found.update(config=a[2]))
     monkeypatch.setattr("handspun.cli.answering.load_model", lambda source, _: source)
     (tmp_path / "run.yaml").write_text(content, encoding="utf-8")
     assert main([*arguments, "--config", str(tmp_path / "run.yaml")]) == 0

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from handspun.data.batches import batches, collate, epoch_order, micro_batches
 from handspun.data.examples import Example
+from handspun.training.batching import batches, collate, epoch_order, micro_batches
 
 
 def example(length: int, row: int = 1) -> Example:

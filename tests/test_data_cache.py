@@ -14,12 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handspun.config import DataConfig
-from handspun.data import prepare
-from handspun.data.cache import ExampleCache, key_of
+from handspun.data import dataset as prepare
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.example_arrays import ExampleArrays, end_to_end, learned_tokens_of, lengths_of
-from handspun.data.examples import Example, build_examples
-from handspun.data.prepare import ExampleSet, prepare_examples
+from handspun.data.dataset import ExampleCache, ExampleSet, key_of, prepare_examples
+from handspun.data.examples import (
+    Example,
+    ExampleArrays,
+    build_examples,
+    end_to_end,
+    learned_tokens_of,
+    lengths_of,
+)
 from handspun.data.rows import Row
 from handspun.errors import DataError
 from tiny import tiny_tokenizer

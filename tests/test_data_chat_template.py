@@ -16,9 +16,8 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import handspun
-from handspun.data.chat_template import ChatTemplate, Layout
-from handspun.data.said import said_ids
-from handspun.data.sentinels import Sentinels
+from handspun.data.chat_template import ChatTemplate, Layout, said_ids
+from handspun.data.placeholders import Sentinels
 from handspun.errors import TemplateError
 from handspun.models.embedded import embedded_folder
 from tiny import qwen_tokenizer, tiny_tokenizer

@@ -7,11 +7,11 @@ import pytest
 
 from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
+from handspun.data.dataset import fingerprint, prepare_examples, resolve_max_length
 from handspun.data.examples import build_examples, hold_out
-from handspun.data.prepare import fingerprint, prepare_examples, resolve_max_length
 from handspun.data.rows import Row
 from handspun.errors import ConfigError, DataError
-from handspun.report.account import account_lines, length_lines
+from handspun.runs.summary import account_lines, length_lines
 from tiny import tiny_tokenizer
 
 TEMPLATE = ChatTemplate(tiny_tokenizer())

@@ -11,14 +11,14 @@ import pytest
 
 from handspun.cli import main
 from handspun.config import DataConfig
-from handspun.data import prepare
+from handspun.data import dataset as prepare
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.conversations import recognise_format, to_conversation
-from handspun.data.prepare import ExampleSet, prepare_examples
-from handspun.data.row_files import read_file
+from handspun.data.dataset import ExampleSet, prepare_examples
+from handspun.data.readers import read_file
 from handspun.data.rows import read_rows
 from handspun.errors import DataError
-from handspun.report.account import account_lines
+from handspun.runs.summary import account_lines
 from tiny import tiny_tokenizer
 
 TEMPLATE = ChatTemplate(tiny_tokenizer())

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 
 from conversation_rows import CALL, assistant, chat, conversation, dropped, user
 from handspun.config import DataConfig
-from handspun.data.cache import ExampleCache
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.conversations import DroppedRow, Message
+from handspun.data.dataset import ExampleCache, prepare_examples
 from handspun.data.examples import build_examples
 from handspun.data.marks import mark_kind
-from handspun.data.prepare import prepare_examples
 from handspun.data.rows import Row
-from handspun.report.account import account_lines
+from handspun.runs.summary import account_lines
 from tiny import tiny_tokenizer
 
 TINY = ChatTemplate(tiny_tokenizer())

@@ -24,9 +24,9 @@ from handspun.decoding.prompts import encode_prompts
 from handspun.errors import ConfigError, DataError
 from handspun.evaluation.answers import question_of
 from handspun.models.load import ChatModel
-from handspun.preflight.said import said_in
-from handspun.report.account import account_lines
-from handspun.report.html.command import command, options_given
+from handspun.preflight.checks import said_in
+from handspun.runs.record import command, options_given
+from handspun.runs.summary import account_lines
 from tiny import tiny_model, tiny_tokenizer
 
 NAMES = {

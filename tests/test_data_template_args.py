@@ -11,10 +11,10 @@ import handspun
 from chat_templates import KINDS, chat_of, tokenizer_of
 from handspun.cli import main
 from handspun.config import DataConfig, TrainConfig, read_template_args
-from handspun.data.cache import key_of
 from handspun.data.chat_template import ChatTemplate
+from handspun.data.dataset import key_of
+from handspun.data.rendering import choose_template, variables_of, with_defaults
 from handspun.data.rows import Row
-from handspun.data.template_source import choose_template, variables_of, with_defaults
 from handspun.errors import ConfigError
 from tiny import tiny_model
 

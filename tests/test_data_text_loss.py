@@ -12,7 +12,7 @@ import handspun
 from chat_templates import KINDS, chat_of
 from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.prepare import prepare_examples
+from handspun.data.dataset import prepare_examples
 from handspun.data.text_loss import TextLoss
 from handspun.models.load import ChatModel
 from tiny import tiny_model

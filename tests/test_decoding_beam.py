@@ -5,11 +5,11 @@ from itertools import product
 import pytest
 import torch
 
-from handspun.decoding.answer import Answer, Job
 from handspun.decoding.beam import Search
-from handspun.decoding.detokenize import vocabulary
 from handspun.decoding.generate import generate
 from handspun.decoding.options import ResolvedOptions
+from handspun.decoding.request import Answer, Job
+from handspun.decoding.text import vocabulary
 from handspun.models.load import ChatModel
 from parity import answers_to, assert_same_as_transformers
 from tiny import tiny_model, tiny_tokenizer

@@ -5,12 +5,10 @@ from collections.abc import Iterable
 
 import pytest
 
-from handspun.decoding.answer import Answer
-from handspun.decoding.beam import Search, beam_search
-from handspun.decoding.beam_stream import agreed, sure_answers
+from handspun.decoding.beam import ForkedBeams, Search, TreeBeams, agreed, beam_search, sure_answers
 from handspun.decoding.generate import stream
+from handspun.decoding.request import Answer
 from handspun.decoding.results import GenerationChunk, GenerationResult
-from handspun.decoding.tree import ForkedBeams, TreeBeams
 from handspun.models.load import ChatModel
 from parity import answers_to, job_of
 from tiny import tiny_model, tiny_tokenizer

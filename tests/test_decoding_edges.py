@@ -2,8 +2,8 @@
 
 import pytest
 
-from handspun.decoding import decode
-from handspun.decoding.engines import make_engine
+from handspun.decoding import scheduler as decode
+from handspun.decoding.engines.choose import make_engine
 from handspun.decoding.generate import generate
 from handspun.models.load import ChatModel
 from parity import assert_same_as_transformers

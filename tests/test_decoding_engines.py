@@ -17,20 +17,18 @@ from transformers import (
 )
 
 import handspun
-from handspun.decoding.answer import Job
-from handspun.decoding.beam import beam_search
-from handspun.decoding.engine import Engine, Feed
-from handspun.decoding.engines import make_engine
-from handspun.decoding.lean_engine import LeanEngine
-from handspun.decoding.transformers_engine import TransformersEngine
-from handspun.decoding.tree import ForkedBeams, TreeBeams
+from handspun.decoding.beam import ForkedBeams, TreeBeams, beam_search
+from handspun.decoding.engines.base import Engine, Feed
+from handspun.decoding.engines.choose import make_engine
+from handspun.decoding.engines.fused import LeanEngine
+from handspun.decoding.engines.transformers import TransformersEngine
+from handspun.decoding.request import Job
 from handspun.errors import ModelError
-from handspun.models import native
-from handspun.models.hadamard import butterflies
-from handspun.models.lean import LeanModel, cannot_be_lean, lean_model
+from handspun.kernels import native
+from handspun.kernels.int8_matmul import butterflies
+from handspun.models.fused import LeanModel, _gated, _unsigned, cannot_be_lean, lean_model
 from handspun.models.load import ChatModel
 from handspun.models.lora import add_lora
-from handspun.models.products import _gated, _unsigned
 from handspun.models.save import save_model
 from parity import job_of
 from tiny import tiny_model, tiny_tokenizer

@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from handspun.cli.views.explain import explanation_table
 from handspun.decoding.explain import Candidate, Effect, explain
 from handspun.decoding.generate import generate, stream
 from handspun.decoding.options import ResolvedOptions
@@ -15,7 +16,6 @@ from handspun.decoding.processors import History, make_processors
 from handspun.decoding.sampling import gumbel_noise
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
-from handspun.report.explain import explanation_table
 from tiny import tiny_model, tiny_tokenizer
 
 _CHAT = ChatModel(tiny_model("qwen2"), tiny_tokenizer(), "tiny")

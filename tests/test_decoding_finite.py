@@ -9,8 +9,7 @@ import torch
 import handspun
 from handspun.decoding.generate import generate, stream
 from handspun.errors import ConfigError, ModelError
-from handspun.models.finite import nonfinite_weights
-from handspun.models.load import ChatModel
+from handspun.models.load import ChatModel, nonfinite_weights
 from tiny import tiny_model, tiny_tokenizer
 
 _MODES = [

@@ -12,7 +12,7 @@ import handspun
 from chat_templates import KINDS, chat_of
 from handspun.cli import main
 from handspun.data.chat_template import ChatTemplate
-from handspun.decoding.rendered_prompts import plain_ids
+from handspun.decoding.prompts import plain_ids
 from handspun.errors import ConfigError, DataError, TemplateError
 from handspun.models.load import ChatModel
 from tiny import tiny_model, tiny_tokenizer

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from handspun.decoding import beam as beam_module
-from handspun.decoding import decode as decode_module
-from handspun.decoding.engine import Engine, Feed
-from handspun.decoding.engines import make_engine
+from handspun.decoding import scheduler as decode_module
+from handspun.decoding.engines.base import Engine, Feed
+from handspun.decoding.engines.choose import make_engine
+from handspun.decoding.engines.fused import LeanEngine
 from handspun.decoding.generate import answer_all
-from handspun.decoding.lean_engine import LeanEngine
 from handspun.models.load import ChatModel
 from parity import answers_to, job_of
 from tiny import tiny_model, tiny_tokenizer

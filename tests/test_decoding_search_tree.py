@@ -5,11 +5,11 @@ from dataclasses import asdict
 import pytest
 from rich.console import Console
 
+from handspun.cli.views.explain import search_tree
+from handspun.decoding.explain import SearchTree, TreeNode
 from handspun.decoding.generate import generate
-from handspun.decoding.search_tree import SearchTree, TreeNode
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
-from handspun.report.explain import search_tree
 from tiny import tiny_model, tiny_tokenizer
 
 _CHAT = ChatModel(tiny_model("qwen2", eos_token_id=[3, 7]), tiny_tokenizer(), "tiny")

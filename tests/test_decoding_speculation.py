@@ -12,16 +12,16 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, MistralConfig
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 import handspun
-from handspun.decoding.answer import Answer
-from handspun.decoding.engine import Feed
+from handspun.decoding.engines.base import Feed
+from handspun.decoding.engines.fused import LeanEngine
+from handspun.decoding.engines.transformers import TransformersEngine
 from handspun.decoding.generate import answer_all, stream
-from handspun.decoding.lean_engine import LeanEngine
+from handspun.decoding.prompt_lookup import draft, lookup
+from handspun.decoding.request import Answer
 from handspun.decoding.results import GenerationResult
-from handspun.decoding.speculation import draft, lookup
-from handspun.decoding.transformers_engine import TransformersEngine
 from handspun.errors import ConfigError
-from handspun.models import native
-from handspun.models.lean import lean_model
+from handspun.kernels import native
+from handspun.models.fused import lean_model
 from handspun.models.load import ChatModel
 from parity import job_of
 from tiny import tiny_model, tiny_tokenizer

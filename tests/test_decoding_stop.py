@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from handspun.decoding.detokenize import ByteDetokenizer, Vocabulary, WindowDetokenizer, vocabulary
-from handspun.decoding.stop import AnswerText
+from handspun.decoding.text import AnswerText, ByteDetokenizer, Vocabulary, WindowDetokenizer, vocabulary
 from tiny import tiny_tokenizer
 
 _TOKENIZER = tiny_tokenizer()

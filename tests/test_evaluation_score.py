@@ -8,16 +8,16 @@ import torch
 
 from handspun.config import DataConfig
 from handspun.data.conversations import Message
+from handspun.data.dataset import prepare_examples
 from handspun.data.examples import Example
-from handspun.data.prepare import prepare_examples
-from handspun.decoding.engines import make_engine
+from handspun.decoding.engines.choose import make_engine
 from handspun.decoding.generate import generate
 from handspun.decoding.results import GenerationResult
 from handspun.errors import ConfigError
 from handspun.evaluation.answers import Question, is_exact_match
 from handspun.evaluation.losses import _answer_loss, row_losses
 from handspun.evaluation.score import RowScore, Scores, score
-from handspun.models.lean import lean_model
+from handspun.models.fused import lean_model
 from handspun.models.load import ChatModel
 from tiny import tiny_model, tiny_tokenizer
 

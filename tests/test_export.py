@@ -27,7 +27,7 @@ from handspun.export.gguf_file import write_gguf
 from handspun.export.gguf_tokenizer import _pre_tokenizer_name
 from handspun.export.hub import hub, push_folder
 from handspun.models.load import ChatModel
-from handspun.run import train
+from handspun.runs.train import train
 from handspun.training.checkpoint import is_checkpoint
 from test_run import ROWS, config, quiet_console
 from tiny import tiny_model, tiny_tokenizer

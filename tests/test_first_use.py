@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 
 from handspun.config import DataConfig
-from handspun.data.cache import ExampleCache
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.prepare import prepare_examples
+from handspun.data.dataset import ExampleCache, prepare_examples
 from handspun.files import cache_folder
+from handspun.kernels.native import load_library
 from handspun.models import embedded
-from handspun.models.native_library import load_library
 from tiny import tiny_tokenizer
 
 HAS_COMPILER = sys.platform == "linux" and shutil.which("cc") is not None

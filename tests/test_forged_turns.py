@@ -17,12 +17,12 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 import handspun
+from handspun.cli.views import answers as show
 from handspun.config import GenerationOptions
 from handspun.data.conversations import to_conversation
 from handspun.data.rows import Row
 from handspun.errors import DataError, TemplateError
 from handspun.models.load import ChatModel
-from handspun.report import show
 from tiny import tiny_model, tiny_tokenizer
 
 DATA_PAGE = Path(__file__).parents[1] / "docs" / "data.md"

@@ -17,10 +17,9 @@ from handspun.data.examples import Example
 from handspun.models.int8 import quantize_base
 from handspun.models.load import ChatModel
 from handspun.models.lora import add_lora
-from handspun.training.forward import Padded
-from handspun.training.packed import Packed
-from handspun.training.packed_attention import packed_attention
-from handspun.training.sharded import shard
+from handspun.training.distributed import shard
+from handspun.training.objectives import Padded
+from handspun.training.packed import Packed, packed_attention
 from tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -11,10 +11,9 @@ from huggingface_hub import close_session, constants
 
 import handspun
 from handspun.config import DataConfig
-from handspun.data.cache import ExampleCache
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.hub_access import stay_offline_if_unreachable
-from handspun.data.prepare import prepare_examples
+from handspun.data.dataset import ExampleCache, prepare_examples
+from handspun.data.rows import stay_offline_if_unreachable
 from handspun.errors import HandspunError, OutputError
 from handspun.files import NO_CACHE, cache_folder
 from handspun.models.embedded import embedded_folder

@@ -15,11 +15,11 @@ import pytest
 
 from handspun.cli import main
 from handspun.config import DataConfig
-from handspun.data import parquet_files
+from handspun.data import readers as parquet_files
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.mojibake import damage_in
-from handspun.data.prepare import ExampleSet, prepare_examples
+from handspun.data.dataset import ExampleSet, prepare_examples
 from handspun.data.rows import read_rows
+from handspun.data.text_loss import damage_in
 from handspun.errors import ConfigError, DataError
 from hostile import KINDS, table
 from hostile_files import SIZES

@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from handspun.models.allocator import keep_freed_memory
+from handspun.kernels.allocator import keep_freed_memory
 
 FAULTS = """
 import resource, sys
-from handspun.models.allocator import keep_freed_memory
+from handspun.kernels.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 import torch
@@ -26,7 +26,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 KERNELS = """
 import sys
 from pathlib import Path
-from handspun.models.onednn import remember_few_kernels
+from handspun.kernels.onednn import remember_few_kernels
 if sys.argv[1] == "keep":
     remember_few_kernels()
 import torch

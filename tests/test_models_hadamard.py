@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from handspun.models import native
-from handspun.models.hadamard import block_of, butterflies, hadamard
+from handspun.kernels import native
+from handspun.kernels.int8_matmul import block_of, butterflies, hadamard
 from handspun.models.int8 import int8_linear, quantize_rows
 
 pytestmark = pytest.mark.cpu

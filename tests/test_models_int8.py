@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from handspun.models import int8, native
+from handspun.kernels import native
+from handspun.models import int8
 from handspun.models.int8 import (
     Int8Linear,
     int8_linear,

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from handspun.errors import ModelError
-from handspun.models import int8_matmul
+from handspun.kernels import int8_matmul
+from handspun.kernels.int8_matmul import PackedInt8, exact_sums, extremes, int_mm, is_exact
+from handspun.models.fused import Int8Product, decoded_sums, refuse_inexact_decoding
 from handspun.models.int8 import Int8Linear, bytes_of, check_exact, int8_linear, int8_of, refuse_inexact_products
-from handspun.models.int8_matmul import PackedInt8, exact_sums, extremes, int_mm, is_exact
-from handspun.models.products import Int8Product, decoded_sums, refuse_inexact_decoding
 
 pytestmark = pytest.mark.cpu
 

@@ -9,8 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from handspun.models.lora import add_lora
-from handspun.models.lora_linear import LoraLinear
+from handspun.models.lora import LoraLinear, add_lora
 from tiny import tiny_model
 
 

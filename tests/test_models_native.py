@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from handspun.models import native, products
+from handspun.kernels import native
+from handspun.kernels.int8_matmul import exact_sums
+from handspun.kernels.tiles import Tiles
+from handspun.models import fused as products
+from handspun.models.fused import Int8Matrix, Int8Product
 from handspun.models.int8 import Int8Linear, int8_linear
-from handspun.models.int8_matmul import exact_sums
-from handspun.models.products import Int8Matrix, Int8Product
-from handspun.models.tiles import Tiles
 
 pytestmark = pytest.mark.cpu
 needs_kernels = pytest.mark.skipif(

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from handspun.models import native, native_library
-from handspun.models.native_library import LibraryError, load_library
+from handspun.kernels import native
+from handspun.kernels import native as native_library
+from handspun.kernels.native import LibraryError, load_library
 
 pytestmark = [
     pytest.mark.cpu,

@@ -7,8 +7,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from handspun.models import rounding
-from handspun.models.rounding import round_stochastically
+from handspun.models import save as rounding
+from handspun.models.save import round_stochastically
 
 
 def rounded(values: list[float], seed: int = 0) -> torch.Tensor:

@@ -18,7 +18,7 @@ from handspun.cli import main
 from handspun.config import DataConfig
 from handspun.data import rendering
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.prepare import prepare_examples
+from handspun.data.dataset import prepare_examples
 from handspun.errors import HandspunError, ModelError, TemplateError
 from handspun.models.load import load_config, model_source
 from handspun.models.lora import add_lora

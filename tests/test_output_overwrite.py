@@ -14,10 +14,10 @@ import pytest
 from rich.console import Console
 
 import handspun
-from handspun import run as run_module
 from handspun.errors import ConfigError, HandspunError, OutputError
-from handspun.report import trackers
-from handspun.report.html.page import write_report
+from handspun.report.page import write_report
+from handspun.runs import trackers
+from handspun.runs import train as run_module
 from handspun.training.checkpoint import is_checkpoint
 from handspun.training.loop import Event, Loop, TrainingState
 
@@ -166,7 +166,9 @@ def test_too_little_room_for_both_leaves_the_earlier_run(
     tiny_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = snapshot(place / "output")
-    monkeypatch.setattr("handspun.output.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(
+        "handspun.runs.output_dir.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})()
+    )
     with pytest.raises(OutputError, match="The earlier run stays until the first one is saved"):
         train(config(tiny_folder, place, overwrite=True))
     assert snapshot(place / "output") == before

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from handspun.data.batches import collate
 from handspun.data.examples import Example
 from handspun.models.load import ChatModel
-from handspun.training.forward import padded_loss
+from handspun.training.batching import collate
+from handspun.training.objectives import padded_loss
 from parity import assert_same_as_transformers
 
 pytestmark = pytest.mark.embedded

@@ -12,7 +12,8 @@ from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.models.int8 import quantize_base
 from handspun.models.lora import add_lora
-from handspun.preflight.answers import (
+from handspun.preflight.checks import (
+    Said,
     findings_in_answers,
     next_user,
     placeholder_answer,
@@ -21,10 +22,9 @@ from handspun.preflight.answers import (
     unfilled_field,
 )
 from handspun.preflight.duplicates import Alike, alike, most_in_common, words_of
-from handspun.preflight.rates import Forecast, operations, predicted_seconds
-from handspun.preflight.said import Said
+from handspun.preflight.time_estimate import Forecast, operations, predicted_seconds
 from handspun.training.loop import EpochEnd, Step
-from handspun.training.plan import make_plan
+from handspun.training.memory import make_plan
 from tiny import tiny_model
 
 TEN = "one two three four five six seven eight nine ten"

@@ -2,8 +2,7 @@
 
 from chat_templates import KINDS, tokenizer_of
 from handspun.data.chat_template import ChatTemplate
-from handspun.preflight.role_markers import findings_in_prompts, template_lines
-from handspun.preflight.said import Said
+from handspun.preflight.checks import Said, findings_in_prompts, template_lines
 
 
 def test_template_lines_name_what_cannot_be_protected() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import handspun
-from handspun.report.html.answers import DECODINGS, sample_answers
-from handspun.report.html.series import read_metrics
-from handspun.run import train
+from handspun.runs.metrics import read_metrics
+from handspun.runs.sample_answers import DECODINGS, sample_answers
+from handspun.runs.train import train
 from test_report_html import ROWS, config, quiet_console
 
 

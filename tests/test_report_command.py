@@ -7,7 +7,7 @@ import pytest
 
 import handspun
 from handspun.cli.app import app
-from handspun.report.html.command import command, options_given
+from handspun.runs.record import command, options_given
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,10 @@ from rich.console import Console
 import handspun
 from handspun.cli import main
 from handspun.errors import OutputError, StoppedError
-from handspun.report.html.answers import DECODINGS
-from handspun.report.html.folder import RunFiles, read_run
-from handspun.report.html.page import comparison_page, report_page, write_report
-from handspun.report.html.series import read_metrics
-from handspun.run import train
+from handspun.report.page import comparison_page, report_page, write_report
+from handspun.runs.metrics import RunFiles, read_metrics, read_run
+from handspun.runs.sample_answers import DECODINGS
+from handspun.runs.train import train
 from html_page import Page
 from report_in_a_browser import SCHEMES, WIDTHS, browser, overflow, violations
 from test_report_plots import points_of
@@ -219,7 +218,7 @@ def test_a_run_that_ends_early_has_a_report_that_says_so(
     def stopped(*_: object, **__: object) -> None:
         raise StoppedError(15, step=2, total_steps=4)
 
-    monkeypatch.setattr("handspun.keeping.Keeper.event", stopped)
+    monkeypatch.setattr("handspun.runs.checkpoints.Keeper.event", stopped)
     with pytest.raises(StoppedError):
         train(config(tiny_folder, data, sample_prompts=("Say 3.",)), console=quiet_console())
     text = Page(data.with_name("output").joinpath("report.html").read_text(encoding="utf-8")).text
@@ -240,7 +239,7 @@ def test_a_run_that_goes_on_keeps_the_answers_from_before_it(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("handspun.run.Keeper.save_if_due", killed)
+        patch.setattr("handspun.runs.train.Keeper.save_if_due", killed)
         with pytest.raises(KeyboardInterrupt):
             train(made, console=quiet_console())
     kept = data.with_name("output") / "report_data.json"
@@ -263,8 +262,8 @@ def test_a_disk_that_takes_no_report_does_not_hide_why_a_run_failed(
 
         return fail
 
-    monkeypatch.setattr("handspun.keeping.save_checkpoint", full("checkpoint"))
-    monkeypatch.setattr("handspun.report.html.keep.write_report", full("report"))
+    monkeypatch.setattr("handspun.runs.checkpoints.save_checkpoint", full("checkpoint"))
+    monkeypatch.setattr("handspun.runs.artifacts.write_report", full("report"))
     with pytest.raises(OutputError, match="no room for the checkpoint"):
         train(config(tiny_folder, data, sample_answers=False), console=quiet_console())
 

@@ -14,17 +14,15 @@ from rich.console import Console
 import handspun
 from handspun.cli import main
 from handspun.data.chat_template import ChatTemplate
+from handspun.data.dataset import prepare_examples
 from handspun.data.examples import Example
-from handspun.data.prepare import prepare_examples
 from handspun.errors import TrainingError
-from handspun.report.incidents import Incident, incident_facts, incident_from, incident_line, write_batch
-from handspun.run import train
+from handspun.runs.incidents import Incident, incident_facts, incident_from, incident_line, write_batch
+from handspun.runs.train import train
 from handspun.training.checkpoint import is_checkpoint
-from handspun.training.nonfinite import Skipped
-from handspun.training.out_of_memory import OutOfMemory
+from handspun.training.guards import OutOfMemory, Skipped, Spike
+from handspun.training.memory import Room
 from handspun.training.packed import Packed
-from handspun.training.room import Room
-from handspun.training.spikes import Spike
 from tiny import tiny_tokenizer
 
 ALPACA = "instruction,input,output\n" + "".join(f"Say {n}.,,It is {n}.\n" for n in range(1, 21))
@@ -246,8 +244,8 @@ def test_a_run_that_met_the_end_of_memory_records_what_it_went_on_with(
 def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_read(
     tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("handspun.run.room_on", lambda _: Room(10**8, "what is free in this machine"))
-    monkeypatch.setattr("handspun.run.read_model", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr("handspun.runs.train.room_on", lambda _: Room(10**8, "what is free in this machine"))
+    monkeypatch.setattr("handspun.runs.train.read_model", lambda *_, **__: pytest.fail("the weights were read"))
     with pytest.raises(TrainingError, match=r"predicted to take 0\.6 GB at its peak, and 0\.1 GB are there"):
         train(config(tiny_folder, data), console=Console(file=io.StringIO()))
     console = Console(file=io.StringIO(), width=200)

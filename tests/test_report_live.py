@@ -9,10 +9,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from handspun.report.html.answers import SampleAnswer
-from handspun.report.live import LiveState, Trace, one_line, panel, sparkline, wrapped
-from handspun.report.log import RunLog
-from handspun.report.samples import Samples
+from handspun.runs.live import LiveState, Trace, one_line, panel, sparkline, wrapped
+from handspun.runs.log import RunLog
+from handspun.runs.sample_answers import SampleAnswer, Samples
 from handspun.training.loop import Evaluation, Step
 
 CURSOR = re.compile(r"\x1b\[\d*[A-HJKSTfsu]|\x1b\[\?25l")

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from handspun.report.model_card import hub_id, license_of, model_card
+from handspun.runs.model_card import hub_id, license_of, model_card
 
 ROWS = {"rows": 12, "kept": 10, "dropped": [{}, {}], "truncated": []}
 SET = {"sha256": "ab" * 32, "examples": 10, "tokens": 500, "learned_tokens": 200, "rows": ROWS}

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from handspun.report.html.plots import bar_plot, line_plot
-from handspun.report.html.series import Line, Metrics, loss_line, rate_line, read_metrics, smoothed, thinned
+from handspun.report.pictures import bar_plot, line_plot
+from handspun.runs.metrics import Line, Metrics, loss_line, rate_line, read_metrics, smoothed, thinned
 
 
 def points_of(svg: str, name: str) -> list[tuple[float, float]]:

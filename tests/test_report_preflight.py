@@ -12,10 +12,10 @@ import handspun
 from handspun.cli import main
 from handspun.data.examples import RowNote
 from handspun.errors import ConfigError
-from handspun.preflight.findings import Finding
-from handspun.report.preflight import doubts_about_memory, warning_lines
-from handspun.resume import refuse_another_run
-from handspun.run import train
+from handspun.preflight.checks import Finding
+from handspun.runs.resume import refuse_another_run
+from handspun.runs.summary import doubts_about_memory, warning_lines
+from handspun.runs.train import train
 
 RIVER = "the river runs from the hills to the sea and passes nine towns and two old bridges on its way there"
 OVER = f"{RIVER} again"

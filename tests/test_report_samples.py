@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from handspun.errors import ConfigError, DataError
-from handspun.report.html.folder import read_run
-from handspun.report.html.page import report_page
+from handspun.report.page import report_page
+from handspun.runs.metrics import read_run
 from test_resume import config, crash, crash_after, data, events, train, weights
 
 __all__ = ["crash_after", "data"]  # fixtures

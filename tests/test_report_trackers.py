@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from handspun import run as run_module
 from handspun.config import Tracker
 from handspun.errors import ConfigError, StoppedError
-from handspun.report import trackers
-from handspun.report.trackers import Send, TrackedRun, figures_of, refuse_missing_trackers
+from handspun.runs import trackers
+from handspun.runs import train as run_module
+from handspun.runs.trackers import Send, TrackedRun, figures_of, refuse_missing_trackers
 from handspun.training.loop import Event, Step
 from test_resume import config, crash, crash_after, data, events, train, weights
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import handspun
-from handspun import run as run_module
 from handspun.errors import ConfigError, OutputError, TrainingError
+from handspun.runs import train as run_module
 from handspun.training.checkpoint import TRAINING_STATE, is_checkpoint
 from handspun.training.loop import Event, Loop, TrainingState
 
@@ -414,7 +414,8 @@ def test_a_second_run_into_the_same_folder_is_refused_while_the_first_one_lives(
 ) -> None:
     output = data.with_name("output")
     code = (
-        f"from pathlib import Path; from handspun.output import owned\nwith owned(Path({str(output)!r})): input()"
+        "from pathlib import Path; from handspun.runs.output_dir import owned\n"
+        f"with owned(Path({str(output)!r})): input()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True) as first:
         while not (output / ".handspun" / "owner").exists():

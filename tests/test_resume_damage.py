@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 import handspun
-from handspun import run as run_module
 from handspun.errors import HandspunError, OutputError
+from handspun.runs import train as run_module
 from handspun.training.checkpoint import is_checkpoint
 from handspun.training.loop import Event, Loop, TrainingState
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import handspun
 from handspun.errors import DataError, OutputError
-from handspun.run import train
+from handspun.runs.train import train
 from handspun.training.checkpoint import is_checkpoint
 
 ROWS = "instruction,input,output\n" + "".join(f"Say {n}.,,It is {n}.\n" for n in range(20))
@@ -163,7 +163,9 @@ def test_an_earlier_run_is_not_overwritten_unasked(tiny_folder: Path, data: Path
 def test_a_disk_that_is_too_small_is_said_before_the_first_step(
     tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("handspun.output.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(
+        "handspun.runs.output_dir.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})()
+    )
     with pytest.raises(OutputError, match=r"has 1\.0 kB free, and 2 checkpoints"):
         train(config(tiny_folder, data), console=quiet_console())
 
@@ -174,7 +176,7 @@ def test_a_run_that_fails_says_so_in_its_record(
     def broken(*_: object, **__: object) -> None:
         raise OutputError("the disk is gone")
 
-    monkeypatch.setattr("handspun.keeping.save_checkpoint", broken)
+    monkeypatch.setattr("handspun.runs.checkpoints.save_checkpoint", broken)
     with pytest.raises(OutputError, match="the disk is gone"):
         train(config(tiny_folder, data), console=quiet_console())
     assert json.loads((data.with_name("output") / "run.json").read_text())["status"] == "failed"

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from handspun.errors import OutputError
-from handspun.files import output_errors
+from handspun.files import make_work_folder, output_errors, recover_all
 from handspun.models.end_of_turn import make_end_of_turn_eos
 from handspun.models.load import ChatModel
 from handspun.training.checkpoint import (
@@ -25,7 +25,6 @@ from handspun.training.checkpoint import (
     step_of,
     unknown_files,
 )
-from handspun.training.staging import make_work_folder, recover_all
 
 
 def save_tiny(chat: ChatModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.models.lora import add_lora
-from handspun.training.evaluate import evaluate
-from handspun.training.execution import execution_of
-from handspun.training.forward import Padded
-from handspun.training.loop import Evaluation, Loop, Step, TrainingState, start, train
+from handspun.training.loop import Evaluation, Loop, Step, TrainingState, evaluate, start, train
+from handspun.training.objectives import Padded
+from handspun.training.runner import execution_of
 from tiny import tiny_model
 
 ROWS = [Example([5, 6, 7, 8, 9, 10, 11, 12], [False] * 3 + [True] * 5, "rows.csv", 1)]

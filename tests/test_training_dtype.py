@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from handspun.files import cache_folder
-from handspun.models import cpu
+from handspun.kernels import cpu
 from handspun.training import dtype as dtype_module
 from handspun.training.dtype import choose_dtype
 

@@ -8,15 +8,13 @@ import torch
 from transformers import PreTrainedModel
 
 from handspun.config import TrainConfig
-from handspun.data.batches import batches, epoch_order
 from handspun.data.examples import Example
 from handspun.errors import ModelError, TrainingError
 from handspun.models.int8 import quantize_base
 from handspun.models.lora import add_lora
-from handspun.training.fitting import check_room
-from handspun.training.plan import make_plan, predicted_peak
-from handspun.training.processes import Processes
-from handspun.training.room import Room
+from handspun.training.batching import batches, epoch_order
+from handspun.training.distributed import Processes
+from handspun.training.memory import Room, check_room, make_plan, predicted_peak
 from tiny import tiny_model
 
 CONFIG = TrainConfig(dtype="float32", batch_size=8)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from handspun.training.head import head_backward, head_loss
+from handspun.training.objectives import head_backward, head_loss
 
 
 def a_head(*, bias: bool = False, frozen: bool = False) -> nn.Linear:

@@ -15,13 +15,10 @@ from handspun.decoding.generate import generate
 from handspun.errors import TrainingError
 from handspun.models.end_of_turn import make_end_of_turn_eos
 from handspun.models.load import ChatModel
-from handspun.training.evaluate import evaluate
-from handspun.training.execution import execution_of
-from handspun.training.forward import Padded
-from handspun.training.loop import EpochEnd, Evaluation, Event, Loop, Step, start, train
-from handspun.training.nonfinite import Skipped
-from handspun.training.out_of_memory import OutOfMemory
-from handspun.training.spikes import Spike
+from handspun.training.guards import OutOfMemory, Skipped, Spike
+from handspun.training.loop import EpochEnd, Evaluation, Event, Loop, Step, evaluate, start, train
+from handspun.training.objectives import Padded
+from handspun.training.runner import execution_of
 from tiny import tiny_model
 
 QUESTIONS = {

@@ -6,10 +6,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from handspun.data.batches import collate
 from handspun.data.examples import Example
-from handspun.training.forward import padded_loss
-from handspun.training.loss import cross_entropy_sum
+from handspun.training.batching import collate
+from handspun.training.objectives import cross_entropy_sum, padded_loss
 from tiny import tiny_model
 
 FAMILIES = ["qwen2", "llama"]

@@ -10,10 +10,9 @@ from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.models.lora import add_lora
 from handspun.training import memory
+from handspun.training.batching import packed_tokens
 from handspun.training.memory import predict_memory
-from handspun.training.pack import packed_tokens
-from handspun.training.packed import Packed
-from handspun.training.packed_attention import packed_attention
+from handspun.training.packed import Packed, packed_attention
 from tiny import tiny_model
 
 

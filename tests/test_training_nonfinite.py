@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.errors import ConfigError, TrainingError
-from handspun.training.execution import execution_of
+from handspun.training.guards import Skipped
 from handspun.training.loop import Event, Loop, Step, TrainingState, start, train
-from handspun.training.nonfinite import Skipped
 from handspun.training.optim import lr_at
+from handspun.training.runner import execution_of
 from tiny import tiny_model
 
 POISON = 329

@@ -10,10 +10,10 @@ import torch
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.errors import TrainingError
-from handspun.training.execution import Execution, execution_of
+from handspun.training.distributed import Processes
+from handspun.training.guards import OutOfMemory, half_of, is_out_of_memory
 from handspun.training.loop import Event, Loop, Step, start, train
-from handspun.training.out_of_memory import OutOfMemory, half_of, is_out_of_memory
-from handspun.training.processes import Processes
+from handspun.training.runner import Execution, execution_of
 from tiny import tiny_model
 
 

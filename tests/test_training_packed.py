@@ -16,17 +16,16 @@ from handspun.models import int8
 from handspun.models.int8 import quantize_base
 from handspun.models.lora import add_lora
 from handspun.training import packed as packed_module
-from handspun.training.execution import cannot_pack, execution_of
-from handspun.training.forward import Padded
-from handspun.training.loop import Loop, Step, start, train
-from handspun.training.pack import (
+from handspun.training.batching import (
     pack,
     packed_micro_batches,
     packed_tokens,
     shared_prefix,
 )
-from handspun.training.packed import Packed
-from handspun.training.packed_attention import Masks, masks_of, packed_attention, whole_mask
+from handspun.training.loop import Loop, Step, start, train
+from handspun.training.objectives import Padded
+from handspun.training.packed import Masks, Packed, masks_of, packed_attention, whole_mask
+from handspun.training.runner import cannot_pack, execution_of
 from tiny import tiny_model
 
 SMALL = {

@@ -6,13 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from handspun.data.batches import collate
 from handspun.data.examples import Example
-from handspun.training.forward import Padded, padded_loss
-from handspun.training.loss import cross_entropy_sum
-from handspun.training.pack import pack
-from handspun.training.packed import Packed
-from handspun.training.packed_attention import packed_attention
+from handspun.training.batching import collate, pack
+from handspun.training.objectives import Padded, cross_entropy_sum, padded_loss
+from handspun.training.packed import Packed, packed_attention
 from tiny import tiny_model
 
 

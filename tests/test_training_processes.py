@@ -16,8 +16,8 @@ import handspun
 from handspun.data.examples import Example
 from handspun.errors import ConfigError
 from handspun.models.lora import add_lora
-from handspun.training.execution import Execution, execution_of
-from handspun.training.processes import NOTHING, Processes, deal, processes_of_this_run
+from handspun.training.distributed import NOTHING, Processes, deal, processes_of_this_run
+from handspun.training.runner import Execution, execution_of
 from tiny import tiny_model
 
 ROWS = "instruction,input,output\n" + "".join(

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.models.lora import add_lora
-from handspun.training.execution import execution_of
 from handspun.training.loop import EpochEnd, Loop, Step, start, train
+from handspun.training.runner import execution_of
 from reference_loop import ReferenceStep, reference_loop
 from tiny import tiny_model
 

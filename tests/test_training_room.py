@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from handspun.training.room import room_here
+from handspun.training.memory import room_here
 
 GB = 10**9
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from handspun.config import TrainConfig
-from handspun.training import short_states
-from handspun.training.optim import make_optimizer
-from handspun.training.short_states import BLOCK, ShortStatesAdamW, decode, encode
+from handspun.training import optim as short_states
+from handspun.training.optim import BLOCK, ShortStatesAdamW, decode, encode, make_optimizer
 from tiny import tiny_model
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from handspun.training import threads as threads_module
+from handspun.runs.signals import stop_requests
+from handspun.training import dtype as threads_module
 from handspun.training.checkpoint import is_checkpoint
-from handspun.training.peers import Watch, describe, exit_code
-from handspun.training.signals import stop_requests
-from handspun.training.threads import physical_cores, use_threads
+from handspun.training.distributed import Watch, describe, exit_code
+from handspun.training.dtype import physical_cores, use_threads
 
 ROWS = "instruction,input,output\n" + "".join(f"Say {n}.,,It is {n}.\n" for n in range(20))
 linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from handspun.config import TrainConfig
-from handspun.training.execution import execution_of
+from handspun.training.guards import WINDOW, Spike, spike_in
 from handspun.training.loop import Loop, start, train
-from handspun.training.spikes import WINDOW, Spike, spike_in
+from handspun.training.runner import execution_of
 from tiny import tiny_model
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"

@@ -15,23 +15,21 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 
 import handspun
 from handspun.cli import main
+from handspun.cli.views.verification import findings_json, findings_table
 from handspun.data.chat_template import ChatTemplate, Encoded
-from handspun.decoding import beam, decode, filters
-from handspun.decoding.lean_engine import LeanEngine
+from handspun.decoding import beam, filters
+from handspun.decoding import scheduler as decode
+from handspun.decoding.engines.fused import LeanEngine
 from handspun.errors import ConfigError
-from handspun.models.int8_matmul import exact_sums
-from handspun.models.lean import lean_model
+from handspun.kernels.int8_matmul import exact_sums
+from handspun.models.fused import lean_model
 from handspun.models.load import ChatModel
-from handspun.report.verification import findings_json, findings_table
 from handspun.training import packed
-from handspun.verification import sampling
-from handspun.verification.answers import check_beams, check_greedy, check_logits
-from handspun.verification.batches import check_batches
-from handspun.verification.findings import Divergence, Finding, compared, first_difference
+from handspun.verification import processors as sampling
+from handspun.verification.answers import check_batches, check_beams, check_greedy, check_logits
 from handspun.verification.int8 import check_int8, compared_sums
-from handspun.verification.material import Material, gather
-from handspun.verification.processors import check_processors
-from handspun.verification.sampling import check_distributions, check_draws, goodness_of_fit
+from handspun.verification.processors import check_distributions, check_draws, check_processors, goodness_of_fit
+from handspun.verification.reference import Divergence, Finding, Material, compared, first_difference, gather
 from handspun.verification.training import check_packed, check_prefix
 from handspun.verification.verify import verify
 from tiny import tiny_model, tiny_tokenizer

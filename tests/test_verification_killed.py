@@ -8,8 +8,8 @@ import pytest
 import handspun
 from handspun.cli import main
 from handspun.errors import TrainingError
-from handspun.verification import killed
-from handspun.verification.killed import Comparison, kill_and_compare
+from handspun.verification import resume_check as killed
+from handspun.verification.resume_check import Comparison, kill_and_compare
 
 ROWS = "instruction,input,output\n" + "".join(f"Say {n}.,,It is {n}.\n" for n in range(60))
 

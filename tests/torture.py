@@ -37,9 +37,9 @@ from rich.console import Console
 from handspun import TrainConfig, train
 from handspun.config import ExportConfig
 from handspun.export.export import export
-from handspun.training import training_state
+from handspun.files import work_folder
+from handspun.training import checkpoint as training_state
 from handspun.training.checkpoint import TRAINING_STATE, is_checkpoint
-from handspun.training.staging import work_folder
 from tiny import tiny_model, tiny_tokenizer
 
 ROWS = "instruction,input,output\n" + "".join(

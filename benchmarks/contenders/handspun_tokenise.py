@@ -5,9 +5,8 @@ import time
 from pathlib import Path
 
 from handspun.config import DataConfig
-from handspun.data.cache import ExampleCache
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.prepare import prepare_examples
+from handspun.data.dataset import ExampleCache, prepare_examples
 from handspun.models.load import load_tokenizer, model_source
 from job import answer, job_of_this_process
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 import handspun
-from handspun.data.batches import epoch_order
+from handspun.training.batching import epoch_order
 from job import Job, answer, job_of_this_process, read_rows
 
 

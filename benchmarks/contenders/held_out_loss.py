@@ -12,8 +12,8 @@ from handspun.config import TrainConfig
 from handspun.data.examples import build_examples
 from handspun.data.rows import Row
 from handspun.models.load import load
-from handspun.training.evaluate import evaluate
-from handspun.training.forward import Padded
+from handspun.training.loop import evaluate
+from handspun.training.objectives import Padded
 
 
 def main() -> None:

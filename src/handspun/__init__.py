@@ -27,8 +27,8 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from handspun.models.load import ChatModel, load
-    from handspun.output import TrainedRun
-    from handspun.run import train
+    from handspun.runs.output_dir import TrainedRun
+    from handspun.runs.train import train
 
 __version__ = "0.1.0"
 
@@ -45,12 +45,12 @@ _HOMES = {
     "StoppedError": "errors",
     "TemplateError": "errors",
     "TrainConfig": "config",
-    "TrainedRun": "output",
+    "TrainedRun": "runs.output_dir",
     "TrainingError": "errors",
     "generate": "decoding.generate",
     "load": "models.load",
     "stream": "decoding.generate",
-    "train": "run",
+    "train": "runs.train",
 }
 
 

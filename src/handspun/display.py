@@ -1,9 +1,4 @@
-"""Printing: text that others wrote is made harmless, and a stream that fails never ends a run.
-
-Model answers, rows, names of folders and errors of other libraries may hold terminal escapes. They pass through
-one table before a terminal or a page shows them. Standard output and error may be closed, full, or read by a
-program that has gone away. `protected_streams` guards a command against that.
-"""
+"""Text for a terminal: printable characters, lists of names, durations, and streams that go away."""
 
 import errno
 import json
@@ -13,6 +8,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
+from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -231,3 +227,36 @@ def abandon_unwritten() -> None:
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, stream.fileno())
                 os.close(null)
+
+
+shown = printable
+"""A name from the data, on one line and harmless to a terminal."""
+
+listed = join_names
+
+
+def file_name(path: Path) -> str:
+    """The path as a person would type it, whatever bytes are in it."""
+    return shown(str(path), most=4096)
+
+
+def type_name(value: Any) -> str:
+    """What a value is, in JSON's words."""
+    if isinstance(value, float) and value != value:
+        return "NaN (pandas writes it for a missing cell, and for the words N/A and None)"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int | float):
+        return f"the number {shown(str(value))}"
+    names: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a value of type {type(value).__name__}")
+
+
+def duration(seconds: float) -> str:
+    """`8s`, `3m07s`, `2h05m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

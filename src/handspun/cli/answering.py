@@ -50,7 +50,7 @@ def generate(
     show_tree
         What a beam search looked at: all its beams, with their scores; a tree, or part of the --json.
     """
-    from handspun.report.show import show_answers
+    from handspun.cli.views.answers import show_answers
 
     show_answers(
         load_model(source, template),
@@ -83,6 +83,6 @@ def chat(
     system_prompt
         System message; if not given, the template's own default holds.
     """
-    from handspun.report.show import hold_conversation
+    from handspun.cli.views.answers import hold_conversation
 
     hold_conversation(load_model(source, template), options, HarmlessConsole(), system_prompt=system_prompt)

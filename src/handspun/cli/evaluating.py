@@ -52,11 +52,11 @@ def evaluate(
     json
         One JSON object in place of the table.
     """
+    from handspun.cli.views.scores import row_lines, scores_record, scores_table
     from handspun.data.rows import refuse_missing_data
     from handspun.evaluation.score import score
-    from handspun.report.account import account_lines
-    from handspun.report.scores import row_lines, scores_record, scores_table
-    from handspun.report.whole_file import whole_file
+    from handspun.files import whole_file
+    from handspun.runs.summary import account_lines
 
     refuse_missing_data(config.data)
     with ExitStack() as stack:
@@ -123,8 +123,8 @@ def compare(
         CPU threads; if not given, PyTorch's default (one per physical core).
     """
     from handspun.evaluation.compare import compare as compare_models
+    from handspun.files import whole_file
     from handspun.report.compare import comparison_html, print_comparison
-    from handspun.report.whole_file import whole_file
 
     def load(name: str) -> "ChatModel":
         return load_model(ModelOptions(model=name, device=device, weights=weights, threads=threads), template)

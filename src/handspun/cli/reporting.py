@@ -17,8 +17,8 @@ def report(*runs: Path, output_file: Path | None = None) -> None:
     output_file
         Where the page goes; if not given, report.html in the run's folder, and comparison.html here for several.
     """
-    from handspun.report.html.folder import REPORT, read_run
-    from handspun.report.html.page import comparison_page, report_page, write_page
+    from handspun.report.page import comparison_page, report_page, write_page
+    from handspun.runs.metrics import REPORT, read_run
 
     found = [read_run(run) for run in runs or (Path("output"),)]
     if len(found) == 1:

@@ -27,7 +27,7 @@ def verify_resume(
     kills
         How often it is killed.
     """
-    from handspun.verification.killed import kill_and_compare
+    from handspun.verification.resume_check import kill_and_compare
 
     console = HarmlessConsole(file=unfailing(sys.stdout))
 

@@ -15,7 +15,7 @@ def train(*, config: Annotated[TrainConfig, FLAT] = TrainConfig()) -> None:  # n
     Writes checkpoint-epoch-N/ and checkpoint-best/ (ordinary transformers or peft folders), train.log,
     metrics.jsonl, run.json and report.html.
     """
-    from handspun.run import train as run_training
+    from handspun.runs.train import train as run_training
 
     run_training(config)
 
@@ -26,7 +26,7 @@ def preflight(*, config: Annotated[TrainConfig, FLAT] = TrainConfig()) -> None: 
 
     Takes the options of train. With --strict, a warning is an error.
     """
-    from handspun.run import train as run_training
+    from handspun.runs.train import train as run_training
 
     run_training(replace(config, dry_run=True))
 
@@ -50,7 +50,7 @@ def preview(
     plain
         Mark learned tokens with brackets instead of colour (also without a terminal, or under NO_COLOR).
     """
-    from handspun.report.show import show_preview
+    from handspun.cli.views.answers import show_preview
 
     console = HarmlessConsole()
     show_preview(config, model, console, examples=examples, plain=plain or is_colourless(console))

@@ -36,8 +36,8 @@ def verify(
     json
         One JSON object in place of the table.
     """
-    from handspun.report.verification import failed, findings_json, findings_table, verdict
-    from handspun.verification.prompts import DEFAULT_PROMPTS
+    from handspun.cli.views.verification import failed, findings_json, findings_table, verdict
+    from handspun.verification.verify import DEFAULT_PROMPTS
     from handspun.verification.verify import verify as run_checks
 
     prompts = DEFAULT_PROMPTS if prompts_file is None else read_prompts((), prompts_file)

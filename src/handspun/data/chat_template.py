@@ -4,7 +4,9 @@ A tokenizer's Jinja template mixes its own text with the data, and once rendered
 which: a user who types `<|im_end|>` has ended the turn. So the data is hidden first (`sentinels.py`), the template
 is rendered, and each character is then known to be the template's or the data's:
 
-    [{"role": "user", "content": "Hi"}]  ->  <|im_start|>user\n⟨0⟩<|im_end|>\n  ->  ids
+    [{"role": "user", "content": "Hi"}]  ->  <|im_start|>user
+⟨0⟩<|im_end|>
+  ->  ids
 
 Added tokens are recognised only where the template wrote them. Each run between two of them is tokenised
 whole, because BPE merges across the seams of smaller pieces.
@@ -22,9 +24,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from handspun.data.conversations import Message
-from handspun.data.rendering import render
-from handspun.data.sentinels import SENTINEL, Sentinels, Slot, alternatives, cut_at_sentinels, end_of_content
-from handspun.data.template_source import check_template_args
+from handspun.data.placeholders import SENTINEL, Sentinels, Slot, alternatives, cut_at_sentinels, end_of_content
+from handspun.data.rendering import check_template_args, render
 from handspun.data.text_loss import TextLoss
 from handspun.errors import TemplateError
 
@@ -487,3 +488,31 @@ def _without_added_tokens(backend: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
             replacement=metaspace.replacement, prepend_scheme="never", split=metaspace.split
         )
     return first, later
+
+
+def said_ids(
+    template: ChatTemplate,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None = None,
+    *,
+    continue_final_message: bool = False,
+) -> list[int]:
+    """Those ids of `template.encode_prompt` that hold any of the data, and not the template's own text alone."""
+    hidden, frame = template.prompt_frame(messages, tools, continue_final_message=continue_final_message)
+    text, is_said = "", list[bool]()
+    for part in (part for segment in frame.segments for part in segment.parts):
+        new = hidden.data_of(part)[0] if isinstance(part, Slot) else part[0]
+        text += new
+        is_said += [isinstance(part, Slot)] * len(new)
+    ids, position = list[int](), 0
+    for run in template._runs(frame.segments, lambda slot: template._data(slot, hidden)):
+        position = text.index(run.text, position)  # a run may have lost the space around it
+        if run.token_ids is not None:  # an added token
+            places = [(run.token_ids[0], (0, len(run.text)))]
+        else:
+            tokenizer = template._first_run if run.first else template._later_run
+            encoding = tokenizer.encode(run.text, add_special_tokens=False)
+            places = list(zip(encoding.ids, encoding.offsets, strict=True))
+        ids += [id for id, (start, end) in places if any(is_said[position + start : position + end])]
+        position += len(run.text)
+    return ids

@@ -7,12 +7,11 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from handspun.data.arrow_values import has_lost_nulls
-from handspun.data.dropped import DroppedRow
 from handspun.data.formats import MEDIA, NEEDED, recognise_format, used_columns
 from handspun.data.marks import check_parts, row_marks, turn_mark
 from handspun.data.messages import (
     LOST_NULLS,
+    UNKNOWN_ROLE,
     Cell,
     Message,
     is_blank,
@@ -22,12 +21,13 @@ from handspun.data.messages import (
     read_message,
     read_tools,
     read_turns,
+    role_of,
     unread_keys,
     with_system_prompt,
 )
-from handspun.data.naming import listed
-from handspun.data.roles import UNKNOWN_ROLE, role_of
-from handspun.data.rows import Row
+from handspun.data.readers import has_lost_nulls
+from handspun.data.rows import DroppedRow, Row
+from handspun.display import listed
 
 __all__ = [
     "Conversation",

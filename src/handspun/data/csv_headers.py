@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from handspun.data.formats import fits_a_format
-from handspun.data.naming import listed, shown
 from handspun.data.text_files import split_lines
+from handspun.display import listed, shown
 from handspun.errors import DataError
 
 _SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}

@@ -1,11 +1,135 @@
-"""Which format a file has, judged by its columns."""
+"""Which format a row's columns are in, and hints for columns that are in none."""
 
-from collections.abc import Collection
+import difflib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import islice
 
 from handspun.config import DataFormat
-from handspun.data.column_hints import hints
-from handspun.data.naming import listed
+from handspun.display import listed, shown
 from handspun.errors import DataError
+
+_SEARCHED = 1000
+"""Columns that are compared with those of the formats."""
+
+# What others call the columns that are needed here, the most usual first.
+_OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "instruction": (),
+    "output": ("response", "answer", "completion", "target", "assistant", "reply", "solution", "answers"),
+    "prompt": ("question", "query", "user", "human", "input", "instruction", "problem", "request", "source"),
+    "completion": (
+        *("answer", "response", "output", "chosen", "assistant", "reply", "gpt", "bot", "target", "solution"),
+        *("generation", "answers"),
+    ),
+    "messages": ("chat", "dialog", "dialogue", "message"),
+    "conversations": ("chat_messages", "items"),
+}
+
+# Columns of exports that no renaming makes rows of; all those of a line are there.
+_EXPORTS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("mapping",),
+        "`mapping` is ChatGPT's export, a tree of messages: write the messages from `current_node` up its "
+        '`parent`s, the first one first, as {"messages": [{"role": ..., "content": ...}, ...]}.',
+    ),
+    (
+        ("annotations", "data"),
+        "`data` and `annotations` are Label Studio's whole export: export it as CSV or JSON-MIN, and name its "
+        "columns `prompt` and `completion`.",
+    ),
+    (
+        ("fields", "responses"),
+        "`fields` and `responses` are Argilla's records: write the texts inside of them as "
+        '{"prompt": ..., "completion": ...}.',
+    ),
+    (
+        ("custom_id",),
+        "`custom_id` is a batch of OpenAI's API, whose questions and answers are two files: write each request's "
+        '`body.messages` with the `message` of its response as one {"messages": [...]}.',
+    ),
+    (
+        ("chat_messages",),
+        "`chat_messages` is Claude's export: name it `conversations`, and inside of it `sender` `from` and `text` "
+        "`value`.",
+    ),
+    (
+        ("role", "content"),
+        "`role` and `content` are of one turn; a row is a whole conversation: "
+        '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}.',
+    ),
+    (
+        ("from", "value"),
+        "`from` and `value` are of one turn; a row is a whole conversation: "
+        '{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}.',
+    ),
+    (
+        ("row", "row_idx"),
+        "`row` and `row_idx` are of the hub's API: name the whole answer .json, or write what is in `row`.",
+    ),
+)
+# What single columns mean that cannot be learned from as they are.
+_MEANINGS = {
+    "chosen": "`chosen` and `rejected` are a preference; to train on the preferred answer, name it `completion`.",
+    "text": "`text` does not say what is to be learned; split it into `prompt` and `completion`.",
+    "turns": "`turns` are questions without answers, so there is nothing to learn.",
+}
+
+
+def hints(columns: Collection[str], needed: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return sentences on what the columns are, and on how to name them.
+
+    Args:
+        columns: those of a file, which fit no format.
+        needed: format -> the columns that it needs.
+    """
+    names = set(columns)
+    exports = [hint for keys, hint in _EXPORTS if names.issuperset(keys)]
+    if exports:
+        return exports[:1]
+    found = list(islice(columns, _SEARCHED))
+    renamings = [renaming for wanted in needed.values() if (renaming := _renaming(found, wanted)) is not None]
+    meanings = [hint for column, hint in _MEANINGS.items() if column in names]
+    if renamings:
+        best = min(renamings, key=len)  # of equals, the first: the formats' order
+        if not ("chosen" in best and meanings):
+            meanings.append(f"{_sentence(best)}.")
+        return meanings
+    return [*_near_misses(found, needed), *meanings]
+
+
+def _renaming(columns: Sequence[str], needed: Sequence[str]) -> dict[str, str] | None:
+    """Return old name -> new name that give all needed columns; None if there is none."""
+    renaming: dict[str, str] = {}
+    for name in needed:
+        if name in columns:
+            continue
+        free = [column for column in columns if column not in needed and column not in renaming]
+        other = next(_candidates(name, free), None)
+        if other is None:
+            return None
+        renaming[other] = name
+    return renaming
+
+
+def _candidates(name: str, columns: Sequence[str]) -> Iterator[str]:
+    spelled = {column.strip().lower(): column for column in columns}
+    yield from (spelled[other] for other in (name, *_OTHER_NAMES[name]) if other in spelled)
+    for other in (name, *_OTHER_NAMES[name]):
+        cutoff = 0.8 if other == name else 0.9
+        yield from (spelled[close] for close in difflib.get_close_matches(other, spelled, n=1, cutoff=cutoff))
+
+
+def _near_misses(columns: Sequence[str], needed: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Where no renaming gives a whole format: columns that look like a misspelt one."""
+    wanted = {column for names in needed.values() for column in names}
+    spelled = {column.strip().lower(): column for column in columns if column not in wanted}
+    for name in sorted(wanted.difference(columns)):
+        for close in difflib.get_close_matches(name, spelled, n=1, cutoff=0.8):
+            yield f"Did you mean '{name}' for '{shown(spelled[close])}'?"
+
+
+def _sentence(renaming: Mapping[str, str]) -> str:
+    return "Rename " + " and ".join(f"'{shown(old)}' to '{new}'" for old, new in renaming.items())
+
 
 NEEDED: dict[DataFormat, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),

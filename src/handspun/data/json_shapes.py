@@ -1,16 +1,68 @@
-"""Rows out of the shapes in which JSON files hold them: a list of objects, a wrapper around one, pandas' column by
-column, the hub's API, bare lists of turns.
+"""JSON files: their syntax, how deep they nest, and the shapes that rows come in."""
 
-A shape is read where it can mean only one thing, which `notes` then tells; else the error says how to write the
-rows.
-"""
-
+import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from handspun.data.formats import NEEDED, fits_a_format
-from handspun.data.naming import listed, shown, type_name
+from handspun.display import listed, shown, type_name
 from handspun.errors import DataError
+
+MOST_LEVELS = 100
+
+
+def is_nested_deeper(value: Any, most: int = MOST_LEVELS) -> bool:
+    """Whether lists and objects stand in each other more than `most` deep."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(most + 1):
+        inner = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+_PYTHON = re.compile(r"(?:None|True|False)\b")
+_BEYOND = {"undefined", "nan", "inf", "-inf", "-nan"}
+
+
+def remedy(error: json.JSONDecodeError) -> str:
+    """Return a sentence on how to mend the place of the error."""
+    text, place = error.doc, error.pos
+    at, before = text[place : place + 1], text[:place].rstrip()[-1:]
+    rest = text[place : place + 20]
+    if error.msg.startswith("Illegal trailing comma") or (at in ("]", "}") and before == ","):
+        return "Remove the comma before the closing bracket."
+    if not text[place:].strip() or error.msg.startswith("Unterminated string"):
+        return "The text ends before the value does: it may be cut short. Write or download it again."
+    if at == "'" or _PYTHON.match(rest):
+        return "This is Python's notation (str() or repr()); write it with json.dumps."
+    if at in ("#", "/"):
+        return "JSON has no comments; remove it."
+    if at in "“”„«»‘’":
+        return "Write straight double quotes in place of typographic ones."
+    if "control character" in error.msg:
+        return r"Inside of a text, write a line break as \n and a tab as \t."
+    if "escape" in error.msg:
+        return r"Inside of a text, write a backslash as \\."
+    return _remedy_for_structure(error, at, rest)
+
+
+def _remedy_for_structure(error: json.JSONDecodeError, at: str, rest: str) -> str:
+    if error.msg == "Extra data":
+        if at == ",":
+            return "Remove the comma behind the value, or write all values as one list: [ ..., ... ]."
+        return "Remove what stands behind the value, or write all values as one list: [ ..., ... ]."
+    if "delimiter" in error.msg:
+        sign = "colon" if "':'" in error.msg else "comma"
+        return f'Put the {sign} that is missing before it; a quote inside of a text is written \\".'
+    if "property name" in error.msg:
+        return "Put the names of an object in double quotes."
+    if re.split(r"[\s,\]}]", rest.lower())[0] in _BEYOND:
+        return "Write null, or the value that is meant."
+    return "Mend the place, or write the file with a JSON library (json.dumps)."
+
 
 Values = dict[str, Any]
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Literal
 
-from handspun.data.dropped import DroppedRow
-from handspun.data.naming import shown, type_name
+from handspun.data.rows import DroppedRow
+from handspun.display import shown, type_name
 
 # Names in lower case with `_` between their words, as `_words` makes them.
 _TRAIN_IF_TRUE = {

@@ -1,20 +1,52 @@
-"""Rows of a table, from files, folders or the hub, with the file and number that each came from."""
+"""A file, a folder, or a hub data set as rows."""
 
 import difflib
 import errno
 import os
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from handspun.data.arrow_values import without_nulls
-from handspun.data.hub_access import stay_offline_if_unreachable
-from handspun.data.naming import file_name, listed, shown
-from handspun.data.row_files import SUFFIXES, read_file, with_known_names
-from handspun.display import say
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError
+
+from handspun.data.readers import SUFFIXES, read_file, with_known_names, without_nulls
+from handspun.display import file_name, listed, say, shown
 from handspun.errors import DataError
+
+
+class DroppedRow(Exception):  # noqa: N818
+    """A row that teaches nothing, or not what it seems to; str() is the reason, short and for people."""
+
+
+def stay_offline_if_unreachable(
+    name: str, notice: Callable[[str], None], *, repo_type: Literal["model", "dataset"] = "model"
+) -> None:
+    """Ask the hub for a file of the repository. If nothing answers, only the hub's cache is used from here on.
+
+    That is the library's own switch (HF_HUB_OFFLINE), for the whole process. What is not in the cache is then an
+    error at once.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        url = hf_hub_url(name, "README.md", repo_type=repo_type)
+        get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except HfHubHTTPError as error:  # an answer: no such file, no access; of a proxy, that there is no way
+        if error.response.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
+            return
+        reason = f"status {error.response.status_code}"
+    except Exception as error:  # httpx's many kinds, and what proxies and certificates bring about
+        reason = str(error) or type(error).__name__
+    else:
+        return
+    constants.HF_HUB_OFFLINE = True
+    notice(f"the hub does not answer ({reason}): only what is in its cache can be used")
+
 
 FileNotes = dict[str, list[str]]
 """File or folder -> what was skipped in it, or not read as it stands."""

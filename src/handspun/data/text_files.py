@@ -1,18 +1,32 @@
-r"""The one reader of text: every text file that a user can name comes through here.
-
-UTF-8, or UTF-16 and UTF-32 with a byte order mark; a mark at the beginning is no part of the text. `\n`, `\r\n`
-and a lone `\r` end a line, and nothing else does: U+2028, form feeds and NEL stand inside of texts.
-"""
+"""Text files as people have them: encodings, byte order marks, and a limit on their size."""
 
 import codecs
+import os
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from handspun.data.memory_limit import memory_limit
-from handspun.data.naming import file_name
+from handspun.display import file_name
 from handspun.errors import DataError
+
+_CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def memory_limit() -> int | None:
+    """Bytes: the machine's memory, or what a container grants where that is less; None where nobody says."""
+    limits = [int(text) for file in _CGROUP if (text := _text(file)).isdigit()]
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(limits, default=None)
+
+
+def _text(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
 
 # Longest first: UTF-32's mark begins with UTF-16's.
 _BYTE_ORDER_MARKS = {

@@ -1,12 +1,61 @@
-"""Text that a tokenizer does not keep: characters without tokens, normalizers that change it, white space."""
+"""Text that is damaged or will be: mojibake in a row, characters that a tokenizer drops or changes."""
 
 import json
 import re
 from collections.abc import Iterable, Sequence
 
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from handspun.data.missing_bytes import missing_bytes
+
+def missing_bytes(backend: Tokenizer) -> re.Pattern[bytes]:
+    """Matches the bytes that a byte-level vocabulary lacks; with none lacking, or another tokenizer, nothing."""
+    if not isinstance(backend.decoder, decoders.ByteLevel):
+        return re.compile(b"(?!)")
+    missing = [byte for byte, char in bytes_to_unicode().items() if backend.token_to_id(char) is None]
+    return re.compile(b"|".join(re.escape(bytes([byte])) for byte in missing) or b"(?!)")
+
+
+_EXAMINED = 100_000
+"""Characters of a text, from its beginning."""
+
+# Two characters beside each other that single-byte encodings have, as what is not ASCII in UTF-8 gives them. Most
+# texts have none, and are not looked at more closely.
+_SUSPECT = re.compile("[\x80-\u25ff]{2}")
+
+
+# How Excel writes control characters into its files; a carriage return above all.
+_EXCEL_ESCAPE = re.compile(r"_x00[01][0-9A-Fa-f]_")
+CARRIAGE_RETURNS = "carriage returns (line ends of Windows or of an old Mac)"
+EXCEL_ESCAPES = "Excel's escapes (_x000D_)"
+
+
+def damage_in(texts: Iterable[str]) -> list[str]:
+    """What to tell of the texts: mojibake ("cafÃ©", "donâ€™t") by ftfy's heuristics, U+FFFD, line ends of Windows,
+    byte order marks, and Excel's escapes."""
+    found: dict[str, None] = {}
+    for text in texts:
+        start = text[:_EXAMINED]
+        if "\ufffd" in start:
+            found["lost characters (U+FFFD), learned as they stand"] = None
+        if _is_mojibake(start):
+            found["mojibake (UTF-8 that was read as another encoding), learned as it stands"] = None
+        if "\r" in text:
+            found[f"{CARRIAGE_RETURNS}, learned as they stand"] = None
+        if "\ufeff" in text:
+            found["byte order marks (U+FEFF), learned as they stand"] = None
+        if "_x00" in text and _EXCEL_ESCAPE.search(text):
+            found[f"{EXCEL_ESCAPES}, learned as they stand"] = None
+    return list(found)
+
+
+def _is_mojibake(text: str) -> bool:
+    if text.isascii() or not _SUSPECT.search(text):
+        return False
+    from ftfy.badness import is_bad  # a fifth of a second, for texts that need it
+
+    return is_bad(text)
+
 
 _MARK = "\u2581"
 """SentencePiece's sign for a space."""
@@ -74,6 +123,3 @@ def _name_of(step: dict[str, object]) -> str:
 def _keeps_white_space(backend: Tokenizer) -> bool:
     ids = backend.encode("a\n\nb", add_special_tokens=False).ids
     return "\n" in backend.decode(ids, skip_special_tokens=False)
-
-
-__all__ = ["TextLoss"]

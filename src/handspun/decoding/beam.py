@@ -16,21 +16,144 @@ answers begin with is shown as soon as they agree on it (`beam_stream.py`).
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from handspun.decoding.answer import Answer, Job
-from handspun.decoding.beam_stream import BeamStream
-from handspun.decoding.decode import feed_prompt
-from handspun.decoding.engine import Engine, Feed
-from handspun.decoding.engines import make_engine
-from handspun.decoding.finite import check_finite
-from handspun.decoding.lean_engine import LeanEngine
+from handspun.decoding.engines.base import Engine, Feed
+from handspun.decoding.engines.choose import make_engine
+from handspun.decoding.engines.fused import LeanEngine
+from handspun.decoding.explain import SearchTree
 from handspun.decoding.processors import nothing_left, process
+from handspun.decoding.request import Answer, Job, check_finite
 from handspun.decoding.results import GenerationChunk, GenerationResult
-from handspun.decoding.search_tree import SearchTree
-from handspun.decoding.tree import Beams, ForkedBeams, TreeBeams
+from handspun.decoding.scheduler import feed_prompt
+
+
+class Beams(Protocol):
+    """The beams of one search."""
+
+    def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> list[Feed]:
+        """Beam i goes on from beam parents[i] with tokens[i]: the feeds that give the beams' next logits."""
+
+    def free(self) -> None:
+        """Forgets the beams."""
+
+
+class TreeBeams:
+    """A row of the lean engine that holds a prompt and the tree of its beams. The first advance comes after the
+    prompt has been fed."""
+
+    def __init__(self, engine: LeanEngine, row: int, prompt_tokens: int, num_beams: int) -> None:
+        self._engine, self._row = engine, row
+        self._position = prompt_tokens
+        self._ancestors = torch.ones(num_beams, prompt_tokens, dtype=torch.bool, device=engine.model.device)
+        self._themselves = torch.eye(num_beams, dtype=torch.bool, device=engine.model.device)
+
+    def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> list[Feed]:
+        """One feed of num_beams tokens."""
+        ancestors = self._ancestors[list(parents)]
+        alive = ancestors.any(dim=0)
+        if 2 * int(alive.sum()) < len(alive):
+            places = alive.nonzero().flatten()
+            self._engine.cache.keep(self._row, places)
+            ancestors = ancestors[:, places]
+        self._ancestors = torch.cat([ancestors, self._themselves], dim=1)  # (beams, entries)
+        positions = [self._position] * len(tokens)
+        self._position += 1
+        return [Feed(self._row, tokens, positions, self._ancestors, all_logits=True)]
+
+    def free(self) -> None:
+        """Forgets the row."""
+        self._engine.free(self._row)
+
+
+class ForkedBeams:
+    """A row for each beam, in any engine: the plain form."""
+
+    def __init__(self, engine: Engine, row: int, prompt_tokens: int, num_beams: int) -> None:  # noqa: ARG002
+        self._engine = engine
+        self._rows = [row] * num_beams  # until the first advance
+
+    def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> list[Feed]:
+        """A feed for each beam, of one token."""
+        rows = [self._engine.fork(self._rows[parent]) for parent in parents]
+        self.free()
+        self._rows = rows
+        return [Feed(row, [token]) for row, token in zip(rows, tokens, strict=True)]
+
+    def free(self) -> None:
+        """Forgets the rows."""
+        for row in set(self._rows):
+            self._engine.free(row)
+
+
+_NEVER_EXCLUDE = {"repetition_penalty", "presence_penalty", "frequency_penalty", "min_new_tokens"}
+"""Processors that leave every token, but for an eos, a finite logit."""
+
+
+def agreed(answers: Sequence[Answer]) -> tuple[str, list[int]]:
+    """The text and the tokens with which all of the answers begin. Texts may agree where tokens do not."""
+    texts, ids = [answer.text.text for answer in answers], [answer.token_ids for answer in answers]
+    return texts[0][: _shared_length(texts)], ids[0][: _shared_length(ids)]
+
+
+def _shared_length(sequences: Sequence[Sequence[Any]]) -> int:
+    """Of what all begin with: it is what the first and the last of them in order begin with."""
+    first, last = min(sequences), max(sequences)  # type: ignore[type-var]
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+
+
+@dataclass
+class BeamStream:
+    """What has been streamed of one search's answers: the same of each that is streamed before the end."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    answers: int = 0
+    """Of which it has been streamed: those with a return index below."""
+
+    def grow(self, possible: Sequence[Answer]) -> list[GenerationChunk]:
+        """What is new, for each answer that is sure to be returned. possible: all that may still be returned."""
+        text, token_ids = agreed(possible)
+        assert text.startswith(self.text), "what was shown is taken back"
+        more, tokens = text[len(self.text) :], token_ids[len(self.token_ids) :]
+        if not (more or tokens):
+            return []
+        prompt = possible[0].prompt_index
+        self.text, self.token_ids, self.answers = text, token_ids, sure_answers(possible[0].job)
+        return [
+            GenerationChunk(prompt_index=prompt, return_index=number, text=more, token_ids=tokens)
+            for number in range(self.answers)
+        ]
+
+    def finish(self, results: Sequence[GenerationResult]) -> list[GenerationChunk]:
+        """The last chunk of each answer."""
+        assert len(results) >= self.answers, "an answer was shown that there is not"
+        return [self._last(result) for result in results]
+
+    def _last(self, result: GenerationResult) -> GenerationChunk:
+        text, tokens = (self.text, len(self.token_ids)) if result.return_index < self.answers else ("", 0)
+        assert result.text.startswith(text), "what was shown is taken back"
+        return GenerationChunk(
+            prompt_index=result.prompt_index,
+            return_index=result.return_index,
+            text=result.text[len(text) :],
+            token_ids=result.token_ids[tokens:],
+            finish_reason=result.finish_reason,
+            result=result,
+        )
+
+
+def sure_answers(job: Job) -> int:
+    """How many answers to a prompt a search is sure to return. All that are asked for, if every beam has at least
+    num_beams tokens to go on with; where tokens are excluded there may be fewer, but one."""
+    vocabulary = job.model.model.config.get_text_config().vocab_size - len(job.options.eos_token_ids)
+    is_sure = all(processor.name in _NEVER_EXCLUDE for processor in job.processors)
+    return job.options.num_return_sequences if is_sure and vocabulary >= job.options.num_beams else 1
+
 
 _NEVER = -1e9
 """Added to a score that is not to win; transformers' value."""
@@ -228,6 +351,3 @@ def _candidates(search: Search, parents: list[int], tokens: list[int], logprobs:
         candidate.add(token, logprob)
         candidates.append(candidate)
     return candidates
-
-
-__all__ = ["beam_search"]

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from handspun.config import option_name
-from handspun.data.naming import shown
 from handspun.decoding.options import ResolvedOptions
+from handspun.display import shown
 from handspun.errors import ConfigError
 
 _WHITESPACE = r"\n?[ ]{0,24}"

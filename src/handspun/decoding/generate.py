@@ -10,11 +10,8 @@ from typing import Any
 
 from handspun.config import GenerationOptions, TemplateArgs, read_template_args, wrong_argument, wrong_names
 from handspun.config.typed import short
-from handspun.decoding.answer import Job
 from handspun.decoding.beam import beam_search
-from handspun.decoding.decode import decode, prompt_progress
-from handspun.decoding.detokenize import vocabulary
-from handspun.decoding.engines import cannot_decode_lean, cannot_draft
+from handspun.decoding.engines.choose import cannot_decode_lean, cannot_draft
 from handspun.decoding.options import ResolvedOptions, resolve
 from handspun.decoding.processors import Function
 from handspun.decoding.prompts import (
@@ -26,7 +23,10 @@ from handspun.decoding.prompts import (
     rendered_already,
     said_in,
 )
+from handspun.decoding.request import Job
 from handspun.decoding.results import GenerationChunk, GenerationResult
+from handspun.decoding.scheduler import decode, prompt_progress
+from handspun.decoding.text import vocabulary
 from handspun.display import say
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel

@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from handspun.decoding.explain import Explanation
-from handspun.decoding.search_tree import TreeNode
+from handspun.decoding.explain import Explanation, TreeNode
 
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
 

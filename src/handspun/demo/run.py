@@ -10,13 +10,13 @@ from rich.table import Table
 from handspun.config import TrainConfig
 from handspun.decoding.generate import generate
 from handspun.display import unfailing, visible, write_text
-from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
+from handspun.kernels.allocator import give_back_freed_memory, keep_freed_memory
 from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.load import ChatModel, load
-from handspun.output import TrainedRun
-from handspun.report.html.answers import BEAM_PROMPT, GREEDY_PROMPT, SAMPLING_PROMPT
-from handspun.report.log import plain_console
-from handspun.run import train
+from handspun.runs.log import plain_console
+from handspun.runs.output_dir import TrainedRun
+from handspun.runs.sample_answers import BEAM_PROMPT, GREEDY_PROMPT, SAMPLING_PROMPT
+from handspun.runs.train import train
 
 DEMO_DATA = Path(__file__).with_name("demo.csv")
 HELD_OUT_DATA = Path(__file__).with_name("held_out.csv")

@@ -7,11 +7,10 @@ from typing import cast
 from handspun.config import GenerationOptions
 from handspun.data.conversations import Message, to_conversation
 from handspun.data.rows import Row
-from handspun.decoding.detokenize import vocabulary
 from handspun.decoding.generate import generate
 from handspun.decoding.options import resolve
 from handspun.decoding.results import GenerationResult
-from handspun.decoding.stop import AnswerText
+from handspun.decoding.text import AnswerText, vocabulary
 from handspun.evaluation.instructions import IDS, Instruction, read_instructions
 from handspun.models.load import ChatModel
 

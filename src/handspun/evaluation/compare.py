@@ -9,7 +9,7 @@ import torch
 from handspun.config import GenerationOptions
 from handspun.decoding.generate import generate
 from handspun.decoding.results import GenerationResult
-from handspun.models.allocator import give_back_freed_memory
+from handspun.kernels.allocator import give_back_freed_memory
 from handspun.models.load import ChatModel
 
 

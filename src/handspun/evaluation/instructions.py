@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from handspun.data.dropped import DroppedRow
 from handspun.data.messages import Cell, read_json_list
-from handspun.data.rows import Row
+from handspun.data.rows import DroppedRow, Row
 
 IDS, ARGUMENTS = "instruction_id_list", "kwargs"
 """Columns of a row that carries instructions: their names, and the arguments of each."""

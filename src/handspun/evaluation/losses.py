@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from handspun.config import TrainConfig
-from handspun.data.batches import batches
 from handspun.data.examples import Example
-from handspun.decoding.engine import Engine, Feed
-from handspun.decoding.engines import make_engine
+from handspun.decoding.engines.base import Engine, Feed
+from handspun.decoding.engines.choose import make_engine
 from handspun.models.load import ChatModel
-from handspun.training.execution import execution_of
+from handspun.training.batching import batches
 from handspun.training.packed import CHUNK_BYTES
+from handspun.training.runner import execution_of
 
 _MAX_TOKENS = TrainConfig.max_tokens
 """Of a part of a batch that is computed at a time, as in training."""

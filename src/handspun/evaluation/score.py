@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from handspun.config import DataConfig
-from handspun.data.cache import ExampleCache
+from handspun.data.dataset import ExampleCache, example_set, fingerprint, resolve_max_length
 from handspun.data.examples import RowAccount
-from handspun.data.prepare import example_set, fingerprint, resolve_max_length
 from handspun.data.rows import Row, read_rows
 from handspun.decoding.results import GenerationResult
 from handspun.errors import ConfigError

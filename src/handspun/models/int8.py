@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from handspun.errors import ModelError
-from handspun.models import native
-from handspun.models.hadamard import block_of, hadamard
-from handspun.models.int8_matmul import has_fast_int_mm, int_mm, is_exact
-from handspun.models.tiles import Tiles, can_tile
+from handspun.kernels import native
+from handspun.kernels.int8_matmul import block_of, hadamard, has_fast_int_mm, int_mm, is_exact
+from handspun.kernels.tiles import Tiles, can_tile
 
 _SMALLEST_SCALE = 1e-12  # rows of zeros
 _CHANNELS_AT_ONCE = 8192  # in float: an embedding has 150,000

@@ -7,7 +7,7 @@ Nothing is executed that comes with a model: weights are read from safetensors (
 import difflib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,20 +28,38 @@ from transformers import (
 
 from handspun.config import TemplateArgs, Weights, read_template_args
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.hub_access import stay_offline_if_unreachable
-from handspun.data.template_source import choose_template
+from handspun.data.rendering import choose_template
+from handspun.data.rows import stay_offline_if_unreachable
 from handspun.display import say
 from handspun.errors import ConfigError, ModelError
-from handspun.models import native
-from handspun.models.allocator import give_back_freed_memory, keep_freed_memory
+from handspun.kernels import native
+from handspun.kernels.allocator import give_back_freed_memory, keep_freed_memory
+from handspun.kernels.onednn import remember_few_kernels
 from handspun.models.embedded import EMBEDDED_NAME, embedded_folder
-from handspun.models.finite import nonfinite_weights
-from handspun.models.lean import LeanModel, cannot_be_lean, lean_model
+from handspun.models.fused import LeanModel, cannot_be_lean, lean_model, refuse_inexact_decoding
 from handspun.models.lora import embedding_rows, merge_adapter, unknown_settings
-from handspun.models.onednn import remember_few_kernels
-from handspun.models.products import refuse_inexact_decoding
-from handspun.models.quiet import quiet
-from handspun.models.tokenizer_file import as_in_tokenizer_json
+from handspun.models.tokenizer_file import as_in_tokenizer_json, quiet
+
+_MOST_NAMED = 4
+
+
+def nonfinite_weights(model: nn.Module) -> str:
+    """Return the weights that hold NaN or infinity, as `norm.weight (1 of 32 values), head.weight (...)`; "" where
+    there are none. Weights that are held elsewhere (meta tensors) are left out."""
+    found = list(_nonfinite(model))
+    more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+    return ", ".join(found[:_MOST_NAMED]) + more
+
+
+@torch.no_grad()
+def _nonfinite(model: nn.Module) -> Iterator[str]:
+    for name, weight in model.named_parameters():
+        # The sum is finite where all values are, and takes no memory: only then are they counted.
+        if weight.is_meta or bool(torch.isfinite(weight.sum(dtype=torch.float32))):
+            continue
+        if count := int((~torch.isfinite(weight)).sum()):
+            yield f"{name} ({count:,} of {weight.numel():,} values)"
+
 
 _SUFFIXES_OF_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _INDEX = "model.safetensors.index.json"

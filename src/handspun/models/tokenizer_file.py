@@ -4,15 +4,34 @@
 and pre-tokenizer. The token ids are then not the ones that the model was trained with.
 """
 
-from collections.abc import Callable
+import contextlib
+import io
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from handspun.models.quiet import quiet
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences transformers, peft and tqdm; exceptions pass. Everything is as it was afterwards."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():  # tqdm writes to stderr
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
 
 PROBES = (
     "In 2023 there were 650841823 of them, 3.14 or 1,000.",
@@ -116,6 +135,3 @@ def _load_as_it_stands(
     for key, token in defaults.items():
         setattr(found, key, token)
     return found
-
-
-__all__ = ["PROBES", "as_in_tokenizer_json", "text_with_other_ids"]

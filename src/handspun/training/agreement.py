@@ -18,10 +18,10 @@ from handspun import __version__
 from handspun.config import TrainConfig
 from handspun.config.ranges import option_name
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.example_arrays import ExampleArrays
-from handspun.data.prepare import ExampleSet
+from handspun.data.dataset import ExampleSet
+from handspun.data.examples import ExampleArrays
 from handspun.errors import ConfigError
-from handspun.training.processes import Processes
+from handspun.training.distributed import Processes
 
 _MAY_DIFFER = {"data", "eval_data", "model", "chat_template", "output_dir", "threads", "cache_examples"}
 """Options with a place or a number of this machine; what stands at the places is compared itself."""

@@ -1,4 +1,4 @@
-"""The type of the matrix products: bfloat16 where a probe says that it is clearly faster, else float32."""
+"""Threads, and the type of the matmuls: measured where the CPU leaves a choice."""
 
 import hashlib
 import json
@@ -12,7 +12,28 @@ import torch
 
 from handspun import files
 from handspun.files import cache_folder
-from handspun.models.cpu import cpu_flags, cpu_model
+from handspun.kernels.cpu import cpu_flags, cpu_model
+
+
+def use_threads(threads: int | None) -> None:
+    """Those asked for; else, under torchrun, this rank's share of the machine's physical cores (torchrun sets
+    OMP_NUM_THREADS to 1, which leaves cores idle); else PyTorch's own choice."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if threads is None and ranks_here > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        threads = max(physical_cores() // ranks_here, 1)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, hyper-threads counted once where the system tells them (Linux)."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    siblings = [
+        Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in os.sched_getaffinity(0)
+    ]
+    return len({path.read_text() if path.exists() else str(path) for path in siblings})
+
 
 _WORTH = 1.2
 """bfloat16 rounds, so it has to be faster by this much."""

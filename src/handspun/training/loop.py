@@ -9,21 +9,43 @@ import torch
 from transformers import PreTrainedModel
 
 from handspun.config import TrainConfig
-from handspun.data.batches import batches, epoch_order
-from handspun.data.example_arrays import learned_tokens_of
-from handspun.data.examples import Example
-from handspun.training.evaluate import evaluate
-from handspun.training.execution import Execution
-from handspun.training.nonfinite import Skipped, ends_run, is_finite, refuse_to_go_on, rows_of
-from handspun.training.optim import clip_gradients, lr_at, make_optimizer
-from handspun.training.out_of_memory import (
+from handspun.data.examples import Example, learned_tokens_of
+from handspun.training.batching import batches, epoch_order
+from handspun.training.distributed import Processes
+from handspun.training.guards import (
+    WINDOW,
     OutOfMemory,
+    Skipped,
+    Spike,
+    ends_run,
     half_of,
+    is_finite,
     refuse_to_cut,
+    refuse_to_go_on,
+    rows_of,
+    spike_in,
     unless_out_of_memory,
 )
-from handspun.training.processes import Processes
-from handspun.training.spikes import WINDOW, Spike, spike_in
+from handspun.training.optim import clip_gradients, lr_at, make_optimizer
+from handspun.training.runner import Execution
+
+
+def evaluate(
+    model: PreTrainedModel,
+    execution: Execution,
+    examples: Sequence[Example],
+    *,
+    max_tokens: int,
+    processes: Processes = Processes(),  # noqa: B008  (frozen)
+) -> tuple[float, int]:
+    """(mean loss a learned token, number of learned tokens), with dropout off. A NaN stays a NaN."""
+    was_training = model.training
+    model.eval()
+    parts = processes.parts(examples, lambda rows: execution.cut(rows, max_tokens))
+    loss_sum = processes.sum(sum(execution.loss(part) for part in parts))
+    model.train(was_training)
+    learned_tokens = learned_tokens_of(examples)
+    return loss_sum / learned_tokens, learned_tokens
 
 
 @dataclass(frozen=True)

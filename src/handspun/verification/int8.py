@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from handspun.kernels.int8_matmul import exact_sums, extremes
+from handspun.models.fused import decoded_sums
 from handspun.models.int8 import training_matmuls
-from handspun.models.int8_matmul import exact_sums, extremes
-from handspun.models.products import decoded_sums
-from handspun.verification.findings import Finding
+from handspun.verification.reference import Finding
 
 SHAPES = ((1, 64, 32), (1, 896, 132), (3, 33, 7), (7, 2048, 64), (40, 68, 20), (130, 4864, 64))
 """(rows, in, out)."""

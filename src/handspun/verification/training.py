@@ -12,11 +12,10 @@ from transformers import PreTrainedModel
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.errors import TemplateError
-from handspun.training.execution import Execution, execution_of
-from handspun.training.forward import Padded
+from handspun.training.objectives import Padded
 from handspun.training.packed import Packed
-from handspun.verification.findings import Finding, within
-from handspun.verification.material import Material
+from handspun.training.runner import Execution, execution_of
+from handspun.verification.reference import Finding, Material, within
 
 _LOSS_LIMIT, _GRADIENT_LIMIT = 1e-5, 1e-4
 """Relative differences. Rounding to float32 alone moves a gradient by 1e-6 to 2e-5 of its length."""

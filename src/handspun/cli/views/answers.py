@@ -1,0 +1,152 @@
+"""Answers, conversations and previews on a terminal."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.text import Text
+
+from handspun.cli.views.explain import explanation_table, search_tree
+from handspun.config import DataConfig, GenerationOptions
+from handspun.data.chat_template import ChatTemplate
+from handspun.data.conversations import Message
+from handspun.data.dataset import ExampleCache, prepare_examples, resolve_max_length
+from handspun.data.preview import bracketed, coloured, spread
+from handspun.data.rendering import choose_template
+from handspun.data.rows import refuse_missing_data
+from handspun.decoding.generate import generate, stream
+from handspun.decoding.results import GenerationResult
+from handspun.display import json_line, say, write_text
+from handspun.errors import DataError
+from handspun.files import cache_folder
+from handspun.models.embedding_rows import check_examples, embedding_rows_of
+from handspun.models.load import ChatModel, context_length, load_config, load_tokenizer, model_source
+from handspun.runs.summary import account_lines, length_lines
+
+
+def show_preview(config: DataConfig, model: str, console: Console, *, examples: int, plain: bool) -> None:
+    """Rendered examples, the length distribution, and the account of every row."""
+    refuse_missing_data(config.data)
+    source = model_source(model, say)
+    tokenizer = load_tokenizer(source)
+    choose_template(tokenizer, config.chat_template)
+    max_length = resolve_max_length(config.max_length, context_length(load_config(source)))
+    made, _ = prepare_examples(
+        config,
+        ChatTemplate(tokenizer, config.template_values),
+        max_length=max_length,
+        cache=ExampleCache(cache_folder() / "examples"),
+        notice=say,
+    )
+    check_examples(made.examples, embedding_rows_of(source), tokenizer, model)
+    how = "between ⟦ and ⟧" if plain else "in green"
+    console.print(f"what is learned is {how}\n", markup=False)
+    for example in spread(made.examples, examples):
+        title = f"{example.file}, row {example.row}: {len(example)} tokens, {example.learned_tokens} learned"
+        console.print(f"--- {title}" if plain else Rule(title, align="left"), markup=False)
+        text = Text(bracketed(example, tokenizer)) if plain else coloured(example, tokenizer)
+        console.print(text, soft_wrap=True)
+    console.print("---\n" if plain else Rule(), markup=False)
+    for line in [*length_lines(made.examples), "", *account_lines(made.account, max_length=max_length)]:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def show_answers(
+    model: ChatModel,
+    prompts: Sequence[str],
+    options: GenerationOptions,
+    console: Console,
+    *,
+    chat: bool = True,
+    system_prompt: str | None = None,
+    prefill: str | None = None,
+    batch_size: int = 8,
+    as_json: bool = False,
+    logprobs: bool = False,
+    explain: bool = False,
+    show_tree: bool = False,
+) -> list[GenerationResult]:
+    """Prints each answer as it is complete: the text alone if there is one answer, else under its prompt."""
+    asked = list(prompts) if prefill is None else [_begun(prompt, prefill) for prompt in prompts]
+    results = generate(
+        model,
+        asked,
+        options=options,
+        chat=chat,
+        system_prompt=system_prompt,
+        continue_final_message=prefill is not None,
+        batch_size=batch_size,
+        logprobs=logprobs,
+        explain=explain,
+        show_tree=show_tree,
+    )
+    for result in results:
+        if as_json:
+            record = {"prompt": prompts[result.prompt_index], **asdict(result)}
+            print(json_line(record))
+            continue
+        if len(results) == 1:
+            write_text(console, result.text)
+        else:
+            _under_its_prompt(console, prompts[result.prompt_index], result)
+        if result.explanation is not None:
+            console.print(explanation_table(result.explanation))
+        if result.tree is not None:
+            console.print(search_tree(result.tree))
+    return results
+
+
+def _begun(prompt: str, prefill: str) -> list[Message]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": prefill}]
+
+
+def _under_its_prompt(console: Console, prompt: str, result: GenerationResult) -> None:
+    if result.return_index == 0:
+        console.print(f"> {prompt}", style="bold", markup=False, soft_wrap=True)
+    write_text(console, result.text)
+    console.print()
+
+
+def hold_conversation(
+    model: ChatModel, options: GenerationOptions, console: Console, *, system_prompt: str | None
+) -> None:
+    """Reads a line, streams an answer, remembers both, until /quit or the end of the input."""
+    console.print(f"{model.name}. /reset begins anew, /quit leaves, Ctrl-C stops an answer.", markup=False)
+    messages: list[Message] = []
+    while True:
+        try:
+            said = console.input("[bold green]you:[/] ", markup=True).strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        except UnicodeDecodeError as error:
+            raise DataError(f"standard input cannot be read: {error}") from error
+        if said == "/quit":
+            return
+        if said == "/reset":
+            messages = []
+            continue
+        if said:
+            messages = [*messages, {"role": "user", "content": said}]
+            answer = _stream_answer(model, messages, options, console, system_prompt)
+            messages = [*messages, {"role": "assistant", "content": answer}]
+
+
+def _stream_answer(
+    model: ChatModel,
+    messages: list[Message],
+    options: GenerationOptions,
+    console: Console,
+    system_prompt: str | None,
+) -> str:
+    answer = ""
+    try:
+        for chunk in stream(model, [messages], options=options, system_prompt=system_prompt):
+            if chunk.return_index == 0:  # a conversation goes on from one answer
+                answer += chunk.text
+                write_text(console, chunk.text, end="")
+    except KeyboardInterrupt:
+        console.print(" (stopped)", end="", style="dim")
+    console.print()
+    return answer

@@ -1,0 +1,35 @@
+"""Which engine decodes a model."""
+
+from handspun.decoding.engines.base import Engine
+from handspun.decoding.engines.fused import LeanEngine
+from handspun.decoding.engines.transformers import TransformersEngine, cannot_truncate
+from handspun.models.fused import cannot_be_lean, lean_model
+from handspun.models.int8 import Int8Linear
+from handspun.models.load import ChatModel
+
+
+def cannot_decode_lean(chat: ChatModel) -> str | None:
+    """Why a model is decoded through transformers' own forward; None if it need not be."""
+    if chat.in_training:
+        return "its weights are being trained, and stay where they are"
+    if chat.lean is None and any(isinstance(module, Int8Linear) for module in chat.model.modules()):
+        return "its frozen layers are int8, and with adapters merged into them they would be float copies"
+    return cannot_be_lean(chat.model.config)
+
+
+def make_engine(chat: ChatModel) -> Engine:
+    """An engine without rows: the lean one where the model is of a kind that it knows."""
+    assert not chat.model.training, "decoding needs a model in eval mode"
+    if chat.lean is not None:
+        return LeanEngine(chat.lean)
+    if cannot_decode_lean(chat) is None:
+        return LeanEngine(lean_model(chat.model))
+    return TransformersEngine(chat.model)
+
+
+def cannot_draft(chat: ChatModel) -> str | None:
+    """Why a draft could not be taken back from the model, or None if it could."""
+    return None if cannot_decode_lean(chat) is None else cannot_truncate(chat.model.config)
+
+
+__all__ = ["cannot_decode_lean", "cannot_draft", "make_engine"]

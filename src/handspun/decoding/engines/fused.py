@@ -1,0 +1,282 @@
+"""The forward pass of Llama's kind of model, over rows of any lengths laid end to end: there is no padding.
+
+Prompts and single tokens go through together. Linear layers see all tokens at once; attention is computed row by
+row, over exactly that row's keys, so that under int8 weights a row's logits do not depend on the rows beside it.
+Tokens that are no prompts go together where there is a kernel for that: a native one, or on a GPU any.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from handspun.decoding.engines.base import Feed
+from handspun.decoding.engines.kv_cache import KVCache
+from handspun.kernels import native
+from handspun.kernels.onednn import without_cudnn
+from handspun.models.fused import LeanLayer, LeanModel
+
+_STEP = 64
+"""The longest row is rounded up to a multiple of this: kernels want aligned masks."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one token sees: the first `length` tokens of the row that begins at `start` in the pool, or those of
+    them where the mask, (length,), is true."""
+
+    start: int
+    length: int
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What several tokens see, for all layers.
+
+    places: (tokens, longest), in the pool. mask: (tokens, 1, 1, longest), 0 where a token sees and -inf elsewhere.
+    """
+
+    places: Tensor
+    mask: Tensor
+
+
+def gather(tokens: Sequence[Seen], pool: Tensor) -> Gathered:
+    """pool: (2 * kv_heads, places, size), of any layer."""
+    longest = max(token.length for token in tokens)
+    longest += -longest % _STEP
+    reach = torch.arange(longest, device=pool.device)
+    numbers = torch.tensor([[token.start, token.length] for token in tokens], device=pool.device)
+    starts, lengths = numbers.split(1, dim=1)
+    sees = reach < lengths
+    places = torch.where(sees, starts + reach, starts)  # behind the row may lie NaN, and 0 * NaN is NaN
+    for row, token in zip(sees, tokens, strict=True):
+        if token.mask is not None:
+            row[: token.length] = token.mask
+    mask = torch.zeros_like(sees, dtype=pool.dtype).masked_fill_(~sees, -torch.inf)
+    return Gathered(places, mask[:, None, None])
+
+
+def attend(queries: Tensor, pool: Tensor, gathered: Gathered) -> Tensor:
+    """One layer's queries, (tokens, heads, size), to (tokens, heads * size), float32."""
+    count, heads, size = queries.shape
+    kv_heads = len(pool) // 2
+    both = pool.index_select(1, gathered.places.flatten()).view(2, kv_heads, count, -1, size).transpose(1, 2)
+    grouped = queries.to(pool.dtype).view(count, kv_heads, heads // kv_heads, size)
+    with without_cudnn():  # the queries that share a head of keys are rows of one product
+        output = F.scaled_dot_product_attention(grouped, both[0], both[1], attn_mask=gathered.mask)
+    return output.reshape(count, heads * size).float()
+
+
+_FEW = 16
+"""A row's tokens are gathered up to so many."""
+
+
+@dataclass(frozen=True)
+class Laid:
+    """Feeds laid end to end, in numbers: tokens start to stop are fed to a row, and see its first `length` keys;
+    mask as in Feed, but None also where the row was empty, and plainly causal."""
+
+    row: int
+    start: int
+    stop: int
+    length: int
+    mask: Tensor | None
+
+    @property
+    def is_prompt(self) -> bool:
+        """Several tokens, each of which sees those before it."""
+        return self.mask is None and self.stop - self.start > 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All that the layers need to know of the tokens that are fed.
+
+    parts: attended one after another. alone: tokens that are attended in one call, what each sees; at: (alone,),
+    which they are, None if all. places: (tokens,), in the pool, of their keys. rotation: cosines and sines,
+    (tokens, size) each.
+    """
+
+    parts: list[Laid]
+    alone: list[Seen]
+    at: Tensor | None
+    gathered: Gathered | None
+    places: Tensor
+    rotation: tuple[Tensor, Tensor]
+
+
+class LeanEngine:
+    """A lean model with its cache."""
+
+    def __init__(self, model: LeanModel) -> None:
+        self.model = model
+        self.cache = KVCache(
+            len(model.layers), model.kv_heads, model.head_size, dtype=model.cache_dtype, device=model.device
+        )
+        self._native = model.is_int8 and native.can_attend(model.head_size, model.cache_dtype, model.device)
+        self._gathers = not model.is_int8 and model.device.type == "cuda"
+        self._rotations = torch.empty(2, 0, model.head_size, device=model.device)  # cosines, and sines
+
+    def add(self) -> int:
+        """A new, empty row."""
+        return self.cache.add()
+
+    def fork(self, row: int) -> int:
+        """A new row that goes on from where this one is."""
+        return self.cache.fork(row)
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forgets all but the row's first tokens."""
+        self.cache.truncate(row, length)
+
+    def free(self, row: int) -> None:
+        """Forgets the row."""
+        self.cache.free(row)
+
+    @torch.inference_mode()
+    def forward(self, feeds: Sequence[Feed]) -> Tensor:
+        """Feeds rows. Returns logits, (tokens asked for, vocab), float32, in the feeds' order."""
+        model = self.model
+        layout, ids, wanted = self._lay_out(feeds)
+        x = model.embedding(ids)  # (tokens, hidden)
+        for number, layer in enumerate(model.layers):
+            attended = self._attention(number, layer, x, layout)
+            x = x + layer.o(attended)
+            x = x + layer.down.gated(layer.gate_up.normed(x, layer.mlp_norm, model.norm_eps))
+        if len(wanted) < len(x):
+            x = x[wanted]
+        return model.head.normed(x, model.norm, model.norm_eps)
+
+    def _lay_out(self, feeds: Sequence[Feed]) -> tuple[Layout, Tensor, Tensor]:
+        """(the layout, ids, the tokens whose logits are asked for)."""
+        laid: list[Laid] = []
+        ids: list[int] = []
+        positions: list[int] = []
+        places: list[int] = []
+        wanted: list[int] = []
+        for feed in feeds:
+            before, start, count = self.cache.length(feed.row), len(ids), len(feed.token_ids)
+            ids += feed.token_ids
+            positions += range(before, before + count) if feed.positions is None else feed.positions
+            places += self.cache.extend(feed.row, count)
+            wanted += range(start if feed.all_logits else len(ids) - 1, len(ids))
+            laid += self._laid(feed, before, start)
+        device = self.model.device
+        layout = self._layout(laid, positions, torch.tensor(places, device=device))
+        return layout, torch.tensor(ids, device=device), torch.tensor(wanted, device=device)
+
+    def _layout(self, laid: Sequence[Laid], positions: Sequence[int], places: Tensor) -> Layout:
+        together = [part for part in laid if self._goes_together(part)]
+        alone = [token for part in together for token in self._seen(part)]
+        numbers = [i for part in together for i in range(part.start, part.stop)]
+        at = None if len(together) == len(laid) else torch.tensor(numbers, dtype=torch.long, device=places.device)
+        return Layout(
+            parts=[part for part in laid if not self._goes_together(part)],
+            alone=alone,
+            at=at,
+            gathered=gather(alone, self.cache.layer(0)) if alone and self._gathers else None,
+            places=places,
+            rotation=self._rotation(positions),
+        )
+
+    def _goes_together(self, part: Laid) -> bool:
+        """Gathered, the row's keys are copied for each token."""
+        return not part.is_prompt and (self._native or (self._gathers and part.stop - part.start <= _FEW))
+
+    def _seen(self, part: Laid) -> list[Seen]:
+        count, start = part.stop - part.start, self.cache.start(part.row)
+        masks = [None] * count if part.mask is None else part.mask.unbind()
+        return [Seen(start, part.length, mask) for mask in masks]
+
+    def _laid(self, feed: Feed, before: int, start: int) -> list[Laid]:
+        """Under int8 the tokens of a draft are laid one by one: each is attended as it would be alone, and its
+        logits are the same, bit for bit. In float, products differ already."""
+        count = len(feed.token_ids)
+        if self.model.is_int8 and feed.all_logits and feed.mask is None and before > 0:
+            return [Laid(feed.row, start + i, start + i + 1, before + i + 1, None) for i in range(count)]
+        return [Laid(feed.row, start, start + count, before + count, self._mask(feed, before, count))]
+
+    def _mask(self, feed: Feed, before: int, count: int) -> Tensor | None:
+        if feed.mask is not None or count == 1 or before == 0:
+            return feed.mask
+        ones = torch.ones(count, before + count, dtype=torch.bool, device=self.model.device)
+        return ones.tril(before)
+
+    def _attention(self, number: int, layer: LeanLayer, x: Tensor, layout: Layout) -> Tensor:
+        """(tokens, hidden) to (tokens, heads * head_size)."""
+        model = self.model
+        qkv = layer.qkv.normed(x, layer.attention_norm, model.norm_eps).view(len(x), -1, model.head_size)
+        if self._native:
+            norms, pool = (layer.q_norm, layer.k_norm), self.cache.layer(number)
+            native.rotate(qkv, model.heads, norms, model.norm_eps, *layout.rotation, layout.places, pool)
+            queries = qkv[:, : model.heads]
+        else:
+            queries, keys = self._rotated(layer, qkv, *layout.rotation)
+            self.cache.write(number, layout.places, keys, qkv[:, model.heads + model.kv_heads :])
+        return self._attended(number, queries, layout)
+
+    def _rotated(self, layer: LeanLayer, qkv: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, (tokens, heads, size) each, normed where the model does that, and rotated."""
+        heads = self.model.heads
+        both = qkv[:, : heads + self.model.kv_heads]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            normed = [self._normed(both[:, :heads], layer.q_norm), self._normed(both[:, heads:], layer.k_norm)]
+            both = torch.cat(normed, dim=1)
+        turned = both * cosines[:, None] + both.roll(self.model.head_size // 2, -1) * sines[:, None]
+        return turned[:, :heads], turned[:, heads:]
+
+    def _attended(self, number: int, queries: Tensor, layout: Layout) -> Tensor:
+        """(tokens, heads, size) to (tokens, heads * size): each row over its own keys."""
+        if layout.at is None:
+            return self._attended_together(number, queries, layout)
+        output = queries.new_empty(len(queries), queries.shape[1] * queries.shape[2])
+        if layout.alone:
+            output[layout.at] = self._attended_together(number, queries[layout.at], layout)
+        for part in layout.parts:
+            output[part.start : part.stop] = self._attend(number, queries[part.start : part.stop], part)
+        return output
+
+    def _attended_together(self, number: int, queries: Tensor, layout: Layout) -> Tensor:
+        """Of the tokens that are attended in one call."""
+        pool = self.cache.layer(number)
+        if layout.gathered is not None:
+            return attend(queries, pool, layout.gathered)
+        starts, lengths = [seen.start for seen in layout.alone], [seen.length for seen in layout.alone]
+        return native.attend(queries, pool, starts, lengths, [seen.mask for seen in layout.alone])
+
+    def _attend(self, number: int, queries: Tensor, part: Laid) -> Tensor:
+        """One row's queries, (tokens, heads, size), to (tokens, heads * size)."""
+        keys, values = self.cache.read(number, part.row, part.length)  # (kv_heads, length, size)
+        queries = queries.to(keys.dtype)
+        count, heads, size = queries.shape
+        if part.is_prompt:
+            output = F.scaled_dot_product_attention(
+                queries.transpose(0, 1)[None], keys[None], values[None], is_causal=True, enable_gqa=True
+            )
+            return output[0].transpose(0, 1).reshape(count, -1).float()
+        # The queries that share a head of keys are rows of one product.
+        groups = heads // len(keys)
+        grouped = queries.view(count, len(keys), groups, size).permute(1, 2, 0, 3).reshape(len(keys), -1, size)
+        mask = None if part.mask is None else part.mask.repeat(groups, 1)
+        output = F.scaled_dot_product_attention(grouped[None], keys[None], values[None], attn_mask=mask)
+        output = output.view(len(keys), groups, count, size).permute(2, 0, 1, 3)
+        return output.reshape(count, -1).float()
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, self.model.norm_eps)
+
+    def _rotation(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions: each (tokens, head_size). The sines' first half is
+        negative, as the second half of a head comes to it with a minus."""
+        device = self.model.device
+        needed = max(positions) + 1
+        if needed > self._rotations.shape[1]:
+            steps = torch.arange(2 * needed, device=device).float()
+            angles = torch.outer(steps, self.model.frequencies)
+            pairs = [torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)]
+            self._rotations = torch.stack(pairs) * self.model.attention_scaling
+        cosines, sines = self._rotations[:, torch.tensor(positions, device=device)]
+        return cosines, sines

@@ -1,0 +1,148 @@
+"""Decoding through transformers' own forward and its cache: for every architecture, slower than the lean engine.
+
+Rows that are first fed together are one batch for as long as they live, left-padded, since a cache of transformers
+has one length for all of its rows. Drafts are padded on the right. What is taken back of them is masked, and
+leaves the cache where no row of the batch has kept a token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from handspun.decoding.engines.base import Feed
+from handspun.errors import ModelError
+
+
+@dataclass
+class Batch:
+    """Rows that were first fed together."""
+
+    cache: DynamicCache
+    attention_mask: Tensor
+    """(rows, length), 0 where padded."""
+
+
+@dataclass
+class Row:
+    """Where a row is: the place in its batch, once it has been fed."""
+
+    batch: Batch | None = None
+    place: int = 0
+
+
+@dataclass
+class TransformersEngine:
+    """A model's forward behind the interface of `Engine`. Of a batch, all rows that are still there are fed at
+    once, or none."""
+
+    model: PreTrainedModel
+    _rows: dict[int, Row] = field(default_factory=dict)
+    _next_row: int = 0
+
+    def add(self) -> int:
+        """A new, empty row."""
+        return self._added(Row())
+
+    def fork(self, row: int) -> int:
+        """A new row that goes on from where this one is."""
+        return self._added(Row(self._rows[row].batch, self._rows[row].place))
+
+    @torch.inference_mode()
+    def truncate(self, row: int, length: int) -> None:
+        """Forgets all but the row's first tokens: the others are masked."""
+        batch, place = self._rows[row].batch, self._rows[row].place
+        assert batch is not None
+        mask = batch.attention_mask[place]
+        mask[mask.cumsum(-1) > length] = 0
+
+    def free(self, row: int) -> None:
+        """Forgets the row."""
+        del self._rows[row]
+
+    @torch.inference_mode()
+    def forward(self, feeds: Sequence[Feed]) -> Tensor:
+        """Feeds rows. Returns logits, (tokens asked for, vocab), float32, in the feeds' order."""
+        assert not any(feed.mask is not None or feed.positions is not None for feed in feeds)
+        logits: dict[int, Tensor] = {}
+        by_batch = sorted(feeds, key=lambda feed: id(self._rows[feed.row].batch))
+        for _, some in groupby(by_batch, key=lambda feed: id(self._rows[feed.row].batch)):
+            together = list(some)
+            logits |= zip((feed.row for feed in together), self._feed(together), strict=True)
+        return torch.cat([logits[feed.row] for feed in feeds])
+
+    def _added(self, row: Row) -> int:
+        number, self._next_row = self._next_row, self._next_row + 1
+        self._rows[number] = row
+        return number
+
+    def _feed(self, feeds: Sequence[Feed]) -> list[Tensor]:
+        """Rows of one batch, or new ones: of each its (tokens asked for, vocab)."""
+        rows = [self._rows[feed.row] for feed in feeds]
+        batch = rows[0].batch
+        if batch is None:
+            batch = Batch(DynamicCache(config=self.model.config), self._mask_of(feeds)[:, :0])
+        else:
+            self._forget_unused(batch)
+            self._arrange(batch, [row.place for row in rows])
+        for place, row in enumerate(rows):
+            row.batch, row.place = batch, place
+        return self._forward(batch, feeds)
+
+    def _forget_unused(self, batch: Batch) -> None:
+        """The last places of the cache, where all rows have taken back what they had."""
+        unused = batch.attention_mask.shape[1] - (int(batch.attention_mask.any(0).nonzero()[-1]) + 1)
+        if unused:
+            batch.cache.crop(-unused)
+            batch.attention_mask = batch.attention_mask[:, :-unused]
+
+    def _arrange(self, batch: Batch, places: list[int]) -> None:
+        """The batch becomes these of its rows, in this order; one may be there several times."""
+        if places != list(range(len(batch.attention_mask))):
+            chosen = torch.tensor(places, device=self.model.device)
+            batch.cache.reorder_cache(chosen)  # type: ignore[arg-type]
+            batch.attention_mask = batch.attention_mask[chosen]
+
+    def _forward(self, batch: Batch, feeds: Sequence[Feed]) -> list[Tensor]:
+        mask = self._mask_of(feeds)
+        before, longest = batch.attention_mask.shape[1], mask.shape[1]
+        ids = torch.zeros_like(mask)
+        ids[mask.bool()] = torch.tensor([token for feed in feeds for token in feed.token_ids], device=ids.device)
+        batch.attention_mask = torch.cat([batch.attention_mask, mask], dim=1)
+        positions = (batch.attention_mask.cumsum(-1) - 1).clamp_min(0)[:, before:]
+        logits: Tensor = self.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=batch.attention_mask,
+            past_key_values=batch.cache,
+            use_cache=True,
+            logits_to_keep=longest if feeds[0].all_logits else 1,
+        ).logits
+        if batch.cache.get_seq_length() != before + longest:
+            raise ModelError(
+                f"{type(self.model).__name__} does not keep its keys and values in the cache that it is "
+                "given, so it cannot be decoded from. Use a decoder-only model such as Qwen2.5, Llama or SmolLM2."
+            )
+        counts = [len(feed.token_ids) if feed.all_logits else 1 for feed in feeds]
+        return [row[:count].float() for row, count in zip(logits, counts, strict=True)]
+
+    def _mask_of(self, feeds: Sequence[Feed]) -> Tensor:
+        """(rows, longest): 0 where a feed is padded: on the left, or on the right of drafts."""
+        counts = torch.tensor([len(feed.token_ids) for feed in feeds], device=self.model.device)
+        places = torch.arange(int(counts.max()), device=self.model.device)
+        mask = (places < counts[:, None]).long()
+        return mask if feeds[0].all_logits else mask.flip(-1)
+
+
+def cannot_truncate(config: PretrainedConfig) -> str | None:
+    """Why rows of a model cannot be cut back, or None if they can."""
+    layers = DynamicCache(config=config).layers
+    other = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
+    return f"some of its layers keep a {', '.join(other)} in place of all keys and values" if other else None
+
+
+__all__ = ["TransformersEngine", "cannot_truncate"]

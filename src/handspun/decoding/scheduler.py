@@ -1,0 +1,199 @@
+"""The loop of greedy decoding and sampling: answers join, get a token a step, and leave when they have ended.
+
+With a draft an answer gets several tokens in a step (speculation.py)."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from handspun.decoding.engines.base import Engine, Feed
+from handspun.decoding.engines.choose import make_engine
+from handspun.decoding.explain import explain
+from handspun.decoding.processors import check_some_left, process
+from handspun.decoding.prompt_lookup import draft
+from handspun.decoding.request import Answer, Job, check_finite
+from handspun.decoding.results import GenerationChunk
+from handspun.decoding.sampling import choose, gumbel_noise, stream_of
+
+_PROMPT_TOKENS = 2048
+"""Most tokens of prompts that go through in one step; a longer prompt goes in pieces."""
+_SECONDS_BETWEEN_NOTICES = 10.0
+
+
+@dataclass(frozen=True)
+class Running:
+    """An answer that is being written, and the engine's row of it."""
+
+    answer: Answer
+    row: int
+    place: int
+    """Of the last step's logits, that behind its newest token."""
+    draft: Sequence[int] = ()
+    """Tokens that were fed behind that one; each has logits too."""
+
+
+@torch.inference_mode()
+def decode(job: Job) -> Iterator[GenerationChunk]:
+    """All answers, token by token. What an answer says does not depend on the others."""
+    engine = make_engine(job.model)
+    waiting = deque(Answer.start(job, *name) for name in _names(job))
+    running: list[Running] = []
+    while waiting or running:
+        if job.should_stop():
+            yield from [answer.finish("cancelled") for answer in (*(one.answer for one in running), *waiting)]
+            return
+        logits, running = _step(engine, running, _joining(waiting, running, job))
+        yield from _advance(logits, running, job)
+        running = list(_going_on(engine, running))
+
+
+def feed_prompt(
+    engine: Engine,
+    prompt_token_ids: Sequence[int],
+    on_prompt: Callable[[int, int], None] | None = None,
+) -> Feed:
+    """Return a new row's last feed of its prompt, after the pieces of a long prompt before it.
+
+    on_prompt: called after each piece, as `Job.on_prompt`.
+    """
+    row, start = engine.add(), 0
+    while len(prompt_token_ids) - start > _PROMPT_TOKENS:
+        engine.forward([Feed(row, prompt_token_ids[start : start + _PROMPT_TOKENS])])
+        start += _PROMPT_TOKENS
+        if on_prompt is not None:
+            on_prompt(start, len(prompt_token_ids))
+    return Feed(row, prompt_token_ids[start:])
+
+
+def prompt_progress(
+    notice: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+) -> Callable[[int, int], None]:
+    """Return a `Job.on_prompt` that says where a long prompt is, every ten seconds."""
+    said_at = clock()
+
+    def on_prompt(done: int, total: int) -> None:
+        nonlocal said_at
+        if clock() - said_at >= _SECONDS_BETWEEN_NOTICES:
+            said_at = clock()
+            notice(f"read {done:,} of {total:,} tokens of a prompt")
+
+    return on_prompt
+
+
+def _names(job: Job) -> list[tuple[int, int]]:
+    """(prompt index, return index) of all answers; prompts of like length are neighbours."""
+    order = sorted(range(len(job.prompts)), key=lambda i: len(job.prompts[i]))
+    return [(prompt, back) for prompt in order for back in range(job.options.num_return_sequences)]
+
+
+def _joining(waiting: deque[Answer], running: Sequence[Running], job: Job) -> list[Answer]:
+    """As many of the waiting answers as there is room for; one at least, if nothing is running."""
+    joining: list[Answer] = []
+    held, prompts = sum(one.answer.most_tokens for one in running), 0
+    while waiting and len(running) + len(joining) < job.batch_size:
+        answer = waiting[0]
+        held += answer.most_tokens
+        if not (joining and joining[-1].prompt_index == answer.prompt_index):
+            prompts += len(answer.prompt_token_ids)
+        is_too_much = held > job.max_batch_tokens and (running or joining)
+        if is_too_much or (joining and prompts > _PROMPT_TOKENS):
+            break
+        joining.append(waiting.popleft())
+    return joining
+
+
+def _step(engine: Engine, running: Sequence[Running], joining: Sequence[Answer]) -> tuple[Tensor, list[Running]]:
+    """Feeds the newest token of each answer with its draft, and the prompts of those that join, each prompt once.
+    Returns logits, (tokens, vocab), and all that run now."""
+    feeds, place, now = list[Feed](), 0, list[Running]()
+    for one in running:
+        drafted = draft(one.answer)
+        one.answer.drafted_tokens += len(drafted)
+        feeds.append(Feed(one.row, [one.answer.token_ids[-1], *drafted], all_logits=True))
+        now.append(Running(one.answer, one.row, place, drafted))
+        place += 1 + len(drafted)
+    places = dict[int, int]()
+    for answer in joining:
+        if answer.prompt_index not in places:
+            feeds.append(feed_prompt(engine, answer.prompt_token_ids, answer.job.on_prompt))
+            places[answer.prompt_index] = place
+            place += 1
+    logits = engine.forward(feeds)
+    rows = dict(zip(places, (feed.row for feed in feeds[len(running) :]), strict=True))
+    for number, answer in enumerate(joining):
+        is_first = number == 0 or joining[number - 1].prompt_index != answer.prompt_index
+        row = rows[answer.prompt_index]
+        now.append(Running(answer, row if is_first else engine.fork(row), places[answer.prompt_index]))
+    return logits, now
+
+
+def _advance(logits: Tensor, running: Sequence[Running], job: Job) -> Iterator[GenerationChunk]:
+    """Adds a token to each answer, and another while that was the drafted one. logits: (tokens, vocab)."""
+    going, depth = list(running), 0
+    while going:
+        answers = [one.answer for one in going]
+        own = _rows(logits, [one.place + depth for one in going])
+        tokens, logprobs = _next_tokens(own, answers, job)
+        right = []
+        for one, token, logprob in zip(going, tokens.tolist(), logprobs, strict=True):
+            is_right = depth < len(one.draft) and one.draft[depth] == token
+            one.answer.accepted_tokens += is_right
+            yield one.answer.add(token, logprob)
+            if is_right and one.answer.finish_reason is None:
+                right.append(one)
+        going, depth = right, depth + 1
+
+
+def _going_on(engine: Engine, running: Sequence[Running]) -> Iterator[Running]:
+    """Those that have not ended; what was drafted wrongly is forgotten."""
+    for one in running:
+        if one.answer.finish_reason is not None:
+            engine.free(one.row)
+            continue
+        if one.draft:
+            engine.truncate(one.row, len(one.answer.prompt_token_ids) + len(one.answer.token_ids) - 1)
+        yield one
+
+
+def _rows(logits: Tensor, places: list[int]) -> Tensor:
+    """(tokens, vocab) -> (places, vocab), without a copy where these are all."""
+    return logits if places == list(range(len(logits))) else logits[places]
+
+
+def _next_tokens(logits: Tensor, answers: Sequence[Answer], job: Job) -> tuple[Tensor, Sequence[float | None]]:
+    """(answers, vocab) -> the next token of each answer, (answers,), and their log-probabilities if wanted."""
+    check_finite(logits, answers, job.model)
+    filtered = process(logits, answers, job.processors)
+    check_some_left(filtered, answers, job.processors)
+    tokens = choose(filtered, draws=_draws(answers, job))
+    if job.explain:
+        _explain(logits, answers, tokens, job)
+    if not job.logprobs:
+        return tokens, [None] * len(answers)
+    return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].tolist()
+
+
+def _explain(logits: Tensor, answers: Sequence[Answer], tokens: Tensor, job: Job) -> None:
+    """Tells each answer how its next token came to be."""
+    draws, noise = _draws(answers, job), None
+    if draws is not None:
+        noise = torch.stack([gumbel_noise(stream, step, logits.shape[-1]) for stream, step in draws])
+    text_of = job.vocabulary.text_of
+    explained = explain(logits, answers, job.processors, tokens=tokens, noise=noise, text_of=text_of)
+    for answer, explanation in zip(answers, explained, strict=True):
+        answer.explanation.append(explanation)
+
+
+def _draws(answers: Sequence[Answer], job: Job) -> list[tuple[tuple[int, int, int], int]] | None:
+    """For each answer its stream and its step; none if nothing is drawn."""
+    if not job.options.do_sample:
+        return None
+    seed = job.options.seed
+    return [(stream_of(seed, a.prompt_index, a.return_index), len(a.token_ids)) for a in answers]
+
+
+__all__ = ["decode", "feed_prompt", "prompt_progress"]

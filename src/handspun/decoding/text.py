@@ -1,0 +1,191 @@
+"""From tokens to text, piece by piece, and the strings at which an answer stops."""
+
+import codecs
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Protocol, Self
+
+from tokenizers import Tokenizer, decoders
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+_REPLACEMENT = "\ufffd"
+_LONGEST_CHARACTER = 4
+"""Bytes in UTF-8, and so tokens that a character can be spread over."""
+
+
+class Detokenizer(Protocol):
+    """The state of one answer's decoding."""
+
+    def push(self, token_id: int) -> str:
+        """The characters that this token completes."""
+
+    def finish(self) -> str:
+        """What is left of an unfinished character, as U+FFFD."""
+
+    def copy(self) -> Self:
+        """The same state, to go on from in another way."""
+
+
+@dataclass
+class ByteDetokenizer:
+    """For byte-level vocabularies: exact, and equal to decoding all ids at once."""
+
+    bytes_of: Callable[[int], bytes]
+    _pending: bytes = b""
+
+    def push(self, token_id: int) -> str:
+        data = self._pending + self.bytes_of(token_id)
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._pending = data[used:]
+        return text
+
+    def finish(self) -> str:
+        text, self._pending = self._pending.decode("utf-8", "replace"), b""
+        return text
+
+    def copy(self) -> "ByteDetokenizer":
+        return replace(self)
+
+
+@dataclass
+class WindowDetokenizer:
+    """For any other vocabulary: decodes the last tokens in the context of the ones before them."""
+
+    decode: Callable[[list[int]], str]
+    _ids: list[int] = field(default_factory=list)
+    _context: int = 0
+    """Where the tokens begin that are decoded as context; their text has been given out."""
+    _given: int = 0
+    """How many of the tokens have been given out."""
+
+    def push(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        text = self._new_text()
+        if text.endswith(_REPLACEMENT) and len(self._ids) - self._given < _LONGEST_CHARACTER:
+            return ""
+        self._context, self._given = self._given, len(self._ids)
+        return text
+
+    def finish(self) -> str:
+        text, self._given = self._new_text(), len(self._ids)
+        return text
+
+    def copy(self) -> "WindowDetokenizer":
+        return replace(self, _ids=list(self._ids))
+
+    def _new_text(self) -> str:
+        given = self.decode(self._ids[self._context : self._given])
+        return self.decode(self._ids[self._context :])[len(given) :]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What answers need to know of a tokenizer: a fresh detokenizer, and the special tokens' texts."""
+
+    detokenizer: Callable[[], Detokenizer]
+    special: dict[int, str]
+
+    def text_of(self, token_id: int) -> str:
+        """A single token as it reads, a special one by its name."""
+        detokenizer = self.detokenizer()
+        return self.special.get(token_id) or detokenizer.push(token_id) + detokenizer.finish()
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    """A tokenizer's vocabulary, made for decoding token by token."""
+    added = tokenizer.added_tokens_decoder
+    special = {token_id: token.content for token_id, token in added.items() if token.special}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if isinstance(backend, Tokenizer) and isinstance(backend.decoder, decoders.ByteLevel):
+        bytes_of = cache(_byte_lookup(backend))
+        return Vocabulary(lambda: ByteDetokenizer(bytes_of), special)
+
+    def decode(ids: list[int]) -> str:
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    return Vocabulary(lambda: WindowDetokenizer(decode), special)
+
+
+def _byte_lookup(backend: Tokenizer) -> Callable[[int], bytes]:
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+
+    def bytes_of(token_id: int) -> bytes:
+        token = backend.id_to_token(token_id)
+        if token is None:  # a head padded to more rows than there are tokens
+            return b""
+        if all(character in byte_of for character in token):
+            return bytes(byte_of[character] for character in token)
+        return token.encode()  # an added token, which is written as it reads
+
+    return bytes_of
+
+
+@dataclass
+class AnswerText:
+    """The text of one answer as it grows. Special tokens are not shown in it, but stop strings see them."""
+
+    vocabulary: Vocabulary
+    stop_strings: tuple[str, ...]
+    detokenizer: Detokenizer
+    text: str = ""
+    """All that has been given out."""
+    stop_string: str | None = None
+    """The stop string that fired."""
+    _held: str = ""
+    """What may be the beginning of a stop string."""
+    _shown: tuple[bool, ...] = ()
+    """For each held character, whether it is part of the text (a special token's are not)."""
+
+    @classmethod
+    def start(cls, vocabulary: Vocabulary, stop_strings: tuple[str, ...]) -> "AnswerText":
+        """The text of an answer that has no token yet."""
+        return cls(vocabulary, stop_strings, vocabulary.detokenizer())
+
+    def copy(self) -> "AnswerText":
+        """The same text, to go on from in another way."""
+        return replace(self, detokenizer=self.detokenizer.copy())
+
+    def push(self, token_id: int) -> str:
+        """Adds a token; returns the text that can be shown now. `stop_string` says whether one fired, and
+        then nothing more is shown."""
+        if self.stop_string is not None:
+            return ""
+        special = self.vocabulary.special.get(token_id)
+        new = self.detokenizer.push(token_id) if special is None else special
+        return self._add(new, shown=special is None)
+
+    def finish(self) -> str:
+        """Ends the answer; returns the rest of its text, which had been held back."""
+        shown = "" if self.stop_string is not None else self._add(self.detokenizer.finish(), shown=True)
+        return shown + self._give(len(self._held))
+
+    def _add(self, new: str, *, shown: bool) -> str:
+        for character in new:
+            self._held += character
+            self._shown += (shown,)
+            fired = [stop for stop in self.stop_strings if self._held.endswith(stop)]
+            if fired:
+                self.stop_string = max(fired, key=len)
+                given = self._give(len(self._held) - len(self.stop_string))
+                self._held, self._shown = "", ()
+                return given
+        return self._give(len(self._held) - self._partial_match())
+
+    def _partial_match(self) -> int:
+        """Length of the longest end of the held text with which a stop string begins."""
+        longest = max((len(stop) for stop in self.stop_strings), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self.stop_strings):
+                return length
+        return 0
+
+    def _give(self, count: int) -> str:
+        pairs = zip(self._held[:count], self._shown[:count], strict=True)
+        given = "".join(character for character, shown in pairs if shown)
+        self._held, self._shown = self._held[count:], self._shown[count:]
+        self.text += given
+        return given

@@ -1,0 +1,1 @@
+"""Everything that a port to another CPU touches."""

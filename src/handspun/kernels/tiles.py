@@ -1,0 +1,72 @@
+"""An int8 matrix in tiles of 64 channels, which the native kernels (kernels.c) read from end to end.
+
+The same tiles serve products with the matrix and with its transpose, which gradients need. Sums are exact
+integers, and their scales come in the order of the plain form: bits are those of `torch._int_mm` and PyTorch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from handspun.kernels import native
+
+_TILE = 64
+"""Channels of a tile, and columns that the transposed product computes at a time: TILE in kernels.c."""
+
+_ROWS_AT_ONCE = 8192
+"""In 32 bits: an embedding has 150,000."""
+
+
+def can_tile(weight: Tensor) -> bool:
+    """Whether there are kernels for an int8 matrix, (out, in), and they are the fastest: with AMX, oneDNN is."""
+    is_int8 = weight.dtype == torch.int8 and weight.device.type == "cpu"
+    return is_int8 and not any(size % 4 for size in weight.shape) and native.can_multiply()
+
+
+class Tiles(nn.Module):
+    """A frozen int8 matrix, (out, in)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight: (out, in), int8, both in multiples of 4."""
+        super().__init__()
+        self.channels, self.width = weight.shape
+        more = -self.channels % _TILE
+        filled = nn.functional.pad(weight, (0, 0, 0, more)) if more else weight
+        self.weight = nn.Buffer(filled.view(-1, _TILE, self.width // 4, 4).transpose(1, 2).contiguous())
+        """(tiles, in / 4, 64, 4): the last tile is filled up with zeros."""
+        # Rows are bytes with 128 in their middle: what that adds to a sum is taken off again.
+        parts = filled.split(_ROWS_AT_ONCE)
+        self.base = nn.Buffer(torch.cat([part.sum(1, dtype=torch.int32) for part in parts]).mul_(-128))
+        columns = torch.stack([part.sum(0, dtype=torch.int32) for part in parts]).sum(0, dtype=torch.int32)
+        self.column_base = nn.Buffer(nn.functional.pad(columns.mul_(-128), (0, -self.width % _TILE)))
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """(count,) to (count, in): rows of the matrix."""
+        found: Tensor = self.weight[rows // _TILE, :, rows % _TILE]
+        return found.flatten(1)
+
+    def product(self, rows: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """row_scale * scale * ((rows - 128) @ weight.T) + bias: (count, out), float32.
+
+        rows: (count, in), bytes. row_scale: (count, 1). scale, bias: (out,).
+        """
+        out = torch.empty(len(rows), self.channels)
+        library: Any = native.kernels()
+        library.product(
+            *(rows.data_ptr(), row_scale.data_ptr(), *rows.shape, self.weight.data_ptr(), self.base.data_ptr()),
+            *(scale.data_ptr(), None if bias is None else bias.data_ptr(), self.channels, out.data_ptr()),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def transposed_product(self, rows: Tensor, row_scale: Tensor) -> Tensor:
+        """row_scale * ((rows - 128) @ weight): (count, in), float32. rows: (count, out), bytes."""
+        out, threads = torch.empty(len(rows), self.width), torch.get_num_threads()
+        work = torch.empty(threads, self.channels + -self.channels % _TILE, _TILE, dtype=torch.int8)
+        library: Any = native.kernels()
+        library.transposed_product(
+            *(rows.data_ptr(), row_scale.data_ptr(), *rows.shape, self.weight.data_ptr()),
+            *(self.column_base.data_ptr(), self.width, out.data_ptr(), work.data_ptr(), threads),
+        )
+        return out

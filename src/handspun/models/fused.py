@@ -1,0 +1,321 @@
+"""A model's weights as decoding multiplies by them: fused where one input feeds several layers, and nothing else.
+
+For the families whose layers are Llama's: RMSNorm, rotary positions, grouped queries, SwiGLU (Llama, SmolLM2,
+Qwen2/2.5, Qwen3, Mistral). Other models are decoded through transformers' own forward.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from handspun.kernels import native
+from handspun.kernels.int8_matmul import PackedInt8, hadamard, int_mm, packed_int8
+from handspun.kernels.onednn import product_of_rounded_rows
+from handspun.kernels.tiles import Tiles, can_tile
+from handspun.models.int8 import bytes_of, check_exact, int8_of, quantize_channels, quantize_rows
+from handspun.models.lora import has_adapter, merged_weight
+
+
+class Product(Protocol):
+    """The weights of one layer, or of several that have the same input. All arrays are (tokens, ...), float32."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(tokens, in) to (tokens, out)."""
+
+    def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """(tokens, in) to (tokens, out). norm: (in,)."""
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """(tokens, 2 * in) to (tokens, out)."""
+
+    def rows_of_weight(self, rows: Tensor) -> Tensor:
+        """(tokens,) to (tokens, in): the same matrix as an embedding."""
+
+
+class FloatProduct:
+    """In the weights' own type."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight: (out, in). bias: (out,)."""
+        self.weight, self._bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(tokens, in) to (tokens, out)."""
+        return product_of_rounded_rows(x.to(self.weight.dtype), self.weight, self._bias).float()
+
+    def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """(tokens, in) to (tokens, out)."""
+        return self(F.rms_norm(x, norm.shape, norm, eps))
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """(tokens, 2 * in) to (tokens, out)."""
+        return self(_gated(gate_up))
+
+    def rows_of_weight(self, rows: Tensor) -> Tensor:
+        """(tokens,) to (tokens, in): as an embedding."""
+        return F.embedding(rows, self.weight).float()
+
+
+class Int8Product:
+    """In int8, with a scale for each output channel and for each token.
+
+    On a CPU the matrix is laid out once: for the native kernel, or where there is none, for oneDNN's product. Both
+    take unsigned rows and give the same sums. Rows are transformed and rounded by native kernels too.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, is_embedding: bool = False) -> None:
+        """weight: (out, in), float. bias: (out,). is_embedding: keep what `rows_of_weight` needs."""
+        matrix, self._scale = quantize_channels(weight)
+        self._bias = None if bias is None else bias.float()
+        self._native = native.kernels() if weight.device.type == "cpu" else None
+        self._matrix = Int8Matrix(matrix, keeps_rows=is_embedding)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(tokens, in) to (tokens, out)."""
+        return self._product(*(native.quantize(self._native, x) if self._native else _unsigned(x)))
+
+    def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """(tokens, in) to (tokens, out)."""
+        if self._native:
+            return self._product(*native.norm_quantize(self._native, x, norm, eps))
+        return self(F.rms_norm(x, norm.shape, norm, eps))
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """(tokens, 2 * in) to (tokens, out)."""
+        if self._native:
+            return self._product(*native.gate_quantize(self._native, gate_up))
+        return self(_gated(gate_up))
+
+    def rows_of_weight(self, rows: Tensor) -> Tensor:
+        """(tokens,) to (tokens, in): as an embedding."""
+        return hadamard(self._matrix.rows(rows).float().mul_(self._scale[rows, None]))
+
+    def _product(self, rows: Tensor, row_scale: Tensor) -> Tensor:
+        """rows: (tokens, in), unsigned, 128 in their middle. row_scale: (tokens, 1)."""
+        return self._matrix.product(rows, row_scale, self._scale, self._bias)
+
+
+class Int8Matrix:
+    """A frozen int8 matrix, (out, in), laid out for the fastest matmul that is exact on its device."""
+
+    def __init__(self, weight: Tensor, *, keeps_rows: bool) -> None:
+        """weight: (out, in), int8. keeps_rows: keep what `rows` needs."""
+        self._tiles = Tiles(weight) if can_tile(weight) else None
+        self._packed = _packed(weight) if self._tiles is None and weight.device.type == "cpu" else None
+        is_kept = self._tiles is None and (self._packed is None or keeps_rows)
+        self._weight = weight if is_kept else weight[:0].clone()
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """(count,) to (count, in): rows of the matrix."""
+        return self._weight[rows] if self._tiles is None else self._tiles.rows(rows)
+
+    def product(self, rows: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Return row_scale * scale * ((rows - 128) @ weight.T) + bias: (count, out), float32.
+
+        rows: (count, in), bytes. row_scale: (count, 1). scale, bias: (out,).
+        """
+        laid_out = self._tiles or self._packed
+        if laid_out is not None:
+            return laid_out.product(rows, row_scale, scale, bias)
+        products = int_mm(int8_of(rows), self._weight.t()).float().mul_(scale).mul_(row_scale)
+        return products if bias is None else products.add_(bias)
+
+
+def refuse_inexact_decoding(device: torch.device) -> None:
+    """Raise ModelError if the int8 products of decoding are not exact on the device, or missing.
+
+    Tries the very products, with the largest values.
+    """
+    check_exact([decoded_sums], device, remedy="--weights float32")
+
+
+def decoded_sums(rows: Tensor, weight: Tensor) -> Tensor:
+    """Return the sums of rows - 128, bytes, and int8 weights as decoding computes them: (count, out), float32."""
+    ones = torch.ones(len(weight), device=rows.device)
+    row_scale = torch.ones(len(rows), 1, device=rows.device)
+    return Int8Matrix(weight, keeps_rows=False).product(rows, row_scale, ones, None)
+
+
+def _unsigned(x: Tensor) -> tuple[Tensor, Tensor]:
+    rows, scale = quantize_rows(hadamard(x))
+    return bytes_of(rows), scale
+
+
+def _packed(weight: Tensor) -> PackedInt8 | None:
+    """The matrix in oneDNN's layout; None where this PyTorch has it not."""
+    try:
+        return packed_int8(weight)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return None
+
+
+def _gated(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+_FAMILIES = {"llama", "qwen2", "qwen3", "mistral"}
+_ROTATIONS = {"default", "linear", "llama3", "yarn"}
+"""Whose frequencies do not change with the length."""
+
+
+@dataclass(frozen=True)
+class LeanLayer:
+    """One decoder layer. qkv: queries, keys and values end to end; gate_up: gate, then up."""
+
+    attention_norm: Tensor
+    qkv: Product
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Product
+    mlp_norm: Tensor
+    gate_up: Product
+    down: Product
+
+
+@dataclass(frozen=True)
+class LeanModel:
+    """All layers, and the numbers that the forward pass needs."""
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    norm_eps: float
+    embedding: Callable[[Tensor], Tensor]
+    """Token ids, (tokens,), to (tokens, hidden), float32."""
+    frequencies: Tensor
+    """(head_size / 2,): angle of a rotation by one position."""
+    attention_scaling: float
+    """What cosines and sines are multiplied by (YaRN)."""
+    layers: list[LeanLayer]
+    norm: Tensor
+    head: Product
+    device: torch.device
+    cache_dtype: torch.dtype
+    is_int8: bool
+
+
+def cannot_be_lean(config: PretrainedConfig) -> str | None:
+    """Why a model is decoded through transformers' forward; None if it need not be."""
+    if config.model_type not in _FAMILIES:
+        return f"{config.model_type} is not one of {', '.join(sorted(_FAMILIES))}"
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return "some of its layers have a sliding window"
+    if config.model_type == "mistral" and config.sliding_window is not None:
+        return f"it has a sliding window of {config.sliding_window} tokens"
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}"
+    rotation = (config.rope_parameters or {}).get("rope_type", "default")
+    if rotation not in _ROTATIONS:
+        return f"its positions are rotated by {rotation}"
+    return None
+
+
+@torch.inference_mode(False)  # the model's weights stay tensors that can be trained
+@torch.no_grad()
+def lean_model(model: PreTrainedModel, *, int8: bool = False) -> LeanModel:
+    """The model's weights for decoding; its LoRA adapters (peft's), if it has some, are merged into copies.
+
+    In float, fused weights replace the layers' own, which become views of them: nothing is held twice. With int8
+    they are rounded one after another, and the layers' own are given up: they are moved to the meta device.
+    """
+    wrapped: Any = model
+    base = wrapped.get_base_model() if hasattr(model, "peft_config") else wrapped
+    fuse = _fused_int8 if int8 else _fused_float
+    body, config, device, dtype = base.model, base.config, base.device, base.dtype
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    tied = config.tie_word_embeddings
+    embedding = fuse([body.embed_tokens])
+    head = embedding if tied else fuse([base.lm_head])
+    return LeanModel(
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_size=head_size,
+        norm_eps=config.rms_norm_eps,
+        embedding=embedding.rows_of_weight,
+        frequencies=body.rotary_emb.inv_freq.float(),
+        attention_scaling=body.rotary_emb.attention_scaling,
+        layers=[_layer(layer, fuse) for layer in body.layers],
+        norm=body.norm.weight.detach().float(),
+        head=head,
+        device=device,
+        cache_dtype=torch.float32 if int8 else dtype,
+        is_int8=int8,
+    )
+
+
+def _layer(layer: Any, fuse: Callable[[Sequence[Any]], Product]) -> LeanLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    return LeanLayer(
+        attention_norm=_norm(layer.input_layernorm),
+        qkv=fuse([attention.q_proj, attention.k_proj, attention.v_proj]),
+        q_norm=None if q_norm is None else _norm(q_norm),
+        k_norm=None if k_norm is None else _norm(k_norm),
+        o=fuse([attention.o_proj]),
+        mlp_norm=_norm(layer.post_attention_layernorm),
+        gate_up=fuse([mlp.gate_proj, mlp.up_proj]),
+        down=fuse([mlp.down_proj]),
+    )
+
+
+def _norm(norm: nn.Module) -> Tensor:
+    weight = norm.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().float()
+
+
+def _fused_float(linears: Sequence[Any]) -> Product:
+    if any(has_adapter(linear) for linear in linears):
+        weight = torch.cat([merged_weight(linear) for linear in linears])
+    else:
+        weight = _side_by_side([linear.weight for linear in linears])
+    return FloatProduct(weight, _fused_bias(linears))
+
+
+def _fused_int8(linears: Sequence[Any]) -> Product:
+    weight = torch.cat([merged_weight(linear) for linear in linears])
+    product = Int8Product(weight, _fused_bias(linears), is_embedding=isinstance(linears[0], nn.Embedding))
+    for linear in linears:
+        linear.to("meta")  # the float weights are given up
+    return product
+
+
+def _fused_bias(linears: Sequence[Any]) -> Tensor | None:
+    biases = [getattr(linear, "bias", None) for linear in linears]
+    if all(bias is None for bias in biases):
+        return None
+    return torch.cat(
+        [
+            torch.zeros(linear.out_features, device=linear.weight.device) if bias is None else bias.detach()
+            for linear, bias in zip(linears, biases, strict=True)
+        ]
+    )
+
+
+def own_weights(model: PreTrainedModel) -> None:
+    """Gives each weight memory of its own again, after `lean_model` made them views of fused ones."""
+    for weight in model.parameters():
+        if weight.untyped_storage().nbytes() != weight.nbytes:
+            weight.data = weight.detach().clone()
+
+
+def _side_by_side(weights: Sequence[nn.Parameter]) -> Tensor:
+    """One matrix with the rows of all of them, of which they become views."""
+    first, rows = weights[0].detach(), sum(len(weight) for weight in weights)
+    end, apart = first.data_ptr(), False
+    for weight in weights:
+        apart = apart or weight.data_ptr() != end or not weight.is_contiguous()
+        apart = apart or weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        end += weight.nbytes
+    if not apart:
+        return first.as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())
+    whole = torch.cat([weight.detach() for weight in weights])
+    for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
+        weight.data = part
+    return whole

@@ -1,0 +1,356 @@
+"""What is odd in the rows of a run, and in the end of its turns."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from handspun.config import NEXT_USER, DataConfig, TrainConfig
+from handspun.data.chat_template import ChatTemplate
+from handspun.data.conversations import DroppedRow, Message, is_trained, to_conversation
+from handspun.data.dataset import ExampleSet
+from handspun.data.examples import RowAccount, RowNote
+from handspun.data.rows import Row
+from handspun.data.text_loss import CARRIAGE_RETURNS, EXCEL_ESCAPES
+from handspun.display import shown
+from handspun.errors import ConfigError
+from handspun.preflight.duplicates import alike
+
+_MOST_NAMED = 12
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A warning. `what` reads like `rows that are cut`; `count` of `of` rows have it, and `rows` are the first of
+    these, each with what is to be said of it. Where no rows are meant, count and of are 0."""
+
+    what: str
+    remedy: str
+    count: int = 0
+    of: int = 0
+    rows: list[RowNote] = field(default_factory=list)
+
+
+def finding(what: str, remedy: str, notes: Sequence[RowNote], *, of: int) -> Iterator[Finding]:
+    """The finding of these rows; nothing without any."""
+    if notes:
+        yield Finding(what, remedy, len(notes), of, list(notes[:_MOST_NAMED]))
+
+
+def refuse_findings(found: Sequence[Finding]) -> None:
+    """Raises ConfigError with all of them, if there are any: what --strict asks for."""
+    if found:
+        raise ConfigError(
+            f"--strict refuses {len(found)} warning{'s' if len(found) > 1 else ''}:\n"
+            + "\n".join(f"  {one.what}{counted(one)}: {one.remedy}" for one in found)
+            + "\nMend what they name, or leave --strict out."
+        )
+
+
+def headline(one: Finding) -> str:
+    """`rows that are cut: 3 of 100 (3%)`."""
+    return f"{one.what}: {one.count} of {one.of} ({_percent(one.count / one.of)})" if one.of else one.what
+
+
+def rows_named(one: Finding) -> str:
+    """`rows 3 (as row 1), 17 (as row 2) and 4 more`, with the files where there are several; nothing without."""
+    if not one.rows:
+        return ""
+    several = len({note.file for note in one.rows}) > 1
+    named = [
+        (f"{note.file} " if several else "") + str(note.row) + (f" ({note.text})" if note.text else "")
+        for note in one.rows
+    ]
+    more = f" and {one.count - len(named)} more" if one.count > len(named) else ""
+    return f"row{'s' if one.count > 1 else ''} {', '.join(named)}{more}"
+
+
+def _percent(share: float) -> str:
+    """Whole where that says something."""
+    return f"{share:.0%}" if share >= 0.1 else f"{100 * share:.1g}%"
+
+
+def counted(one: Finding) -> str:
+    """` (3 of 100)`, or nothing where no rows are counted."""
+    return f" ({one.count} of {one.of})" if one.of else ""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a row says. prompts: what users and tools say, and the assistant where it is context only. answers:
+    what the assistant says, tool calls as JSON."""
+
+    file: str
+    row: int
+    prompts: list[str]
+    answers: list[str]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "\n".join([*self.prompts, *self.answers])
+
+
+def said_in(rows: Sequence[Row], account: RowAccount, config: DataConfig) -> Iterator[Said]:
+    """That of each row which was kept."""
+    dropped = {(note.file, note.row) for note in account.dropped}
+    for row in rows:
+        if (row.file, row.number) in dropped:
+            continue
+        try:
+            messages = to_conversation(
+                row, account.formats[row.file], system_prompt=config.system_prompt, role_map=config.roles
+            ).messages
+        except DroppedRow:  # with --data that changed since the account was made
+            continue
+        said = [message for message in messages if message["role"] == "assistant" and is_trained(message)]
+        prompts = [m["content"] for m in messages if m["role"] in ("user", "tool") or not is_trained(m)]
+        answers = [part for message in said for part in _answered(message)]
+        yield Said(row.file, row.number, prompts, answers)
+
+
+def _answered(message: Message) -> Iterator[str]:
+    if message["content"]:
+        yield message["content"]
+    if message.get("tool_calls"):
+        yield json.dumps(message["tool_calls"], ensure_ascii=False)
+
+
+_PLACEHOLDERS = {
+    *("noinput", "nooutput", "noresponse", "noanswer", "n/a", "none", "nan", "null", "nil", "undefined"),
+    *("todo", "tbd", "fixme", "placeholder", "...", "…", "......", "……", "-", "--", "---", "?", "???"),
+    *("无", "暂无", "无输入", "无输出", "空", "待补充", "略"),
+}
+_AROUND = "<>[](){}\"'`*\\. 。"
+
+# Code has {{name}} in its templates and {name} in its texts. A field is one that stands in prose, by itself.
+_FIELD = re.compile(
+    r"(?<![\w{$\\}%(=\"'`])(?:\{\{ ?[A-Za-z_][\w .-]{0,40}? ?\}\}|\{[A-Za-z_]\w{2,40}\})(?![\w{}(=\"'`])"
+)
+_CODE = re.compile(
+    r"```|<[a-zA-Z/!]|\{%|[;{]\s*$|\)\s*[{:]\s*$|^\s*(?:import|from|def|class|return|var|let|const|function)\b"
+    r"|\bf[\"']|\.format\(|\\\w+\{|=>",
+    re.MULTILINE,
+)
+
+_CANNOT = r"(?:can't|cannot|can not|won't|will not|unable|not able|not allowed)(?: be able)?(?: to)?"
+_WHAT = (
+    r"(?:assist|help|provide|answer|fulfil|fulfill|comply|complete|create|generate|support|engage|discuss|respond|"
+    r"do (?:that|this|so)|offer|give|share|write|draw|play|perform|access|browse|open|view|process|recommend)\b"
+)
+_AI = r"an? (?:ai|artificial intelligence|(?:large )?language model)\b"
+# What one cannot do counts: "I'm sorry, but I cannot attend" is no refusal but a letter.
+_REFUSAL = re.compile(
+    rf"\bas {_AI}(?: language)?(?: model| assistant)?,? i\b"
+    rf"|\bi(?:'m| am)(?: just| only)? {_AI}.{{0,60}}\b(?:{_CANNOT}|don't|do not)\b"
+    r"|^(?:(?:i'm |i am |i )?(?:very |so )?(?:sorry|afraid|apologi[sz]e)\b.{0,30}\b)?"
+    rf"i(?:'m| am)? ?{_CANNOT} {_WHAT}"
+    r"|(?:抱歉|对不起|很遗憾).{0,12}(?:无法|不能).{0,4}(?:提供|回答|协助|帮|满足|完成|讨论|生成|给出|写|访问|执行|继续)"
+    r"|^我(?:无法|不能).{0,4}(?:提供|回答|协助|帮|满足|完成|讨论|生成|给出|访问)"
+    r"|作为(?:一个|一名|一款)?(?:人工智能|ai|大?语言模型)",
+    re.IGNORECASE,
+)
+_BEGINNING = 200
+"""Characters: an answer that refuses begins with it."""
+
+
+def findings_in_answers(said: Sequence[Said]) -> Iterator[Finding]:
+    """Of the rows of one set."""
+    yield from _those(
+        said,
+        placeholder_answer,
+        "answers that are a placeholder",
+        "write their answers, or delete the rows: the model learns to say just this",
+    )
+    yield from _those(
+        said,
+        placeholder_prompt,
+        "prompts that end in a placeholder",
+        "empty these inputs: the model will expect such words where there is no input",
+    )
+    yield from _those(
+        said,
+        unfilled_field,
+        "answers with a field that nothing was put in",
+        "fill the fields in, or delete the rows",
+    )
+    yield from _those(
+        said,
+        refusal,
+        "answers that read like a refusal",
+        "read some of them, and delete those in which nothing should be refused",
+    )
+    yield from _those(
+        said,
+        next_user,
+        'answers with a line "User:", which is a stop string of chats',
+        "give --no-stop-strings to generate and chat, which would cut such answers there; eval --generate does",
+    )
+
+
+def next_user(said: Said) -> str | None:
+    """Return the line of an answer at which decoding would cut it."""
+    lines = (answer.partition(NEXT_USER)[1:] for answer in said.answers)
+    return next((f"{stop.strip()}{rest}".split("\n")[0] for stop, rest in lines if stop), None)
+
+
+def placeholder_answer(said: Said) -> str | None:
+    """The placeholder that one of the answers is."""
+    return next((answer for answer in said.answers if _is_placeholder(answer)), None)
+
+
+def placeholder_prompt(said: Said) -> str | None:
+    """The placeholder that a prompt is, or that its last line is: an input that is none."""
+    lasts = (prompt.rstrip().rpartition("\n")[2] for prompt in said.prompts)
+    return next((last for last in lasts if _is_placeholder(last)), None)
+
+
+def unfilled_field(said: Said) -> str | None:
+    """A field such as {{name}} in an answer that is no code."""
+    fields = ((_FIELD.search(answer), answer) for answer in said.answers if "{" in answer)
+    return next((field[0] for field, answer in fields if field and not _CODE.search(answer)), None)
+
+
+def refusal(said: Said) -> str | None:
+    """The words of one of the answers that begins with a refusal."""
+    beginnings = (answer[:_BEGINNING].replace("’", "'").strip() for answer in said.answers)
+    refusals = (_REFUSAL.search(beginning) for beginning in beginnings)
+    return next((found[0] for found in refusals if found), None)
+
+
+def _is_placeholder(text: str) -> bool:
+    bare = text.strip().casefold()
+    if len(bare) > 30:
+        return False
+    return "".join(bare.split()) in _PLACEHOLDERS or "".join(bare.strip(_AROUND).split()) in _PLACEHOLDERS
+
+
+def _those(
+    said: Sequence[Said], found_in: Callable[[Said], str | None], what: str, remedy: str
+) -> Iterator[Finding]:
+    notes = [RowNote(one.file, one.row, shown(found)) for one in said if (found := found_in(one)) is not None]
+    yield from finding(what, remedy, notes, of=len(said))
+
+
+@dataclass(frozen=True)
+class EndOfTurn:
+    """learned: of so many examples it is the last token that is learned. is_eos: whether it ends the base model's
+    answers; if not, its embedding may never have been trained. saved: the eos of the tuned model."""
+
+    token: str
+    learned: int
+    examples: int
+    is_eos: bool
+    saved: list[str]
+
+
+def end_of_turn(template: ChatTemplate, eos_token_ids: Sequence[int], training: ExampleSet) -> EndOfTurn:
+    """eos_token_ids: of the base model, from its generation_config, or its config."""
+    examples = training.examples
+    last = examples.input_ids[examples.starts[1:] - 1]
+    saved = dict.fromkeys([template.end_of_turn_id, *eos_token_ids])
+    return EndOfTurn(
+        token=template.end_of_turn,
+        learned=int(np.count_nonzero(last == template.end_of_turn_id)),
+        examples=len(examples),
+        is_eos=template.end_of_turn_id in eos_token_ids,
+        saved=[str(template.tokenizer.convert_ids_to_tokens(id)) for id in saved],
+    )
+
+
+def template_lines(template: ChatTemplate) -> Iterator[str]:
+    """Say which of several templates is used, and that one cannot be protected from what only looks like turns."""
+    named = template.tokenizer.chat_template
+    if isinstance(named, dict):
+        for_tools = "tool_use for rows with tools, else default" if "tool_use" in named else "default"
+        yield f"chat templates of the tokenizer: {', '.join(named)}; used: {for_tools} (--chat-template chooses)"
+    if template.plain_markers:
+        names = " and ".join(map(repr, template.plain_markers))
+        yield f"role markers {names} are ordinary text in this chat template:"
+        yield "  a user who types them begins what looks like a turn (docs/data.md, Role markers)"
+
+
+def findings_in_prompts(said: Sequence[Said], markers: Sequence[str]) -> Iterator[Finding]:
+    """Rows in which a user or a tool writes such a marker."""
+    notes = []
+    for one in said:
+        text = "\n".join(one.prompts)
+        if found := [marker for marker in markers if marker in text]:
+            notes.append(RowNote(one.file, one.row, ", ".join(map(repr, found))))
+    yield from finding(
+        "rows in which a user or a tool writes a role marker of the template",
+        "take it out, or use a template whose markers are added tokens: to the model it begins a turn",
+        notes,
+        of=len(said),
+    )
+
+
+def look_at_rows(
+    config: TrainConfig,
+    training: ExampleSet,
+    held_out: ExampleSet | None,
+    *,
+    max_length: int,
+    markers: Sequence[str] = (),
+) -> list[Finding]:
+    """What is odd in the rows of a run, which the sets still hold.
+
+    markers: role markers of the chat template that are ordinary text.
+    """
+    said = list(said_in(training.rows, training.account, config))
+    held = list(said_in(held_out.rows, held_out.account, config)) if held_out else []
+    found = [*_lost(training.account, max_length), *findings_in_answers(said)]
+    found += findings_in_prompts([*said, *held], markers)
+    if held_out:
+        of_held_out = [*_lost(held_out.account, max_length), *findings_in_answers(held)]
+        found += [replace(one, what=f"held out: {one.what}") for one in of_held_out]
+    return [*found, *_repeated(said, held)]
+
+
+def _lost(account: RowAccount, max_length: int) -> Iterator[Finding]:
+    for reason, notes in account.dropped_by_reason().items():
+        remedy = "fill them, or delete the rows" if reason.startswith("empty") else "mend them, or delete the rows"
+        yield from finding(f"rows that are dropped, {reason}", remedy, _bare(notes), of=account.rows)
+    yield from finding(
+        f"rows that are cut to {max_length} tokens",
+        "raise --max-length, or shorten the rows: cut answers do not end",
+        account.truncated,
+        of=account.rows,
+    )
+    for what in (CARRIAGE_RETURNS, EXCEL_ESCAPES):
+        yield from finding(
+            f"rows with {what} in a text",
+            "replace them by line feeds in the file, or the model learns to write them",
+            _bare([note for note in account.notes if note.text.startswith(what)]),
+            of=account.rows,
+        )
+
+
+def _bare(notes: Sequence[RowNote]) -> list[RowNote]:
+    return [RowNote(note.file, note.row, "") for note in notes]
+
+
+def _repeated(said: Sequence[Said], held: Sequence[Said]) -> Iterator[Finding]:
+    everything, known = [*said, *held], len(said)
+    found = alike([one.text for one in everything], known)
+
+    def notes(*, same: bool, held_out: bool) -> list[RowNote]:
+        pairs = [
+            (everything[one.text], everything[one.earlier])
+            for one in found
+            if one.same == same and (one.text >= known) == held_out
+        ]
+        return [RowNote(one.file, one.row, _like(one, earlier)) for one, earlier in pairs]
+
+    for same, what in ((True, "the same as an earlier one"), (False, "nearly the same as an earlier one")):
+        remedy = "delete the later ones, unless they are meant to count more"
+        yield from finding(f"rows that are {what}", remedy, notes(same=same, held_out=False), of=known)
+    for same, what in ((True, "trained on too"), (False, "nearly the same as one that is trained on")):
+        remedy = "take them out of one of the two: on them, held-out loss says nothing of new rows"
+        yield from finding(f"held-out rows that are {what}", remedy, notes(same=same, held_out=True), of=len(held))
+
+
+def _like(one: Said, earlier: Said) -> str:
+    return f"as row {earlier.row}" if one.file == earlier.file else f"as {earlier.file} row {earlier.row}"

@@ -1,0 +1,78 @@
+"""How long a run will take: its arithmetic, over rates that were measured; then by the first two steps.
+
+A product of a token with a weight is two operations forward, two for the gradient of its input, and two for the
+weight's own gradient if it is trained. The head is applied to learned tokens alone. Attention of a row of n tokens
+is 6 n^2 times the width of all heads, a layer, forward and backward, half of its square being masked.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from handspun.config import TrainConfig
+from handspun.data.examples import Example, lengths_of
+from handspun.models.int8 import Int8Linear
+from handspun.training.loop import Event, Step
+from handspun.training.memory import Plan
+
+MEASURED_ON = "cores of an AMD EPYC server (Zen 4)"
+_RATES = {
+    ("full", "float32"): 75e9,
+    ("full", "bfloat16"): 115e9,
+    ("lora", "float32"): 66e9,
+    ("lora", "bfloat16"): 99e9,
+    ("lora", "int8"): 111e9,
+}
+"""Operations a second of one thread: `python benchmarks/training_rates.py`."""
+
+
+def operations(model: PreTrainedModel, plan: Plan, examples: Sequence[Example], config: TrainConfig) -> float:
+    """Of an epoch. Only the shapes of the model are looked at."""
+    embedding: Any = model.get_input_embeddings().weight
+    head: Any = model.get_output_embeddings().weight
+    tables = {id(embedding), id(head)}
+    body = [weight for weight in model.parameters() if id(weight) not in tables]
+    again = 2 if config.activation_checkpointing else 0
+    each = sum(weight.numel() * (again + (6 if weight.requires_grad else 4)) for weight in body)
+    int8 = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
+    each += sum(layer.in_features * layer.out_features * (again + 4) for layer in int8)
+    of_head = head.numel() * (6 if head.requires_grad else 4)
+    shape: Any = model.config.get_text_config()
+    width = shape.num_hidden_layers * shape.hidden_size
+    attention = 6 * width * float((lengths_of(examples).astype(float) ** 2).sum())
+    return float(plan.computed_tokens * each + plan.learned_tokens * of_head + attention)
+
+
+def predicted_seconds(
+    operations_of_an_epoch: float, config: TrainConfig, *, dtype: torch.dtype, device: torch.device, threads: int
+) -> float | None:
+    """Of all steps of a run, by the table, without evaluation and saving; None for a device that is not in it.
+
+    threads: of all processes together.
+    """
+    if device.type != "cpu":
+        return None
+    products = "int8" if config.base_weights == "int8" else str(dtype).removeprefix("torch.")
+    rate = _RATES["lora" if config.lora else "full", products] * threads
+    return config.num_epochs * operations_of_an_epoch / rate
+
+
+class Forecast:
+    """How long the steps that are left will take, by the faster one of the first two that this process makes: the
+    first one faults memory in."""
+
+    def __init__(self, plan: Plan, num_epochs: int) -> None:
+        self._tokens_of_a_step = plan.computed_tokens * num_epochs / plan.steps
+        self._rates: list[float] = []
+
+    def after(self, event: Event) -> float | None:
+        """Seconds, once, after the second step; None after any other event, and where no step is left."""
+        if not isinstance(event, Step) or len(self._rates) == 2:
+            return None
+        self._rates.append(event.computed_tokens / event.seconds)
+        left = event.total_steps - event.step
+        if len(self._rates) < 2 or not left:
+            return None
+        return left * self._tokens_of_a_step / max(self._rates)

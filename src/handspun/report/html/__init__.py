@@ -1,1 +1,0 @@
-"""report.html: what a run's folder holds, as one page that tells the whole story."""

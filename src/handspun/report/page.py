@@ -1,0 +1,139 @@
+"""From a run's files to report.html, and from several runs' to one page that lays them side by side."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from handspun import __version__
+from handspun.display import visible
+from handspun.errors import OutputError
+from handspun.files import output_errors, write_text
+from handspun.report import pictures, sides, words
+from handspun.report.pictures import SET_NAMES
+from handspun.runs.metrics import REPORT, RunFiles, is_report, read_run
+from handspun.runs.sample_answers import MAX_NEW_TOKENS
+
+
+def write_report(folder: Path) -> Path:
+    """Write the report of a run's folder into it.
+
+    Raises OutputError if it is none, cannot be written, or holds somebody else's page of that name.
+    """
+    page = report_page(read_run(folder))
+    if os.path.lexists(folder / REPORT) and not is_report(folder / REPORT):
+        raise OutputError(f"{folder / REPORT} was not written by Handspun, so it is not replaced. Move it away.")
+    return write_page(page, folder / REPORT)
+
+
+def write_page(page: str, file: Path) -> Path:
+    """Replaces the file in one move."""
+    with output_errors(file):
+        write_text(file, page)
+    return file
+
+
+def report_page(run: RunFiles) -> str:
+    """The whole story of one run."""
+    return _render(
+        "report.html.j2",
+        title=words.title(run),
+        run=run,
+        begun=words.when(run),
+        most_tokens=MAX_NEW_TOKENS,
+        before=run.kept.get("before", {}),
+        after=run.kept.get("after", {}),
+        unknown_losses=_why_losses_are_unknown(run),
+        end=words.ENDS.get(run.facts["status"], run.facts["status"]),
+        outcome=words.outcome(run),
+        about=words.about(run),
+        options=words.options(run),
+        curves=pictures.curves(run),
+        account=words.account(run),
+        warnings=words.warnings(run),
+        lengths=pictures.lengths(run),
+        answers=answers([run]),
+        row_losses=_row_losses(run),
+        spreads=pictures.losses(run),
+        command=words.how_again(run),
+        environment=words.environment(run),
+        requirements=words.requirements(run),
+        appendix=words.accounted_rows(run),
+    )
+
+
+def comparison_page(runs: Sequence[RunFiles]) -> str:
+    """Several runs side by side: what is different, their curves in one picture, their answers."""
+    names = sides.distinct_names(runs)
+    return _render(
+        "comparison.html.j2",
+        title=" and ".join(names) if len(names) == 2 else f"{len(names)} runs side by side",
+        names=names,
+        runs=runs,
+        rows=sides.side_by_side(runs),
+        warnings=sides.warnings(runs),
+        curves=pictures.curves_side_by_side(runs, names),
+        answers=answers(runs),
+        most_tokens=MAX_NEW_TOKENS,
+        commands=[words.how_again(run) for run in runs],
+    )
+
+
+def answers(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
+    """Prompt by prompt: {"prompt", "decodings": [{"name", "cells"}]}. One run has two cells, before and after;
+    each of several has one, after. A cell is an answer, or None."""
+    columns = [runs[0].kept.get("before"), runs[0].kept.get("after")] if len(runs) == 1 else []
+    columns = columns or [run.kept.get("after") for run in runs]
+    by_place = [
+        {(answer["prompt"], answer["decoding"]): answer for answer in (column or {}).get("answers", [])}
+        for column in columns
+    ]
+    places = list(dict.fromkeys(place for column in by_place for place in column))
+    return [
+        {
+            "prompt": prompt,
+            "decodings": [
+                {"name": name, "cells": [column.get((prompt, name)) for column in by_place]}
+                for one, name in places
+                if one == prompt
+            ],
+        }
+        for prompt in dict.fromkeys(prompt for prompt, _ in places)
+    ]
+
+
+def _row_losses(run: RunFiles) -> list[dict[str, Any]]:
+    found = run.kept.get("row_losses") or {}
+    if "missing" in found:
+        return []
+    sets = []
+    for name, some in found.items():
+        several = len(run.facts["data"][name]["rows"]["formats"]) > 1
+        worst, best = ([_headed(row, several=several) for row in some[key]] for key in ("worst", "best"))
+        sets.append({**some, "name": SET_NAMES[name], "worst": worst, "best": best})
+    return sets
+
+
+def _why_losses_are_unknown(run: RunFiles) -> str:
+    return str((run.kept.get("row_losses") or {}).get("missing", "the run has not come to its end"))
+
+
+def _headed(row: dict[str, Any], *, several: bool) -> dict[str, Any]:
+    """The row with what stands above its text: where it is from, and what it teaches."""
+    where = f"{row['file']}, row {row['row']}" if several else f"row {row['row']}"
+    return {**row, "where": where, "taught": " ".join(text for text, learned in row["runs"] if learned)}
+
+
+def _render(template: str, **context: Any) -> str:
+    """The template with everything escaped; what no file can hold, or no one can see, by what stands for it."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template(template).render(version=__version__, **context)
+    return visible(page)

@@ -1,0 +1,66 @@
+"""Several runs side by side, in words and figures."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from handspun.config import option_name
+from handspun.report import words
+from handspun.report.pictures import SET_NAMES
+from handspun.runs.metrics import RunFiles
+
+
+def side_by_side(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
+    """(what, its value in each run): what came of them, what went in, each option that one of them was given."""
+    given = dict.fromkeys(name for run in runs for name in run.facts.get("given", {}))
+    return [
+        ("Status", [run.facts["status"] for run in runs]),
+        *_outcomes(runs),
+        *_of_sets(runs),
+        ("Model's fingerprint", [_fingerprints(run) for run in runs]),
+        ("Trained", [words.parameters(run.facts["plan"]["trainable"]) for run in runs]),
+        *((option_name(name), [words.shown(run.facts["config"].get(name)) for run in runs]) for name in given),
+        ("Machine", [run.facts["environment"]["machine"] for run in runs]),
+        ("Versions", [words.requirements(run) for run in runs]),
+    ]
+
+
+def warnings(runs: Sequence[RunFiles]) -> list[str]:
+    """What a reader must know before comparing the figures."""
+    held_out = {_fingerprint(run, "held_out") for run in runs}
+    if len(held_out) == 1:
+        return []
+    return ["The runs do not have the same held-out rows: their held-out losses cannot be compared."]
+
+
+def distinct_names(runs: Sequence[RunFiles]) -> list[str]:
+    """The folders' own names, or their whole paths where two are called the same."""
+    names = [run.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+
+
+def _outcomes(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
+    figures = [words.outcome(run) for run in runs]
+    names = [dict.fromkeys(figure[i][0] for figure in figures) for i in range(len(figures[0]))]
+    return [
+        (" / ".join(names[i]), [f"{figure[i][1]} ({figure[i][2]})" for figure in figures])
+        for i in range(len(names))
+    ]
+
+
+def _of_sets(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
+    found = []
+    for key, name in SET_NAMES.items():
+        sets: list[dict[str, Any] | None] = [run.facts["data"][key] for run in runs]
+        if any(sets):
+            found.append((f"Examples {name}", [f"{some['examples']:,}" if some else "none" for some in sets]))
+            found.append((f"Rows {name}, sha256", [_fingerprint(run, key)[:16] for run in runs]))
+    return found
+
+
+def _fingerprint(run: RunFiles, key: str) -> str:
+    some = run.facts["data"][key]
+    return some["sha256"] if some else "none"
+
+
+def _fingerprints(run: RunFiles) -> str:
+    return ", ".join(value[:16] for value in run.kept.get("model", {}).values()) or "unknown"

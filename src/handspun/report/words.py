@@ -1,0 +1,277 @@
+"""A run's facts in the words and figures of its report."""
+
+import shlex
+from collections import Counter
+from dataclasses import fields
+from pathlib import PurePath
+from typing import Any
+
+from handspun.config import TrainConfig, option_name
+from handspun.data.examples import RowNote
+from handspun.display import duration
+from handspun.preflight.checks import Finding, headline, rows_named
+from handspun.report.pictures import SET_NAMES
+from handspun.runs.metrics import RunFiles
+from handspun.runs.record import command
+
+Fact = tuple[str, str, list[str]]
+"""What, which, and small print below it."""
+
+_LINKED = 50
+"""Rows of one reason that are named, and linked where their text was kept."""
+
+ENDS = {
+    "finished": "The run finished.",
+    "running": "The run was still going on, or was killed, when this was written.",
+    "stopped": "The run was stopped before its end.",
+    "interrupted": "The run was interrupted before its end.",
+    "failed": "The run failed before its end; train.log says why.",
+}
+
+
+def title(run: RunFiles) -> str:
+    """`SmolLM2-135M on train.csv`."""
+    config = run.facts["config"]
+    return f"{_last_part(config['model'])} on {_last_part(config['data'])}"
+
+
+def outcome(run: RunFiles) -> list[tuple[str, str, str]]:
+    """What came of it in three figures: (name, figure, what is behind it)."""
+    return [_loss_figure(run), _time_figure(run), _memory_figure(run)]
+
+
+def about(run: RunFiles) -> list[Fact]:
+    """What was trained on what."""
+    facts, config, plan = run.facts, run.facts["config"], run.facts["plan"]
+    how = f"LoRA adapters of rank {config['lora_rank']}" if config["lora"] else "all weights"
+    files = [f"{name}: {value}" for name, value in run.kept.get("model", {}).items()]
+    kept = [*(facts.get("checkpoints") or []), *filter(None, [facts.get("best_checkpoint")])]
+    return [
+        ("Model", f"{config['model']}, {parameters(plan['parameters'])}", files),
+        ("Trained", f"{how}, {parameters(plan['trainable'])}", []),
+        *(_about_rows(SET_NAMES[name], some) for name, some in facts["data"].items()),
+        (
+            "Steps",
+            f"{len(run.metrics.steps):,} of {plan['steps']:,}: {config['num_epochs']} epochs of "
+            f"{plan['examples']:,} examples in batches of {config['batch_size']}, {plan['batching']}, products in "
+            f"{facts.get('dtype', 'unknown')}",
+            [],
+        ),
+        (
+            "Learning rate",
+            f"{config['learning_rate']:g}, {config['lr_schedule']} after {config['warmup_ratio']:.0%} warm-up",
+            [],
+        ),
+        *_about_end_of_turn(facts.get("preflight", {}).get("end_of_turn")),
+        ("Checkpoints", ", ".join(kept) or "none", []),
+    ]
+
+
+def parameters(number: int) -> str:
+    """`134.5M parameters`."""
+    return f"{number / 1e6:.1f}M parameters" if number >= 1e5 else f"{number:,} parameters"
+
+
+def _about_rows(name: str, some: dict[str, Any] | None) -> Fact:
+    if some is None:
+        return f"Rows {name}", "none, so that only the training loss is known (--eval-ratio, --eval-data)", []
+    files = ", ".join(f"{file} ({form})" for file, form in some["rows"]["formats"].items())
+    share = some["learned_tokens"] / max(some["tokens"], 1)
+    return (
+        f"Rows {name}",
+        f"{files}: {some['rows']['rows']:,} read, {some['rows']['kept']:,} kept; {some['tokens']:,} tokens, "
+        f"{some['learned_tokens']:,} of them learned ({share:.0%})",
+        [f"sha256 of the rows: {some['sha256']}"],
+    )
+
+
+def _about_end_of_turn(found: dict[str, Any] | None) -> list[Fact]:
+    if found is None:
+        return []
+    known = "an eos of the base model" if found["is_eos"] else "no eos of the base model"
+    learned = f"the last learned token of {found['learned']:,} of {found['examples']:,} examples"
+    return [("End of turn", f"{found['token']}, {known}; {learned}", [])]
+
+
+def options(run: RunFiles) -> list[tuple[str, str, str]]:
+    """The options that differ from their defaults: (name, value, default)."""
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    return [
+        (option_name(name), shown(value), shown(defaults.get(name)))
+        for name, value in run.facts.get("given", {}).items()
+    ]
+
+
+def how_again(run: RunFiles) -> str:
+    """The command that makes the run again, with its seed, type of products and threads said outright."""
+    facts, config = run.facts, run.facts["config"]
+    always = {name: config[name] for name in ("model", "data", "output_dir", "seed")}
+    measured = {"dtype": facts.get("dtype"), "threads": facts.get("threads")}
+    known = {name: value for name, value in measured.items() if value is not None}
+    return command({**always, **facts.get("given", {}), **known}, processes=facts.get("processes", 1))
+
+
+def environment(run: RunFiles) -> list[Fact]:
+    """The machine and the process."""
+    found, facts = run.facts["environment"], run.facts
+    memory = found.get("memory_bytes")
+    return [
+        (
+            "Machine",
+            f"{found['machine']}, {found['cores']} cores" + (f", {memory / 1e9:.1f} GB" if memory else ""),
+            [],
+        ),
+        ("System", found["system"], []),
+        ("Processes, threads", f"{facts.get('processes', 1)}, with {facts.get('threads', 'unknown')} each", []),
+        ("Begun", when(run), []),
+        ("Begun as", shlex.join(found["command"]), []),
+    ]
+
+
+def when(run: RunFiles) -> str:
+    """When the run began."""
+    return str(run.facts.get("started", "unknown")).replace("T", " ").replace("+00:00", " UTC")
+
+
+def requirements(run: RunFiles) -> str:
+    """Versions as pip reads them."""
+    found = run.facts["environment"]
+    lines = [f"{name}=={version}" for name, version in found["versions"].items()]
+    return "\n".join([f"# Python {found['python']}", *lines])
+
+
+def account(run: RunFiles) -> list[dict[str, Any]]:
+    """Of each set what became of its rows: {"name", "read", "kept", "reasons": [{"text", "count", "rows"}]}."""
+    return [
+        {
+            "name": SET_NAMES[name],
+            "read": some["rows"]["rows"],
+            "kept": some["rows"]["kept"],
+            "dropped": len(some["rows"]["dropped"]),
+            "reasons": _reasons(run, name, some["rows"]),
+            "unused": some["rows"]["unused_columns"],
+        }
+        for name, some in run.facts["data"].items()
+        if some is not None
+    ]
+
+
+def warnings(run: RunFiles) -> list[Fact]:
+    """What was odd before the first step: what and how often, the remedy, and the rows in small print."""
+    found = [
+        Finding(**{**one, "rows": [RowNote(**note) for note in one["rows"]]})
+        for one in run.facts.get("preflight", {}).get("warnings", [])
+    ]
+    return [(headline(one), one.remedy, list(filter(None, [rows_named(one)]))) for one in found]
+
+
+def accounted_rows(run: RunFiles) -> list[dict[str, Any]]:
+    """The rows whose text was kept, for the appendix: {"id", "set", "file", "row", "why", "values"}."""
+    found = []
+    for name, rows in run.kept.get("accounted", {}).items():
+        why: dict[tuple[str, int], list[str]] = {}
+        for kind, notes in _notes(run.facts["data"][name]["rows"]):
+            for note in notes:
+                why.setdefault((note["file"], note["row"]), []).append(_reason(kind, note, run))
+        for row in rows:
+            found.append({
+                **row,
+                "id": _anchor(name, row["file"], row["row"], run),
+                "set": SET_NAMES[name],
+                "why": "; ".join(why.get((row["file"], row["row"]), [])),
+            })  # fmt: skip
+    return found
+
+
+def _reasons(run: RunFiles, name: str, rows: dict[str, Any]) -> list[dict[str, Any]]:
+    with_text = {(row["file"], row["row"]) for row in run.kept.get("accounted", {}).get(name, [])}
+    several = len(rows["formats"]) > 1
+    reasons: dict[str, list[dict[str, Any]]] = {}
+    for kind, notes in _notes(rows):
+        for note in notes:
+            place = note["file"], note["row"]
+            link = {
+                "text": f"{note['file']} {note['row']}" if several else str(note["row"]),
+                "href": f"#{_anchor(name, *place, run)}" if place in with_text else None,
+            }
+            reasons.setdefault(_reason(kind, note, run), []).append(link)
+    return [
+        {"text": text, "count": len(links), "rows": links[:_LINKED], "more": max(len(links) - _LINKED, 0)}
+        for text, links in reasons.items()
+    ]
+
+
+def _notes(rows: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    by_frequency = Counter(note["text"] for note in rows["dropped"])
+    dropped = sorted(rows["dropped"], key=lambda note: -by_frequency[note["text"]])
+    return [("dropped", dropped), ("truncated", rows["truncated"]), ("noted", rows["notes"])]
+
+
+def _reason(kind: str, note: dict[str, Any], run: RunFiles) -> str:
+    if kind == "truncated":
+        return f"truncated to {run.facts['config']['max_length']} tokens"
+    return f"dropped, {note['text']}" if kind == "dropped" else str(note["text"])
+
+
+def _anchor(name: str, file: str, row: int, run: RunFiles) -> str:
+    """An id for a row, whatever its file is called."""
+    files = list(run.facts["data"][name]["rows"]["formats"])
+    place = files.index(file) if file in files else len(files)
+    return f"row-{name}-{place}-{row}"
+
+
+def _loss_figure(run: RunFiles) -> tuple[str, str, str]:
+    found = run.metrics.evaluations
+    if found:
+        first, last = found[0]["loss"], found[-1]["loss"]
+        best = min(found, key=lambda event: event["loss"])
+        return (
+            "Held-out loss",
+            f"{first:.4f} → {last:.4f}",
+            f"{(last - first) / first:+.0%}".replace("-", "−")
+            + ("" if best is found[-1] else f"; the best, {best['loss']:.4f}, at step {best['step']}"),
+        )
+    steps = run.metrics.steps
+    if not steps:
+        return "Training loss", "none", "no step was made"
+    return (
+        "Training loss",
+        f"{steps[0]['loss']:.4f} → {steps[-1]['loss']:.4f}",
+        "first and last step; no rows held out",
+    )
+
+
+def _time_figure(run: RunFiles) -> tuple[str, str, str]:
+    steps, seconds = run.metrics.steps, run.facts.get("seconds")
+    in_steps = sum(step["seconds"] for step in steps)
+    rate = f"{sum(step['learned_tokens'] for step in steps) / in_steps:,.0f} learned tokens/s" if in_steps else ""
+    whole = seconds if seconds is not None else in_steps
+    predicted = run.facts.get("preflight", {}).get("predicted_seconds")
+    guess = f"; {duration(predicted)} of steps predicted" if predicted is not None else ""
+    return "Time", duration(whole), f"{_count(len(steps), 'step')}, {rate}{guess}" if rate else "no step was made"
+
+
+def _memory_figure(run: RunFiles) -> tuple[str, str, str]:
+    peak, predicted = run.facts.get("peak_memory_bytes"), run.facts["plan"]["peak_memory"]
+    return "Peak memory", f"{peak / 1e9:.1f} GB" if peak else "unknown", f"{predicted / 1e9:.1f} GB predicted"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _last_part(name: str) -> str:
+    return PurePath(name).name or name
+
+
+def shown(value: Any) -> str:
+    """An option's value for people."""
+    if value is None:
+        return "not given"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return "; ".join(map(str, value))
+    if isinstance(value, dict):
+        return "; ".join(f"{name}={item}" for name, item in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,194 @@
+"""What a report needs besides run.json and metrics.jsonl, kept while it is at hand."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from handspun.config import TrainConfig
+from handspun.data.dataset import ExampleSet
+from handspun.data.examples import Example, lengths_of
+from handspun.data.preview import learned_runs, spread
+from handspun.data.rows import Row
+from handspun.display import duration
+from handspun.errors import HandspunError
+from handspun.files import output_errors, write_json
+from handspun.models.fingerprints import weight_checksums
+from handspun.models.load import ChatModel, model_source
+from handspun.report.page import write_report
+from handspun.runs.log import RunLog
+from handspun.runs.metrics import KEPT, read_kept
+from handspun.runs.sample_answers import prompts_of, sample_answers
+from handspun.training.runner import Execution, execution_of
+
+SHOWN = 10
+"""Worst and best rows that are shown with their text."""
+
+MOST_CHARACTERS = 4000
+"""Of one text."""
+
+
+def losses_by_row(
+    execution: Execution, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, most: int
+) -> dict[str, Any]:
+    """The mean loss a learned token of each row, of at most `most` rows that lie at even distances, and the ten
+    worst and the ten best with their text: runs of [text, is it learned]. No row is among both. "mean" is that of
+    all their learned tokens, "of" the number of rows that there are."""
+    rows = spread(examples, most)
+    sums = [execution.loss([row]) for row in rows]
+    losses = [total / row.learned_tokens for total, row in zip(sums, rows, strict=True)]
+    order = sorted(range(len(rows)), key=lambda i: -losses[i])
+
+    def shown(i: int) -> dict[str, Any]:
+        runs = [[cut(text), learned] for text, learned in learned_runs(rows[i], tokenizer)]
+        return {"file": rows[i].file, "row": rows[i].row, "loss": losses[i], "runs": runs}
+
+    return {
+        "of": len(examples),
+        "mean": sum(sums) / sum(row.learned_tokens for row in rows),
+        "losses": losses,
+        "worst": [shown(i) for i in order[:SHOWN]],
+        "best": [shown(i) for i in reversed(order[SHOWN:][-SHOWN:])],
+    }
+
+
+def texts_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows as they stand in their files: {"file", "row", "values": column -> text}."""
+    return [
+        {"file": row.file, "row": row.number, "values": {name: cut(_text(v)) for name, v in row.values.items()}}
+        for row in rows
+    ]
+
+
+def cut(text: str) -> str:
+    """The text, or its beginning and how much more there is."""
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    return f"{text[:MOST_CHARACTERS]} … ({len(text) - MOST_CHARACTERS} more characters)"
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+_BARS = 30
+"""Of the histogram of lengths, at most."""
+
+
+@contextmanager
+def reported(
+    chat: ChatModel, config: TrainConfig, training: ExampleSet, held_out: ExampleSet | None, log: RunLog
+) -> Iterator[None]:
+    """Around a run's loop: answers before and after it, losses of rows, and report.html, however it ended.
+
+    A resumed run keeps the answers of its beginning. What cannot be had is left out, and the report says why. No
+    report is worth a run: what goes wrong with it is a line in the log.
+    """
+    folder = Path(config.output_dir)
+    kept = read_kept(folder) or _at_the_start(chat, config, training, held_out, log)
+    with _never_the_end(log):
+        _write_kept(folder, kept)
+    try:
+        yield
+        kept["after"] = _answers(chat, config, kept["prompts"], log, "after")
+        kept["row_losses"] = _row_losses(chat, config, training, held_out, log)
+    finally:  # the run's own error is the one to be told
+        with _never_the_end(log):
+            _write_kept(folder, kept)
+            log.line(f"report: {write_report(folder)}")
+
+
+@contextmanager
+def _never_the_end(log: RunLog) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever a page cannot be made of: the weights are saved
+        log.line(f"no report: {error or type(error).__name__}")
+
+
+def _write_kept(folder: Path, kept: dict[str, Any]) -> None:
+    with output_errors(folder / KEPT):
+        write_json(folder / KEPT, kept)
+
+
+def _at_the_start(
+    chat: ChatModel, config: TrainConfig, training: ExampleSet, held_out: ExampleSet | None, log: RunLog
+) -> dict[str, Any]:
+    prompts = prompts_of(config)
+    sets = {"train": training, "held_out": held_out}
+    return {
+        "model": model_fingerprints(config.model, chat),
+        "lengths": {name: length_histogram(some) for name, some in sets.items() if some},
+        "accounted": {name: texts_of(some.accounted) for name, some in sets.items() if some},
+        "prompts": list(prompts),
+        "before": _answers(chat, config, prompts, log, "before"),
+    }
+
+
+def model_fingerprints(name: str, chat: ChatModel) -> dict[str, str]:
+    """The model's weights by their fingerprints: its files' sha256, or its commit on the hub."""
+    source = model_source(name, lambda _: None)
+    if not Path(source.location).is_dir():
+        commit = getattr(chat.model.config, "_commit_hash", None)
+        return {"commit on the hub": commit} if commit else {}
+    return {f"sha256 of {name}": checksum for name, checksum in weight_checksums(source).items()}
+
+
+def length_histogram(some: ExampleSet) -> dict[str, Any]:
+    """Examples by length: edges of bars that grow with it, in tokens, the last one exclusive; counts; median."""
+    lengths = lengths_of(some.examples)
+    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, _BARS + 1).round().astype(int))
+    counts, _ = np.histogram(lengths, edges)
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "median": int(np.median(lengths))}
+
+
+def _answers(chat: ChatModel, config: TrainConfig, prompts: Any, log: RunLog, when: str) -> dict[str, Any]:
+    """{"answers", "notes"}, or {"missing": why}."""
+    if not config.sample_answers or not prompts:
+        return {"missing": "they were not asked for (--no-sample-answers)"}
+    if config.shard:
+        return {"missing": "the model is in shares on several processes (--shard), and whole in none"}
+    began = time.perf_counter()
+    chat.model.eval()
+    try:
+        made = asdict(sample_answers(chat, prompts, system_prompt=config.system_prompt))
+    except HandspunError as error:
+        log.line(f"no sample answers {when} training: {error}")
+        return {"missing": str(error)}
+    log.line(f"{len(made['answers'])} sample answers {when} training in {duration(time.perf_counter() - began)}")
+    return made
+
+
+def _row_losses(
+    chat: ChatModel, config: TrainConfig, training: ExampleSet, held_out: ExampleSet | None, log: RunLog
+) -> dict[str, Any]:
+    """Of each set what `losses_by_row` gives, or {"missing": why}."""
+    if not config.report_rows:
+        return {"missing": "they were not asked for (--report-rows 0)"}
+    if config.shard:
+        return {"missing": "the model is in shares on several processes (--shard), and whole in none"}
+    began = time.perf_counter()
+    pad_token_id = chat.tokenizer.pad_token_id
+    with execution_of(
+        chat.model,
+        config,
+        training.examples,
+        dtype=torch.float32,
+        pad_token_id=pad_token_id if pad_token_id is not None else 0,
+        notice=lambda _: None,
+    ) as execution:
+        found = {
+            name: losses_by_row(execution, some.examples, chat.tokenizer, most=config.report_rows)
+            for name, some in (("train", training), ("held_out", held_out))
+            if some is not None
+        }
+    rows = sum(len(some["losses"]) for some in found.values())
+    log.line(f"losses of {rows} rows by the final weights in {duration(time.perf_counter() - began)}")
+    return found

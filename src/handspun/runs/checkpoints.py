@@ -1,0 +1,185 @@
+"""Which checkpoints a run keeps: the best, one an epoch, and the last few to resume from."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from handspun.config import TrainConfig
+from handspun.runs.incidents import incident_facts, incident_from
+from handspun.runs.log import RunLog
+from handspun.runs.model_card import license_of, model_card
+from handspun.runs.output_dir import TrainedRun, record
+from handspun.runs.replacing import drop_replaced
+from handspun.runs.resume import BEST, ResumePoint, checkpoints_in, resumable
+from handspun.training.checkpoint import (
+    TRAINING_STATE,
+    Fill,
+    gather,
+    link_checkpoint,
+    remove_checkpoint,
+    save_checkpoint,
+    write_state,
+)
+from handspun.training.distributed import Processes
+from handspun.training.loop import EpochEnd, Evaluation, Event, TrainingState
+
+
+class Keeper:
+    """Saves what the loop's events ask for. All ranks call it alike, and the first one writes."""
+
+    def __init__(
+        self,
+        run: TrainedRun,
+        config: TrainConfig,
+        processes: Processes,
+        facts: dict[str, Any],
+        log: RunLog,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """facts: of the run, as in run.json; they go into what is resumed from."""
+        self._run, self._config, self._processes, self._facts, self._log = run, config, processes, facts, log
+        self._clock = clock
+        self._began = self._saved_at = clock()
+        self._seconds_before = float(facts.get("seconds", 0.0))
+
+    def take_up(self, point: ResumePoint) -> None:
+        """What the run had when the checkpoint was saved."""
+        run, facts = self._run, point.facts
+        if self._processes.is_first:
+            between = [path for path in resumable(run.output_dir) if path.name.startswith("checkpoint-step-")]
+            run.step_checkpoints[:] = reversed(between)
+        run.evaluations[:] = [Evaluation(**evaluation) for evaluation in facts["evaluations"]]
+        run.incidents[:] = [incident_from(incident) for incident in facts["incidents"]]
+        run.checkpoints[:] = [run.output_dir / name for name in facts["checkpoints"]]
+        run.best_checkpoint = self._best if facts["best_checkpoint"] else None
+        if self._processes.is_first:  # what the user has removed is not named any more
+            run.checkpoints[:] = [path for path in run.checkpoints if path.exists()]
+            run.best_checkpoint = self._best if facts["best_checkpoint"] and self._best.exists() else None
+
+    def event(self, event: Event, state: TrainingState) -> None:
+        """checkpoint-best after an evaluation that is the best so far, checkpoint-epoch-N after each epoch."""
+        if isinstance(event, Evaluation):
+            self._run.evaluations.append(event)
+            if event.best and event.step:
+                self._save(self._best, asdict(event))
+                self._run.best_checkpoint = self._best
+        elif isinstance(event, EpochEnd):
+            self._save_epoch(event, state)
+        else:
+            return
+        if self._processes.is_first:
+            record(self._run, self._facts, "running")
+
+    def save_if_due(self, event: Event, state: TrainingState, *, must: bool = False) -> None:
+        """checkpoint-step-N, every so many steps or minutes, or because the run `must` end here.
+
+        Called once all that belongs to the step is done.
+        """
+        config, now = self._config, self._clock()
+        minutes_over = bool(config.save_minutes) and now - self._saved_at >= 60 * config.save_minutes
+        due = must or bool(config.save_steps and event.step % config.save_steps == 0)
+        due = due or bool(self._processes.of_first(minutes_over))  # clocks differ, and all must save alike
+        if not due or event.step == 0 or isinstance(event, EpochEnd):
+            return
+        folder = self._run.output_dir / f"checkpoint-step-{event.step}"
+        facts = {"step": event.step, "epoch": event.epoch}
+        self._run.step_checkpoints.append(folder)
+        self._save(folder, facts, self._training_state(event, state))
+        self._saved(folder)
+        if self._processes.is_first:
+            record(self._run, self._facts, "running")
+
+    def finish(self) -> None:
+        """What was kept to resume from goes; models stay."""
+        if not self._processes.is_first:
+            return
+        for folder in resumable(self._run.output_dir):
+            remove_checkpoint(folder / TRAINING_STATE)
+        if not self._config.save_steps:
+            for folder in checkpoints_in(self._run.output_dir):
+                if folder.name.startswith("checkpoint-step-"):
+                    remove_checkpoint(folder)
+            self._run.step_checkpoints.clear()
+
+    @property
+    def _best(self) -> Path:
+        return self._run.output_dir / BEST
+
+    def _save_epoch(self, event: EpochEnd, state: TrainingState) -> None:
+        run = self._run
+        folder = run.output_dir / f"checkpoint-epoch-{event.epoch}"
+        latest = run.evaluations[-1] if run.evaluations else None
+        facts = {**asdict(event), "loss": latest.loss if latest else None}
+        run.checkpoints.append(folder)
+        training_state = self._training_state(event, state)
+        if latest is None or not latest.best:
+            self._save(folder, facts, training_state)
+        elif self._processes.is_first:  # the evaluation at the end of this epoch has saved it
+            link_checkpoint(self._best, folder, facts=facts, training_state=training_state)
+        self._saved(folder)
+
+    def _training_state(self, event: Event, state: TrainingState) -> Fill:
+        """What resuming after this step needs, gathered on all ranks and written by the first."""
+        run = self._run
+        gathered = gather(state.model, state.optimizer, keep=self._processes.is_first)
+        facts = {
+            "step": event.step,
+            "skipped": state.skipped,
+            "losses": state.losses,
+            "max_tokens": state.max_tokens,
+            "evaluations": [asdict(evaluation) for evaluation in run.evaluations],
+            "incidents": [incident_facts(incident) for incident in run.incidents],
+            "checkpoints": [path.name for path in run.checkpoints],
+            "best_checkpoint": run.best_checkpoint is not None,
+            "run": {**self._facts, "seconds": self.seconds},
+        }
+        return lambda folder: write_state(folder, gathered, facts)
+
+    @property
+    def seconds(self) -> float:
+        """Of the run so far, those before it was resumed included."""
+        return self._seconds_before + self._clock() - self._began
+
+    def _save(self, folder: Path, facts: Mapping[str, object], training_state: Fill | None = None) -> None:
+        chat = self._run.model
+        assert chat is not None
+        state = self._processes.state_to_save(chat.model)
+        dtype = torch.bfloat16 if self._config.save_dtype == "bfloat16" else torch.float32
+        if self._processes.is_first:
+            save_checkpoint(
+                chat.model,
+                chat.tokenizer,
+                folder,
+                dtype=dtype,
+                facts=facts,
+                card=self._card(facts),
+                state=state,
+                training_state=training_state,
+            )
+
+    def _card(self, facts: Mapping[str, object]) -> str:
+        return model_card(
+            self._facts,
+            checkpoint=facts,
+            evaluations=[asdict(evaluation) for evaluation in self._run.evaluations],
+            license=license_of(self._config.model),
+        )
+
+    def _saved(self, folder: Path) -> None:
+        """Says so, and lets the oldest ones to resume from go."""
+        self._saved_at = self._clock()
+        self._log.line(f"saved {folder}")
+        if not self._processes.is_first:
+            return
+        drop_replaced(self._run.output_dir)
+        for old in resumable(self._run.output_dir)[self._config.keep_last :]:
+            if old in self._run.step_checkpoints:
+                remove_checkpoint(old)
+                self._run.step_checkpoints.remove(old)
+            else:
+                remove_checkpoint(old / TRAINING_STATE)

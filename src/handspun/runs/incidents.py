@@ -1,0 +1,91 @@
+"""What went wrong in a run that went on, in a line; and the rows of a batch that no step could be made of."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from handspun.config import TrainConfig
+from handspun.data.conversations import to_conversation
+from handspun.data.dataset import ExampleSet, fingerprint, read_split
+from handspun.display import json_line
+from handspun.errors import DataError
+from handspun.files import output_errors
+from handspun.training.guards import OutOfMemory, Skipped, Spike
+
+Incident = Skipped | Spike | OutOfMemory
+
+
+def incident_facts(incident: Incident) -> dict[str, Any]:
+    """An incident as JSON has it: "nan", "inf" and "-inf" are texts, which JSON has no numbers for."""
+    facts = {"event": type(incident).__name__.lower(), **asdict(incident)}
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in facts.items()
+    }
+
+
+def incident_from(facts: dict[str, Any]) -> Incident:
+    """The incident that `incident_facts` wrote."""
+    values = {name: value for name, value in facts.items() if name != "event"}
+    if facts["event"] == "outofmemory":
+        return OutOfMemory(**values)
+    values["batch"] = [(file, row) for file, row in values["batch"]]
+    if facts["event"] == "spike":
+        return Spike(**values)
+    return Skipped(**{**values, "loss": float(values["loss"]), "grad_norm": float(values["grad_norm"])})
+
+
+def incident_line(incident: Incident) -> str:
+    """What happened, with the rows that it happened on."""
+    if isinstance(incident, OutOfMemory):
+        return (
+            f"step {incident.step}: memory does not suffice for a micro-batch of {incident.tokens} tokens; from "
+            f"here on they have at most {incident.max_tokens} (--max-tokens), which does not change the result"
+        )
+    if isinstance(incident, Spike):
+        return (
+            f"step {incident.step}: a loss of {incident.loss:.4f}, where {incident.usual:.4f} is usual and above "
+            f"{incident.limit:.4f} a spike: {named(incident.batch)}"
+        )
+    return (
+        f"step {incident.step} was not made: its loss is {incident.loss:.4g} and its gradient's norm "
+        f"{incident.grad_norm:.4g}: {named(incident.batch)}"
+    )
+
+
+def named(batch: Sequence[tuple[str, int]]) -> str:
+    """`train.csv rows 3, 17; other.csv row 2`."""
+    of_file = groupby(sorted(batch), key=lambda row: row[0])
+    return "; ".join(_rows(file, [number for _, number in rows]) for file, rows in of_file)
+
+
+def write_batch(skipped: Skipped, config: TrainConfig, training: ExampleSet) -> str:
+    """Writes the batch's rows to the output folder, and says so in a line for the log.
+
+    They are read again from the data by file and number, and written as messages: what the chat template got,
+    whatever format the row has. Each carries its file and number. Rows that are no longer those of the run are not
+    written.
+    """
+    path = Path(config.output_dir) / f"nonfinite-step-{skipped.step}.jsonl"
+    try:
+        rows, _ = read_split(config.data, eval_data=None, eval_ratio=config.eval_ratio, seed=config.seed)
+    except DataError as error:
+        return f"its rows are not in {path}, since the data cannot be read any more: {error}"
+    if fingerprint(rows) != training.fingerprint:
+        return f"its rows are not in {path}, since {config.data} has changed while the run went on"
+    wanted = set(skipped.batch)
+    with output_errors(path), path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            if (row.file, row.number) in wanted:
+                data_format = training.account.formats[row.file]
+                said = to_conversation(row, data_format, system_prompt=config.system_prompt, role_map=config.roles)
+                written = {"messages": said.messages, "tools": said.tools, "file": row.file, "row": row.number}
+                file.write(json_line(written) + "\n")
+    return f"its rows are in {path}: handspun preview --data {path} --model {config.model} shows them"
+
+
+def _rows(file: str, numbers: Sequence[int]) -> str:
+    return f"{file} row{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

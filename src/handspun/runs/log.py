@@ -1,0 +1,258 @@
+"""A run as it goes: plain lines in train.log, one JSON object an event in metrics.jsonl, and the terminal.
+
+On a terminal there is one panel below the lines (live.py); anywhere else the lines alone, with nothing that moves
+the cursor, so that a file they are sent to reads well.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO, TypeVar
+
+from rich.console import Console
+from rich.text import Text
+
+from handspun.config import Tracker
+from handspun.display import HarmlessConsole, duration, is_terminal, unfailing, visible
+from handspun.files import output_errors, write_text
+from handspun.runs.incidents import incident_facts, incident_line
+from handspun.runs.live import LiveState, one_line, shown, wrapped
+from handspun.runs.metrics import read_events, read_metrics
+from handspun.runs.record import current_memory
+from handspun.runs.sample_answers import Samples
+from handspun.runs.trackers import TrackedRun, tracked
+from handspun.training.guards import OutOfMemory, Skipped, Spike
+from handspun.training.loop import EpochEnd, Evaluation, Event, Step
+
+_LEAST_SECONDS_BETWEEN_STEPS = 1.0
+"""In train.log and on the terminal; metrics.jsonl has every step."""
+
+_WIDTH = 84
+"""Columns of a prompt or an answer: with what stands before it a line is shorter than 100."""
+
+_LINES_OF_AN_ANSWER = 3
+"""At most; metrics.jsonl has all of it."""
+
+_Kind = TypeVar("_Kind", Step, Evaluation)
+
+
+def plain_console() -> Console:
+    """Standard output without highlighting, and in a notebook plain text like anywhere else. FORCE_COLOR, by which
+    rich takes a file for a terminal, gives it colours and no panel."""
+    return HarmlessConsole(force_jupyter=False, force_interactive=None if is_terminal(sys.stdout) else False)
+
+
+class RunLog:
+    """Where a run's lines and events go. A folder of None (a dry run) writes no files.
+
+    resumed_at: the step that a run goes on after; what metrics.jsonl has of later ones will be written again.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        console: Console,
+        *,
+        resumed_at: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._folder, self._resumed_at = folder, resumed_at
+        self._console, self._file = console, console.file
+        if folder is not None:  # a dry run is there to be printed; a run goes on in train.log
+            console.file = unfailing(console.file)
+        self._clock = clock
+        if folder is not None and resumed_at is not None:
+            _forget_events_after(folder / "metrics.jsonl", resumed_at)
+        mode = "w" if resumed_at is None else "a"
+        self._log = _open(folder, "train.log", mode)
+        self._metrics = _open(folder, "metrics.jsonl", mode)
+        self._live: LiveState | None = None
+        self._send: Callable[[Mapping[str, Any]], None] | None = None
+        self._seconds, self._steps = 0.0, 0
+        self._last_step_line = -_LEAST_SECONDS_BETWEEN_STEPS
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._console.file = self._file
+        for file in (self._log, self._metrics):
+            if file is not None:
+                file.close()
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps that were logged."""
+        return self._steps
+
+    def move_to(self, folder: Path) -> None:
+        """Go on in another folder, which the files are moved into."""
+        moved = []
+        for file in (self._log, self._metrics):
+            assert file is not None
+            file.close()
+            target = folder / Path(file.name).name
+            with output_errors(target):
+                os.replace(file.name, target)
+            moved.append(_open(folder, target.name, "a"))
+        self._folder, (self._log, self._metrics) = folder, moved
+
+    @property
+    def has_terminal(self) -> bool:
+        """Whether the run is watched on a terminal that a panel can be kept on; of several ranks, the first's."""
+        return self._console.is_interactive and not self._console.quiet
+
+    @contextmanager
+    def watched(self, state: LiveState) -> Iterator[None]:
+        """Inside of the block a terminal has the panel, below the lines. What a resumed run has done is in it."""
+        if not self.has_terminal:
+            yield
+            return
+        if self._metrics is not None:
+            earlier = read_metrics(Path(self._metrics.name))
+            for facts in earlier.steps:
+                state.see(_from_facts(Step, facts))
+            state.evaluations += [_from_facts(Evaluation, facts) for facts in earlier.evaluations]
+        self._live = state
+        try:
+            with shown(state, self._console):
+                yield
+        finally:
+            self._live = None
+
+    @contextmanager
+    def tracked(self, trackers: Sequence[Tracker], facts: Mapping[str, Any]) -> Iterator[None]:
+        """Inside of the block the trackers get the figures too; facts: those of run.json. Raises ConfigError."""
+        assert self._folder is not None
+        options = {**facts["config"], "dtype": facts["dtype"]}
+        run = TrackedRun(self._folder, facts["started"], options, self._resumed_at)
+        with tracked(trackers, run, self.line) as self._send:
+            try:
+                yield
+            finally:
+                self._send = None
+
+    def line(self, text: str) -> None:
+        """One line (or several), with the time of day in train.log."""
+        self.only_in_file(text)
+        for part in visible(text).split("\n"):
+            self._print(part)
+
+    def styled(self, text: Text, plain: str) -> None:
+        """A text for terminals that have colours; its plain form for the others, for pipes and for train.log."""
+        self.only_in_file(plain)
+        is_seen = self._console.is_terminal and not self._console.no_color
+        self._console.print(text if is_seen else Text(plain), soft_wrap=not self._console.is_interactive)
+
+    def only_in_file(self, text: str) -> None:
+        """The same for what is shown by others, such as the error that ends the run."""
+        for part in visible(text).split("\n"):
+            _write(self._log, f"{datetime.now():%H:%M:%S} {part}\n")
+
+    def event(self, event: Event | Samples) -> None:
+        """One event of the loop, or answers behind a step, as lines and as a record."""
+        measured = {"memory_bytes": current_memory()} if isinstance(event, Step) else {}
+        record = {**_facts(event), **measured}
+        _write(self._metrics, json.dumps(record) + "\n")
+        if self._send is not None:
+            self._send(record)
+        if isinstance(event, Step):
+            self._seconds += event.seconds
+            self._steps += 1
+        if self._live is not None:
+            left = self._seconds_left(event) if isinstance(event, Step) else None
+            self._live.see(event, memory=measured.get("memory_bytes"), seconds_left=left)
+        if isinstance(event, Step):
+            self._step(event)
+        elif isinstance(event, Samples):
+            self._samples(event)
+        elif isinstance(event, Evaluation):
+            best = ", the best so far" if event.best and event.step else ""
+            self.line(f"held-out loss {event.loss:.4f} over {event.learned_tokens} tokens{best}")
+        elif isinstance(event, Skipped | Spike | OutOfMemory):
+            self.line(incident_line(event))
+        elif isinstance(event, EpochEnd):
+            self._last_step_line = -_LEAST_SECONDS_BETWEEN_STEPS
+
+    def _step(self, step: Step) -> None:
+        now = self._clock()
+        if now - self._last_step_line < _LEAST_SECONDS_BETWEEN_STEPS and step.step < step.total_steps:
+            return
+        self._last_step_line = now
+        text = f"{_step_line(step)}  left {duration(self._seconds_left(step))}"
+        self.only_in_file(text)
+        if self._live is None:
+            self._print(text)
+
+    def _samples(self, samples: Samples) -> None:
+        """All answers, each on some lines of its own; on a terminal the panel has them."""
+        lines = [f"answers after step {samples.step}, in {duration(samples.seconds)}:"]
+        for answer in samples.answers:
+            lines.append("  > " + wrapped(one_line(answer.prompt), _WIDTH, 1)[0])
+            text = one_line(answer.text) + (
+                " (cut: the time is up)" if answer.finish_reason == "cancelled" else ""
+            )
+            lines += ["    " + part for part in wrapped(text, _WIDTH, _LINES_OF_AN_ANSWER)]
+        text = "\n".join(lines)
+        self.only_in_file(text) if self._live is not None else self.line(text)
+
+    def _seconds_left(self, step: Step) -> float:
+        """By the mean of all steps so far; evaluation and saving are not in it."""
+        return (step.total_steps - step.step) * self._seconds / self._steps
+
+    def _print(self, text: str) -> None:
+        """On a terminal, cut between words; in a file a line stays one."""
+        wraps = self._console.is_interactive
+        self._console.print(text, markup=False, highlight=False, soft_wrap=not wraps)
+
+
+def _step_line(step: Step) -> str:
+    """In columns: numbers of the usual sizes stand below each other."""
+    width = len(str(step.total_steps))
+    return (
+        f"step {step.step:>{width}}/{step.total_steps}  epoch {step.epoch}  loss {step.loss:.4f}  "
+        f"lr {step.learning_rate:.2e}  grad {step.grad_norm:5.2f}  "
+        f"{step.tokens / step.seconds:4.0f} tokens/s ({step.learned_tokens / step.seconds:.0f} learned)"
+    )
+
+
+def _from_facts(kind: type[_Kind], facts: dict[str, Any]) -> _Kind:
+    """The event that `_facts` made a record of."""
+    return kind(**{one.name: facts[one.name] for one in fields(kind)})
+
+
+def _facts(event: Event | Samples) -> dict[str, Any]:
+    if isinstance(event, Skipped | Spike | OutOfMemory):
+        return incident_facts(event)
+    return {"event": type(event).__name__.lower(), **asdict(event)}
+
+
+def _open(folder: Path | None, name: str, mode: str) -> TextIO | None:
+    if folder is None:
+        return None
+    with output_errors(folder / name):
+        return (folder / name).open(mode, encoding="utf-8")  # type: ignore[return-value]
+
+
+def _forget_events_after(path: Path, step: int) -> None:
+    """Keep whole events up to the step; a kill may have cut the last one. After step 0 all are made again."""
+    with output_errors(path):
+        events = read_events(path) if step else iter(())
+        write_text(path, "".join(json.dumps(event) + "\n" for event in events if event["step"] <= step))
+
+
+def _write(file: TextIO | None, text: str) -> None:
+    """A line is in the file when this returns: `tail -f` shows it live."""
+    if file is not None:
+        with output_errors(Path(file.name)):
+            file.write(text)
+            file.flush()

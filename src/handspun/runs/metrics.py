@@ -1,0 +1,204 @@
+"""metrics.jsonl as series, and a run's folder read back."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from handspun.errors import OutputError
+from handspun.files import read_json_object
+
+MOST_POINTS = 400
+"""Of a line: more cannot be told apart on a page."""
+
+_NUMBERS = {
+    "step": (
+        *("total_steps", "epoch", "loss", "learning_rate", "grad_norm"),
+        *("rows", "tokens", "learned_tokens", "computed_tokens", "seconds"),
+    ),
+    "evaluation": ("epoch", "loss", "learned_tokens", "best"),
+    "samples": ("seconds",),
+}
+
+_SMOOTHED_FROM = 20
+"""Steps from which a smoothed line is worth drawing."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Events in the order of their steps, each step once."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is plotted: (x, y) pairs under a name."""
+
+    name: str
+    x: list[float]
+    y: list[float]
+
+
+def read_metrics(file: Path) -> Metrics:
+    """The events of a run's metrics.jsonl; none if there is no such file.
+
+    A run that was killed and resumed may have made a step twice: the later line is what the weights were made by.
+    A line that is damaged, as a kill or a power cut leaves one, is passed over.
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    evaluations: dict[int, dict[str, Any]] = {}
+    samples: dict[int, dict[str, Any]] = {}
+    for event in read_events(file):
+        if event["event"] == "step":
+            steps[event["step"]] = event
+        elif event["event"] == "evaluation":
+            evaluations[event["step"]] = event
+        elif event["event"] == "samples":
+            samples[event["step"]] = event
+    return Metrics(*([found[step] for step in sorted(found)] for found in (steps, evaluations, samples)))
+
+
+def read_events(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield what stands in whole lines of a metrics.jsonl, as far as a run writes such lines."""
+    text = file.read_bytes().decode("utf-8", "replace") if file.is_file() else ""
+    for line in text.splitlines():
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(event, dict) and isinstance(event.get("step"), int) and _is_whole(event):
+            yield event
+
+
+def _is_whole(event: dict[str, Any]) -> bool:
+    """Return whether the event has the numbers that plots are made of."""
+    names = _NUMBERS.get(str(event.get("event")), ())
+    return isinstance(event.get("event"), str) and all(isinstance(event.get(name), int | float) for name in names)
+
+
+def thinned(steps: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The steps in at most 400 groups of neighbours; each becomes a point of a line."""
+    size = max(-(-len(steps) // MOST_POINTS), 1)
+    return [list(steps[start : start + size]) for start in range(0, len(steps), size)]
+
+
+def loss_line(metrics: Metrics) -> Line:
+    """Training loss: of a group, the mean over its learned tokens."""
+    return _line("training", metrics, lambda group: _ratio(group, _loss_sum, _learned))
+
+
+def held_out_line(metrics: Metrics) -> Line:
+    """Held-out loss, as it was evaluated."""
+    found = metrics.evaluations
+    return Line("held out", [event["step"] for event in found], [event["loss"] for event in found])
+
+
+def value_line(metrics: Metrics, key: str, name: str, *, scale: float = 1.0) -> Line:
+    """A value of the steps, in a group its largest, times `scale`. No points where it was not recorded."""
+    known = Metrics([step for step in metrics.steps if step.get(key) is not None])
+    return _line(name, known, lambda group: max(step[key] for step in group) * scale)
+
+
+def rate_line(metrics: Metrics, key: str, name: str) -> Line:
+    """A count a second: in a group, all that it counted over all the seconds that it took."""
+    return _line(name, metrics, lambda group: _ratio(group, lambda step: step[key], lambda step: step["seconds"]))
+
+
+def smoothed(line: Line) -> Line | None:
+    """The mean over a window of a twentieth of the line around each point; None for a short line."""
+    if len(line.y) < _SMOOTHED_FROM:
+        return None
+    reach = max(len(line.y) // 40, 1)
+    windows = [line.y[max(i - reach, 0) : i + reach + 1] for i in range(len(line.y))]
+    return Line(f"{line.name}, smoothed", line.x, [sum(window) / len(window) for window in windows])
+
+
+def epoch_ends(metrics: Metrics) -> list[int]:
+    """The last step of each epoch but the last one."""
+    pairs = zip(metrics.steps, metrics.steps[1:], strict=False)
+    return [step["step"] for step, following in pairs if step["epoch"] != following["epoch"]]
+
+
+def _line(name: str, metrics: Metrics, value: Any) -> Line:
+    groups = thinned(metrics.steps)
+    return Line(name, [group[-1]["step"] for group in groups], [value(group) for group in groups])
+
+
+def _ratio(group: list[dict[str, Any]], above: Any, below: Any) -> float:
+    return float(sum(map(above, group)) / sum(map(below, group)))
+
+
+def _loss_sum(step: dict[str, Any]) -> float:
+    return float(step["loss"] * step["learned_tokens"])
+
+
+def _learned(step: dict[str, Any]) -> float:
+    return float(step["learned_tokens"])
+
+
+REPORT = "report.html"
+KEPT = "report_data.json"
+"""What a report needs besides: answers, lengths, texts and losses of rows, fingerprints of the model."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run left, as it stands in its files. kept: of report_data.json, {} where there is none."""
+
+    folder: Path
+    facts: dict[str, Any]
+    metrics: Metrics
+    kept: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The folder's name, for titles."""
+        return self.folder.name or str(self.folder.absolute().name)
+
+
+def is_report(file: Path) -> bool:
+    """Return whether the page says that Handspun made it."""
+    if file.is_symlink() or not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return b'<meta name="generator" content="Handspun ' in opened.read(4096)
+
+
+def read_run(folder: Path) -> RunFiles:
+    """The files of a run's folder. Raises OutputError if it is none."""
+    facts = _read(folder / "run.json")
+    if facts is None:
+        raise OutputError(
+            f"{folder} holds no run.json: expected the --output-dir of a handspun train, after its first "
+            "evaluation or epoch."
+        )
+    missing = [name for name in ("config", "data", "plan", "environment", "status") if name not in facts]
+    if missing:
+        raise OutputError(
+            f"{folder / 'run.json'} lacks {', '.join(missing)}: another program wrote it, or changed it."
+        )
+    return RunFiles(folder, facts, read_metrics(folder / "metrics.jsonl"), _read(folder / KEPT) or {})
+
+
+def read_kept(folder: Path) -> dict[str, Any]:
+    """Return what has been kept for the report so far; {} where it is damaged, since it can be had again."""
+    kept = read_json_object(folder / KEPT) or {}
+    kinds = {"model": dict, "lengths": dict, "accounted": dict, "prompts": list, "before": dict}
+    is_whole = all(isinstance(kept.get(name), kind) for name, kind in kinds.items())
+    return kept if is_whole and all(isinstance(prompt, str) for prompt in kept["prompts"]) else {}
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{file} cannot be read: {error}. Was it changed by hand?") from error
+    if not isinstance(content, dict):
+        raise OutputError(f"{file} holds {type(content).__name__}, where an object was expected.")
+    return content

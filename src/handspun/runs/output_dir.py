@@ -1,0 +1,297 @@
+"""A run's output folder: whose it is, what may be replaced in it, and how the run is recorded."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from handspun.config import TrainConfig
+from handspun.data.dataset import ExampleSet
+from handspun.display import duration
+from handspun.errors import OutputError, StoppedError, TrainingError
+from handspun.files import exclusive, output_errors, read_json_object, readable_size
+from handspun.models.load import ChatModel
+from handspun.runs.incidents import Incident, incident_facts, incident_from, write_batch
+from handspun.runs.log import RunLog
+from handspun.runs.metrics import KEPT, REPORT
+from handspun.runs.record import RUN_FILE, peak_memory, write_run
+from handspun.runs.replacing import (
+    LOG,
+    METRICS,
+    WORK,
+    commit,
+    earlier_run,
+    leave,
+    move_aside,
+    refuse_strangers,
+    tidy,
+    undo,
+)
+from handspun.runs.resume import (
+    ResumePoint,
+    checkpoints_in,
+    finished_run,
+    record_problem,
+    refuse_other_options,
+    unfinished_run,
+)
+from handspun.training.distributed import Processes
+from handspun.training.guards import Skipped
+from handspun.training.loop import Evaluation
+from handspun.training.memory import Plan, disk_at_most
+
+
+@dataclass
+class TrainedRun:
+    """What a run left: its folder, its checkpoints in order, the best one, held-out losses, what went wrong on the
+    way, and the model (None after a dry run, a run that had finished earlier, and a sharded one, whose model is in
+    no process)."""
+
+    output_dir: Path
+    plan: Plan
+    model: ChatModel | None = None
+    checkpoints: list[Path] = field(default_factory=list)
+    """One an epoch."""
+    step_checkpoints: list[Path] = field(default_factory=list)
+    """Between them, to resume from."""
+    best_checkpoint: Path | None = None
+    evaluations: list[Evaluation] = field(default_factory=list)
+    incidents: list[Incident] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an output folder means for the run that is to begin in it.
+
+    earlier, point: facts of the unfinished run that goes on, and where; replaces: files of an earlier run that
+    this one takes the place of; finished: facts of a run that has nothing left to do.
+    """
+
+    earlier: dict[str, Any] | None = None
+    point: ResumePoint | None = None
+    replaces: list[Path] = field(default_factory=list)
+    finished: dict[str, Any] | None = None
+
+    @property
+    def resumed_at(self) -> int | None:
+        """The step that the run goes on after; None for a new one."""
+        return None if self.earlier is None else self.point.step if self.point else 0
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on the output folder. The system releases it if the process dies.
+
+    Raises OutputError if another run has it, or there can be no such folder.
+    """
+    with ExitStack() as stack:
+        with output_errors(folder):
+            _refuse_name(folder)
+            is_new = not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.callback(_leave, folder, is_new=is_new)
+            stack.enter_context(exclusive(folder / WORK, busy=lambda owner: (
+                f"another run is writing into {folder}{owner}: wait for its end, or choose another --output-dir."
+            )))  # fmt: skip
+        yield
+
+
+def _refuse_name(folder: Path) -> None:
+    name = str(folder.absolute())
+    if "\0" in name or any("\ud800" <= character <= "\udfff" for character in name):
+        raise OutputError(
+            f"--output-dir {name!r} is not valid UTF-8, which the libraries that write models need (expected "
+            "a name "
+            "that can be printed). Choose another --output-dir."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file: choose another --output-dir.")
+
+
+def _leave(folder: Path, *, is_new: bool) -> None:
+    with suppress(OSError):
+        leave(folder)
+        if is_new:
+            folder.rmdir()  # if nothing was written
+
+
+def prepare_output(folder: Path, config: TrainConfig, notice: Callable[[str], None]) -> Prepared:
+    """Find out what is in the output folder, and what that means. Nothing is removed yet but leftovers.
+
+    Raises OutputError if an earlier run may not go, or something else is in the way.
+    """
+    tidy(folder, notice)
+    begins_again = f"the run in {folder} was ended before its first checkpoint: it begins again"
+    if not config.overwrite and config.resume is not False:
+        found = unfinished_run(folder, notice)
+        if found is not None:
+            refuse_strangers(folder, names=[REPORT])
+            if found[1] is None:
+                notice(begins_again)
+            return Prepared(*found)
+    finished = finished_run(folder)
+    if config.resume and finished is not None:
+        refuse_other_options(finished, config)
+        return Prepared(finished=finished)
+    refuse_strangers(folder)
+    earlier = earlier_run(folder)
+    has_begun = bool(earlier) and finished is None and not checkpoints_in(folder)
+    if config.resume and not has_begun:
+        raise OutputError(
+            f"{folder} holds no unfinished run to go on with. Leave --resume out to begin one (the same "
+            "command then "
+            "goes on with it by itself), or name the run's --output-dir."
+        )
+    # Log and answers alone are left by a run that never began: its data or its model could not be used.
+    kept = sorted(path.name for path in earlier if path.name not in (LOG, METRICS, KEPT))
+    record_is_lost = has_begun and record_problem(read_json_object(folder / RUN_FILE)) is not None
+    if kept and not config.overwrite and not record_is_lost:
+        raise OutputError(
+            f"{folder} holds an earlier run ({', '.join(kept[:3])}): choose another --output-dir, or replace it "
+            "with --overwrite."
+        )
+    if config.resume or (kept and not config.overwrite):
+        notice(begins_again)
+    return Prepared(replaces=[] if {path.name for path in earlier} <= {LOG, METRICS} else earlier)
+
+
+def finished_earlier(folder: Path, facts: dict[str, Any]) -> TrainedRun:
+    """Return what a run left that has finished before, without its model. Raises OutputError."""
+    try:
+        best = facts["best_checkpoint"]
+        return TrainedRun(
+            folder,
+            Plan(**facts["plan"]),
+            checkpoints=[folder / name for name in facts["checkpoints"]],
+            best_checkpoint=folder / best if best else None,
+            evaluations=[Evaluation(**evaluation) for evaluation in facts["evaluations"]],
+            incidents=[incident_from(incident) for incident in facts["incidents"]],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise OutputError(
+            f"{folder / RUN_FILE} is not as a run leaves it ({error}). Choose another --output-dir."
+        ) from error
+
+
+@contextmanager
+def in_place_of(replaces: list[Path], run: TrainedRun, facts: dict[str, Any], log: RunLog) -> Iterator[None]:
+    """Move an earlier run aside for this one; `drop_replaced` removes it once this one has saved.
+
+    It comes back if this one ends, by whatever error, before its first step.
+    """
+    folder = run.output_dir
+    if not replaces:
+        yield
+        return
+    move_aside(folder, replaces)
+    try:
+        log.move_to(folder)
+        record(run, facts, "running")
+        place = commit(folder)
+        log.line(f"the earlier run is in {place} until this one has saved a checkpoint to resume from")
+        yield
+    except BaseException:
+        if not log.steps and not run.incidents:
+            undo(folder)
+        raise
+
+
+def refuse_without_room(plan: Plan, config: TrainConfig, replaces: Sequence[Path] = ()) -> None:
+    """Raise OutputError before the first step rather than after the first epoch.
+
+    replaces: what goes once a first checkpoint is saved.
+    """
+    needed = disk_at_most(plan, config)
+    free = shutil.disk_usage(config.output_dir).free
+    first = min(needed, plan.checkpoint_size * 2 + plan.training_state_size)
+    if free >= needed or first <= free >= needed - _size_of(replaces):
+        return
+    meanwhile = " The earlier run stays until the first one is saved." if replaces else ""
+    raise OutputError(
+        f"{config.output_dir} has {readable_size(free)} free, and {config.num_epochs} checkpoints with the best "
+        f"one, {config.keep_last} of them with what resuming needs, take {readable_size(needed)}.{meanwhile} Free "
+        "some, choose another --output-dir, give fewer --num-epochs or --keep-last 1, or halve the files with "
+        "--save-dtype bfloat16."
+    )
+
+
+def _size_of(paths: Sequence[Path]) -> int:
+    """Return bytes on the disk; a file under several names counts once."""
+    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+    return sum({(status.st_dev, status.st_ino): status.st_size for status in map(os.stat, files)}.values())
+
+
+@contextmanager
+def recorded(run: TrainedRun, facts: dict[str, Any], log: RunLog) -> Iterator[None]:
+    """run.json says how the run ended, whatever ended it; the log, what came of it."""
+    began = time.perf_counter()
+    record(run, facts, "running")
+    status = "failed"
+    try:
+        yield
+        status = "finished"
+    except StoppedError as stopped:
+        status = "stopped"
+        log.line(f"{stopped}; {_left(run)}. The same command goes on from there.")
+        raise
+    except TrainingError as error:
+        log.only_in_file(str(error))
+        log.line(_left(run))
+        raise
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        seconds = facts.get("seconds", 0.0) + time.perf_counter() - began
+        facts |= {"seconds": seconds, "peak_memory_bytes": peak_memory()}
+        record(run, facts, status)
+    _log_outcome(log, run, facts["seconds"])
+
+
+def record(run: TrainedRun, facts: dict[str, Any], status: str) -> None:
+    """Writes run.json as things stand."""
+    outcome = {
+        "status": status,
+        "evaluations": [asdict(evaluation) for evaluation in run.evaluations],
+        "incidents": [incident_facts(incident) for incident in run.incidents],
+        "checkpoints": [path.name for path in run.checkpoints],
+        "best_checkpoint": run.best_checkpoint.name if run.best_checkpoint else None,
+    }
+    write_run(run.output_dir, {**facts, **outcome})
+
+
+def note(
+    run: TrainedRun,
+    incident: Incident,
+    config: TrainConfig,
+    training: ExampleSet,
+    processes: Processes,
+    log: RunLog,
+) -> None:
+    """Keeps what went wrong for the record; the rows that no step could be made of, in a file."""
+    run.incidents.append(incident)
+    if isinstance(incident, Skipped) and processes.is_first:
+        log.line(write_batch(incident, config, training))
+
+
+def _left(run: TrainedRun) -> str:
+    kept = (*run.checkpoints, *run.step_checkpoints, run.best_checkpoint)
+    names = [path.name for path in kept if path is not None]
+    return f"{run.output_dir} holds {', '.join(names)}" if names else "no checkpoint was saved yet"
+
+
+def _log_outcome(log: RunLog, run: TrainedRun, seconds: float) -> None:
+    if run.evaluations:
+        first, last = run.evaluations[0], run.evaluations[-1]
+        best = min(run.evaluations, key=lambda evaluation: evaluation.loss)
+        log.line(
+            f"held-out loss {first.loss:.4f} before, {last.loss:.4f} after; "
+            f"best {best.loss:.4f} at step {best.step}"
+        )
+    memory = peak_memory()
+    used = f", peak memory {memory / 1e9:.1f} GB (predicted {run.plan.peak_memory / 1e9:.1f})" if memory else ""
+    log.line(f"finished in {duration(seconds)}{used}")

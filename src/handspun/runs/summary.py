@@ -1,0 +1,192 @@
+"""What a run says before its first step: the account of rows, the plan, warnings, and the time it will take."""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice, pairwise
+from typing import Any
+
+import numpy as np
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from handspun.config import TrainConfig
+from handspun.data.examples import Example, RowAccount, RowNote, learned_tokens_of, lengths_of, notes_by_text
+from handspun.data.preview import bracketed, coloured, spread
+from handspun.display import duration, listed
+from handspun.preflight.checks import EndOfTurn, Finding, headline, refuse_findings, rows_named
+from handspun.preflight.time_estimate import MEASURED_ON
+from handspun.runs.log import RunLog
+from handspun.training.memory import Plan, disk_at_most
+
+_SHOWN = 12
+_MOST_REASONS = 30
+
+
+def account_lines(account: RowAccount, *, max_length: int) -> list[str]:
+    """Kept, truncated, dropped and why, with row numbers."""
+    lines = [f"{file}: {name} format" for file, name in account.formats.items()]
+    lines += [f"{file}: {note}" for file, notes in account.file_notes.items() for note in notes]
+    for file, columns in account.unused_columns.items():
+        lines.append(f"{file}: columns not read: {listed(columns)}")
+    lines.append(f"rows: {account.rows} read, {account.kept} kept, {len(account.dropped)} dropped")
+    by_reason = account.dropped_by_reason()
+    for reason, notes in islice(by_reason.items(), _MOST_REASONS):
+        lines.append(f"  dropped, {reason}: {len(notes)} ({row_numbers(notes)})")
+    if len(by_reason) > _MOST_REASONS:
+        others = [note for notes in islice(by_reason.values(), _MOST_REASONS, None) for note in notes]
+        reasons = len(by_reason) - _MOST_REASONS
+        lines.append(f"  dropped for {reasons} more reasons: {len(others)} ({row_numbers(others)})")
+    if advice := account.advice():
+        lines.append(f"  {advice}")
+    if account.truncated:
+        where = row_numbers(account.truncated)
+        lines.append(f"  truncated to {max_length} tokens: {len(account.truncated)} ({where})")
+    for text, noted in notes_by_text(account.notes).items():
+        lines.append(f"  {text}: {len(noted)} ({row_numbers(noted)})")
+    return lines
+
+
+def row_numbers(notes: Sequence[RowNote]) -> str:
+    """`rows 3, 17 and 4 more`, with the file where there are several."""
+    files = dict.fromkeys(note.file for note in notes)
+    if len(files) > 1:
+        return "; ".join(f"{file} {row_numbers([n for n in notes if n.file == file])}" for file in files)
+    shown = ", ".join(str(note.row) for note in notes[:_SHOWN])
+    more = f" and {len(notes) - _SHOWN} more" if len(notes) > _SHOWN else ""
+    return f"row{'s' if len(notes) > 1 else ''} {shown}{more}"
+
+
+def length_lines(examples: Sequence[Example]) -> list[str]:
+    """Quantiles of the lengths, a small histogram, and the learned share of tokens."""
+    lengths: list[int] = np.sort(lengths_of(examples)).tolist()
+    learned = learned_tokens_of(examples)
+    quantiles = "  ".join(f"{name} {_quantile(lengths, q)}" for name, q in _QUANTILES)
+    return [
+        f"tokens in an example: {quantiles}",
+        *_histogram(lengths),
+        f"learned: {learned} of {sum(lengths)} tokens ({learned / sum(lengths):.0%})",
+    ]
+
+
+_QUANTILES = [("least", 0.0), ("median", 0.5), ("90 %", 0.9), ("99 %", 0.99), ("most", 1.0)]
+
+
+def _quantile(ordered: Sequence[int], q: float) -> int:
+    """The smallest length that at least a share q of the examples does not exceed."""
+    return ordered[max(-int(-q * len(ordered) // 1) - 1, 0)]
+
+
+def _histogram(ordered: Sequence[int], width: int = 40) -> list[str]:
+    """One line for each doubling of the length."""
+    bounds = [0, 16]
+    while bounds[-1] < ordered[-1]:
+        bounds.append(bounds[-1] * 2)
+    bounds = [bound for bound, next_bound in pairwise(bounds) if next_bound >= ordered[0]] + bounds[-1:]
+    counts = [sum(low < length <= high for length in ordered) for low, high in pairwise(bounds)]
+    tallest = max(counts)
+    return [
+        f"  {low + 1:>6}-{high:<6} {'█' * -(-count * width // tallest):<{width}} {count}"
+        for (low, high), count in zip(pairwise(bounds), counts, strict=True)
+    ]
+
+
+def plan_lines(plan: Plan, config: TrainConfig, max_length: int) -> list[str]:
+    """Steps, tokens, memory and disk."""
+    what = f"LoRA rank {config.lora_rank}, " if config.lora else ""
+    return [
+        f"model {config.model}: {plan.parameters / 1e6:.1f}M parameters, {what}"
+        f"{plan.trainable / 1e6:.1f}M trained",
+        f"plan: {plan.examples} examples x {config.num_epochs} epochs in batches of {config.batch_size}: "
+        f"{plan.steps} steps",
+        f"tokens in an epoch: {plan.tokens}, {plan.learned_tokens} of them learned,",
+        f"  {plan.computed_tokens} computed ({plan.batching}); rows of at most {max_length}",
+        f"  in {plan.micro_batches} micro-batches of at most {config.max_tokens}",
+        f"learning rate {config.peak_learning_rate:g}, {config.lr_schedule} after "
+        f"{config.warmup_ratio:.0%} warm-up; seed {config.seed}",
+        f"predicted peak memory {plan.peak_memory / 1e9:.1f} GB{' without --shard' if config.shard else ''}",
+        f"disk: each checkpoint {plan.checkpoint_size / 1e9:.2f} GB, the last {config.keep_last} with "
+        f"{plan.training_state_size / 1e9:.2f} GB to resume from;",
+        f"  at most {disk_at_most(plan, config) / 1e9:.2f} GB in all",
+    ]
+
+
+_WIDTH = 80
+_EXAMPLES = 3
+_MOST_CHARACTERS = 600
+"""Of a run of tokens that are all learned, or all not: `handspun preview` shows them whole."""
+
+
+def show_examples(log: RunLog, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Three rendered examples from the whole of the set, with what is learned in colour, or between brackets."""
+    log.styled(Text("what is learned is green"), "what is learned is between ⟦ and ⟧")
+    for example in spread(examples, _EXAMPLES):
+        title = f"{example.file}, row {example.row}: {len(example)} tokens, {example.learned_tokens} learned"
+        log.styled(Text(f"─── {title}"), f"--- {title}")
+        shown = coloured(example, tokenizer, most=_MOST_CHARACTERS)
+        log.styled(shown, bracketed(example, tokenizer, most=_MOST_CHARACTERS))
+    log.styled(Text("─" * 3), "---")
+
+
+def show_preflight(
+    log: RunLog, config: TrainConfig, found: Sequence[Finding], ending: EndOfTurn, seconds: float | None
+) -> dict[str, Any]:
+    """The end of turn, the time, the warnings; and all of that for run.json. Raises ConfigError under --strict, if
+    there is a warning."""
+    for line in (*time_lines(seconds), *end_of_turn_lines(ending, config), *warning_lines(found)):
+        log.line(line)
+    if config.strict:
+        refuse_findings(found)
+    return {
+        "warnings": [asdict(one) for one in found],
+        "end_of_turn": asdict(ending),
+        "predicted_seconds": seconds,
+    }
+
+
+def doubts_about_memory(doubts: Sequence[str]) -> list[Finding]:
+    """What was said of memory, its first line what it is about and the others the remedies."""
+    parts = [doubt.partition("\n") for doubt in doubts]
+    return [
+        Finding(what.rstrip("."), rest.replace("\n  ", " ", 1).replace("\n  ", "; ")) for what, _, rest in parts
+    ]
+
+
+def end_of_turn_lines(found: EndOfTurn, config: TrainConfig) -> Iterator[str]:
+    """Where the end of turn is, and where it will be."""
+    known = "an eos of the base model" if found.is_eos else "no eos of the base model, which may never have met it"
+    yield f"end of turn {found.token}: {known};"
+    yield f"  the last learned token of {found.learned} of {found.examples} examples;"
+    if config.lora and not found.is_eos:
+        yield "  its embedding is trained beside the adapters, which alone could not teach it;"
+    yield f"  eos of what is saved, in generation_config too: {' '.join(found.saved)}"
+
+
+def time_lines(seconds: float | None) -> Iterator[str]:
+    """The predicted time, and what it is worth."""
+    if seconds is None:
+        yield "predicted time: known after two steps (no rates were measured on this device)"
+        return
+    yield f"predicted time {duration(seconds)} of steps, a guess by rates that were measured on"
+    yield f"  {MEASURED_ON}; the first two steps correct it"
+
+
+def corrected_line(left: float, step: int) -> str:
+    """What the first steps say."""
+    return f"by the first steps, those after step {step} will take {duration(left)}"
+
+
+def warning_lines(found: Sequence[Finding]) -> Iterator[str]:
+    """Each with its rows and its remedy, in lines of at most 80 characters."""
+    if not found:
+        yield "warnings: none"
+        return
+    yield f"warnings: {len(found)} (--strict makes an error of them)"
+    for number, one in enumerate(found, 1):
+        yield from _wrapped(f"{number}. {headline(one)}", "  ", "     ")
+        yield from _wrapped(rows_named(one), "     ", "     ")
+        yield from _wrapped(f"-> {one.remedy}", "     ", "        ")
+
+
+def _wrapped(text: str, first: str, others: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)

@@ -1,0 +1,146 @@
+"""Batches of rows, cut into micro-batches and packs, without a model."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from handspun.data.examples import Example
+
+IGNORED = -100
+"""Label of a position that is not learned, as in PyTorch's cross-entropy."""
+
+
+def epoch_order(rows: int, *, seed: int, epoch: int) -> list[int]:
+    """Indices of all rows in the order of one epoch: a function of its arguments and of nothing else."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(rows, generator=generator).tolist()
+
+
+def batches(examples: Sequence[Example], order: Sequence[int], batch_size: int) -> Iterator[list[Example]]:
+    """`batch_size` examples an optimiser step; the last, shorter batch is one too."""
+    for start in range(0, len(order), batch_size):
+        yield [examples[i] for i in order[start : start + batch_size]]
+
+
+def micro_batches(batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
+    """The batch in parts of at most `max_tokens` tokens, padding included; a longer row is one of its own.
+
+    Rows of like length go together, which saves padding. The cut does not change the result, because the
+    loss is divided by the learned tokens of the whole batch.
+    """
+    part: list[Example] = []
+    for example in sorted(batch, key=len):
+        if part and (len(part) + 1) * len(example) > max_tokens:  # the newest is the longest
+            yield part
+            part = []
+        part.append(example)
+    if part:
+        yield part
+
+
+def collate(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Padded on the right: input_ids, attention_mask and labels, each (batch, length).
+
+    Labels are `input_ids` where a token is learned and -100 elsewhere; the shift by one is the loss's.
+    """
+    input_ids = [torch.tensor(example.input_ids) for example in examples]
+    labels = [
+        torch.where(torch.tensor(example.learned), ids, IGNORED)
+        for example, ids in zip(examples, input_ids, strict=True)
+    ]
+    attention_mask = [torch.ones_like(ids) for ids in input_ids]
+    return {
+        "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence(attention_mask, batch_first=True, padding_value=0),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
+
+
+GPU_TOKENS = 16
+"""On a GPU a mask's rows have to be aligned: numbers of tokens are rounded up to a multiple of this."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A micro-batch laid end to end.
+
+    input_ids, position_ids: (1, tokens). prefix: its first tokens, which all sequences share. bounds: where the
+    rest of each sequence begins and ends. positions, targets: (learned,), where a learned token is predicted, and
+    which.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    prefix: int
+    bounds: list[tuple[int, int]]
+    positions: Tensor
+    targets: Tensor
+
+
+def pack(examples: Sequence[Example], *, share_prefix: bool, device: torch.device, multiple: int = 1) -> Pack:
+    """Lays examples end to end, behind their common prefix if it is to be shared. What is missing to a multiple of
+    so many tokens is filled with a sequence of which nothing is learned: its gradient is zero."""
+    prefix = shared_prefix(examples) if share_prefix else 0
+    ids, position_ids = examples[0].input_ids[:prefix], list(range(prefix))
+    bounds, positions, targets = [], [], []
+    for example in examples:
+        start = len(ids)
+        ids += example.input_ids[prefix:]
+        position_ids += range(prefix, len(example))
+        bounds.append((start, len(ids)))
+        learned = [i for i, is_learned in enumerate(example.learned) if is_learned]
+        positions += [start + i - 1 - prefix for i in learned]  # each is predicted by the position before it
+        targets += [example.input_ids[i] for i in learned]
+    if missing := -len(ids) % multiple:
+        position_ids += range(prefix, prefix + missing)
+        bounds.append((len(ids), len(ids) + missing))
+        ids += examples[0].input_ids[:1] * missing
+    return Pack(
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.tensor([position_ids], device=device),
+        prefix=prefix,
+        bounds=bounds,
+        positions=torch.tensor(positions, dtype=torch.long, device=device),
+        targets=torch.tensor(targets, dtype=torch.long, device=device),
+    )
+
+
+def shared_prefix(examples: Sequence[Example]) -> int:
+    """Length of the longest common prefix that ends before any position that predicts a learned token.
+
+    A position in the prefix exists once, so it could predict only one of the rows' tokens.
+    """
+    if len(examples) == 1:
+        return 0
+    first, last = (extreme(example.input_ids for example in examples) for extreme in (min, max))
+    common = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+    return min(common, *(example.learned.index(True) - 1 for example in examples))
+
+
+def multiple_of_tokens(device: torch.device) -> int:
+    """Packed micro-batches have a multiple of so many tokens there."""
+    return GPU_TOKENS if device.type == "cuda" else 1
+
+
+def packed_tokens(part: Sequence[Example], *, share_prefix: bool, multiple: int = 1) -> int:
+    """Tokens of the part once it is packed."""
+    once = shared_prefix(part) if share_prefix else 0
+    tokens = sum(len(example) for example in part) - (len(part) - 1) * once
+    return tokens + -tokens % multiple
+
+
+def packed_micro_batches(batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
+    """The batch in parts of at most `max_tokens` tokens; a longer row is one of its own."""
+    part: list[Example] = []
+    tokens = 0
+    for example in batch:
+        if part and tokens + len(example) > max_tokens:
+            yield part
+            part, tokens = [], 0
+        part.append(example)
+        tokens += len(example)
+    if part:
+        yield part

@@ -1,0 +1,433 @@
+"""Several processes that train one model: who computes what, what they exchange, and which one ended."""
+
+import itertools
+import json
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from handspun.data.examples import Example
+from handspun.display import say
+from handspun.errors import ConfigError, HandspunError, StoppedError, TrainingError
+from handspun.training.objectives import Run, directly
+
+_Result = TypeVar("_Result")
+
+
+class _Root(nn.Module):
+    """A module whose forward is any computation on the model in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[..., _Result], *arguments: object) -> _Result:
+        return compute(*arguments)
+
+
+def shard(model: PreTrainedModel, device: torch.device) -> nn.Module:
+    """Cuts the model over all ranks, in place, and moves it to the device: a decoder layer is a unit, and what is
+    outside of the layers another. Returns the root: `root(compute, *arguments)` is `compute(*arguments)` with
+    whole weights.
+
+    Gradients are summed over the ranks, not averaged.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    root = _Root(model)
+    units = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    for unit in [*units, root]:
+        fully_shard(unit, mesh=mesh)
+        assert isinstance(unit, FSDPModule)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    return root
+
+
+def whole_state(model: PreTrainedModel, *, keep: bool) -> dict[str, Tensor]:
+    """The model's state on the CPU, put together from all ranks, which must all ask for it; empty without `keep`.
+
+    Tied weights are one tensor. Of a model with adapters, only what is trained.
+    """
+    state: dict[str, Tensor] = {}
+    whole: dict[int, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if hasattr(model, "peft_config") and not tensor.requires_grad:
+            continue
+        if id(tensor) not in whole:
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            whole[id(tensor)] = full.detach().cpu() if keep else torch.empty(0)
+        state[name] = whole[id(tensor)]
+    return state if keep else {}
+
+
+_GRACE = 20.0
+"""Seconds for a rank to notice in its own way that another has died, and to end in order; it may be saving."""
+
+_ELSEWHERE = (
+    "the connection to another rank was lost, and the run ends here; torchrun's report names the rank and its "
+    "end. The checkpoints that were saved are whole."
+)
+
+
+_RUNS = itertools.count()
+"""Of this process; all ranks count alike."""
+
+
+class Board:
+    """The first error of any rank, in the store that the group was made by."""
+
+    def __init__(self, rank: int) -> None:
+        self._store = dist.distributed_c10d._get_default_store()
+        self._rank, self._key = rank, f"handspun/{next(_RUNS)}/error"
+
+    def write(self, message: str) -> None:
+        """Leave an error for the others, unless there is one already."""
+        with suppress(RuntimeError):  # the store's process has ended
+            if self._store.add(f"{self._key}s", 1) == 1:
+                self._store.set(self._key, json.dumps([self._rank, message]))
+
+    def read(self) -> str | None:
+        """Return what to say of another rank's error, if there is one."""
+        with suppress(RuntimeError):
+            if self._store.check([self._key]):
+                rank, message = json.loads(self._store.get(self._key))
+                if rank != self._rank:
+                    return f"rank {rank} stopped with an error, and the run ends here: {message}"
+        return None
+
+
+class Watch:
+    """A thread that waits for the end of other processes, given as rank to process id."""
+
+    def __init__(self, processes: dict[int, int], board: Board | None = None) -> None:
+        self._board = board
+        self._files = {}
+        for rank, process in processes.items():
+            with suppress(AttributeError, OSError):  # not Linux; an old kernel; already gone
+                self._files[os.pidfd_open(process)] = (rank, process)
+        self._lost: str | None = None
+        self._died, self._over = threading.Event(), threading.Event()
+        self._wakes, self._wake = os.pipe()
+        self._thread = threading.Thread(target=self._wait, daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Inside of the block, a failure because a process died is a TrainingError that names it."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = self.lost(within=1.0) or (_ELSEWHERE if _is_of_the_connection(error) else None)
+            if lost is None:
+                raise
+            with suppress(ValueError):  # not in the main thread
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, before all is said
+            raise TrainingError(lost) from error
+
+    @contextmanager
+    def errors_told(self) -> Iterator[None]:
+        """Within the block, tell the other ranks of an error of this one."""
+        try:
+            yield
+        except StoppedError:  # all ranks stop
+            raise
+        except Exception as error:
+            if self._board is not None and not _is_of_the_connection(error):
+                name = "" if isinstance(error, HandspunError) else f"{type(error).__name__}: "
+                self._board.write(f"{name}{error}")
+            raise
+
+    @contextmanager
+    def termination_explained(self) -> Iterator[None]:
+        """Within the block, a SIGTERM because a process died is a TrainingError that names it.
+
+        torchrun ends the other ranks so. The loop has a handler of its own.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGTERM)
+
+        def explain(number: int, _frame: FrameType | None) -> None:
+            lost = self.lost(within=0.3)
+            signal.signal(number, signal.SIG_IGN if lost else before)
+            if lost:
+                raise TrainingError(lost)
+            signal.raise_signal(number)
+
+        signal.signal(signal.SIGTERM, explain)
+        try:
+            yield
+        finally:
+            if signal.getsignal(signal.SIGTERM) is explain:
+                signal.signal(signal.SIGTERM, before)
+
+    def lost(self, *, within: float) -> str | None:
+        """What to say of the first rank that failed or died, if one did within so many seconds."""
+        told = self._board.read() if self._board else None
+        if told is None:
+            self._died.wait(within)
+            told = self._board.read() if self._board else None
+        return told or self._lost
+
+    def end(self) -> None:
+        """What ends from now on is no loss."""
+        self._over.set()
+        os.write(self._wake, b".")
+        self._thread.join()
+        for file in (*self._files, self._wakes, self._wake):
+            os.close(file)
+
+    def _wait(self) -> None:
+        poll = select.poll()
+        for file in (*self._files, self._wakes):
+            poll.register(file, select.POLLIN)
+        while not self._over.is_set():
+            for file, _ in poll.poll():
+                poll.unregister(file)
+                if file in self._files:
+                    self._note(*self._files[file])
+
+    def _note(self, rank: int, process: int) -> None:
+        code = exit_code(process)
+        if code == 0 or self._died.is_set():
+            return
+        self._lost = describe(rank, process, code)
+        self._died.set()
+        if code is not None and not self._over.wait(_GRACE):
+            say(f"error on rank {os.environ['RANK']}: {self._lost}")
+            os._exit(TrainingError.exit_code)  # the main thread waits in a collective for the dead
+
+
+def _is_of_the_connection(error: Exception) -> bool:
+    """Return whether another rank's end has caused the error."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def exit_code(process: int) -> int | None:
+    """How an ended process ended: its exit code, or minus the signal's number; None if its parent knows alone."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return os.waitstatus_to_exitcode(int(fields[49]))  # the 52nd, proc(5); the first two are before the ")"
+
+
+def describe(rank: int, process: int, code: int | None) -> str:
+    """What happened, and what to do."""
+    if code is None:
+        how, hint = "has ended", "torchrun's report says how."
+    elif code > 0:
+        how, hint = f"ended with exit code {code}", "What it said itself is above or below."
+    else:
+        how = f"was killed by {signal.Signals(-code).name}"
+        hint = "Start the run again."
+        if -code == signal.SIGKILL:
+            hint = (
+                "The system does that when memory runs out (`dmesg` says so): then give a smaller --max-tokens, "
+                "--activation-checkpointing or --shard, or fewer processes a machine."
+            )
+    return (
+        f"rank {rank} (process {process}) {how}, and the run ends here. The checkpoints that were saved are "
+        f"whole. {hint}"
+    )
+
+
+def local_processes(rank: int) -> dict[int, int]:
+    """Rank to process id of the others on this machine, by what torchrun calls it; all ranks must ask together."""
+    own = (os.environ.get("GROUP_RANK"), os.getpid())
+    found = [own] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    here = {other: process for other, (machine, process) in enumerate(found) if machine and machine == own[0]}
+    return {other: process for other, process in here.items() if other != rank}
+
+
+_BUCKET = 2**24
+"""Gradient values that travel together."""
+
+NOTHING = Example([0], [False], "", 0)
+"""What a rank computes on that has no rows left: a token, of which nothing is learned."""
+
+_Value = TypeVar("_Value")
+
+Cut = Callable[[Sequence[Example]], Iterable[list[Example]]]
+"""A rank's rows to its micro-batches."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's rank among `count`; one process alone needs no group."""
+
+    rank: int = 0
+    count: int = 1
+    sharded: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    watch: Watch | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """The one that logs and saves."""
+        return self.rank == 0
+
+    def parts(self, rows: Sequence[Example], cut: Cut) -> list[list[Example]]:
+        """This rank's micro-batches of the rows; the same deal is made on every rank.
+
+        Sharded, all ranks have the same number of them, since each takes part in putting the layers together:
+        those with fewer get empty ones, whose loss and gradient are zeros.
+        """
+        if self.count == 1:
+            return list(cut(rows))
+        hands = [list(cut(hand)) for hand in deal(rows, self.count)]
+        most = max(map(len, hands)) if self.sharded else 0
+        own = hands[self.rank]
+        return own + [[NOTHING]] * (most - len(own))
+
+    def sum(self, value: float) -> float:
+        """The sum of a number over all ranks, the same on all of them."""
+        return self._agreed(value, dist.ReduceOp.SUM)
+
+    def max(self, value: float) -> float:
+        """The largest of the ranks' numbers, the same on all of them."""
+        return self._agreed(value, dist.ReduceOp.MAX)
+
+    def run_on(self, model: PreTrainedModel) -> Run:
+        """How computations on the model are made; cuts it over the ranks, if it is to be sharded."""
+        return shard(model, self.device) if self.sharded else directly
+
+    def state_to_save(self, model: PreTrainedModel) -> dict[str, Tensor] | None:
+        """A sharded model's state, put together on the first rank; all ranks must ask for it. None: the model has
+        its own."""
+        return whole_state(model, keep=self.is_first) if self.sharded else None
+
+    def sum_gradients(self, model: PreTrainedModel) -> None:
+        """Every rank gets the sum of all ranks' gradients; a rank that had no row adds zeros. Sharded, that has
+        been done on the way."""
+        if self.count == 1 or self.sharded:
+            return
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trainable:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in _buckets([parameter.grad for parameter in trainable if parameter.grad is not None]):
+            together = torch.cat([gradient.flatten() for gradient in bucket])
+            dist.all_reduce(together)
+            start = 0
+            for gradient in bucket:
+                gradient.copy_(together[start : start + gradient.numel()].view_as(gradient))
+                start += gradient.numel()
+
+    def share_weights(self, model: PreTrainedModel) -> None:
+        """Rank 0's weights on all ranks."""
+        if self.count > 1:
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, src=0)
+
+    def losses_explained(self) -> AbstractContextManager[None]:
+        """Inside of the block, the death of another rank is a TrainingError that names it."""
+        return self.watch.explained() if self.watch else nullcontext()
+
+    def of_first(self, value: float) -> float:
+        """The first rank's number."""
+        return self.sum(value if self.is_first else 0.0)
+
+    def shared(self, value: _Value) -> _Value:
+        """The first rank's value, on all ranks."""
+        if self.count == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def gathered(self, value: _Value) -> list[_Value]:
+        """Return the values of all ranks in their order; all of them must ask together."""
+        if self.count == 1:
+            return [value]
+        values = [value] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def _agreed(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
+        if self.count == 1:
+            return value
+        agreed = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(agreed, operation)
+        return float(agreed)
+
+
+@contextmanager
+def processes_of_this_run(device: torch.device, *, sharded: bool = False) -> Iterator[Processes]:
+    """The group that torchrun started this process in, or a process alone. One that is there is used, and left.
+
+    Raises ConfigError if a process alone is to be sharded.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        if sharded:
+            raise ConfigError(
+                "--shard cuts the model over several processes, and this is one alone. Start it as `torchrun "
+                "--standalone --nproc-per-node 2 -m handspun train ... --shard`, or leave --shard out."
+            )
+        yield Processes(device=device)
+        return
+    if device.type == "cuda":
+        device = _gpu_of_this_process()
+    is_ours = not dist.is_initialized()
+    if is_ours:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    rank = int(os.environ["RANK"])
+    watch = Watch(local_processes(rank), Board(rank))
+    try:
+        with watch.termination_explained(), watch.explained(), watch.errors_told():
+            yield Processes(rank, count, sharded, device, watch)
+    finally:
+        if is_ours:
+            dist.destroy_process_group()
+        watch.end()
+
+
+def _gpu_of_this_process() -> torch.device:
+    """Raises ConfigError where there are more processes than GPUs."""
+    place, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if place >= there:
+        raise ConfigError(
+            f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, and there are {there} GPUs: "
+            f"each needs one of its own. Start it with --nproc-per-node {there}, or add --device cpu."
+        )
+    device = torch.device("cuda", place)
+    torch.cuda.set_device(device)
+    return device
+
+
+def deal(rows: Sequence[Example], count: int) -> list[list[Example]]:
+    """The rows in `count` hands of nearly equal tokens: the longest first, each to the hand with the fewest."""
+    hands: list[list[Example]] = [[] for _ in range(count)]
+    tokens = [0] * count
+    for row in sorted(rows, key=len, reverse=True):
+        least = tokens.index(min(tokens))
+        hands[least].append(row)
+        tokens[least] += len(row)
+    return hands
+
+
+def _buckets(gradients: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    buckets: list[list[torch.Tensor]] = [[]]
+    for gradient in gradients:
+        if buckets[-1] and sum(g.numel() for g in buckets[-1]) + gradient.numel() > _BUCKET:
+            buckets.append([])
+        buckets[-1].append(gradient)
+    return buckets
