@@ -16,7 +16,7 @@ from typing import Any
 
 from handspun.config import TrainConfig
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.dataset import prepare_examples
+from handspun.data.dataset import load_splits
 from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.load import load_tokenizer, model_source
 from handspun.preflight.time_estimate import operations
@@ -64,7 +64,7 @@ def rates(results: dict[str, Any], model: str, data: Path) -> list[list[str]]:
                 **FORMS[name],
             )
             template = ChatTemplate(load_tokenizer(source))
-            examples, _ = prepare_examples(config, template, max_length=settings["max_length"])
+            examples, _ = load_splits(config, template, max_length=settings["max_length"])
             if len(examples.examples.input_ids) != results["runs"][name][0]["tokens"]:
                 raise SystemExit(f"{data} has not the rows that were measured: expected as many tokens")
             shape = partial(shapes, source)(config)

@@ -24,10 +24,10 @@ from handspun.errors import OutputError
 from handspun.files import recover_all
 from handspun.models.load import ChatModel
 from handspun.runs import checkpoints as keeping
-from handspun.runs.checkpoints import Keeper
+from handspun.runs.checkpoints import CheckpointManager
 from handspun.runs.log import RunLog, plain_console
 from handspun.runs.output_dir import TrainedRun
-from handspun.runs.resume import last_checkpoint
+from handspun.runs.resume import find_resume_point
 from handspun.training.checkpoint import is_checkpoint, is_checkpoint_name
 from handspun.training.distributed import Processes
 from handspun.training.loop import EpochEnd, Evaluation, TrainingState, start
@@ -52,7 +52,7 @@ def main(library: str, work: Path) -> None:
     print(f"{calls} calls, each of them failed in {len(FAILURES)} ways")
 
 
-def keeper_of(output: Path) -> tuple[Keeper, TrainingState]:
+def keeper_of(output: Path) -> tuple[CheckpointManager, TrainingState]:
     """Of a run that has not begun; its log is thrown away."""
     output.mkdir(exist_ok=True)
     config = TrainConfig(output_dir=str(output))
@@ -63,17 +63,17 @@ def keeper_of(output: Path) -> tuple[Keeper, TrainingState]:
     console.file = io.StringIO()
     facts: dict[str, Any] = {"started": "now", "config": {}, "environment": {"versions": {}}, "dtype": "float32"}
     facts["data"] = {"train": {"sha256": "of the rows"}, "held_out": None}
-    return Keeper(run, config, Processes(), facts, RunLog(None, console)), start(chat.model, config)
+    return CheckpointManager(run, config, Processes(), facts, RunLog(None, console)), start(chat.model, config)
 
 
-def save(keeper: Keeper, state: TrainingState, *, epoch: int) -> None:
+def save(keeper: CheckpointManager, state: TrainingState, *, epoch: int) -> None:
     """The end of an epoch whose evaluation is the best so far."""
     state.step = epoch
     keeper.event(Evaluation(state.step, epoch, 1 / epoch, 10, best=True), state)
     keeper.event(EpochEnd(state.step, epoch), state)
 
 
-def count(disk: ctypes.CDLL, keeper: Keeper, state: TrainingState, work: Path) -> int:
+def count(disk: ctypes.CDLL, keeper: CheckpointManager, state: TrainingState, work: Path) -> int:
     """Calls of a save that succeeds, in a copy."""
     shutil.copytree(work / "before", work / "output")
     keeper, state = keeper_of(work / "output")
@@ -103,7 +103,7 @@ def one(disk: ctypes.CDLL, work: Path, nth: int, code: int) -> None:
     assert all(map(is_checkpoint, folders.values())), folders
     assert folders.keys() >= {"checkpoint-best", "checkpoint-epoch-1"}
     notes: list[str] = []
-    last = last_checkpoint(output, notes.append)
+    last = find_resume_point(output, notes.append)
     assert not notes
     assert last is not None
     assert last.step == 2 if saved else last.step in (1, 2)  # 2: renamed, and the folder around it not synced

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from handspun.config import DataConfig
 from handspun.data import dataset as prepare
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.dataset import ExampleCache, ExampleSet, key_of, prepare_examples
+from handspun.data.dataset import Dataset, ExampleCache, key_of, load_splits
 from handspun.data.examples import (
     Example,
-    ExampleArrays,
+    TokenDataset,
     build_examples,
-    end_to_end,
+    concatenate,
     learned_tokens_of,
     lengths_of,
 )
@@ -76,7 +76,7 @@ _EXAMPLES = st.lists(
 @given(st.lists(_EXAMPLES, min_size=1, max_size=3))
 def test_arrays_are_the_list_that_they_are_made_of(parts: list[list[Example]]) -> None:
     whole = [example for part in parts for example in part]
-    arrays = end_to_end(parts)
+    arrays = concatenate(parts)
     assert lists(arrays) == lists(whole)
     assert lists(arrays[1:]) == lists(whole[1:])
     assert lists([arrays[-1]]) == lists([whole[-1]])
@@ -200,14 +200,14 @@ def test_two_processes_may_write_and_read_one_set_at_once(tmp_path: Path) -> Non
     assert {path.name for path in tmp_path.iterdir()} == {"key"}
 
 
-def prepared(folder: Path, said: list[str], **options: Any) -> ExampleSet:
+def prepared(folder: Path, said: list[str], **options: Any) -> Dataset:
     """The rows of a file through the cache in the folder."""
     file = folder / "rows.jsonl"
     if not file.exists():
         file.write_text("\n".join(json.dumps(row.values) for row in ROWS), encoding="utf-8")
     config = DataConfig(data=str(file), **options)
     cache = ExampleCache(folder / "cache")
-    return prepare_examples(config, TEMPLATE, max_length=40, cache=cache, notice=said.append)[0]
+    return load_splits(config, TEMPLATE, max_length=40, cache=cache, notice=said.append)[0]
 
 
 def test_the_second_run_tokenises_nothing_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,8 +249,8 @@ def test_a_disk_that_cannot_take_them_is_said_and_ends_nothing(
 
 
 def test_arrays_hold_what_the_model_reads() -> None:
-    arrays = end_to_end([[Example([5, 6, 7], [False, True, True], "a", 1)], [Example([8], [False], "b", 2)]])
-    assert isinstance(arrays, ExampleArrays)
+    arrays = concatenate([[Example([5, 6, 7], [False, True, True], "a", 1)], [Example([8], [False], "b", 2)]])
+    assert isinstance(arrays, TokenDataset)
     assert arrays.input_ids.tolist() == [5, 6, 7, 8]
     assert arrays.learned.tolist() == [False, True, True, False]
     assert arrays.starts.tolist() == [0, 3, 4]

@@ -16,8 +16,8 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import handspun
-from handspun.data.chat_template import ChatTemplate, Layout, said_ids
-from handspun.data.placeholders import Sentinels
+from handspun.data.chat_template import ChatTemplate, Layout, content_token_ids
+from handspun.data.placeholders import Placeholders
 from handspun.errors import TemplateError
 from handspun.models.embedded import embedded_folder
 from tiny import qwen_tokenizer, tiny_tokenizer
@@ -137,7 +137,7 @@ _PIECES = [*' \n\\"ab<>é', "<|im_end|>", "<tool_call>", "</think>"]
 def test_rows_put_into_a_frame_are_cut_as_if_each_had_been_cut_alone(texts: list[str]) -> None:
     """The plain form finds the runs in the row's own text."""
     messages, tools = turns(*texts), [{**TOOL, "note": texts[0]}]
-    hidden = Sentinels(TINY._markers, TINY._any_added)
+    hidden = Placeholders(TINY._markers, TINY._any_added)
     rendering = TINY._render_examples(hidden, *hidden.conversation(messages, tools))
     plain = [
         Layout(TINY._runs(frame.segments, lambda slot: TINY._data(slot, hidden))) for frame in rendering.frames
@@ -320,7 +320,7 @@ def test_what_was_said_is_told_from_what_the_template_wrote(template: ChatTempla
     said = "system user assistant\n\nYou are a weather <|im_end|> 你"  # also words and tokens that templates write
     messages = turns(said, "Yes.", "And\n", system="Be brief.")
     tokenizer = template.tokenizer
-    text = tokenizer.decode(said_ids(template, messages, [TOOL] if template is TINY else None))
+    text = tokenizer.decode(content_token_ids(template, messages, [TOOL] if template is TINY else None))
     assert isinstance(text, str)
     for message in messages:
         assert message["content"].strip() in text
@@ -331,9 +331,11 @@ def test_what_was_said_is_told_from_what_the_template_wrote(template: ChatTempla
     assert not {"system", "user", "assistant"} & set(rest.split())
     prompt = template.encode_prompt(messages, [TOOL] if template is TINY else None)
     remaining = iter(prompt)
-    assert all(id in remaining for id in said_ids(template, messages, [TOOL] if template is TINY else None))
+    assert all(
+        id in remaining for id in content_token_ids(template, messages, [TOOL] if template is TINY else None)
+    )
 
 
 def test_what_was_said_in_a_plain_question_is_those_of_the_question() -> None:
     tokenizer = TINY.tokenizer
-    assert said_ids(TINY, turns("Tell me a joke")[:1]) == tokenizer("Tell me a joke")["input_ids"]
+    assert content_token_ids(TINY, turns("Tell me a joke")[:1]) == tokenizer("Tell me a joke")["input_ids"]

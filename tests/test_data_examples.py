@@ -7,7 +7,7 @@ import pytest
 
 from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.dataset import fingerprint, prepare_examples, resolve_max_length
+from handspun.data.dataset import fingerprint, load_splits, resolve_max_length
 from handspun.data.examples import build_examples, hold_out
 from handspun.data.rows import Row
 from handspun.errors import ConfigError, DataError
@@ -132,7 +132,7 @@ def test_max_length_is_2048_or_the_models_limit() -> None:
 def test_rows_come_from_files(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("instruction,output\nSay hi.,Hi.\n", encoding="utf-8")
     (tmp_path / "held.jsonl").write_text('{"prompt": "Say yes.", "completion": "Yes."}\n', encoding="utf-8")
-    training, held_out = prepare_examples(
+    training, held_out = load_splits(
         DataConfig(data=str(tmp_path / "train.csv")),
         TEMPLATE,
         max_length=99,
@@ -150,7 +150,7 @@ def test_examples_begin_with_the_system_prompt_that_is_given(tmp_path: Path) -> 
     for name in ("train.jsonl", "held.jsonl"):
         (tmp_path / name).write_text("".join(lines), encoding="utf-8")
     config = DataConfig(data=str(tmp_path / "train.jsonl"), system_prompt="Be brief.")
-    training, held_out = prepare_examples(config, TEMPLATE, max_length=99, eval_data=str(tmp_path / "held.jsonl"))
+    training, held_out = load_splits(config, TEMPLATE, max_length=99, eval_data=str(tmp_path / "held.jsonl"))
     assert held_out is not None
     for examples in (training.examples, held_out.examples):
         texts = [TEMPLATE.tokenizer.decode(example.input_ids) for example in examples]

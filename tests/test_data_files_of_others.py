@@ -14,7 +14,7 @@ from handspun.config import DataConfig
 from handspun.data import dataset as prepare
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.conversations import recognise_format, to_conversation
-from handspun.data.dataset import ExampleSet, prepare_examples
+from handspun.data.dataset import Dataset, load_splits
 from handspun.data.readers import read_file
 from handspun.data.rows import read_rows
 from handspun.errors import DataError
@@ -71,8 +71,8 @@ def turns(source: str) -> list[list[tuple[str, str]]]:
     return [[(message["role"], message["content"]) for message in messages] for messages in conversations]
 
 
-def prepared(source: str) -> ExampleSet:
-    return prepare_examples(DataConfig(data=source), TEMPLATE, max_length=1000)[0]
+def prepared(source: str) -> Dataset:
+    return load_splits(DataConfig(data=source), TEMPLATE, max_length=1000)[0]
 
 
 TWO = [[("user", "a"), ("assistant", "b")], [("user", "c"), ("assistant", "d")]]
@@ -504,9 +504,7 @@ def test_what_is_not_read_in_a_folder_is_told(write: Write) -> None:
 def test_notes_of_held_out_files_are_in_their_own_account(write: Write) -> None:
     write("train.csv", "instruction,output\na,b\n")
     write("held.csv", "sep=,\ninstruction,output\na,b\n")
-    made, held_out = prepare_examples(
-        DataConfig(data="train.csv"), TEMPLATE, max_length=1000, eval_data="held.csv"
-    )
+    made, held_out = load_splits(DataConfig(data="train.csv"), TEMPLATE, max_length=1000, eval_data="held.csv")
     assert held_out is not None
     assert made.account.file_notes == {}
     assert list(held_out.account.file_notes) == ["held.csv"]
@@ -551,7 +549,7 @@ def test_tokenizing_says_how_far_it_has_come(monkeypatch: pytest.MonkeyPatch, wr
     monkeypatch.setattr(prepare, "_SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(prepare, "_LARGE", 10_000)
     name = write("train.csv", "instruction,output\n" + "a,b\n" * 2500)
-    prepare_examples(DataConfig(data=name), TEMPLATE, max_length=100, notice=said.append)
+    load_splits(DataConfig(data=name), TEMPLATE, max_length=100, notice=said.append)
     assert said[:3] == [
         "reading train.csv (0 MB)",
         "1000 of 2500 rows tokenized",

@@ -13,7 +13,7 @@ from conversation_rows import CALL, assistant, chat, conversation, dropped, user
 from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.conversations import DroppedRow, Message
-from handspun.data.dataset import ExampleCache, prepare_examples
+from handspun.data.dataset import ExampleCache, load_splits
 from handspun.data.examples import build_examples
 from handspun.data.marks import mark_kind
 from handspun.data.rows import Row
@@ -239,7 +239,7 @@ def test_a_changed_mark_is_another_set_in_the_cache(tmp_path: Path) -> None:
     def learned(mark: int) -> int:
         turns = [user("a"), assistant("b", weight=mark), user("c"), assistant("d")]
         data.write_text(json.dumps({"messages": turns}), encoding="utf-8")
-        made, _ = prepare_examples(DataConfig(data=str(data)), TINY, max_length=100, cache=cache)
+        made, _ = load_splits(DataConfig(data=str(data)), TINY, max_length=100, cache=cache)
         return made.examples[0].learned_tokens
 
     assert learned(1) == 2 * learned(0)

@@ -24,7 +24,7 @@ from handspun.decoding.prompts import encode_prompts
 from handspun.errors import ConfigError, DataError
 from handspun.evaluation.answers import question_of
 from handspun.models.load import ChatModel
-from handspun.preflight.checks import said_in
+from handspun.preflight.checks import row_texts
 from handspun.runs.record import command, options_given
 from handspun.runs.summary import account_lines
 from tiny import tiny_model, tiny_tokenizer
@@ -201,7 +201,7 @@ def test_evaluation_and_preflight_read_rows_with_the_role_map_and_the_marks() ->
     asked = question_of(row, {"a.jsonl": "messages"}, system_prompt=None, role_map=config.roles)
     assert (asked.prompt, asked.expected) == ("c", "good")
     _, account = build_examples([row], ChatTemplate(tiny_tokenizer()), max_length=100, role_map=config.roles)
-    [said] = said_in([row], account, config)
+    [said] = row_texts([row], account, config)
     assert (said.prompts, said.answers) == (["a", "bad", "c"], ["good"])
 
 

@@ -12,7 +12,7 @@ import handspun
 from chat_templates import KINDS, chat_of
 from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.dataset import prepare_examples
+from handspun.data.dataset import load_splits
 from handspun.data.text_loss import TextLoss
 from handspun.models.load import ChatModel
 from tiny import tiny_model
@@ -68,7 +68,7 @@ def test_unknown_words_and_lost_line_breaks_are_noted_for_each_row(tmp_path: Pat
     rows = [{"prompt": "a", "completion": text} for text in ("b", "quux", "b b")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = DataConfig(data=str(tmp_path / "rows.jsonl"), cache_examples=False)
-    made, _ = prepare_examples(config, ChatTemplate(words()), max_length=100)
+    made, _ = load_splits(config, ChatTemplate(words()), max_length=100)
     unknown = [note.row for note in made.account.notes if "reads them as unknown" in note.text]
     breaks = [note.row for note in made.account.notes if "does not keep line breaks" in note.text]
     assert unknown == [2]

@@ -8,7 +8,7 @@ import torch
 
 from handspun.config import DataConfig
 from handspun.data.conversations import Message
-from handspun.data.dataset import prepare_examples
+from handspun.data.dataset import load_splits
 from handspun.data.examples import Example
 from handspun.decoding.engines.choose import make_engine
 from handspun.decoding.generate import generate
@@ -72,7 +72,7 @@ def test_scores_do_not_depend_on_the_batch_size(chat: ChatModel, rows: Path) -> 
 
 
 def test_the_loss_is_transformers_own(chat: ChatModel, rows: Path) -> None:
-    examples = prepare_examples(DataConfig(data=str(rows)), chat.template, max_length=512)[0].examples
+    examples = load_splits(DataConfig(data=str(rows)), chat.template, max_length=512)[0].examples
     scores = scores_of(chat, rows)
     assert len(examples) == 7
     for example, row in zip(examples, scores.rows, strict=True):
@@ -85,7 +85,7 @@ def test_the_loss_is_transformers_own(chat: ChatModel, rows: Path) -> None:
 
 def test_the_engine_that_decodes_gives_the_same_losses(chat: ChatModel, rows: Path) -> None:
     """With logits for two positions at a time; int8 comes this way, and stays near."""
-    examples = prepare_examples(DataConfig(data=str(rows)), chat.template, max_length=512)[0].examples
+    examples = load_splits(DataConfig(data=str(rows)), chat.template, max_length=512)[0].examples
     expected = row_losses(chat, examples, batch_size=8, notice=lambda _: None)
     assert len(examples) == len(expected) == 7
     for example in examples:

@@ -16,7 +16,7 @@ import pytest
 
 from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.dataset import ExampleCache, prepare_examples
+from handspun.data.dataset import ExampleCache, load_splits
 from handspun.files import cache_folder
 from handspun.kernels.native import load_library
 from handspun.models import embedded
@@ -60,7 +60,7 @@ def write_slowly(gguf: Path, folder: Path) -> None:
 
 
 def examples(rows: str, folder: Path, template: ChatTemplate) -> str:
-    made, _ = prepare_examples(DataConfig(data=rows), template, max_length=100, cache=ExampleCache(folder))
+    made, _ = load_splits(DataConfig(data=rows), template, max_length=100, cache=ExampleCache(folder))
     arrays = (made.examples.input_ids, made.examples.learned, made.examples.starts, made.examples.rows)
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 

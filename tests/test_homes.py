@@ -12,7 +12,7 @@ from huggingface_hub import close_session, constants
 import handspun
 from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.dataset import ExampleCache, prepare_examples
+from handspun.data.dataset import ExampleCache, load_splits
 from handspun.data.rows import stay_offline_if_unreachable
 from handspun.errors import HandspunError, OutputError
 from handspun.files import NO_CACHE, cache_folder
@@ -84,7 +84,7 @@ def test_a_name_with_a_home_that_is_not_there_is_an_error_for_people(name: str) 
     with pytest.raises(HandspunError):
         handspun.load(name)
     with pytest.raises(HandspunError):
-        prepare_examples(DataConfig(data=name), ChatTemplate(tiny_tokenizer()), max_length=100)
+        load_splits(DataConfig(data=name), ChatTemplate(tiny_tokenizer()), max_length=100)
 
 
 def file_for_a_folder(place: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_cache_folder_that_cannot_be_written_is_done_without(
     make(tmp_path / "cache")
     (tmp_path / "a.csv").write_text("instruction,output\nSay hi.,Hi.\n")
     said: list[str] = []
-    made, _ = prepare_examples(
+    made, _ = load_splits(
         DataConfig(data=str(tmp_path / "a.csv")), ChatTemplate(tiny_tokenizer()), max_length=100,
         cache=ExampleCache(tmp_path / "cache" / "handspun" / "examples"), notice=said.append,
     )  # fmt: skip

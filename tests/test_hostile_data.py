@@ -17,9 +17,9 @@ from handspun.cli import main
 from handspun.config import DataConfig
 from handspun.data import readers as parquet_files
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.dataset import ExampleSet, prepare_examples
+from handspun.data.dataset import Dataset, load_splits
 from handspun.data.rows import read_rows
-from handspun.data.text_loss import damage_in
+from handspun.data.text_loss import detect_mojibake
 from handspun.errors import ConfigError, DataError
 from hostile import KINDS, table
 from hostile_files import SIZES
@@ -46,8 +46,8 @@ def time_limit_and_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     signal.signal(signal.SIGALRM, before)
 
 
-def prepared(source: str) -> ExampleSet:
-    return prepare_examples(DataConfig(data=source), TEMPLATE, max_length=1000)[0]
+def prepared(source: str) -> Dataset:
+    return load_splits(DataConfig(data=source), TEMPLATE, max_length=1000)[0]
 
 
 def check(case: Case, source: str) -> None:
@@ -166,7 +166,7 @@ _SENTENCES = [
 def test_utf8_read_as_another_encoding_is_recognised_and_the_right_text_is_not(
     sentence: str, encoding: str
 ) -> None:
-    assert damage_in([sentence]) == []
+    assert detect_mojibake([sentence]) == []
     misread = sentence.encode().decode(encoding, errors="replace").replace("\ufffd", "")
-    [told] = damage_in([misread])
+    [told] = detect_mojibake([misread])
     assert told.startswith("mojibake")

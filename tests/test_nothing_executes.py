@@ -18,7 +18,7 @@ from handspun.cli import main
 from handspun.config import DataConfig
 from handspun.data import rendering
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.dataset import prepare_examples
+from handspun.data.dataset import load_splits
 from handspun.errors import HandspunError, ModelError, TemplateError
 from handspun.models.load import load_config, model_source
 from handspun.models.lora import add_lora
@@ -282,7 +282,7 @@ def test_a_template_that_writes_without_end_for_some_rows_stops_the_run_at_the_f
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
     (tmp_path / "a.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 1000)
     with pytest.raises(TemplateError, match="characters around one conversation"):
-        prepare_examples(DataConfig(data=str(tmp_path / "a.jsonl")), template, max_length=100)
+        load_splits(DataConfig(data=str(tmp_path / "a.jsonl")), template, max_length=100)
 
 
 def test_a_models_template_that_writes_without_end_ends_a_command(

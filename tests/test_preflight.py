@@ -13,7 +13,7 @@ from handspun.data.examples import Example
 from handspun.models.int8 import quantize_base
 from handspun.models.lora import add_lora
 from handspun.preflight.checks import (
-    Said,
+    RowText,
     findings_in_answers,
     next_user,
     placeholder_answer,
@@ -21,7 +21,7 @@ from handspun.preflight.checks import (
     refusal,
     unfilled_field,
 )
-from handspun.preflight.duplicates import Alike, alike, most_in_common, words_of
+from handspun.preflight.duplicates import Alike, most_in_common, near_duplicate_rows, words_of
 from handspun.preflight.time_estimate import Forecast, operations, predicted_seconds
 from handspun.training.loop import EpochEnd, Step
 from handspun.training.memory import make_plan
@@ -31,60 +31,64 @@ TEN = "one two three four five six seven eight nine ten"
 """Eight 3-grams."""
 
 
-def said(answer: str, prompt: str = "Go on.") -> Said:
-    return Said("train.csv", 1, [prompt], [answer])
+def said(answer: str, prompt: str = "Go on.") -> RowText:
+    return RowText("train.csv", 1, [prompt], [answer])
 
 
 def test_the_same_words_are_the_same_text() -> None:
     texts = ["Name a river. The Rhine!", "Name a lake.", "name a  river:\nthe Rhine", "Name a river, the Rhone"]
-    assert alike(texts, 4) == [Alike(2, 0, same=True)]
+    assert near_duplicate_rows(texts, 4) == [Alike(2, 0, same=True)]
 
 
 def test_a_text_is_like_another_where_four_fifths_of_the_3_grams_are_in_both() -> None:
     words = " ".join(map(str, range(100, 120)))  # 18 3-grams
-    assert alike([words, f"{words} 7 8 9 5"], 2) == [Alike(1, 0, same=False)]  # 18 of 22: 0.818
-    assert alike([words, f"{words} 7 8 9 5 6"], 2) == []  # 18 of 23: 0.783
-    assert alike([TEN, f"{TEN} 7 8"], 2) == [Alike(1, 0, same=False)]  # 8 of 10, which is 0.8
+    assert near_duplicate_rows([words, f"{words} 7 8 9 5"], 2) == [Alike(1, 0, same=False)]  # 18 of 22: 0.818
+    assert near_duplicate_rows([words, f"{words} 7 8 9 5 6"], 2) == []  # 18 of 23: 0.783
+    assert near_duplicate_rows([TEN, f"{TEN} 7 8"], 2) == [Alike(1, 0, same=False)]  # 8 of 10, which is 0.8
 
 
 def test_a_text_is_like_the_first_one_that_it_is_like() -> None:
-    assert [one.earlier for one in alike([TEN, "else", TEN, f"{TEN} 7", f"{TEN} 7"], 5)] == [0, 0, 3]
+    assert [one.earlier for one in near_duplicate_rows([TEN, "else", TEN, f"{TEN} 7", f"{TEN} 7"], 5)] == [0, 0, 3]
 
 
 def test_held_out_texts_are_compared_with_training_texts_and_not_with_each_other() -> None:
     texts = [TEN, "something else altogether", "held out once", "held out once", TEN, f"{TEN} 7"]
-    assert alike(texts, 2) == [Alike(4, 0, same=True), Alike(5, 0, same=False)]
+    assert near_duplicate_rows(texts, 2) == [Alike(4, 0, same=True), Alike(5, 0, same=False)]
 
 
 def test_one_sign_can_be_all_the_difference_and_punctuation_is_none() -> None:
     assert words_of("3 + 4 = 7.") == ["3", "+", "4", "=", "7"]
-    assert alike(["Is 3 + 4 odd? Yes", "Is 3 - 4 odd? Yes", 'Is 3 + 4 "odd"? Yes.'], 3) == [Alike(2, 0, same=True)]
+    assert near_duplicate_rows(["Is 3 + 4 odd? Yes", "Is 3 - 4 odd? Yes", 'Is 3 + 4 "odd"? Yes.'], 3) == [
+        Alike(2, 0, same=True)
+    ]
 
 
 def test_chinese_is_compared_by_characters() -> None:
     assert words_of("介绍上海，and more") == ["介", "绍", "上", "海", "and", "more"]
     long = "请用简单的语言介绍一下上海交通大学的历史和它最有名的几位校友。"
-    assert alike([long, f"{long}谢谢"], 2) == [Alike(1, 0, same=False)]
+    assert near_duplicate_rows([long, f"{long}谢谢"], 2) == [Alike(1, 0, same=False)]
 
 
 def test_a_task_in_the_same_words_does_not_make_rows_alike() -> None:
     task = " ".join(f"word{i}" for i in range(200))
     texts = [f"{task} sentence{i} about{i} this{i}" for i in range(40)]
     assert most_in_common(40) == 5
-    assert alike(texts, 40) == []
-    assert alike(texts[:5], 5) == [Alike(i, 0, same=False) for i in range(1, 5)]
-    assert alike([*texts, f"{texts[7]} 5"], 41) == []  # 3 of their own 5 3-grams: what they share is the task
+    assert near_duplicate_rows(texts, 40) == []
+    assert near_duplicate_rows(texts[:5], 5) == [Alike(i, 0, same=False) for i in range(1, 5)]
+    assert (
+        near_duplicate_rows([*texts, f"{texts[7]} 5"], 41) == []
+    )  # 3 of their own 5 3-grams: what they share is the task
     own = " ".join(f"own{i}" for i in range(20))
-    assert alike([*texts, f"{task} {own}", f"{task} {own} 5"], 42) == [Alike(41, 40, same=False)]
+    assert near_duplicate_rows([*texts, f"{task} {own}", f"{task} {own} 5"], 42) == [Alike(41, 40, same=False)]
 
 
 def test_texts_of_few_words_or_none_are_met() -> None:
-    assert alike(["", "", "a", "b", "a b", "A.", "."], 7) == [
+    assert near_duplicate_rows(["", "", "a", "b", "a b", "A.", "."], 7) == [
         Alike(1, 0, same=True),
         Alike(5, 2, same=True),
         Alike(6, 0, same=True),
     ]
-    assert alike([], 0) == []
+    assert near_duplicate_rows([], 0) == []
 
 
 def by_comparing_all(texts: list[str], known: int) -> list[Alike]:
@@ -131,7 +135,7 @@ def test_it_finds_what_comparing_all_with_all_finds(seed: int, planted: int, kno
         words = chance.choice(texts).split()
         place = chance.randint(0, len(words))
         texts.insert(chance.randrange(len(texts)), " ".join([*words[:place], "new", *words[place:]]))
-    assert alike(texts, min(known, len(texts))) == by_comparing_all(texts, min(known, len(texts)))
+    assert near_duplicate_rows(texts, min(known, len(texts))) == by_comparing_all(texts, min(known, len(texts)))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from rich.console import Console
 import handspun
 from handspun.cli import main
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.dataset import prepare_examples
+from handspun.data.dataset import load_splits
 from handspun.data.examples import Example
 from handspun.errors import TrainingError
 from handspun.runs.incidents import Incident, incident_facts, incident_from, incident_line, write_batch
@@ -161,7 +161,7 @@ def test_an_incident_is_read_as_it_was_written(incident: Incident) -> None:
 
 @pytest.mark.usefixtures("row_13_is_poison")
 def test_rows_that_are_no_longer_those_of_the_run_are_not_written(tiny_folder: Path, data: Path) -> None:
-    examples, held_out = prepare_examples(config(tiny_folder, data), ChatTemplate(tiny_tokenizer()), max_length=99)
+    examples, held_out = load_splits(config(tiny_folder, data), ChatTemplate(tiny_tokenizer()), max_length=99)
     assert held_out is None
     (data.parent / "output").mkdir()
     skipped = Skipped(3, 9, 1, math.nan, math.nan, [(str(data), 2)], 1)
@@ -201,12 +201,12 @@ def test_a_written_batch_has_the_very_tokens_whatever_the_rows_formats_were(
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     made = config(tiny_folder, folder, eval_ratio=0.2, cache_examples=False)
     template = ChatTemplate(tiny_tokenizer())
-    training, _ = prepare_examples(made, template, max_length=512, eval_ratio=0.2)
+    training, _ = load_splits(made, template, max_length=512, eval_ratio=0.2)
     batch = sorted({(example.file, example.row) for example in training.examples})
     (tmp_path / "output").mkdir()
     write_batch(Skipped(1, 9, 1, math.nan, 1.0, batch, 1), made, training)
     again = handspun.TrainConfig(data=str(tmp_path / "output" / "nonfinite-step-1.jsonl"), cache_examples=False)
-    read, _ = prepare_examples(again, template, max_length=512)
+    read, _ = load_splits(again, template, max_length=512)
     assert [e.input_ids for e in read.examples] == [e.input_ids for e in training.examples]
     assert [e.learned for e in read.examples] == [e.learned for e in training.examples]
 

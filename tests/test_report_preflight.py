@@ -10,7 +10,7 @@ from rich.console import Console
 
 import handspun
 from handspun.cli import main
-from handspun.data.examples import RowNote
+from handspun.data.examples import RowIssue
 from handspun.errors import ConfigError
 from handspun.preflight.checks import Finding
 from handspun.runs.resume import refuse_another_run
@@ -136,7 +136,7 @@ def test_what_is_learned_is_seen_with_colour_and_without(
 
 
 def test_warnings_fit_into_80_columns_and_name_rows_and_remedies() -> None:
-    rows = [RowNote("a_folder/train.csv", n, f"as row {n - 1}") for n in range(101, 113)]
+    rows = [RowIssue("a_folder/train.csv", n, f"as row {n - 1}") for n in range(101, 113)]
     lines = list(
         warning_lines([Finding("rows that are odd", "mend them " * 12, 40, 80, rows), Finding("no room", "x")])
     )

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 import handspun
 from handspun.cli import main
 from handspun.cli.views.verification import findings_json, findings_table
-from handspun.data.chat_template import ChatTemplate, Encoded
+from handspun.data.chat_template import ChatTemplate, TokenizedExample
 from handspun.decoding import beam, filters
 from handspun.decoding import scheduler as decode
 from handspun.decoding.engines.fused import LeanEngine
@@ -265,8 +265,10 @@ def test_prompts_that_are_not_what_is_trained_fail(material: Material, monkeypat
     assert check_prefix(material).status == "pass"
     right = ChatTemplate.encode
 
-    def shifted(template: ChatTemplate, messages: Any) -> list[Encoded]:
-        return [Encoded([5, *made.input_ids], [False, *made.learned]) for made in right(template, messages)]
+    def shifted(template: ChatTemplate, messages: Any) -> list[TokenizedExample]:
+        return [
+            TokenizedExample([5, *made.input_ids], [False, *made.learned]) for made in right(template, messages)
+        ]
 
     monkeypatch.setattr(ChatTemplate, "encode", shifted)
     assert check_prefix(material).status == "fail"

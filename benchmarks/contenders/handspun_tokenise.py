@@ -6,7 +6,7 @@ from pathlib import Path
 
 from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.dataset import ExampleCache, prepare_examples
+from handspun.data.dataset import ExampleCache, load_splits
 from handspun.models.load import load_tokenizer, model_source
 from job import answer, job_of_this_process
 
@@ -16,7 +16,7 @@ def main() -> None:
     template = ChatTemplate(load_tokenizer(model_source(job.model, print)))
     cache = ExampleCache(Path(job.save_dir))
     began = time.perf_counter()
-    made, _ = prepare_examples(DataConfig(data=job.rows), template, max_length=job.max_length, cache=cache)
+    made, _ = load_splits(DataConfig(data=job.rows), template, max_length=job.max_length, cache=cache)
     seconds = time.perf_counter() - began
     answer(seconds=seconds, examples=len(made.examples), tokens=len(made.examples.input_ids))
 

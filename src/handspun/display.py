@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.segment import Segment
+from rich.segment import TurnText
 from rich.text import Text
 
 from handspun.errors import OutputError
@@ -87,7 +87,7 @@ class HarmlessConsole(Console):
         """Return the string as a Text, with what would act visible."""
         return super().render_str(visible(text), **options)
 
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[TurnText]:
         """Yield segments. A Text keeps its styles, so each character is replaced by one."""
         if isinstance(renderable, Text) and _ACTS.search(renderable.plain):
             renderable = renderable.copy()
@@ -240,7 +240,7 @@ def file_name(path: Path) -> str:
     return shown(str(path), most=4096)
 
 
-def type_name(value: Any) -> str:
+def describe_type(value: Any) -> str:
     """What a value is, in JSON's words."""
     if isinstance(value, float) and value != value:
         return "NaN (pandas writes it for a missing cell, and for the words N/A and None)"

@@ -24,7 +24,14 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from handspun.data.conversations import Message
-from handspun.data.placeholders import SENTINEL, Sentinels, Slot, alternatives, cut_at_sentinels, end_of_content
+from handspun.data.placeholders import (
+    SENTINEL,
+    Placeholder,
+    Placeholders,
+    alternatives,
+    cut_at_sentinels,
+    end_of_content,
+)
 from handspun.data.rendering import check_template_args, render
 from handspun.data.text_loss import TextLoss
 from handspun.errors import TemplateError
@@ -35,7 +42,7 @@ _MAX_REPEATS = 100
 
 
 @dataclass(frozen=True)
-class Encoded:
+class TokenizedExample:
     """Token ids of one example, and for each whether it is learned. note: what the template left out. is_cut: text
     behind them was not even tokenised."""
 
@@ -45,7 +52,7 @@ class Encoded:
     is_cut: bool = False
 
 
-class Run(NamedTuple):
+class Span(NamedTuple):
     """A stretch of an example that is tokenised whole."""
 
     text: str
@@ -57,11 +64,11 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Segment:
+class TurnText:
     """A stretch of rendered text, from one edge of a turn that is learned to the next: text of the template, with
     the added tokens in it, and places of data."""
 
-    parts: Sequence[tuple[str, list[tuple[int, int]]] | Slot]
+    parts: Sequence[tuple[str, list[tuple[int, int]]] | Placeholder]
     is_turn: bool
     is_begun: bool = False
     """Whether it is a turn that the model is to continue: it is cut where turns are cut in training, and has no
@@ -72,8 +79,8 @@ class Segment:
 class Frame:
     """An example of a shape: its segments, and its runs as they are where no data holds an added token."""
 
-    segments: list[Segment]
-    runs: list[tuple[Run, list[str | Slot]]]
+    segments: list[TurnText]
+    runs: list[tuple[Span, list[str | Placeholder]]]
     """Of what is not tokenised yet, the parts too: the run's text has sentinels in it."""
 
 
@@ -90,7 +97,7 @@ class Rendering:
 class Layout:
     """An example before its text is tokenised."""
 
-    runs: list[Run]
+    runs: list[Span]
     note: str | None = None
     is_cut: bool = False
 
@@ -139,7 +146,7 @@ class ChatTemplate:
         self.plain_markers = self._find_plain_markers()
         self._any_turn_marker = alternatives([*of_turns, *self.plain_markers])
 
-    def encode(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[Encoded]:
+    def encode(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[TokenizedExample]:
         """Training examples of a conversation: `lay_out` and `tokenize`."""
         return self.tokenize(self.lay_out(messages, tools))
 
@@ -151,7 +158,7 @@ class ChatTemplate:
         One example, or several where the template renders a turn differently once it is history (a think
         block that is later left out): each such turn is then learned as it was generated.
         """
-        hidden = Sentinels(self._markers, self._any_added)
+        hidden = Placeholders(self._markers, self._any_added)
         messages, tools = hidden.conversation(messages, tools)
         rendering = self._once_a_shape(self._render_examples, hidden, messages, tools)
         return [Layout(self._filled(frame, hidden), rendering.note) for frame in rendering.frames]
@@ -173,9 +180,9 @@ class ChatTemplate:
 
     def prompt_frame(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, *, continue_final_message: bool = False
-    ) -> tuple[Sentinels, Frame]:
+    ) -> tuple[Placeholders, Frame]:
         """Return the hidden data of a prompt, and its frame."""
-        hidden = Sentinels(self._markers, self._any_added)
+        hidden = Placeholders(self._markers, self._any_added)
         messages, tools = hidden.conversation(messages, tools)
         make = self._render_continued if continue_final_message else self._render_prompt
         [frame] = self._once_a_shape(make, hidden, messages, tools).frames
@@ -183,8 +190,8 @@ class ChatTemplate:
 
     def _once_a_shape(
         self,
-        make: Callable[[Sentinels, list[Message], list[dict[str, Any]] | None], Rendering],
-        hidden: Sentinels,
+        make: Callable[[Placeholders, list[Message], list[dict[str, Any]] | None], Rendering],
+        hidden: Placeholders,
         messages: list[Message],
         tools: list[dict[str, Any]] | None,
     ) -> Rendering:
@@ -204,20 +211,20 @@ class ChatTemplate:
         )
 
     def _render_prompt(
-        self, hidden: Sentinels, messages: list[Message], tools: list[dict[str, Any]] | None
+        self, hidden: Placeholders, messages: list[Message], tools: list[dict[str, Any]] | None
     ) -> Rendering:
         messages, _ = _without_marks(messages)
         text = self._render(messages, tools, generation_prompt=True)
-        self._nothing_left_out(text, hidden, messages)
+        self._check_no_content_lost(text, hidden, messages)
         return Rendering([self._frame(text, [])])
 
     def _render_continued(
-        self, hidden: Sentinels, messages: list[Message], tools: list[dict[str, Any]] | None
+        self, hidden: Placeholders, messages: list[Message], tools: list[dict[str, Any]] | None
     ) -> Rendering:
         """The conversation up to the last character of its last message."""
         messages, _ = _without_marks(messages)
         full = self._render(messages, tools)
-        self._nothing_left_out(full, hidden, messages)
+        self._check_no_content_lost(full, hidden, messages)
         end = end_of_content(full, messages[-1]["content"])
         if end is None:
             raise TemplateError(
@@ -229,11 +236,11 @@ class ChatTemplate:
         return Rendering([self._frame(full[:end], [(begins, end)], is_begun=True)])
 
     def _render_examples(
-        self, hidden: Sentinels, messages: list[Message], tools: list[dict[str, Any]] | None
+        self, hidden: Placeholders, messages: list[Message], tools: list[dict[str, Any]] | None
     ) -> Rendering:
         messages, context = _without_marks(messages)
         full = self._render(messages, tools)
-        self._nothing_left_out(full, hidden, messages)
+        self._check_no_content_lost(full, hidden, messages)
         together: list[tuple[int, int]] = []
         alone: list[tuple[str, tuple[int, int]]] = []
         for i, message in enumerate(messages):
@@ -272,37 +279,37 @@ class ChatTemplate:
         runs = [run._replace(token_ids=ids[run.text, run.first]) if run in of_template else run for run in runs]
         return Frame(segments, [(run, _parts(run)) for run in _joined_where_known(runs)])
 
-    def _filled(self, frame: Frame, hidden: Sentinels) -> list[Run]:
+    def _filled(self, frame: Frame, hidden: Placeholders) -> list[Span]:
         """The runs of a frame with the data in them."""
-        runs: list[Run] = []
+        runs: list[Span] = []
         for run, parts in frame.runs:
             if not parts:
                 runs.append(run)
                 continue
             text = ""
             for part in parts:
-                if isinstance(part, Slot):
+                if isinstance(part, Placeholder):
                     new, added = self._data(part, hidden)
                     if added:
                         return self._runs(frame.segments, lambda slot: self._data(slot, hidden))
                     text += new
                 else:
                     text += part
-            runs.append(Run(text, run.learned, None, run.first))
+            runs.append(Span(text, run.learned, None, run.first))
         return runs
 
-    def _data(self, slot: Slot, hidden: Sentinels) -> tuple[str, list[tuple[int, int]]]:
+    def _data(self, slot: Placeholder, hidden: Placeholders) -> tuple[str, list[tuple[int, int]]]:
         """A place's text, and where the added tokens are that it may hold."""
         text, owner = hidden.data_of(slot)
         return text, [] if owner == "data" else _places(self._may_be_said, text)
 
-    def _segments(self, rendered: str, turns: list[tuple[int, int]], *, is_begun: bool) -> list[Segment]:
+    def _segments(self, rendered: str, turns: list[tuple[int, int]], *, is_begun: bool) -> list[TurnText]:
         """Rendered text with sentinels, cut where the turns that are learned begin and end."""
         edges = sorted({0, len(rendered), *(edge for turn in turns for edge in turn)})
         return [
-            Segment(
+            TurnText(
                 [
-                    part if isinstance(part, Slot) else (part, _places(self._any_added, part))
+                    part if isinstance(part, Placeholder) else (part, _places(self._any_added, part))
                     for part in cut_at_sentinels(rendered[start:end])
                 ],
                 is_turn=(start, end) in turns and not is_begun,
@@ -312,8 +319,8 @@ class ChatTemplate:
         ]
 
     def _runs(
-        self, segments: Sequence[Segment], data_of: Callable[[Slot], tuple[str, list[tuple[int, int]]]]
-    ) -> list[Run]:
+        self, segments: Sequence[TurnText], data_of: Callable[[Placeholder], tuple[str, list[tuple[int, int]]]]
+    ) -> list[Span]:
         """The segments with their data, cut into runs: at added tokens, and where a learned turn begins."""
         text = ""
         cuts: list[tuple[int, int, bool]] = []  # start, end, whether it is an added token
@@ -323,19 +330,19 @@ class ChatTemplate:
             if segment.is_turn or segment.is_begun:
                 cuts.append((start, start, False))
             for part in segment.parts:
-                new, added = data_of(part) if isinstance(part, Slot) else part
+                new, added = data_of(part) if isinstance(part, Placeholder) else part
                 cuts += [(len(text) + begin, len(text) + end, True) for begin, end in added]
                 text += new
             if segment.is_turn:
                 edges += [start, self._turn_end(text, cuts[first:])]
-        return self._cut(text, cuts, edges)
+        return self._split_into_spans(text, cuts, edges)
 
-    def _cut(self, text: str, cuts: list[tuple[int, int, bool]], edges: list[int]) -> list[Run]:
-        runs: list[Run] = []
+    def _split_into_spans(self, text: str, cuts: list[tuple[int, int, bool]], edges: list[int]) -> list[Span]:
+        runs: list[Span] = []
 
         def add(run: str, at: int, token_id: int | None = None) -> None:
             is_learned = bisect_right(edges, at) % 2 == 1
-            runs.append(Run(run, is_learned, None if token_id is None else [token_id], first=not runs))
+            runs.append(Span(run, is_learned, None if token_id is None else [token_id], first=not runs))
 
         position, strip_next = 0, False
         for start, end, is_added in [*cuts, (len(text), len(text), False)]:
@@ -353,13 +360,13 @@ class ChatTemplate:
             position = end
         return runs
 
-    def tokenize(self, layouts: Sequence[Layout]) -> list[Encoded]:
+    def tokenize(self, layouts: Sequence[Layout]) -> list[TokenizedExample]:
         """Ids of many examples at once: a text that several have (a system prompt) is tokenised once, and the
         `tokenizers` library uses all cores."""
         ids = self._ids_of(run for layout in layouts for run in layout.runs if run.token_ids is None)
         return [_joined(layout, ids) for layout in layouts]
 
-    def _ids_of(self, runs: Iterable[Run]) -> dict[tuple[str, bool], list[int]]:
+    def _ids_of(self, runs: Iterable[Span]) -> dict[tuple[str, bool], list[int]]:
         ids: dict[tuple[str, bool], list[int]] = {(run.text, run.first): [] for run in runs}
         for tokenizer, first in ((self._first_run, True), (self._later_run, False)):
             texts = [text for text, is_first in ids if is_first == first]
@@ -374,7 +381,7 @@ class ChatTemplate:
             raise TemplateError(f"the template ends an assistant turn without {self.end_of_turn!r}.")
         return ends[-1]
 
-    def _nothing_left_out(self, rendered: str, hidden: Sentinels, messages: list[Message]) -> None:
+    def _check_no_content_lost(self, rendered: str, hidden: Placeholders, messages: list[Message]) -> None:
         """A template may not lose data silently, but for an earlier turn's thinking."""
         shown = {int(match[2]) for match in SENTINEL.finditer(rendered)}
         for what in ("the tools", "the tool calls"):  # a template may show a part of a schema
@@ -402,7 +409,7 @@ class ChatTemplate:
     def _find_plain_markers(self) -> list[str]:
         """Return the texts by which the template begins a user's and an assistant's turn, where no added token is
         in them but the end of the turn before: such text in the data looks the same as the template's."""
-        hidden = Sentinels(alternatives([]), self._any_added)
+        hidden = Placeholders(alternatives([]), self._any_added)
         said = [("user", "question"), ("assistant", "answer"), ("user", "another")]
         probe, _ = hidden.conversation([{"role": role, "content": text} for role, text in said], None)
         try:
@@ -419,7 +426,7 @@ class ChatTemplate:
     def _find_tokens_of_turns(self) -> tuple[int, set[str]]:
         """The id of the end-of-turn token, and all added tokens that stand around turns: whoever writes one of
         them, special or not, forges a turn."""
-        hidden = Sentinels(alternatives([]), self._any_added)
+        hidden = Placeholders(alternatives([]), self._any_added)
         probe, _ = hidden.conversation(
             [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}], None
         )
@@ -447,22 +454,22 @@ def _places(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
     return [match.span() for match in pattern.finditer(text)]
 
 
-def _parts(run: Run) -> list[str | Slot]:
+def _parts(run: Span) -> list[str | Placeholder]:
     return list(cut_at_sentinels(run.text)) if run.token_ids is None else []
 
 
-def _joined_where_known(runs: list[Run]) -> Iterator[Run]:
+def _joined_where_known(runs: list[Span]) -> Iterator[Span]:
     """Neighbours whose ids are known as one, where both are learned or neither is."""
     for (is_known, learned), some in groupby(runs, lambda run: (run.token_ids is not None, run.learned)):
         if is_known:
             together = list(some)
             ids = [id for run in together for id in run.token_ids or []]
-            yield Run("".join(run.text for run in together), learned, ids, together[0].first)
+            yield Span("".join(run.text for run in together), learned, ids, together[0].first)
         else:
             yield from some
 
 
-def _joined(layout: Layout, ids: dict[tuple[str, bool], list[int]]) -> Encoded:
+def _joined(layout: Layout, ids: dict[tuple[str, bool], list[int]]) -> TokenizedExample:
     """ids and mask are born together."""
     input_ids: list[int] = []
     learned: list[bool] = []
@@ -470,7 +477,7 @@ def _joined(layout: Layout, ids: dict[tuple[str, bool], list[int]]) -> Encoded:
         new = ids[run.text, run.first] if run.token_ids is None else run.token_ids
         input_ids += new
         learned += [run.learned] * len(new)
-    return Encoded(input_ids, learned, layout.note, layout.is_cut)
+    return TokenizedExample(input_ids, learned, layout.note, layout.is_cut)
 
 
 def _without_added_tokens(backend: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
@@ -490,7 +497,7 @@ def _without_added_tokens(backend: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
     return first, later
 
 
-def said_ids(
+def content_token_ids(
     template: ChatTemplate,
     messages: list[Message],
     tools: list[dict[str, Any]] | None = None,
@@ -501,9 +508,9 @@ def said_ids(
     hidden, frame = template.prompt_frame(messages, tools, continue_final_message=continue_final_message)
     text, is_said = "", list[bool]()
     for part in (part for segment in frame.segments for part in segment.parts):
-        new = hidden.data_of(part)[0] if isinstance(part, Slot) else part[0]
+        new = hidden.data_of(part)[0] if isinstance(part, Placeholder) else part[0]
         text += new
-        is_said += [isinstance(part, Slot)] * len(new)
+        is_said += [isinstance(part, Placeholder)] * len(new)
     ids, position = list[int](), 0
     for run in template._runs(frame.segments, lambda slot: template._data(slot, hidden)):
         position = text.index(run.text, position)  # a run may have lost the space around it

@@ -17,7 +17,7 @@ import numpy as np
 
 from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.examples import ExampleArrays, RowAccount, RowNote, build_examples, hold_out, refuse_if_lost
+from handspun.data.examples import DataReport, RowIssue, TokenDataset, build_examples, hold_out, refuse_if_lost
 from handspun.data.rows import FileNotes, Row, read_rows
 from handspun.display import shown
 from handspun.errors import ConfigError
@@ -39,7 +39,7 @@ class ExampleCache:
     folder: Path
     most_bytes: int = MOST_BYTES
 
-    def find(self, key: str) -> tuple[ExampleArrays, RowAccount] | None:
+    def find(self, key: str) -> tuple[TokenDataset, DataReport] | None:
         """The set of a key with its account; None if there is none. One that was damaged is removed."""
         place = self.folder / key
         if not place.is_dir():
@@ -53,7 +53,7 @@ class ExampleCache:
             os.utime(place)  # the least recently used go first
         return found
 
-    def keep(self, key: str, examples: ExampleArrays, account: RowAccount) -> None:
+    def keep(self, key: str, examples: TokenDataset, account: DataReport) -> None:
         """Writes a set. Of several processes that write it at once, the first one's stays. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.folder))
@@ -112,7 +112,7 @@ def key_of(rows: Sequence[Row], template: ChatTemplate, options: dict[str, Any])
     return digest.hexdigest()[:32]
 
 
-def _write(folder: Path, examples: ExampleArrays, account: RowAccount) -> None:
+def _write(folder: Path, examples: TokenDataset, account: DataReport) -> None:
     for name in _ARRAYS:
         np.save(folder / f"{name}.npy", getattr(examples, name))
     facts = {"account": asdict(account), "file_names": examples.file_names}
@@ -120,24 +120,24 @@ def _write(folder: Path, examples: ExampleArrays, account: RowAccount) -> None:
     (folder / _CHECKSUMS).write_text(json.dumps(_checksums(folder)), encoding="ascii")
 
 
-def _read(folder: Path) -> tuple[ExampleArrays, RowAccount]:
+def _read(folder: Path) -> tuple[TokenDataset, DataReport]:
     """Raises ValueError if it is not what was written."""
     if json.loads((folder / _CHECKSUMS).read_text(encoding="ascii")) != _checksums(folder):
         raise ValueError(f"{folder} is damaged")
     # A memmap's slices are memmaps too, and slow to make: the plain view of it is what rows are cut from.
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in _ARRAYS}
     facts = json.loads((folder / _FACTS).read_text(encoding="ascii"))
-    return ExampleArrays(**arrays, file_names=facts["file_names"]), _account(facts["account"])
+    return TokenDataset(**arrays, file_names=facts["file_names"]), _account(facts["account"])
 
 
 def _checksums(folder: Path) -> dict[str, str]:
     return {name: sha256_of(folder / name) for name in (*(f"{array}.npy" for array in _ARRAYS), _FACTS)}
 
 
-def _account(facts: dict[str, Any]) -> RowAccount:
-    notes = {name: [RowNote(**note) for note in facts[name]] for name in ("dropped", "truncated", "notes")}
+def _account(facts: dict[str, Any]) -> DataReport:
+    notes = {name: [RowIssue(**note) for note in facts[name]] for name in ("dropped", "truncated", "notes")}
     whole: dict[str, Any] = {**facts, **notes}
-    return RowAccount(**whole)
+    return DataReport(**whole)
 
 
 DEFAULT_MAX_LENGTH = 2048
@@ -151,12 +151,12 @@ _MOST_ACCOUNTED = 200
 
 
 @dataclass(frozen=True)
-class ExampleSet:
+class Dataset:
     """Examples, the account of the rows that they came from, a sha256 of those rows, and the rows that the account
     names, as they stand."""
 
-    examples: ExampleArrays
-    account: RowAccount
+    examples: TokenDataset
+    account: DataReport
     fingerprint: str
     accounted: list[Row] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list, repr=False)
@@ -167,7 +167,7 @@ class ExampleSet:
         self.rows.clear()
 
 
-def prepare_examples(
+def load_splits(
     config: DataConfig,
     template: ChatTemplate,
     *,
@@ -177,7 +177,7 @@ def prepare_examples(
     seed: int = 0,
     cache: ExampleCache | None = None,
     notice: Callable[[str], None] | None = None,
-) -> tuple[ExampleSet, ExampleSet | None]:
+) -> tuple[Dataset, Dataset | None]:
     """(training examples, held-out examples or None).
 
     Held-out rows come from `eval_data`, or are an `eval_ratio` of the training rows. `notice` is told whether
@@ -197,7 +197,7 @@ def prepare_examples(
         held_out_notes=held_out_notes,
     )
 
-    def set_of(some: Sequence[Row], file_notes: FileNotes) -> ExampleSet:
+    def set_of(some: Sequence[Row], file_notes: FileNotes) -> Dataset:
         return example_set(
             some, config, template, max_length=max_length, file_notes=file_notes, cache=cache, notice=notice
         )
@@ -214,7 +214,7 @@ def example_set(
     file_notes: FileNotes,
     cache: ExampleCache | None = None,
     notice: Callable[[str], None] | None = None,
-) -> ExampleSet:
+) -> Dataset:
     """Return the examples of rows that were read, with their account. Raise DataError.
 
     Args:
@@ -237,7 +237,7 @@ def example_set(
     account.file_notes = file_notes
     if notice is not None:
         notice(how)
-    return ExampleSet(examples, account, fingerprint(rows), _accounted(rows, account), list(rows))
+    return Dataset(examples, account, fingerprint(rows), _flagged_rows(rows, account), list(rows))
 
 
 def _say_if_large(source: str, notice: Callable[[str], None]) -> None:
@@ -274,7 +274,7 @@ def _examples(
     strict: bool,
     cache: ExampleCache | None,
     notice: Callable[[str], None] | None,
-) -> tuple[ExampleArrays, RowAccount, str]:
+) -> tuple[TokenDataset, DataReport, str]:
     """Those of the cache, or made and kept there; and how they were come by, for the log."""
     started = time.perf_counter()
     key = key_of(rows, template, options) if cache else None
@@ -308,14 +308,14 @@ class _Progress:
             self.notice(f"{done} of {self.rows} rows tokenized")
 
 
-def _accounted(rows: Sequence[Row], account: RowAccount) -> list[Row]:
+def _flagged_rows(rows: Sequence[Row], account: DataReport) -> list[Row]:
     """The rows that were dropped, truncated or noted; of each of these the first 200."""
     kinds = (account.dropped, account.truncated, account.notes)
     named = {(note.file, note.row) for notes in kinds for note in notes[:_MOST_ACCOUNTED]}
     return [row for row in rows if (row.file, row.number) in named]
 
 
-def _keep(cache: ExampleCache, key: str, examples: ExampleArrays, account: RowAccount) -> str:
+def _keep(cache: ExampleCache, key: str, examples: TokenDataset, account: DataReport) -> str:
     """What came of it, for the log. A disk that cannot take them does not end a run."""
     try:
         cache.keep(key, examples, account)

@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from handspun.config import DataFormat
-from handspun.data.chat_template import ChatTemplate, Encoded, Layout, Run
+from handspun.data.chat_template import ChatTemplate, Layout, Span, TokenizedExample
 from handspun.data.conversations import DroppedRow, recognise_format, to_conversation, used_columns
 from handspun.data.marks import is_row_mark
 from handspun.data.messages import UNKNOWN_ROLE, role_advice
 from handspun.data.rendering import EndlessTemplateError
 from handspun.data.rows import Row
-from handspun.data.text_loss import damage_in
+from handspun.data.text_loss import detect_mojibake
 from handspun.errors import DataError, TemplateError
 
 
@@ -43,7 +43,7 @@ class Example:
 
 
 @dataclass(frozen=True, eq=False)
-class ExampleArrays(Sequence[Example]):
+class TokenDataset(Sequence[Example]):
     """Many examples; the lists of one are made when it is asked for.
 
     input_ids (int32), learned (bool): (tokens,). starts (int64): (examples + 1,), where each begins, and the end
@@ -77,25 +77,25 @@ class ExampleArrays(Sequence[Example]):
         )
 
 
-def end_to_end(parts: Iterable[Sequence[Example]]) -> ExampleArrays:
+def concatenate(parts: Iterable[Sequence[Example]]) -> TokenDataset:
     """The examples of all parts, in their order."""
     places: dict[str, int] = {}
     arrays = [_arrays(part, places) for part in parts] or [_arrays([], places)]
     input_ids, learned, lengths, rows, files = (np.concatenate(column) for column in zip(*arrays, strict=True))
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return ExampleArrays(input_ids, learned, starts, rows, files, list(places))
+    return TokenDataset(input_ids, learned, starts, rows, files, list(places))
 
 
 def lengths_of(examples: Sequence[Example]) -> npt.NDArray[np.int64]:
     """(examples,): tokens in each."""
-    if isinstance(examples, ExampleArrays):
+    if isinstance(examples, TokenDataset):
         return np.diff(examples.starts)
     return np.array([len(example) for example in examples], np.int64)
 
 
 def learned_tokens_of(examples: Sequence[Example]) -> int:
     """Tokens of all examples that the loss is taken over."""
-    if isinstance(examples, ExampleArrays):
+    if isinstance(examples, TokenDataset):
         return int(np.count_nonzero(examples.learned))
     return sum(example.learned_tokens for example in examples)
 
@@ -128,7 +128,7 @@ _AHEAD = 3
 
 
 @dataclass(frozen=True)
-class RowNote:
+class RowIssue:
     """Something that happened to a row."""
 
     file: str
@@ -137,14 +137,14 @@ class RowNote:
 
 
 @dataclass
-class RowAccount:
+class DataReport:
     """What became of every row: rows = kept + dropped; truncated and noted rows are among the kept."""
 
     rows: int = 0
     kept: int = 0
-    dropped: list[RowNote] = field(default_factory=list)
-    truncated: list[RowNote] = field(default_factory=list)
-    notes: list[RowNote] = field(default_factory=list)
+    dropped: list[RowIssue] = field(default_factory=list)
+    truncated: list[RowIssue] = field(default_factory=list)
+    notes: list[RowIssue] = field(default_factory=list)
     formats: dict[str, str] = field(default_factory=dict)
     """file -> its format, as recognised or named."""
     unused_columns: dict[str, list[str]] = field(default_factory=dict)
@@ -152,7 +152,7 @@ class RowAccount:
     file_notes: dict[str, list[str]] = field(default_factory=dict)
     """file or folder -> what was skipped there, or not read as it stands."""
 
-    def dropped_by_reason(self) -> dict[str, list[RowNote]]:
+    def dropped_by_reason(self) -> dict[str, list[RowIssue]]:
         """The dropped rows under their reasons, the most frequent first."""
         reasons = notes_by_text(self.dropped)
         return dict(sorted(reasons.items(), key=lambda reason: -len(reason[1])))
@@ -162,9 +162,9 @@ class RowAccount:
         return role_advice() if any(note.text.startswith(UNKNOWN_ROLE) for note in self.dropped) else None
 
 
-def notes_by_text(notes: Iterable[RowNote]) -> dict[str, list[RowNote]]:
+def notes_by_text(notes: Iterable[RowIssue]) -> dict[str, list[RowIssue]]:
     """Return the notes under their texts, in the order in which these come first."""
-    found: dict[str, list[RowNote]] = {}
+    found: dict[str, list[RowIssue]] = {}
     for note in notes:
         found.setdefault(note.text, []).append(note)
     return found
@@ -196,7 +196,7 @@ def build_examples(
     role_map: Mapping[str, str] | None = None,
     strict: bool = False,
     progress: Callable[[int], None] | None = None,
-) -> tuple[ExampleArrays, RowAccount]:
+) -> tuple[TokenDataset, DataReport]:
     """Rows to examples of at most `max_length` tokens, and the account of every row.
 
     A row that cannot teach anything is dropped and accounted for with its reason. `progress` is told from time to
@@ -204,7 +204,7 @@ def build_examples(
     truncated.
     """
     columns = list(dict.fromkeys((row.file, tuple(row.values)) for row in rows))
-    account = RowAccount(rows=len(rows), formats=_formats(columns, data_format))
+    account = DataReport(rows=len(rows), formats=_formats(columns, data_format))
     account.unused_columns = _unused_columns(columns, account.formats)
 
     def laid_out() -> Iterator[_LaidOut]:
@@ -217,10 +217,10 @@ def build_examples(
             if progress is not None:
                 progress(min(start + _ROWS_AT_ONCE, len(rows)))
 
-    with _left_alone_by_the_garbage_collector():
-        examples = end_to_end(
+    with _gc_frozen():
+        examples = concatenate(
             [example for row, encoded in part for example in _counted(row, encoded, account, max_length, template)]
-            for part in _tokenised_ahead(laid_out(), template)
+            for part in _tokenize_in_threads(laid_out(), template)
         )
     account.dropped.sort(key=lambda note: (list(account.formats).index(note.file), note.row))
     refuse_if_lost(account, strict=strict)
@@ -228,7 +228,7 @@ def build_examples(
 
 
 @contextmanager
-def _left_alone_by_the_garbage_collector() -> Iterator[None]:
+def _gc_frozen() -> Iterator[None]:
     """What is there already, rows above all: to look through it again and again takes time."""
     gc.freeze()
     try:
@@ -238,10 +238,10 @@ def _left_alone_by_the_garbage_collector() -> Iterator[None]:
 
 
 _LaidOut = list[tuple[Row, list[Layout]]]
-_Tokenised = list[tuple[Row, list[Encoded]]]
+_Tokenised = list[tuple[Row, list[TokenizedExample]]]
 
 
-def _tokenised_ahead(parts: Iterable[_LaidOut], template: ChatTemplate) -> Iterator[_Tokenised]:
+def _tokenize_in_threads(parts: Iterable[_LaidOut], template: ChatTemplate) -> Iterator[_Tokenised]:
     """The parts in their order, tokenised in threads: `tokenizers` lets Python lay out the next ones meanwhile."""
     with ThreadPoolExecutor(_AHEAD) as threads:
         waiting: deque[Future[_Tokenised]] = deque()
@@ -259,19 +259,19 @@ def _tokenised(part: _LaidOut, template: ChatTemplate) -> _Tokenised:
 
 
 def _counted(
-    row: Row, encoded: list[Encoded], account: RowAccount, max_length: int, template: ChatTemplate
+    row: Row, encoded: list[TokenizedExample], account: DataReport, max_length: int, template: ChatTemplate
 ) -> list[Example]:
     made = list(_examples_of(row, encoded, account, max_length))
     account.kept += bool(made)
     notes = (note for example in encoded for note in template.text_loss.notes_on_ids(example.input_ids))
-    account.notes += [RowNote(row.file, row.number, note) for note in dict.fromkeys(notes)]
+    account.notes += [RowIssue(row.file, row.number, note) for note in dict.fromkeys(notes)]
     return made
 
 
 def _lay_out(
     row: Row,
     template: ChatTemplate,
-    account: RowAccount,
+    account: DataReport,
     system_prompt: str | None,
     role_map: Mapping[str, str] | None,
     max_length: int,
@@ -284,17 +284,17 @@ def _lay_out(
     except EndlessTemplateError:
         raise
     except (DroppedRow, TemplateError) as error:
-        account.dropped.append(RowNote(row.file, row.number, str(error)))
+        account.dropped.append(RowIssue(row.file, row.number, str(error)))
         return []
     layouts = [_tokenisable(layout, max_length) for layout in whole]
-    damage = damage_in(message["content"] for message in conversation.messages)
+    damage = detect_mojibake(message["content"] for message in conversation.messages)
     _add_unread_keys(account, row.file, conversation.unread_keys)
     notes = [*conversation.notes, *(layout.note for layout in layouts), *damage, *_changed(layouts, template)]
-    account.notes += [RowNote(row.file, row.number, note) for note in dict.fromkeys(notes) if note]
+    account.notes += [RowIssue(row.file, row.number, note) for note in dict.fromkeys(notes) if note]
     return layouts
 
 
-def _add_unread_keys(account: RowAccount, file: str, keys: Iterable[str]) -> None:
+def _add_unread_keys(account: DataReport, file: str, keys: Iterable[str]) -> None:
     """Add keys of messages to the columns that are not read. Data can have any number of them: the first are
     told."""
     if not keys:
@@ -313,7 +313,7 @@ def _changed(layouts: Sequence[Layout], template: ChatTemplate) -> list[str]:
 def _tokenisable(layout: Layout, max_length: int) -> Layout:
     """Without text that could not be within `max_length`: a cell of 100 MB would take minutes and gigabytes."""
     left = (max_length + 1) * _CHARACTERS_OF_A_TOKEN
-    runs: list[Run] = []
+    runs: list[Span] = []
     for run in layout.runs:
         if len(run.text) > left and run.token_ids is None:
             runs.append(run._replace(text=run.text[:left]))
@@ -323,29 +323,34 @@ def _tokenisable(layout: Layout, max_length: int) -> Layout:
     return layout
 
 
-def _examples_of(row: Row, encoded: list[Encoded], account: RowAccount, max_length: int) -> Iterator[Example]:
-    whole = [_up_to_the_last_learned(example) for example in encoded]
+def _examples_of(
+    row: Row, encoded: list[TokenizedExample], account: DataReport, max_length: int
+) -> Iterator[Example]:
+    whole = [_drop_trailing_prompt(example) for example in encoded]
     longest = max(len(example.input_ids) for example in whole)
     is_cut = any(example.is_cut for example in encoded)
     if longest > max_length or is_cut:
-        account.truncated.append(RowNote(row.file, row.number, f"{'more than ' * is_cut}{longest} tokens"))
-        whole = [_up_to_the_last_learned(Encoded(e.input_ids[:max_length], e.learned[:max_length])) for e in whole]
+        account.truncated.append(RowIssue(row.file, row.number, f"{'more than ' * is_cut}{longest} tokens"))
+        whole = [
+            _drop_trailing_prompt(TokenizedExample(e.input_ids[:max_length], e.learned[:max_length]))
+            for e in whole
+        ]
     if not any(example.input_ids for example in whole):
         reason = f"nothing learned is left within max_length {max_length}"
-        account.dropped.append(RowNote(row.file, row.number, reason))
+        account.dropped.append(RowIssue(row.file, row.number, reason))
     for example in whole:
         if example.input_ids:
             yield Example(example.input_ids, example.learned, row.file, row.number)
 
 
-def _up_to_the_last_learned(encoded: Encoded) -> Encoded:
+def _drop_trailing_prompt(encoded: TokenizedExample) -> TokenizedExample:
     """Without what follows the last learned token: it teaches nothing. With none learned, nothing is left.
 
     The first id is never learned: nothing predicts it.
     """
     learned = [False, *encoded.learned[1:]]
     length = len(learned) - learned[::-1].index(True) if True in learned else 0
-    return Encoded(encoded.input_ids[:length], learned[:length])
+    return TokenizedExample(encoded.input_ids[:length], learned[:length])
 
 
 _Columns = Iterable[tuple[str, tuple[str, ...]]]
@@ -372,7 +377,7 @@ def _unused_columns(columns: _Columns, formats: dict[str, str]) -> dict[str, lis
     return {file: list(names) for file, names in unused.items() if names}
 
 
-def refuse_if_lost(account: RowAccount, *, strict: bool) -> None:
+def refuse_if_lost(account: DataReport, *, strict: bool) -> None:
     """Raises DataError if no row is left, and under `strict` if one was dropped or truncated."""
     first = account.dropped[0] if account.dropped else None
     if account.kept == 0:

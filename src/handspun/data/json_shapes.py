@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from handspun.data.formats import NEEDED, fits_a_format
-from handspun.display import listed, shown, type_name
+from handspun.display import describe_type, listed, shown
 from handspun.errors import DataError
 
 MOST_LEVELS = 100
 
 
-def is_nested_deeper(value: Any, most: int = MOST_LEVELS) -> bool:
+def exceeds_depth(value: Any, most: int = MOST_LEVELS) -> bool:
     """Whether lists and objects stand in each other more than `most` deep."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(most + 1):
@@ -77,7 +77,7 @@ def rows_of(value: Any, file: str, notes: list[str]) -> list[Any]:
     if isinstance(value, dict):
         value = _rows_of_object(value, file, notes)
     if not isinstance(value, list):
-        raise DataError(f"expected a list of objects, found {type_name(value)}.", file=file)
+        raise DataError(f"expected a list of objects, found {describe_type(value)}.", file=file)
     return rows_of_list(value, file, notes)
 
 
@@ -100,7 +100,7 @@ def rows_of_list(
         if not isinstance(value, dict):
             line = lines[number - 1] if lines else None
             raise DataError(
-                f"expected an object, found {type_name(value)}.{_remedy_of_list(value)}",
+                f"expected an object, found {describe_type(value)}.{_remedy_of_list(value)}",
                 file=file,
                 line=line,
                 row=number,

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from handspun.data.rows import DroppedRow
-from handspun.display import shown, type_name
+from handspun.display import describe_type, shown
 
 # Names in lower case with `_` between their words, as `_words` makes them.
 _TRAIN_IF_TRUE = {
@@ -167,7 +167,7 @@ def _mark_of_turn(key: str, value: Any) -> bool | None:
         )
     if kind in ("train", "not"):
         if isinstance(verdict, str):
-            what = "another number" if _is_number(value) else type_name(value)
+            what = "another number" if _is_number(value) else describe_type(value)
             raise DroppedRow(f"the mark '{shown(key)}' of a message is {what} (expected 0 or 1, true or false)")
         return verdict is (kind == "train")
     if kind == "either" or (kind == "leave out" and verdict is not False):

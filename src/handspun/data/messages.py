@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from handspun.config.role_map import ROLES, normalize_role
-from handspun.data.json_shapes import is_nested_deeper
+from handspun.data.json_shapes import exceeds_depth
 from handspun.data.marks import mark_kind
 from handspun.data.readers import has_lost_nulls
 from handspun.data.rows import DroppedRow
-from handspun.display import shown, type_name
+from handspun.display import describe_type, shown
 from handspun.errors import DataError
 
 CALL = "call"
@@ -66,7 +66,7 @@ def role_of(turn: Mapping[str, Any], role_map: Mapping[str, str]) -> tuple[str |
     if key is None:
         return None, "a message without a role"
     if isinstance(value, list | dict) or value != value:
-        return None, f"a role that is {type_name(value)}"
+        return None, f"a role that is {describe_type(value)}"
     # Speakers may be numbers, which a role map can name too.
     name = value if isinstance(value, str) else json.dumps(value, default=str)
     role = known_role(name, role_map)
@@ -142,7 +142,7 @@ class Cell:
         """The error for a value that is not `what`; `at` says where inside of the cell it stands."""
         place = f"{at}: " if at else ""
         remedy = "" if self.row is None else " Mend the row or remove it."
-        return self.error(f"{place}expected {what}, found {type_name(found)}.{remedy}")
+        return self.error(f"{place}expected {what}, found {describe_type(found)}.{remedy}")
 
     def error(self, message: str) -> DataError:
         return DataError(message, file=self.file, row=self.row, column=self.column)
@@ -443,7 +443,7 @@ def _loaded(value: Any) -> Any:
 
 def _kind(value: Any) -> str:
     """Return what a value is, without what is in it: for a reason that many rows share."""
-    return "a number" if isinstance(value, int | float) and not isinstance(value, bool) else type_name(value)
+    return "a number" if isinstance(value, int | float) and not isinstance(value, bool) else describe_type(value)
 
 
 def _drop(reason: str) -> NoReturn:
@@ -456,7 +456,7 @@ def _load(text: str) -> Any:
         value = json.loads(text, parse_constant=_no_constant)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    if is_nested_deeper(value):
+    if exceeds_depth(value):
         raise ValueError("nested too deeply")
     return value
 

@@ -20,7 +20,7 @@ SENTINEL = re.compile(r'(?:\ue000|\\ue000)(\\*)"(\d+)(?:\ue001|\\ue001)')
 _SCHEMA_WORDS = {"string", "number", "integer", "boolean", "object", "array", "null", "function"}
 
 
-class Slot(NamedTuple):
+class Placeholder(NamedTuple):
     """A place of hidden data in rendered text: which, and how the template escaped it there."""
 
     sentinel: str
@@ -39,7 +39,7 @@ class _Hidden(NamedTuple):
     what: str
 
 
-class Sentinels:
+class Placeholders:
     """The data of one conversation, each string behind its sentinel."""
 
     def __init__(self, markers: re.Pattern[str], any_added: re.Pattern[str]) -> None:
@@ -119,7 +119,7 @@ class Sentinels:
         start = text.index(core)
         return f'{text[:start]}{_OPEN}"{len(self.values) - 1}{_CLOSE}{text[start + len(core) :]}'
 
-    def data_of(self, slot: Slot) -> tuple[str, str]:
+    def data_of(self, slot: Placeholder) -> tuple[str, str]:
         """(text as it is rendered, whose it is: "data" or "assistant")."""
         value = self.values[slot.number]
         text = value.text
@@ -128,14 +128,14 @@ class Sentinels:
         return text, value.owner
 
 
-def cut_at_sentinels(rendered: str) -> Iterator[str | Slot]:
+def cut_at_sentinels(rendered: str) -> Iterator[str | Placeholder]:
     """Rendered text in parts: the template's text, and the places of data."""
     position = 0
     for match in SENTINEL.finditer(rendered):
         if match.start() > position:
             yield rendered[position : match.start()]
         escapes = (len(match[1]) + 1).bit_length() - 1  # 1 backslash: in JSON, 3: in JSON in JSON
-        yield Slot(match[0], int(match[2]), escapes, ascii=match[0].startswith("\\"))
+        yield Placeholder(match[0], int(match[2]), escapes, ascii=match[0].startswith("\\"))
         position = match.end()
     if position < len(rendered):
         yield rendered[position:]

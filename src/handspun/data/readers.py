@@ -20,8 +20,8 @@ from handspun.data.formats import fits_a_format, known_spellings
 from handspun.data.json_shapes import (
     MOST_LEVELS,
     Values,
+    exceeds_depth,
     is_conversation,
-    is_nested_deeper,
     remedy,
     rows_of,
     rows_of_list,
@@ -176,7 +176,7 @@ def read_file(path: Path, notes: list[str] | None = None) -> list[Values]:
     if not rows:
         raise DataError("there are no rows in it; at least one is expected.", file=file_name(path))
     for number, values in enumerate(rows, 1):
-        if is_nested_deeper(values):
+        if exceeds_depth(values):
             raise DataError(
                 f"lists and objects stand in each other more than {MOST_LEVELS} deep. Mend the row or remove it.",
                 file=file_name(path),

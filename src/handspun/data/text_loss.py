@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
-def missing_bytes(backend: Tokenizer) -> re.Pattern[bytes]:
+def unencodable_bytes_pattern(backend: Tokenizer) -> re.Pattern[bytes]:
     """Matches the bytes that a byte-level vocabulary lacks; with none lacking, or another tokenizer, nothing."""
     if not isinstance(backend.decoder, decoders.ByteLevel):
         return re.compile(b"(?!)")
@@ -30,7 +30,7 @@ CARRIAGE_RETURNS = "carriage returns (line ends of Windows or of an old Mac)"
 EXCEL_ESCAPES = "Excel's escapes (_x000D_)"
 
 
-def damage_in(texts: Iterable[str]) -> list[str]:
+def detect_mojibake(texts: Iterable[str]) -> list[str]:
     """What to tell of the texts: mojibake ("cafÃ©", "donâ€™t") by ftfy's heuristics, U+FFFD, line ends of Windows,
     byte order marks, and Excel's escapes."""
     found: dict[str, None] = {}
@@ -67,7 +67,7 @@ class TextLoss:
 
     def __init__(self, backend: Tokenizer, unk_token_id: int | None = None) -> None:
         """unk_token_id: of a tokenizer whose model does not name its unknown token (Unigram)."""
-        self._missing = missing_bytes(backend)
+        self._missing = unencodable_bytes_pattern(backend)
         self._normalizer, self._names = _changing_part(backend.normalizer)
         self._keeps_white_space = _keeps_white_space(backend)
         unknown = getattr(backend.model, "unk_token", None)

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from handspun.config.typed import short
-from handspun.data.chat_template import ChatTemplate, said_ids
+from handspun.data.chat_template import ChatTemplate, content_token_ids
 from handspun.data.conversations import DroppedRow, Message, check_writable
 from handspun.data.messages import (
     UNKNOWN_ROLE,
@@ -199,7 +199,7 @@ def said_in(
     """Of each chat prompt, the tokens that the template did not write."""
     numbered, tools = enumerate(prompts, start=1), _read_tools(tools)
     return [
-        said_ids(
+        content_token_ids(
             model.template,
             _conversation(prompt, n, system_prompt),
             tools,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from handspun.config import DataConfig
 from handspun.data.dataset import ExampleCache, example_set, fingerprint, resolve_max_length
-from handspun.data.examples import RowAccount
+from handspun.data.examples import DataReport
 from handspun.data.rows import Row, read_rows
 from handspun.decoding.results import GenerationResult
 from handspun.errors import ConfigError
@@ -56,7 +56,7 @@ class Scores:
     fingerprint: str
     max_length: int
     rows: list[RowScore]
-    account: RowAccount | None
+    account: DataReport | None
 
     @property
     def tokens(self) -> int:
@@ -97,7 +97,7 @@ def score(
     file_notes: dict[str, list[str]] = {}
     rows = read_rows(config.data, file_notes)
     max_length = resolve_max_length(config.max_length, context_length(chat.model.config))
-    account: RowAccount | None = None
+    account: DataReport | None = None
     losses: dict[RowKey, tuple[float, int]] = {}
     if not all(map(only_asks, rows)):
         cache = ExampleCache(cache_folder() / "examples")
@@ -140,7 +140,7 @@ def score(
 
 
 def _questions(
-    rows: Sequence[Row], account: RowAccount | None, config: DataConfig, chat: ChatModel | None
+    rows: Sequence[Row], account: DataReport | None, config: DataConfig, chat: ChatModel | None
 ) -> list[Question]:
     """What the rows ask that were not dropped. chat: to be asked."""
     dropped = {(note.file, note.row) for note in account.dropped} if account else set()

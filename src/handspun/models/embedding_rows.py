@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from handspun.data.examples import ExampleArrays
+from handspun.data.examples import TokenDataset
 from handspun.errors import ModelError
 from handspun.models.load import ModelSource, load_config
 
@@ -29,7 +29,7 @@ def embedding_rows_of(source: ModelSource) -> int | None:
 
 
 def check_examples(
-    examples: ExampleArrays, rows: int | None, tokenizer: PreTrainedTokenizerBase, name: str
+    examples: TokenDataset, rows: int | None, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> None:
     """Raise ModelError if the examples hold ids beyond the embedding; it names the tokens and the first row.
 

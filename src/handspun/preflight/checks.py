@@ -10,13 +10,13 @@ import numpy as np
 from handspun.config import NEXT_USER, DataConfig, TrainConfig
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.conversations import DroppedRow, Message, is_trained, to_conversation
-from handspun.data.dataset import ExampleSet
-from handspun.data.examples import RowAccount, RowNote
+from handspun.data.dataset import Dataset
+from handspun.data.examples import DataReport, RowIssue
 from handspun.data.rows import Row
 from handspun.data.text_loss import CARRIAGE_RETURNS, EXCEL_ESCAPES
 from handspun.display import shown
 from handspun.errors import ConfigError
-from handspun.preflight.duplicates import alike
+from handspun.preflight.duplicates import near_duplicate_rows
 
 _MOST_NAMED = 12
 
@@ -30,10 +30,10 @@ class Finding:
     remedy: str
     count: int = 0
     of: int = 0
-    rows: list[RowNote] = field(default_factory=list)
+    rows: list[RowIssue] = field(default_factory=list)
 
 
-def finding(what: str, remedy: str, notes: Sequence[RowNote], *, of: int) -> Iterator[Finding]:
+def finding(what: str, remedy: str, notes: Sequence[RowIssue], *, of: int) -> Iterator[Finding]:
     """The finding of these rows; nothing without any."""
     if notes:
         yield Finding(what, remedy, len(notes), of, list(notes[:_MOST_NAMED]))
@@ -78,7 +78,7 @@ def counted(one: Finding) -> str:
 
 
 @dataclass(frozen=True)
-class Said:
+class RowText:
     """What a row says. prompts: what users and tools say, and the assistant where it is context only. answers:
     what the assistant says, tool calls as JSON."""
 
@@ -93,7 +93,7 @@ class Said:
         return "\n".join([*self.prompts, *self.answers])
 
 
-def said_in(rows: Sequence[Row], account: RowAccount, config: DataConfig) -> Iterator[Said]:
+def row_texts(rows: Sequence[Row], account: DataReport, config: DataConfig) -> Iterator[RowText]:
     """That of each row which was kept."""
     dropped = {(note.file, note.row) for note in account.dropped}
     for row in rows:
@@ -108,7 +108,7 @@ def said_in(rows: Sequence[Row], account: RowAccount, config: DataConfig) -> Ite
         said = [message for message in messages if message["role"] == "assistant" and is_trained(message)]
         prompts = [m["content"] for m in messages if m["role"] in ("user", "tool") or not is_trained(m)]
         answers = [part for message in said for part in _answered(message)]
-        yield Said(row.file, row.number, prompts, answers)
+        yield RowText(row.file, row.number, prompts, answers)
 
 
 def _answered(message: Message) -> Iterator[str]:
@@ -156,7 +156,7 @@ _BEGINNING = 200
 """Characters: an answer that refuses begins with it."""
 
 
-def findings_in_answers(said: Sequence[Said]) -> Iterator[Finding]:
+def findings_in_answers(said: Sequence[RowText]) -> Iterator[Finding]:
     """Of the rows of one set."""
     yield from _those(
         said,
@@ -190,30 +190,30 @@ def findings_in_answers(said: Sequence[Said]) -> Iterator[Finding]:
     )
 
 
-def next_user(said: Said) -> str | None:
+def next_user(said: RowText) -> str | None:
     """Return the line of an answer at which decoding would cut it."""
     lines = (answer.partition(NEXT_USER)[1:] for answer in said.answers)
     return next((f"{stop.strip()}{rest}".split("\n")[0] for stop, rest in lines if stop), None)
 
 
-def placeholder_answer(said: Said) -> str | None:
+def placeholder_answer(said: RowText) -> str | None:
     """The placeholder that one of the answers is."""
     return next((answer for answer in said.answers if _is_placeholder(answer)), None)
 
 
-def placeholder_prompt(said: Said) -> str | None:
+def placeholder_prompt(said: RowText) -> str | None:
     """The placeholder that a prompt is, or that its last line is: an input that is none."""
     lasts = (prompt.rstrip().rpartition("\n")[2] for prompt in said.prompts)
     return next((last for last in lasts if _is_placeholder(last)), None)
 
 
-def unfilled_field(said: Said) -> str | None:
+def unfilled_field(said: RowText) -> str | None:
     """A field such as {{name}} in an answer that is no code."""
     fields = ((_FIELD.search(answer), answer) for answer in said.answers if "{" in answer)
     return next((field[0] for field, answer in fields if field and not _CODE.search(answer)), None)
 
 
-def refusal(said: Said) -> str | None:
+def refusal(said: RowText) -> str | None:
     """The words of one of the answers that begins with a refusal."""
     beginnings = (answer[:_BEGINNING].replace("’", "'").strip() for answer in said.answers)
     refusals = (_REFUSAL.search(beginning) for beginning in beginnings)
@@ -228,9 +228,9 @@ def _is_placeholder(text: str) -> bool:
 
 
 def _those(
-    said: Sequence[Said], found_in: Callable[[Said], str | None], what: str, remedy: str
+    said: Sequence[RowText], found_in: Callable[[RowText], str | None], what: str, remedy: str
 ) -> Iterator[Finding]:
-    notes = [RowNote(one.file, one.row, shown(found)) for one in said if (found := found_in(one)) is not None]
+    notes = [RowIssue(one.file, one.row, shown(found)) for one in said if (found := found_in(one)) is not None]
     yield from finding(what, remedy, notes, of=len(said))
 
 
@@ -246,7 +246,7 @@ class EndOfTurn:
     saved: list[str]
 
 
-def end_of_turn(template: ChatTemplate, eos_token_ids: Sequence[int], training: ExampleSet) -> EndOfTurn:
+def end_of_turn(template: ChatTemplate, eos_token_ids: Sequence[int], training: Dataset) -> EndOfTurn:
     """eos_token_ids: of the base model, from its generation_config, or its config."""
     examples = training.examples
     last = examples.input_ids[examples.starts[1:] - 1]
@@ -272,13 +272,13 @@ def template_lines(template: ChatTemplate) -> Iterator[str]:
         yield "  a user who types them begins what looks like a turn (docs/data.md, Role markers)"
 
 
-def findings_in_prompts(said: Sequence[Said], markers: Sequence[str]) -> Iterator[Finding]:
+def findings_in_prompts(said: Sequence[RowText], markers: Sequence[str]) -> Iterator[Finding]:
     """Rows in which a user or a tool writes such a marker."""
     notes = []
     for one in said:
         text = "\n".join(one.prompts)
         if found := [marker for marker in markers if marker in text]:
-            notes.append(RowNote(one.file, one.row, ", ".join(map(repr, found))))
+            notes.append(RowIssue(one.file, one.row, ", ".join(map(repr, found))))
     yield from finding(
         "rows in which a user or a tool writes a role marker of the template",
         "take it out, or use a template whose markers are added tokens: to the model it begins a turn",
@@ -287,10 +287,10 @@ def findings_in_prompts(said: Sequence[Said], markers: Sequence[str]) -> Iterato
     )
 
 
-def look_at_rows(
+def check_rows(
     config: TrainConfig,
-    training: ExampleSet,
-    held_out: ExampleSet | None,
+    training: Dataset,
+    held_out: Dataset | None,
     *,
     max_length: int,
     markers: Sequence[str] = (),
@@ -299,8 +299,8 @@ def look_at_rows(
 
     markers: role markers of the chat template that are ordinary text.
     """
-    said = list(said_in(training.rows, training.account, config))
-    held = list(said_in(held_out.rows, held_out.account, config)) if held_out else []
+    said = list(row_texts(training.rows, training.account, config))
+    held = list(row_texts(held_out.rows, held_out.account, config)) if held_out else []
     found = [*_lost(training.account, max_length), *findings_in_answers(said)]
     found += findings_in_prompts([*said, *held], markers)
     if held_out:
@@ -309,7 +309,7 @@ def look_at_rows(
     return [*found, *_repeated(said, held)]
 
 
-def _lost(account: RowAccount, max_length: int) -> Iterator[Finding]:
+def _lost(account: DataReport, max_length: int) -> Iterator[Finding]:
     for reason, notes in account.dropped_by_reason().items():
         remedy = "fill them, or delete the rows" if reason.startswith("empty") else "mend them, or delete the rows"
         yield from finding(f"rows that are dropped, {reason}", remedy, _bare(notes), of=account.rows)
@@ -328,21 +328,21 @@ def _lost(account: RowAccount, max_length: int) -> Iterator[Finding]:
         )
 
 
-def _bare(notes: Sequence[RowNote]) -> list[RowNote]:
-    return [RowNote(note.file, note.row, "") for note in notes]
+def _bare(notes: Sequence[RowIssue]) -> list[RowIssue]:
+    return [RowIssue(note.file, note.row, "") for note in notes]
 
 
-def _repeated(said: Sequence[Said], held: Sequence[Said]) -> Iterator[Finding]:
+def _repeated(said: Sequence[RowText], held: Sequence[RowText]) -> Iterator[Finding]:
     everything, known = [*said, *held], len(said)
-    found = alike([one.text for one in everything], known)
+    found = near_duplicate_rows([one.text for one in everything], known)
 
-    def notes(*, same: bool, held_out: bool) -> list[RowNote]:
+    def notes(*, same: bool, held_out: bool) -> list[RowIssue]:
         pairs = [
             (everything[one.text], everything[one.earlier])
             for one in found
             if one.same == same and (one.text >= known) == held_out
         ]
-        return [RowNote(one.file, one.row, _like(one, earlier)) for one, earlier in pairs]
+        return [RowIssue(one.file, one.row, _like(one, earlier)) for one, earlier in pairs]
 
     for same, what in ((True, "the same as an earlier one"), (False, "nearly the same as an earlier one")):
         remedy = "delete the later ones, unless they are meant to count more"
@@ -352,5 +352,5 @@ def _repeated(said: Sequence[Said], held: Sequence[Said]) -> Iterator[Finding]:
         yield from finding(f"held-out rows that are {what}", remedy, notes(same=same, held_out=True), of=len(held))
 
 
-def _like(one: Said, earlier: Said) -> str:
+def _like(one: RowText, earlier: RowText) -> str:
     return f"as row {earlier.row}" if one.file == earlier.file else f"as {earlier.file} row {earlier.row}"

@@ -45,7 +45,7 @@ def most_in_common(texts: int) -> int:
     return min(max(texts // 20, 5), 50)
 
 
-def alike(texts: Sequence[str], known: int) -> list[Alike]:
+def near_duplicate_rows(texts: Sequence[str], known: int) -> list[Alike]:
     """The texts that are like an earlier one of the first `known` texts, in their order.
 
     So with training texts, and held-out ones behind them, `known` is the number of the former.

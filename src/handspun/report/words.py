@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from handspun.config import TrainConfig, option_name
-from handspun.data.examples import RowNote
+from handspun.data.examples import RowIssue
 from handspun.display import duration
 from handspun.preflight.checks import Finding, headline, rows_named
 from handspun.report.pictures import SET_NAMES
@@ -159,7 +159,7 @@ def account(run: RunFiles) -> list[dict[str, Any]]:
 def warnings(run: RunFiles) -> list[Fact]:
     """What was odd before the first step: what and how often, the remedy, and the rows in small print."""
     found = [
-        Finding(**{**one, "rows": [RowNote(**note) for note in one["rows"]]})
+        Finding(**{**one, "rows": [RowIssue(**note) for note in one["rows"]]})
         for one in run.facts.get("preflight", {}).get("warnings", [])
     ]
     return [(headline(one), one.remedy, list(filter(None, [rows_named(one)]))) for one in found]

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from handspun.config import TrainConfig
-from handspun.data.dataset import ExampleSet
+from handspun.data.dataset import Dataset
 from handspun.data.examples import Example, lengths_of
 from handspun.data.preview import learned_runs, spread
 from handspun.data.rows import Row
@@ -83,8 +83,8 @@ _BARS = 30
 
 
 @contextmanager
-def reported(
-    chat: ChatModel, config: TrainConfig, training: ExampleSet, held_out: ExampleSet | None, log: RunLog
+def report_around(
+    chat: ChatModel, config: TrainConfig, training: Dataset, held_out: Dataset | None, log: RunLog
 ) -> Iterator[None]:
     """Around a run's loop: answers before and after it, losses of rows, and report.html, however it ended.
 
@@ -119,7 +119,7 @@ def _write_kept(folder: Path, kept: dict[str, Any]) -> None:
 
 
 def _at_the_start(
-    chat: ChatModel, config: TrainConfig, training: ExampleSet, held_out: ExampleSet | None, log: RunLog
+    chat: ChatModel, config: TrainConfig, training: Dataset, held_out: Dataset | None, log: RunLog
 ) -> dict[str, Any]:
     prompts = prompts_of(config)
     sets = {"train": training, "held_out": held_out}
@@ -141,7 +141,7 @@ def model_fingerprints(name: str, chat: ChatModel) -> dict[str, str]:
     return {f"sha256 of {name}": checksum for name, checksum in weight_checksums(source).items()}
 
 
-def length_histogram(some: ExampleSet) -> dict[str, Any]:
+def length_histogram(some: Dataset) -> dict[str, Any]:
     """Examples by length: edges of bars that grow with it, in tokens, the last one exclusive; counts; median."""
     lengths = lengths_of(some.examples)
     edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, _BARS + 1).round().astype(int))
@@ -167,7 +167,7 @@ def _answers(chat: ChatModel, config: TrainConfig, prompts: Any, log: RunLog, wh
 
 
 def _row_losses(
-    chat: ChatModel, config: TrainConfig, training: ExampleSet, held_out: ExampleSet | None, log: RunLog
+    chat: ChatModel, config: TrainConfig, training: Dataset, held_out: Dataset | None, log: RunLog
 ) -> dict[str, Any]:
     """Of each set what `losses_by_row` gives, or {"missing": why}."""
     if not config.report_rows:

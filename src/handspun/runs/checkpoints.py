@@ -28,7 +28,7 @@ from handspun.training.distributed import Processes
 from handspun.training.loop import EpochEnd, Evaluation, Event, TrainingState
 
 
-class Keeper:
+class CheckpointManager:
     """Saves what the loop's events ask for. All ranks call it alike, and the first one writes."""
 
     def __init__(
@@ -47,7 +47,7 @@ class Keeper:
         self._began = self._saved_at = clock()
         self._seconds_before = float(facts.get("seconds", 0.0))
 
-    def take_up(self, point: ResumePoint) -> None:
+    def restore(self, point: ResumePoint) -> None:
         """What the run had when the checkpoint was saved."""
         run, facts = self._run, point.facts
         if self._processes.is_first:

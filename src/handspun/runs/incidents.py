@@ -9,7 +9,7 @@ from typing import Any
 
 from handspun.config import TrainConfig
 from handspun.data.conversations import to_conversation
-from handspun.data.dataset import ExampleSet, fingerprint, read_split
+from handspun.data.dataset import Dataset, fingerprint, read_split
 from handspun.display import json_line
 from handspun.errors import DataError
 from handspun.files import output_errors
@@ -62,7 +62,7 @@ def named(batch: Sequence[tuple[str, int]]) -> str:
     return "; ".join(_rows(file, [number for _, number in rows]) for file, rows in of_file)
 
 
-def write_batch(skipped: Skipped, config: TrainConfig, training: ExampleSet) -> str:
+def write_batch(skipped: Skipped, config: TrainConfig, training: Dataset) -> str:
     """Writes the batch's rows to the output folder, and says so in a line for the log.
 
     They are read again from the data by file and number, and written as messages: what the chat template got,

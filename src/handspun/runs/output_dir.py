@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from handspun.config import TrainConfig
-from handspun.data.dataset import ExampleSet
+from handspun.data.dataset import Dataset
 from handspun.display import duration
 from handspun.errors import OutputError, StoppedError, TrainingError
 from handspun.files import exclusive, output_errors, read_json_object, readable_size
@@ -83,7 +83,7 @@ class Prepared:
 
 
 @contextmanager
-def owned(folder: Path) -> Iterator[None]:
+def lock_output_dir(folder: Path) -> Iterator[None]:
     """Hold an exclusive lock on the output folder. The system releases it if the process dies.
 
     Raises OutputError if another run has it, or there can be no such folder.
@@ -200,7 +200,7 @@ def in_place_of(replaces: list[Path], run: TrainedRun, facts: dict[str, Any], lo
         raise
 
 
-def refuse_without_room(plan: Plan, config: TrainConfig, replaces: Sequence[Path] = ()) -> None:
+def check_disk_space(plan: Plan, config: TrainConfig, replaces: Sequence[Path] = ()) -> None:
     """Raise OutputError before the first step rather than after the first epoch.
 
     replaces: what goes once a first checkpoint is saved.
@@ -226,7 +226,7 @@ def _size_of(paths: Sequence[Path]) -> int:
 
 
 @contextmanager
-def recorded(run: TrainedRun, facts: dict[str, Any], log: RunLog) -> Iterator[None]:
+def track_status(run: TrainedRun, facts: dict[str, Any], log: RunLog) -> Iterator[None]:
     """run.json says how the run ended, whatever ended it; the log, what came of it."""
     began = time.perf_counter()
     record(run, facts, "running")
@@ -264,11 +264,11 @@ def record(run: TrainedRun, facts: dict[str, Any], status: str) -> None:
     write_run(run.output_dir, {**facts, **outcome})
 
 
-def note(
+def record_incident(
     run: TrainedRun,
     incident: Incident,
     config: TrainConfig,
-    training: ExampleSet,
+    training: Dataset,
     processes: Processes,
     log: RunLog,
 ) -> None:

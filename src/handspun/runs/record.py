@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from handspun.config import TrainConfig, option_name
-from handspun.data.dataset import ExampleSet
+from handspun.data.dataset import Dataset
 from handspun.data.examples import learned_tokens_of
 from handspun.files import output_errors, write_json
 
@@ -125,9 +125,7 @@ def _typed(name: str, value: Any) -> list[str]:
 RUN_FILE = "run.json"
 
 
-def run_facts(
-    config: TrainConfig, training: ExampleSet, held_out: ExampleSet | None, max_length: int
-) -> dict[str, Any]:
+def run_facts(config: TrainConfig, training: Dataset, held_out: Dataset | None, max_length: int) -> dict[str, Any]:
     """What is known before the model is."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -151,7 +149,7 @@ def write_run(folder: Path, facts: dict[str, Any]) -> None:
         write_json(folder / RUN_FILE, facts)
 
 
-def _set_facts(examples: ExampleSet) -> dict[str, Any]:
+def _set_facts(examples: Dataset) -> dict[str, Any]:
     return {
         "sha256": examples.fingerprint,
         "examples": len(examples.examples),

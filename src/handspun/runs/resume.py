@@ -23,16 +23,16 @@ from handspun.training.checkpoint import (
 )
 from handspun.training.loop import Evaluation
 
-_OF_THE_RUNNER = {
+_IGNORED_ON_RESUME = {
     *("output_dir", "overwrite", "resume", "dry_run", "save_steps", "save_minutes", "keep_last"),
     *("sample_answers", "sample_prompts", "sample_every", "report_rows", "strict", "log_to"),
 }
 """Options that no weight depends on."""
-_OF_STEPS_TO_COME = {"on_nonfinite", "max_skipped_steps"}
+_CHANGEABLE_ON_RESUME = {"on_nonfinite", "max_skipped_steps"}
 """Options that the steps which are done did not meet: a run that stopped may go on with others."""
-_OF_THE_EXECUTION = {"threads", "max_tokens", "device", "batching", "activation_checkpointing", "shard"}
+_AFFECTS_ROUNDING = {"threads", "max_tokens", "device", "batching", "activation_checkpointing", "shard"}
 """Options that change nothing but the rounding: a change of one is said and recorded."""
-_OF_THE_PLACE = {"data", "eval_data"}
+_PATH_OPTIONS = {"data", "eval_data"}
 """Where rows lie; that they are the same is known from their content."""
 
 _DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
@@ -69,7 +69,7 @@ def resumable(output_dir: Path) -> list[Path]:
     return sorted(steps, key=lambda folder: steps[folder], reverse=True)
 
 
-def last_checkpoint(output_dir: Path, notice: Callable[[str], None]) -> ResumePoint | None:
+def find_resume_point(output_dir: Path, notice: Callable[[str], None]) -> ResumePoint | None:
     """Return the newest one whose files are as they were saved; `notice` is told of each that is not.
 
     Raises OutputError if another version of Handspun saved it.
@@ -108,7 +108,7 @@ def unfinished_run(
     facts = read_json_object(file)
     reason = record_problem(facts) if file.exists() else "is missing"
     problems: list[str] = []
-    point = last_checkpoint(output_dir, problems.append)
+    point = find_resume_point(output_dir, problems.append)
     if point is None:
         if problems:
             raise OutputError(
@@ -191,7 +191,7 @@ def refuse_another_run(
     different = [
         f"  {what}: {before} then, {now} now"
         for what, before, now in _differences(earlier, facts)
-        if what not in map(option_name, _OF_THE_EXECUTION)
+        if what not in map(option_name, _AFFECTS_ROUNDING)
         and not (what == BASE_WEIGHTS and has_saved and not facts["config"]["lora"])
     ]
     if different:
@@ -217,7 +217,7 @@ def refuse_other_options(finished: Mapping[str, Any], config: TrainConfig) -> No
     if different := [
         (what, then, is_now)
         for what, then, is_now in _option_differences(before if isinstance(before, dict) else {}, now)
-        if what not in map(option_name, _OF_THE_EXECUTION)
+        if what not in map(option_name, _AFFECTS_ROUNDING)
     ]:
         raise ConfigError(
             f"{config.output_dir} holds a finished run, and this is another one:\n"
@@ -233,7 +233,7 @@ def execution_changes(earlier: dict[str, Any], facts: dict[str, Any]) -> dict[st
     changes: dict[str, list[Any]] = {
         what: [before, now]
         for what, before, now in _differences(earlier, facts)
-        if what in map(option_name, _OF_THE_EXECUTION)
+        if what in map(option_name, _AFFECTS_ROUNDING)
     }
     for name in ("machine", "cores", "system", "python"):
         _note(changes, name, earlier["environment"].get(name), facts["environment"].get(name))
@@ -316,7 +316,10 @@ def _option_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> It
     """Yield the options that differ and matter. One that an earlier version did not have had its default then."""
     for name, value in now.items():
         then = before.get(name, _DEFAULTS.get(name))
-        if _plain(then) != _plain(value) and name not in _OF_THE_RUNNER | _OF_THE_PLACE | _OF_STEPS_TO_COME:
+        if (
+            _plain(then) != _plain(value)
+            and name not in _IGNORED_ON_RESUME | _PATH_OPTIONS | _CHANGEABLE_ON_RESUME
+        ):
             yield option_name(name), then, value
 
 

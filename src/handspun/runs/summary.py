@@ -11,7 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from handspun.config import TrainConfig
-from handspun.data.examples import Example, RowAccount, RowNote, learned_tokens_of, lengths_of, notes_by_text
+from handspun.data.examples import DataReport, Example, RowIssue, learned_tokens_of, lengths_of, notes_by_text
 from handspun.data.preview import bracketed, coloured, spread
 from handspun.display import duration, listed
 from handspun.preflight.checks import EndOfTurn, Finding, headline, refuse_findings, rows_named
@@ -23,7 +23,7 @@ _SHOWN = 12
 _MOST_REASONS = 30
 
 
-def account_lines(account: RowAccount, *, max_length: int) -> list[str]:
+def account_lines(account: DataReport, *, max_length: int) -> list[str]:
     """Kept, truncated, dropped and why, with row numbers."""
     lines = [f"{file}: {name} format" for file, name in account.formats.items()]
     lines += [f"{file}: {note}" for file, notes in account.file_notes.items() for note in notes]
@@ -47,7 +47,7 @@ def account_lines(account: RowAccount, *, max_length: int) -> list[str]:
     return lines
 
 
-def row_numbers(notes: Sequence[RowNote]) -> str:
+def row_numbers(notes: Sequence[RowIssue]) -> str:
     """`rows 3, 17 and 4 more`, with the file where there are several."""
     files = dict.fromkeys(note.file for note in notes)
     if len(files) > 1:

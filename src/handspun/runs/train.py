@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from handspun.config import TrainConfig
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.dataset import ExampleCache, ExampleSet, prepare_examples, resolve_max_length
+from handspun.data.dataset import Dataset, ExampleCache, load_splits, resolve_max_length
 from handspun.data.rendering import choose_template, with_defaults
 from handspun.data.rows import refuse_missing_data
 from handspun.errors import StoppedError
@@ -40,22 +40,22 @@ from handspun.models.load import (
     resolve_dtype,
 )
 from handspun.models.lora import add_lora
-from handspun.preflight.checks import Finding, end_of_turn, look_at_rows, template_lines
+from handspun.preflight.checks import Finding, check_rows, end_of_turn, template_lines
 from handspun.preflight.time_estimate import Forecast, operations, predicted_seconds
-from handspun.runs.artifacts import reported
-from handspun.runs.checkpoints import Keeper
+from handspun.runs.artifacts import report_around
+from handspun.runs.checkpoints import CheckpointManager
 from handspun.runs.live import LiveState
 from handspun.runs.log import RunLog, plain_console
 from handspun.runs.output_dir import (
     Prepared,
     TrainedRun,
+    check_disk_space,
     finished_earlier,
     in_place_of,
-    note,
-    owned,
+    lock_output_dir,
     prepare_output,
-    recorded,
-    refuse_without_room,
+    record_incident,
+    track_status,
 )
 from handspun.runs.record import run_facts
 from handspun.runs.replacing import pending, refuse_inputs_inside
@@ -108,7 +108,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
         console.quiet = console.quiet or not processes.is_first
         folder = Path(config.output_dir) if processes.is_first and not config.dry_run else None
         said: list[str] = []
-        with owned(folder) if folder else nullcontext():
+        with lock_output_dir(folder) if folder else nullcontext():
             prepared = prepare_output(folder, config, said.append) if folder else Prepared()
             if (finished := processes.shared(prepared.finished)) is not None:
                 return _finished(config, finished, console)
@@ -120,12 +120,12 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
 
 
 @dataclass(frozen=True)
-class _Job:
+class RunContext:
     """What the loop of a run needs, and what it leaves to."""
 
     config: TrainConfig
-    training: ExampleSet
-    held_out: ExampleSet | None
+    training: Dataset
+    held_out: Dataset | None
     run: TrainedRun
     facts: dict[str, Any]
     point: ResumePoint | None
@@ -150,7 +150,7 @@ def _train(
     tokenizer = load_tokenizer(source, log.line)
     choose_template(tokenizer, config.chat_template)
     template = ChatTemplate(tokenizer, config.template_values)
-    training, held_out = prepare_examples(
+    training, held_out = load_splits(
         config,
         template,
         max_length=max_length,
@@ -209,15 +209,15 @@ def _train(
     chat = _model_to_train(config, processes, log)
     check_examples(training.examples, embedding_rows(chat.model), chat.tokenizer, config.model)
     run = TrainedRun(Path(config.output_dir), plan, chat)
-    job = _Job(config, training, held_out, run, facts, point, processes, log, dtype)
+    job = RunContext(config, training, held_out, run, facts, point, processes, log, dtype)
     if not processes.is_first:
-        _run_loop(job)
+        train_loop(job)
         return run
-    refuse_without_room(plan, config, prepared.replaces)
+    check_disk_space(plan, config, prepared.replaces)
     facts["plan"] = asdict(plan)
-    with in_place_of(prepared.replaces, run, facts, log), reported(chat, config, training, held_out, log):
-        with recorded(run, facts, log), log.tracked(config.log_to, facts):
-            keeper = _run_loop(job)
+    with in_place_of(prepared.replaces, run, facts, log), report_around(chat, config, training, held_out, log):
+        with track_status(run, facts, log), log.tracked(config.log_to, facts):
+            keeper = train_loop(job)
         keeper.finish()
     return run
 
@@ -238,7 +238,7 @@ def _refuse_inputs_inside(replaces: Sequence[Path], config: TrainConfig, source:
     refuse_inputs_inside(models, data, replaces, "Choose another --output-dir, or move it out of there first.")
 
 
-def _run_loop(job: _Job) -> Keeper:
+def train_loop(job: RunContext) -> CheckpointManager:
     """The loop's events, turned into lines, records and checkpoints."""
     config, processes, run, point = job.config, job.processes, job.run, job.point
     assert run.model is not None
@@ -248,8 +248,8 @@ def _run_loop(job: _Job) -> Keeper:
     if point is not None and point.folder is not None:
         read_weights(model, point.folder / TRAINING_STATE)
     if processes.is_first:
-        _say_how_it_goes_on(job)
-    keeper = Keeper(run, config, processes, job.facts, job.log)
+        log_resume(job)
+    keeper = CheckpointManager(run, config, processes, job.facts, job.log)
     sampler = sampler_of(run.model, config)
     with (
         stop_requests(say=not job.log.has_terminal) as request,
@@ -275,7 +275,7 @@ def _run_loop(job: _Job) -> Keeper:
             )
             state = start(model, config)
             if point is not None:
-                keeper.take_up(point)
+                keeper.restore(point)
                 _go_on_from(point, state, run, config, processes)
             forecast = Forecast(run.plan, config.num_epochs)
             for event in training_events(loop, state):
@@ -283,7 +283,7 @@ def _run_loop(job: _Job) -> Keeper:
                 if (left := forecast.after(event)) is not None:
                     job.log.line(corrected_line(left, event.step))
                 if isinstance(event, Skipped | Spike | OutOfMemory):
-                    note(run, event, config, job.training, processes, job.log)
+                    record_incident(run, event, config, job.training, processes, job.log)
                 if sampler and processes.is_first and sampler.is_due(event, loop):
                     job.log.event(sampler.after(event))  # before a checkpoint of the step: it would not come again
                 keeper.event(event, state)
@@ -301,7 +301,7 @@ def _run_loop(job: _Job) -> Keeper:
     return keeper
 
 
-def _live_state(job: _Job, sampler: Sampler | None, request: StopRequest) -> LiveState:
+def _live_state(job: RunContext, sampler: Sampler | None, request: StopRequest) -> LiveState:
     return LiveState(
         total_steps=job.run.plan.steps,
         num_epochs=job.config.num_epochs,
@@ -323,7 +323,7 @@ def _go_on_from(
         state.max_tokens = point.facts["max_tokens"]
 
 
-def _say_how_it_goes_on(job: _Job) -> None:
+def log_resume(job: RunContext) -> None:
     """A run that is gone on with says from where, and what is not as it was."""
     if job.point is None:
         return
@@ -422,8 +422,8 @@ def _with_lora(model: PreTrainedModel, config: TrainConfig, new_token_ids: Seque
 
 def _odd_rows(
     config: TrainConfig,
-    training: ExampleSet,
-    held_out: ExampleSet | None,
+    training: Dataset,
+    held_out: Dataset | None,
     template: ChatTemplate,
     log: RunLog,
     max_length: int,
@@ -431,10 +431,10 @@ def _odd_rows(
     rows = training.account.rows + (held_out.account.rows if held_out else 0)
     if rows >= _MANY_ROWS:
         log.line(f"looking for duplicates and placeholders in {rows} rows")
-    return look_at_rows(config, training, held_out, max_length=max_length, markers=template.plain_markers)
+    return check_rows(config, training, held_out, max_length=max_length, markers=template.plain_markers)
 
 
-def _log_data(log: RunLog, training: ExampleSet, held_out: ExampleSet | None, max_length: int) -> None:
+def _log_data(log: RunLog, training: Dataset, held_out: Dataset | None, max_length: int) -> None:
     for lines in (account_lines(training.account, max_length=max_length), length_lines(training.examples)):
         for line in lines:
             log.line(line)

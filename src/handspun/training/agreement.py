@@ -18,8 +18,8 @@ from handspun import __version__
 from handspun.config import TrainConfig
 from handspun.config.ranges import option_name
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.dataset import ExampleSet
-from handspun.data.examples import ExampleArrays
+from handspun.data.dataset import Dataset
+from handspun.data.examples import TokenDataset
 from handspun.errors import ConfigError
 from handspun.training.distributed import Processes
 
@@ -54,8 +54,8 @@ def check_same_options(config: TrainConfig, processes: Processes) -> None:
 
 
 def check_same_rows(
-    training: ExampleSet,
-    held_out: ExampleSet | None,
+    training: Dataset,
+    held_out: Dataset | None,
     template: ChatTemplate,
     max_length: int,
     processes: Processes,
@@ -111,7 +111,7 @@ def _digest(text: str) -> str:
     return f"sha256 {hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
 
 
-def _digest_of(examples: ExampleArrays) -> str:
+def _digest_of(examples: TokenDataset) -> str:
     digest = hashlib.sha256()
     for array in (examples.input_ids, examples.learned, examples.starts):
         digest.update(array.tobytes())

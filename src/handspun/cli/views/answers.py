@@ -11,7 +11,7 @@ from handspun.cli.views.explain import explanation_table, search_tree
 from handspun.config import DataConfig, GenerationOptions
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.conversations import Message
-from handspun.data.dataset import ExampleCache, prepare_examples, resolve_max_length
+from handspun.data.dataset import ExampleCache, load_splits, resolve_max_length
 from handspun.data.preview import bracketed, coloured, spread
 from handspun.data.rendering import choose_template
 from handspun.data.rows import refuse_missing_data
@@ -32,7 +32,7 @@ def show_preview(config: DataConfig, model: str, console: Console, *, examples: 
     tokenizer = load_tokenizer(source)
     choose_template(tokenizer, config.chat_template)
     max_length = resolve_max_length(config.max_length, context_length(load_config(source)))
-    made, _ = prepare_examples(
+    made, _ = load_splits(
         config,
         ChatTemplate(tokenizer, config.template_values),
         max_length=max_length,
