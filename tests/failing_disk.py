@@ -29,7 +29,7 @@ from handspun.runs.log import RunLog, plain_console
 from handspun.runs.output_dir import TrainedRun
 from handspun.runs.resume import find_resume_point
 from handspun.training.checkpoint import is_checkpoint, is_checkpoint_name
-from handspun.training.distributed import Processes
+from handspun.training.distributed import Distributed
 from handspun.training.loop import EpochEnd, Evaluation, TrainingState, start
 from handspun.training.memory import make_plan
 from tiny import tiny_model, tiny_tokenizer
@@ -63,7 +63,7 @@ def keeper_of(output: Path) -> tuple[CheckpointManager, TrainingState]:
     console.file = io.StringIO()
     facts: dict[str, Any] = {"started": "now", "config": {}, "environment": {"versions": {}}, "dtype": "float32"}
     facts["data"] = {"train": {"sha256": "of the rows"}, "held_out": None}
-    return CheckpointManager(run, config, Processes(), facts, RunLog(None, console)), start(chat.model, config)
+    return CheckpointManager(run, config, Distributed(), facts, RunLog(None, console)), start(chat.model, config)
 
 
 def save(keeper: CheckpointManager, state: TrainingState, *, epoch: int) -> None:

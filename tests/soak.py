@@ -15,7 +15,7 @@ from handspun.kernels.allocator import keep_freed_memory
 from handspun.kernels.onednn import remember_few_kernels
 from handspun.models.load import ChatModel
 from handspun.training.loop import Loop, start, train
-from handspun.training.runner import execution_of
+from handspun.training.runner import select_runner
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -38,7 +38,7 @@ def training(steps: int, rng: random.Random) -> tuple[int, int]:
     rows, held_out = examples(4 * steps, rng), examples(9, rng)
     model = tiny_model("qwen2", tie_word_embeddings=True)
     early = 0
-    with execution_of(model, config, rows, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
+    with select_runner(model, config, rows, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
         loop = Loop(config=config, examples=rows, held_out=held_out, execution=execution)
         for event in train(loop, start(model, config)):
             if event.step == steps // 5:

@@ -9,9 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.models.load import ChatModel
-from handspun.training.objectives import Padded
+from handspun.training.objectives import PaddedRunner
 from handspun.training.packed import Packed, packed_attention
-from handspun.training.runner import execution_of, shares_prefix
+from handspun.training.runner import select_runner, shares_prefix
 from parity import answers_to, assert_same_as_transformers
 from tiny import tiny_tokenizer
 
@@ -60,7 +60,7 @@ def test_losses_and_gradients_are_those_of_rows_alone(execution: str) -> None:
     model = gpt2()
     expected, wanted = loss_and_gradients(model, one_at_a_time(model))
     if execution == "padded":
-        padded = Padded(model, torch.float32, pad_token_id=300)
+        padded = PaddedRunner(model, torch.float32, pad_token_id=300)
         found = padded.backward(rows(), 1)
     else:
         with packed_attention(model):
@@ -74,7 +74,7 @@ def test_losses_and_gradients_are_those_of_rows_alone(execution: str) -> None:
 
 def test_it_is_packed() -> None:
     said: list[str] = []
-    with execution_of(
+    with select_runner(
         gpt2(), TrainConfig(), rows(), dtype=torch.float32, pad_token_id=1, notice=said.append
     ) as execution:
         assert isinstance(execution, Packed)

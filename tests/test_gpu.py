@@ -18,7 +18,7 @@ from handspun.models.int8 import quantize_base
 from handspun.models.load import ChatModel
 from handspun.models.lora import add_lora
 from handspun.training.distributed import shard
-from handspun.training.objectives import Padded
+from handspun.training.objectives import PaddedRunner
 from handspun.training.packed import Packed, packed_attention
 from tiny import tiny_model, tiny_tokenizer
 
@@ -59,7 +59,7 @@ def examples(count: int) -> list[Example]:
 def step(model: PreTrainedModel, dtype: torch.dtype, batching: str) -> tuple[float, dict[str, Tensor]]:
     """The loss summed over a batch, and its gradients."""
     if batching == "padded":
-        loss = Padded(model, dtype, 0).backward(examples(6), 7)
+        loss = PaddedRunner(model, dtype, 0).backward(examples(6), 7)
     else:
         with packed_attention(model):
             loss = Packed(model, dtype, True).backward(examples(6), 7)

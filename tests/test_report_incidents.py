@@ -20,8 +20,8 @@ from handspun.errors import TrainingError
 from handspun.runs.incidents import Incident, incident_facts, incident_from, incident_line, write_batch
 from handspun.runs.train import train
 from handspun.training.checkpoint import is_checkpoint
-from handspun.training.guards import OutOfMemory, Skipped, Spike
-from handspun.training.memory import Room
+from handspun.training.guards import OutOfMemory, SkippedStep, Spike
+from handspun.training.memory import AvailableMemory
 from handspun.training.packed import Packed
 from tiny import tiny_tokenizer
 
@@ -150,7 +150,7 @@ def test_a_resumed_run_has_the_incidents_of_the_run_before(
 @pytest.mark.parametrize(
     "incident",
     [
-        Skipped(3, 9, 1, math.inf, -math.inf, [("a.csv", 2)], 1),
+        SkippedStep(3, 9, 1, math.inf, -math.inf, [("a.csv", 2)], 1),
         Spike(30, 1, 9.0, 2.0, 3.0, [("a.csv", 2)]),
         OutOfMemory(2, 1, 900, 400),
     ],
@@ -164,7 +164,7 @@ def test_rows_that_are_no_longer_those_of_the_run_are_not_written(tiny_folder: P
     examples, held_out = load_splits(config(tiny_folder, data), ChatTemplate(tiny_tokenizer()), max_length=99)
     assert held_out is None
     (data.parent / "output").mkdir()
-    skipped = Skipped(3, 9, 1, math.nan, math.nan, [(str(data), 2)], 1)
+    skipped = SkippedStep(3, 9, 1, math.nan, math.nan, [(str(data), 2)], 1)
     data.write_text(ALPACA.replace("Say 2.", "Sing 2."), encoding="utf-8")
     assert "train.csv has changed while the run went on" in write_batch(
         skipped, config(tiny_folder, data), examples
@@ -204,7 +204,7 @@ def test_a_written_batch_has_the_very_tokens_whatever_the_rows_formats_were(
     training, _ = load_splits(made, template, max_length=512, eval_ratio=0.2)
     batch = sorted({(example.file, example.row) for example in training.examples})
     (tmp_path / "output").mkdir()
-    write_batch(Skipped(1, 9, 1, math.nan, 1.0, batch, 1), made, training)
+    write_batch(SkippedStep(1, 9, 1, math.nan, 1.0, batch, 1), made, training)
     again = handspun.TrainConfig(data=str(tmp_path / "output" / "nonfinite-step-1.jsonl"), cache_examples=False)
     read, _ = load_splits(again, template, max_length=512)
     assert [e.input_ids for e in read.examples] == [e.input_ids for e in training.examples]
@@ -244,7 +244,9 @@ def test_a_run_that_met_the_end_of_memory_records_what_it_went_on_with(
 def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_read(
     tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("handspun.runs.train.room_on", lambda _: Room(10**8, "what is free in this machine"))
+    monkeypatch.setattr(
+        "handspun.runs.train.available_memory", lambda _: AvailableMemory(10**8, "what is free in this machine")
+    )
     monkeypatch.setattr("handspun.runs.train.read_model", lambda *_, **__: pytest.fail("the weights were read"))
     with pytest.raises(TrainingError, match=r"predicted to take 0\.6 GB at its peak, and 0\.1 GB are there"):
         train(config(tiny_folder, data), console=Console(file=io.StringIO()))

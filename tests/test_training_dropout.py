@@ -13,8 +13,8 @@ from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.models.lora import add_lora
 from handspun.training.loop import Evaluation, Loop, Step, TrainingState, evaluate, start, train
-from handspun.training.objectives import Padded
-from handspun.training.runner import execution_of
+from handspun.training.objectives import PaddedRunner
+from handspun.training.runner import select_runner
 from tiny import tiny_model
 
 ROWS = [Example([5, 6, 7, 8, 9, 10, 11, 12], [False] * 3 + [True] * 5, "rows.csv", 1)]
@@ -49,7 +49,7 @@ def losses_of(
         **options,
     )
     model = a_model(kind)
-    with execution_of(model, config, ROWS, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
+    with select_runner(model, config, ROWS, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
         state: TrainingState = start(model, config)
         state.step = first_step
         loop = Loop(config=config, examples=ROWS, held_out=held_out, execution=execution)
@@ -59,7 +59,7 @@ def losses_of(
 
 
 def loss_without_dropout(kind: str) -> float:
-    return Padded(a_model(kind), torch.float32, 0).loss(ROWS) / 5
+    return PaddedRunner(a_model(kind), torch.float32, 0).loss(ROWS) / 5
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
@@ -96,7 +96,7 @@ def test_the_held_out_loss_has_no_dropout_and_training_goes_on_with_it(kind: str
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluate_leaves_the_model_in_the_mode_that_it_had(training: bool) -> None:
     model = a_model("LoRA").train(training)
-    loss, tokens = evaluate(model, Padded(model, torch.float32, 0), ROWS, max_tokens=100)
+    loss, tokens = evaluate(model, PaddedRunner(model, torch.float32, 0), ROWS, max_tokens=100)
     assert (loss, tokens) == (pytest.approx(loss_without_dropout("LoRA"), rel=1e-5), 5)
     assert math.isfinite(loss)
     assert model.training is training

@@ -13,8 +13,8 @@ from handspun.errors import ModelError, TrainingError
 from handspun.models.int8 import quantize_base
 from handspun.models.lora import add_lora
 from handspun.training.batching import batches, epoch_order
-from handspun.training.distributed import Processes
-from handspun.training.memory import Room, check_room, make_plan, predicted_peak
+from handspun.training.distributed import Distributed
+from handspun.training.memory import AvailableMemory, check_fits_in_memory, make_plan, predicted_peak
 from tiny import tiny_model
 
 CONFIG = TrainConfig(dtype="float32", batch_size=8)
@@ -45,10 +45,10 @@ def peak(config: TrainConfig) -> int:
     return make_plan(shapes_of(config), rows(), config).peak_memory
 
 
-def check(config: TrainConfig, available: float, processes: Processes = Processes()) -> list[str]:  # noqa: B008
+def check(config: TrainConfig, available: float, processes: Distributed = Distributed()) -> list[str]:  # noqa: B008
     said: list[str] = []
-    room = Room(int(available), "what is free in this machine")
-    check_room(config, rows(), shapes_of, room, processes=processes, notice=said.append)
+    room = AvailableMemory(int(available), "what is free in this machine")
+    check_fits_in_memory(config, rows(), shapes_of, room, processes=processes, notice=said.append)
     return said
 
 
@@ -113,9 +113,9 @@ def test_what_this_machine_cannot_do_is_not_named() -> None:
             raise ModelError("int8 sums overflow on this CPU")
         return shapes_of(config)
 
-    room = Room(int(0.5 * peak(CONFIG)), "here")
+    room = AvailableMemory(int(0.5 * peak(CONFIG)), "here")
     with pytest.raises(TrainingError) as caught:
-        check_room(CONFIG, rows(), without_int8, room, processes=Processes(), notice=str)
+        check_fits_in_memory(CONFIG, rows(), without_int8, room, processes=Distributed(), notice=str)
     assert "int8" not in str(caught.value)
 
 
@@ -126,7 +126,7 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_gpus_prediction_was_never_measured_and_refuses_nothing() -> None:
-    assert check(CONFIG, 1000, Processes(device=torch.device("cuda")))
+    assert check(CONFIG, 1000, Distributed(device=torch.device("cuda")))
 
 
 def test_the_heaviest_batches_stand_for_all() -> None:
@@ -140,5 +140,5 @@ def test_the_heaviest_batches_stand_for_all() -> None:
 
 def test_without_a_word_from_the_system_nothing_is_refused() -> None:
     said: list[str] = []
-    check_room(CONFIG, rows(), shapes_of, None, processes=Processes(), notice=said.append)
+    check_fits_in_memory(CONFIG, rows(), shapes_of, None, processes=Distributed(), notice=said.append)
     assert said == []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from handspun.training.objectives import head_backward, head_loss
+from handspun.training.objectives import linear_cross_entropy, linear_cross_entropy_backward
 
 
 def a_head(*, bias: bool = False, frozen: bool = False) -> nn.Linear:
@@ -30,7 +30,7 @@ def test_two_equal_logits_by_hand() -> None:
     """p = (1/2, 1/2), so the loss is log 2 and d loss / d logits = (-1/2, 1/2), divided by 4."""
     head = nn.Linear(1, 2, bias=False)
     head.weight = nn.Parameter(torch.tensor([[3.0], [3.0]]))
-    loss, gradient = head_backward(head, torch.tensor([[2.0]]), torch.tensor([0]), 4)
+    loss, gradient = linear_cross_entropy_backward(head, torch.tensor([[2.0]]), torch.tensor([0]), 4)
     assert loss == pytest.approx(math.log(2))
     assert head.weight.grad is not None
     assert head.weight.grad.flatten().tolist() == pytest.approx([-0.25, 0.25])
@@ -43,10 +43,10 @@ def test_it_is_what_autograd_finds_chunk_after_chunk(bias: bool, dtype: torch.dt
     head, plain = a_head(bias=bias), Wrapped(a_head(bias=bias))
     hidden, targets = torch.randn(7, 6).to(dtype) * 5, torch.tensor([0, 10, 3, 3, 5, 1, 2])
     for rows in (slice(0, 4), slice(4, 7)):
-        loss, gradient = head_backward(head, hidden[rows], targets[rows], 9)
-        wanted_loss, wanted = head_backward(plain, hidden[rows], targets[rows], 9)
+        loss, gradient = linear_cross_entropy_backward(head, hidden[rows], targets[rows], 9)
+        wanted_loss, wanted = linear_cross_entropy_backward(plain, hidden[rows], targets[rows], 9)
         assert loss == pytest.approx(wanted_loss, rel=1e-6)
-        assert loss == pytest.approx(head_loss(head, hidden[rows], targets[rows]).item(), rel=1e-6)
+        assert loss == pytest.approx(linear_cross_entropy(head, hidden[rows], targets[rows]).item(), rel=1e-6)
         torch.testing.assert_close(gradient.to(dtype), wanted)
     for parameter, of_autograd in zip(head.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, of_autograd.grad)
@@ -56,11 +56,11 @@ def test_the_gradient_is_added_where_it_is() -> None:
     """No second array of the head's size, which a new gradient would be."""
     head = a_head()
     hidden, targets = torch.randn(3, 6), torch.tensor([1, 2, 3])
-    head_backward(head, hidden, targets, 1)
+    linear_cross_entropy_backward(head, hidden, targets, 1)
     first = head.weight.grad
     assert first is not None
     once = first.clone()
-    head_backward(head, hidden, targets, 1)
+    linear_cross_entropy_backward(head, hidden, targets, 1)
     assert head.weight.grad is first
     torch.testing.assert_close(first, 2 * once)
 
@@ -68,7 +68,10 @@ def test_the_gradient_is_added_where_it_is() -> None:
 def test_a_frozen_head_hands_the_gradient_on_and_keeps_none() -> None:
     head, frozen = a_head(bias=True), a_head(bias=True, frozen=True)
     hidden, targets = torch.randn(3, 6), torch.tensor([1, 2, 3])
-    assert torch.equal(head_backward(frozen, hidden, targets, 2)[1], head_backward(head, hidden, targets, 2)[1])
+    assert torch.equal(
+        linear_cross_entropy_backward(frozen, hidden, targets, 2)[1],
+        linear_cross_entropy_backward(head, hidden, targets, 2)[1],
+    )
     assert [parameter.grad for parameter in frozen.parameters()] == [None, None]
 
 
@@ -77,7 +80,7 @@ def test_rows_of_very_different_size_are_reduced_each_by_its_own_highest_logit()
     head = nn.Linear(1, 2, bias=False)
     head.weight = nn.Parameter(torch.tensor([[1000.0], [1000.0]]))
     hidden, targets = torch.tensor([[1.0], [0.0]]), torch.tensor([0, 1])
-    loss, gradient = head_backward(head, hidden, targets, 1)
+    loss, gradient = linear_cross_entropy_backward(head, hidden, targets, 1)
     assert loss == pytest.approx(2 * math.log(2), rel=1e-4)  # float32 near 1,000
     assert gradient.flatten().tolist() == pytest.approx([0.0, 0.0])
     assert head.weight.grad is not None
@@ -87,14 +90,16 @@ def test_rows_of_very_different_size_are_reduced_each_by_its_own_highest_logit()
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_head_of_another_kind_gives_its_loss_without_gradients_too(bias: bool) -> None:
     hidden, targets = torch.randn(7, 6), torch.tensor([0, 10, 3, 3, 5, 1, 2])
-    expected = head_loss(Wrapped(a_head(bias=bias)), hidden, targets).item()
+    expected = linear_cross_entropy(Wrapped(a_head(bias=bias)), hidden, targets).item()
     with torch.no_grad():
-        losses = [head_loss(head, hidden, targets) for head in (a_head(bias=bias), Wrapped(a_head(bias=bias)))]
+        losses = [
+            linear_cross_entropy(head, hidden, targets) for head in (a_head(bias=bias), Wrapped(a_head(bias=bias)))
+        ]
     assert [loss.item() for loss in losses] == pytest.approx([expected] * 2, rel=1e-6)
 
 
 def test_large_logits_do_not_overflow() -> None:
     head = nn.Linear(1, 3, bias=False)
     head.weight = nn.Parameter(torch.tensor([[200.0], [0.0], [-200.0]]))
-    loss, _ = head_backward(head, torch.tensor([[1.0], [1.0]]), torch.tensor([0, 2]), 1)
+    loss, _ = linear_cross_entropy_backward(head, torch.tensor([[1.0], [1.0]]), torch.tensor([0, 2]), 1)
     assert loss == pytest.approx(400.0)

@@ -15,10 +15,10 @@ from handspun.decoding.generate import generate
 from handspun.errors import TrainingError
 from handspun.models.end_of_turn import make_end_of_turn_eos
 from handspun.models.load import ChatModel
-from handspun.training.guards import OutOfMemory, Skipped, Spike
+from handspun.training.guards import OutOfMemory, SkippedStep, Spike
 from handspun.training.loop import EpochEnd, Evaluation, Event, Loop, Step, evaluate, start, train
-from handspun.training.objectives import Padded
-from handspun.training.runner import execution_of
+from handspun.training.objectives import PaddedRunner
+from handspun.training.runner import select_runner
 from tiny import tiny_model
 
 QUESTIONS = {
@@ -51,7 +51,7 @@ def run(config: TrainConfig, examples: list[Example], held_out: list[Example] | 
 def events_of(
     model: PreTrainedModel, config: TrainConfig, examples: list[Example], held_out: list[Example]
 ) -> Iterator[Event]:
-    with execution_of(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
         loop = Loop(config=config, examples=examples, held_out=held_out, execution=execution)
         yield from train(loop, start(model, config))
 
@@ -89,7 +89,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another_order() -> No
 def test_held_out_loss_is_weighted_by_tokens_whatever_the_batch() -> None:
     model, held_out = tiny_model("llama"), random_examples(9, seed=5)
     losses = [
-        evaluate(model, Padded(model, torch.float32, 0), held_out, max_tokens=max_tokens)[0]
+        evaluate(model, PaddedRunner(model, torch.float32, 0), held_out, max_tokens=max_tokens)[0]
         for max_tokens in (1, 60, 10_000)
     ]
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
@@ -198,8 +198,8 @@ def a_step(step: int) -> Step:
     return Step(step, 6, 1, 1.0, 1.0, 1.0, 1, 1, 1, 1, 0.0)
 
 
-def a_skipped(step: int, skipped: int) -> Skipped:
-    return Skipped(step, 6, 1, math.nan, math.nan, [], skipped)
+def a_skipped(step: int, skipped: int) -> SkippedStep:
+    return SkippedStep(step, 6, 1, math.nan, math.nan, [], skipped)
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -270,7 +270,7 @@ def test_a_nan_held_out_loss_is_reported_as_it_is() -> None:
     model = tiny_model("qwen2")
     with torch.no_grad():
         model.lm_head.weight[5] = math.nan
-    loss, _ = evaluate(model, Padded(model, torch.float32, 0), random_examples(2), max_tokens=100)
+    loss, _ = evaluate(model, PaddedRunner(model, torch.float32, 0), random_examples(2), max_tokens=100)
     assert math.isnan(loss)
 
 

@@ -46,7 +46,7 @@ def kept_by_autograd(model: PreTrainedModel, part: list[Example], dtype: torch.d
 def test_what_a_micro_batch_keeps(lora: bool) -> None:
     model, part = a_model(lora=lora), rows(8)
     config = TrainConfig(lora=lora, lora_rank=4, dtype="float32")
-    predicted = memory._kept(packed_tokens(part, share_prefix=True), model, config)
+    predicted = memory._activation_bytes(packed_tokens(part, share_prefix=True), model, config)
     assert predicted == pytest.approx(kept_by_autograd(model, part, torch.float32), rel=0.1)
 
 
@@ -60,7 +60,7 @@ def test_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = 4 * 30 * 330
 
     def beside_fixed(config: TrainConfig, batch: list[list[Example]]) -> int:
-        return predict_memory(model, [batch], config, packed=True, share_prefix=True) - memory._FIXED
+        return predict_memory(model, [batch], config, packed=True, share_prefix=True) - memory._BASELINE_BYTES
 
     config = TrainConfig()
     assert beside_fixed(config, [part]) == 3 * weights + tables + logits + 10_000_000

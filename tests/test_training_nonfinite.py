@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.errors import ConfigError, TrainingError
-from handspun.training.guards import Skipped
+from handspun.training.guards import SkippedStep
 from handspun.training.loop import Event, Loop, Step, TrainingState, start, train
 from handspun.training.optim import lr_at
-from handspun.training.runner import execution_of
+from handspun.training.runner import select_runner
 from tiny import tiny_model
 
 POISON = 329
@@ -43,7 +43,7 @@ def rows(poisoned: set[int], count: int = 12) -> list[Example]:
 
 def run(config: TrainConfig, examples: list[Example]) -> Iterator[tuple[Event, TrainingState]]:
     model = poisoned_model()
-    with execution_of(model, config, examples[:2], dtype=torch.float32, pad_token_id=0, notice=str) as execution:
+    with select_runner(model, config, examples[:2], dtype=torch.float32, pad_token_id=0, notice=str) as execution:
         state = start(model, config)
         for event in train(Loop(config=config, examples=examples, execution=execution), state):
             yield event, state
@@ -57,14 +57,14 @@ def values_of(state: TrainingState) -> list[Tensor]:
 def test_a_skipped_step_changes_no_weight_and_no_state_and_the_schedule_goes_on() -> None:
     examples, before, events = rows({7}), [], []
     for event, state in run(CONFIG, examples):
-        if isinstance(event, Skipped):
+        if isinstance(event, SkippedStep):
             assert all(map(torch.equal, *zip(*_without_poison(before, values_of(state)), strict=True)))
             assert all(parameter.grad is None for parameter in state.model.parameters())
         before = values_of(state)
         events.append(event)
-    made = [event for event in events if isinstance(event, Step | Skipped)]
+    made = [event for event in events if isinstance(event, Step | SkippedStep)]
     assert [event.step for event in made] == [1, 2, 3, 4, 5, 6]
-    (skipped,) = [event for event in made if isinstance(event, Skipped)]
+    (skipped,) = [event for event in made if isinstance(event, SkippedStep)]
     assert math.isnan(skipped.loss)
     assert ("a", 7) in skipped.batch
     assert len(skipped.batch) == 2
@@ -82,11 +82,11 @@ def test_at_the_limit_the_run_goes_on_and_above_it_it_ends() -> None:
     poisoned = {1, 2, 3, 4, 5, 6, 7, 8}
     one_by_one = replace(CONFIG, batch_size=1, max_skipped_steps=8)
     events = [event for event, _ in run(one_by_one, rows(poisoned))]
-    assert [event.skipped for event in events if isinstance(event, Skipped)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [event.skipped for event in events if isinstance(event, SkippedStep)] == [1, 2, 3, 4, 5, 6, 7, 8]
     seen: list[Event] = []
     with pytest.raises(TrainingError, match=r"7 steps were left out before it, and --max-skipped-steps is 7"):
         seen.extend(event for event, _ in run(replace(one_by_one, max_skipped_steps=7), rows(poisoned)))
-    assert isinstance(seen[-1], Skipped)
+    assert isinstance(seen[-1], SkippedStep)
     assert seen[-1].skipped == 8
 
 
@@ -94,7 +94,7 @@ def test_a_run_that_is_to_stop_says_what_it_stopped_at_first() -> None:
     seen: list[Event] = []
     with pytest.raises(TrainingError, match=r"its loss is nan[\s\S]*a, row 7[\s\S]*--on-nonfinite skip"):
         seen.extend(event for event, _ in run(replace(CONFIG, on_nonfinite="stop"), rows({7})))
-    assert isinstance(seen[-1], Skipped)
+    assert isinstance(seen[-1], SkippedStep)
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
@@ -107,9 +107,9 @@ def test_a_finite_loss_with_an_infinite_gradient_is_left_out_too(batching: Liter
         model.lm_head.weight.mul_(1e-25)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     config = replace(CONFIG, max_skipped_steps=100, batching=batching)
-    with execution_of(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
         events = list(train(Loop(config=config, examples=examples, execution=execution), start(model, config)))
-    skipped = [event for event in events if isinstance(event, Skipped)]
+    skipped = [event for event in events if isinstance(event, SkippedStep)]
     assert [event.skipped for event in skipped] == [1, 2, 3, 4, 5, 6]
     assert not [event for event in events if isinstance(event, Step)]
     assert all(math.isfinite(event.loss) and event.grad_norm == math.inf for event in skipped)

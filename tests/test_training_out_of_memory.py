@@ -10,10 +10,10 @@ import torch
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.errors import TrainingError
-from handspun.training.distributed import Processes
-from handspun.training.guards import OutOfMemory, half_of, is_out_of_memory
+from handspun.training.distributed import Distributed
+from handspun.training.guards import OutOfMemory, halved_max_tokens, is_out_of_memory
 from handspun.training.loop import Event, Loop, Step, start, train
-from handspun.training.runner import Execution, execution_of
+from handspun.training.runner import BatchRunner, select_runner
 from tiny import tiny_model
 
 
@@ -38,7 +38,7 @@ def random_examples(count: int) -> list[Example]:
 class Small:
     """An execution that has memory for so many tokens at once: it fails when half of the gradients are there."""
 
-    whole: Execution
+    whole: BatchRunner
     room: int
     error: BaseException
 
@@ -60,7 +60,7 @@ class Small:
 
 def run(config: TrainConfig, *, room: int | None = None, error: BaseException | None = None) -> list[Event]:
     model, examples = tiny_model("qwen2", initializer_range=0.05), random_examples(24)
-    with execution_of(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
         if room is not None:
             execution = Small(execution, room, error or no_memory())
         return list(train(Loop(config=config, examples=examples, execution=execution), start(model, config)))
@@ -105,9 +105,9 @@ def test_a_row_that_does_not_fit_by_itself_ends_the_run_with_what_takes_less() -
 def test_with_several_processes_the_run_ends() -> None:
     model, examples = tiny_model("qwen2"), random_examples(8)
     config = TrainConfig(num_epochs=1)
-    with execution_of(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
         small = Small(execution, 20, no_memory())
-        loop = Loop(config=config, examples=examples, execution=small, processes=Processes(0, 2))
+        loop = Loop(config=config, examples=examples, execution=small, processes=Distributed(0, 2))
         with pytest.raises(TrainingError, match=r"a micro-batch of \d rows .*--max-tokens \d+, "):
             list(train(loop, start(model, config)))
 
@@ -115,5 +115,5 @@ def test_with_several_processes_the_run_ends() -> None:
 def test_the_next_cut_is_always_a_smaller_one() -> None:
     """Two rows of 10 tokens under a limit of 2,048: 1,024 would leave them together."""
     two = [Example([1] * 10, [False] + [True] * 9, "a", row) for row in range(2)]
-    assert half_of(two, 2048) == 10
-    assert half_of(two, 8) == 4
+    assert halved_max_tokens(two, 2048) == 10
+    assert halved_max_tokens(two, 8) == 4

@@ -23,9 +23,9 @@ from handspun.training.batching import (
     shared_prefix,
 )
 from handspun.training.loop import Loop, Step, start, train
-from handspun.training.objectives import Padded
+from handspun.training.objectives import PaddedRunner
 from handspun.training.packed import Masks, Packed, masks_of, packed_attention, whole_mask
-from handspun.training.runner import cannot_pack, execution_of
+from handspun.training.runner import cannot_pack, select_runner
 from tiny import tiny_model
 
 SMALL = {
@@ -78,7 +78,7 @@ def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("share_prefix", [True, False])
 def test_loss_and_gradients_are_those_of_padded_rows(family: str, share_prefix: bool) -> None:
     model, batch = model_of(family), rows(6)
-    expected = Padded(model, torch.float32, 0).backward(batch, 7)
+    expected = PaddedRunner(model, torch.float32, 0).backward(batch, 7)
     wanted = gradients(model)
     with packed_attention(model):
         packed = Packed(model, torch.float32, share_prefix)
@@ -248,7 +248,7 @@ def run(config: TrainConfig, examples: list[Example], notices: list[str] | None 
         torch.manual_seed(0)
         model = add_lora(model, "tiny", rank=4, alpha=8, dropout=config.lora_dropout)
     said = notices if notices is not None else []
-    with execution_of(
+    with select_runner(
         model, config, examples, dtype=torch.float32, pad_token_id=0, notice=said.append
     ) as execution:
         loop = Loop(config=config, examples=examples, execution=execution)
@@ -335,10 +335,10 @@ def test_a_model_that_scales_its_logits_runs_padded_and_the_log_says_so() -> Non
 
     model.forward = scaled.__get__(model)
     config = TrainConfig(num_epochs=1, batch_size=8)
-    with execution_of(
+    with select_runner(
         model, config, examples, dtype=torch.float32, pad_token_id=0, notice=said.append
     ) as execution:
-        assert isinstance(execution, Padded)
+        assert isinstance(execution, PaddedRunner)
     assert said[0].startswith("batching: padded (llama gives another loss packed")
 
 
@@ -349,7 +349,7 @@ def test_noise_of_an_int8_base_is_not_taken_for_another_attention(monkeypatch: p
     quantize_base(model)
     monkeypatch.setattr(int8, "quantize_rows", coarsely_quantized)
     config = TrainConfig(num_epochs=1, lora=True, base_weights="int8")
-    with execution_of(
+    with select_runner(
         model, config, rows(8), dtype=torch.float32, pad_token_id=0, notice=said.append
     ) as execution:
         assert isinstance(execution, Packed)
@@ -379,7 +379,7 @@ def test_held_out_loss_is_computed_in_float32_whatever_the_products_of_training_
     model, batch = model_of("llama"), rows(4)
     with packed_attention(model):
         losses = [Packed(model, dtype, True).loss(batch) for dtype in (torch.float32, torch.bfloat16)]
-    padded = [Padded(model, dtype, pad_token_id=0).loss(batch) for dtype in (torch.float32, torch.bfloat16)]
+    padded = [PaddedRunner(model, dtype, pad_token_id=0).loss(batch) for dtype in (torch.float32, torch.bfloat16)]
     assert losses[0] == losses[1]
     assert padded[0] == padded[1]
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from handspun.data.examples import Example
 from handspun.training.batching import collate, pack
-from handspun.training.objectives import Padded, cross_entropy_sum, padded_loss
+from handspun.training.objectives import PaddedRunner, cross_entropy_sum, padded_loss
 from handspun.training.packed import Packed, packed_attention
 from tiny import tiny_model
 
@@ -84,7 +84,7 @@ def test_gradients_of_bfloat16_products_are_near_in_direction_and_size(batching:
             with packed_attention(model):
                 Packed(model, dtype, share_prefix=True).backward(rows(), 10)
         else:
-            Padded(model, dtype, 0).backward(rows(), 10)
+            PaddedRunner(model, dtype, 0).backward(rows(), 10)
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})
     exact, rounded = found
     for name, gradient in exact.items():

@@ -16,8 +16,8 @@ import handspun
 from handspun.data.examples import Example
 from handspun.errors import ConfigError
 from handspun.models.lora import add_lora
-from handspun.training.distributed import NOTHING, Processes, deal, processes_of_this_run
-from handspun.training.runner import Execution, execution_of
+from handspun.training.distributed import EMPTY_EXAMPLE, Distributed, partition_by_tokens, processes_of_this_run
+from handspun.training.runner import BatchRunner, select_runner
 from tiny import tiny_model
 
 ROWS = "instruction,input,output\n" + "".join(
@@ -42,15 +42,15 @@ def example(length: int, row: int) -> Example:
 
 def test_a_deal_balances_tokens_and_loses_no_row() -> None:
     rows = [example(length, row) for row, length in enumerate([9, 2, 3, 8, 5, 7])]
-    hands = deal(rows, 2)
+    hands = partition_by_tokens(rows, 2)
     assert sorted(e.row for hand in hands for e in hand) == list(range(6))
     assert [sum(map(len, hand)) for hand in hands] == [17, 17]
-    assert [len(hand) for hand in deal(rows[:1], 3)] == [1, 0, 0]
+    assert [len(hand) for hand in partition_by_tokens(rows[:1], 3)] == [1, 0, 0]
 
 
 def test_one_process_keeps_the_order() -> None:
     rows = [example(length, row) for row, length in enumerate([2, 9, 3])]
-    assert Processes().parts(rows, lambda own: [list(own)]) == [rows]
+    assert Distributed().local_micro_batches(rows, lambda own: [list(own)]) == [rows]
 
 
 def test_sharded_ranks_have_equally_many_micro_batches_some_of_them_empty() -> None:
@@ -60,9 +60,9 @@ def test_sharded_ranks_have_equally_many_micro_batches_some_of_them_empty() -> N
         return [[row] for row in own]
 
     for sharded, counts in ((False, [1, 1, 1, 0]), (True, [1, 1, 1, 1])):
-        made = [Processes(rank, 4, sharded).parts(rows, one_by_one) for rank in range(4)]
+        made = [Distributed(rank, 4, sharded).local_micro_batches(rows, one_by_one) for rank in range(4)]
         assert list(map(len, made)) == counts
-    assert made[3] == [[NOTHING]]
+    assert made[3] == [[EMPTY_EXAMPLE]]
 
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,11 +83,11 @@ def test_an_empty_micro_batch_has_a_gradient_of_zeros_for_all_that_is_trained(ba
     if lora:
         model = add_lora(model, "tiny", rank=4, alpha=8, dropout=0.0, new_token_ids=[5])
     config = handspun.TrainConfig(batching=batching, lora=lora)
-    execution: Execution
-    with execution_of(
+    execution: BatchRunner
+    with select_runner(
         model, config, [example(5, 0), example(7, 1)], dtype=torch.float32, pad_token_id=0, notice=str
     ) as execution:
-        assert execution.loss([NOTHING]) == execution.backward([NOTHING], 5) == 0
+        assert execution.loss([EMPTY_EXAMPLE]) == execution.backward([EMPTY_EXAMPLE], 5) == 0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name

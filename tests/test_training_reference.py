@@ -12,7 +12,7 @@ from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.models.lora import add_lora
 from handspun.training.loop import EpochEnd, Loop, Step, start, train
-from handspun.training.runner import execution_of
+from handspun.training.runner import select_runner
 from reference_loop import ReferenceStep, reference_loop
 from tiny import tiny_model
 
@@ -42,7 +42,7 @@ def rows() -> list[tuple[list[int], list[bool]]]:
 def product_loop(model: PreTrainedModel, config: TrainConfig) -> list[Step]:
     """Train the model in place with the product's loop."""
     examples = [Example(*row, "rows.csv", number) for number, row in enumerate(rows(), 1)]
-    with execution_of(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
         events = list(train(Loop(config=config, examples=examples, execution=execution), start(model, config)))
     assert [event.step for event in events if isinstance(event, EpochEnd)] == [3, 6]
     return [event for event in events if isinstance(event, Step)]

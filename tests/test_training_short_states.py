@@ -7,7 +7,7 @@ import torch
 
 from handspun.config import TrainConfig
 from handspun.training import optim as short_states
-from handspun.training.optim import BLOCK, ShortStatesAdamW, decode, encode, make_optimizer
+from handspun.training.optim import BLOCK, LowBitAdamW, decode, encode, make_optimizer
 from tiny import tiny_model
 
 
@@ -86,7 +86,7 @@ def test_steps_are_adamws_but_for_the_rounding(
     before = [torch.nn.Parameter(torch.randn(shape)) for shape in [(3,), (BLOCK,), (37, 41)]]
     short, plain = copy.deepcopy(before), copy.deepcopy(before)
     group = {"weight_decay": 0.1}
-    steps(ShortStatesAdamW([{"params": short, **group}], lr=0.01, states=states, seed=0), short, 30)  # type: ignore[arg-type]
+    steps(LowBitAdamW([{"params": short, **group}], lr=0.01, states=states, seed=0), short, 30)  # type: ignore[arg-type]
     steps(torch.optim.AdamW([{"params": plain, **group}], lr=0.01), plain, 30)
     for found, wanted, start in zip(short, plain, before, strict=True):
         assert (found - wanted).norm() < tolerance * (wanted - start).norm()
@@ -97,7 +97,7 @@ def test_the_first_step_is_adamws_to_the_last_digits() -> None:
     """States are rounded when they are put away, so the first update is exact."""
     torch.manual_seed(0)
     short, plain = [torch.nn.Parameter(torch.ones(300))], [torch.nn.Parameter(torch.ones(300))]
-    steps(ShortStatesAdamW([{"params": short}], lr=0.01, states="8bit", seed=0), short, 1)
+    steps(LowBitAdamW([{"params": short}], lr=0.01, states="8bit", seed=0), short, 1)
     steps(torch.optim.AdamW(plain, lr=0.01, weight_decay=0.0), plain, 1)
     torch.testing.assert_close(short[0], plain[0], rtol=1e-6, atol=1e-7)
 
@@ -107,7 +107,7 @@ def test_the_seed_decides_what_is_rounded_up_and_each_step_is_rounded_anew(state
     found = []
     for seed in (0, 0, 1):
         parameter = torch.nn.Parameter(torch.zeros(4 * BLOCK))
-        optimizer = ShortStatesAdamW([{"params": [parameter]}], lr=0.01, states=states, seed=seed)  # type: ignore[arg-type]
+        optimizer = LowBitAdamW([{"params": [parameter]}], lr=0.01, states=states, seed=seed)  # type: ignore[arg-type]
         steps(optimizer, [parameter], 5)
         found.append(parameter.detach().clone())
     assert torch.equal(found[0], found[1])
@@ -131,7 +131,7 @@ def test_make_optimizer_hands_the_runs_seed_on(states: str) -> None:
 def test_a_small_second_moment_does_not_stand_still() -> None:
     """Gradients that fall to a tenth: rounded to the nearest, exp_avg_sq would stay where it was."""
     parameter = torch.nn.Parameter(torch.zeros(BLOCK))
-    optimizer = ShortStatesAdamW([{"params": [parameter]}], lr=0.0, states="8bit", seed=0)
+    optimizer = LowBitAdamW([{"params": [parameter]}], lr=0.0, states="8bit", seed=0)
     for size in [1.0] * 100 + [0.1] * 1000:
         parameter.grad = torch.full((BLOCK,), size)
         optimizer.step()

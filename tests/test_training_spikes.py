@@ -9,7 +9,7 @@ import torch
 from handspun.config import TrainConfig
 from handspun.training.guards import WINDOW, Spike, spike_in
 from handspun.training.loop import Loop, start, train
-from handspun.training.runner import execution_of
+from handspun.training.runner import select_runner
 from tiny import tiny_model
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -94,7 +94,7 @@ def test_the_loop_names_the_rows_of_a_spike_and_a_state_carries_what_is_usual() 
 
     model, config = tiny_model("qwen2"), TrainConfig(num_epochs=1, batch_size=1)
     examples = [Example([1, 2, 3], [False, True, True], "a.csv", 7)]
-    with execution_of(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
         state = start(model, config)
         state.losses = [0.1] * WINDOW
         made = list(train(Loop(config=config, examples=examples, execution=execution), state))

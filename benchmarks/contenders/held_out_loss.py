@@ -13,7 +13,7 @@ from handspun.data.examples import build_examples
 from handspun.data.rows import Row
 from handspun.models.load import load
 from handspun.training.loop import evaluate
-from handspun.training.objectives import Padded
+from handspun.training.objectives import PaddedRunner
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
         rows = [Row("held out", number, row) for number, row in enumerate(json.load(file), start=1)]
     chat = load(folder, weights="float32", notice=_unsaid)
     examples, _ = build_examples(rows, chat.template, max_length=int(max_length))
-    execution = Padded(chat.model, torch.float32, chat.tokenizer.pad_token_id or 0)
+    execution = PaddedRunner(chat.model, torch.float32, chat.tokenizer.pad_token_id or 0)
     loss, learned_tokens = evaluate(chat.model, execution, examples, max_tokens=TrainConfig().max_tokens)
     print(json.dumps({"loss": loss, "learned_tokens": learned_tokens}))
 

@@ -12,8 +12,8 @@ from handspun.decoding.engines.base import Engine, Feed
 from handspun.decoding.engines.choose import make_engine
 from handspun.models.load import ChatModel
 from handspun.training.batching import batches
-from handspun.training.packed import CHUNK_BYTES
-from handspun.training.runner import execution_of
+from handspun.training.packed import LOGITS_CHUNK_BYTES
+from handspun.training.runner import select_runner
 
 _MAX_TOKENS = TrainConfig.max_tokens
 """Of a part of a batch that is computed at a time, as in training."""
@@ -49,7 +49,7 @@ def _by_execution(
     chat: ChatModel, examples: Sequence[Example], notice: Callable[[str], None]
 ) -> Iterator[_Compute]:
     pad_token_id = chat.tokenizer.pad_token_id
-    with execution_of(
+    with select_runner(
         chat.model,
         TrainConfig(),
         examples,
@@ -70,7 +70,7 @@ def _by_engine(
     chat: ChatModel, _examples: Sequence[Example], _notice: Callable[[str], None]
 ) -> Iterator[_Compute]:
     engine = make_engine(chat)
-    at_once = max(CHUNK_BYTES // (4 * int(chat.model.config.get_text_config().vocab_size)), 16)
+    at_once = max(LOGITS_CHUNK_BYTES // (4 * int(chat.model.config.get_text_config().vocab_size)), 16)
     yield lambda batch: ((example, _answer_loss(engine, example, at_once)) for example in batch)
 
 

@@ -26,7 +26,7 @@ from handspun.report.page import write_report
 from handspun.runs.log import RunLog
 from handspun.runs.metrics import KEPT, read_kept
 from handspun.runs.sample_answers import prompts_of, sample_answers
-from handspun.training.runner import Execution, execution_of
+from handspun.training.runner import BatchRunner, select_runner
 
 SHOWN = 10
 """Worst and best rows that are shown with their text."""
@@ -36,7 +36,7 @@ MOST_CHARACTERS = 4000
 
 
 def losses_by_row(
-    execution: Execution, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, most: int
+    execution: BatchRunner, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, most: int
 ) -> dict[str, Any]:
     """The mean loss a learned token of each row, of at most `most` rows that lie at even distances, and the ten
     worst and the ten best with their text: runs of [text, is it learned]. No row is among both. "mean" is that of
@@ -176,7 +176,7 @@ def _row_losses(
         return {"missing": "the model is in shares on several processes (--shard), and whole in none"}
     began = time.perf_counter()
     pad_token_id = chat.tokenizer.pad_token_id
-    with execution_of(
+    with select_runner(
         chat.model,
         config,
         training.examples,

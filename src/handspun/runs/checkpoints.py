@@ -17,14 +17,14 @@ from handspun.runs.replacing import drop_replaced
 from handspun.runs.resume import BEST, ResumePoint, checkpoints_in, resumable
 from handspun.training.checkpoint import (
     TRAINING_STATE,
-    Fill,
-    gather,
+    WriteFiles,
+    collect_state,
     link_checkpoint,
     remove_checkpoint,
     save_checkpoint,
     write_state,
 )
-from handspun.training.distributed import Processes
+from handspun.training.distributed import Distributed
 from handspun.training.loop import EpochEnd, Evaluation, Event, TrainingState
 
 
@@ -35,7 +35,7 @@ class CheckpointManager:
         self,
         run: TrainedRun,
         config: TrainConfig,
-        processes: Processes,
+        processes: Distributed,
         facts: dict[str, Any],
         log: RunLog,
         *,
@@ -83,7 +83,7 @@ class CheckpointManager:
         config, now = self._config, self._clock()
         minutes_over = bool(config.save_minutes) and now - self._saved_at >= 60 * config.save_minutes
         due = must or bool(config.save_steps and event.step % config.save_steps == 0)
-        due = due or bool(self._processes.of_first(minutes_over))  # clocks differ, and all must save alike
+        due = due or bool(self._processes.broadcast_scalar(minutes_over))  # clocks differ, and all must save alike
         if not due or event.step == 0 or isinstance(event, EpochEnd):
             return
         folder = self._run.output_dir / f"checkpoint-step-{event.step}"
@@ -123,10 +123,10 @@ class CheckpointManager:
             link_checkpoint(self._best, folder, facts=facts, training_state=training_state)
         self._saved(folder)
 
-    def _training_state(self, event: Event, state: TrainingState) -> Fill:
+    def _training_state(self, event: Event, state: TrainingState) -> WriteFiles:
         """What resuming after this step needs, gathered on all ranks and written by the first."""
         run = self._run
-        gathered = gather(state.model, state.optimizer, keep=self._processes.is_first)
+        gathered = collect_state(state.model, state.optimizer, keep=self._processes.is_first)
         facts = {
             "step": event.step,
             "skipped": state.skipped,
@@ -145,7 +145,7 @@ class CheckpointManager:
         """Of the run so far, those before it was resumed included."""
         return self._seconds_before + self._clock() - self._began
 
-    def _save(self, folder: Path, facts: Mapping[str, object], training_state: Fill | None = None) -> None:
+    def _save(self, folder: Path, facts: Mapping[str, object], training_state: WriteFiles | None = None) -> None:
         chat = self._run.model
         assert chat is not None
         state = self._processes.state_to_save(chat.model)

@@ -13,9 +13,9 @@ from handspun.data.dataset import Dataset, fingerprint, read_split
 from handspun.display import json_line
 from handspun.errors import DataError
 from handspun.files import output_errors
-from handspun.training.guards import OutOfMemory, Skipped, Spike
+from handspun.training.guards import OutOfMemory, SkippedStep, Spike
 
-Incident = Skipped | Spike | OutOfMemory
+Incident = SkippedStep | Spike | OutOfMemory
 
 
 def incident_facts(incident: Incident) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def incident_from(facts: dict[str, Any]) -> Incident:
     values["batch"] = [(file, row) for file, row in values["batch"]]
     if facts["event"] == "spike":
         return Spike(**values)
-    return Skipped(**{**values, "loss": float(values["loss"]), "grad_norm": float(values["grad_norm"])})
+    return SkippedStep(**{**values, "loss": float(values["loss"]), "grad_norm": float(values["grad_norm"])})
 
 
 def incident_line(incident: Incident) -> str:
@@ -62,7 +62,7 @@ def named(batch: Sequence[tuple[str, int]]) -> str:
     return "; ".join(_rows(file, [number for _, number in rows]) for file, rows in of_file)
 
 
-def write_batch(skipped: Skipped, config: TrainConfig, training: Dataset) -> str:
+def write_batch(skipped: SkippedStep, config: TrainConfig, training: Dataset) -> str:
     """Writes the batch's rows to the output folder, and says so in a line for the log.
 
     They are read again from the data by file and number, and written as messages: what the chat template got,

@@ -28,7 +28,7 @@ from handspun.runs.metrics import read_events, read_metrics
 from handspun.runs.record import current_memory
 from handspun.runs.sample_answers import Samples
 from handspun.runs.trackers import TrackedRun, tracked
-from handspun.training.guards import OutOfMemory, Skipped, Spike
+from handspun.training.guards import OutOfMemory, SkippedStep, Spike
 from handspun.training.loop import EpochEnd, Evaluation, Event, Step
 
 _LEAST_SECONDS_BETWEEN_STEPS = 1.0
@@ -178,7 +178,7 @@ class RunLog:
         elif isinstance(event, Evaluation):
             best = ", the best so far" if event.best and event.step else ""
             self.line(f"held-out loss {event.loss:.4f} over {event.learned_tokens} tokens{best}")
-        elif isinstance(event, Skipped | Spike | OutOfMemory):
+        elif isinstance(event, SkippedStep | Spike | OutOfMemory):
             self.line(incident_line(event))
         elif isinstance(event, EpochEnd):
             self._last_step_line = -_LEAST_SECONDS_BETWEEN_STEPS
@@ -231,7 +231,7 @@ def _from_facts(kind: type[_Kind], facts: dict[str, Any]) -> _Kind:
 
 
 def _facts(event: Event | Samples) -> dict[str, Any]:
-    if isinstance(event, Skipped | Spike | OutOfMemory):
+    if isinstance(event, SkippedStep | Spike | OutOfMemory):
         return incident_facts(event)
     return {"event": type(event).__name__.lower(), **asdict(event)}
 

@@ -39,8 +39,8 @@ from handspun.runs.resume import (
     refuse_other_options,
     unfinished_run,
 )
-from handspun.training.distributed import Processes
-from handspun.training.guards import Skipped
+from handspun.training.distributed import Distributed
+from handspun.training.guards import SkippedStep
 from handspun.training.loop import Evaluation
 from handspun.training.memory import Plan, disk_at_most
 
@@ -269,12 +269,12 @@ def record_incident(
     incident: Incident,
     config: TrainConfig,
     training: Dataset,
-    processes: Processes,
+    processes: Distributed,
     log: RunLog,
 ) -> None:
     """Keeps what went wrong for the record; the rows that no step could be made of, in a file."""
     run.incidents.append(incident)
-    if isinstance(incident, Skipped) and processes.is_first:
+    if isinstance(incident, SkippedStep) and processes.is_first:
         log.line(write_batch(incident, config, training))
 
 

@@ -13,7 +13,7 @@ from handspun.runs.incidents import incident_from
 from handspun.runs.record import RUN_FILE
 from handspun.training.checkpoint import (
     TRAINING_STATE,
-    damage,
+    find_corruption,
     is_checkpoint_name,
     keep_aside,
     read_facts,
@@ -75,7 +75,7 @@ def find_resume_point(output_dir: Path, notice: Callable[[str], None]) -> Resume
     Raises OutputError if another version of Handspun saved it.
     """
     for folder in resumable(output_dir):
-        problem = damage(folder) or damage(folder / TRAINING_STATE)
+        problem = find_corruption(folder) or find_corruption(folder / TRAINING_STATE)
         if problem is None:
             facts = read_facts(folder / TRAINING_STATE)
             problem = _state_problem(facts)
@@ -139,10 +139,10 @@ def make_way(output_dir: Path, point: ResumePoint, notice: Callable[[str], None]
     kept = {point.folder.name, *point.facts["checkpoints"], BEST}
     for folder in checkpoints_in(output_dir):
         step = step_of(folder)
-        if folder.name in kept or (step is not None and step <= point.step and damage(folder) is None):
+        if folder.name in kept or (step is not None and step <= point.step and find_corruption(folder) is None):
             continue
         states = [folder, folder / TRAINING_STATE] if (folder / TRAINING_STATE).exists() else [folder]
-        if unknown_files(folder) or any(map(damage, states)):
+        if unknown_files(folder) or any(map(find_corruption, states)):
             place = keep_aside(folder, "damaged")
             notice(f"{folder} is not whole, or not of this run: it is {place.name} now")
         else:
@@ -152,7 +152,7 @@ def make_way(output_dir: Path, point: ResumePoint, notice: Callable[[str], None]
 def _refuse_damaged(output_dir: Path, point: ResumePoint, notice: Callable[[str], None]) -> None:
     names = [*point.facts["checkpoints"], *([BEST] if point.facts["best_checkpoint"] else [])]
     for folder in (output_dir / name for name in names):
-        problem = damage(folder)
+        problem = find_corruption(folder)
         if not folder.exists():
             notice(f"{folder} is not there any more: the run goes on without it")
         elif problem and folder.name == BEST and _is_made_again(output_dir, point):

@@ -73,15 +73,15 @@ from handspun.runs.summary import (
 )
 from handspun.runs.trackers import refuse_missing_trackers
 from handspun.training.agreement import check_same_options, check_same_rows, check_same_weights
-from handspun.training.batching import multiple_of_tokens
+from handspun.training.batching import pad_to_multiple
 from handspun.training.checkpoint import TRAINING_STATE, read_optimizer, read_weights
-from handspun.training.distributed import Processes, processes_of_this_run
+from handspun.training.distributed import Distributed, processes_of_this_run
 from handspun.training.dtype import choose_dtype, use_threads
-from handspun.training.guards import OutOfMemory, Skipped, Spike
+from handspun.training.guards import OutOfMemory, SkippedStep, Spike
 from handspun.training.loop import Loop, TrainingState, start
 from handspun.training.loop import train as training_events
-from handspun.training.memory import check_room, make_plan, room_on
-from handspun.training.runner import execution_of
+from handspun.training.memory import available_memory, check_fits_in_memory, make_plan
+from handspun.training.runner import select_runner
 
 _MANY_ROWS = 100_000
 """To look at these takes a while in which nothing else is said."""
@@ -129,14 +129,14 @@ class RunContext:
     run: TrainedRun
     facts: dict[str, Any]
     point: ResumePoint | None
-    processes: Processes
+    processes: Distributed
     log: RunLog
     dtype: torch.dtype
 
 
 def _train(
     config: TrainConfig,
-    processes: Processes,
+    processes: Distributed,
     log: RunLog,
     prepared: Prepared,
 ) -> TrainedRun:
@@ -171,9 +171,9 @@ def _train(
         some.release_rows()  # before memory is measured
     ending = end_of_turn(template, eos_token_ids_of(load_generation_config(source), load_config(source)), training)
     new_token_ids = [] if ending.is_eos else [template.end_of_turn_id]
-    shapes_of, room = partial(shapes, source, new_token_ids=new_token_ids), room_on(processes.device)
+    shapes_of, room = partial(shapes, source, new_token_ids=new_token_ids), available_memory(processes.device)
     doubts = list[str]()
-    check_room(config, training.examples, shapes_of, room, processes=processes, notice=doubts.append)
+    check_fits_in_memory(config, training.examples, shapes_of, room, processes=processes, notice=doubts.append)
     facts = {} if config.dry_run or not processes.is_first else run_facts(config, training, held_out, max_length)
     if facts:
         facts["fingerprints"] = model_fingerprints(source, template.tokenizer)
@@ -188,7 +188,7 @@ def _train(
     point = point if processes.is_first else shared
     dtype = _product_dtype(config, processes, facts, point, log)
     shape = shapes_of(config)
-    plan = make_plan(shape, training.examples, config, multiple=multiple_of_tokens(processes.device))
+    plan = make_plan(shape, training.examples, config, multiple=pad_to_multiple(processes.device))
     if processes.is_first:
         for line in plan_lines(plan, config, max_length):
             log.line(line)
@@ -256,8 +256,8 @@ def train_loop(job: RunContext) -> CheckpointManager:
         job.log.watched(_live_state(job, sampler, request)),
         processes.losses_explained(),
     ):
-        processes.share_weights(model)
-        with execution_of(
+        processes.broadcast_weights(model)
+        with select_runner(
             model,
             config,
             job.training.examples,
@@ -282,7 +282,7 @@ def train_loop(job: RunContext) -> CheckpointManager:
                 job.log.event(event)
                 if (left := forecast.after(event)) is not None:
                     job.log.line(corrected_line(left, event.step))
-                if isinstance(event, Skipped | Spike | OutOfMemory):
+                if isinstance(event, SkippedStep | Spike | OutOfMemory):
                     record_incident(run, event, config, job.training, processes, job.log)
                 if sampler and processes.is_first and sampler.is_due(event, loop):
                     job.log.event(sampler.after(event))  # before a checkpoint of the step: it would not come again
@@ -312,7 +312,7 @@ def _live_state(job: RunContext, sampler: Sampler | None, request: StopRequest) 
 
 
 def _go_on_from(
-    point: ResumePoint, state: TrainingState, run: TrainedRun, config: TrainConfig, processes: Processes
+    point: ResumePoint, state: TrainingState, run: TrainedRun, config: TrainConfig, processes: Distributed
 ) -> None:
     folder = point.folder / TRAINING_STATE if point.folder else None
     read_optimizer(state.model, state.optimizer, folder, processes.device)
@@ -337,7 +337,7 @@ def log_resume(job: RunContext) -> None:
 
 
 def _product_dtype(
-    config: TrainConfig, processes: Processes, facts: dict[str, Any], point: ResumePoint | None, log: RunLog
+    config: TrainConfig, processes: Distributed, facts: dict[str, Any], point: ResumePoint | None, log: RunLog
 ) -> torch.dtype:
     """The type of the matrix products, asked for, measured, or that of the run so far; the same on all ranks."""
     device = processes.device
@@ -347,7 +347,7 @@ def _product_dtype(
         dtype, reason = torch.float32, "beside the int8 layers"
     elif config.dtype == "auto":
         dtype, reason = choose_dtype(device)
-        dtype = torch.bfloat16 if processes.of_first(dtype == torch.bfloat16) else torch.float32
+        dtype = torch.bfloat16 if processes.broadcast_scalar(dtype == torch.bfloat16) else torch.float32
     else:
         dtype, reason = resolve_dtype(config.dtype, device), "asked for"
     name = str(dtype).removeprefix("torch.")
@@ -375,7 +375,7 @@ def shapes(source: ModelSource, config: TrainConfig, *, new_token_ids: Sequence[
     return model
 
 
-def _model_to_train(config: TrainConfig, processes: Processes, log: RunLog) -> ChatModel:
+def _model_to_train(config: TrainConfig, processes: Distributed, log: RunLog) -> ChatModel:
     """The model in float32, with an end of turn that it can learn, and with adapters where they are asked for. One
     that will be cut over the ranks is moved to their devices in shares."""
     device = "cpu" if processes.sharded else str(processes.device)

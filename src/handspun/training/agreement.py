@@ -21,7 +21,7 @@ from handspun.data.chat_template import ChatTemplate
 from handspun.data.dataset import Dataset
 from handspun.data.examples import TokenDataset
 from handspun.errors import ConfigError
-from handspun.training.distributed import Processes
+from handspun.training.distributed import Distributed
 
 _MAY_DIFFER = {"data", "eval_data", "model", "chat_template", "output_dir", "threads", "cache_examples"}
 """Options with a place or a number of this machine; what stands at the places is compared itself."""
@@ -43,7 +43,7 @@ _SWITCHES = (
 """Environment variables that change what is computed."""
 
 
-def check_same_options(config: TrainConfig, processes: Processes) -> None:
+def check_same_options(config: TrainConfig, processes: Distributed) -> None:
     """Raise ConfigError on all ranks if one has other options, versions or switches of the environment."""
     options = {option_name(name): value for name, value in asdict(config).items() if name not in _MAY_DIFFER}
     facts = {name: "nothing" if value is None else str(value) for name, value in options.items()}
@@ -58,7 +58,7 @@ def check_same_rows(
     held_out: Dataset | None,
     template: ChatTemplate,
     max_length: int,
-    processes: Processes,
+    processes: Distributed,
 ) -> None:
     """Raise ConfigError on all ranks if one has other rows, template, tokenizer or tokens."""
     facts = {"the longest example (--max-length)": str(max_length)}
@@ -71,7 +71,7 @@ def check_same_rows(
     _check_same(facts, processes, "Give all ranks the same files of data and the same model.")
 
 
-def check_same_weights(model: PreTrainedModel, processes: Processes) -> None:
+def check_same_weights(model: PreTrainedModel, processes: Distributed) -> None:
     """Raise ConfigError on all ranks if one has loaded other weights."""
     digest = hashlib.sha256()
     if processes.count > 1:
@@ -81,7 +81,7 @@ def check_same_weights(model: PreTrainedModel, processes: Processes) -> None:
     _check_same(facts, processes, "Give all ranks the same model.")
 
 
-def _check_same(facts: Mapping[str, str], processes: Processes, remedy: str) -> None:
+def _check_same(facts: Mapping[str, str], processes: Distributed, remedy: str) -> None:
     first, *others = processes.gathered(dict(facts))
     problems = list(_differences(first, dict(enumerate(others, 1))))
     if problems:

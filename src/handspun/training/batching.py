@@ -120,7 +120,7 @@ def shared_prefix(examples: Sequence[Example]) -> int:
     return min(common, *(example.learned.index(True) - 1 for example in examples))
 
 
-def multiple_of_tokens(device: torch.device) -> int:
+def pad_to_multiple(device: torch.device) -> int:
     """Packed micro-batches have a multiple of so many tokens there."""
     return GPU_TOKENS if device.type == "cuda" else 1
 

@@ -40,7 +40,7 @@ _WEIGHTS, _OPTIMIZER, _FACTS = "weights.safetensors", "optimizer.safetensors", "
 _MODEL = "model.safetensors"
 
 
-def gather(
+def collect_state(
     model: PreTrainedModel, optimizer: torch.optim.Optimizer, *, keep: bool
 ) -> dict[str, dict[str, Tensor]]:
     """The files' tensors, whole and on the CPU. If the model is cut over the ranks, all must ask for them. Empty
@@ -165,7 +165,7 @@ _CHECKSUM = re.compile(r"[0-9a-f]{64}")
 _SMALL = 16 * 2**20
 """Bytes up to which a file that somebody may have edited is read again, whatever its times say."""
 
-Fill = Callable[[Path], None]
+WriteFiles = Callable[[Path], None]
 """Writes files into a folder; the folder's manifest is not its business."""
 
 
@@ -178,8 +178,8 @@ def save_checkpoint(
     facts: Mapping[str, object],
     card: str | None = None,
     state: dict[str, Tensor] | None = None,
-    training_state: Fill | None = None,
-    more: Fill | None = None,
+    training_state: WriteFiles | None = None,
+    more: WriteFiles | None = None,
 ) -> None:
     """The model as `folder`, replacing an earlier one there; `facts` (step, loss) go into its manifest.
 
@@ -190,7 +190,7 @@ def save_checkpoint(
 
     Raises OutputError if it cannot be written; `folder` is then as it was.
     """
-    with _whole(folder) as partial:
+    with _atomic_dir(folder) as partial:
         save_model(model, tokenizer, partial, dtype=dtype, state=state)
         if card is not None:
             (partial / "README.md").write_text(card, encoding="utf-8")
@@ -202,10 +202,10 @@ def save_checkpoint(
 
 
 def link_checkpoint(
-    source: Path, folder: Path, *, facts: Mapping[str, object], training_state: Fill | None = None
+    source: Path, folder: Path, *, facts: Mapping[str, object], training_state: WriteFiles | None = None
 ) -> None:
     """The checkpoint `source` under a second name, without a second copy where the disk can link files."""
-    with _whole(folder) as partial:
+    with _atomic_dir(folder) as partial:
         manifest = read_manifest(source)
         assert manifest is not None
         for name in (*manifest["files"], MANIFEST):  # and nothing that somebody has put beside them
@@ -280,7 +280,7 @@ def edited_files(folder: Path) -> list[Path]:
     return edited
 
 
-def damage(folder: Path) -> str | None:
+def find_corruption(folder: Path) -> str | None:
     """What is wrong with a folder, in words; None if all files of its manifest are as they were saved."""
     manifest = read_manifest(folder)
     if manifest is None:
@@ -296,11 +296,11 @@ def damage(folder: Path) -> str | None:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether the folder's files are all there and are those of its manifest."""
-    return damage(folder) is None
+    return find_corruption(folder) is None
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
+def _atomic_dir(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that gets the name `folder`, all at once, when the block has filled it.
 
     If somebody has put files into the folder that has the name now, it is kept under another one.
@@ -340,7 +340,7 @@ def write_manifest(folder: Path, facts: Mapping[str, object]) -> None:
     sync(manifest)
 
 
-def _add_training_state(partial: Path, fill: Fill, facts: Mapping[str, object]) -> None:
+def _add_training_state(partial: Path, fill: WriteFiles, facts: Mapping[str, object]) -> None:
     (partial / TRAINING_STATE).mkdir()
     fill(partial / TRAINING_STATE)
     write_manifest(partial / TRAINING_STATE, facts)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from handspun.data.examples import Example
 from handspun.display import say
 from handspun.errors import ConfigError, HandspunError, StoppedError, TrainingError
-from handspun.training.objectives import Run, directly
+from handspun.training.objectives import CallInForward, call_directly
 
 _Result = TypeVar("_Result")
 
@@ -260,7 +260,7 @@ def local_processes(rank: int) -> dict[int, int]:
 _BUCKET = 2**24
 """Gradient values that travel together."""
 
-NOTHING = Example([0], [False], "", 0)
+EMPTY_EXAMPLE = Example([0], [False], "", 0)
 """What a rank computes on that has no rows left: a token, of which nothing is learned."""
 
 _Value = TypeVar("_Value")
@@ -270,7 +270,7 @@ Cut = Callable[[Sequence[Example]], Iterable[list[Example]]]
 
 
 @dataclass(frozen=True)
-class Processes:
+class Distributed:
     """This process's rank among `count`; one process alone needs no group."""
 
     rank: int = 0
@@ -284,7 +284,7 @@ class Processes:
         """The one that logs and saves."""
         return self.rank == 0
 
-    def parts(self, rows: Sequence[Example], cut: Cut) -> list[list[Example]]:
+    def local_micro_batches(self, rows: Sequence[Example], cut: Cut) -> list[list[Example]]:
         """This rank's micro-batches of the rows; the same deal is made on every rank.
 
         Sharded, all ranks have the same number of them, since each takes part in putting the layers together:
@@ -292,10 +292,10 @@ class Processes:
         """
         if self.count == 1:
             return list(cut(rows))
-        hands = [list(cut(hand)) for hand in deal(rows, self.count)]
+        hands = [list(cut(hand)) for hand in partition_by_tokens(rows, self.count)]
         most = max(map(len, hands)) if self.sharded else 0
         own = hands[self.rank]
-        return own + [[NOTHING]] * (most - len(own))
+        return own + [[EMPTY_EXAMPLE]] * (most - len(own))
 
     def sum(self, value: float) -> float:
         """The sum of a number over all ranks, the same on all of them."""
@@ -305,9 +305,9 @@ class Processes:
         """The largest of the ranks' numbers, the same on all of them."""
         return self._agreed(value, dist.ReduceOp.MAX)
 
-    def run_on(self, model: PreTrainedModel) -> Run:
+    def run_on(self, model: PreTrainedModel) -> CallInForward:
         """How computations on the model are made; cuts it over the ranks, if it is to be sharded."""
-        return shard(model, self.device) if self.sharded else directly
+        return shard(model, self.device) if self.sharded else call_directly
 
     def state_to_save(self, model: PreTrainedModel) -> dict[str, Tensor] | None:
         """A sharded model's state, put together on the first rank; all ranks must ask for it. None: the model has
@@ -331,7 +331,7 @@ class Processes:
                 gradient.copy_(together[start : start + gradient.numel()].view_as(gradient))
                 start += gradient.numel()
 
-    def share_weights(self, model: PreTrainedModel) -> None:
+    def broadcast_weights(self, model: PreTrainedModel) -> None:
         """Rank 0's weights on all ranks."""
         if self.count > 1:
             for tensor in model.state_dict().values():
@@ -341,11 +341,11 @@ class Processes:
         """Inside of the block, the death of another rank is a TrainingError that names it."""
         return self.watch.explained() if self.watch else nullcontext()
 
-    def of_first(self, value: float) -> float:
+    def broadcast_scalar(self, value: float) -> float:
         """The first rank's number."""
         return self.sum(value if self.is_first else 0.0)
 
-    def shared(self, value: _Value) -> _Value:
+    def broadcast_object(self, value: _Value) -> _Value:
         """The first rank's value, on all ranks."""
         if self.count == 1:
             return value
@@ -370,7 +370,7 @@ class Processes:
 
 
 @contextmanager
-def processes_of_this_run(device: torch.device, *, sharded: bool = False) -> Iterator[Processes]:
+def processes_of_this_run(device: torch.device, *, sharded: bool = False) -> Iterator[Distributed]:
     """The group that torchrun started this process in, or a process alone. One that is there is used, and left.
 
     Raises ConfigError if a process alone is to be sharded.
@@ -382,7 +382,7 @@ def processes_of_this_run(device: torch.device, *, sharded: bool = False) -> Ite
                 "--shard cuts the model over several processes, and this is one alone. Start it as `torchrun "
                 "--standalone --nproc-per-node 2 -m handspun train ... --shard`, or leave --shard out."
             )
-        yield Processes(device=device)
+        yield Distributed(device=device)
         return
     if device.type == "cuda":
         device = _gpu_of_this_process()
@@ -393,7 +393,7 @@ def processes_of_this_run(device: torch.device, *, sharded: bool = False) -> Ite
     watch = Watch(local_processes(rank), Board(rank))
     try:
         with watch.termination_explained(), watch.explained(), watch.errors_told():
-            yield Processes(rank, count, sharded, device, watch)
+            yield Distributed(rank, count, sharded, device, watch)
     finally:
         if is_ours:
             dist.destroy_process_group()
@@ -413,7 +413,7 @@ def _gpu_of_this_process() -> torch.device:
     return device
 
 
-def deal(rows: Sequence[Example], count: int) -> list[list[Example]]:
+def partition_by_tokens(rows: Sequence[Example], count: int) -> list[list[Example]]:
     """The rows in `count` hands of nearly equal tokens: the longest first, each to the hand with the fewest."""
     hands: list[list[Example]] = [[] for _ in range(count)]
     tokens = [0] * count

@@ -14,7 +14,7 @@ from handspun.kernels.allocator import give_back_freed_memory
 
 
 @dataclass(frozen=True)
-class Skipped:
+class SkippedStep:
     """A step that was not made: its loss, or the norm of its gradient, is not finite. The weights and the
     optimiser's states are as they were before it. batch: file and number of each of its rows. skipped: how many
     steps of the run were left out so far, this one too."""
@@ -28,7 +28,7 @@ class Skipped:
     skipped: int
 
 
-def rows_of(batch: Sequence[Example]) -> list[tuple[str, int]]:
+def row_ids(batch: Sequence[Example]) -> list[tuple[str, int]]:
     """File and number of each row that the examples come from, once."""
     return list(dict.fromkeys((example.file, example.row) for example in batch))
 
@@ -38,14 +38,14 @@ def is_finite(loss: float, grad_norm: float) -> bool:
     return math.isfinite(loss) and math.isfinite(grad_norm)
 
 
-def ends_run(skipped: Skipped, config: TrainConfig) -> bool:
+def is_fatal(skipped: SkippedStep, config: TrainConfig) -> bool:
     """Whether the run is to end at such a step, or has left out as many as it may."""
     return config.on_nonfinite == "stop" or skipped.skipped > config.max_skipped_steps
 
 
-def refuse_to_go_on(skipped: Skipped, config: TrainConfig) -> None:
+def raise_if_fatal(skipped: SkippedStep, config: TrainConfig) -> None:
     """Raises TrainingError if the step ends the run."""
-    if not ends_run(skipped, config):
+    if not is_fatal(skipped, config):
         return
     rows = "\n".join(f"  {file}, row {row}" for file, row in skipped.batch)
     if config.on_nonfinite == "stop":
@@ -121,7 +121,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def unless_out_of_memory(compute: Callable[..., float], *arguments: object) -> float | None:
+def none_on_oom(compute: Callable[..., float], *arguments: object) -> float | None:
     """What `compute` gives; None if memory did not suffice, and what it held is given back to the system, so that
     smaller pieces find room."""
     try:
@@ -135,12 +135,12 @@ def unless_out_of_memory(compute: Callable[..., float], *arguments: object) -> f
     return None
 
 
-def half_of(part: Sequence[Example], max_tokens: int) -> int:
+def halved_max_tokens(part: Sequence[Example], max_tokens: int) -> int:
     """A `max_tokens` that cuts `part`, which has two rows or more: half of its tokens or of the old one."""
     return max(min(max_tokens, sum(len(example) for example in part)) // 2, 1)
 
 
-def refuse_to_cut(part: Sequence[Example], step: int, config: TrainConfig, *, processes: int) -> None:
+def raise_if_unsplittable(part: Sequence[Example], step: int, config: TrainConfig, *, processes: int) -> None:
     """Raises TrainingError if the micro-batch that did not fit is one row, or the run one of several processes:
     the others wait for this one's gradient, and cannot know that it starts the step anew."""
     tokens = sum(len(example) for example in part)
@@ -148,7 +148,7 @@ def refuse_to_cut(part: Sequence[Example], step: int, config: TrainConfig, *, pr
         return
     if len(part) > 1:
         what = f"a micro-batch of {len(part)} rows with {tokens} tokens"
-        remedies = [f"--max-tokens {half_of(part, config.max_tokens)}"]
+        remedies = [f"--max-tokens {halved_max_tokens(part, config.max_tokens)}"]
     else:
         what = f"{part[0].file}, row {part[0].row}, {tokens} tokens, by itself"
         remedies = [f"--max-length {tokens // 2} (longer rows are truncated)"]

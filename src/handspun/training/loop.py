@@ -11,32 +11,32 @@ from transformers import PreTrainedModel
 from handspun.config import TrainConfig
 from handspun.data.examples import Example, learned_tokens_of
 from handspun.training.batching import batches, epoch_order
-from handspun.training.distributed import Processes
+from handspun.training.distributed import Distributed
 from handspun.training.guards import (
     WINDOW,
     OutOfMemory,
-    Skipped,
+    SkippedStep,
     Spike,
-    ends_run,
-    half_of,
+    halved_max_tokens,
+    is_fatal,
     is_finite,
-    refuse_to_cut,
-    refuse_to_go_on,
-    rows_of,
+    none_on_oom,
+    raise_if_fatal,
+    raise_if_unsplittable,
+    row_ids,
     spike_in,
-    unless_out_of_memory,
 )
 from handspun.training.optim import clip_gradients, lr_at, make_optimizer
-from handspun.training.runner import Execution
+from handspun.training.runner import BatchRunner
 
 
 def evaluate(
     model: PreTrainedModel,
-    execution: Execution,
+    execution: BatchRunner,
     examples: Sequence[Example],
     *,
     max_tokens: int,
-    processes: Processes = Processes(),  # noqa: B008  (frozen)
+    processes: Distributed = Distributed(),  # noqa: B008  (frozen)
 ) -> tuple[float, int]:
     """(mean loss a learned token, number of learned tokens), with dropout off. A NaN stays a NaN."""
     was_training = model.training
@@ -85,7 +85,7 @@ class EpochEnd:
     epoch: int
 
 
-Event = Step | Skipped | Spike | OutOfMemory | Evaluation | EpochEnd
+Event = Step | SkippedStep | Spike | OutOfMemory | Evaluation | EpochEnd
 
 
 @dataclass
@@ -109,8 +109,8 @@ class Loop:
     config: TrainConfig
     examples: Sequence[Example]
     held_out: Sequence[Example] = ()
-    execution: Execution
-    processes: Processes = field(default_factory=Processes)
+    execution: BatchRunner
+    processes: Distributed = field(default_factory=Distributed)
     clock: Callable[[], float] = field(default=time.perf_counter)
 
     @property
@@ -131,7 +131,9 @@ class Loop:
     def ends_step(self, event: Event) -> bool:
         """Whether nothing more comes of the event's step: the run can be resumed from here. Not from a step that
         was left out and ends the run: it would be passed over."""
-        if isinstance(event, Spike | OutOfMemory) or (isinstance(event, Skipped) and ends_run(event, self.config)):
+        if isinstance(event, Spike | OutOfMemory) or (
+            isinstance(event, SkippedStep) and is_fatal(event, self.config)
+        ):
             return False
         if event.step % self.steps_per_epoch == 0:
             return isinstance(event, EpochEnd)
@@ -179,7 +181,7 @@ def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch
     loss, computed_tokens = made
     grad_norm = clip_gradients(state.model, loop.config.max_grad_norm or math.inf)
     learning_rate = lr_at(state.step, loop.total_steps, loop.config)
-    made_of, finite = rows_of(batch), is_finite(loss, grad_norm)
+    made_of, finite = row_ids(batch), is_finite(loss, grad_norm)
     if finite:
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -188,9 +190,9 @@ def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch
     state.step += 1
     if not finite:
         state.skipped += 1
-        left_out = Skipped(state.step, loop.total_steps, epoch, loss, grad_norm, made_of, state.skipped)
+        left_out = SkippedStep(state.step, loop.total_steps, epoch, loss, grad_norm, made_of, state.skipped)
         yield left_out
-        refuse_to_go_on(left_out, loop.config)
+        raise_if_fatal(left_out, loop.config)
         return
     spike = spike_in(state.losses, loss, step=state.step, epoch=epoch, batch=made_of)
     state.losses = [*state.losses, loss][-WINDOW:]
@@ -214,11 +216,11 @@ def _gradients(
     learned_tokens = learned_tokens_of(batch)
     loss, computed_tokens = 0.0, 0
     for part in loop.processes.parts(batch, lambda rows: loop.execution.cut(rows, state.max_tokens)):
-        loss_sum = unless_out_of_memory(loop.execution.backward, part, learned_tokens)
+        loss_sum = none_on_oom(loop.execution.backward, part, learned_tokens)
         if loss_sum is None:
             state.optimizer.zero_grad(set_to_none=True)
-            refuse_to_cut(part, state.step + 1, loop.config, processes=loop.processes.count)
-            state.max_tokens = half_of(part, state.max_tokens)
+            raise_if_unsplittable(part, state.step + 1, loop.config, processes=loop.processes.count)
+            state.max_tokens = halved_max_tokens(part, state.max_tokens)
             return OutOfMemory(state.step + 1, epoch, loop.execution.computed_tokens(part), state.max_tokens)
         loss += loss_sum / learned_tokens
         computed_tokens += loop.execution.computed_tokens(part)

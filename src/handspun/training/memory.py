@@ -17,30 +17,30 @@ from handspun.errors import HandspunError, TrainingError
 from handspun.models.int8 import Int8Linear
 from handspun.models.load import resolve_device
 from handspun.training.batching import batches, epoch_order, micro_batches, packed_micro_batches, packed_tokens
-from handspun.training.distributed import Processes
+from handspun.training.distributed import Distributed
 from handspun.training.objectives import padded_tokens
 from handspun.training.optim import BLOCK
-from handspun.training.packed import CHUNK_BYTES
+from handspun.training.packed import LOGITS_CHUNK_BYTES
 from handspun.training.runner import cannot_pack, shares_prefix
 
 
 @dataclass(frozen=True)
-class Room:
+class AvailableMemory:
     """Bytes that this process can hold in all, with what it holds already, and what sets the bound."""
 
     available: int
     bound: str
 
 
-def room_on(device: torch.device) -> Room | None:
+def available_memory(device: torch.device) -> AvailableMemory | None:
     """The memory of the GPU that the device is, or of this machine."""
     if device.type != "cuda":
         return room_here() if device.type == "cpu" else None
     free, _ = torch.cuda.mem_get_info(device)
-    return Room(free + torch.cuda.memory_reserved(device), f"what is free on {device}")
+    return AvailableMemory(free + torch.cuda.memory_reserved(device), f"what is free on {device}")
 
 
-def room_here(*, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> Room | None:
+def room_here(*, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> AvailableMemory | None:
     """What is free in this machine and under the limits of this process's control groups (versions 1 and 2), its
     own and those above it, whichever is least; None where the system does not say it.
 
@@ -51,11 +51,13 @@ def room_here(*, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgrou
     if "MemAvailable" not in meminfo:
         return None
     own = _numbers(proc / "self" / "status").get("RssAnon", 0) * 1024
-    free = [Room(meminfo["MemAvailable"] * 1024 + own, "what is free in this machine")]
+    free = [AvailableMemory(meminfo["MemAvailable"] * 1024 + own, "what is free in this machine")]
     for folder in _groups_of_this_process(proc, cgroups):
         if (left := _left_in(folder)) is not None:
             limit, unused = left
-            free.append(Room(unused + own, f"the limit of {limit / 1e9:.1f} GB of the control group {folder}"))
+            free.append(
+                AvailableMemory(unused + own, f"the limit of {limit / 1e9:.1f} GB of the control group {folder}")
+            )
     return min(free, key=lambda room: room.available)
 
 
@@ -107,10 +109,10 @@ def _numbers(path: Path) -> dict[str, int]:
 
 
 _FLOAT = 4
-_HOLES = 1.25
+_FRAGMENTATION = 1.25
 """What a micro-batch takes of the heap, over what it keeps there: batches of different lengths leave holes (600
 and 960 tokens by turns: 1.1 at first, 1.35 in the end)."""
-_FIXED = 570 * 10**6
+_BASELINE_BYTES = 570 * 10**6
 """Python, PyTorch, transformers and a tokenizer, measured."""
 _STATES = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2 + 4 / BLOCK}
 """Bytes of AdamW's states, a trained weight."""
@@ -138,11 +140,11 @@ def predict_memory(
     for batch in batches:
         for before, part in enumerate(batch):
             tokens = packed_tokens(part, share_prefix=share_prefix) if packed else padded_tokens(part)
-            kept = _HOLES * _kept(tokens, model, config) + _logits(part, model, packed)
+            kept = _FRAGMENTATION * _activation_bytes(tokens, model, config) + _logits(part, model, packed)
             forward = max(forward, kept + (gradients if before else first))
     if resolve_device(config.device).type == "cuda":  # what Python holds, and what is read, is not on it
         return int(held + max(forward, gradients))
-    return int(_FIXED + max(_loading(model), held + max(forward, gradients)))
+    return int(_BASELINE_BYTES + max(_loading(model), held + max(forward, gradients)))
 
 
 def weights_of(model: PreTrainedModel) -> list[Tensor]:
@@ -164,7 +166,7 @@ def _loading(model: PreTrainedModel) -> int:
     return sum(weight.numel() for weight in weights_of(model)) * (_FLOAT + 2)
 
 
-def _kept(tokens: int, model: PreTrainedModel, config: TrainConfig) -> int:
+def _activation_bytes(tokens: int, model: PreTrainedModel, config: TrainConfig) -> int:
     """Bytes that a micro-batch of so many tokens keeps for its backward pass, without logits. `--dtype auto` is
     taken for the larger."""
     dtype = "float32" if config.base_weights == "int8" and config.dtype == "auto" else config.dtype
@@ -204,7 +206,7 @@ def _logits(part: Sequence[Example], model: PreTrainedModel, packed: bool) -> in
     vocabulary = model.config.get_text_config().vocab_size
     learned_tokens = sum(example.learned_tokens for example in part)
     if packed:
-        return int(min(_FLOAT * learned_tokens * vocabulary, CHUNK_BYTES))
+        return int(min(_FLOAT * learned_tokens * vocabulary, LOGITS_CHUNK_BYTES))
     positions = {i for example in part for i, is_learned in enumerate(example.learned) if is_learned}
     return int(_FLOAT * (2 * len(part) * len(positions) + 3 * learned_tokens) * vocabulary)
 
@@ -322,13 +324,13 @@ Shapes = Callable[[TrainConfig], PreTrainedModel]
 """The model that a config trains, on the meta device."""
 
 
-def check_room(
+def check_fits_in_memory(
     config: TrainConfig,
     examples: Sequence[Example],
     shapes_of: Shapes,
-    room: Room | None,
+    room: AvailableMemory | None,
     *,
-    processes: Processes,
+    processes: Distributed,
     notice: Callable[[str], None],
 ) -> None:
     """Compares the predicted peak with the memory that is there, on all ranks alike. `notice` is told where it is
@@ -359,7 +361,7 @@ def check_room(
         raise TrainingError("\n".join(lines))
 
 
-def _each(processes: Processes) -> str:
+def _each(processes: Distributed) -> str:
     if processes.sharded:
         return " in each process, without --shard"
     return " in each process" if processes.count > 1 else ""

@@ -28,23 +28,23 @@ def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torc
     return loss, int(learned.sum())
 
 
-Run = Callable[..., Any]
+CallInForward = Callable[..., Any]
 """Makes a computation on a model: `run(compute, *arguments)` is `compute(*arguments)`. Sharded, it is a module."""
 
 
-def directly(compute: Callable[..., Any], *arguments: Any) -> Any:
+def call_directly(compute: Callable[..., Any], *arguments: Any) -> Any:
     """The computation, when the model is whole."""
     return compute(*arguments)
 
 
 @dataclass(frozen=True)
-class Padded:
+class PaddedRunner:
     """Padded execution of a model."""
 
     model: PreTrainedModel
     dtype: torch.dtype
     pad_token_id: int
-    run: Run = directly
+    run: CallInForward = call_directly
 
     def cut(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
         """The batch in micro-batches, padding included."""
@@ -113,7 +113,7 @@ def _logits(
     return logits, targets[:, positions]
 
 
-def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """The loss summed over the chunk. hidden: (chunk, hidden size). targets: (chunk,).
 
     In float32 whatever the type of the body's products: a logit of 20 is rounded to 1/8 in bfloat16.
@@ -132,12 +132,14 @@ def head_logits(head: nn.Module, hidden: Tensor) -> Tensor:
     return logits
 
 
-def head_backward(head: nn.Module, hidden: Tensor, targets: Tensor, divisor: int) -> tuple[float, Tensor]:
-    """(`head_loss`, the gradient of loss / `divisor` by hidden). The head's own is added to what it has."""
+def linear_cross_entropy_backward(
+    head: nn.Module, hidden: Tensor, targets: Tensor, divisor: int
+) -> tuple[float, Tensor]:
+    """(`linear_cross_entropy`, the gradient of loss / `divisor` by hidden). The head's own is added to what it has."""
     if type(head) is nn.Linear:
         return _linear_backward(head, hidden.detach().float(), targets, divisor)
     cut_here = hidden.detach().requires_grad_()
-    loss = head_loss(head, cut_here, targets)
+    loss = linear_cross_entropy(head, cut_here, targets)
     (loss / divisor).backward()
     assert cut_here.grad is not None
     return loss.item(), cut_here.grad

@@ -15,11 +15,11 @@ BLOCK = 256
 """Values with an exponent in common."""
 _ROWS = 2**9
 """Blocks that are updated together: bounds what exists of the states in float32."""
-_DROPPED = {torch.bfloat16: (16, 16), torch.uint8: (20, 19)}
+_DROPPED_MANTISSA_BITS = {torch.bfloat16: (16, 16), torch.uint8: (20, 19)}
 """Lower bits of a float32 that exp_avg and exp_avg_sq lose."""
 
 
-class ShortStatesAdamW(torch.optim.Optimizer):
+class LowBitAdamW(torch.optim.Optimizer):
     """What torch.optim.AdamW computes (Loshchilov and Hutter 2017, arXiv:1711.05101), with short states."""
 
     def __init__(
@@ -67,7 +67,7 @@ class ShortStatesAdamW(torch.optim.Optimizer):
         generator = torch.Generator(device).manual_seed(self._seed + step)
         return [
             torch.randint(2**bits, (_ROWS, BLOCK), dtype=torch.int32, device=device, generator=generator)
-            for bits in _DROPPED[self._dtype]
+            for bits in _DROPPED_MANTISSA_BITS[self._dtype]
         ]
 
 
@@ -163,7 +163,7 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.O
     ]
     lr = config.peak_learning_rate
     if config.optimizer_states != "float32":
-        return ShortStatesAdamW(groups, lr=lr, states=config.optimizer_states, seed=config.seed)
+        return LowBitAdamW(groups, lr=lr, states=config.optimizer_states, seed=config.seed)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     for parameter in trainable:
         optimizer.state[parameter] = {  # as AdamW begins them

@@ -15,11 +15,18 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from handspun.data.examples import Example
 from handspun.kernels.onednn import without_cudnn
-from handspun.training.batching import Pack, multiple_of_tokens, pack, packed_micro_batches, packed_tokens
-from handspun.training.objectives import Run, dense_gradient, directly, head_backward, head_logits, head_loss
+from handspun.training.batching import Pack, pack, packed_micro_batches, packed_tokens, pad_to_multiple
+from handspun.training.objectives import (
+    CallInForward,
+    call_directly,
+    dense_gradient,
+    head_logits,
+    linear_cross_entropy,
+    linear_cross_entropy_backward,
+)
 
 _ATTENTION = "handspun_packed"
-AT_ONCE = 8192
+MAX_DENSE_MASK_TOKENS = 8192
 """On a GPU, packs of up to so many tokens get one mask of their square."""
 
 
@@ -58,7 +65,7 @@ class Masks:
 def masks_of(packing: Pack, dtype: torch.dtype) -> Masks:
     """The masks of a pack. dtype: of the products."""
     tokens, device = packing.input_ids.shape[1], packing.input_ids.device
-    if device.type == "cuda" and tokens <= AT_ONCE:
+    if device.type == "cuda" and tokens <= MAX_DENSE_MASK_TOKENS:
         return Masks([], whole_mask(packing, dtype))
     return Masks([_mask(end - start, packing.prefix, device) for start, end in packing.bounds], None)
 
@@ -94,13 +101,13 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """query: (1, heads, tokens, size); the result is (1, tokens, heads, size), as transformers wants it."""
     if masks.whole is not None:
-        output = _attend_at_once(query, key, value, masks.whole, scaling, dropout)
+        output = _attend_dense(query, key, value, masks.whole, scaling, dropout)
     else:
-        output = _attend_each(query, key, value, packing, masks.each, scaling, dropout)
+        output = _attend_per_sequence(query, key, value, packing, masks.each, scaling, dropout)
     return output.transpose(1, 2), None
 
 
-def _attend_at_once(
+def _attend_dense(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, dropout: float
 ) -> Tensor:
     """With a key and a value for each head: no kernel takes both a mask and fewer of them."""
@@ -109,7 +116,7 @@ def _attend_at_once(
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout)
 
 
-def _attend_each(
+def _attend_per_sequence(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -158,7 +165,7 @@ def _attention_of(
     )
 
 
-CHUNK_BYTES = 128 * 2**20
+LOGITS_CHUNK_BYTES = 128 * 2**20
 """Of the logits of one chunk, in float32."""
 
 
@@ -169,7 +176,7 @@ class Packed:
     model: PreTrainedModel
     dtype: torch.dtype
     share_prefix: bool
-    run: Run = directly
+    run: CallInForward = call_directly
 
     def cut(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
         """The batch in micro-batches."""
@@ -177,7 +184,7 @@ class Packed:
 
     def computed_tokens(self, part: Sequence[Example]) -> int:
         """Tokens that go through the model: the shared prefix once, and what a pack is filled up with."""
-        multiple = multiple_of_tokens(self.model.device)
+        multiple = pad_to_multiple(self.model.device)
         return packed_tokens(part, share_prefix=self.share_prefix, multiple=multiple)
 
     def loss(self, part: Sequence[Example]) -> float:
@@ -198,7 +205,7 @@ class Packed:
         states, and then from these through the body.
         """
         total: float
-        hidden, gradient, total = self.run(self._through_the_head, part, divisor)
+        hidden, gradient, total = self.run(self._lm_head_backward, part, divisor)
         hidden.backward(gradient)
         return total
 
@@ -206,7 +213,7 @@ class Packed:
         packed = self._pack(part)
         hidden = self._hidden_states(packed, torch.float32)
         chunks = _chunks(hidden, packed.targets, self._vocabulary)
-        return sum(head_loss(self._head, some, targets).item() for some, targets in chunks)
+        return sum(linear_cross_entropy(self._head, some, targets).item() for some, targets in chunks)
 
     def _row_losses(self, part: Sequence[Example]) -> list[float]:
         packed = self._pack(part)
@@ -218,19 +225,19 @@ class Packed:
         rows = torch.cat(losses).double().split([example.learned_tokens for example in part])
         return [row.sum().item() for row in rows]
 
-    def _through_the_head(self, part: Sequence[Example], divisor: int) -> tuple[Tensor, Tensor, float]:
+    def _lm_head_backward(self, part: Sequence[Example], divisor: int) -> tuple[Tensor, Tensor, float]:
         """(hidden states at learned positions, the gradient there, loss sum): the first stage."""
         packed = self._pack(part)
         hidden = self._hidden_states(packed, self.dtype)
         chunks = _chunks(hidden, packed.targets, self._vocabulary)
-        with short_head(self.dtype, self.model.device):
-            done = [head_backward(self._head, some, targets, divisor) for some, targets in chunks]
+        with tf32_lm_head(self.dtype, self.model.device):
+            done = [linear_cross_entropy_backward(self._head, some, targets, divisor) for some, targets in chunks]
         gradient = torch.cat([gradient for _, gradient in done]).to(hidden.dtype)
         return hidden, gradient, sum(loss for loss, _ in done)
 
     def _pack(self, part: Sequence[Example]) -> Pack:
         device = self.model.device
-        return pack(part, share_prefix=self.share_prefix, device=device, multiple=multiple_of_tokens(device))
+        return pack(part, share_prefix=self.share_prefix, device=device, multiple=pad_to_multiple(device))
 
     def _hidden_states(self, packed: Pack, dtype: torch.dtype) -> Tensor:
         """(learned, hidden size): the body's output at the positions that predict a learned token."""
@@ -263,7 +270,7 @@ class Packed:
 
 
 @contextmanager
-def short_head(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+def tf32_lm_head(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """On a GPU whose body computes in bfloat16, the head's products in TF32: mantissas of 10 bits, sums in
     float32. In float32 they would take longer than the body."""
     before = torch.get_float32_matmul_precision()
@@ -287,6 +294,6 @@ def _embedded(embedding: nn.Module, input_ids: Tensor) -> Tensor:
 
 def _chunks(hidden: Tensor, targets: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Where nothing is learned, there is one chunk of nothing: the head then gets a gradient of zeros."""
-    size = max(CHUNK_BYTES // (4 * vocabulary), 16)
+    size = max(LOGITS_CHUNK_BYTES // (4 * vocabulary), 16)
     for start in range(0, max(len(targets), 1), size):
         yield hidden[start : start + size], targets[start : start + size]

@@ -12,14 +12,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from handspun.config import TrainConfig
 from handspun.data.examples import Example, lengths_of
 from handspun.models.int8 import rows_unrounded
-from handspun.training.objectives import Padded, Run, directly
+from handspun.training.objectives import CallInForward, PaddedRunner, call_directly
 from handspun.training.packed import Packed, packed_attention
 
 _TOLERANCE = 1e-3
 """Relative. The two agree to 1e-6; a rule of attention that is not followed shows far above this."""
 
 
-class Execution(Protocol):
+class BatchRunner(Protocol):
     """Losses and gradients of micro-batches: sums over learned tokens, which the caller divides."""
 
     def cut(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
@@ -40,7 +40,7 @@ class Execution(Protocol):
 
 
 @contextmanager
-def execution_of(
+def select_runner(
     model: PreTrainedModel,
     config: TrainConfig,
     examples: Sequence[Example],
@@ -48,14 +48,14 @@ def execution_of(
     dtype: torch.dtype,
     pad_token_id: int,
     notice: Callable[[str], None],
-    run_on: Callable[[PreTrainedModel], Run] = lambda _: directly,
-) -> Iterator[Execution]:
+    run_on: Callable[[PreTrainedModel], CallInForward] = lambda _: call_directly,
+) -> Iterator[BatchRunner]:
     """The execution that the config asks for; the model's attention is packed inside the block, if it is packed.
 
     run_on: how computations on the model are made, once it is known which; it may cut the model over the ranks.
     A model whose attention does not fit runs padded, and `notice` is told why.
     """
-    padded = Padded(model, dtype, pad_token_id)
+    padded = PaddedRunner(model, dtype, pad_token_id)
     reason = "it was asked for" if config.batching == "padded" else cannot_pack(model.config)
     if reason is None:
         reason = _differs(model, padded, examples)
@@ -80,14 +80,14 @@ def cannot_pack(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def _differs(model: PreTrainedModel, padded: Padded, examples: Sequence[Example]) -> str | None:
+def _differs(model: PreTrainedModel, padded: PaddedRunner, examples: Sequence[Example]) -> str | None:
     """Tries both on the two shortest rows: a model may do more with attention or logits than its config says."""
     shortest = [examples[i] for i in np.argsort(lengths_of(examples), kind="stable")[:2].tolist()]
     was_training = model.training
     model.eval()
     try:
         with rows_unrounded(model):
-            expected = Padded(model, torch.float32, padded.pad_token_id).loss(shortest)
+            expected = PaddedRunner(model, torch.float32, padded.pad_token_id).loss(shortest)
             with packed_attention(model):
                 found = Packed(model, torch.float32, share_prefix=True).loss(shortest)
     except (TypeError, ValueError, NotImplementedError) as error:

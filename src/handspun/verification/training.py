@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.errors import TemplateError
-from handspun.training.objectives import Padded
+from handspun.training.objectives import PaddedRunner
 from handspun.training.packed import Packed
-from handspun.training.runner import Execution, execution_of
+from handspun.training.runner import BatchRunner, select_runner
 from handspun.verification.reference import Finding, Material, within
 
 _LOSS_LIMIT, _GRADIENT_LIMIT = 1e-5, 1e-4
@@ -35,7 +35,7 @@ def check_packed(material: Material) -> Iterator[Finding]:
         for number, (prompt, answer) in enumerate(pairs, start=1)
     ]
     with _all_trained(model):
-        with execution_of(
+        with select_runner(
             model, TrainConfig(), examples, dtype=torch.float32, pad_token_id=0, notice=said.append
         ) as execution:
             if not isinstance(execution, Packed):
@@ -43,7 +43,9 @@ def check_packed(material: Material) -> Iterator[Finding]:
                 return
             loss, gradients = _backward(model, execution, examples)
         with _in_float64(model):
-            padded = Padded(model, torch.float32, pad_token_id=0)  # no autocast; and any id would do: it is masked
+            padded = PaddedRunner(
+                model, torch.float32, pad_token_id=0
+            )  # no autocast; and any id would do: it is masked
             expected, wanted = _backward(model, padded, examples)
     case, what = f"{len(examples)} rows", "relative"
     yield within("packed", f"loss of {case}", abs(loss - expected) / abs(expected), _LOSS_LIMIT, what=what)
@@ -53,7 +55,7 @@ def check_packed(material: Material) -> Iterator[Finding]:
 
 
 def _backward(
-    model: PreTrainedModel, execution: Execution, examples: list[Example]
+    model: PreTrainedModel, execution: BatchRunner, examples: list[Example]
 ) -> tuple[float, dict[str, Tensor]]:
     learned = sum(example.learned_tokens for example in examples)
     loss = execution.backward(examples, learned) / learned
