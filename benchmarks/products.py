@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from handspun.kernels import native
-from handspun.kernels.allocator import keep_freed_memory
+from handspun.kernels.allocator import disable_malloc_trim
 from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.fused import FloatProduct, Int8Product
 from handspun.models.load import load_config, model_source
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    keep_freed_memory()
+    disable_malloc_trim()
     torch.set_num_threads(arguments.threads)
     with torch.inference_mode():
         weights = [torch.randn(shape) for shape in shapes(arguments.model)]

@@ -11,8 +11,8 @@ import torch
 
 from handspun import TrainConfig, generate
 from handspun.data.examples import Example
-from handspun.kernels.allocator import keep_freed_memory
-from handspun.kernels.onednn import remember_few_kernels
+from handspun.kernels.allocator import disable_malloc_trim
+from handspun.kernels.onednn import limit_primitive_cache
 from handspun.models.load import ChatModel
 from handspun.training.loop import Loop, start, train
 from handspun.training.runner import select_runner
@@ -63,7 +63,7 @@ def generations(count: int, rng: random.Random) -> tuple[int, int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    keep_freed_memory()
-    remember_few_kernels()
+    disable_malloc_trim()
+    limit_primitive_cache()
     for work in (training, generations):
         print(work.__name__, *work(int(sys.argv[1]), random.Random(0)), flush=True)

@@ -25,8 +25,8 @@ from handspun.decoding.engines.transformers import TransformersEngine
 from handspun.decoding.request import Job
 from handspun.errors import ModelError
 from handspun.kernels import native
-from handspun.kernels.int8_matmul import butterflies
-from handspun.models.fused import LeanModel, _gated, _unsigned, cannot_be_lean, lean_model
+from handspun.kernels.int8_matmul import fwht_torch
+from handspun.models.fused import FusedWeights, _gated, _unsigned, fusing_unsupported_reason, lean_model
 from handspun.models.load import ChatModel
 from handspun.models.lora import add_lora
 from handspun.models.save import save_model
@@ -177,10 +177,13 @@ def test_adapters_are_merged_into_copies() -> None:
 
 def test_what_is_not_llamas_kind_goes_through_transformers() -> None:
     window = MistralConfig(**SHAPES, head_dim=8, sliding_window=16)
-    assert cannot_be_lean(window) == "it has a sliding window of 16 tokens"
+    assert fusing_unsupported_reason(window) == "it has a sliding window of 16 tokens"
     dynamic = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
-    assert cannot_be_lean(LlamaConfig(**SHAPES, rope_parameters=dynamic)) == "its positions are rotated by dynamic"
-    assert cannot_be_lean(LlamaConfig(**SHAPES, hidden_act="gelu")) == "its activation is gelu"
+    assert (
+        fusing_unsupported_reason(LlamaConfig(**SHAPES, rope_parameters=dynamic))
+        == "its positions are rotated by dynamic"
+    )
+    assert fusing_unsupported_reason(LlamaConfig(**SHAPES, hidden_act="gelu")) == "its activation is gelu"
     model = AutoModelForCausalLM.from_config(window).eval()
     chat = ChatModel(model, tiny_tokenizer(), "window")
     assert isinstance(make_engine(chat), TransformersEngine)
@@ -249,7 +252,7 @@ def fed(engine: LeanEngine) -> list[Tensor]:
     return found
 
 
-def int8_lean(name: str) -> LeanModel:
+def int8_lean(name: str) -> FusedWeights:
     """With heads of 32."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -288,11 +291,11 @@ def test_rows_are_rounded_as_in_float64(width: int, is_native: bool) -> None:
         rounded = [native.quantize(library, x[:, :width]), native.norm_quantize(library, x[:, :width], norm, 1e-6)]
         rounded.append(native.gate_quantize(library, x))
     else:
-        normed, gated = F.rms_norm(x[:, :width], (width,), norm, 1e-6), _gated(x)
-        rounded = [_unsigned(values) for values in (x[:, :width], normed, gated)]
+        after_rms_norm, after_swiglu = F.rms_norm(x[:, :width], (width,), norm, 1e-6), _gated(x)
+        rounded = [_unsigned(values) for values in (x[:, :width], after_rms_norm, after_swiglu)]
     assert len(rounded) == len(exact) == 3
     for (found, scale), values in zip(rounded, exact, strict=True):
-        transformed = butterflies(values)
+        transformed = fwht_torch(values)
         expected_scale = (transformed.abs().amax(1, keepdim=True) / 127).clamp_min(1e-12)
         torch.testing.assert_close(scale.double(), expected_scale, rtol=1e-5, atol=0)
         difference = (found.int() - 128) - (transformed / expected_scale).round().int()

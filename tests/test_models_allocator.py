@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from handspun.kernels.allocator import keep_freed_memory
+from handspun.kernels.allocator import disable_malloc_trim
 
 FAULTS = """
 import resource, sys
@@ -68,4 +68,4 @@ def test_kernels_for_numbers_of_tokens_gone_by_are_not_kept() -> None:
 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "darwin")
-    assert keep_freed_memory() is False
+    assert disable_malloc_trim() is False

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from handspun.kernels import native
-from handspun.kernels.int8_matmul import block_of, butterflies, hadamard
+from handspun.kernels.int8_matmul import block_of, fwht_torch, hadamard
 from handspun.models.int8 import int8_linear, quantize_rows
 
 pytestmark = pytest.mark.cpu
@@ -37,7 +37,7 @@ def test_it_is_sylvesters_matrix(width: int) -> None:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     expected = torch.einsum("ij,njd->nid", matrix, x.view(3, len(matrix), -1)).reshape(3, width)
     assert torch.equal(hadamard(x.float()).long(), expected)
-    assert torch.equal(butterflies(x.float()).long(), expected)
+    assert torch.equal(fwht_torch(x.float()).long(), expected)
 
 
 @pytest.mark.skipif(
@@ -47,7 +47,7 @@ def test_it_is_sylvesters_matrix(width: int) -> None:
 def test_the_kernel_adds_as_pytorch_does(width: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 2 * width)[:, :width]
-    assert torch.equal(native.hadamard(native.kernels(), x), butterflies(x))
+    assert torch.equal(native.hadamard(native.kernels(), x), fwht_torch(x))
 
 
 def test_a_value_a_hundred_times_the_others_does_not_drown_them() -> None:

@@ -12,10 +12,10 @@ from handspun.kernels import native
 from handspun.models import int8
 from handspun.models.int8 import (
     Int8Linear,
+    float_activations,
     int8_linear,
     quantize_base,
     quantize_rows,
-    rows_unrounded,
     speed_notices,
 )
 from handspun.models.lora import add_lora
@@ -86,7 +86,7 @@ def test_rows_can_be_left_unrounded_for_a_while() -> None:
     torch.manual_seed(0)
     layer, x = int8_linear(nn.Linear(64, 48)), torch.randn(5, 64)
     rounded = layer(x)
-    with rows_unrounded(nn.Sequential(layer)):
+    with float_activations(nn.Sequential(layer)):
         exact = layer(x)
     torch.testing.assert_close(exact, nn.functional.linear(x, layer.float_weight(), layer.bias))
     assert torch.equal(layer(x), rounded)

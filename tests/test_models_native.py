@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from handspun.kernels import native
 from handspun.kernels.int8_matmul import exact_sums
-from handspun.kernels.tiles import Tiles
+from handspun.kernels.tiles import TiledInt8Weight
 from handspun.models import fused as products
 from handspun.models.fused import Int8Matrix, Int8Product
 from handspun.models.int8 import Int8Linear, int8_linear
@@ -120,7 +120,7 @@ def test_a_pytorch_without_onednns_products_has_the_same_bits(monkeypatch: pytes
 def test_rows_of_the_tiles_are_those_of_the_matrix() -> None:
     weight = weights_of(132, 36)
     rows = torch.tensor([0, 131, 63, 64, 63])
-    assert torch.equal(Tiles(weight).rows(rows), weight[rows])
+    assert torch.equal(TiledInt8Weight(weight).rows(rows), weight[rows])
 
 
 @needs_kernels
@@ -133,7 +133,7 @@ def test_decoding_has_the_bits_of_onednn(monkeypatch: pytest.MonkeyPatch) -> Non
     without = Int8Product(weight, bias, is_embedding=True)
     assert torch.equal(with_kernel(x), without(x))
     places = torch.tensor([3, 199])
-    assert torch.equal(with_kernel.rows_of_weight(places), without.rows_of_weight(places))
+    assert torch.equal(with_kernel.embed(places), without.embed(places))
 
 
 @needs_kernels

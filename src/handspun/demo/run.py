@@ -10,7 +10,7 @@ from rich.table import Table
 from handspun.config import TrainConfig
 from handspun.decoding.generate import generate
 from handspun.display import unfailing, visible, write_text
-from handspun.kernels.allocator import give_back_freed_memory, keep_freed_memory
+from handspun.kernels.allocator import disable_malloc_trim, malloc_trim
 from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.load import ChatModel, load
 from handspun.runs.log import plain_console
@@ -55,7 +55,7 @@ def run_demo(
     output_dir: str, *, num_epochs: int = 3, threads: int | None = None, overwrite: bool = False
 ) -> TrainedRun:
     """Trains the demonstration and shows its answers before and after, then the three decodings."""
-    keep_freed_memory()
+    disable_malloc_trim()
     console = plain_console()
     console.file = unfailing(console.file)
     config = demo_config(output_dir, num_epochs=num_epochs, threads=threads, overwrite=overwrite)
@@ -63,7 +63,7 @@ def run_demo(
         torch.set_num_threads(threads)
     _say(console, "asking the model as it is")
     before = _answers(load(EMBEDDED_NAME, notice=lambda text: _say(console, text)))
-    give_back_freed_memory()
+    malloc_trim()
     run = train(config, console=console)
     assert run.model is not None
     _show_answers(console, before, _answers(run.model))

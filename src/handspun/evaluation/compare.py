@@ -9,7 +9,7 @@ import torch
 from handspun.config import GenerationOptions
 from handspun.decoding.generate import generate
 from handspun.decoding.results import GenerationResult
-from handspun.kernels.allocator import give_back_freed_memory
+from handspun.kernels.allocator import malloc_trim
 from handspun.models.load import ChatModel
 
 
@@ -52,6 +52,6 @@ def compare(
 
 def _free() -> None:
     gc.collect()
-    give_back_freed_memory()
+    malloc_trim()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -13,7 +13,7 @@ _M_TRIM_THRESHOLD = -1  # glibc's malloc.h
 _M_MMAP_MAX = -4
 
 
-def keep_freed_memory() -> bool:
+def disable_malloc_trim() -> bool:
     """Keeps freed memory in this process and asks for huge pages; whether that was possible.
 
     To be called before the first tensor is made. Only glibc can do it; elsewhere nothing is changed.
@@ -28,7 +28,7 @@ def keep_freed_memory() -> bool:
         return False
 
 
-def give_back_freed_memory() -> None:
+def malloc_trim() -> None:
     """Returns what is freed by now to the system, once: after a large thing that will not be asked for again."""
     gc.collect()  # a model holds itself, in cycles
     if sys.platform.startswith("linux"):

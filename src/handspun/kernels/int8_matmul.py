@@ -24,10 +24,10 @@ def hadamard(x: Tensor) -> Tensor:
     whether natively or not.
     """
     library = native.kernels() if x.device.type == "cpu" else None
-    return native.hadamard(library, x) if library else butterflies(x)
+    return native.hadamard(library, x) if library else fwht_torch(x)
 
 
-def butterflies(x: Tensor) -> Tensor:
+def fwht_torch(x: Tensor) -> Tensor:
     """`hadamard` in PyTorch: log2(block) passes of sums and differences (the fast Walsh-Hadamard transform)."""
     width = x.shape[1]
     distance = width // block_of(width)

@@ -16,7 +16,7 @@ def without_cudnn() -> AbstractContextManager[None]:
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
-def remember_few_kernels() -> None:
+def limit_primitive_cache() -> None:
     """oneDNN remembers 1,024 kernels, and PyTorch, above it, as many again; every packed batch needs new ones, a
     dozen. To be called before the first product."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
@@ -44,7 +44,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
-def product_of_rounded_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_padded_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same, with few numbers of rows: decoding meets many, and a kernel is made in milliseconds."""
     count = len(x)
     if _takes(weight) and (more := rounded_up(count) - count):

@@ -24,7 +24,7 @@ def can_tile(weight: Tensor) -> bool:
     return is_int8 and not any(size % 4 for size in weight.shape) and native.can_multiply()
 
 
-class Tiles(nn.Module):
+class TiledInt8Weight(nn.Module):
     """A frozen int8 matrix, (out, in)."""
 
     def __init__(self, weight: Tensor) -> None:

@@ -15,25 +15,25 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from handspun.kernels import native
 from handspun.kernels.int8_matmul import PackedInt8, hadamard, int_mm, packed_int8
-from handspun.kernels.onednn import product_of_rounded_rows
-from handspun.kernels.tiles import Tiles, can_tile
+from handspun.kernels.onednn import linear_padded_rows
+from handspun.kernels.tiles import TiledInt8Weight, can_tile
 from handspun.models.int8 import bytes_of, check_exact, int8_of, quantize_channels, quantize_rows
 from handspun.models.lora import has_adapter, merged_weight
 
 
-class Product(Protocol):
+class InferenceLinear(Protocol):
     """The weights of one layer, or of several that have the same input. All arrays are (tokens, ...), float32."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """(tokens, in) to (tokens, out)."""
 
-    def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    def after_rms_norm(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
         """(tokens, in) to (tokens, out). norm: (in,)."""
 
-    def gated(self, gate_up: Tensor) -> Tensor:
+    def after_swiglu(self, gate_up: Tensor) -> Tensor:
         """(tokens, 2 * in) to (tokens, out)."""
 
-    def rows_of_weight(self, rows: Tensor) -> Tensor:
+    def embed(self, rows: Tensor) -> Tensor:
         """(tokens,) to (tokens, in): the same matrix as an embedding."""
 
 
@@ -46,17 +46,17 @@ class FloatProduct:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(tokens, in) to (tokens, out)."""
-        return product_of_rounded_rows(x.to(self.weight.dtype), self.weight, self._bias).float()
+        return linear_padded_rows(x.to(self.weight.dtype), self.weight, self._bias).float()
 
-    def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    def after_rms_norm(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
         """(tokens, in) to (tokens, out)."""
         return self(F.rms_norm(x, norm.shape, norm, eps))
 
-    def gated(self, gate_up: Tensor) -> Tensor:
+    def after_swiglu(self, gate_up: Tensor) -> Tensor:
         """(tokens, 2 * in) to (tokens, out)."""
         return self(_gated(gate_up))
 
-    def rows_of_weight(self, rows: Tensor) -> Tensor:
+    def embed(self, rows: Tensor) -> Tensor:
         """(tokens,) to (tokens, in): as an embedding."""
         return F.embedding(rows, self.weight).float()
 
@@ -69,7 +69,7 @@ class Int8Product:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, is_embedding: bool = False) -> None:
-        """weight: (out, in), float. bias: (out,). is_embedding: keep what `rows_of_weight` needs."""
+        """weight: (out, in), float. bias: (out,). is_embedding: keep what `embed` needs."""
         matrix, self._scale = quantize_channels(weight)
         self._bias = None if bias is None else bias.float()
         self._native = native.kernels() if weight.device.type == "cpu" else None
@@ -79,19 +79,19 @@ class Int8Product:
         """(tokens, in) to (tokens, out)."""
         return self._product(*(native.quantize(self._native, x) if self._native else _unsigned(x)))
 
-    def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    def after_rms_norm(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
         """(tokens, in) to (tokens, out)."""
         if self._native:
             return self._product(*native.norm_quantize(self._native, x, norm, eps))
         return self(F.rms_norm(x, norm.shape, norm, eps))
 
-    def gated(self, gate_up: Tensor) -> Tensor:
+    def after_swiglu(self, gate_up: Tensor) -> Tensor:
         """(tokens, 2 * in) to (tokens, out)."""
         if self._native:
             return self._product(*native.gate_quantize(self._native, gate_up))
         return self(_gated(gate_up))
 
-    def rows_of_weight(self, rows: Tensor) -> Tensor:
+    def embed(self, rows: Tensor) -> Tensor:
         """(tokens,) to (tokens, in): as an embedding."""
         return hadamard(self._matrix.rows(rows).float().mul_(self._scale[rows, None]))
 
@@ -105,7 +105,7 @@ class Int8Matrix:
 
     def __init__(self, weight: Tensor, *, keeps_rows: bool) -> None:
         """weight: (out, in), int8. keeps_rows: keep what `rows` needs."""
-        self._tiles = Tiles(weight) if can_tile(weight) else None
+        self._tiles = TiledInt8Weight(weight) if can_tile(weight) else None
         self._packed = _packed(weight) if self._tiles is None and weight.device.type == "cpu" else None
         is_kept = self._tiles is None and (self._packed is None or keeps_rows)
         self._weight = weight if is_kept else weight[:0].clone()
@@ -169,17 +169,17 @@ class LeanLayer:
     """One decoder layer. qkv: queries, keys and values end to end; gate_up: gate, then up."""
 
     attention_norm: Tensor
-    qkv: Product
+    qkv: InferenceLinear
     q_norm: Tensor | None
     k_norm: Tensor | None
-    o: Product
+    o: InferenceLinear
     mlp_norm: Tensor
-    gate_up: Product
-    down: Product
+    gate_up: InferenceLinear
+    down: InferenceLinear
 
 
 @dataclass(frozen=True)
-class LeanModel:
+class FusedWeights:
     """All layers, and the numbers that the forward pass needs."""
 
     heads: int
@@ -194,13 +194,13 @@ class LeanModel:
     """What cosines and sines are multiplied by (YaRN)."""
     layers: list[LeanLayer]
     norm: Tensor
-    head: Product
+    head: InferenceLinear
     device: torch.device
     cache_dtype: torch.dtype
     is_int8: bool
 
 
-def cannot_be_lean(config: PretrainedConfig) -> str | None:
+def fusing_unsupported_reason(config: PretrainedConfig) -> str | None:
     """Why a model is decoded through transformers' forward; None if it need not be."""
     if config.model_type not in _FAMILIES:
         return f"{config.model_type} is not one of {', '.join(sorted(_FAMILIES))}"
@@ -218,7 +218,7 @@ def cannot_be_lean(config: PretrainedConfig) -> str | None:
 
 @torch.inference_mode(False)  # the model's weights stay tensors that can be trained
 @torch.no_grad()
-def lean_model(model: PreTrainedModel, *, int8: bool = False) -> LeanModel:
+def lean_model(model: PreTrainedModel, *, int8: bool = False) -> FusedWeights:
     """The model's weights for decoding; its LoRA adapters (peft's), if it has some, are merged into copies.
 
     In float, fused weights replace the layers' own, which become views of them: nothing is held twice. With int8
@@ -232,12 +232,12 @@ def lean_model(model: PreTrainedModel, *, int8: bool = False) -> LeanModel:
     tied = config.tie_word_embeddings
     embedding = fuse([body.embed_tokens])
     head = embedding if tied else fuse([base.lm_head])
-    return LeanModel(
+    return FusedWeights(
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_size=head_size,
         norm_eps=config.rms_norm_eps,
-        embedding=embedding.rows_of_weight,
+        embedding=embedding.embed,
         frequencies=body.rotary_emb.inv_freq.float(),
         attention_scaling=body.rotary_emb.attention_scaling,
         layers=[_layer(layer, fuse) for layer in body.layers],
@@ -249,7 +249,7 @@ def lean_model(model: PreTrainedModel, *, int8: bool = False) -> LeanModel:
     )
 
 
-def _layer(layer: Any, fuse: Callable[[Sequence[Any]], Product]) -> LeanLayer:
+def _layer(layer: Any, fuse: Callable[[Sequence[Any]], InferenceLinear]) -> LeanLayer:
     attention, mlp = layer.self_attn, layer.mlp
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     return LeanLayer(
@@ -270,15 +270,15 @@ def _norm(norm: nn.Module) -> Tensor:
     return weight.detach().float()
 
 
-def _fused_float(linears: Sequence[Any]) -> Product:
+def _fused_float(linears: Sequence[Any]) -> InferenceLinear:
     if any(has_adapter(linear) for linear in linears):
         weight = torch.cat([merged_weight(linear) for linear in linears])
     else:
-        weight = _side_by_side([linear.weight for linear in linears])
+        weight = _fuse_in_place([linear.weight for linear in linears])
     return FloatProduct(weight, _fused_bias(linears))
 
 
-def _fused_int8(linears: Sequence[Any]) -> Product:
+def _fused_int8(linears: Sequence[Any]) -> InferenceLinear:
     weight = torch.cat([merged_weight(linear) for linear in linears])
     product = Int8Product(weight, _fused_bias(linears), is_embedding=isinstance(linears[0], nn.Embedding))
     for linear in linears:
@@ -298,14 +298,14 @@ def _fused_bias(linears: Sequence[Any]) -> Tensor | None:
     )
 
 
-def own_weights(model: PreTrainedModel) -> None:
+def unfuse_weights(model: PreTrainedModel) -> None:
     """Gives each weight memory of its own again, after `lean_model` made them views of fused ones."""
     for weight in model.parameters():
         if weight.untyped_storage().nbytes() != weight.nbytes:
             weight.data = weight.detach().clone()
 
 
-def _side_by_side(weights: Sequence[nn.Parameter]) -> Tensor:
+def _fuse_in_place(weights: Sequence[nn.Parameter]) -> Tensor:
     """One matrix with the rows of all of them, of which they become views."""
     first, rows = weights[0].detach(), sum(len(weight) for weight in weights)
     end, apart = first.data_ptr(), False

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from handspun.errors import ModelError
 from handspun.kernels import native
 from handspun.kernels.int8_matmul import block_of, hadamard, has_fast_int_mm, int_mm, is_exact
-from handspun.kernels.tiles import Tiles, can_tile
+from handspun.kernels.tiles import TiledInt8Weight, can_tile
 
 _SMALLEST_SCALE = 1e-12  # rows of zeros
 _CHANNELS_AT_ONCE = 8192  # in float: an embedding has 150,000
@@ -129,11 +129,11 @@ class Int8Linear(nn.Module):
         """weight: (out, in), int8. scale: (out,). bias: (out,)."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.tiles = Tiles(weight) if can_tile(weight) else None
+        self.tiles = TiledInt8Weight(weight) if can_tile(weight) else None
         self.weight = nn.Buffer(weight if self.tiles is None else weight[:0].clone())  # one of the two holds it
         self.scale = nn.Buffer(scale)
         self.bias = None if bias is None else nn.Buffer(bias)
-        self.rounds_rows = True
+        self.quantize_activations = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in). Returns float32, (..., out)."""
@@ -148,7 +148,7 @@ class Int8Linear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """(tokens, in) to float32, (tokens, out)."""
-        if not self.rounds_rows:
+        if not self.quantize_activations:
             return nn.functional.linear(x.float(), self.float_weight(), self.bias)
         if self.tiles is not None:
             return self.product_of_bytes(*native.quantize(native.kernels(), x.float()))
@@ -178,7 +178,7 @@ class Int8Linear(nn.Module):
 
 
 @contextmanager
-def rows_unrounded(model: nn.Module) -> Iterator[None]:
+def float_activations(model: nn.Module) -> Iterator[None]:
     """Inside the block, int8 layers multiply their weights by rows as they are, slowly.
 
     Rounded, a sum in another order is now and then another integer, and after some layers all of them differ: two
@@ -186,12 +186,12 @@ def rows_unrounded(model: nn.Module) -> Iterator[None]:
     """
     layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
     for layer in layers:
-        layer.rounds_rows = False
+        layer.quantize_activations = False
     try:
         yield
     finally:
         for layer in layers:
-            layer.rounds_rows = True
+            layer.quantize_activations = True
 
 
 class _Int8Product(torch.autograd.Function):

@@ -33,10 +33,10 @@ from handspun.data.rows import stay_offline_if_unreachable
 from handspun.display import say
 from handspun.errors import ConfigError, ModelError
 from handspun.kernels import native
-from handspun.kernels.allocator import give_back_freed_memory, keep_freed_memory
-from handspun.kernels.onednn import remember_few_kernels
+from handspun.kernels.allocator import disable_malloc_trim, malloc_trim
+from handspun.kernels.onednn import limit_primitive_cache
 from handspun.models.embedded import EMBEDDED_NAME, embedded_folder
-from handspun.models.fused import LeanModel, cannot_be_lean, lean_model, refuse_inexact_decoding
+from handspun.models.fused import FusedWeights, fusing_unsupported_reason, lean_model, refuse_inexact_decoding
 from handspun.models.lora import embedding_rows, merge_adapter, unknown_settings
 from handspun.models.tokenizer_file import as_in_tokenizer_json, quiet
 
@@ -76,7 +76,7 @@ class ChatModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
-    lean: LeanModel | None = None
+    lean: FusedWeights | None = None
     in_training: bool = False
     template_args: dict[str, Any] = field(default_factory=dict)
     """Values for the chat template's variables, such as enable_thinking."""
@@ -113,8 +113,8 @@ def load(
     Raises ModelError if there is no such model, it is incomplete, or it cannot be had in int8; ConfigError for a
     template or template variable that there is not.
     """
-    keep_freed_memory()
-    remember_few_kernels()
+    disable_malloc_trim()
+    limit_primitive_cache()
     return read_model(
         name,
         weights=weights,
@@ -365,7 +365,7 @@ def _load_merged(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedMod
 
 def _load_int8(source: ModelSource, device: torch.device, notice: Callable[[str], None]) -> ChatModel:
     config = load_config(source)
-    if reason := cannot_be_lean(config):
+    if reason := fusing_unsupported_reason(config):
         raise ModelError(f"{source.name} cannot be decoded from in int8: {reason}. Use --weights float32.")
     refuse_inexact_decoding(device)
     if slower := native.slower_without(device):
@@ -378,7 +378,7 @@ def _load_int8(source: ModelSource, device: torch.device, notice: Callable[[str]
         )
     model.to(device)  # type: ignore[arg-type]
     chat = ChatModel(model.eval(), load_tokenizer(source), source.name, lean_model(model, int8=True))
-    give_back_freed_memory()
+    malloc_trim()
     return chat
 
 

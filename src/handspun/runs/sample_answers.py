@@ -8,7 +8,7 @@ from typing import Any
 from handspun.config import TrainConfig
 from handspun.decoding.generate import generate
 from handspun.decoding.prompts import encode_prompts
-from handspun.models.fused import own_weights
+from handspun.models.fused import unfuse_weights
 from handspun.models.load import ChatModel
 from handspun.training.loop import Event, Loop
 from handspun.training.packed import attention_of
@@ -83,7 +83,7 @@ def sample_answers(
             SampleAnswer(prompts[result.prompt_index], name, result.text, result.finish_reason)
             for result in results
         ]
-    own_weights(model.model)
+    unfuse_weights(model.model)
     return SampleAnswers(answers, list(notes))
 
 

@@ -19,8 +19,8 @@ from handspun.data.rendering import choose_template, with_defaults
 from handspun.data.rows import refuse_missing_data
 from handspun.errors import StoppedError
 from handspun.files import cache_folder
-from handspun.kernels.allocator import give_back_freed_memory, keep_freed_memory
-from handspun.kernels.onednn import remember_few_kernels
+from handspun.kernels.allocator import disable_malloc_trim, malloc_trim
+from handspun.kernels.onednn import limit_primitive_cache
 from handspun.models.embedding_rows import check_examples, embedding_rows, embedding_rows_of
 from handspun.models.end_of_turn import end_of_turn_is_new, eos_token_ids_of, make_end_of_turn_eos
 from handspun.models.fingerprints import model_fingerprints
@@ -95,9 +95,9 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
     torchrun, every process calls it, and the first one logs and saves. Raises a HandspunError for anything that
     the user can mend: data, options, model, disk.
     """
-    remember_few_kernels()
+    limit_primitive_cache()
     if not config.shard:  # FSDP2 frees each layer's weights after use: kept, they took a quarter more
-        keep_freed_memory()
+        disable_malloc_trim()
     use_threads(config.threads)
     torch.manual_seed(config.seed)  # LoRA's initial values
     console = console or plain_console()
@@ -404,7 +404,7 @@ def _model_to_train(config: TrainConfig, processes: Distributed, log: RunLog) ->
     if config.base_weights == "int8":
         refuse_inexact_products(chat.device)
         quantize_base(chat.model)
-        give_back_freed_memory()
+        malloc_trim()
         log.line("the frozen layers under the adapters are int8; embedding and head stay float32")
     return chat
 

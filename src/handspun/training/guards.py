@@ -10,7 +10,7 @@ import torch
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.errors import TrainingError
-from handspun.kernels.allocator import give_back_freed_memory
+from handspun.kernels.allocator import malloc_trim
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def none_on_oom(compute: Callable[..., float], *arguments: object) -> float | No
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-    give_back_freed_memory()  # here, where the error and what its frames hold is gone
+    malloc_trim()  # here, where the error and what its frames hold is gone
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None

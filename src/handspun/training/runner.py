@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from handspun.config import TrainConfig
 from handspun.data.examples import Example, lengths_of
-from handspun.models.int8 import rows_unrounded
+from handspun.models.int8 import float_activations
 from handspun.training.objectives import CallInForward, PaddedRunner, call_directly
 from handspun.training.packed import Packed, packed_attention
 
@@ -86,7 +86,7 @@ def _differs(model: PreTrainedModel, padded: PaddedRunner, examples: Sequence[Ex
     was_training = model.training
     model.eval()
     try:
-        with rows_unrounded(model):
+        with float_activations(model):
             expected = PaddedRunner(model, torch.float32, padded.pad_token_id).loss(shortest)
             with packed_attention(model):
                 found = Packed(model, torch.float32, share_prefix=True).loss(shortest)

@@ -10,7 +10,7 @@ from torch import Tensor
 from handspun.decoding.explain import Candidate, TreeNode
 from handspun.decoding.generate import answer_all
 from handspun.decoding.results import GenerationResult
-from handspun.models.fused import cannot_be_lean
+from handspun.models.fused import fusing_unsupported_reason
 from handspun.models.load import ChatModel
 from handspun.verification.reference import (
     Divergence,
@@ -39,7 +39,7 @@ _FEW = 2
 def check_logits(material: Material) -> Finding:
     """The engine's logits at every step of transformers' greedy answers: all prompts, then token by token."""
     steps = sum(len(logits) for logits in material.logits)
-    reason = cannot_be_lean(material.chat.model.config)
+    reason = fusing_unsupported_reason(material.chat.model.config)
     engine = "the engine" if reason is None else f"through transformers' forward ({reason})"
     return within("logits", f"{engine}, {steps} steps", material.largest_difference, material.tolerance)
 

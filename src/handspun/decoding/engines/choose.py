@@ -3,7 +3,7 @@
 from handspun.decoding.engines.base import Engine
 from handspun.decoding.engines.fused import LeanEngine
 from handspun.decoding.engines.transformers import TransformersEngine, cannot_truncate
-from handspun.models.fused import cannot_be_lean, lean_model
+from handspun.models.fused import fusing_unsupported_reason, lean_model
 from handspun.models.int8 import Int8Linear
 from handspun.models.load import ChatModel
 
@@ -14,7 +14,7 @@ def cannot_decode_lean(chat: ChatModel) -> str | None:
         return "its weights are being trained, and stay where they are"
     if chat.lean is None and any(isinstance(module, Int8Linear) for module in chat.model.modules()):
         return "its frozen layers are int8, and with adapters merged into them they would be float copies"
-    return cannot_be_lean(chat.model.config)
+    return fusing_unsupported_reason(chat.model.config)
 
 
 def make_engine(chat: ChatModel) -> Engine:

@@ -16,7 +16,7 @@ from handspun.decoding.engines.base import Feed
 from handspun.decoding.engines.kv_cache import KVCache
 from handspun.kernels import native
 from handspun.kernels.onednn import without_cudnn
-from handspun.models.fused import LeanLayer, LeanModel
+from handspun.models.fused import FusedWeights, LeanLayer
 
 _STEP = 64
 """The longest row is rounded up to a multiple of this: kernels want aligned masks."""
@@ -111,7 +111,7 @@ class Layout:
 class LeanEngine:
     """A lean model with its cache."""
 
-    def __init__(self, model: LeanModel) -> None:
+    def __init__(self, model: FusedWeights) -> None:
         self.model = model
         self.cache = KVCache(
             len(model.layers), model.kv_heads, model.head_size, dtype=model.cache_dtype, device=model.device
@@ -145,10 +145,10 @@ class LeanEngine:
         for number, layer in enumerate(model.layers):
             attended = self._attention(number, layer, x, layout)
             x = x + layer.o(attended)
-            x = x + layer.down.gated(layer.gate_up.normed(x, layer.mlp_norm, model.norm_eps))
+            x = x + layer.down.after_swiglu(layer.gate_up.after_rms_norm(x, layer.mlp_norm, model.norm_eps))
         if len(wanted) < len(x):
             x = x[wanted]
-        return model.head.normed(x, model.norm, model.norm_eps)
+        return model.head.after_rms_norm(x, model.norm, model.norm_eps)
 
     def _lay_out(self, feeds: Sequence[Feed]) -> tuple[Layout, Tensor, Tensor]:
         """(the layout, ids, the tokens whose logits are asked for)."""
@@ -208,7 +208,7 @@ class LeanEngine:
     def _attention(self, number: int, layer: LeanLayer, x: Tensor, layout: Layout) -> Tensor:
         """(tokens, hidden) to (tokens, heads * head_size)."""
         model = self.model
-        qkv = layer.qkv.normed(x, layer.attention_norm, model.norm_eps).view(len(x), -1, model.head_size)
+        qkv = layer.qkv.after_rms_norm(x, layer.attention_norm, model.norm_eps).view(len(x), -1, model.head_size)
         if self._native:
             norms, pool = (layer.q_norm, layer.k_norm), self.cache.layer(number)
             native.rotate(qkv, model.heads, norms, model.norm_eps, *layout.rotation, layout.places, pool)
@@ -223,8 +223,11 @@ class LeanEngine:
         heads = self.model.heads
         both = qkv[:, : heads + self.model.kv_heads]
         if layer.q_norm is not None and layer.k_norm is not None:
-            normed = [self._normed(both[:, :heads], layer.q_norm), self._normed(both[:, heads:], layer.k_norm)]
-            both = torch.cat(normed, dim=1)
+            after_rms_norm = [
+                self._normed(both[:, :heads], layer.q_norm),
+                self._normed(both[:, heads:], layer.k_norm),
+            ]
+            both = torch.cat(after_rms_norm, dim=1)
         turned = both * cosines[:, None] + both.roll(self.model.head_size // 2, -1) * sines[:, None]
         return turned[:, :heads], turned[:, heads:]
 
