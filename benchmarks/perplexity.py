@@ -16,7 +16,7 @@ import torch
 import handspun
 from handspun.data.examples import Example, build_examples
 from handspun.data.rows import Row
-from handspun.decoding.engines.base import Feed
+from handspun.decoding.engines.base import ModelInput
 from handspun.decoding.engines.choose import make_engine
 from handspun.models.embedded import EMBEDDED_NAME
 from measurements import DEMO_ROWS, Results, draw, open_results, read_rows, table
@@ -55,7 +55,7 @@ def measured(name: str, kind: Any, rows: list[dict[str, str]]) -> dict[str, floa
 def answer_loss(engine: Any, example: Example) -> float:
     """The loss summed over the example's learned tokens."""
     row = engine.add()
-    logits = engine.forward([Feed(row, example.input_ids[:-1], all_logits=True)])
+    logits = engine.forward([ModelInput(row, example.input_ids[:-1], all_logits=True)])
     engine.free(row)
     learned = torch.tensor(example.learned[1:])
     targets = torch.tensor(example.input_ids[1:])[learned]

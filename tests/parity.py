@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from handspun.config import GenerationOptions
 from handspun.decoding.generate import answer_all
 from handspun.decoding.options import resolve
-from handspun.decoding.request import Job
+from handspun.decoding.request import Request
 from handspun.decoding.results import GenerationResult
 from handspun.decoding.text import vocabulary
 from handspun.models.load import ChatModel
@@ -49,12 +49,12 @@ def answers_to(
 
 def job_of(
     model: ChatModel, prompts_ids: list[list[int]], *, batch_size: int = 64, logprobs: bool = False, **options: Any
-) -> Job:
+) -> Request:
     """What `generate` would make of prompts that are given as token ids."""
     resolved, _ = resolve(GenerationOptions(**options), model, chat=False)
     limits = [resolved.max_new_tokens] * len(prompts_ids)
     words = vocabulary(model.tokenizer)
-    return Job(model, resolved, words, prompts_ids, limits, logprobs, False, batch_size, 10**6, lambda: False)
+    return Request(model, resolved, words, prompts_ids, limits, logprobs, False, batch_size, 10**6, lambda: False)
 
 
 def transformers_answers(

@@ -5,10 +5,10 @@ from itertools import product
 import pytest
 import torch
 
-from handspun.decoding.beam import Search
+from handspun.decoding.beam import BeamState
 from handspun.decoding.generate import generate
-from handspun.decoding.options import ResolvedOptions
-from handspun.decoding.request import Answer, Job
+from handspun.decoding.options import SamplingParams
+from handspun.decoding.request import Completion, Request
 from handspun.decoding.text import vocabulary
 from handspun.models.load import ChatModel
 from parity import answers_to, assert_same_as_transformers
@@ -136,10 +136,10 @@ def test_a_pad_id_of_0_is_a_pad_id(model):
 
 
 def _search(early_stopping, length_penalty, hypotheses):
-    options = ResolvedOptions(num_beams=2, early_stopping=early_stopping, length_penalty=length_penalty)
-    job = Job(None, options, vocabulary(_TOKENIZER), [[5]], [10], False, False, 1, 100, lambda: False)
-    answer = Answer.start(job, 0)
-    return Search(job, [answer, answer], [0.0, -1.0], hypotheses=[(score, answer) for score in hypotheses])
+    options = SamplingParams(num_beams=2, early_stopping=early_stopping, length_penalty=length_penalty)
+    job = Request(None, options, vocabulary(_TOKENIZER), [[5]], [10], False, False, 1, 100, lambda: False)
+    answer = Completion.start(job, 0)
+    return BeamState(job, [answer, answer], [0.0, -1.0], hypotheses=[(score, answer) for score in hypotheses])
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 import pytest
 
-from handspun.decoding.beam import ForkedBeams, Search, TreeBeams, agreed, beam_search, sure_answers
+from handspun.decoding.beam import BeamState, CopyingBeamCache, TreeBeamCache, agreed, beam_search, sure_answers
 from handspun.decoding.generate import stream
-from handspun.decoding.request import Answer
+from handspun.decoding.request import Completion
 from handspun.decoding.results import GenerationChunk, GenerationResult
 from handspun.models.load import ChatModel
 from parity import answers_to, job_of
@@ -17,9 +17,9 @@ _TOKENIZER = tiny_tokenizer()
 _CHAT = ChatModel(tiny_model("qwen2", eos_token_id=[3, 7]), _TOKENIZER, "tiny")
 
 
-def _answer(text: str, *, stops: tuple[str, ...] = (), ended: bool = False) -> Answer:
+def _answer(text: str, *, stops: tuple[str, ...] = (), ended: bool = False) -> Completion:
     job = job_of(_CHAT, [[5]], num_beams=3, max_new_tokens=50, stop_strings=stops)
-    answer = Answer.start(job, 0)
+    answer = Completion.start(job, 0)
     for token in _TOKENIZER(text)["input_ids"]:
         answer.add(token)
     if ended:
@@ -62,7 +62,7 @@ def test_what_may_become_a_stop_string_or_is_no_character_yet_is_not_agreed_on()
 def test_texts_agree_where_tokens_do_not():
     job, ids = _answer("").job, _TOKENIZER(" the")["input_ids"]
     letters = [_TOKENIZER(letter)["input_ids"][0] for letter in " the"]
-    whole, spelled = Answer.start(job, 0), Answer.start(job, 0)
+    whole, spelled = Completion.start(job, 0), Completion.start(job, 0)
     for answer, tokens in ((whole, ids), (spelled, letters)):
         for token in tokens:
             answer.add(token)
@@ -74,7 +74,7 @@ def test_only_what_may_still_be_returned_counts():
     """Not a beam without a chance, and not the second hypothesis where one is asked for."""
     beams = [_answer("the cat"), _answer("the car"), _answer("dog")]
     hypotheses = [(-1.0, _answer("the cab", ended=True)), (-2.0, _answer("a", ended=True))]
-    search = Search(beams[0].job, beams, [-1.0, -2.0, -1e9], hypotheses=hypotheses)
+    search = BeamState(beams[0].job, beams, [-1.0, -2.0, -1e9], hypotheses=hypotheses)
     [chunk] = search.chunks()
     assert (chunk.text, chunk.return_index, chunk.result) == ("the ca", 0, None)
     assert search.chunks() == []
@@ -86,7 +86,7 @@ def test_only_what_may_still_be_returned_counts():
     assert chunk.text == "sh"
 
 
-@pytest.mark.parametrize("make_beams", [TreeBeams, ForkedBeams])
+@pytest.mark.parametrize("make_beams", [TreeBeamCache, CopyingBeamCache])
 @pytest.mark.parametrize("seed", range(25))
 def test_streamed_texts_end_to_end_are_the_answers(seed, make_beams):
     """Random models and options; tokens are bytes of characters, words, and special ones."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from handspun.config import GenerationOptions
 from handspun.decoding.constraint import make_constraint
 from handspun.decoding.generate import generate, stream
-from handspun.decoding.options import ResolvedOptions, resolve
+from handspun.decoding.options import SamplingParams, resolve
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
 from tiny import tiny_model, tiny_tokenizer
@@ -125,7 +125,7 @@ def test_stop_strings_of_chats_do_not_cut_what_has_a_form():
 
 
 def test_rows_at_different_steps_have_their_own_states_and_lost_ones_are_made_again():
-    constraint = make_constraint(ResolvedOptions(regex="ab*c", eos_token_ids=(_EOS,)), _TOKENIZER)
+    constraint = make_constraint(SamplingParams(regex="ab*c", eos_token_ids=(_EOS,)), _TOKENIZER)
     a, b, c = (_TOKENIZER(letter)["input_ids"][0] for letter in "abc")
     logits = torch.zeros(4, 330)
     histories = [[], [a], [a, b, b], [a, b, c]]
@@ -139,7 +139,7 @@ def test_rows_at_different_steps_have_their_own_states_and_lost_ones_are_made_ag
 
 
 def test_an_eos_is_allowed_only_where_the_answer_is_complete():
-    constraint = make_constraint(ResolvedOptions(regex="a|aba", eos_token_ids=(_EOS, 320)), _TOKENIZER)
+    constraint = make_constraint(SamplingParams(regex="a|aba", eos_token_ids=(_EOS, 320)), _TOKENIZER)
     a, b = (_TOKENIZER(letter)["input_ids"][0] for letter in "ab")
     for tokens, complete in ([], False), ([a], True), ([a, b], False), ([a, b, a], True):
         logits = constraint.apply(torch.zeros(1, 330), [tokens])[0]
@@ -367,7 +367,7 @@ def test_what_regular_expressions_cannot_have_here_is_refused(regex, words):
     [("^a$", "a"), ("a+?", "aa"), (r"\d{2}", "07"), (r"\p{Han}", "色"), ("(?i)yes", "YES"), (r"\Aab\z", "ab")],
 )
 def test_what_regular_expressions_may_have(regex, right):
-    constraint = make_constraint(ResolvedOptions(regex=regex, eos_token_ids=(_EOS,)), _TOKENIZER)
+    constraint = make_constraint(SamplingParams(regex=regex, eos_token_ids=(_EOS,)), _TOKENIZER)
     ids = [*_TOKENIZER(right)["input_ids"], _EOS]
     for place, token in enumerate(ids):
         assert constraint.apply(torch.zeros(1, 330), [ids[:place]])[0, token] == 0

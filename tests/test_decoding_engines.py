@@ -17,12 +17,12 @@ from transformers import (
 )
 
 import handspun
-from handspun.decoding.beam import ForkedBeams, TreeBeams, beam_search
-from handspun.decoding.engines.base import Engine, Feed
+from handspun.decoding.beam import CopyingBeamCache, TreeBeamCache, beam_search
+from handspun.decoding.engines.base import Engine, ModelInput
 from handspun.decoding.engines.choose import make_engine
 from handspun.decoding.engines.fused import LeanEngine
 from handspun.decoding.engines.transformers import TransformersEngine
-from handspun.decoding.request import Job
+from handspun.decoding.request import Request
 from handspun.errors import ModelError
 from handspun.kernels import native
 from handspun.kernels.int8_matmul import fwht_torch
@@ -77,11 +77,11 @@ def test_lean_logits_are_transformers(name: str) -> None:
     model = model_of(name)
     engine = LeanEngine(lean_model(model_of(name)))
     rows = [engine.add() for _ in PROMPTS]
-    found = engine.forward([Feed(row, ids) for row, ids in zip(rows, PROMPTS, strict=True)])
+    found = engine.forward([ModelInput(row, ids) for row, ids in zip(rows, PROMPTS, strict=True)])
     for logits, ids in zip(found, PROMPTS, strict=True):
         torch.testing.assert_close(logits, expected(model, ids)[-1], rtol=1e-4, atol=1e-4)
     more = [[17], [4, 4, 4], [9], [2, 100]]
-    found = engine.forward([Feed(row, ids, all_logits=True) for row, ids in zip(rows, more, strict=True)])
+    found = engine.forward([ModelInput(row, ids, all_logits=True) for row, ids in zip(rows, more, strict=True)])
     wanted = [expected(model, [*a, *b])[-len(b) :] for a, b in zip(PROMPTS, more, strict=True)]
     torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-4)
 
@@ -99,16 +99,20 @@ def test_rows_attended_in_one_call_as_on_a_gpu(
         engine = LeanEngine(model)
         monkeypatch.setattr(engine, "_gathers", gathers)
         rows = [engine.add() for _ in PROMPTS]
-        logits = [engine.forward([Feed(row, ids) for row, ids in zip(rows, PROMPTS, strict=True)])]
+        logits = [engine.forward([ModelInput(row, ids) for row, ids in zip(rows, PROMPTS, strict=True)])]
         for row in rows:  # behind each row's tokens
             end = engine.cache.start(row) + engine.cache.length(row)
             with torch.inference_mode():
                 engine.cache._pool[:, :, end : end + 10] = torch.nan
-        logits += [engine.forward([Feed(row, [17 + row]) for row in rows])]
+        logits += [engine.forward([ModelInput(row, [17 + row]) for row in rows])]
         late = engine.add()
-        tree = Feed(rows[0], [4, 9, 30], positions=[5, 5, 6], mask=mask, all_logits=True)
-        long = Feed(rows[3], list(range(40, 70)))
-        logits += [engine.forward([Feed(late, [8, 8]), tree, Feed(rows[1], [3]), Feed(rows[2], [1, 2, 3]), long])]
+        tree = ModelInput(rows[0], [4, 9, 30], positions=[5, 5, 6], mask=mask, all_logits=True)
+        long = ModelInput(rows[3], list(range(40, 70)))
+        logits += [
+            engine.forward(
+                [ModelInput(late, [8, 8]), tree, ModelInput(rows[1], [3]), ModelInput(rows[2], [1, 2, 3]), long]
+            )
+        ]
         found.append(torch.cat(logits))
     near = 1e-4 if dtype == torch.float32 else 0.2
     torch.testing.assert_close(found[1], found[0], rtol=near, atol=near)
@@ -124,7 +128,7 @@ def test_rows_come_fork_and_go(kind: int) -> None:
     model = model_of("qwen2")
     engine = engines(model_of("qwen2"))[kind]
     texts = {engine.add(): list(ids) for ids in PROMPTS}
-    engine.forward([Feed(row, ids) for row, ids in texts.items()])
+    engine.forward([ModelInput(row, ids) for row, ids in texts.items()])
     first, second, *_ = texts
     texts[engine.fork(first)] = list(texts[first])
     engine.free(second)
@@ -135,7 +139,7 @@ def test_rows_come_fork_and_go(kind: int) -> None:
         if step == 2:
             texts[late] = []
             new[late] = [11, 12, 13]
-        found = engine.forward([Feed(row, tokens) for row, tokens in new.items()])
+        found = engine.forward([ModelInput(row, tokens) for row, tokens in new.items()])
         for row, tokens in new.items():
             texts[row] += tokens
         if step in (0, 2, 69):
@@ -152,7 +156,7 @@ def test_fused_weights_are_still_the_models_own(tmp_path: Any) -> None:
     with torch.no_grad():
         model.model.layers[0].self_attn.k_proj.weight.mul_(2)
         untouched.model.layers[0].self_attn.k_proj.weight.mul_(2)
-    found = engine.forward([Feed(engine.add(), PROMPTS[0])])
+    found = engine.forward([ModelInput(engine.add(), PROMPTS[0])])
     torch.testing.assert_close(found[0], expected(untouched, PROMPTS[0])[-1], rtol=1e-4, atol=1e-4)
     before = model.model.layers[0].self_attn.q_proj.weight.data_ptr()
     lean_model(model)
@@ -170,7 +174,7 @@ def test_adapters_are_merged_into_copies() -> None:
             assert "lora" in name or "token" in name
     wanted = expected(adapted.eval(), PROMPTS[2])
     engine = LeanEngine(lean_model(adapted))
-    found = engine.forward([Feed(engine.add(), PROMPTS[2], all_logits=True)])
+    found = engine.forward([ModelInput(engine.add(), PROMPTS[2], all_logits=True)])
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(expected(adapted, PROMPTS[2]), wanted)
 
@@ -200,13 +204,13 @@ def test_a_tree_of_beams_gives_what_rows_of_beams_give(family: Any, options: dic
     """Sixty steps, so that the tree is compacted many times; three prompts of different lengths."""
     chat = ChatModel(tiny_model(family), tiny_tokenizer(), "tiny")
     job = job_of(chat, PROMPTS[:3], max_new_tokens=60, num_return_sequences=2, **options)
-    tree, plain = found_by(job, TreeBeams), found_by(job, ForkedBeams)
+    tree, plain = found_by(job, TreeBeamCache), found_by(job, CopyingBeamCache)
     assert tree == plain
     chat.model.config.model_type = "other"
     assert found_by(job) == plain
 
 
-def found_by(job: Job, *make_beams: Any) -> list[list[int]]:
+def found_by(job: Request, *make_beams: Any) -> list[list[int]]:
     return [chunk.result.token_ids for chunk in beam_search(job, *make_beams) if chunk.result]
 
 
@@ -243,12 +247,14 @@ def test_int8_answers_do_not_depend_on_batch_mates(is_native: bool, monkeypatch:
 def fed(engine: LeanEngine) -> list[Tensor]:
     """Logits of prompts, of single tokens beside a new prompt, and of two branches of a tree."""
     rows = [engine.add() for _ in PROMPTS]
-    found = [engine.forward([Feed(row, ids) for row, ids in zip(rows, PROMPTS, strict=True)])]
+    found = [engine.forward([ModelInput(row, ids) for row, ids in zip(rows, PROMPTS, strict=True)])]
     late = engine.add()
-    found.append(engine.forward([Feed(rows[0], [9]), Feed(late, [4, 4, 4]), Feed(rows[2], [8])]))
+    found.append(engine.forward([ModelInput(rows[0], [9]), ModelInput(late, [4, 4, 4]), ModelInput(rows[2], [8])]))
     branches = torch.ones(2, 7, dtype=torch.bool)
     branches[0, 6] = branches[1, 5] = False
-    found.append(engine.forward([Feed(rows[0], [11, 12], [5, 5], branches, all_logits=True), Feed(late, [1])]))
+    found.append(
+        engine.forward([ModelInput(rows[0], [11, 12], [5, 5], branches, all_logits=True), ModelInput(late, [1])])
+    )
     return found
 
 
@@ -324,7 +330,7 @@ def test_int8_is_near_float(tiny_folder: Any) -> None:
 
 def _logits(chat: ChatModel, ids: list[int]) -> Tensor:
     engine = make_engine(chat)
-    return engine.forward([Feed(engine.add(), ids, all_logits=True)])
+    return engine.forward([ModelInput(engine.add(), ids, all_logits=True)])
 
 
 def test_int8_of_another_kind_of_model_is_refused(tmp_path: Any) -> None:

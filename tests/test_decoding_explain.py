@@ -11,7 +11,7 @@ from rich.console import Console
 from handspun.cli.views.explain import explanation_table
 from handspun.decoding.explain import Candidate, Effect, explain
 from handspun.decoding.generate import generate, stream
-from handspun.decoding.options import ResolvedOptions
+from handspun.decoding.options import SamplingParams
 from handspun.decoding.processors import History, make_processors
 from handspun.decoding.sampling import gumbel_noise
 from handspun.errors import ConfigError
@@ -41,7 +41,7 @@ def _explained(logits, options, token, noise=None, history=()):
 
 def test_the_numbers_of_a_step_worked_out_by_hand():
     """Probabilities .5 .3 .2; 0 is suppressed, so 1 and 2 have .6 and .4; of these, top_k 1 keeps 1."""
-    options = ResolvedOptions(do_sample=True, suppress_tokens=(0,), top_k=1)
+    options = SamplingParams(do_sample=True, suppress_tokens=(0,), top_k=1)
     step = _explained(torch.tensor([[0.5, 0.3, 0.2]]).log(), options, 1, noise=torch.tensor([[1.0, -2.0, 3.0]]))
     assert (step.rank, step.left, step.runner_up) == (2, 1, None)
     assert (step.probability, step.left_mass) == pytest.approx((0.3, 0.3))
@@ -58,13 +58,13 @@ def test_the_numbers_of_a_step_worked_out_by_hand():
 
 def test_the_runner_up_of_a_draw_is_the_next_in_logit_and_noise():
     logits, noise = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.0, 9.0, 5.0]])
-    assert _explained(logits, ResolvedOptions(do_sample=True), 1, noise=noise).runner_up.token_id == 2
-    greedy = _explained(logits, ResolvedOptions(), 0)
+    assert _explained(logits, SamplingParams(do_sample=True), 1, noise=noise).runner_up.token_id == 2
+    greedy = _explained(logits, SamplingParams(), 0)
     assert (greedy.runner_up.token_id, greedy.runner_up.noise, greedy.chosen.noise) == (1, None, None)
 
 
 def test_a_processor_that_changes_a_logit_and_one_that_does_nothing():
-    options = ResolvedOptions(presence_penalty=math.log(2), min_new_tokens=1, eos_token_ids=(2,))
+    options = SamplingParams(presence_penalty=math.log(2), min_new_tokens=1, eos_token_ids=(2,))
     step = _explained(torch.tensor([[0.5, 0.25, 0.25]]).log(), options, 1, history=[0])
     [effect] = step.effects  # the answer has a token already
     assert asdict(effect) == pytest.approx(

@@ -7,7 +7,7 @@ import torch
 
 from handspun.config import GenerationOptions
 from handspun.decoding.generate import generate, stream
-from handspun.decoding.options import ResolvedOptions
+from handspun.decoding.options import SamplingParams
 from handspun.decoding.processors import History, make_processors, process
 from handspun.decoding.sampling import gumbel_noise
 from handspun.errors import ConfigError, DataError, ModelError, TemplateError
@@ -129,7 +129,7 @@ def test_sampled_tokens_are_those_of_a_plain_forward_without_cache(chat, back):
         table = torch.tensor([ids])
         logits = chat.model(table).logits[:, -1]
         history = History(answer.prompt_token_ids, answer.token_ids[:step])
-        filtered = process(logits, [history], make_processors(ResolvedOptions(**settings)))
+        filtered = process(logits, [history], make_processors(SamplingParams(**settings)))
         assert token == (filtered[0] + gumbel_noise((5, 1, back), step, 330)).argmax().item()
         ids.append(token)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from handspun.config import GenerationOptions
-from handspun.decoding.options import ResolvedOptions, resolve
+from handspun.decoding.options import SamplingParams, resolve
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
 from tiny import tiny_model, tiny_tokenizer
@@ -25,7 +25,7 @@ def _resolve(model, *, chat=False, **given):
 
 def test_a_model_that_says_nothing_is_decoded_greedily_without_filters():
     options, notices = _resolve(_model(eos_token_id=3))
-    assert options == ResolvedOptions(eos_token_ids=(3,), pad_token_id=320)
+    assert options == SamplingParams(eos_token_ids=(3,), pad_token_id=320)
     assert (options.do_sample, options.top_k, options.max_new_tokens) == (False, 0, 512)
     assert notices == []
 

@@ -25,9 +25,9 @@ from transformers.generation.logits_process import (
 )
 
 from handspun.decoding import filters
-from handspun.decoding.options import ResolvedOptions
+from handspun.decoding.options import SamplingParams
 from handspun.decoding.processors import History, check_some_left, make_processors, process
-from handspun.decoding.sampling import choose, gumbel_noise, stream_of
+from handspun.decoding.sampling import gumbel_noise, select_tokens, stream_of
 from handspun.errors import ConfigError
 from tiny import tiny_model
 
@@ -73,7 +73,7 @@ def test_no_repeat_ngram_is_that_of_transformers(logits, histories, size):
 def test_min_new_tokens_is_that_of_transformers(logits, generated, wanted):
     rows = [History([1, 2], [0] * n) for n in generated]
     theirs = MinNewTokensLengthLogitsProcessor(2, wanted, torch.tensor([3, 7]))
-    ours = process(logits, rows, make_processors(ResolvedOptions(min_new_tokens=wanted, eos_token_ids=(3, 7))))
+    ours = process(logits, rows, make_processors(SamplingParams(min_new_tokens=wanted, eos_token_ids=(3, 7))))
     expected = _row_by_row(theirs, logits, [row.prompt_token_ids + row.token_ids for row in rows])
     assert torch.equal(ours, expected)
 
@@ -134,7 +134,7 @@ def test_sequence_bias_is_that_of_transformers(logits, histories, biases):
 
 @given(_logits(), _histories(), st.lists(_RUNS, min_size=1, unique=True))
 def test_bad_words_are_those_of_transformers_which_spare_a_single_eos(logits, histories, runs):
-    options = ResolvedOptions(bad_words_ids=tuple(runs), eos_token_ids=(3,))
+    options = SamplingParams(bad_words_ids=tuple(runs), eos_token_ids=(3,))
     ours = process(logits, [History(ids) for ids in histories], make_processors(options))
     theirs = NoBadWordsLogitsProcessor([list(run) for run in runs], eos_token_id=[3])
     if runs == [(3,)]:
@@ -147,11 +147,11 @@ def test_bad_words_are_those_of_transformers_which_spare_a_single_eos(logits, hi
 def test_suppressed_tokens_are_those_of_transformers(logits, generated, tokens):
     rows = [History([1, 2], [0] * n) for n in generated]
     histories = [row.prompt_token_ids + row.token_ids for row in rows]
-    always = make_processors(ResolvedOptions(suppress_tokens=tuple(tokens)))
+    always = make_processors(SamplingParams(suppress_tokens=tuple(tokens)))
     assert torch.equal(
         process(logits, rows, always), _row_by_row(SuppressTokensLogitsProcessor(tokens), logits, histories)
     )
-    first = make_processors(ResolvedOptions(begin_suppress_tokens=tuple(tokens)))
+    first = make_processors(SamplingParams(begin_suppress_tokens=tuple(tokens)))
     theirs = SuppressTokensAtBeginLogitsProcessor(tokens, begin_index=2)
     assert torch.equal(process(logits, rows, first), _row_by_row(theirs, logits, histories))
 
@@ -198,7 +198,7 @@ def test_all_together_come_in_the_order_of_transformers(logits, histories, optio
     values = {name: value for name, value in options.items() if value is not None}
     if "sequence_bias" in values:
         values["sequence_bias"] = tuple(values["sequence_bias"].items())
-    made = make_processors(ResolvedOptions(**values, eos_token_ids=(3, 7)))
+    made = make_processors(SamplingParams(**values, eos_token_ids=(3, 7)))
     ours = process(logits, [History(ids) for ids in histories], made)
     for row, ids in enumerate(histories):
         theirs = _MODEL._get_logits_processor(config, input_ids_seq_length=len(ids), device="cpu")
@@ -238,7 +238,7 @@ def test_presence_counts_a_token_once_and_frequency_every_time():
     logits, generated = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]), [[1, 1, 2], []]
     assert filters.presence_penalty(logits, generated, 0.5).tolist() == [[1.0, 0.5, 0.5], [1.0, 1.0, 1.0]]
     assert filters.frequency_penalty(logits, generated, 0.5).tolist() == [[1.0, 0.0, 0.5], [1.0, 1.0, 1.0]]
-    made = make_processors(ResolvedOptions(presence_penalty=0.5, frequency_penalty=0.25))
+    made = make_processors(SamplingParams(presence_penalty=0.5, frequency_penalty=0.25))
     assert process(logits[:1], [History([0, 0], [1, 1])], made).tolist() == [[1.0, 0.0, 1.0]]  # not the prompt's
 
 
@@ -248,7 +248,7 @@ def test_a_bias_waits_for_what_comes_before_it():
 
 
 def test_the_repetition_penalty_can_spare_tokens():
-    made = make_processors(ResolvedOptions(repetition_penalty=2.0, unpenalised_ids=frozenset({1})))
+    made = make_processors(SamplingParams(repetition_penalty=2.0, unpenalised_ids=frozenset({1})))
     assert process(torch.ones(1, 4), [History([0, 1], [1, 2])], made).tolist() == [[0.5, 1.0, 0.5, 1.0]]
 
 
@@ -261,7 +261,7 @@ def test_a_function_of_one_s_own_sees_each_row_and_comes_before_sampling():
         return logits
 
     logits = torch.tensor([[3.0, 4.0, 1.0], [1.0, 0.0, 2.0]])
-    made = make_processors(ResolvedOptions(do_sample=True, top_k=1, repetition_penalty=1.5), [only_even])
+    made = make_processors(SamplingParams(do_sample=True, top_k=1, repetition_penalty=1.5), [only_even])
     assert [processor.name for processor in made] == ["repetition_penalty", "only_even", "top_k"]
     processed = process(logits, [History([0], [1]), History([1])], made)
     assert processed.tolist() == [[2.0, -_INF, -_INF], [-_INF, -_INF, 2.0]]
@@ -275,11 +275,11 @@ def test_a_function_that_returns_something_else_is_named(returned):
         return returned
 
     with pytest.raises(ConfigError, match=r"the processor broken returned .*: expected the logits of one row"):
-        process(torch.zeros(1, 3), [History([1])], make_processors(ResolvedOptions(), [broken]))
+        process(torch.zeros(1, 3), [History([1])], make_processors(SamplingParams(), [broken]))
 
 
 def test_excluding_everything_is_an_error_that_names_the_options():
-    made = make_processors(ResolvedOptions(suppress_tokens=(0, 1), eos_token_ids=(2,), min_new_tokens=2))
+    made = make_processors(SamplingParams(suppress_tokens=(0, 1), eos_token_ids=(2,), min_new_tokens=2))
     rows = [History([0], [1, 1]), History([0], [1])]
     filtered = process(torch.zeros(2, 3), rows, made)
     with pytest.raises(ConfigError, match="after 1 tokens .* --min-new-tokens, --suppress-tokens leave no token"):
@@ -296,7 +296,7 @@ def test_ids_that_the_head_cannot_give_are_passed_over(beyond):
     assert filters.frequency_penalty(ones, [[1, beyond, 1]], 0.25).tolist() == [[1.0, 0.5, 1.0]]
     biases = [((1,), 2.0), ((beyond,), 3.0), ((1, beyond), 4.0)]
     assert filters.sequence_bias(ones, [[1]], biases).tolist() == [[1.0, 3.0, 1.0]]
-    assert filters.forbid(ones, (1, beyond), [True]).tolist() == [[1.0, -_INF, 1.0]]
+    assert filters.mask_tokens(ones, (1, beyond), [True]).tolist() == [[1.0, -_INF, 1.0]]
     assert filters.no_repeat_ngram(ones, [[0, beyond, 0]], 2).tolist() == [[1.0, 1.0, 1.0]]
 
 
@@ -344,7 +344,7 @@ def test_min_p_at_equality_keeps_the_token(probabilities, share, kept):
 
 def test_processors_leave_their_input_as_it_was():
     logits = torch.tensor([[3.0, 2.0, 2.0, 1.0]])
-    options = ResolvedOptions(
+    options = SamplingParams(
         do_sample=True, temperature=0.5, top_k=2, top_p=0.5, min_p=0.1, repetition_penalty=1.2,
         no_repeat_ngram_size=1, min_new_tokens=1, eos_token_ids=(0,),
     )  # fmt: skip
@@ -354,11 +354,11 @@ def test_processors_leave_their_input_as_it_was():
 
 def test_without_processors_the_very_same_logits_come_back():
     logits = torch.tensor([[3.0, 2.0]])
-    assert process(logits, [History([1])], make_processors(ResolvedOptions())) is logits
+    assert process(logits, [History([1])], make_processors(SamplingParams())) is logits
 
 
 def test_sampling_filters_do_nothing_to_greedy_logits():
-    options = ResolvedOptions(temperature=0.5, top_k=1)
+    options = SamplingParams(temperature=0.5, top_k=1)
     assert make_processors(options) == ()
     sampled = process(
         torch.tensor([[3.0, 2.0]]), [History([1])], make_processors(replace(options, do_sample=True))
@@ -370,7 +370,7 @@ def test_draws_follow_the_softmax():
     """Pearson's chi-squared of 4,000 draws over 5 tokens; 4 degrees of freedom, 18.5 at 1 in 1,000."""
     probabilities, draws = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]), 4000
     streams = [(0, i, 0) for i in range(draws)]
-    tokens = choose(probabilities.log().expand(draws, 5), draws=[(stream, 3) for stream in streams])
+    tokens = select_tokens(probabilities.log().expand(draws, 5), draws=[(stream, 3) for stream in streams])
     expected = probabilities * draws
     assert ((tokens.bincount(minlength=5) - expected) ** 2 / expected).sum() < 18.5
 
@@ -401,4 +401,4 @@ def test_a_seed_for_each_prompt_goes_with_its_prompt():
 
 def test_forbidden_tokens_are_never_drawn():
     logits = torch.tensor([-_INF, 0.0, -_INF]).expand(200, 3)
-    assert set(choose(logits, draws=[((0, i, 0), 0) for i in range(200)]).tolist()) == {1}
+    assert set(select_tokens(logits, draws=[((0, i, 0), 0) for i in range(200)]).tolist()) == {1}

@@ -8,7 +8,7 @@ import torch
 
 from handspun.decoding import beam as beam_module
 from handspun.decoding import scheduler as decode_module
-from handspun.decoding.engines.base import Engine, Feed
+from handspun.decoding.engines.base import Engine, ModelInput
 from handspun.decoding.engines.choose import make_engine
 from handspun.decoding.engines.fused import LeanEngine
 from handspun.decoding.generate import answer_all
@@ -69,7 +69,7 @@ class Watch:
             truncate(row, length)
             self.rows[row] = length
 
-        def watched_forward(feeds: list[Feed]) -> torch.Tensor:
+        def watched_forward(feeds: list[ModelInput]) -> torch.Tensor:
             logits: torch.Tensor = forward(feeds)
             self.forwards += 1
             for feed in feeds:

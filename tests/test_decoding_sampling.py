@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from handspun.decoding.sampling import choose, draw, gumbel_noise, stream_of
+from handspun.decoding.sampling import gumbel_argmax, gumbel_noise, select_tokens, stream_of
 
 VALUES = st.sampled_from([0.0, -7.99, -8.0, -8.01, -30.0, -math.inf]) | st.floats(-40, 40, width=32)
 
@@ -22,7 +22,7 @@ def test_draw_takes_tokens_far_below_the_best_as_often_as_they_are_probable() ->
     """One token at 0, and 3,000 at -8.5, which have 38 % of the probability together."""
     logits = torch.full((3001,), -8.5)
     logits[1234] = 0.0
-    drawn = [draw(logits, (7, prompt, 0), 3) for prompt in range(1500)]
+    drawn = [gumbel_argmax(logits, (7, prompt, 0), 3) for prompt in range(1500)]
     assert drawn == [plainly(logits, (7, prompt, 0), 3) for prompt in range(1500)]
     far, share = sum(token != 1234 for token in drawn), 3000 / (3000 + math.exp(8.5))
     assert abs(far - 1500 * share) < 4 * math.sqrt(1500 * share * (1 - share))
@@ -38,12 +38,12 @@ def test_draw_is_the_argmax_of_logits_and_noise(
     values: list[float], stream: tuple[int, int, int], step: int
 ) -> None:
     logits = torch.tensor(values)
-    assert draw(logits, stream, step) == plainly(logits, stream, step)
+    assert gumbel_argmax(logits, stream, step) == plainly(logits, stream, step)
 
 
 def test_draws_have_the_frequencies_of_the_softmax() -> None:
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
-    drawn = [draw(logits, (0, 0, 0), step) for step in range(4000)]
+    drawn = [gumbel_argmax(logits, (0, 0, 0), step) for step in range(4000)]
     counts = np.bincount(drawn, minlength=4) / 4000
     assert counts == pytest.approx([0.5, 0.25, 0.125, 0.125], abs=4 * 0.5 / math.sqrt(4000))
 
@@ -81,7 +81,7 @@ def test_stream_of_one_seed_and_of_a_seed_for_each_prompt() -> None:
 
 def test_choose_takes_the_best_or_draws_each_row_from_its_stream() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]])
-    assert choose(logits, draws=None).tolist() == [1, 0]
+    assert select_tokens(logits, draws=None).tolist() == [1, 0]
     draws = [((4, 0, 0), 6), ((4, 1, 0), 2)]
     expected = [plainly(row, stream, step) for row, (stream, step) in zip(logits, draws, strict=True)]
-    assert choose(logits, draws=draws).tolist() == expected
+    assert select_tokens(logits, draws=draws).tolist() == expected

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from handspun.cli.views.explain import search_tree
-from handspun.decoding.explain import SearchTree, TreeNode
+from handspun.decoding.explain import BeamTrace, TreeNode
 from handspun.decoding.generate import generate
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
@@ -25,7 +25,7 @@ def _path(nodes, place):
 
 
 def test_a_search_of_two_steps_worked_out_by_hand():
-    tree = SearchTree(2, str)
+    tree = BeamTrace(2, str)
     tree.grow([0, 0, 1], [5, 6, 5], [-1.0, -2.0, -1e9], ended=[], beams=[0, 1])
     tree.grow([1, 0], [7, 8], [-2.5, -3.0], ended=[0], beams=[1, None])
     assert tree.with_answers([[6, 7]]) == [
@@ -84,7 +84,7 @@ def test_a_cancelled_search_has_its_tree_too():
     ids=str,
 )
 def test_the_last_node_of_an_answer_is_marked_and_none_of_one_that_was_no_beam(answer, marked):
-    tree = SearchTree(2, str)
+    tree = BeamTrace(2, str)
     tree.grow([0, 0], [5, 6], [-1.0, -2.0], ended=[], beams=[0, 1])
     tree.grow([0, 1], [8, 8], [-2.0, -3.0], ended=[], beams=[0, 1])
     nodes = tree.with_answers([answer])

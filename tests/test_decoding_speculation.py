@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, MistralConfig
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 import handspun
-from handspun.decoding.engines.base import Feed
+from handspun.decoding.engines.base import ModelInput
 from handspun.decoding.engines.fused import LeanEngine
 from handspun.decoding.engines.transformers import TransformersEngine
 from handspun.decoding.generate import answer_all, stream
 from handspun.decoding.prompt_lookup import draft, lookup
-from handspun.decoding.request import Answer
+from handspun.decoding.request import Completion
 from handspun.decoding.results import GenerationResult
 from handspun.errors import ConfigError
 from handspun.kernels import native
@@ -60,8 +60,8 @@ def test_drafts_are_those_of_transformers() -> None:
 def test_a_draft_leaves_room_for_a_token_and_ends_before_an_eos() -> None:
     chat = ChatModel(tiny_model("qwen2", eos_token_id=4), tiny_tokenizer(), "tiny")
     job = job_of(chat, [LOOP, [5, 9, 13, 7, 5, 9]], prompt_lookup_num_tokens=9, max_new_tokens=4)
-    assert draft(Answer.start(job, 0)) == [13]
-    answer = Answer.start(job, 1)
+    assert draft(Completion.start(job, 0)) == [13]
+    answer = Completion.start(job, 1)
     assert draft(answer) == [13, 7, 5]
     answer.add(13)
     assert draft(answer) == [7, 5]
@@ -167,7 +167,7 @@ def test_constrained_answers_are_those_without_speculation(form: Any, sampling: 
 def test_steps_are_saved_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     steps, forward = list[int](), LeanEngine.forward
 
-    def counted(engine: LeanEngine, feeds: Sequence[Feed]) -> Tensor:
+    def counted(engine: LeanEngine, feeds: Sequence[ModelInput]) -> Tensor:
         steps.append(sum(len(feed.token_ids) for feed in feeds))
         return forward(engine, feeds)
 
@@ -222,20 +222,24 @@ def test_int8_logits_of_a_draft_are_those_of_its_tokens_alone(
     for length in (1, 7, 70, 300):
         prompt, new = ([dice.randrange(330) for _ in range(count)] for count in (length, 9))
         one, many, mate = LeanEngine(lean), LeanEngine(lean), LeanEngine(lean).add()
-        assert (one.forward([Feed(one.add(), prompt)]) == many.forward([Feed(many.add(), prompt)])).all()
+        assert (
+            one.forward([ModelInput(one.add(), prompt)]) == many.forward([ModelInput(many.add(), prompt)])
+        ).all()
         mate = many.add()
-        apart = torch.cat([one.forward([Feed(0, [token])]) for token in new])
-        assert torch.equal(many.forward([Feed(0, new, all_logits=True), Feed(mate, [5, 6, 7])])[:-1], apart)
+        apart = torch.cat([one.forward([ModelInput(0, [token])]) for token in new])
+        assert torch.equal(
+            many.forward([ModelInput(0, new, all_logits=True), ModelInput(mate, [5, 6, 7])])[:-1], apart
+        )
 
 
 def test_float_logits_of_a_draft_are_near_those_of_its_tokens_alone(smollm2: ChatModel) -> None:
     prompt, new = smollm2.tokenizer("Rewrite this: the cat sat on the mat.")["input_ids"], [253, 2644, 3424, 335]
     lean = lean_model(smollm2.model)
     one, many = LeanEngine(lean), LeanEngine(lean)
-    one.forward([Feed(one.add(), prompt)])
-    many.forward([Feed(many.add(), prompt)])
-    apart = torch.cat([one.forward([Feed(0, [token])]) for token in new])
-    torch.testing.assert_close(many.forward([Feed(0, new, all_logits=True)]), apart, rtol=0, atol=1e-3)
+    one.forward([ModelInput(one.add(), prompt)])
+    many.forward([ModelInput(many.add(), prompt)])
+    apart = torch.cat([one.forward([ModelInput(0, [token])]) for token in new])
+    torch.testing.assert_close(many.forward([ModelInput(0, new, all_logits=True)]), apart, rtol=0, atol=1e-3)
 
 
 def test_rows_of_transformers_forget_what_they_took_back(chats: dict[str, ChatModel]) -> None:
@@ -243,11 +247,11 @@ def test_rows_of_transformers_forget_what_they_took_back(chats: dict[str, ChatMo
     model = chats["gpt_neox"].model
     engine = TransformersEngine(model)
     texts = {engine.add(): list(ids) for ids in PROMPTS}
-    engine.forward([Feed(row, ids) for row, ids in texts.items()])
+    engine.forward([ModelInput(row, ids) for row, ids in texts.items()])
     dice = random.Random(0)
     for _ in range(12):
         drafts = {row: [dice.randrange(24) for _ in range(dice.randint(1, 5))] for row in texts}
-        found = engine.forward([Feed(row, tokens, all_logits=True) for row, tokens in drafts.items()])
+        found = engine.forward([ModelInput(row, tokens, all_logits=True) for row, tokens in drafts.items()])
         wanted = [model(torch.tensor([texts[row] + new])).logits[0, -len(new) :] for row, new in drafts.items()]
         torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-4)
         for row, tokens in drafts.items():

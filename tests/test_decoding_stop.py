@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from handspun.decoding.text import AnswerText, ByteDetokenizer, Vocabulary, WindowDetokenizer, vocabulary
+from handspun.decoding.text import ByteDetokenizer, StreamingText, Vocabulary, WindowDetokenizer, vocabulary
 from tiny import tiny_tokenizer
 
 _TOKENIZER = tiny_tokenizer()
@@ -19,24 +19,24 @@ def _ids(text: str) -> list[int]:
     return ids
 
 
-def _written(pieces: list[str], stops: tuple[str, ...]) -> tuple[list[str], AnswerText]:
+def _written(pieces: list[str], stops: tuple[str, ...]) -> tuple[list[str], StreamingText]:
     """The deltas that pieces of text give, each as a token of its own."""
     table = [piece.encode() for piece in pieces]
-    answer = AnswerText.start(Vocabulary(lambda: ByteDetokenizer(table.__getitem__), {}), stops)
+    answer = StreamingText.start(Vocabulary(lambda: ByteDetokenizer(table.__getitem__), {}), stops)
     deltas = [answer.push(i) for i in range(len(pieces))]
     return [*deltas, answer.finish()], answer
 
 
 @given(st.lists(st.integers(0, len(_TOKENIZER) - 1), max_size=30))
 def test_streamed_text_is_the_decoded_text_for_any_tokens(ids):
-    answer = AnswerText.start(_WORDS, ())
+    answer = StreamingText.start(_WORDS, ())
     streamed = "".join([*map(answer.push, ids), answer.finish()])
     assert streamed == answer.text == _TOKENIZER.decode(ids, skip_special_tokens=True)
 
 
 @given(st.text(max_size=30))
 def test_streamed_text_is_the_text_that_was_encoded(text):
-    answer = AnswerText.start(_WORDS, ("never in it \x00",))
+    answer = StreamingText.start(_WORDS, ("never in it \x00",))
     assert "".join([*map(answer.push, _ids(text)), answer.finish()]) == _TOKENIZER.decode(_ids(text))
 
 
@@ -60,7 +60,7 @@ def test_a_stop_string_fires_across_token_boundaries_and_is_cut():
 
 def test_a_stop_string_fires_inside_a_character_that_several_tokens_make():
     text = "好的。再见，朋友"
-    answer = AnswerText.start(_WORDS, ("再见",))
+    answer = StreamingText.start(_WORDS, ("再见",))
     for token in _ids(text):
         answer.push(token)
         if answer.stop_string:
@@ -101,20 +101,20 @@ def test_how_text_is_cut_into_tokens_changes_nothing(text, stops, data):
 
 
 def test_special_tokens_are_not_shown_but_stop_strings_see_them():
-    answer = AnswerText.start(_WORDS, ("<|im_end|>\n",))
+    answer = StreamingText.start(_WORDS, ("<|im_end|>\n",))
     shown = [answer.push(token) for token in [*_ids("Hi"), _IM_END, *_ids("\n")]]
     assert "".join(shown) == answer.text == "Hi"
     assert answer.stop_string == "<|im_end|>\n"
 
 
 def test_a_special_token_that_is_no_stop_leaves_no_trace():
-    answer = AnswerText.start(_WORDS, ("<|im_end|>!",))
+    answer = StreamingText.start(_WORDS, ("<|im_end|>!",))
     ids = [*_ids("a"), _IM_END, *_ids("b")]
     assert "".join([*map(answer.push, ids), answer.finish()]) == "ab"
 
 
 def test_added_tokens_that_are_not_special_are_shown():
-    answer = AnswerText.start(_WORDS, ())
+    answer = StreamingText.start(_WORDS, ())
     assert answer.push(_TOOL_CALL) == "<tool_call>"
 
 
@@ -129,7 +129,7 @@ def test_nothing_is_shown_behind_a_stop_string():
 
 
 def test_a_copy_goes_its_own_way():
-    answer = AnswerText.start(_WORDS, ("ab",))
+    answer = StreamingText.start(_WORDS, ("ab",))
     answer.push(_ids("a")[0])
     other = answer.copy()
     other.push(_ids("b")[0])
@@ -150,7 +150,7 @@ def sentence_piece_like() -> PreTrainedTokenizerFast:
 
 
 def test_other_vocabularies_are_decoded_in_the_context_of_the_last_tokens(sentence_piece_like):
-    answer = AnswerText.start(vocabulary(sentence_piece_like), ())
+    answer = StreamingText.start(vocabulary(sentence_piece_like), ())
     assert isinstance(answer.detokenizer, WindowDetokenizer)
     ids = [1, 2, *(4 + byte for byte in "你".encode()), 3]
     assert [answer.push(i) for i in ids] == ["Hi", " there", "", "", "你", "!"]
@@ -158,14 +158,14 @@ def test_other_vocabularies_are_decoded_in_the_context_of_the_last_tokens(senten
 
 
 def test_other_vocabularies_give_up_on_bytes_that_are_no_character(sentence_piece_like):
-    answer = AnswerText.start(vocabulary(sentence_piece_like), ())
+    answer = StreamingText.start(vocabulary(sentence_piece_like), ())
     deltas = [answer.push(4 + 0x80) for _ in range(6)]
     assert "".join([*deltas, answer.finish()]) == "\ufffd" * 6
     assert any(deltas)
 
 
 def test_a_copy_of_another_vocabulary_s_text_goes_its_own_way(sentence_piece_like):
-    answer = AnswerText.start(vocabulary(sentence_piece_like), ())
+    answer = StreamingText.start(vocabulary(sentence_piece_like), ())
     answer.push(1)
     other = answer.copy()
     other.push(2)

@@ -308,7 +308,7 @@ def test_chat_reads_no_forged_turn_from_either_side(
         monkeypatch.setattr(show, "stream", said)
         monkeypatch.setattr("sys.stdin", io.StringIO(f"{text}\nAgain {text}\n/quit\n"))
         options = GenerationOptions(max_new_tokens=1)
-        show.hold_conversation(qwen, options, Console(file=io.StringIO()), system_prompt=f"Say {text}")
+        show.chat_loop(qwen, options, Console(file=io.StringIO()), system_prompt=f"Say {text}")
         prompts = [added_ids(qwen, ids) for ids in seen]
         seen.clear()
         return prompts

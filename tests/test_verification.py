@@ -29,7 +29,14 @@ from handspun.verification import processors as sampling
 from handspun.verification.answers import check_batches, check_beams, check_greedy, check_logits
 from handspun.verification.int8 import check_int8, compared_sums
 from handspun.verification.processors import check_distributions, check_draws, check_processors, goodness_of_fit
-from handspun.verification.reference import Divergence, Finding, Material, compared, first_difference, gather
+from handspun.verification.reference import (
+    Divergence,
+    Finding,
+    Reference,
+    build_reference,
+    compared,
+    first_difference,
+)
 from handspun.verification.training import check_packed, check_prefix
 from handspun.verification.verify import verify
 from tiny import tiny_model, tiny_tokenizer
@@ -43,12 +50,12 @@ def chat_of(model: PreTrainedModel, engine_of: PreTrainedModel | None = None, *,
     return ChatModel(model, tiny_tokenizer(), "tiny", lean)
 
 
-def material_of(chat: ChatModel) -> Material:
-    return gather(chat, PROMPTS, is_chat=True, max_new_tokens=10)
+def material_of(chat: ChatModel) -> Reference:
+    return build_reference(chat, PROMPTS, is_chat=True, max_new_tokens=10)
 
 
 @pytest.fixture
-def material() -> Material:
+def material() -> Reference:
     return material_of(chat_of(tiny_model("qwen2")))
 
 
@@ -147,19 +154,19 @@ def test_a_beam_search_of_other_rules_fails(monkeypatch: pytest.MonkeyPatch) -> 
     chat.model.generation_config.eos_token_id = list(range(0, 330, 11))
     material = material_of(chat)
     assert set(statuses(list(check_beams(material)))) == {"pass"}
-    monkeypatch.setattr(beam.Search, "keep", lambda search, ended: search.hypotheses.extend(ended))
+    monkeypatch.setattr(beam.BeamState, "keep", lambda search, ended: search.hypotheses.extend(ended))
     findings = list(check_beams(material))
     assert "fail" in statuses(findings)
     assert any(divergence.margin > divergence.rounding for one in findings for divergence in one.divergences)
 
 
-def test_beams_with_other_scores_fail(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
-    grow = beam.SearchTree.grow
+def test_beams_with_other_scores_fail(material: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    grow = beam.BeamTrace.grow
 
     def higher(tree: Any, parents: Any, tokens: Any, scores: list[float], **more: Any) -> None:
         grow(tree, parents, tokens, [score + 0.1 for score in scores], **more)
 
-    monkeypatch.setattr(beam.SearchTree, "grow", higher)
+    monkeypatch.setattr(beam.BeamTrace, "grow", higher)
     assert statuses(list(check_beams(material))) == ["fail"] * 3
 
 
@@ -178,29 +185,29 @@ def test_beams_with_other_scores_fail(material: Material, monkeypatch: pytest.Mo
     ],
 )
 def test_a_processor_that_does_nothing_fails(
-    material: Material, monkeypatch: pytest.MonkeyPatch, name: str, cases: set[str]
+    material: Reference, monkeypatch: pytest.MonkeyPatch, name: str, cases: set[str]
 ) -> None:
     assert {finding.case for finding in check_processors(material) if finding.status == "pass"} >= cases
     monkeypatch.setattr(filters, name, lambda logits, *_: logits)
     assert {finding.case for finding in check_processors(material) if finding.status == "fail"} == cases
 
 
-def test_a_processor_that_is_a_little_off_fails(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_that_is_a_little_off_fails(material: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     right = filters.temperature
     monkeypatch.setattr(filters, "temperature", lambda logits, value: right(logits, 1.0001 * value))
     assert {finding.case for finding in check_processors(material) if finding.status == "fail"} == {"temperature"}
     assert "fail" in statuses(list(check_distributions(material)))
 
 
-def test_draws_of_another_distribution_fail(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = sampling.choose
+def test_draws_of_another_distribution_fail(material: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = sampling.select_tokens
     assert statuses(list(check_draws(material))) == ["pass"] * 4
     monkeypatch.setattr(sampling, "choose", lambda logits, draws: right(1.3 * logits, draws=draws))
     assert statuses(list(check_draws(material))) == ["fail"] * 4
 
 
-def test_draws_that_forget_the_step_fail(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = sampling.choose
+def test_draws_that_forget_the_step_fail(material: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = sampling.select_tokens
     monkeypatch.setattr(
         sampling, "choose", lambda logits, draws: right(logits, draws=[(stream, 0) for stream, _ in draws])
     )
@@ -229,7 +236,7 @@ def in_other_batches(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor
     return forward
 
 
-def test_answers_that_depend_on_the_batch_fail(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_that_depend_on_the_batch_fail(material: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     assert statuses(list(check_batches(material, material.chat, "", exact=False))) == ["pass"] * 3
     monkeypatch.setattr(LeanEngine, "forward", in_other_batches(lambda logits: logits.roll(1, 0)))
     assert statuses(list(check_batches(material, material.chat, "", exact=False))) == ["fail"] * 3
@@ -244,7 +251,7 @@ def test_int8_is_held_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert statuses(list(check_batches(material, material.chat, "float32", exact=False))) == ["pass"] * 3
 
 
-def test_packed_gradients_that_are_a_little_off_fail(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_gradients_that_are_a_little_off_fail(material: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     right = packed.linear_cross_entropy_backward
     assert statuses(list(check_packed(material))) == ["pass", "pass"]
 
@@ -261,7 +268,7 @@ def test_a_model_that_is_not_packed_says_why() -> None:
     assert (finding.status, "padded" in finding.found, "sliding" in finding.found) == ("info", True, True)
 
 
-def test_prompts_that_are_not_what_is_trained_fail(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_that_are_not_what_is_trained_fail(material: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_prefix(material).status == "pass"
     right = ChatTemplate.encode
 

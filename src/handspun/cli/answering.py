@@ -83,6 +83,6 @@ def chat(
     system_prompt
         System message; if not given, the template's own default holds.
     """
-    from handspun.cli.views.answers import hold_conversation
+    from handspun.cli.views.answers import chat_loop
 
-    hold_conversation(load_model(source, template), options, HarmlessConsole(), system_prompt=system_prompt)
+    chat_loop(load_model(source, template), options, HarmlessConsole(), system_prompt=system_prompt)

@@ -22,12 +22,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from handspun.decoding.engines.base import Engine, Feed
+from handspun.decoding.engines.base import Engine, ModelInput
 from handspun.decoding.engines.choose import make_engine
 from handspun.decoding.engines.fused import LeanEngine
-from handspun.decoding.explain import SearchTree
+from handspun.decoding.explain import BeamTrace
 from handspun.decoding.processors import nothing_left, process
-from handspun.decoding.request import Answer, Job, check_finite
+from handspun.decoding.request import Completion, Request, check_finite
 from handspun.decoding.results import GenerationChunk, GenerationResult
 from handspun.decoding.scheduler import feed_prompt
 
@@ -35,14 +35,14 @@ from handspun.decoding.scheduler import feed_prompt
 class Beams(Protocol):
     """The beams of one search."""
 
-    def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> list[Feed]:
+    def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> list[ModelInput]:
         """Beam i goes on from beam parents[i] with tokens[i]: the feeds that give the beams' next logits."""
 
     def free(self) -> None:
         """Forgets the beams."""
 
 
-class TreeBeams:
+class TreeBeamCache:
     """A row of the lean engine that holds a prompt and the tree of its beams. The first advance comes after the
     prompt has been fed."""
 
@@ -52,7 +52,7 @@ class TreeBeams:
         self._ancestors = torch.ones(num_beams, prompt_tokens, dtype=torch.bool, device=engine.model.device)
         self._themselves = torch.eye(num_beams, dtype=torch.bool, device=engine.model.device)
 
-    def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> list[Feed]:
+    def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> list[ModelInput]:
         """One feed of num_beams tokens."""
         ancestors = self._ancestors[list(parents)]
         alive = ancestors.any(dim=0)
@@ -63,26 +63,26 @@ class TreeBeams:
         self._ancestors = torch.cat([ancestors, self._themselves], dim=1)  # (beams, entries)
         positions = [self._position] * len(tokens)
         self._position += 1
-        return [Feed(self._row, tokens, positions, self._ancestors, all_logits=True)]
+        return [ModelInput(self._row, tokens, positions, self._ancestors, all_logits=True)]
 
     def free(self) -> None:
         """Forgets the row."""
         self._engine.free(self._row)
 
 
-class ForkedBeams:
+class CopyingBeamCache:
     """A row for each beam, in any engine: the plain form."""
 
     def __init__(self, engine: Engine, row: int, prompt_tokens: int, num_beams: int) -> None:  # noqa: ARG002
         self._engine = engine
         self._rows = [row] * num_beams  # until the first advance
 
-    def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> list[Feed]:
+    def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> list[ModelInput]:
         """A feed for each beam, of one token."""
         rows = [self._engine.fork(self._rows[parent]) for parent in parents]
         self.free()
         self._rows = rows
-        return [Feed(row, [token]) for row, token in zip(rows, tokens, strict=True)]
+        return [ModelInput(row, [token]) for row, token in zip(rows, tokens, strict=True)]
 
     def free(self) -> None:
         """Forgets the rows."""
@@ -94,7 +94,7 @@ _NEVER_EXCLUDE = {"repetition_penalty", "presence_penalty", "frequency_penalty",
 """Processors that leave every token, but for an eos, a finite logit."""
 
 
-def agreed(answers: Sequence[Answer]) -> tuple[str, list[int]]:
+def agreed(answers: Sequence[Completion]) -> tuple[str, list[int]]:
     """The text and the tokens with which all of the answers begin. Texts may agree where tokens do not."""
     texts, ids = [answer.text.text for answer in answers], [answer.token_ids for answer in answers]
     return texts[0][: _shared_length(texts)], ids[0][: _shared_length(ids)]
@@ -115,7 +115,7 @@ class BeamStream:
     answers: int = 0
     """Of which it has been streamed: those with a return index below."""
 
-    def grow(self, possible: Sequence[Answer]) -> list[GenerationChunk]:
+    def grow(self, possible: Sequence[Completion]) -> list[GenerationChunk]:
         """What is new, for each answer that is sure to be returned. possible: all that may still be returned."""
         text, token_ids = agreed(possible)
         assert text.startswith(self.text), "what was shown is taken back"
@@ -147,7 +147,7 @@ class BeamStream:
         )
 
 
-def sure_answers(job: Job) -> int:
+def sure_answers(job: Request) -> int:
     """How many answers to a prompt a search is sure to return. All that are asked for, if every beam has at least
     num_beams tokens to go on with; where tokens are excluded there may be fewer, but one."""
     vocabulary = job.model.model.config.get_text_config().vocab_size - len(job.options.eos_token_ids)
@@ -157,37 +157,37 @@ def sure_answers(job: Job) -> int:
 
 _NEVER = -1e9
 """Added to a score that is not to win; transformers' value."""
-_UNREAL = _NEVER / 2
+_DEAD_THRESHOLD = _NEVER / 2
 """Scores below are of beams that repeat others, or that processors exclude: no answers."""
 
 
 @dataclass
-class Search:
+class BeamState:
     """The search for one prompt's answers."""
 
-    job: Job
-    beams: list[Answer]
+    job: Request
+    beams: list[Completion]
     """num_beams of them, the best first."""
     scores: list[float]
     """Of the beams: accumulated log-probabilities."""
     kept: Beams | None = None
     """Their keys and values, once the search has joined."""
-    feeds: list[Feed] = field(default_factory=list)
+    feeds: list[ModelInput] = field(default_factory=list)
     """What gives the next logits: those of the prompt at first, and then those of each beam."""
-    hypotheses: list[tuple[float, Answer]] = field(default_factory=list)
+    hypotheses: list[tuple[float, Completion]] = field(default_factory=list)
     """(score, ended answer), the best first, num_beams at most."""
     done: bool = False
-    tree: SearchTree | None = None
+    tree: BeamTrace | None = None
     """What the search looks at, if that is asked for."""
     stream: BeamStream = field(default_factory=BeamStream)
     """What has been shown."""
 
     @classmethod
-    def of(cls, job: Job, prompt_index: int) -> "Search":
+    def of(cls, job: Request, prompt_index: int) -> "Search":
         """One that waits. All its beams are the same at first, so only one of them may win."""
         n = job.options.num_beams
-        tree = SearchTree(n, job.vocabulary.text_of) if job.show_tree else None
-        return cls(job, [Answer.start(job, prompt_index)] * n, [0.0] + [_NEVER] * (n - 1), tree=tree)
+        tree = BeamTrace(n, job.vocabulary.text_of) if job.show_tree else None
+        return cls(job, [Completion.start(job, prompt_index)] * n, [0.0] + [_NEVER] * (n - 1), tree=tree)
 
     def join(self, engine: Engine, make_beams: Callable[..., Beams]) -> None:
         """Begins."""
@@ -205,7 +205,7 @@ class Search:
         """Whether there are as many hypotheses as beams."""
         return len(self.hypotheses) == self.job.options.num_beams
 
-    def keep(self, ended: list[tuple[float, Answer]]) -> None:
+    def keep(self, ended: list[tuple[float, Completion]]) -> None:
         """Takes in hypotheses, and keeps the best."""
         merged = sorted(self.hypotheses + ended, key=lambda hypothesis: -hypothesis[0])
         self.hypotheses = merged[: self.job.options.num_beams]
@@ -224,12 +224,12 @@ class Search:
         return best_possible <= self.hypotheses[-1][0]
 
     @property
-    def live(self) -> list[Answer]:
+    def live(self) -> list[Completion]:
         """The beams that may become answers. Before the first step all are the same."""
         if self.done:
             return []
         pairs = zip(self.beams, self.scores, strict=True)
-        return [beam for beam, score in pairs if score > _UNREAL or not self.length]
+        return [beam for beam, score in pairs if score > _DEAD_THRESHOLD or not self.length]
 
     def chunks(self) -> list[GenerationChunk]:
         """What the last step has made certain."""
@@ -258,16 +258,16 @@ class Search:
 
 
 @torch.inference_mode()
-def beam_search(job: Job, make_beams: Callable[..., Beams] | None = None) -> Iterator[GenerationChunk]:
+def beam_search(job: Request, make_beams: Callable[..., Beams] | None = None) -> Iterator[GenerationChunk]:
     """The num_return_sequences best answers to each of the job's prompts, as far as they are certain. A prompt's
     search joins where there is room for it, and leaves when it has ended.
 
     make_beams: TreeBeams or ForkedBeams; if not given, a tree where the engine can keep one.
     """
     engine = make_engine(job.model)
-    make_beams = make_beams or (TreeBeams if isinstance(engine, LeanEngine) else ForkedBeams)
+    make_beams = make_beams or (TreeBeamCache if isinstance(engine, LeanEngine) else CopyingBeamCache)
     order = sorted(range(len(job.prompts)), key=lambda i: len(job.prompts[i]))
-    waiting, going = deque(Search.of(job, i) for i in order), list[Search]()
+    waiting, going = deque(BeamState.of(job, i) for i in order), list[BeamState]()
     while waiting or going:
         if job.should_stop():
             yield from [chunk for search in (*going, *waiting) for chunk in search.cancel()]
@@ -281,13 +281,13 @@ def beam_search(job: Job, make_beams: Callable[..., Beams] | None = None) -> Ite
         going = [search for search in going if not search.done]
 
 
-def _has_room(going: Sequence[Search], search: Search) -> bool:
+def _has_room(going: Sequence[BeamState], search: BeamState) -> bool:
     job, beams = search.job, len(search.beams)
-    tokens = beams * sum(one.beams[0].most_tokens for one in (*going, search))
+    tokens = beams * sum(one.beams[0].max_total_tokens for one in (*going, search))
     return not going or ((len(going) + 1) * beams <= job.batch_size and tokens <= job.max_batch_tokens)
 
 
-def _a_row_for_each_beam(logits: Tensor, searches: Sequence[Search]) -> Tensor:
+def _a_row_for_each_beam(logits: Tensor, searches: Sequence[BeamState]) -> Tensor:
     """(prompts * beams, vocab): a prompt's own logits are those of all its beams."""
     n, places, start = searches[0].job.options.num_beams, list[int](), 0
     for search in searches:
@@ -297,7 +297,7 @@ def _a_row_for_each_beam(logits: Tensor, searches: Sequence[Search]) -> Tensor:
     return logits if len(places) == len(logits) else logits[places]
 
 
-def _advance(searches: Sequence[Search], logits: Tensor) -> None:
+def _advance(searches: Sequence[BeamState], logits: Tensor) -> None:
     """One step of every search. logits: (prompts * beams, vocab)."""
     options, prompts = searches[0].job.options, len(searches)
     beams = [beam for search in searches for beam in search.beams]
@@ -315,26 +315,26 @@ def _advance(searches: Sequence[Search], logits: Tensor) -> None:
     logprobs = own.view(prompts, options.num_beams, -1)[torch.arange(prompts)[:, None], parents, tokens]
     columns = (top.tolist(), parents.tolist(), tokens.tolist(), logprobs.tolist())
     for search, *chosen in zip(searches, *columns, strict=True):
-        _settle(search, *chosen)
+        _select(search, *chosen)
 
 
-def _settle(
-    search: Search, top: list[float], parents: list[int], tokens: list[int], logprobs: list[float]
+def _select(
+    search: BeamState, top: list[float], parents: list[int], tokens: list[int], logprobs: list[float]
 ) -> None:
     """The best continuations, (width,) with their accumulated log-probabilities, the best first: those that end
     become hypotheses, the others the search's beams."""
     options, length = search.job.options, search.length + 1
     candidates = _candidates(search, parents, tokens, logprobs)
     has_ended = [candidate.finish_reason is not None for candidate in candidates]
-    best = [i for i in range(options.num_beams) if has_ended[i] and top[i] > _UNREAL]
+    best = [i for i in range(options.num_beams) if has_ended[i] and top[i] > _DEAD_THRESHOLD]
     search.keep([(top[i] / length**options.length_penalty, candidates[i]) for i in best])
     penalised = torch.tensor(top) + torch.tensor(has_ended) * _NEVER
     running, order = (values.tolist() for values in penalised.topk(options.num_beams))
     search.scores, search.beams = running, [candidates[i] for i in order]
     if search.tree is not None:
-        beams = [i if score > _UNREAL else None for i, score in zip(order, running, strict=True)]
+        beams = [i if score > _DEAD_THRESHOLD else None for i, score in zip(order, running, strict=True)]
         search.tree.grow(parents, tokens, top, ended=best, beams=beams)
-    nothing_goes_on = all(has_ended) or running[0] <= _UNREAL
+    nothing_goes_on = all(has_ended) or running[0] <= _DEAD_THRESHOLD
     search.done = nothing_goes_on or search.has_ended(running[0], length)
     assert search.kept is not None
     if search.done:
@@ -343,7 +343,9 @@ def _settle(
         search.feeds = search.kept.advance([parents[i] for i in order], [tokens[i] for i in order])
 
 
-def _candidates(search: Search, parents: list[int], tokens: list[int], logprobs: list[float]) -> list[Answer]:
+def _candidates(
+    search: BeamState, parents: list[int], tokens: list[int], logprobs: list[float]
+) -> list[Completion]:
     """The continuations of one search's beams."""
     candidates = []
     for parent, token, logprob in zip(parents, tokens, logprobs, strict=True):

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from handspun.config import option_name
-from handspun.decoding.options import ResolvedOptions
+from handspun.decoding.options import SamplingParams
 from handspun.display import shown
 from handspun.errors import ConfigError
 
@@ -87,7 +87,7 @@ class Constraint:
             del self._states[tokens]
 
 
-def make_constraint(options: ResolvedOptions, tokenizer: PreTrainedTokenizerBase) -> Constraint | None:
+def make_constraint(options: SamplingParams, tokenizer: PreTrainedTokenizerBase) -> Constraint | None:
     """What the options ask for, or None.
 
     Raises ConfigError for a form that is malformed, that no answer can have, or that cannot be held to.
@@ -116,7 +116,7 @@ def make_constraint(options: ResolvedOptions, tokenizer: PreTrainedTokenizerBase
     return constraint
 
 
-def _grammar(options: ResolvedOptions) -> str:
+def _grammar(options: SamplingParams) -> str:
     """llguidance's form of what the options ask for. Raises ValueError for a schema that is nested too deeply."""
     if options.json_schema is not None:
         overrides: Any = {"whitespace_pattern": _WHITESPACE, "json_allowed_escapes": _ESCAPES}

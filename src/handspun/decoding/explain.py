@@ -26,7 +26,7 @@ class TreeNode:
     """Which of the returned answers ends with it."""
 
 
-class SearchTree:
+class BeamTrace:
     """The nodes of one search as it goes on."""
 
     def __init__(self, beams: int, text_of: Callable[[int], str]) -> None:

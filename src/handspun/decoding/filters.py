@@ -63,7 +63,7 @@ def no_repeat_ngram(logits: Tensor, histories: Sequence[list[int]], size: int) -
     return _forbidden(logits, [_completions(history, size) for history in histories])
 
 
-def forbid(logits: Tensor, token_ids: Collection[int], where: Sequence[bool]) -> Tensor:
+def mask_tokens(logits: Tensor, token_ids: Collection[int], where: Sequence[bool]) -> Tensor:
     """Forbids these tokens in the rows for which `where` is true."""
     return _forbidden(logits, [token_ids if here else () for here in where]) if any(where) else logits
 

@@ -12,18 +12,18 @@ from handspun.config import GenerationOptions, TemplateArgs, read_template_args,
 from handspun.config.typed import short
 from handspun.decoding.beam import beam_search
 from handspun.decoding.engines.choose import cannot_decode_lean, cannot_draft
-from handspun.decoding.options import ResolvedOptions, resolve
+from handspun.decoding.options import SamplingParams, resolve
 from handspun.decoding.processors import Function
 from handspun.decoding.prompts import (
     Prompt,
     as_prompts,
     context_length,
     encode_prompts,
-    left_out,
     rendered_already,
     said_in,
+    unencodable_notice,
 )
-from handspun.decoding.request import Job
+from handspun.decoding.request import Request
 from handspun.decoding.results import GenerationChunk, GenerationResult
 from handspun.decoding.scheduler import decode, prompt_progress
 from handspun.decoding.text import vocabulary
@@ -140,7 +140,7 @@ def _job(
     max_batch_tokens: int,
     notice: Callable[[str], None],
     should_stop: Callable[[], bool] | None,
-) -> Job:
+) -> Request:
     counts, flags = {"batch_size": batch_size, "max_batch_tokens": max_batch_tokens}, {
         "chat": chat, "logprobs": logprobs, "explain": explain, "show_tree": show_tree,
         "continue_final_message": continue_final_message,
@@ -170,11 +170,11 @@ def _job(
         model, several, chat=chat, system_prompt=system_prompt, tools=tools,
         continue_final_message=continue_final_message,
     )  # fmt: skip
-    notices += left_out(model, several, encoded, system_prompt=system_prompt)
+    notices += unencodable_notice(model, several, encoded, system_prompt=system_prompt)
     notices += rendered_already(model, several, chat=chat)
     limits = _limits(model, encoded, resolved.max_new_tokens, notices)
     spares = chat and resolved.repetition_penalty_exempt == "template"
-    job = Job(
+    job = Request(
         model=model,
         options=resolved,
         vocabulary=vocabulary(model.tokenizer),
@@ -233,7 +233,7 @@ def _with_given(options: GenerationOptions | None, given: dict[str, Any]) -> Gen
     return replace(options or GenerationOptions(), **given)
 
 
-def _check_seeds(options: ResolvedOptions, prompts: int) -> None:
+def _check_seeds(options: SamplingParams, prompts: int) -> None:
     if isinstance(options.seed, tuple) and len(options.seed) != prompts:
         raise ConfigError(
             f"--seed has {len(options.seed)} seeds for {prompts} prompts: give one, or one for each prompt."
@@ -254,13 +254,13 @@ def _limits(model: ChatModel, prompts: list[list[int]], max_new_tokens: int, not
     return limits
 
 
-def answer_all(job: Job) -> list[GenerationResult]:
+def answer_all(job: Request) -> list[GenerationResult]:
     """Answers to the job's prompts: prompt by prompt, num_return_sequences each."""
     results = [chunk.result for chunk in _chunks(job) if chunk.result is not None]
     return sorted(results, key=lambda result: (result.prompt_index, result.return_index))
 
 
-def _chunks(job: Job) -> Iterator[GenerationChunk]:
+def _chunks(job: Request) -> Iterator[GenerationChunk]:
     return beam_search(job) if job.options.num_beams > 1 else decode(job)
 
 

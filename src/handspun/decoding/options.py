@@ -15,7 +15,7 @@ from handspun.models.end_of_turn import eos_token_ids
 from handspun.models.load import ChatModel
 
 
-def concrete(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def normalize(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the same options as decoding holds them: runs of ids for words and biases, JSON for files.
 
     Raises ConfigError for a schema that cannot be read.
@@ -57,7 +57,7 @@ _MOST_NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolvedOptions:
+class SamplingParams:
     """GenerationOptions with nothing left open; the defaults are those that its texts name."""
 
     max_new_tokens: int = 512
@@ -99,7 +99,7 @@ class ResolvedOptions:
     """Tokens that the repetition penalty spares."""
 
 
-_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(ResolvedOptions)}
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(SamplingParams)}
 _BEAMS = ("length_penalty", "early_stopping")
 _ANY = (
     "max_new_tokens", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "sequence_bias",
@@ -123,13 +123,13 @@ _NOT_TAKEN: dict[str, Any] = {
 }
 
 
-def resolve(given: GenerationOptions, model: ChatModel, *, chat: bool) -> tuple[ResolvedOptions, list[str]]:
+def resolve(given: GenerationOptions, model: ChatModel, *, chat: bool) -> tuple[SamplingParams, list[str]]:
     """Every option's value, and what the user should be told about where it came from.
 
     Raises ConfigError if what the user gave has no effect or cannot be done.
     """
     chosen = {field.name: getattr(given, field.name) for field in fields(given)}
-    chosen = concrete({name: value for name, value in chosen.items() if value is not None}, model.tokenizer)
+    chosen = normalize({name: value for name, value in chosen.items() if value is not None}, model.tokenizer)
     own, unreadable = _settings_of(
         model, (*_ANY, *SAMPLING_OPTIONS, *_BEAMS, "do_sample", "num_beams", "num_return_sequences")
     )
@@ -141,7 +141,7 @@ def resolve(given: GenerationOptions, model: ChatModel, *, chat: bool) -> tuple[
     _check_taken(taken, _strategy(chosen, own), [unreadable[name] for name in sorted(needed)], vocabulary)
     constrained = any(name in chosen for name in CONSTRAINTS)
     defaults = {"stop_strings": _default_stop_strings(model) if chat and not constrained else ()}
-    options = ResolvedOptions(
+    options = SamplingParams(
         **{**defaults, **taken, **chosen, **_strategy(chosen, own)},
         eos_token_ids=_eos_token_ids(model, chat=chat),
         pad_token_id=_pad_token_id(model),
@@ -163,7 +163,7 @@ def _settings_of(model: ChatModel, names: tuple[str, ...]) -> tuple[dict[str, An
             unreadable[name] = str(error)
         else:
             found |= {} if value is None else {name: value}
-    return concrete(found, model.tokenizer), unreadable
+    return normalize(found, model.tokenizer), unreadable
 
 
 def _strategy(chosen: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def _check_taken(taken: dict[str, Any], strategy: dict[str, Any], unreadable: li
         raise ConfigError([f"{what}: {problem} Give another value: it wins." for problem in problems])
 
 
-def _check(options: ResolvedOptions, chosen: dict[str, Any]) -> None:
+def _check(options: SamplingParams, chosen: dict[str, Any]) -> None:
     problems = []
     idle = [option_name(name) for name in SAMPLING_OPTIONS if name in chosen]
     if idle and not options.do_sample and options.temperature != 0:
@@ -240,7 +240,7 @@ def _check(options: ResolvedOptions, chosen: dict[str, Any]) -> None:
         raise ConfigError(problems)
 
 
-def _notices(taken: dict[str, Any], model: ChatModel, options: ResolvedOptions) -> list[str]:
+def _notices(taken: dict[str, Any], model: ChatModel, options: SamplingParams) -> list[str]:
     notices = []
     if taken:
         values = ", ".join(f"{name} {value}" for name, value in sorted(taken.items()))

@@ -15,7 +15,7 @@ from torch import Tensor
 from handspun.config import option_name
 from handspun.decoding import filters
 from handspun.decoding.constraint import Constraint
-from handspun.decoding.options import ResolvedOptions
+from handspun.decoding.options import SamplingParams
 from handspun.errors import ConfigError
 
 Function = Callable[[Tensor, list[int]], Tensor]
@@ -30,7 +30,7 @@ class Row(Protocol):
         """What the model has read."""
 
     @property
-    def penalised_prompt_ids(self) -> list[int]:
+    def prompt_ids_for_penalty(self) -> list[int]:
         """Those of them that the repetition penalty counts."""
 
     @property
@@ -46,7 +46,7 @@ class History:
     token_ids: list[int] = field(default_factory=list)
 
     @property
-    def penalised_prompt_ids(self) -> list[int]:
+    def prompt_ids_for_penalty(self) -> list[int]:
         """All of the prompt."""
         return self.prompt_token_ids
 
@@ -84,7 +84,7 @@ def nothing_left(row: Row, processors: Sequence[Processor]) -> ConfigError:
 
 
 def make_processors(
-    options: ResolvedOptions, functions: Sequence[Function] = (), constraint: Constraint | None = None
+    options: SamplingParams, functions: Sequence[Function] = (), constraint: Constraint | None = None
 ) -> tuple[Processor, ...]:
     """The processors that the options ask for, in transformers' order: made once, used at every step.
 
@@ -99,11 +99,11 @@ def make_processors(
     return (*_asked_for(found, options), *own, *_asked_for(warpers, options))
 
 
-def _asked_for(processors: list[Processor], options: ResolvedOptions) -> list[Processor]:
+def _asked_for(processors: list[Processor], options: SamplingParams) -> list[Processor]:
     return [made for made in processors if getattr(options, made.name) != getattr(_OFF, made.name)]
 
 
-def _penalties(options: ResolvedOptions) -> list[Processor]:
+def _penalties(options: SamplingParams) -> list[Processor]:
     o = options
     return [
         Processor(
@@ -127,7 +127,7 @@ def _penalties(options: ResolvedOptions) -> list[Processor]:
     ]
 
 
-def _exclusions(options: ResolvedOptions) -> list[Processor]:
+def _exclusions(options: SamplingParams) -> list[Processor]:
     o = options
     bad_words = [(ids, -math.inf) for ids in o.bad_words_ids if ids not in [(eos,) for eos in o.eos_token_ids]]
     return [
@@ -140,23 +140,24 @@ def _exclusions(options: ResolvedOptions) -> list[Processor]:
         ),
         Processor(
             "min_new_tokens",
-            lambda logits, rows: filters.forbid(
+            lambda logits, rows: filters.mask_tokens(
                 logits, o.eos_token_ids, [len(row.token_ids) < o.min_new_tokens for row in rows]
             ),
         ),
         Processor(
-            "suppress_tokens", lambda logits, rows: filters.forbid(logits, o.suppress_tokens, [True] * len(rows))
+            "suppress_tokens",
+            lambda logits, rows: filters.mask_tokens(logits, o.suppress_tokens, [True] * len(rows)),
         ),
         Processor(
             "begin_suppress_tokens",
-            lambda logits, rows: filters.forbid(
+            lambda logits, rows: filters.mask_tokens(
                 logits, o.begin_suppress_tokens, [not row.token_ids for row in rows]
             ),
         ),
     ]
 
 
-def _for_sampling(options: ResolvedOptions) -> list[Processor]:
+def _for_sampling(options: SamplingParams) -> list[Processor]:
     """What changes draws only."""
     o = options
     return [
@@ -176,9 +177,9 @@ def _generated(rows: Sequence[Row]) -> list[list[int]]:
     return [row.token_ids for row in rows]
 
 
-def _penalised(rows: Sequence[Row], options: ResolvedOptions) -> list[set[int]]:
+def _penalised(rows: Sequence[Row], options: SamplingParams) -> list[set[int]]:
     spared = options.unpenalised_ids
-    return [{*row.penalised_prompt_ids, *row.token_ids} - spared for row in rows]
+    return [{*row.prompt_ids_for_penalty, *row.token_ids} - spared for row in rows]
 
 
 def _name_of(function: Function) -> str:
@@ -222,7 +223,7 @@ def _check_own(function: Function, logits: Tensor, token_ids: list[int]) -> None
         )
 
 
-_OFF = ResolvedOptions()
+_OFF = SamplingParams()
 """Every option at the value at which it does nothing."""
 
 __all__ = [

@@ -14,7 +14,7 @@ transformers' rules (`PromptLookupCandidateGenerator`, 5.23).
 from collections.abc import Sequence
 from itertools import takewhile
 
-from handspun.decoding.request import Answer
+from handspun.decoding.request import Completion
 
 
 def lookup(token_ids: Sequence[int], *, num_tokens: int, max_ngram_size: int) -> list[int]:
@@ -30,11 +30,11 @@ def lookup(token_ids: Sequence[int], *, num_tokens: int, max_ngram_size: int) ->
     return []
 
 
-def draft(answer: Answer) -> list[int]:
+def draft(answer: Completion) -> list[int]:
     """What may come next in the answer: short of its limit by the token that is chosen behind the draft, and of an
     eos, behind which there is nothing to choose."""
     options = answer.job.options
-    room = answer.most_tokens - len(answer.prompt_token_ids) - len(answer.token_ids) - 1
+    room = answer.max_total_tokens - len(answer.prompt_token_ids) - len(answer.token_ids) - 1
     num_tokens = min(options.prompt_lookup_num_tokens, room)
     if num_tokens < 1:
         return []

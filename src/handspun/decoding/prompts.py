@@ -158,7 +158,7 @@ def encode_prompts(
     return encoded
 
 
-def left_out(
+def unencodable_notice(
     model: ChatModel, prompts: list[Prompt], encoded: Sequence[list[int]], *, system_prompt: str | None
 ) -> Iterator[str]:
     """Notices, where the tokenizer does not keep the text of prompts. encoded: their ids."""

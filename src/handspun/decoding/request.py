@@ -10,21 +10,21 @@ from torch import Tensor, nn
 
 from handspun.decoding.constraint import make_constraint
 from handspun.decoding.explain import Explanation
-from handspun.decoding.options import ResolvedOptions
+from handspun.decoding.options import SamplingParams
 from handspun.decoding.processors import Function, Processor, make_processors
 from handspun.decoding.results import FinishReason, GenerationChunk, GenerationResult
-from handspun.decoding.text import AnswerText, Vocabulary
+from handspun.decoding.text import StreamingText, Vocabulary
 from handspun.decoding.tool_calls import parse_tool_calls
 from handspun.errors import ModelError
 from handspun.models.load import ChatModel, nonfinite_weights
 
 
 @dataclass(frozen=True)
-class Job:
+class Request:
     """All that one call of `generate` works with."""
 
     model: ChatModel
-    options: ResolvedOptions
+    options: SamplingParams
     vocabulary: Vocabulary
     prompts: list[list[int]]
     """Token ids of each prompt."""
@@ -52,13 +52,13 @@ class Job:
 
 
 @dataclass
-class Answer:
+class Completion:
     """The tokens and the text of one answer so far."""
 
-    job: Job
+    job: Request
     prompt_index: int
     return_index: int
-    text: AnswerText
+    text: StreamingText
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     explanation: list[Explanation] = field(default_factory=list)
@@ -67,9 +67,9 @@ class Answer:
     finish_reason: FinishReason | None = None
 
     @classmethod
-    def start(cls, job: Job, prompt_index: int, return_index: int = 0) -> "Answer":
+    def start(cls, job: Request, prompt_index: int, return_index: int = 0) -> "Answer":
         """An answer that has no token yet."""
-        return cls(job, prompt_index, return_index, AnswerText.start(job.vocabulary, job.options.stop_strings))
+        return cls(job, prompt_index, return_index, StreamingText.start(job.vocabulary, job.options.stop_strings))
 
     @property
     def prompt_token_ids(self) -> list[int]:
@@ -77,12 +77,12 @@ class Answer:
         return self.job.prompts[self.prompt_index]
 
     @property
-    def most_tokens(self) -> int:
+    def max_total_tokens(self) -> int:
         """Of prompt and answer, once it is as long as it may get."""
         return len(self.prompt_token_ids) + self.job.limits[self.prompt_index]
 
     @property
-    def penalised_prompt_ids(self) -> list[int]:
+    def prompt_ids_for_penalty(self) -> list[int]:
         """Those of the prompt's tokens that the repetition penalty counts."""
         return (self.job.penalised or self.job.prompts)[self.prompt_index]
 
@@ -140,7 +140,7 @@ _CHECKED: WeakSet[nn.Module] = WeakSet()
 """Models whose weights have been looked at: once is enough, and takes as long as a step."""
 
 
-def check_finite(logits: Tensor, answers: Sequence[Answer], model: ChatModel) -> None:
+def check_finite(logits: Tensor, answers: Sequence[Completion], model: ChatModel) -> None:
     """Raise ModelError if any of the model's logits is NaN or infinite. logits: (answers, vocab).
 
     Attention hides NaN in some weights behind finite logits (a NaN in its softmax counts as 0), so the weights are
@@ -161,7 +161,7 @@ def check_finite(logits: Tensor, answers: Sequence[Answer], model: ChatModel) ->
         _CHECKED.add(model.model)
 
 
-def _where(answer: Answer) -> str:
+def _where(answer: Completion) -> str:
     return f"at token {len(answer.token_ids) + 1} of the answer to prompt {answer.prompt_index + 1}"
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Stream = tuple[int, int, int]
+RngKey = tuple[int, int, int]
 """(seed, prompt index, return index): the name of an answer's stream of noise."""
 
 _Array = np.ndarray[Any, Any]
@@ -22,7 +22,7 @@ _NEAR = 8.0
 """Logits this far below the highest seldom win: their noise is looked at only where it is large."""
 
 
-def stream_of(seed: int | tuple[int, ...], prompt_index: int, return_index: int) -> Stream:
+def stream_of(seed: int | tuple[int, ...], prompt_index: int, return_index: int) -> RngKey:
     """With one seed, every prompt has a stream of its own; with one seed a prompt, the stream goes with
     the seed, wherever its prompt stands."""
     if isinstance(seed, tuple):
@@ -30,12 +30,12 @@ def stream_of(seed: int | tuple[int, ...], prompt_index: int, return_index: int)
     return seed, prompt_index, return_index
 
 
-def gumbel_noise(stream: Stream, step: int, vocab: int) -> Tensor:
+def gumbel_noise(stream: RngKey, step: int, vocab: int) -> Tensor:
     """Standard Gumbel noise for every token of one step of one answer: (vocab,), float32."""
     return torch.from_numpy(_gumbel(_random_bits(stream, step, vocab)))
 
 
-def draw(logits: Tensor, stream: Stream, step: int) -> int:
+def gumbel_argmax(logits: Tensor, stream: RngKey, step: int) -> int:
     """The token with the highest logit + noise, (vocab,), without the logarithms of most of the noise."""
     values = logits.numpy(force=True)
     bits = _random_bits(stream, step, len(values))
@@ -48,16 +48,16 @@ def draw(logits: Tensor, stream: Stream, step: int) -> int:
     return int(tokens[np.argmax(values[tokens] + _gumbel(bits[tokens]))])
 
 
-def choose(logits: Tensor, *, draws: Sequence[tuple[Stream, int]] | None) -> Tensor:
+def select_tokens(logits: Tensor, *, draws: Sequence[tuple[RngKey, int]] | None) -> Tensor:
     """The next token of each row: (rows, vocab) -> (rows,). draws: stream and step of each; without them, the most
     probable token."""
     if draws is None:
         return logits.argmax(-1)
-    tokens = [draw(row, stream, step) for row, (stream, step) in zip(logits, draws, strict=True)]
+    tokens = [gumbel_argmax(row, stream, step) for row, (stream, step) in zip(logits, draws, strict=True)]
     return torch.tensor(tokens, device=logits.device)
 
 
-def _random_bits(stream: Stream, step: int, vocab: int) -> _Array:
+def _random_bits(stream: RngKey, step: int, vocab: int) -> _Array:
     """52 random bits for each token: (vocab,), uint64."""
     seed, prompt_index, return_index = stream
     name = [seed % 2**64, (prompt_index % 2**32) << 32 | return_index % 2**32]

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from handspun.decoding.engines.base import Engine, Feed
+from handspun.decoding.engines.base import Engine, ModelInput
 from handspun.decoding.engines.choose import make_engine
 from handspun.decoding.explain import explain
 from handspun.decoding.processors import check_some_left, process
 from handspun.decoding.prompt_lookup import draft
-from handspun.decoding.request import Answer, Job, check_finite
+from handspun.decoding.request import Completion, Request, check_finite
 from handspun.decoding.results import GenerationChunk
-from handspun.decoding.sampling import choose, gumbel_noise, stream_of
+from handspun.decoding.sampling import gumbel_noise, select_tokens, stream_of
 
 _PROMPT_TOKENS = 2048
 """Most tokens of prompts that go through in one step; a longer prompt goes in pieces."""
@@ -25,10 +25,10 @@ _SECONDS_BETWEEN_NOTICES = 10.0
 
 
 @dataclass(frozen=True)
-class Running:
+class ActiveSequence:
     """An answer that is being written, and the engine's row of it."""
 
-    answer: Answer
+    answer: Completion
     row: int
     place: int
     """Of the last step's logits, that behind its newest token."""
@@ -37,36 +37,36 @@ class Running:
 
 
 @torch.inference_mode()
-def decode(job: Job) -> Iterator[GenerationChunk]:
+def decode(job: Request) -> Iterator[GenerationChunk]:
     """All answers, token by token. What an answer says does not depend on the others."""
     engine = make_engine(job.model)
-    waiting = deque(Answer.start(job, *name) for name in _names(job))
-    running: list[Running] = []
+    waiting = deque(Completion.start(job, *name) for name in _answer_ids(job))
+    running: list[ActiveSequence] = []
     while waiting or running:
         if job.should_stop():
             yield from [answer.finish("cancelled") for answer in (*(one.answer for one in running), *waiting)]
             return
-        logits, running = _step(engine, running, _joining(waiting, running, job))
-        yield from _advance(logits, running, job)
-        running = list(_going_on(engine, running))
+        logits, running = _step(engine, running, _admit(waiting, running, job))
+        yield from _sample_step(logits, running, job)
+        running = list(_retire_finished(engine, running))
 
 
 def feed_prompt(
     engine: Engine,
     prompt_token_ids: Sequence[int],
     on_prompt: Callable[[int, int], None] | None = None,
-) -> Feed:
+) -> ModelInput:
     """Return a new row's last feed of its prompt, after the pieces of a long prompt before it.
 
     on_prompt: called after each piece, as `Job.on_prompt`.
     """
     row, start = engine.add(), 0
     while len(prompt_token_ids) - start > _PROMPT_TOKENS:
-        engine.forward([Feed(row, prompt_token_ids[start : start + _PROMPT_TOKENS])])
+        engine.forward([ModelInput(row, prompt_token_ids[start : start + _PROMPT_TOKENS])])
         start += _PROMPT_TOKENS
         if on_prompt is not None:
             on_prompt(start, len(prompt_token_ids))
-    return Feed(row, prompt_token_ids[start:])
+    return ModelInput(row, prompt_token_ids[start:])
 
 
 def prompt_progress(
@@ -84,19 +84,19 @@ def prompt_progress(
     return on_prompt
 
 
-def _names(job: Job) -> list[tuple[int, int]]:
+def _answer_ids(job: Request) -> list[tuple[int, int]]:
     """(prompt index, return index) of all answers; prompts of like length are neighbours."""
     order = sorted(range(len(job.prompts)), key=lambda i: len(job.prompts[i]))
     return [(prompt, back) for prompt in order for back in range(job.options.num_return_sequences)]
 
 
-def _joining(waiting: deque[Answer], running: Sequence[Running], job: Job) -> list[Answer]:
+def _admit(waiting: deque[Completion], running: Sequence[ActiveSequence], job: Request) -> list[Completion]:
     """As many of the waiting answers as there is room for; one at least, if nothing is running."""
-    joining: list[Answer] = []
-    held, prompts = sum(one.answer.most_tokens for one in running), 0
+    joining: list[Completion] = []
+    held, prompts = sum(one.answer.max_total_tokens for one in running), 0
     while waiting and len(running) + len(joining) < job.batch_size:
         answer = waiting[0]
-        held += answer.most_tokens
+        held += answer.max_total_tokens
         if not (joining and joining[-1].prompt_index == answer.prompt_index):
             prompts += len(answer.prompt_token_ids)
         is_too_much = held > job.max_batch_tokens and (running or joining)
@@ -106,15 +106,17 @@ def _joining(waiting: deque[Answer], running: Sequence[Running], job: Job) -> li
     return joining
 
 
-def _step(engine: Engine, running: Sequence[Running], joining: Sequence[Answer]) -> tuple[Tensor, list[Running]]:
+def _step(
+    engine: Engine, running: Sequence[ActiveSequence], joining: Sequence[Completion]
+) -> tuple[Tensor, list[ActiveSequence]]:
     """Feeds the newest token of each answer with its draft, and the prompts of those that join, each prompt once.
     Returns logits, (tokens, vocab), and all that run now."""
-    feeds, place, now = list[Feed](), 0, list[Running]()
+    feeds, place, now = list[ModelInput](), 0, list[ActiveSequence]()
     for one in running:
         drafted = draft(one.answer)
         one.answer.drafted_tokens += len(drafted)
-        feeds.append(Feed(one.row, [one.answer.token_ids[-1], *drafted], all_logits=True))
-        now.append(Running(one.answer, one.row, place, drafted))
+        feeds.append(ModelInput(one.row, [one.answer.token_ids[-1], *drafted], all_logits=True))
+        now.append(ActiveSequence(one.answer, one.row, place, drafted))
         place += 1 + len(drafted)
     places = dict[int, int]()
     for answer in joining:
@@ -127,11 +129,11 @@ def _step(engine: Engine, running: Sequence[Running], joining: Sequence[Answer])
     for number, answer in enumerate(joining):
         is_first = number == 0 or joining[number - 1].prompt_index != answer.prompt_index
         row = rows[answer.prompt_index]
-        now.append(Running(answer, row if is_first else engine.fork(row), places[answer.prompt_index]))
+        now.append(ActiveSequence(answer, row if is_first else engine.fork(row), places[answer.prompt_index]))
     return logits, now
 
 
-def _advance(logits: Tensor, running: Sequence[Running], job: Job) -> Iterator[GenerationChunk]:
+def _sample_step(logits: Tensor, running: Sequence[ActiveSequence], job: Request) -> Iterator[GenerationChunk]:
     """Adds a token to each answer, and another while that was the drafted one. logits: (tokens, vocab)."""
     going, depth = list(running), 0
     while going:
@@ -148,7 +150,7 @@ def _advance(logits: Tensor, running: Sequence[Running], job: Job) -> Iterator[G
         going, depth = right, depth + 1
 
 
-def _going_on(engine: Engine, running: Sequence[Running]) -> Iterator[Running]:
+def _retire_finished(engine: Engine, running: Sequence[ActiveSequence]) -> Iterator[ActiveSequence]:
     """Those that have not ended; what was drafted wrongly is forgotten."""
     for one in running:
         if one.answer.finish_reason is not None:
@@ -164,12 +166,14 @@ def _rows(logits: Tensor, places: list[int]) -> Tensor:
     return logits if places == list(range(len(logits))) else logits[places]
 
 
-def _next_tokens(logits: Tensor, answers: Sequence[Answer], job: Job) -> tuple[Tensor, Sequence[float | None]]:
+def _next_tokens(
+    logits: Tensor, answers: Sequence[Completion], job: Request
+) -> tuple[Tensor, Sequence[float | None]]:
     """(answers, vocab) -> the next token of each answer, (answers,), and their log-probabilities if wanted."""
     check_finite(logits, answers, job.model)
     filtered = process(logits, answers, job.processors)
     check_some_left(filtered, answers, job.processors)
-    tokens = choose(filtered, draws=_draws(answers, job))
+    tokens = select_tokens(filtered, draws=_draws(answers, job))
     if job.explain:
         _explain(logits, answers, tokens, job)
     if not job.logprobs:
@@ -177,7 +181,7 @@ def _next_tokens(logits: Tensor, answers: Sequence[Answer], job: Job) -> tuple[T
     return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].tolist()
 
 
-def _explain(logits: Tensor, answers: Sequence[Answer], tokens: Tensor, job: Job) -> None:
+def _explain(logits: Tensor, answers: Sequence[Completion], tokens: Tensor, job: Request) -> None:
     """Tells each answer how its next token came to be."""
     draws, noise = _draws(answers, job), None
     if draws is not None:
@@ -188,7 +192,7 @@ def _explain(logits: Tensor, answers: Sequence[Answer], tokens: Tensor, job: Job
         answer.explanation.append(explanation)
 
 
-def _draws(answers: Sequence[Answer], job: Job) -> list[tuple[tuple[int, int, int], int]] | None:
+def _draws(answers: Sequence[Completion], job: Request) -> list[tuple[tuple[int, int, int], int]] | None:
     """For each answer its stream and its step; none if nothing is drawn."""
     if not job.options.do_sample:
         return None

@@ -125,7 +125,7 @@ def _byte_lookup(backend: Tokenizer) -> Callable[[int], bytes]:
 
 
 @dataclass
-class AnswerText:
+class StreamingText:
     """The text of one answer as it grows. Special tokens are not shown in it, but stop strings see them."""
 
     vocabulary: Vocabulary
@@ -135,7 +135,7 @@ class AnswerText:
     """All that has been given out."""
     stop_string: str | None = None
     """The stop string that fired."""
-    _held: str = ""
+    _buffer: str = ""
     """What may be the beginning of a stop string."""
     _shown: tuple[bool, ...] = ()
     """For each held character, whether it is part of the text (a special token's are not)."""
@@ -161,31 +161,31 @@ class AnswerText:
     def finish(self) -> str:
         """Ends the answer; returns the rest of its text, which had been held back."""
         shown = "" if self.stop_string is not None else self._add(self.detokenizer.finish(), shown=True)
-        return shown + self._give(len(self._held))
+        return shown + self._emit(len(self._buffer))
 
     def _add(self, new: str, *, shown: bool) -> str:
         for character in new:
-            self._held += character
+            self._buffer += character
             self._shown += (shown,)
-            fired = [stop for stop in self.stop_strings if self._held.endswith(stop)]
+            fired = [stop for stop in self.stop_strings if self._buffer.endswith(stop)]
             if fired:
                 self.stop_string = max(fired, key=len)
-                given = self._give(len(self._held) - len(self.stop_string))
-                self._held, self._shown = "", ()
+                given = self._emit(len(self._buffer) - len(self.stop_string))
+                self._buffer, self._shown = "", ()
                 return given
-        return self._give(len(self._held) - self._partial_match())
+        return self._emit(len(self._buffer) - self._partial_match())
 
     def _partial_match(self) -> int:
         """Length of the longest end of the held text with which a stop string begins."""
         longest = max((len(stop) for stop in self.stop_strings), default=1) - 1
-        for length in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self.stop_strings):
+        for length in range(min(longest, len(self._buffer)), 0, -1):
+            if any(stop.startswith(self._buffer[-length:]) for stop in self.stop_strings):
                 return length
         return 0
 
-    def _give(self, count: int) -> str:
-        pairs = zip(self._held[:count], self._shown[:count], strict=True)
+    def _emit(self, count: int) -> str:
+        pairs = zip(self._buffer[:count], self._shown[:count], strict=True)
         given = "".join(character for character, shown in pairs if shown)
-        self._held, self._shown = self._held[count:], self._shown[count:]
+        self._buffer, self._shown = self._buffer[count:], self._shown[count:]
         self.text += given
         return given

@@ -10,7 +10,7 @@ from handspun.data.rows import Row
 from handspun.decoding.generate import generate
 from handspun.decoding.options import resolve
 from handspun.decoding.results import GenerationResult
-from handspun.decoding.text import AnswerText, vocabulary
+from handspun.decoding.text import StreamingText, vocabulary
 from handspun.evaluation.instructions import IDS, Instruction, read_instructions
 from handspun.models.load import ChatModel
 
@@ -41,7 +41,7 @@ class Question:
         return next((str(m["content"]) for m in reversed(self.messages) if m["role"] == "user"), "")
 
 
-def only_asks(row: Row) -> bool:
+def has_no_answer(row: Row) -> bool:
     """Whether a row has a prompt with instructions and no answer, as IFEval's rows do."""
     return isinstance(row.values.get("prompt"), str) and IDS in row.values and "completion" not in row.values
 
@@ -56,7 +56,7 @@ def question_of(
 ) -> Question:
     """What a row asks that training would not drop. formats: of each file. chat: to say what would be learned."""
     instructions = read_instructions(row)
-    if only_asks(row):
+    if has_no_answer(row):
         messages: list[Message] = [{"role": "user", "content": row.values["prompt"]}]
         return Question(row.file, row.number, messages, None, instructions)
     conversation = to_conversation(row, formats[row.file], system_prompt=system_prompt, role_map=role_map)
@@ -80,7 +80,7 @@ def trained_answer_ids(chat: ChatModel, messages: Sequence[Message]) -> list[int
 
 def text_of_answer(chat: ChatModel, ids: Sequence[int]) -> str:
     """Return the text that `generate` gives for an answer of these tokens: without the end of turn at its end."""
-    text = AnswerText.start(vocabulary(chat.tokenizer), ())
+    text = StreamingText.start(vocabulary(chat.tokenizer), ())
     for id in ids[:-1] if ids and ids[-1] == chat.template.end_of_turn_id else ids:
         text.push(id)
     text.finish()

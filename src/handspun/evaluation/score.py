@@ -10,7 +10,7 @@ from handspun.data.examples import DataReport
 from handspun.data.rows import Row, read_rows
 from handspun.decoding.results import GenerationResult
 from handspun.errors import ConfigError
-from handspun.evaluation.answers import Question, greedy_answers, is_exact_match, only_asks, question_of
+from handspun.evaluation.answers import Question, greedy_answers, has_no_answer, is_exact_match, question_of
 from handspun.evaluation.instructions import Verdict, verdicts
 from handspun.evaluation.losses import RowKey, row_losses
 from handspun.files import cache_folder
@@ -99,7 +99,7 @@ def score(
     max_length = resolve_max_length(config.max_length, context_length(chat.model.config))
     account: DataReport | None = None
     losses: dict[RowKey, tuple[float, int]] = {}
-    if not all(map(only_asks, rows)):
+    if not all(map(has_no_answer, rows)):
         cache = ExampleCache(cache_folder() / "examples")
         made = example_set(
             rows,

@@ -15,7 +15,7 @@ from handspun.models.load import ChatModel
 from handspun.verification.reference import (
     Divergence,
     Finding,
-    Material,
+    Reference,
     ReferenceAnswer,
     compared,
     engine_logits,
@@ -36,7 +36,7 @@ _FEW = 2
 """Prompts that the beam searches behind the first are tried on."""
 
 
-def check_logits(material: Material) -> Finding:
+def check_logits(material: Reference) -> Finding:
     """The engine's logits at every step of transformers' greedy answers: all prompts, then token by token."""
     steps = sum(len(logits) for logits in material.logits)
     reason = fusing_unsupported_reason(material.chat.model.config)
@@ -44,7 +44,7 @@ def check_logits(material: Material) -> Finding:
     return within("logits", f"{engine}, {steps} steps", material.largest_difference, material.tolerance)
 
 
-def check_greedy(material: Material) -> Iterator[Finding]:
+def check_greedy(material: Reference) -> Iterator[Finding]:
     """Token for token, without processors and with some."""
     yield _greedy(material, "plain", material.answers)
     limits, model = material.limits, material.chat.model
@@ -56,7 +56,7 @@ def check_greedy(material: Material) -> Iterator[Finding]:
     yield _greedy(material, "penalties", answers, **options)
 
 
-def _greedy(material: Material, case: str, expected: Sequence[ReferenceAnswer], **options: Any) -> Finding:
+def _greedy(material: Reference, case: str, expected: Sequence[ReferenceAnswer], **options: Any) -> Finding:
     found = answer_all(material.job(**options))
     divergences = []
     for prompt, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
@@ -81,14 +81,14 @@ def _margin(theirs: ReferenceAnswer, place: int, ours: Sequence[int]) -> float:
     return margin if math.isfinite(margin) else math.inf
 
 
-def check_beams(material: Material) -> Iterator[Finding]:
+def check_beams(material: Reference) -> Iterator[Finding]:
     """Beam searches: ids, and scores."""
     for options in _BEAMS:
         prompts = range(len(material.prompts)) if options is _BEAMS[0] else range(len(material.prompts))[:_FEW]
         yield _beams(material, prompts, options)
 
 
-def _beams(material: Material, prompts: Sequence[int], options: dict[str, Any]) -> Finding:
+def _beams(material: Reference, prompts: Sequence[int], options: dict[str, Any]) -> Finding:
     """Searches of some prompts (their indices)."""
     found = answer_all(material.job(prompts, show_tree=True, **options))
     several, penalty = options["num_return_sequences"], options["length_penalty"]
@@ -131,7 +131,7 @@ def _scores(answers: Sequence[GenerationResult], length_penalty: float) -> list[
 
 
 def _parted(
-    material: Material,
+    material: Reference,
     prompt: int,
     ours: Sequence[GenerationResult],
     theirs: Sequence[list[int]],
@@ -152,7 +152,7 @@ def _parted(
     return None
 
 
-def closest_decision(material: Material, prompt: int, tree: Sequence[TreeNode], *, beams: int) -> float:
+def closest_decision(material: Reference, prompt: int, tree: Sequence[TreeNode], *, beams: int) -> float:
     """By how little, in log-probability as transformers has it, a search preferred what it kept to what it gave
     up: if that is not below rounding at any step, another course is no rounding's."""
     paths: dict[int | None, list[int]] = {None: []}
@@ -179,7 +179,7 @@ _SAMPLING = {"do_sample": True, "temperature": 1.0, "top_p": 0.95}
 _SEED = 1000
 
 
-def check_batches(material: Material, chat: ChatModel, name: str, *, exact: bool) -> Iterator[Finding]:
+def check_batches(material: Reference, chat: ChatModel, name: str, *, exact: bool) -> Iterator[Finding]:
     """Logits, greedy tokens, and tokens drawn with a seed for each prompt.
 
     exact: whether they are to be the same bit for bit, as in int8; else logits may differ by what is tolerated,
@@ -190,7 +190,7 @@ def check_batches(material: Material, chat: ChatModel, name: str, *, exact: bool
         yield _tokens(material, chat, f"{name}, {case}", 0.0 if exact else material.rounding, options)
 
 
-def _logits(material: Material, chat: ChatModel, name: str, *, exact: bool) -> Finding:
+def _logits(material: Reference, chat: ChatModel, name: str, *, exact: bool) -> Finding:
     answers = [answer.token_ids for answer in material.answers]
     alone = [
         engine_logits(chat, [ids], [answer])[0] for ids, answer in zip(material.prompts, answers, strict=True)
@@ -210,7 +210,7 @@ def _difference(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
     return math.inf if bool(largest.isnan()) else float(largest)
 
 
-def _tokens(material: Material, chat: ChatModel, case: str, rounding: float, options: dict[str, Any]) -> Finding:
+def _tokens(material: Reference, chat: ChatModel, case: str, rounding: float, options: dict[str, Any]) -> Finding:
     numbers = range(len(material.prompts))
 
     def answers(prompts: Sequence[int]) -> list[GenerationResult]:

@@ -23,10 +23,10 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
-from handspun.decoding.options import ResolvedOptions
+from handspun.decoding.options import SamplingParams
 from handspun.decoding.processors import History, make_processors, process
-from handspun.decoding.sampling import Stream, choose
-from handspun.verification.reference import Finding, Material, Status, reference_answer, within
+from handspun.decoding.sampling import RngKey, select_tokens
+from handspun.verification.reference import Finding, Reference, Status, reference_answer, within
 
 _ROUNDING = 1e-6
 """Relative: between two ways of computing the same number in float32."""
@@ -121,7 +121,7 @@ _CASES = (
 )
 
 
-def check_processors(material: Material) -> Iterator[Finding]:
+def check_processors(material: Reference) -> Iterator[Finding]:
     """Each processor on the first, the middle and the last step of transformers' greedy answers."""
     steps = list(_steps(material))
     for case in _CASES:
@@ -130,7 +130,7 @@ def check_processors(material: Material) -> Iterator[Finding]:
     yield Finding(check="processors", case=names, status="info", found="no counterpart in transformers")
 
 
-def _steps(material: Material) -> Iterator[Step]:
+def _steps(material: Reference) -> Iterator[Step]:
     for prompt, answer in zip(material.prompts, material.answers, strict=True):
         ids = answer.token_ids
         for place in sorted({0, len(ids) // 2, len(ids) - 1}):
@@ -142,7 +142,7 @@ def _compared(case: Case, steps: Sequence[Step]) -> Finding:
     """Excluded tokens are to be the same, and all other logits to rounding."""
     changed, excluded, difference = 0, 0, 0.0
     for step in steps:
-        options = ResolvedOptions(do_sample=True, eos_token_ids=step.eos_token_ids, **case.ours(step))
+        options = SamplingParams(do_sample=True, eos_token_ids=step.eos_token_ids, **case.ours(step))
         ours = process(step.logits, [History(step.prompt, step.answer)], make_processors(options))
         input_ids = torch.tensor([step.prompt + step.answer], device=step.logits.device)
         theirs: Tensor = case.theirs(step)(input_ids, step.logits.clone())
@@ -180,15 +180,15 @@ _FEWEST = 5
 """Draws that are expected in a bin of the test, at least."""
 
 
-def check_distributions(material: Material) -> Iterator[Finding]:
+def check_distributions(material: Reference) -> Iterator[Finding]:
     """The distribution of each answer's first token, by transformers' `generate` and by the engine with our
     processors."""
     for options in _SETTINGS:
         yield _distribution(material, options)
 
 
-def _distribution(material: Material, options: dict[str, Any]) -> Finding:
-    own = ResolvedOptions(do_sample=True, eos_token_ids=material.eos_token_ids, **options)
+def _distribution(material: Reference, options: dict[str, Any]) -> Finding:
+    own = SamplingParams(do_sample=True, eos_token_ids=material.eos_token_ids, **options)
     processors, asked = make_processors(own), {"top_k": 0, **options}  # transformers' default is 50
     largest, on_equal_logits = 0.0, 0.0
     for prompt, logits in zip(material.prompts, material.logits, strict=True):
@@ -210,20 +210,20 @@ def _distribution(material: Material, options: dict[str, Any]) -> Finding:
     return within("sampling", case, largest, _CLOSE, what="difference")
 
 
-def check_draws(material: Material) -> Iterator[Finding]:
+def check_draws(material: Reference) -> Iterator[Finding]:
     """Pearson's chi-squared of draws from the least certain step of the answers. Noise is named by seed, prompt,
     answer and step: along each of them it has to be as good as independent."""
     logits = torch.cat([answer.logits for answer in material.answers])
     logprobs = logits.log_softmax(-1)
     probabilities = logprobs[(-(logprobs.exp() * logprobs).sum(-1)).argmax()].exp()
-    streams: dict[str, list[tuple[Stream, int]]] = {
+    streams: dict[str, list[tuple[RngKey, int]]] = {
         "seeds": [((i, 0, 0), 0) for i in range(_DRAWS)],
         "prompts": [((0, i, 0), 0) for i in range(_DRAWS)],
         "answers": [((0, 0, i), 0) for i in range(_DRAWS)],
         "steps": [((0, 0, 0), i) for i in range(_DRAWS)],
     }
     for name, draws in streams.items():
-        tokens = choose(probabilities.log().expand(_DRAWS, -1), draws=draws)
+        tokens = select_tokens(probabilities.log().expand(_DRAWS, -1), draws=draws)
         p, bins = goodness_of_fit(tokens, probabilities)
         status: Status = "pass" if p >= _IMPROBABLE else "fail"
         if bins < 2:

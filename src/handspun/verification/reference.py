@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from handspun.config import GenerationOptions
-from handspun.decoding.engines.base import Feed
+from handspun.decoding.engines.base import ModelInput
 from handspun.decoding.engines.choose import make_engine
-from handspun.decoding.options import ResolvedOptions, resolve
+from handspun.decoding.options import SamplingParams, resolve
 from handspun.decoding.prompts import context_length, encode_prompts
-from handspun.decoding.request import Job
+from handspun.decoding.request import Request
 from handspun.decoding.scheduler import feed_prompt
 from handspun.decoding.text import vocabulary
 from handspun.errors import ConfigError
@@ -161,7 +161,7 @@ _MOST_PROMPTS = 32
 
 
 @dataclass(frozen=True)
-class Material:
+class Reference:
     """A model in float32 with its prompts.
 
     prompts: token ids. limits: most new tokens of each. answers: transformers', greedy. logits: the engine's, for
@@ -218,7 +218,9 @@ class Material:
             rounding=rounding,
         )
 
-    def job(self, prompts: Iterable[int] | None = None, *, chat: ChatModel | None = None, **options: Any) -> Job:
+    def job(
+        self, prompts: Iterable[int] | None = None, *, chat: ChatModel | None = None, **options: Any
+    ) -> Request:
         """What `generate` would make of some of the prompts (their indices; all if not given) under exactly these
         options, in one batch.
 
@@ -227,9 +229,9 @@ class Material:
         chosen = range(len(self.prompts)) if prompts is None else list(prompts)
         of_job = {name: options.pop(name) for name in ("logprobs", "explain", "show_tree") if name in options}
         model = chat or self.chat
-        return Job(
+        return Request(
             model=model,
-            options=ResolvedOptions(eos_token_ids=self.eos_token_ids, **options),
+            options=SamplingParams(eos_token_ids=self.eos_token_ids, **options),
             vocabulary=vocabulary(model.tokenizer),
             prompts=[self.prompts[i] for i in chosen],
             limits=[self.limits[i] for i in chosen],
@@ -241,7 +243,7 @@ class Material:
         )
 
 
-def gather(chat: ChatModel, texts: Sequence[str], *, is_chat: bool, max_new_tokens: int) -> Material:
+def build_reference(chat: ChatModel, texts: Sequence[str], *, is_chat: bool, max_new_tokens: int) -> Reference:
     """Asks transformers first: making an engine lays the model's weights out anew.
 
     Raises DataError, TemplateError, ConfigError for prompts and options that cannot be decoded.
@@ -261,7 +263,7 @@ def gather(chat: ChatModel, texts: Sequence[str], *, is_chat: bool, max_new_toke
         for ids, limit in zip(prompts, limits, strict=True)
     ]
     logits = engine_logits(chat, prompts, [answer.token_ids for answer in answers])
-    return Material(chat, is_chat, list(texts), prompts, limits, eos, answers, logits)
+    return Reference(chat, is_chat, list(texts), prompts, limits, eos, answers, logits)
 
 
 def engine_logits(chat: ChatModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[Tensor]:
@@ -278,6 +280,6 @@ def engine_logits(chat: ChatModel, prompts: Sequence[list[int]], answers: Sequen
             if len(found[i]) == len(answers[i]):
                 engine.free(feeds[i].row)
             else:
-                feeds[i] = Feed(feeds[i].row, [answers[i][len(found[i]) - 1]])
+                feeds[i] = ModelInput(feeds[i].row, [answers[i][len(found[i]) - 1]])
         running = [i for i in running if len(found[i]) < len(answers[i])]
     return [torch.stack(rows) for rows in found]

@@ -15,13 +15,13 @@ from handspun.errors import TemplateError
 from handspun.training.objectives import PaddedRunner
 from handspun.training.packed import Packed
 from handspun.training.runner import BatchRunner, select_runner
-from handspun.verification.reference import Finding, Material, within
+from handspun.verification.reference import Finding, Reference, within
 
 _LOSS_LIMIT, _GRADIENT_LIMIT = 1e-5, 1e-4
 """Relative differences. Rounding to float32 alone moves a gradient by 1e-6 to 2e-5 of its length."""
 
 
-def check_packed(material: Material) -> Iterator[Finding]:
+def check_packed(material: Reference) -> Iterator[Finding]:
     """Loss and gradients of the prompts with transformers' answers as what is learned, packed in float32 against
     padded in float64.
 
@@ -96,7 +96,7 @@ def _in_float64(model: PreTrainedModel) -> Iterator[None]:
         model.float()
 
 
-def check_prefix(material: Material) -> Finding:
+def check_prefix(material: Reference) -> Finding:
     """A prompt's ids begin the ids that are trained for it and its answer, and the first learned id comes next."""
     check, case = "prompts", "a prefix of what is trained"
     if not material.is_chat:

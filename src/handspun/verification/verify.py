@@ -8,7 +8,7 @@ from handspun.models.load import ChatModel
 from handspun.verification.answers import check_batches, check_beams, check_greedy, check_logits
 from handspun.verification.int8 import check_int8
 from handspun.verification.processors import check_distributions, check_draws, check_processors
-from handspun.verification.reference import Finding, Material, engine_logits, gather
+from handspun.verification.reference import Finding, Reference, build_reference, engine_logits
 from handspun.verification.training import check_packed, check_prefix
 
 DEFAULT_PROMPTS = (
@@ -49,7 +49,7 @@ def verify(
 
     Raises DataError, TemplateError, ConfigError for prompts that cannot be decoded.
     """
-    material = gather(chat, prompts, is_chat=is_chat, max_new_tokens=max_new_tokens)
+    material = build_reference(chat, prompts, is_chat=is_chat, max_new_tokens=max_new_tokens)
     yield check_logits(material)
     yield from check_greedy(material)
     yield from check_beams(material)
@@ -65,7 +65,7 @@ def verify(
     yield check_prefix(material)
 
 
-def agreement(material: Material, rounded: ChatModel, name: str) -> Finding:
+def agreement(material: Reference, rounded: ChatModel, name: str) -> Finding:
     """How often rounded weights choose what transformers chose in float32, along its answers: told, not judged."""
     logits = engine_logits(rounded, material.prompts, [answer.token_ids for answer in material.answers])
     chosen = torch.cat(logits).argmax(-1).tolist()

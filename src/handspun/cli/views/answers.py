@@ -108,7 +108,7 @@ def _under_its_prompt(console: Console, prompt: str, result: GenerationResult) -
     console.print()
 
 
-def hold_conversation(
+def chat_loop(
     model: ChatModel, options: GenerationOptions, console: Console, *, system_prompt: str | None
 ) -> None:
     """Reads a line, streams an answer, remembers both, until /quit or the end of the input."""

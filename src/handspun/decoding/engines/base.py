@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Feed:
+class ModelInput:
     """Tokens that a row is fed.
 
     positions: of the tokens; the next ones of the row if None. mask: (tokens, row length + tokens), bool: what
@@ -40,7 +40,7 @@ class Engine(Protocol):
     def free(self, row: int) -> None:
         """Forgets the row."""
 
-    def forward(self, feeds: Sequence[Feed]) -> Tensor:
+    def forward(self, feeds: Sequence[ModelInput]) -> Tensor:
         """Feeds rows, each at most once. Returns logits in their order: (tokens asked for, vocab), float32."""
 
 

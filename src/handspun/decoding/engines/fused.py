@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from handspun.decoding.engines.base import Feed
+from handspun.decoding.engines.base import ModelInput
 from handspun.decoding.engines.kv_cache import KVCache
 from handspun.kernels import native
 from handspun.kernels.onednn import without_cudnn
@@ -23,7 +23,7 @@ _STEP = 64
 
 
 @dataclass(frozen=True)
-class Seen:
+class KVRange:
     """What one token sees: the first `length` tokens of the row that begins at `start` in the pool, or those of
     them where the mask, (length,), is true."""
 
@@ -33,7 +33,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Gathered:
+class GatheredKV:
     """What several tokens see, for all layers.
 
     places: (tokens, longest), in the pool. mask: (tokens, 1, 1, longest), 0 where a token sees and -inf elsewhere.
@@ -43,7 +43,7 @@ class Gathered:
     mask: Tensor
 
 
-def gather(tokens: Sequence[Seen], pool: Tensor) -> Gathered:
+def gather(tokens: Sequence[KVRange], pool: Tensor) -> GatheredKV:
     """pool: (2 * kv_heads, places, size), of any layer."""
     longest = max(token.length for token in tokens)
     longest += -longest % _STEP
@@ -56,10 +56,10 @@ def gather(tokens: Sequence[Seen], pool: Tensor) -> Gathered:
         if token.mask is not None:
             row[: token.length] = token.mask
     mask = torch.zeros_like(sees, dtype=pool.dtype).masked_fill_(~sees, -torch.inf)
-    return Gathered(places, mask[:, None, None])
+    return GatheredKV(places, mask[:, None, None])
 
 
-def attend(queries: Tensor, pool: Tensor, gathered: Gathered) -> Tensor:
+def attend(queries: Tensor, pool: Tensor, gathered: GatheredKV) -> Tensor:
     """One layer's queries, (tokens, heads, size), to (tokens, heads * size), float32."""
     count, heads, size = queries.shape
     kv_heads = len(pool) // 2
@@ -75,7 +75,7 @@ _FEW = 16
 
 
 @dataclass(frozen=True)
-class Laid:
+class TokenSpan:
     """Feeds laid end to end, in numbers: tokens start to stop are fed to a row, and see its first `length` keys;
     mask as in Feed, but None also where the row was empty, and plainly causal."""
 
@@ -92,7 +92,7 @@ class Laid:
 
 
 @dataclass(frozen=True)
-class Layout:
+class StepLayout:
     """All that the layers need to know of the tokens that are fed.
 
     parts: attended one after another. alone: tokens that are attended in one call, what each sees; at: (alone,),
@@ -100,10 +100,10 @@ class Layout:
     (tokens, size) each.
     """
 
-    parts: list[Laid]
-    alone: list[Seen]
+    parts: list[TokenSpan]
+    alone: list[KVRange]
     at: Tensor | None
-    gathered: Gathered | None
+    gathered: GatheredKV | None
     places: Tensor
     rotation: tuple[Tensor, Tensor]
 
@@ -137,7 +137,7 @@ class LeanEngine:
         self.cache.free(row)
 
     @torch.inference_mode()
-    def forward(self, feeds: Sequence[Feed]) -> Tensor:
+    def forward(self, feeds: Sequence[ModelInput]) -> Tensor:
         """Feeds rows. Returns logits, (tokens asked for, vocab), float32, in the feeds' order."""
         model = self.model
         layout, ids, wanted = self._lay_out(feeds)
@@ -150,9 +150,9 @@ class LeanEngine:
             x = x[wanted]
         return model.head.after_rms_norm(x, model.norm, model.norm_eps)
 
-    def _lay_out(self, feeds: Sequence[Feed]) -> tuple[Layout, Tensor, Tensor]:
+    def _lay_out(self, feeds: Sequence[ModelInput]) -> tuple[StepLayout, Tensor, Tensor]:
         """(the layout, ids, the tokens whose logits are asked for)."""
-        laid: list[Laid] = []
+        laid: list[TokenSpan] = []
         ids: list[int] = []
         positions: list[int] = []
         places: list[int] = []
@@ -168,12 +168,12 @@ class LeanEngine:
         layout = self._layout(laid, positions, torch.tensor(places, device=device))
         return layout, torch.tensor(ids, device=device), torch.tensor(wanted, device=device)
 
-    def _layout(self, laid: Sequence[Laid], positions: Sequence[int], places: Tensor) -> Layout:
+    def _layout(self, laid: Sequence[TokenSpan], positions: Sequence[int], places: Tensor) -> StepLayout:
         together = [part for part in laid if self._goes_together(part)]
         alone = [token for part in together for token in self._seen(part)]
         numbers = [i for part in together for i in range(part.start, part.stop)]
         at = None if len(together) == len(laid) else torch.tensor(numbers, dtype=torch.long, device=places.device)
-        return Layout(
+        return StepLayout(
             parts=[part for part in laid if not self._goes_together(part)],
             alone=alone,
             at=at,
@@ -182,30 +182,30 @@ class LeanEngine:
             rotation=self._rotation(positions),
         )
 
-    def _goes_together(self, part: Laid) -> bool:
+    def _goes_together(self, part: TokenSpan) -> bool:
         """Gathered, the row's keys are copied for each token."""
         return not part.is_prompt and (self._native or (self._gathers and part.stop - part.start <= _FEW))
 
-    def _seen(self, part: Laid) -> list[Seen]:
+    def _seen(self, part: TokenSpan) -> list[KVRange]:
         count, start = part.stop - part.start, self.cache.start(part.row)
         masks = [None] * count if part.mask is None else part.mask.unbind()
-        return [Seen(start, part.length, mask) for mask in masks]
+        return [KVRange(start, part.length, mask) for mask in masks]
 
-    def _laid(self, feed: Feed, before: int, start: int) -> list[Laid]:
+    def _laid(self, feed: ModelInput, before: int, start: int) -> list[TokenSpan]:
         """Under int8 the tokens of a draft are laid one by one: each is attended as it would be alone, and its
         logits are the same, bit for bit. In float, products differ already."""
         count = len(feed.token_ids)
         if self.model.is_int8 and feed.all_logits and feed.mask is None and before > 0:
-            return [Laid(feed.row, start + i, start + i + 1, before + i + 1, None) for i in range(count)]
-        return [Laid(feed.row, start, start + count, before + count, self._mask(feed, before, count))]
+            return [TokenSpan(feed.row, start + i, start + i + 1, before + i + 1, None) for i in range(count)]
+        return [TokenSpan(feed.row, start, start + count, before + count, self._mask(feed, before, count))]
 
-    def _mask(self, feed: Feed, before: int, count: int) -> Tensor | None:
+    def _mask(self, feed: ModelInput, before: int, count: int) -> Tensor | None:
         if feed.mask is not None or count == 1 or before == 0:
             return feed.mask
         ones = torch.ones(count, before + count, dtype=torch.bool, device=self.model.device)
         return ones.tril(before)
 
-    def _attention(self, number: int, layer: LeanLayer, x: Tensor, layout: Layout) -> Tensor:
+    def _attention(self, number: int, layer: LeanLayer, x: Tensor, layout: StepLayout) -> Tensor:
         """(tokens, hidden) to (tokens, heads * head_size)."""
         model = self.model
         qkv = layer.qkv.after_rms_norm(x, layer.attention_norm, model.norm_eps).view(len(x), -1, model.head_size)
@@ -231,7 +231,7 @@ class LeanEngine:
         turned = both * cosines[:, None] + both.roll(self.model.head_size // 2, -1) * sines[:, None]
         return turned[:, :heads], turned[:, heads:]
 
-    def _attended(self, number: int, queries: Tensor, layout: Layout) -> Tensor:
+    def _attended(self, number: int, queries: Tensor, layout: StepLayout) -> Tensor:
         """(tokens, heads, size) to (tokens, heads * size): each row over its own keys."""
         if layout.at is None:
             return self._attended_together(number, queries, layout)
@@ -242,7 +242,7 @@ class LeanEngine:
             output[part.start : part.stop] = self._attend(number, queries[part.start : part.stop], part)
         return output
 
-    def _attended_together(self, number: int, queries: Tensor, layout: Layout) -> Tensor:
+    def _attended_together(self, number: int, queries: Tensor, layout: StepLayout) -> Tensor:
         """Of the tokens that are attended in one call."""
         pool = self.cache.layer(number)
         if layout.gathered is not None:
@@ -250,7 +250,7 @@ class LeanEngine:
         starts, lengths = [seen.start for seen in layout.alone], [seen.length for seen in layout.alone]
         return native.attend(queries, pool, starts, lengths, [seen.mask for seen in layout.alone])
 
-    def _attend(self, number: int, queries: Tensor, part: Laid) -> Tensor:
+    def _attend(self, number: int, queries: Tensor, part: TokenSpan) -> Tensor:
         """One row's queries, (tokens, heads, size), to (tokens, heads * size)."""
         keys, values = self.cache.read(number, part.row, part.length)  # (kv_heads, length, size)
         queries = queries.to(keys.dtype)

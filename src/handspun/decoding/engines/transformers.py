@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from handspun.decoding.engines.base import Feed
+from handspun.decoding.engines.base import ModelInput
 from handspun.errors import ModelError
 
 
@@ -65,7 +65,7 @@ class TransformersEngine:
         del self._rows[row]
 
     @torch.inference_mode()
-    def forward(self, feeds: Sequence[Feed]) -> Tensor:
+    def forward(self, feeds: Sequence[ModelInput]) -> Tensor:
         """Feeds rows. Returns logits, (tokens asked for, vocab), float32, in the feeds' order."""
         assert not any(feed.mask is not None or feed.positions is not None for feed in feeds)
         logits: dict[int, Tensor] = {}
@@ -80,7 +80,7 @@ class TransformersEngine:
         self._rows[number] = row
         return number
 
-    def _feed(self, feeds: Sequence[Feed]) -> list[Tensor]:
+    def _feed(self, feeds: Sequence[ModelInput]) -> list[Tensor]:
         """Rows of one batch, or new ones: of each its (tokens asked for, vocab)."""
         rows = [self._rows[feed.row] for feed in feeds]
         batch = rows[0].batch
@@ -107,7 +107,7 @@ class TransformersEngine:
             batch.cache.reorder_cache(chosen)  # type: ignore[arg-type]
             batch.attention_mask = batch.attention_mask[chosen]
 
-    def _forward(self, batch: Batch, feeds: Sequence[Feed]) -> list[Tensor]:
+    def _forward(self, batch: Batch, feeds: Sequence[ModelInput]) -> list[Tensor]:
         mask = self._mask_of(feeds)
         before, longest = batch.attention_mask.shape[1], mask.shape[1]
         ids = torch.zeros_like(mask)
@@ -130,7 +130,7 @@ class TransformersEngine:
         counts = [len(feed.token_ids) if feed.all_logits else 1 for feed in feeds]
         return [row[:count].float() for row, count in zip(logits, counts, strict=True)]
 
-    def _mask_of(self, feeds: Sequence[Feed]) -> Tensor:
+    def _mask_of(self, feeds: Sequence[ModelInput]) -> Tensor:
         """(rows, longest): 0 where a feed is padded: on the left, or on the right of drafts."""
         counts = torch.tensor([len(feed.token_ids) for feed in feeds], device=self.model.device)
         places = torch.arange(int(counts.max()), device=self.model.device)
