@@ -11,9 +11,9 @@ from handspun.kernels.allocator import disable_malloc_trim
 
 FAULTS = """
 import resource, sys
-from handspun.kernels.allocator import keep_freed_memory
+from handspun.kernels.allocator import disable_malloc_trim
 if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+    assert disable_malloc_trim()
 import torch
 for _ in range(3):
     torch.ones(8_000_000)
@@ -26,9 +26,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 KERNELS = """
 import sys
 from pathlib import Path
-from handspun.kernels.onednn import remember_few_kernels
+from handspun.kernels.onednn import limit_primitive_cache
 if sys.argv[1] == "keep":
-    remember_few_kernels()
+    limit_primitive_cache()
 import torch
 from torch.nn.functional import linear
 def resident():

@@ -218,7 +218,7 @@ def test_a_run_that_ends_early_has_a_report_that_says_so(
     def stopped(*_: object, **__: object) -> None:
         raise StoppedError(15, step=2, total_steps=4)
 
-    monkeypatch.setattr("handspun.runs.checkpoints.Keeper.event", stopped)
+    monkeypatch.setattr("handspun.runs.checkpoints.CheckpointManager.event", stopped)
     with pytest.raises(StoppedError):
         train(config(tiny_folder, data, sample_prompts=("Say 3.",)), console=quiet_console())
     text = Page(data.with_name("output").joinpath("report.html").read_text(encoding="utf-8")).text
@@ -239,7 +239,7 @@ def test_a_run_that_goes_on_keeps_the_answers_from_before_it(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("handspun.runs.train.Keeper.save_if_due", killed)
+        patch.setattr("handspun.runs.train.CheckpointManager.save_if_due", killed)
         with pytest.raises(KeyboardInterrupt):
             train(made, console=quiet_console())
     kept = data.with_name("output") / "report_data.json"

@@ -414,8 +414,8 @@ def test_a_second_run_into_the_same_folder_is_refused_while_the_first_one_lives(
 ) -> None:
     output = data.with_name("output")
     code = (
-        "from pathlib import Path; from handspun.runs.output_dir import owned\n"
-        f"with owned(Path({str(output)!r})): input()"
+        "from pathlib import Path; from handspun.runs.output_dir import lock_output_dir\n"
+        f"with lock_output_dir(Path({str(output)!r})): input()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True) as first:
         while not (output / ".handspun" / "owner").exists():

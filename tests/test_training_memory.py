@@ -54,7 +54,7 @@ def test_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights and states, and at the end of a backward pass all gradients; in a batch of two parts they are there
     when the second part has been through the forward pass."""
     model, part = a_model(), rows(1)
-    monkeypatch.setattr(memory, "_kept", lambda *_: 8_000_000)  # 10 with the holes
+    monkeypatch.setattr(memory, "_activation_bytes", lambda *_: 8_000_000)  # 10 with the holes
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     tables = 4 * 2 * 330 * 64
     logits = 4 * 30 * 330
@@ -67,5 +67,5 @@ def test_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert beside_fixed(config, [part, part]) == 4 * weights + logits + 10_000_000
     halved = replace(config, optimizer_states="bfloat16")
     assert beside_fixed(halved, [part]) == 2 * weights + tables + logits + 10_000_000
-    monkeypatch.setattr(memory, "_kept", lambda *_: 0)
+    monkeypatch.setattr(memory, "_activation_bytes", lambda *_: 0)
     assert beside_fixed(config, [part]) == 4 * weights

@@ -174,7 +174,7 @@ def test_what_fills_a_pack_up_changes_nothing(monkeypatch: pytest.MonkeyPatch, l
     model = add_lora(model, "tiny", rank=4, alpha=8, dropout=0.0) if lora else model
     found = []
     for multiple in (1, 64):
-        monkeypatch.setattr(packed_module, "multiple_of_tokens", lambda *_, multiple=multiple: multiple)
+        monkeypatch.setattr(packed_module, "pad_to_multiple", lambda *_, multiple=multiple: multiple)
         with packed_attention(model):
             packed = Packed(model, torch.float32, True)
             loss = packed.backward(batch, 7)
@@ -273,7 +273,7 @@ def test_chunks_of_the_head_do_not_change_the_gradient(monkeypatch: pytest.Monke
         packed = Packed(model, torch.float32, True)
         whole = packed.backward(batch, 5)
         wanted = gradients(model)
-        monkeypatch.setattr(packed_module, "CHUNK_BYTES", 4 * 330 * 16)
+        monkeypatch.setattr(packed_module, "LOGITS_CHUNK_BYTES", 4 * 330 * 16)
         assert packed.backward(batch, 5) == pytest.approx(whole, rel=1e-6)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5 * wanted[name].abs().max().item())

@@ -144,7 +144,7 @@ def test_a_tie_is_told_from_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(statuses(list(check_beams(material)))) <= {"pass", "tie"}
 
     material = material_of(chat_of(tiny_model("qwen2")))
-    monkeypatch.setattr(decode, "choose", lambda logits, **_: logits.topk(2).indices[:, 1])
+    monkeypatch.setattr(decode, "select_tokens", lambda logits, **_: logits.topk(2).indices[:, 1])
     assert statuses(list(check_greedy(material))) == ["fail", "fail"]
 
 
@@ -202,7 +202,7 @@ def test_a_processor_that_is_a_little_off_fails(material: Reference, monkeypatch
 def test_draws_of_another_distribution_fail(material: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     right = sampling.select_tokens
     assert statuses(list(check_draws(material))) == ["pass"] * 4
-    monkeypatch.setattr(sampling, "choose", lambda logits, draws: right(1.3 * logits, draws=draws))
+    monkeypatch.setattr(sampling, "select_tokens", lambda logits, draws: right(1.3 * logits, draws=draws))
     assert statuses(list(check_draws(material))) == ["fail"] * 4
 
 
@@ -259,7 +259,7 @@ def test_packed_gradients_that_are_a_little_off_fail(material: Reference, monkey
         loss, gradient = right(*arguments)
         return loss, gradient * 1.0002
 
-    monkeypatch.setattr(packed, "head_backward", off)
+    monkeypatch.setattr(packed, "linear_cross_entropy_backward", off)
     assert statuses(list(check_packed(material))) == ["pass", "fail"]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.segment import TurnText
+from rich.segment import Segment
 from rich.text import Text
 
 from handspun.errors import OutputError
@@ -87,7 +87,7 @@ class HarmlessConsole(Console):
         """Return the string as a Text, with what would act visible."""
         return super().render_str(visible(text), **options)
 
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[TurnText]:
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Yield segments. A Text keeps its styles, so each character is replaced by one."""
         if isinstance(renderable, Text) and _ACTS.search(renderable.plain):
             renderable = renderable.copy()

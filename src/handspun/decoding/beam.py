@@ -183,7 +183,7 @@ class BeamState:
     """What has been shown."""
 
     @classmethod
-    def of(cls, job: Request, prompt_index: int) -> "Search":
+    def of(cls, job: Request, prompt_index: int) -> "BeamState":
         """One that waits. All its beams are the same at first, so only one of them may win."""
         n = job.options.num_beams
         tree = BeamTrace(n, job.vocabulary.text_of) if job.show_tree else None
@@ -262,7 +262,7 @@ def beam_search(job: Request, make_beams: Callable[..., Beams] | None = None) ->
     """The num_return_sequences best answers to each of the job's prompts, as far as they are certain. A prompt's
     search joins where there is room for it, and leaves when it has ended.
 
-    make_beams: TreeBeams or ForkedBeams; if not given, a tree where the engine can keep one.
+    make_beams: TreeBeamCache or CopyingBeamCache; if not given, a tree where the engine can keep one.
     """
     engine = make_engine(job.model)
     make_beams = make_beams or (TreeBeamCache if isinstance(engine, LeanEngine) else CopyingBeamCache)

@@ -150,8 +150,8 @@ def _places(logits: Tensor, tokens: Sequence[Collection[int]]) -> tuple[Tensor, 
 
 __all__ = [
     "Bias",
-    "forbid",
     "frequency_penalty",
+    "mask_tokens",
     "min_p",
     "no_repeat_ngram",
     "presence_penalty",

@@ -67,7 +67,7 @@ class Completion:
     finish_reason: FinishReason | None = None
 
     @classmethod
-    def start(cls, job: Request, prompt_index: int, return_index: int = 0) -> "Answer":
+    def start(cls, job: Request, prompt_index: int, return_index: int = 0) -> "Completion":
         """An answer that has no token yet."""
         return cls(job, prompt_index, return_index, StreamingText.start(job.vocabulary, job.options.stop_strings))
 
@@ -86,7 +86,7 @@ class Completion:
         """Those of the prompt's tokens that the repetition penalty counts."""
         return (self.job.penalised or self.job.prompts)[self.prompt_index]
 
-    def copy(self) -> "Answer":
+    def copy(self) -> "Completion":
         """The same answer, to go on from in another way."""
         return replace(self, text=self.text.copy(), token_ids=list(self.token_ids), logprobs=list(self.logprobs))
 

@@ -80,4 +80,4 @@ def _bits_at(noise: float) -> np.uint64:
     return np.uint64(max(math.floor(uniform * 2.0**52) - 1, 0))
 
 
-__all__ = ["Stream", "choose", "draw", "gumbel_noise", "stream_of"]
+__all__ = ["RngKey", "gumbel_argmax", "gumbel_noise", "select_tokens", "stream_of"]

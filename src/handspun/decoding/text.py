@@ -141,11 +141,11 @@ class StreamingText:
     """For each held character, whether it is part of the text (a special token's are not)."""
 
     @classmethod
-    def start(cls, vocabulary: Vocabulary, stop_strings: tuple[str, ...]) -> "AnswerText":
+    def start(cls, vocabulary: Vocabulary, stop_strings: tuple[str, ...]) -> "StreamingText":
         """The text of an answer that has no token yet."""
         return cls(vocabulary, stop_strings, vocabulary.detokenizer())
 
-    def copy(self) -> "AnswerText":
+    def copy(self) -> "StreamingText":
         """The same text, to go on from in another way."""
         return replace(self, detokenizer=self.detokenizer.copy())
 

@@ -16,11 +16,13 @@ from handspun.files import output_errors
 from handspun.training.guards import OutOfMemory, SkippedStep, Spike
 
 Incident = SkippedStep | Spike | OutOfMemory
+_EVENTS: dict[type[Incident], str] = {SkippedStep: "skipped", Spike: "spike", OutOfMemory: "outofmemory"}
+"""Their names in metrics.jsonl and run.json."""
 
 
 def incident_facts(incident: Incident) -> dict[str, Any]:
     """An incident as JSON has it: "nan", "inf" and "-inf" are texts, which JSON has no numbers for."""
-    facts = {"event": type(incident).__name__.lower(), **asdict(incident)}
+    facts = {"event": _EVENTS[type(incident)], **asdict(incident)}
     return {
         name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in facts.items()

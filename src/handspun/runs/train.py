@@ -110,7 +110,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
         said: list[str] = []
         with lock_output_dir(folder) if folder else nullcontext():
             prepared = prepare_output(folder, config, said.append) if folder else Prepared()
-            if (finished := processes.shared(prepared.finished)) is not None:
+            if (finished := processes.broadcast_object(prepared.finished)) is not None:
                 return _finished(config, finished, console)
             place = pending(folder) if folder and prepared.replaces else folder
             with RunLog(place, console, resumed_at=prepared.resumed_at) as log:
@@ -184,7 +184,7 @@ def _train(
             make_way(Path(config.output_dir), point, log.line)
         facts |= {key: earlier[key] for key in ("started", "resumed") if key in earlier}
         facts["seconds"] = point.facts["run"]["seconds"] if point else 0.0
-    shared = processes.shared(replace(point, folder=None) if point else None)
+    shared = processes.broadcast_object(replace(point, folder=None) if point else None)
     point = point if processes.is_first else shared
     dtype = _product_dtype(config, processes, facts, point, log)
     shape = shapes_of(config)

@@ -41,7 +41,7 @@ def evaluate(
     """(mean loss a learned token, number of learned tokens), with dropout off. A NaN stays a NaN."""
     was_training = model.training
     model.eval()
-    parts = processes.parts(examples, lambda rows: execution.cut(rows, max_tokens))
+    parts = processes.local_micro_batches(examples, lambda rows: execution.cut(rows, max_tokens))
     loss_sum = processes.sum(sum(execution.loss(part) for part in parts))
     model.train(was_training)
     learned_tokens = learned_tokens_of(examples)
@@ -171,9 +171,10 @@ def train(loop: Loop, state: TrainingState) -> Iterator[Event]:
 def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch: int) -> Iterator[Event]:
     """One optimiser step on a batch: forward and backward in micro-batches, clip, update.
 
-    A Step, and a Spike before it if its loss is one; or Skipped, if loss or gradient are not finite: nothing is
-    updated, and the schedule goes on as if it had been. Before them an OutOfMemory for each micro-batch that did
-    not fit. Raises TrainingError behind a Skipped that ends the run, and where memory does not suffice for a row.
+    Yields a Step, and a Spike before it if its loss is one; or a SkippedStep if loss or gradient are not finite:
+    nothing is updated, and the schedule continues as if it had been. An OutOfMemory comes first for each
+    micro-batch that did not fit. Raises TrainingError after a SkippedStep that ends the run, and if memory does not
+    suffice for one row.
     """
     began = loop.clock()
     while isinstance(made := _gradients(loop, state, batch, epoch), OutOfMemory):
@@ -215,7 +216,7 @@ def _gradients(
     _seed_dropout(loop.config, step=state.step, rank=loop.processes.rank)
     learned_tokens = learned_tokens_of(batch)
     loss, computed_tokens = 0.0, 0
-    for part in loop.processes.parts(batch, lambda rows: loop.execution.cut(rows, state.max_tokens)):
+    for part in loop.processes.local_micro_batches(batch, lambda rows: loop.execution.cut(rows, state.max_tokens)):
         loss_sum = none_on_oom(loop.execution.backward, part, learned_tokens)
         if loss_sum is None:
             state.optimizer.zero_grad(set_to_none=True)

@@ -135,7 +135,10 @@ def head_logits(head: nn.Module, hidden: Tensor) -> Tensor:
 def linear_cross_entropy_backward(
     head: nn.Module, hidden: Tensor, targets: Tensor, divisor: int
 ) -> tuple[float, Tensor]:
-    """(`linear_cross_entropy`, the gradient of loss / `divisor` by hidden). The head's own is added to what it has."""
+    """Return (`linear_cross_entropy`, the gradient of loss / `divisor` with respect to hidden).
+
+    The head's own gradient is added to its `grad`.
+    """
     if type(head) is nn.Linear:
         return _linear_backward(head, hidden.detach().float(), targets, divisor)
     cut_here = hidden.detach().requires_grad_()

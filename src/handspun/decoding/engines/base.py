@@ -44,4 +44,4 @@ class Engine(Protocol):
         """Feeds rows, each at most once. Returns logits in their order: (tokens asked for, vocab), float32."""
 
 
-__all__ = ["Engine", "Feed"]
+__all__ = ["Engine", "ModelInput"]

@@ -77,7 +77,7 @@ _FEW = 16
 @dataclass(frozen=True)
 class TokenSpan:
     """Feeds laid end to end, in numbers: tokens start to stop are fed to a row, and see its first `length` keys;
-    mask as in Feed, but None also where the row was empty, and plainly causal."""
+    mask as in ModelInput, but None also where the row was empty, and plainly causal."""
 
     row: int
     start: int
