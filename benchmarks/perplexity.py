@@ -57,7 +57,7 @@ def answer_loss(engine: Any, example: Example) -> float:
     row = engine.add()
     logits = engine.forward([ModelInput(row, example.input_ids[:-1], all_logits=True)])
     engine.free(row)
-    learned = torch.tensor(example.learned[1:])
+    learned = torch.tensor(example.loss_mask[1:])
     targets = torch.tensor(example.input_ids[1:])[learned]
     return float(torch.nn.functional.cross_entropy(logits[learned], targets, reduction="sum"))
 

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from handspun.data.conversations import Conversation, DroppedRow, Message, to_conversation
-from handspun.data.rows import Row
+from handspun.data.conversations import Conversation, to_conversation
+from handspun.data.messages import Message
+from handspun.data.rows import DroppedRow, Row
 from handspun.errors import DataError
 
 CALL: dict[str, Any] = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}

@@ -49,7 +49,7 @@ def one_at_a_time(model: PreTrainedModel) -> list[torch.Tensor]:
     """Each row's loss summed over its learned tokens, as transformers computes it without padding."""
     losses = []
     for row in rows():
-        ids, learned = torch.tensor([row.input_ids]), torch.tensor([row.learned])
+        ids, learned = torch.tensor([row.input_ids]), torch.tensor([row.loss_mask])
         logits = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
         losses.append(-logits.gather(1, ids[0, 1:, None])[:, 0][learned[0, 1:]].sum())
     return losses

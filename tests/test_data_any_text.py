@@ -73,9 +73,9 @@ def check(template: ChatTemplate, user: str, answer: str, system: str, *, lacks:
         assert (account.kept, account.dropped, account.truncated) == (1, [], [])
         shown = f"{user}{answer}{system if system.strip() else ''}"
         assert any("no tokens for" in note.text for note in account.notes) == (left(shown) != shown)
-        learned = [id for id, on in zip(made.input_ids, made.learned, strict=True) if on]
+        learned = [id for id, on in zip(made.input_ids, made.loss_mask, strict=True) if on]
         assert said(template, learned) == f"{left(answer)}{template.end_of_turn}"
-        assert made.learned == sorted(made.learned)  # one span, at the end
+        assert made.loss_mask == sorted(made.loss_mask)  # one span, at the end
         whole = said(template, made.input_ids)
         assert whole.endswith(
             f"{left(user)}{template.end_of_turn}\n<|im_start|>assistant\n{left(answer)}{template.end_of_turn}"

@@ -39,7 +39,7 @@ ROWS = [
 
 
 def lists(examples: Any) -> list[tuple[list[int], list[bool], str, int]]:
-    return [(e.input_ids, e.learned, e.file, e.row) for e in examples]
+    return [(e.input_ids, e.loss_mask, e.file, e.row) for e in examples]
 
 
 def kept(folder: Path, key: str = "key", **options: Any) -> ExampleCache:
@@ -252,6 +252,6 @@ def test_arrays_hold_what_the_model_reads() -> None:
     arrays = concatenate([[Example([5, 6, 7], [False, True, True], "a", 1)], [Example([8], [False], "b", 2)]])
     assert isinstance(arrays, TokenDataset)
     assert arrays.input_ids.tolist() == [5, 6, 7, 8]
-    assert arrays.learned.tolist() == [False, True, True, False]
+    assert arrays.loss_mask.tolist() == [False, True, True, False]
     assert arrays.starts.tolist() == [0, 3, 4]
     assert (arrays.rows.tolist(), arrays.files.tolist(), arrays.file_names) == ([1, 2], [0, 1], ["a", "b"])

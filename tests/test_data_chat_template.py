@@ -52,7 +52,7 @@ def learned_spans(template: ChatTemplate, messages: list[dict[str, Any]], tools:
     (encoded,) = template.encode(messages, tools)
     spans: list[list[int]] = []
     before = False
-    for id, is_learned in zip(encoded.input_ids, encoded.learned, strict=True):
+    for id, is_learned in zip(encoded.input_ids, encoded.loss_mask, strict=True):
         if is_learned and not before:
             spans.append([])
         if is_learned:
@@ -115,8 +115,8 @@ def test_a_prompt_is_transformers_prompt_and_a_prefix_of_what_is_trained(templat
         prompt = template.encode_prompt(messages[:i])
         assert prompt == transformers_prompt(template, messages[:i])
         assert encoded.input_ids[: len(prompt)] == prompt
-        assert encoded.learned[len(prompt)]
-        assert not encoded.learned[len(prompt) - 1]
+        assert encoded.loss_mask[len(prompt)]
+        assert not encoded.loss_mask[len(prompt) - 1]
 
 
 @settings(deadline=None, max_examples=150)
@@ -279,7 +279,7 @@ def test_a_template_that_trims_and_forgets_thoughts_gives_an_example_for_each_tu
     messages = turns("q1", "<think>hm</think> a1", "q2", "<think>ha</think> a2")
     examples = template.encode(messages)
     learned = [
-        decode(tokenizer, [i for i, on in zip(e.input_ids, e.learned, strict=True) if on]) for e in examples
+        decode(tokenizer, [i for i, on in zip(e.input_ids, e.loss_mask, strict=True) if on]) for e in examples
     ]
     assert sorted(learned) == ["<think>ha</think> a2<|im_end|>", "<think>hm</think> a1<|im_end|>"]
 
@@ -311,7 +311,7 @@ def test_rows_english_and_chinese(template: ChatTemplate) -> None:
         (encoded,) = template.encode(messages)
         prompt = transformers_prompt(template, messages[:1])
         assert encoded.input_ids[: len(prompt)] == prompt
-        learned = [i for i, on in zip(encoded.input_ids, encoded.learned, strict=True) if on]
+        learned = [i for i, on in zip(encoded.input_ids, encoded.loss_mask, strict=True) if on]
         assert decode(template.tokenizer, learned) == row["output"] + template.end_of_turn
         assert learned == encoded.input_ids[len(prompt) : len(prompt) + len(learned)]
 

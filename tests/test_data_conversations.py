@@ -8,12 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conversation_rows import CALL, assistant, chat, conversation, dropped, refusal, user
-from handspun.data.conversations import (
-    Conversation,
-    DroppedRow,
-    Message,
-    recognise_format,
-)
+from handspun.data.conversations import Conversation
+from handspun.data.formats import recognise_format
+from handspun.data.messages import Message
+from handspun.data.rows import DroppedRow
 from handspun.errors import DataError
 
 # Alpaca

@@ -37,7 +37,7 @@ def test_pandas_missing_words_are_answers_like_any_other() -> None:
     examples, account = build_examples(rows, TEMPLATE, max_length=100)
     assert account.kept == 5
     tokenizer = TEMPLATE.tokenizer
-    learned = [[i for i, on in zip(e.input_ids, e.learned, strict=True) if on] for e in examples]
+    learned = [[i for i, on in zip(e.input_ids, e.loss_mask, strict=True) if on] for e in examples]
     assert [tokenizer.decode(ids) for ids in learned] == [f"{r.values['output']}<|im_end|>" for r in rows]
 
 
@@ -89,7 +89,7 @@ def test_rows_keep_their_order_whatever_is_tokenised_first(monkeypatch: pytest.M
     whole, account = build_examples(rows, TEMPLATE, max_length=30)
     monkeypatch.setattr("handspun.data.examples._ROWS_AT_ONCE", 3)
     parts, same_account = build_examples(rows, TEMPLATE, max_length=30)
-    assert [(e.row, e.input_ids, e.learned) for e in parts] == [(e.row, e.input_ids, e.learned) for e in whole]
+    assert [(e.row, e.input_ids, e.loss_mask) for e in parts] == [(e.row, e.input_ids, e.loss_mask) for e in whole]
     assert same_account == account
 
 

@@ -13,8 +13,9 @@ from handspun.cli import main
 from handspun.config import DataConfig
 from handspun.data import dataset as prepare
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.conversations import recognise_format, to_conversation
+from handspun.data.conversations import to_conversation
 from handspun.data.dataset import Dataset, load_splits
+from handspun.data.formats import recognise_format
 from handspun.data.readers import read_file
 from handspun.data.rows import read_rows
 from handspun.errors import DataError

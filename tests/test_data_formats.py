@@ -2,7 +2,7 @@
 
 import pytest
 
-from handspun.data.conversations import recognise_format, used_columns
+from handspun.data.formats import recognise_format, used_columns
 from handspun.errors import DataError
 
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from conversation_rows import CALL, assistant, chat, conversation, dropped, user
 from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.conversations import DroppedRow, Message
 from handspun.data.dataset import ExampleCache, load_splits
 from handspun.data.examples import build_examples
 from handspun.data.marks import mark_kind
-from handspun.data.rows import Row
+from handspun.data.messages import Message
+from handspun.data.rows import DroppedRow, Row
 from handspun.runs.summary import account_lines
 from tiny import tiny_tokenizer
 
@@ -51,7 +51,7 @@ def learned_texts(messages: list[Message], template: ChatTemplate = TINY) -> lis
     texts = []
     for example in template.encode(messages):
         stretch: list[int] = []
-        for id, learned in [*zip(example.input_ids, example.learned, strict=True), (0, False)]:
+        for id, learned in [*zip(example.input_ids, example.loss_mask, strict=True), (0, False)]:
             if learned:
                 stretch.append(id)
             elif stretch:

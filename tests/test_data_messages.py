@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from conversation_rows import CALL, TOOL, assistant, chat, conversation, dropped, refusal, user
-from handspun.data.conversations import Message
+from handspun.data.messages import Message
 
 
 @pytest.mark.parametrize(

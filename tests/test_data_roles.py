@@ -16,10 +16,10 @@ from conversation_rows import CALL, TOOL, assistant, chat, conversation, dropped
 from handspun.config import DataConfig, TrainConfig
 from handspun.config.role_map import parse_role_map
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.conversations import Conversation, DroppedRow, to_conversation
+from handspun.data.conversations import Conversation, to_conversation
 from handspun.data.examples import build_examples
 from handspun.data.messages import LOST_NULLS, plain_message, read_message
-from handspun.data.rows import Row, read_rows
+from handspun.data.rows import DroppedRow, Row, read_rows
 from handspun.decoding.prompts import encode_prompts
 from handspun.errors import ConfigError, DataError
 from handspun.evaluation.answers import question_of
@@ -216,7 +216,7 @@ def test_a_greeting_is_context_wherever_it_stands(before: list[Any]) -> None:
     assert made.messages == [*before, {**assistant("Welcome!"), "train": False}, user("a"), assistant("b")]
     assert made.notes == ("an assistant turn before the first user turn (a greeting) is context, not trained on",)
     [example] = ChatTemplate(tiny_tokenizer()).encode(made.messages)
-    learned = [id for id, is_learned in zip(example.input_ids, example.learned, strict=True) if is_learned]
+    learned = [id for id, is_learned in zip(example.input_ids, example.loss_mask, strict=True) if is_learned]
     assert tiny_tokenizer().decode(learned) == "b<|im_end|>"
 
 

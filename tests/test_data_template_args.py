@@ -83,7 +83,7 @@ def test_training_and_prompting_read_the_same_values() -> None:
     with_block, without = ChatTemplate(tokenizer), ChatTemplate(tokenizer, NO_THINKING)
     [default], [closed] = with_block.encode(ANSWERED), without.encode(ANSWERED)
     learned = [
-        [id for id, is_learned in zip(e.input_ids, e.learned, strict=True) if is_learned]
+        [id for id, is_learned in zip(e.input_ids, e.loss_mask, strict=True) if is_learned]
         for e in (default, closed)
     ]
     assert tokenizer.decode(learned[0]) == "<think>\n\n</think>\n\n6<|im_end|>"
@@ -91,8 +91,8 @@ def test_training_and_prompting_read_the_same_values() -> None:
     for template, example in ((with_block, default), (without, closed)):
         prompt = template.encode_prompt(ASKED)
         assert example.input_ids[: len(prompt)] == prompt
-        assert not any(example.learned[: len(prompt)])
-        assert example.learned[len(prompt)]
+        assert not any(example.loss_mask[: len(prompt)])
+        assert example.loss_mask[len(prompt)]
     expected = tokenizer.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=False, **NO_THINKING)
     assert without.encode_prompt(ASKED) == expected
 

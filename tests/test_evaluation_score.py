@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from handspun.config import DataConfig
-from handspun.data.conversations import Message
 from handspun.data.dataset import load_splits
 from handspun.data.examples import Example
+from handspun.data.messages import Message
 from handspun.decoding.engines.choose import make_engine
 from handspun.decoding.generate import generate
 from handspun.decoding.results import GenerationResult
@@ -76,7 +76,9 @@ def test_the_loss_is_transformers_own(chat: ChatModel, rows: Path) -> None:
     scores = scores_of(chat, rows)
     assert len(examples) == 7
     for example, row in zip(examples, scores.rows, strict=True):
-        labels = [id if learned else -100 for id, learned in zip(example.input_ids, example.learned, strict=True)]
+        labels = [
+            id if learned else -100 for id, learned in zip(example.input_ids, example.loss_mask, strict=True)
+        ]
         with torch.no_grad():
             loss = chat.model(torch.tensor([example.input_ids]), labels=torch.tensor([labels])).loss
         assert row.loss == pytest.approx(loss.item(), rel=1e-5)

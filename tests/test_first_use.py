@@ -61,7 +61,7 @@ def write_slowly(gguf: Path, folder: Path) -> None:
 
 def examples(rows: str, folder: Path, template: ChatTemplate) -> str:
     made, _ = load_splits(DataConfig(data=rows), template, max_length=100, cache=ExampleCache(folder))
-    arrays = (made.examples.input_ids, made.examples.learned, made.examples.starts, made.examples.rows)
+    arrays = (made.examples.input_ids, made.examples.loss_mask, made.examples.starts, made.examples.rows)
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import handspun
 from handspun.errors import ModelError
-from handspun.models.load import load_config, model_source, recorded_base, refuse_adapter_as_base
+from handspun.models.load import check_base_is_no_adapter, load_config, model_source, recorded_base
 
 IDS = torch.tensor([[1, 2, 3, 320, 4]])
 
@@ -110,8 +110,8 @@ def test_adapters_on_an_adapter_are_refused_before_training(adapter: Path) -> No
     with pytest.raises(
         ModelError, match=r"is a LoRA adapter.*handspun export --model .* --merge --output-dir merged"
     ):
-        refuse_adapter_as_base(model_source(str(adapter), silent))
-    refuse_adapter_as_base(model_source(str(adapter.parent / "base"), silent))
+        check_base_is_no_adapter(model_source(str(adapter), silent))
+    check_base_is_no_adapter(model_source(str(adapter.parent / "base"), silent))
 
 
 def test_load_of_an_adapter_on_an_adapter_says_what_to_merge(adapter: Path, tmp_path: Path) -> None:

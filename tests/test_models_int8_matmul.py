@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from handspun.errors import ModelError
 from handspun.kernels import int8_matmul
 from handspun.kernels.int8_matmul import PackedInt8, exact_sums, extremes, int_mm, is_exact
-from handspun.models.fused import Int8Product, decoded_sums, refuse_inexact_decoding
-from handspun.models.int8 import Int8Linear, bytes_of, check_exact, int8_linear, int8_of, refuse_inexact_products
+from handspun.models.fused import Int8Product, check_exact_decoding, decoded_sums
+from handspun.models.int8 import Int8Linear, bytes_of, check_exact, check_exact_matmuls, int8_linear, int8_of
 
 pytestmark = pytest.mark.cpu
 
@@ -145,8 +145,8 @@ def test_products_that_are_missing_are_refused() -> None:
 
 
 def test_the_guards_pass_on_this_cpu() -> None:
-    refuse_inexact_decoding(torch.device("cpu"))
-    refuse_inexact_products(torch.device("cpu"))
+    check_exact_decoding(torch.device("cpu"))
+    check_exact_matmuls(torch.device("cpu"))
 
 
 RESTRICTIONS = {
@@ -175,8 +175,8 @@ def computed() -> dict[str, Any]:
             rows_of, matrix = extremes(*shape)
             if not torch.equal(way(rows_of, matrix).float(), exact_sums(rows_of.int() - 128, matrix).float()):
                 wrong.append(f"{name} {shape}")
-    refuse_inexact_decoding(torch.device("cpu"))
-    refuse_inexact_products(torch.device("cpu"))
+    check_exact_decoding(torch.device("cpu"))
+    check_exact_matmuls(torch.device("cpu"))
     whole = int8_matmul._qlinear_is_exact(in_halves=False, at_once=True)
     return {"bits": bits, "wrong": wrong, "whole bytes are exact": whole}
 

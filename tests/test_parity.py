@@ -42,7 +42,7 @@ def test_loss_and_gradients_are_the_models_own(smollm2: ChatModel) -> None:
     for row, (question, answer) in enumerate(zip(QUESTIONS, ["Red.", "Because.", "four"], strict=True), start=1):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         (encoded,) = smollm2.template.encode(messages)
-        examples.append(Example(encoded.input_ids, encoded.learned, "rows.csv", row))
+        examples.append(Example(encoded.input_ids, encoded.loss_mask, "rows.csv", row))
     model = smollm2.model
     theirs = model(**collate(examples, pad_token_id=0)).loss
     theirs.backward()

@@ -208,7 +208,7 @@ def test_a_written_batch_has_the_very_tokens_whatever_the_rows_formats_were(
     again = handspun.TrainConfig(data=str(tmp_path / "output" / "nonfinite-step-1.jsonl"), cache_examples=False)
     read, _ = load_splits(again, template, max_length=512)
     assert [e.input_ids for e in read.examples] == [e.input_ids for e in training.examples]
-    assert [e.learned for e in read.examples] == [e.learned for e in training.examples]
+    assert [e.loss_mask for e in read.examples] == [e.loss_mask for e in training.examples]
 
 
 def test_lines_name_rows_by_file() -> None:

@@ -13,7 +13,7 @@ from handspun.cli import main
 from handspun.data.examples import RowIssue
 from handspun.errors import ConfigError
 from handspun.preflight.checks import Finding
-from handspun.runs.resume import refuse_another_run
+from handspun.runs.resume import check_same_run
 from handspun.runs.summary import doubts_about_memory, warning_lines
 from handspun.runs.train import train
 
@@ -161,6 +161,6 @@ def test_a_doubt_about_memory_is_a_warning_with_its_remedies() -> None:
 
 def test_a_run_is_gone_on_with_although_strict_is_given_now(config: handspun.TrainConfig) -> None:
     facts = {"config": {"strict": False, "seed": 0}, "data": {"train": None, "held_out": None}}
-    refuse_another_run(facts, {**facts, "config": {"strict": True, "seed": 0}}, config.output_dir)
+    check_same_run(facts, {**facts, "config": {"strict": True, "seed": 0}}, config.output_dir)
     with pytest.raises(ConfigError, match="--seed"):
-        refuse_another_run(facts, {**facts, "config": {"strict": True, "seed": 1}}, config.output_dir)
+        check_same_run(facts, {**facts, "config": {"strict": True, "seed": 1}}, config.output_dir)

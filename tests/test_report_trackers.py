@@ -19,7 +19,7 @@ from handspun.config import Tracker
 from handspun.errors import ConfigError, StoppedError
 from handspun.runs import trackers
 from handspun.runs import train as run_module
-from handspun.runs.trackers import Send, TrackedRun, figures_of, refuse_missing_trackers
+from handspun.runs.trackers import Send, TrackedRun, check_trackers_installed, figures_of
 from handspun.training.loop import Event, Step
 from test_resume import config, crash, crash_after, data, events, train, weights
 
@@ -68,7 +68,7 @@ def test_the_name_of_a_run_has_no_sign_that_wandb_refuses() -> None:
 def test_missing_packages_are_named_all_at_once_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None if name != "trackio" else object())
     with pytest.raises(ConfigError, match="pip install tensorboard") as caught:
-        refuse_missing_trackers(NAMES)
+        check_trackers_installed(NAMES)
     assert "--log-to wandb needs the package wandb: pip install wandb" in str(caught.value)
     assert "pip install trackio" not in str(caught.value)
 

@@ -280,7 +280,7 @@ def test_overfitting_eight_rows_reproduces_them_word_for_word(tiny_chat: ChatMod
     for row, (question, answer) in enumerate(QUESTIONS.items()):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         (encoded,) = tiny_chat.template.encode(messages)
-        examples.append(Example(encoded.input_ids, encoded.learned, "rows.csv", row + 1))
+        examples.append(Example(encoded.input_ids, encoded.loss_mask, "rows.csv", row + 1))
     config = TrainConfig(num_epochs=150, batch_size=8, learning_rate=1e-2)
     last = steps(list(events_of(tiny_chat.model, config, examples, [])))[-1]
     assert last.loss < 0.05

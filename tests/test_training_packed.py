@@ -25,7 +25,7 @@ from handspun.training.batching import (
 from handspun.training.loop import Loop, Step, start, train
 from handspun.training.objectives import PaddedRunner
 from handspun.training.packed import Masks, Packed, masks_of, packed_attention, whole_mask
-from handspun.training.runner import cannot_pack, select_runner
+from handspun.training.runner import packing_unsupported_reason, select_runner
 from tiny import tiny_model
 
 SMALL = {
@@ -320,7 +320,7 @@ def test_neighbours_do_not_see_each_other() -> None:
     ],
 )
 def test_sliding_windows_run_padded_and_the_log_says_so(config: Any, reason: str) -> None:
-    assert cannot_pack(config) == reason
+    assert packing_unsupported_reason(config) == reason
 
 
 def test_a_model_that_scales_its_logits_runs_padded_and_the_log_says_so() -> None:

@@ -274,7 +274,7 @@ def test_prompts_that_are_not_what_is_trained_fail(material: Reference, monkeypa
 
     def shifted(template: ChatTemplate, messages: Any) -> list[TokenizedExample]:
         return [
-            TokenizedExample([5, *made.input_ids], [False, *made.learned]) for made in right(template, messages)
+            TokenizedExample([5, *made.input_ids], [False, *made.loss_mask]) for made in right(template, messages)
         ]
 
     monkeypatch.setattr(ChatTemplate, "encode", shifted)

@@ -229,15 +229,9 @@ def abandon_unwritten() -> None:
                 os.close(null)
 
 
-shown = printable
-"""A name from the data, on one line and harmless to a terminal."""
-
-listed = join_names
-
-
 def file_name(path: Path) -> str:
     """The path as a person would type it, whatever bytes are in it."""
-    return shown(str(path), most=4096)
+    return printable(str(path), most=4096)
 
 
 def describe_type(value: Any) -> str:
@@ -247,7 +241,7 @@ def describe_type(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, int | float):
-        return f"the number {shown(str(value))}"
+        return f"the number {printable(str(value))}"
     names: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
     return names.get(type(value), f"a value of type {type(value).__name__}")
 

@@ -9,7 +9,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 from handspun import __version__
-from handspun.cli.values import convert, convert_or_refuse, refuse_less_than_1
+from handspun.cli.values import check_at_least_1, convert, convert_or_refuse
 from handspun.config import DataConfig, Weights
 from handspun.config.names import options
 from handspun.config.ranges import MOST, wrong_values
@@ -31,7 +31,7 @@ app = App(
 
 FLAT = Parameter(name="*", converter=convert)
 """Of a dataclass: its fields are the options, and it checks them itself, all at once."""
-Count = Annotated[int, Parameter(validator=refuse_less_than_1)]
+Count = Annotated[int, Parameter(validator=check_at_least_1)]
 """A whole number, 1 or more."""
 
 

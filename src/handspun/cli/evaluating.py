@@ -53,12 +53,12 @@ def evaluate(
         One JSON object in place of the table.
     """
     from handspun.cli.views.scores import row_lines, scores_record, scores_table
-    from handspun.data.rows import refuse_missing_data
+    from handspun.data.rows import check_data_exists
     from handspun.evaluation.score import score
     from handspun.files import whole_file
     from handspun.runs.summary import account_lines
 
-    refuse_missing_data(config.data)
+    check_data_exists(config.data)
     with ExitStack() as stack:
         partial = stack.enter_context(whole_file(per_row, option="--per-row")) if per_row else None
         scores = score(

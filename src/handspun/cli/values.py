@@ -32,7 +32,7 @@ def convert_or_refuse(hint: Any, tokens: Tokens) -> Any:
         raise ValueError(f"{short(value)} is not what is expected: {error}.") from None
 
 
-def refuse_less_than_1(hint: Any, value: int | None) -> None:  # noqa: ARG001  (cyclopts gives both)
+def check_at_least_1(hint: Any, value: int | None) -> None:  # noqa: ARG001  (cyclopts gives both)
     """Raise ValueError for a count that is not 1 or more."""
     if value is not None and value < 1:
         raise ValueError("expected at least 1.")

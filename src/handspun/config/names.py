@@ -66,6 +66,3 @@ def wrong_names(config: type, given: Collection[str]) -> list[str]:
     problems = [unknown_option(name, known, str) for name in given if name not in known]
     needed = [name for name, field in known.items() if field.default is field.default_factory is MISSING]
     return problems + [f"{option_name(name)} is missing." for name in needed if name not in given]
-
-
-__all__ = ["foreign_note", "options", "unknown_option", "wrong_names"]

@@ -44,7 +44,7 @@ def _pairs(texts: Iterable[str], problems: list[str]) -> Iterable[tuple[Any, Any
         name, equals, value = str(text).partition("=")
         if str(text).lstrip().startswith("{"):
             try:
-                read = json.loads(text, parse_constant=_refuse_constant)
+                read = json.loads(text, parse_constant=_reject_constant)
             except (ValueError, RecursionError) as error:
                 problems.append(f"--template-args {text} is not JSON ({error}): expected an object.")
                 continue
@@ -67,12 +67,12 @@ def _value(text: str) -> Any:
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_reject_constant)
     except (ValueError, RecursionError):
         return text
 
 
-def _refuse_constant(text: str) -> Any:
+def _reject_constant(text: str) -> Any:
     raise ValueError(f"{text} is no number")
 
 
@@ -93,6 +93,3 @@ def _problem(name: Any, value: Any) -> str | None:
             f"--template-args {name} holds the characters U+E000 or U+E001, which mark data here. Leave them out."
         )
     return None
-
-
-__all__ = ["RESERVED", "TemplateArgs", "read_template_args"]

@@ -261,6 +261,3 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no number of JSON's")
-
-
-__all__ = ["as_type", "expected", "load_json", "read_texts", "short"]

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from handspun.data.conversations import Message
+from handspun.data.messages import Message
 from handspun.data.placeholders import (
     SENTINEL,
     Placeholder,
@@ -47,7 +47,7 @@ class TokenizedExample:
     behind them was not even tokenised."""
 
     input_ids: list[int]
-    learned: list[bool]
+    loss_mask: list[bool]
     note: str | None = None
     is_cut: bool = False
 
@@ -56,7 +56,7 @@ class Span(NamedTuple):
     """A stretch of an example that is tokenised whole."""
 
     text: str
-    learned: bool
+    loss_mask: bool
     token_ids: list[int] | None = None
     """Where they are known without tokenising: of an added token, and of the template's own text."""
     first: bool = False
@@ -295,7 +295,7 @@ class ChatTemplate:
                     text += new
                 else:
                     text += part
-            runs.append(Span(text, run.learned, None, run.first))
+            runs.append(Span(text, run.loss_mask, None, run.first))
         return runs
 
     def _data(self, slot: Placeholder, hidden: Placeholders) -> tuple[str, list[tuple[int, int]]]:
@@ -460,11 +460,11 @@ def _parts(run: Span) -> list[str | Placeholder]:
 
 def _joined_where_known(runs: list[Span]) -> Iterator[Span]:
     """Neighbours whose ids are known as one, where both are learned or neither is."""
-    for (is_known, learned), some in groupby(runs, lambda run: (run.token_ids is not None, run.learned)):
+    for (is_known, loss_mask), some in groupby(runs, lambda run: (run.token_ids is not None, run.loss_mask)):
         if is_known:
             together = list(some)
             ids = [id for run in together for id in run.token_ids or []]
-            yield Span("".join(run.text for run in together), learned, ids, together[0].first)
+            yield Span("".join(run.text for run in together), loss_mask, ids, together[0].first)
         else:
             yield from some
 
@@ -472,12 +472,12 @@ def _joined_where_known(runs: list[Span]) -> Iterator[Span]:
 def _joined(layout: Layout, ids: dict[tuple[str, bool], list[int]]) -> TokenizedExample:
     """ids and mask are born together."""
     input_ids: list[int] = []
-    learned: list[bool] = []
+    loss_mask: list[bool] = []
     for run in layout.runs:
         new = ids[run.text, run.first] if run.token_ids is None else run.token_ids
         input_ids += new
-        learned += [run.learned] * len(new)
-    return TokenizedExample(input_ids, learned, layout.note, layout.is_cut)
+        loss_mask += [run.loss_mask] * len(new)
+    return TokenizedExample(input_ids, loss_mask, layout.note, layout.is_cut)
 
 
 def _without_added_tokens(backend: Tokenizer) -> tuple[Tokenizer, Tokenizer]:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from handspun.data.formats import MEDIA, NEEDED, recognise_format, used_columns
+from handspun.data.formats import MEDIA, NEEDED, used_columns
 from handspun.data.marks import check_parts, row_marks, turn_mark
 from handspun.data.messages import (
     LOST_NULLS,
@@ -27,18 +27,7 @@ from handspun.data.messages import (
 )
 from handspun.data.readers import has_lost_nulls
 from handspun.data.rows import DroppedRow, Row
-from handspun.display import listed
-
-__all__ = [
-    "Conversation",
-    "DroppedRow",
-    "Message",
-    "check_writable",
-    "recognise_format",
-    "to_conversation",
-    "used_columns",
-]
-
+from handspun.display import join_names
 
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
@@ -84,7 +73,7 @@ class _Read:
         are not several."""
         reasons = {role_of(turn, self.role_map)[1] for turn in turns}
         names = [reason.removeprefix(UNKNOWN_ROLE).strip() for reason in sorted(reasons) if UNKNOWN_ROLE in reason]
-        return f"{UNKNOWN_ROLE}s {listed(names)}" if len(names) > 1 else None
+        return f"{UNKNOWN_ROLE}s {join_names(names)}" if len(names) > 1 else None
 
     def _message(self, turn: dict[str, Any]) -> Message:
         message = read_message(turn, self.role_map)
@@ -296,7 +285,7 @@ def _value(row: Row, column: str, data_format: str) -> Any:
         needed = next(columns for name, columns in NEEDED.items() if name == data_format)
         raise _cell(row, column).error(
             f"the column is missing in this row. {data_format} needs {' and '.join(needed)}; the row has "
-            f"{listed(row.values) or 'none'}."
+            f"{join_names(row.values) or 'none'}."
         )
     return row.values[column]
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from handspun.data.formats import fits_a_format
 from handspun.data.text_files import split_lines
-from handspun.display import listed, shown
+from handspun.display import join_names, printable
 from handspun.errors import DataError
 
 _SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
@@ -70,7 +70,7 @@ def check_separator(header: Record, separator: str, file: str) -> None:
     other = next((mark for mark in _SEPARATORS if mark != separator and mark in only), None)
     if len(header.cells) == 1 and other is not None:
         raise DataError(
-            f"the header is the one name '{shown(only)}'; it looks separated by {other!r}, and {separator!r} "
+            f"the header is the one name '{printable(only)}'; it looks separated by {other!r}, and {separator!r} "
             f"is expected. Put the line sep={_name(other)} above it, or save the file with {separator!r}.",
             file=file,
             line=header.line,
@@ -80,7 +80,7 @@ def check_separator(header: Record, separator: str, file: str) -> None:
 def wrong_count(columns: Columns, found: int, separator: str) -> str:
     """Return what to say of a record with another number of cells than the header has."""
     return (
-        f"expected {columns.least} cells ({listed(columns.names)}), found {found}. A text that holds "
+        f"expected {columns.least} cells ({join_names(columns.names)}), found {found}. A text that holds "
         f"{_SEPARATORS.get(separator, repr(separator))}, a quote or a line break stands in double quotes, with "
         "the quotes inside it doubled."
     )
@@ -105,7 +105,7 @@ def without_empty(records: list[Record], notes: list[str]) -> list[Record]:
         elif len(record.cells) > 1:
             empty.append(record.line)
     if empty:
-        lines = listed([str(line) for line in empty], most=12)
+        lines = join_names([str(line) for line in empty], most=12)
         notes.append(
             f"lines with nothing but separators, skipped: {len(empty)} (line{'s'[: len(empty) > 1]} {lines})"
         )
@@ -151,9 +151,9 @@ def _note_of_unnamed(place: int, header: Record, body: list[Record], file: str) 
 
 def _unnamed(place: int, used: Record, file: str, line: int) -> DataError:
     return DataError(
-        f"column {place + 1} of the header has no name, and line {used.line} has '{shown(used.cells[place])}' in "
-        "it. Name it, or leave it out (an index written by pandas is left out by to_csv(..., index=False)). If it "
-        "is the rest of a text that holds a separator, that text has to stand in double quotes.",
+        f"column {place + 1} of the header has no name, and line {used.line} has '{printable(used.cells[place])}' "
+        "in it. Name it, or leave it out (an index written by pandas is left out by to_csv(..., index=False)). If "
+        "it is the rest of a text that holds a separator, that text has to stand in double quotes.",
         file=file,
         line=line,
     )
@@ -165,7 +165,7 @@ def _check_unique(names: list[str], places: list[int], line: int, file: str) -> 
         earlier = first.setdefault(name, place)
         if earlier != place:
             raise DataError(
-                f"columns {earlier + 1} and {place + 1} are both named '{shown(name)}'; each name is expected "
+                f"columns {earlier + 1} and {place + 1} are both named '{printable(name)}'; each name is expected "
                 "once. Rename or remove one.",
                 file=file,
                 line=line,

@@ -17,9 +17,9 @@ import numpy as np
 
 from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.examples import DataReport, RowIssue, TokenDataset, build_examples, hold_out, refuse_if_lost
+from handspun.data.examples import DataReport, RowIssue, TokenDataset, build_examples, check_rows_left, hold_out
 from handspun.data.rows import FileNotes, Row, read_rows
-from handspun.display import shown
+from handspun.display import printable
 from handspun.errors import ConfigError
 from handspun.files import sha256_of
 
@@ -245,7 +245,7 @@ def _say_if_large(source: str, notice: Callable[[str], None]) -> None:
     with suppress(OSError, ValueError):  # read_rows says it
         size = os.stat(os.path.expanduser(source)).st_size
         if size > _LARGE:
-            notice(f"reading {shown(source)} ({size / 1e6:.0f} MB)")
+            notice(f"reading {printable(source)} ({size / 1e6:.0f} MB)")
 
 
 def read_split(
@@ -280,7 +280,7 @@ def _examples(
     key = key_of(rows, template, options) if cache else None
     found = cache.find(key) if cache and key else None
     if found is not None:
-        refuse_if_lost(found[1], strict=strict)
+        check_rows_left(found[1], strict=strict)
         how = f"{len(rows)} rows, tokenised before: from the cache in {time.perf_counter() - started:.1f} s"
         return *found, how
     progress = _Progress(notice, len(rows)) if notice is not None else None

@@ -15,11 +15,12 @@ import numpy.typing as npt
 
 from handspun.config import DataFormat
 from handspun.data.chat_template import ChatTemplate, Layout, Span, TokenizedExample
-from handspun.data.conversations import DroppedRow, recognise_format, to_conversation, used_columns
+from handspun.data.conversations import to_conversation
+from handspun.data.formats import recognise_format, used_columns
 from handspun.data.marks import is_row_mark
 from handspun.data.messages import UNKNOWN_ROLE, role_advice
 from handspun.data.rendering import EndlessTemplateError
-from handspun.data.rows import Row
+from handspun.data.rows import DroppedRow, Row
 from handspun.data.text_loss import detect_mojibake
 from handspun.errors import DataError, TemplateError
 
@@ -29,7 +30,7 @@ class Example:
     """What the model reads (`input_ids`), what it is taught (`learned`, one bool per id), and from where."""
 
     input_ids: list[int]
-    learned: list[bool]
+    loss_mask: list[bool]
     file: str
     row: int
 
@@ -39,7 +40,7 @@ class Example:
     @property
     def learned_tokens(self) -> int:
         """Tokens that the loss is taken over."""
-        return sum(self.learned)
+        return sum(self.loss_mask)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ class TokenDataset(Sequence[Example]):
     """
 
     input_ids: npt.NDArray[np.int32]
-    learned: npt.NDArray[np.bool_]
+    loss_mask: npt.NDArray[np.bool_]
     starts: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int64]
     files: npt.NDArray[np.int32]
@@ -71,7 +72,7 @@ class TokenDataset(Sequence[Example]):
         place = slice(self.starts[i], self.starts[i + 1])
         return Example(
             self.input_ids[place].tolist(),
-            self.learned[place].tolist(),
+            self.loss_mask[place].tolist(),
             self.file_names[self.files[i]],
             int(self.rows[i]),
         )
@@ -81,9 +82,9 @@ def concatenate(parts: Iterable[Sequence[Example]]) -> TokenDataset:
     """The examples of all parts, in their order."""
     places: dict[str, int] = {}
     arrays = [_arrays(part, places) for part in parts] or [_arrays([], places)]
-    input_ids, learned, lengths, rows, files = (np.concatenate(column) for column in zip(*arrays, strict=True))
+    input_ids, loss_mask, lengths, rows, files = (np.concatenate(column) for column in zip(*arrays, strict=True))
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return TokenDataset(input_ids, learned, starts, rows, files, list(places))
+    return TokenDataset(input_ids, loss_mask, starts, rows, files, list(places))
 
 
 def lengths_of(examples: Sequence[Example]) -> npt.NDArray[np.int64]:
@@ -96,7 +97,7 @@ def lengths_of(examples: Sequence[Example]) -> npt.NDArray[np.int64]:
 def learned_tokens_of(examples: Sequence[Example]) -> int:
     """Tokens of all examples that the loss is taken over."""
     if isinstance(examples, TokenDataset):
-        return int(np.count_nonzero(examples.learned))
+        return int(np.count_nonzero(examples.loss_mask))
     return sum(example.learned_tokens for example in examples)
 
 
@@ -104,7 +105,7 @@ def _arrays(part: Sequence[Example], places: dict[str, int]) -> list[npt.NDArray
     """input_ids, learned, lengths, rows, files; new files get a place."""
     return [
         np.array([id for example in part for id in example.input_ids], np.int32),
-        np.array([is_learned for example in part for is_learned in example.learned], np.bool_),
+        np.array([is_learned for example in part for is_learned in example.loss_mask], np.bool_),
         np.array([len(example) for example in part], np.int64),
         np.array([example.row for example in part], np.int64),
         np.array([places.setdefault(example.file, len(places)) for example in part], np.int32),
@@ -223,7 +224,7 @@ def build_examples(
             for part in _tokenize_in_threads(laid_out(), template)
         )
     account.dropped.sort(key=lambda note: (list(account.formats).index(note.file), note.row))
-    refuse_if_lost(account, strict=strict)
+    check_rows_left(account, strict=strict)
     return examples, account
 
 
@@ -332,7 +333,7 @@ def _examples_of(
     if longest > max_length or is_cut:
         account.truncated.append(RowIssue(row.file, row.number, f"{'more than ' * is_cut}{longest} tokens"))
         whole = [
-            _drop_trailing_prompt(TokenizedExample(e.input_ids[:max_length], e.learned[:max_length]))
+            _drop_trailing_prompt(TokenizedExample(e.input_ids[:max_length], e.loss_mask[:max_length]))
             for e in whole
         ]
     if not any(example.input_ids for example in whole):
@@ -340,7 +341,7 @@ def _examples_of(
         account.dropped.append(RowIssue(row.file, row.number, reason))
     for example in whole:
         if example.input_ids:
-            yield Example(example.input_ids, example.learned, row.file, row.number)
+            yield Example(example.input_ids, example.loss_mask, row.file, row.number)
 
 
 def _drop_trailing_prompt(encoded: TokenizedExample) -> TokenizedExample:
@@ -348,9 +349,9 @@ def _drop_trailing_prompt(encoded: TokenizedExample) -> TokenizedExample:
 
     The first id is never learned: nothing predicts it.
     """
-    learned = [False, *encoded.learned[1:]]
-    length = len(learned) - learned[::-1].index(True) if True in learned else 0
-    return TokenizedExample(encoded.input_ids[:length], learned[:length])
+    loss_mask = [False, *encoded.loss_mask[1:]]
+    length = len(loss_mask) - loss_mask[::-1].index(True) if True in loss_mask else 0
+    return TokenizedExample(encoded.input_ids[:length], loss_mask[:length])
 
 
 _Columns = Iterable[tuple[str, tuple[str, ...]]]
@@ -377,7 +378,7 @@ def _unused_columns(columns: _Columns, formats: dict[str, str]) -> dict[str, lis
     return {file: list(names) for file, names in unused.items() if names}
 
 
-def refuse_if_lost(account: DataReport, *, strict: bool) -> None:
+def check_rows_left(account: DataReport, *, strict: bool) -> None:
     """Raises DataError if no row is left, and under `strict` if one was dropped or truncated."""
     first = account.dropped[0] if account.dropped else None
     if account.kept == 0:

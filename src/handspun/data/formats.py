@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 
 from handspun.config import DataFormat
-from handspun.display import listed, shown
+from handspun.display import join_names, printable
 from handspun.errors import DataError
 
 _SEARCHED = 1000
@@ -124,11 +124,11 @@ def _near_misses(columns: Sequence[str], needed: Mapping[str, Sequence[str]]) ->
     spelled = {column.strip().lower(): column for column in columns if column not in wanted}
     for name in sorted(wanted.difference(columns)):
         for close in difflib.get_close_matches(name, spelled, n=1, cutoff=0.8):
-            yield f"Did you mean '{name}' for '{shown(spelled[close])}'?"
+            yield f"Did you mean '{name}' for '{printable(spelled[close])}'?"
 
 
 def _sentence(renaming: Mapping[str, str]) -> str:
-    return "Rename " + " and ".join(f"'{shown(old)}' to '{new}'" for old, new in renaming.items())
+    return "Rename " + " and ".join(f"'{printable(old)}' to '{new}'" for old, new in renaming.items())
 
 
 NEEDED: dict[DataFormat, tuple[str, ...]] = {
@@ -153,7 +153,7 @@ def recognise_format(columns: Collection[str], file: str) -> DataFormat:
     found = [name for name, needed in NEEDED.items() if set(needed) <= set(columns)]
     if len(found) == 1:
         return found[0]
-    names = listed(columns) or "none"
+    names = join_names(columns) or "none"
     if found:
         raise DataError(
             f"the columns ({names}) fit several formats: {', '.join(found)}. Choose one with --data-format.",

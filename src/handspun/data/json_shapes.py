@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from handspun.data.formats import NEEDED, fits_a_format
-from handspun.display import describe_type, listed, shown
+from handspun.display import describe_type, join_names, printable
 from handspun.errors import DataError
 
 MOST_LEVELS = 100
@@ -158,8 +158,8 @@ _SPLIT = {"columns", "data", "index", "index_names", "column_names"}
 def _named(columns: list[str], cells: list[Any], number: int, file: str) -> Values:
     if len(cells) != len(columns) or len(set(columns)) != len(columns):
         raise DataError(
-            f"expected {len(columns)} values, one for each of the columns ({listed(columns)}), each named once; "
-            f"found {len(cells)}. Write the file row by row: {_BY_ROWS}.",
+            f"expected {len(columns)} values, one for each of the columns ({join_names(columns)}), each named "
+            f"once; found {len(cells)}. Write the file row by row: {_BY_ROWS}.",
             file=file,
             row=number,
         )
@@ -205,7 +205,7 @@ def _is_columns_of_lists(value: Values) -> bool:
 def _check_lengths(columns: Values, file: str) -> None:
     lengths = {name: len(items) for name, items in columns.items()}
     if len(set(lengths.values())) > 1:
-        counted = ", ".join(f"{shown(name)} {length}" for name, length in list(lengths.items())[:20])
+        counted = ", ".join(f"{printable(name)} {length}" for name, length in list(lengths.items())[:20])
         raise DataError(
             f"written column by column, and the columns are not equally long ({counted}). Write it row by row, so "
             f"that no row loses a value: {_BY_ROWS}.",
@@ -250,7 +250,7 @@ def _list_within(value: Values, file: str) -> Any:
         return [value]
     if len(lists) > 1:
         raise DataError(
-            f"the object holds several lists ({listed(lists)}); one list of rows is expected. Save the one "
+            f"the object holds several lists ({join_names(lists)}); one list of rows is expected. Save the one "
             "to be read as a file of its own.",
             file=file,
         )

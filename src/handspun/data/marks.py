@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from handspun.data.rows import DroppedRow
-from handspun.display import describe_type, shown
+from handspun.display import describe_type, printable
 
 # Names in lower case with `_` between their words, as `_words` makes them.
 _TRAIN_IF_TRUE = {
@@ -83,7 +83,7 @@ def turn_mark(turn: Mapping[str, Any], role: str) -> tuple[bool | None, list[str
     _check_nested(turn)
     said = {key: mark for key, value in turn.items() if (mark := _mark_of_turn(key, value)) is not None}
     if len(set(said.values())) > 1:
-        raise DroppedRow(f"marks of one message that contradict each other ({', '.join(map(shown, said))})")
+        raise DroppedRow(f"marks of one message that contradict each other ({', '.join(map(printable, said))})")
     train = next(iter(said.values()), None)
     if train is not False:
         return train, []
@@ -115,16 +115,18 @@ def row_marks(values: Mapping[str, Any], used: set[str]) -> list[str]:
         if kind == "leave out" and verdict is True:
             raise DroppedRow(f"{_as_written(column, value)}: a row to leave out")
         if kind == "prompts" and verdict is True:
-            notes.append(f"the column '{shown(column)}' asks to train on prompts, which is not done")
+            notes.append(f"the column '{printable(column)}' asks to train on prompts, which is not done")
         elif _could_leave_out(column, kind, value, verdict):
             raise DroppedRow(
-                f"the column '{shown(column)}' is a mark of what to train on, and is neither 0 nor 1 (if it is no "
-                "such mark, rename it)"
+                f"the column '{printable(column)}' is a mark of what to train on, and is neither 0 nor 1 (if it "
+                "is no such mark, rename it)"
             )
         elif kind in ("train", "not", "either") and verdict is _UNCLEAR:
-            notes.append(f"the column '{shown(column)}' is not read as a mark: it is neither 0 nor 1")
+            notes.append(f"the column '{printable(column)}' is not read as a mark: it is neither 0 nor 1")
         elif kind in ("either", "like a mark", "parts") and verdict is not None and verdict is not _UNCLEAR:
-            notes.append(f"the column '{shown(column)}' looks like a mark of what to train on, and is not read")
+            notes.append(
+                f"the column '{printable(column)}' looks like a mark of what to train on, and is not read"
+            )
     return notes
 
 
@@ -163,22 +165,24 @@ def _mark_of_turn(key: str, value: Any) -> bool | None:
         return None
     if kind == "parts":
         raise DroppedRow(
-            f"'{shown(key)}' marks parts of a message, which is not supported: mark the whole message"
+            f"'{printable(key)}' marks parts of a message, which is not supported: mark the whole message"
         )
     if kind in ("train", "not"):
         if isinstance(verdict, str):
             what = "another number" if _is_number(value) else describe_type(value)
-            raise DroppedRow(f"the mark '{shown(key)}' of a message is {what} (expected 0 or 1, true or false)")
+            raise DroppedRow(
+                f"the mark '{printable(key)}' of a message is {what} (expected 0 or 1, true or false)"
+            )
         return verdict is (kind == "train")
     if kind == "either" or (kind == "leave out" and verdict is not False):
         raise DroppedRow(
-            f"the mark '{shown(key)}' of a message may mean that it is to be trained on, or that it is not: "
+            f"the mark '{printable(key)}' of a message may mean that it is to be trained on, or that it is not: "
             "say it with `train`, true or false"
         )
     if kind == "like a mark" and (isinstance(verdict, bool) or _is_mask(value)):
         raise DroppedRow(
-            f"'{shown(key)}' of a message looks like a mark of what to train on, and what it means is not known: "
-            "say it with `train`, true or false"
+            f"'{printable(key)}' of a message looks like a mark of what to train on, and what it means is not "
+            "known: say it with `train`, true or false"
         )
     return None
 
@@ -191,7 +195,9 @@ def _check_nested(values: Mapping[str, Any]) -> None:
         for key, value in nested.items():
             kind = mark_kind(key)
             if kind in ("train", "not") and _verdict(value) is (kind == "not"):
-                raise DroppedRow(f"{_as_written(key, value)} inside of '{shown(outer)}', where marks are not read")
+                raise DroppedRow(
+                    f"{_as_written(key, value)} inside of '{printable(outer)}', where marks are not read"
+                )
 
 
 def _notes_of_others(turn: Mapping[str, Any], role: str) -> Iterator[str]:
@@ -202,7 +208,7 @@ def _notes_of_others(turn: Mapping[str, Any], role: str) -> Iterator[str]:
             continue
         verdict = _verdict(value)
         if verdict is (kind == "train") or verdict is _UNCLEAR:
-            yield f"a {role} message marked '{shown(key)}' is not trained on: only what the assistant says is"
+            yield f"a {role} message marked '{printable(key)}' is not trained on: only what the assistant says is"
 
 
 def _could_leave_out(column: str, kind: Kind, value: Any, verdict: bool | str | None) -> bool:
@@ -233,7 +239,4 @@ def _words(key: str) -> list[str]:
 
 def _as_written(key: str, value: Any) -> str:
     text = {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value).strip()
-    return f"'{shown(key)}' {shown(text, most=10)}"
-
-
-__all__ = ["check_parts", "is_row_mark", "mark_kind", "row_marks", "turn_mark"]
+    return f"'{printable(key)}' {printable(text, most=10)}"

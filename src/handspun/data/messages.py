@@ -10,7 +10,7 @@ from handspun.data.json_shapes import exceeds_depth
 from handspun.data.marks import mark_kind
 from handspun.data.readers import has_lost_nulls
 from handspun.data.rows import DroppedRow
-from handspun.display import describe_type, shown
+from handspun.display import describe_type, printable
 from handspun.errors import DataError
 
 CALL = "call"
@@ -71,7 +71,7 @@ def role_of(turn: Mapping[str, Any], role_map: Mapping[str, str]) -> tuple[str |
     name = value if isinstance(value, str) else json.dumps(value, default=str)
     role = known_role(name, role_map)
     if role is None:
-        return None, f"{UNKNOWN_ROLE} '{shown(name)}'"
+        return None, f"{UNKNOWN_ROLE} '{printable(name)}'"
     others = {known_role(other, role_map) for k in ROLE_KEYS[:-1] if isinstance(other := turn.get(k), str)}
     if key != "type" and others - {None, role}:
         return None, "a message with two roles"
@@ -381,7 +381,7 @@ def _part(part: Any) -> tuple[str, Any]:
     name = part.get("type", "text")
     kind = _PARTS.get(name) if isinstance(name, str) else None
     if kind is None:
-        _drop(f"{shown(str(name)).removeprefix('input_').removesuffix('_url')} content")
+        _drop(f"{printable(str(name)).removeprefix('input_').removesuffix('_url')} content")
     values = (part[key] for key in ("value", name, "text", "content") if part.get(key) is not None)
     return kind, next(values, None)
 

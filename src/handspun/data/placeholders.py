@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from handspun.data.conversations import Message
+from handspun.data.messages import Message
 
 # Private-use characters and a quote. The quote tells where the template escaped it: behind `tojson` it
 # comes back as \" and the data must be escaped alike.

@@ -12,7 +12,7 @@ from handspun.display import visible
 
 def learned_runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
     """(text, is it learned) in order; the texts end to end are the example as the model reads it."""
-    pairs = zip(example.input_ids, example.learned, strict=True)
+    pairs = zip(example.input_ids, example.loss_mask, strict=True)
     for is_learned, run in groupby(pairs, key=lambda pair: pair[1]):
         ids = [id for id, _ in run]
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

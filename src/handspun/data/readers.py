@@ -35,7 +35,7 @@ from handspun.data.text_files import (
     read_text_of_rows,
     split_lines,
 )
-from handspun.display import file_name, listed, shown
+from handspun.display import file_name, join_names, printable
 from handspun.errors import DataError
 
 
@@ -152,7 +152,7 @@ def _cells(column: Any, name: str, before: int, file: str) -> list[Any]:
                     f"the value cannot be read: {error}. Mend it, or write the file without the column.",
                     file=file,
                     row=number,
-                    column=shown(name),
+                    column=printable(name),
                 ) from error
         raise
 
@@ -160,7 +160,7 @@ def _cells(column: Any, name: str, before: int, file: str) -> list[Any]:
 def _check_unique(names: list[str], file: str) -> None:
     if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise DataError(f"two columns are named '{shown(twice)}'; each name is expected once.", file=file)
+        raise DataError(f"two columns are named '{printable(twice)}'; each name is expected once.", file=file)
 
 
 def read_file(path: Path, notes: list[str] | None = None) -> list[Values]:
@@ -220,8 +220,8 @@ def read_csv(path: Path, notes: list[str], *, separator: str = ",") -> list[Valu
         rows.append(columns.row(cells))
     if not rows:
         raise DataError(
-            f"it has a header ({listed(columns.names)}) and no rows; at least one is expected. If that is a row, "
-            "put a line with the column names above it.",
+            f"it has a header ({join_names(columns.names)}) and no rows; at least one is expected. If that is "
+            "a row, put a line with the column names above it.",
             file=file,
         )
     return rows
@@ -293,7 +293,7 @@ def _json_lines(text: str, file: str, notes: list[str]) -> list[Values]:
     if marks:
         notes.append(
             f"byte order marks inside of the file, left out: {len(marks)} (line{'s'[: len(marks) > 1]} "
-            f"{listed([str(line) for line in marks], most=12)})"
+            f"{join_names([str(line) for line in marks], most=12)})"
         )
     if len(values) == 1 and isinstance(values[0], list) and not is_conversation(values[0]):
         notes.append("one JSON list, not an object a line")
@@ -328,7 +328,9 @@ def with_known_names(rows: list[Values], notes: list[str]) -> list[Values]:
     )
     if not renamed:
         return rows
-    notes.append("columns read as " + ", ".join(f"{new} (written '{shown(old)}')" for old, new in renamed.items()))
+    notes.append(
+        "columns read as " + ", ".join(f"{new} (written '{printable(old)}')" for old, new in renamed.items())
+    )
     return [{renamed.get(name, name): value for name, value in values.items()} for values in rows]
 
 
@@ -364,7 +366,8 @@ def _value_at(text: str, start: int, file: str, first_line: int = 1) -> tuple[An
         return _DECODER.raw_decode(text, start)
     except _DuplicateKeyError as error:
         raise DataError(
-            f"the key '{shown(error.key)}' stands twice in one object, so one value would be lost. Remove one.",
+            f"the key '{printable(error.key)}' stands twice in one object, so one value would be lost. Remove "
+            "one.",
             file=file,
             line=first_line + _line_of_duplicate(text[start:]) + line_and_column(text, start)[0] - 1,
         ) from error

@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from handspun.config import option_name
-from handspun.data.conversations import Message
+from handspun.data.messages import Message
 from handspun.errors import ConfigError, TemplateError
 
 _MAX_TEMPLATE_BYTES = 1_000_000

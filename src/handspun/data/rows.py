@@ -15,7 +15,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 
 from handspun.data.readers import SUFFIXES, read_file, with_known_names, without_nulls
-from handspun.display import file_name, listed, say, shown
+from handspun.display import file_name, join_names, printable, say
 from handspun.errors import DataError
 
 
@@ -71,7 +71,7 @@ class Row:
     values: dict[str, Any]
 
 
-def refuse_missing_data(*sources: str | None) -> None:
+def check_data_exists(*sources: str | None) -> None:
     """Raises DataError, as `read_rows` would, for a file or folder that is not there: before a model is
     fetched for it. The hub is not asked."""
     for source in sources:
@@ -102,12 +102,12 @@ def read_rows(source: str, notes: FileNotes | None = None) -> list[Row]:
     except OSError as error:
         raise DataError(
             f"the system refuses to read it ({error.strerror or error}). Check its permissions and the disk.",
-            file=shown(str(error.filename or source), most=4096),
+            file=printable(str(error.filename or source), most=4096),
         ) from error
     except MemoryError as error:
         raise DataError(
             "there is not enough memory to read it: its rows are held at once. Split it, or take a part of it.",
-            file=shown(source, most=4096),
+            file=printable(source, most=4096),
         ) from error
 
 
@@ -148,12 +148,12 @@ def _folder_files(folder: Path, notes: FileNotes) -> list[Path]:
             _check_links(files, folder)
             others = sorted(entry.name + "/" * entry.is_dir() for entry in place.iterdir() if entry not in files)
             if others := [name for name in others if not name.startswith(".")]:
-                notes.setdefault(file_name(place), []).append(f"not read in this folder: {listed(others)}")
+                notes.setdefault(file_name(place), []).append(f"not read in this folder: {join_names(others)}")
             return files
     found = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
     raise DataError(
         f"expected files ending in {', '.join(SUFFIXES)} in this folder, found "
-        f"{listed(found) if found else 'nothing'}. Name the folder that holds the data, or a file.",
+        f"{join_names(found) if found else 'nothing'}. Name the folder that holds the data, or a file.",
         file=file_name(folder),
     )
 
@@ -175,7 +175,7 @@ def _check_splits(files: list[Path], folder: Path) -> None:
     held_out = [name for name, split in splits.items() if split != "train"]
     if held_out and "train" in splits.values():
         raise DataError(
-            f"this folder holds rows to train on and others to test on ({listed(held_out)}), and all would be "
+            f"this folder holds rows to train on and others to test on ({join_names(held_out)}), and all would be "
             "read. Name one file, or move the test files to a folder of their own.",
             file=file_name(folder),
         )

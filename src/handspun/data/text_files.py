@@ -60,7 +60,7 @@ _GUESSED_ENCODINGS = ("windows-1252", "gb18030", "shift_jis", "windows-1251")
 def read_text(path: Path) -> str:
     """Return the file's text, its line ends as they stand. Raise DataError; OSError where the system refuses."""
     file = file_name(path)
-    _refuse_if_larger_than_memory(path, file)
+    _check_fits_in_memory(path, file)
     data = path.read_bytes()
     if data:
         check_kind(data[:200], file)
@@ -141,7 +141,7 @@ def check_kind(head: bytes, file: str, *, but: bytes = b"") -> None:
         )
 
 
-def _refuse_if_larger_than_memory(path: Path, file: str) -> None:
+def _check_fits_in_memory(path: Path, file: str) -> None:
     """A file with holes in it has any size that it likes."""
     size, most = path.stat().st_size, memory_limit()
     if most is not None and size > most:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from handspun.config import option_name
 from handspun.decoding.options import SamplingParams
-from handspun.display import shown
+from handspun.display import printable
 from handspun.errors import ConfigError
 
 _WHITESPACE = r"\n?[ ]{0,24}"
@@ -100,7 +100,7 @@ def make_constraint(options: SamplingParams, tokenizer: PreTrainedTokenizerBase)
         name, given = "choice", ", ".join(options.choice)
     else:
         return None
-    what = f"{option_name(name)} {shown(given, most=200)} cannot be used"
+    what = f"{option_name(name)} {printable(given, most=200)} cannot be used"
     try:
         grammar = _grammar(options)
     except (ValueError, RecursionError) as error:
@@ -145,6 +145,3 @@ def _check(name: str, eos_token_ids: tuple[int, ...], tokenizer: PreTrainedToken
 def _token_table(tokenizer: PreTrainedTokenizerFast, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
     """llguidance's form of a vocabulary. Qwen's takes seconds to make, hence the cache."""
     return from_tokenizer(tokenizer, eos_token=list(eos_token_ids))
-
-
-__all__ = ["Constraint", "make_constraint"]

@@ -146,20 +146,3 @@ def _places(logits: Tensor, tokens: Sequence[Collection[int]]) -> tuple[Tensor, 
     counts = torch.tensor([len(several) for several in known], device=logits.device)
     columns = torch.tensor([token for several in known for token in several], dtype=torch.long)
     return torch.arange(len(known), device=logits.device).repeat_interleave(counts), columns.to(logits.device)
-
-
-__all__ = [
-    "Bias",
-    "frequency_penalty",
-    "mask_tokens",
-    "min_p",
-    "no_repeat_ngram",
-    "presence_penalty",
-    "repetition_penalty",
-    "sequence_bias",
-    "temperature",
-    "top_k",
-    "top_p",
-    "top_p_by_sorting",
-    "typical_p",
-]

@@ -11,7 +11,7 @@ from typing import Any
 from handspun.config import GenerationOptions, TemplateArgs, read_template_args, wrong_argument, wrong_names
 from handspun.config.typed import short
 from handspun.decoding.beam import beam_search
-from handspun.decoding.engines.choose import cannot_decode_lean, cannot_draft
+from handspun.decoding.engines.choose import drafting_unsupported_reason, fused_decoding_unsupported_reason
 from handspun.decoding.options import SamplingParams, resolve
 from handspun.decoding.processors import Function
 from handspun.decoding.prompts import (
@@ -159,7 +159,7 @@ def _job(
         )
     if show_tree and resolved.num_beams == 1:
         raise ConfigError("--show-tree shows what a beam search looks at: give --num-beams 2 or more with it.")
-    if resolved.prompt_lookup_num_tokens and (reason := cannot_draft(model)):
+    if resolved.prompt_lookup_num_tokens and (reason := drafting_unsupported_reason(model)):
         raise ConfigError(
             f"--prompt-lookup-num-tokens takes wrong drafts back, and that cannot be done here: {reason}. Leave "
             "it out."
@@ -200,7 +200,7 @@ def _job(
         else None,
     )
     _ = job.processors  # a constraint that cannot be met is said before anything is decoded
-    if reason := cannot_decode_lean(model):
+    if reason := fused_decoding_unsupported_reason(model):
         notices.append(f"decoded through transformers' own forward, which is slower: {reason}")
     for text in notices:
         notice(text)
@@ -262,6 +262,3 @@ def answer_all(job: Request) -> list[GenerationResult]:
 
 def _chunks(job: Request) -> Iterator[GenerationChunk]:
     return beam_search(job) if job.options.num_beams > 1 else decode(job)
-
-
-__all__ = ["answer_all", "generate", "stream"]

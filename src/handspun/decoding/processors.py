@@ -225,14 +225,3 @@ def _check_own(function: Function, logits: Tensor, token_ids: list[int]) -> None
 
 _OFF = SamplingParams()
 """Every option at the value at which it does nothing."""
-
-__all__ = [
-    "Function",
-    "History",
-    "Processor",
-    "Row",
-    "check_some_left",
-    "make_processors",
-    "nothing_left",
-    "process",
-]

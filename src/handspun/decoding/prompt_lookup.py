@@ -41,6 +41,3 @@ def draft(answer: Completion) -> list[int]:
     token_ids = [*answer.prompt_token_ids, *answer.token_ids]
     found = lookup(token_ids, num_tokens=num_tokens, max_ngram_size=options.max_matching_ngram_size)
     return list(takewhile(lambda token: token not in options.eos_token_ids, found))
-
-
-__all__ = ["draft", "lookup"]

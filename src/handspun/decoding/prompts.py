@@ -8,16 +8,18 @@ from transformers import PreTrainedTokenizerBase
 
 from handspun.config.typed import short
 from handspun.data.chat_template import ChatTemplate, content_token_ids
-from handspun.data.conversations import DroppedRow, Message, check_writable
+from handspun.data.conversations import check_writable
 from handspun.data.messages import (
     UNKNOWN_ROLE,
     Cell,
+    Message,
     known_roles,
     read_message,
     read_tools,
     read_turns,
     with_system_prompt,
 )
+from handspun.data.rows import DroppedRow
 from handspun.data.text_loss import TextLoss
 from handspun.errors import ConfigError, DataError
 from handspun.models.embedding_rows import check_prompt

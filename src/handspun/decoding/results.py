@@ -53,6 +53,3 @@ class GenerationChunk:
     """Set on an answer's last chunk."""
     result: GenerationResult | None = None
     """The whole answer, on its last chunk."""
-
-
-__all__ = ["FinishReason", "GenerationChunk", "GenerationResult"]

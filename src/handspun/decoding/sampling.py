@@ -78,6 +78,3 @@ def _bits_at(noise: float) -> np.uint64:
     """The bits at which the noise reaches a value; 0 if it always does."""
     uniform = math.exp(-math.exp(-noise)) if noise > -700 else 0.0
     return np.uint64(max(math.floor(uniform * 2.0**52) - 1, 0))
-
-
-__all__ = ["RngKey", "gumbel_argmax", "gumbel_noise", "select_tokens", "stream_of"]

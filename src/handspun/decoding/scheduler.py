@@ -198,6 +198,3 @@ def _draws(answers: Sequence[Completion], job: Request) -> list[tuple[tuple[int,
         return None
     seed = job.options.seed
     return [(stream_of(seed, a.prompt_index, a.return_index), len(a.token_ids)) for a in answers]
-
-
-__all__ = ["decode", "feed_prompt", "prompt_progress"]

@@ -160,6 +160,3 @@ def _schemas(root: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
                 left += [(f"{path}/{name}/{number}", one, depth + 1) for number, one in enumerate(inner)]
             else:
                 left.append((f"{path}/{name}", inner, depth + 1))
-
-
-__all__ = ["read_schema"]

@@ -51,6 +51,3 @@ def _call(value: Any) -> dict[str, Any] | None:
     if not isinstance(arguments, dict):
         return None
     return {"type": "function", "function": {"name": value["name"], "arguments": arguments}}
-
-
-__all__ = ["parse_tool_calls"]

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from handspun.config import GenerationOptions
-from handspun.data.conversations import Message, to_conversation
+from handspun.data.conversations import to_conversation
+from handspun.data.messages import Message
 from handspun.data.rows import Row
 from handspun.decoding.generate import generate
 from handspun.decoding.options import resolve
@@ -74,7 +75,7 @@ def trained_answer_ids(chat: ChatModel, messages: Sequence[Message]) -> list[int
     unmarked = cast("list[Message]", [{key: m[key] for key in m if key != "train"} for m in messages])
     example = chat.template.encode(unmarked)[0]  # the one with the whole conversation
     start = len(chat.template.encode_prompt(unmarked[:-1]))
-    end = len(example.learned) - example.learned[::-1].index(True)
+    end = len(example.loss_mask) - example.loss_mask[::-1].index(True)
     return example.input_ids[start:end]
 
 

@@ -76,14 +76,14 @@ def _by_engine(
 
 def _answer_loss(engine: Engine, example: Example, at_once: int) -> float:
     """The loss summed over the example's learned tokens, with logits for `at_once` positions at a time."""
-    row, first = engine.add(), example.learned.index(True)
+    row, first = engine.add(), example.loss_mask.index(True)
     if first > 1:
         engine.forward([ModelInput(row, example.input_ids[: first - 1])])  # what is only read
     total = 0.0
     for start in range(first - 1, len(example) - 1, at_once):
         stop = min(start + at_once, len(example) - 1)
         logits = engine.forward([ModelInput(row, example.input_ids[start:stop], all_logits=True)])
-        learned = torch.tensor(example.learned[start + 1 : stop + 1], device=logits.device)
+        learned = torch.tensor(example.loss_mask[start + 1 : stop + 1], device=logits.device)
         targets = torch.tensor(example.input_ids[start + 1 : stop + 1], device=logits.device)
         total += F.cross_entropy(logits[learned], targets[learned], reduction="sum").item()
     engine.free(row)

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from handspun.config import ExportConfig
-from handspun.display import listed
+from handspun.display import join_names
 from handspun.errors import OutputError
 from handspun.export.gguf_file import is_written_here, write_gguf
-from handspun.export.hub import hub, push_folder, refuse_local_base
+from handspun.export.hub import check_base_on_hub, hub, push_folder
 from handspun.files import is_partial, locked, whole_file
 from handspun.models.load import ChatModel, ModelSource, load, model_source
 from handspun.runs.model_card import license_of, model_card
-from handspun.runs.replacing import refuse_inputs_inside
+from handspun.runs.replacing import check_inputs_outside
 from handspun.training.checkpoint import MANIFEST, edited_files, save_checkpoint, unknown_files
 
 
@@ -29,13 +29,13 @@ def export(wanted: ExportConfig, *, notice: Callable[[str], None]) -> None:
     api = hub(wanted.token) if wanted.push else None
     folder = Path(os.path.realpath(wanted.folder))  # a link stays one, and `.` has a name
     if wanted.push and not wanted.makes:
-        refuse_local_base(folder)
+        check_base_on_hub(folder)
     if wanted.makes:
         source = model_source(wanted.model, lambda _: None)
-        _refuse_inputs_inside(wanted, folder, source)
+        _check_inputs_outside(wanted, folder, source)
         if wanted.merge:
             with locked(folder, busy=lambda owner: _busy(folder, owner)):
-                _refuse_to_replace(wanted, folder)
+                _check_replaceable(wanted, folder)
                 _write_folder(wanted, folder, notice)
         else:
             _write_file(wanted, folder, notice)
@@ -110,15 +110,15 @@ def gguf_file(wanted: ExportConfig, folder: Path) -> Path:
     return folder / f"{Path(wanted.model).name.removesuffix('.gguf')}-{wanted.gguf}.gguf"
 
 
-def _refuse_inputs_inside(wanted: ExportConfig, folder: Path, source: ModelSource) -> None:
+def _check_inputs_outside(wanted: ExportConfig, folder: Path, source: ModelSource) -> None:
     doomed = folder if wanted.merge else gguf_file(wanted, folder)
     models = [wanted.model, source.location, source.adapter or wanted.model]
     if source.gguf_file:
         models[1] = Path(source.location) / source.gguf_file
-    refuse_inputs_inside(models, [], [doomed], "Choose another --output-dir.")
+    check_inputs_outside(models, [], [doomed], "Choose another --output-dir.")
 
 
-def _refuse_to_replace(wanted: ExportConfig, folder: Path) -> None:
+def _check_replaceable(wanted: ExportConfig, folder: Path) -> None:
     """Raise OutputError if there is something, and it may not go."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -131,7 +131,7 @@ def _refuse_to_replace(wanted: ExportConfig, folder: Path) -> None:
     if strangers := [str(path.relative_to(folder)) for path in files if not is_written_here(path)]:
         raise OutputError(
             f"{wanted.folder} holds what Handspun did not write, or what has been changed since: "
-            f"{listed(strangers)}. "
+            f"{join_names(strangers)}. "
             "Move it away, or choose another --output-dir."
         )
 

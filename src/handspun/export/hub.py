@@ -23,7 +23,7 @@ def hub(token: str | None) -> HfApi:
     return HfApi(token=token)
 
 
-def refuse_local_base(folder: Path) -> None:
+def check_base_on_hub(folder: Path) -> None:
     """Raise OutputError for an adapter whose base is a path of this machine, which nobody else could open."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))

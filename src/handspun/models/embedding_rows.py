@@ -68,6 +68,3 @@ def _beyond(
         f"none, and are in {where}. Use the tokenizer that belongs to these weights, or enlarge the embedding: "
         "model.resize_token_embeddings(len(tokenizer)) in transformers, then save both in one folder."
     )
-
-
-__all__ = ["check_examples", "check_prompt", "embedding_rows", "embedding_rows_of"]

@@ -126,7 +126,7 @@ class Int8Matrix:
         return products if bias is None else products.add_(bias)
 
 
-def refuse_inexact_decoding(device: torch.device) -> None:
+def check_exact_decoding(device: torch.device) -> None:
     """Raise ModelError if the int8 products of decoding are not exact on the device, or missing.
 
     Tries the very products, with the largest values.

@@ -54,7 +54,7 @@ def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(rows), torch.cat(scales).squeeze(1)
 
 
-def refuse_inexact_products(device: torch.device) -> None:
+def check_exact_matmuls(device: torch.device) -> None:
     """Raise ModelError if int8 training products, forward or backward, are not exact on the device, or missing.
 
     Tries the products of `Int8Linear` themselves, with the largest values.

@@ -36,7 +36,7 @@ from handspun.kernels import native
 from handspun.kernels.allocator import disable_malloc_trim, malloc_trim
 from handspun.kernels.onednn import limit_primitive_cache
 from handspun.models.embedded import EMBEDDED_NAME, embedded_folder
-from handspun.models.fused import FusedWeights, fusing_unsupported_reason, lean_model, refuse_inexact_decoding
+from handspun.models.fused import FusedWeights, check_exact_decoding, fusing_unsupported_reason, lean_model
 from handspun.models.lora import embedding_rows, merge_adapter, unknown_settings
 from handspun.models.tokenizer_file import as_in_tokenizer_json, quiet
 
@@ -262,7 +262,7 @@ def _folder_source(name: str, path: Path, notice: Callable[[str], None]) -> Mode
             f"model.safetensors, tokenizer.json), found {_listing(path)}."
         )
     if not any(path.glob("*.safetensors")):
-        _refuse_pickles(name, path, "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)")
+        _check_no_pickles(name, path, "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)")
         raise ModelError(
             f"{name} is a model folder without weights: expected *.safetensors, found {_listing(path)}."
         )
@@ -285,7 +285,7 @@ def _adapter_source(name: str, path: Path, notice: Callable[[str], None]) -> Mod
             f"and the name of a base model, found {kind!r} and {base!r}."
         )
     if not (path / "adapter_model.safetensors").exists():
-        _refuse_pickles(name, path, "PeftModel.from_pretrained(base, folder).save_pretrained(folder)")
+        _check_no_pickles(name, path, "PeftModel.from_pretrained(base, folder).save_pretrained(folder)")
         raise ModelError(f"{name} lacks its weights: expected adapter_model.safetensors, found {_listing(path)}.")
     if unknown := unknown_settings(config):
         notice(
@@ -324,7 +324,7 @@ def recorded_base(name: str) -> str:
     return str(path.resolve()) if name != EMBEDDED_NAME and path.exists() else name
 
 
-def refuse_adapter_as_base(source: ModelSource) -> None:
+def check_base_is_no_adapter(source: ModelSource) -> None:
     """Raise ModelError for an adapter under new adapters, which no tool could open afterwards."""
     if source.adapter is not None:
         raise ModelError(
@@ -334,7 +334,7 @@ def refuse_adapter_as_base(source: ModelSource) -> None:
         )
 
 
-def _refuse_pickles(name: str, path: Path, remedy: str) -> None:
+def _check_no_pickles(name: str, path: Path, remedy: str) -> None:
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in _SUFFIXES_OF_PICKLES)
     if pickles:
         raise ModelError(
@@ -367,7 +367,7 @@ def _load_int8(source: ModelSource, device: torch.device, notice: Callable[[str]
     config = load_config(source)
     if reason := fusing_unsupported_reason(config):
         raise ModelError(f"{source.name} cannot be decoded from in int8: {reason}. Use --weights float32.")
-    refuse_inexact_decoding(device)
+    check_exact_decoding(device)
     if slower := native.slower_without(device):
         notice(slower)
     model = _load_merged(source, "auto")  # of the files

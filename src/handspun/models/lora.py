@@ -48,7 +48,7 @@ class LoraLinear(Linear):  # type: ignore[misc]  # peft has no types
         base: FrozenLayer
         base, dtype = self.base_layer, torch.float32
         if isinstance(base, nn.Linear):
-            dtype = _product_dtype(x)
+            dtype = _compute_dtype(x)
             bias = None if base.bias is None else base.bias.to(dtype)
             base = _Frozen(base.weight.detach().to(dtype), bias)
         flat, weight_a, weight_b = (
@@ -105,7 +105,7 @@ class _LoraProduct(torch.autograd.Function):
         return grad_x, grad_reduced.t() @ x, grad_b, None, None
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def _compute_dtype(x: Tensor) -> torch.dtype:
     """That of autocast where it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -165,7 +165,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Path, *, base_name: str) -> P
             adapted: Any = PeftModel(model, config)
     except Exception as error:  # whatever peft makes of a strange config
         raise ModelError(f"{adapter} cannot be read as an adapter of {base_name}: {error}") from error
-    _refuse_other_weights(adapted, weights, adapter, base_name)
+    _check_weights(adapted, weights, adapter, base_name)
     with quiet():
         set_peft_model_state_dict(adapted, weights)
         if not config.ensure_weight_tying and any("lora_embedding_A" in name for name in weights):
@@ -208,7 +208,7 @@ def _untie(model: PreTrainedModel) -> None:
         config.tie_word_embeddings = model.config.tie_word_embeddings = False
 
 
-def _refuse_other_weights(adapted: Any, weights: dict[str, Tensor], adapter: Path, base_name: str) -> None:
+def _check_weights(adapted: Any, weights: dict[str, Tensor], adapter: Path, base_name: str) -> None:
     """Raise ModelError unless the file holds each weight that the adapter's config asks for, in its shape."""
     asked = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     with quiet():  # peft saves the whole embedding as well where it was resized

@@ -9,12 +9,13 @@ import numpy as np
 
 from handspun.config import NEXT_USER, DataConfig, TrainConfig
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.conversations import DroppedRow, Message, is_trained, to_conversation
+from handspun.data.conversations import is_trained, to_conversation
 from handspun.data.dataset import Dataset
 from handspun.data.examples import DataReport, RowIssue
-from handspun.data.rows import Row
+from handspun.data.messages import Message
+from handspun.data.rows import DroppedRow, Row
 from handspun.data.text_loss import CARRIAGE_RETURNS, EXCEL_ESCAPES
-from handspun.display import shown
+from handspun.display import printable
 from handspun.errors import ConfigError
 from handspun.preflight.duplicates import near_duplicate_rows
 
@@ -39,7 +40,7 @@ def finding(what: str, remedy: str, notes: Sequence[RowIssue], *, of: int) -> It
         yield Finding(what, remedy, len(notes), of, list(notes[:_MOST_NAMED]))
 
 
-def refuse_findings(found: Sequence[Finding]) -> None:
+def check_findings(found: Sequence[Finding]) -> None:
     """Raises ConfigError with all of them, if there are any: what --strict asks for."""
     if found:
         raise ConfigError(
@@ -230,7 +231,7 @@ def _is_placeholder(text: str) -> bool:
 def _those(
     said: Sequence[RowText], found_in: Callable[[RowText], str | None], what: str, remedy: str
 ) -> Iterator[Finding]:
-    notes = [RowIssue(one.file, one.row, shown(found)) for one in said if (found := found_in(one)) is not None]
+    notes = [RowIssue(one.file, one.row, printable(found)) for one in said if (found := found_in(one)) is not None]
     yield from finding(what, remedy, notes, of=len(said))
 
 

@@ -23,20 +23,20 @@ from handspun.runs.replacing import (
     LOG,
     METRICS,
     WORK,
+    check_no_foreign_files,
     commit,
     earlier_run,
     leave,
     move_aside,
-    refuse_strangers,
     tidy,
     undo,
 )
 from handspun.runs.resume import (
     ResumePoint,
+    check_options_apply,
     checkpoints_in,
     finished_run,
     record_problem,
-    refuse_other_options,
     unfinished_run,
 )
 from handspun.training.distributed import Distributed
@@ -90,7 +90,7 @@ def lock_output_dir(folder: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         with output_errors(folder):
-            _refuse_name(folder)
+            _check_name(folder)
             is_new = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             stack.callback(_leave, folder, is_new=is_new)
@@ -100,7 +100,7 @@ def lock_output_dir(folder: Path) -> Iterator[None]:
         yield
 
 
-def _refuse_name(folder: Path) -> None:
+def _check_name(folder: Path) -> None:
     name = str(folder.absolute())
     if "\0" in name or any("\ud800" <= character <= "\udfff" for character in name):
         raise OutputError(
@@ -129,15 +129,15 @@ def prepare_output(folder: Path, config: TrainConfig, notice: Callable[[str], No
     if not config.overwrite and config.resume is not False:
         found = unfinished_run(folder, notice)
         if found is not None:
-            refuse_strangers(folder, names=[REPORT])
+            check_no_foreign_files(folder, names=[REPORT])
             if found[1] is None:
                 notice(begins_again)
             return Prepared(*found)
     finished = finished_run(folder)
     if config.resume and finished is not None:
-        refuse_other_options(finished, config)
+        check_options_apply(finished, config)
         return Prepared(finished=finished)
-    refuse_strangers(folder)
+    check_no_foreign_files(folder)
     earlier = earlier_run(folder)
     has_begun = bool(earlier) and finished is None and not checkpoints_in(folder)
     if config.resume and not has_begun:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from handspun.data.readers import SUFFIXES
-from handspun.display import listed
+from handspun.display import join_names
 from handspun.errors import OutputError
 from handspun.files import (
     is_partial,
@@ -93,18 +93,18 @@ def earlier_run(folder: Path) -> list[Path]:
     return [path for path in _names_of_a_run(folder) if _is_proven(path)]
 
 
-def refuse_strangers(folder: Path, *, names: Collection[str] | None = None) -> None:
+def check_no_foreign_files(folder: Path, *, names: Collection[str] | None = None) -> None:
     """Raise OutputError if something has a name that a run writes to (or one of these), and no run wrote it."""
     found = [path for path in _names_of_a_run(folder) if names is None or path.name in names]
     if strangers := [path for path in found if not _is_proven(path)]:
         named = [f"{path.name}{_why_not(path)}" for path in strangers]
         raise OutputError(
             f"{folder} holds what Handspun did not write, or not like that, under names that a run writes to: "
-            f"{listed(named)}. Move it away, or choose another --output-dir."
+            f"{join_names(named)}. Move it away, or choose another --output-dir."
         )
 
 
-def refuse_inputs_inside(
+def check_inputs_outside(
     models: Iterable[str | Path], data: Iterable[str | Path], doomed: Iterable[Path], remedy: str
 ) -> None:
     """Raise OutputError if a model or data are, or are read from, anything that would be replaced.
@@ -282,7 +282,7 @@ def _why_not(path: Path) -> str:
     if read_manifest(path) is None:
         return " (no manifest)"
     names = [str(file.relative_to(path)) for file in (unknown_files(path) or edited_files(path))]
-    return f" (with {listed(names)})"
+    return f" (with {join_names(names)})"
 
 
 def _model_files(given: str | Path, places: list[Path]) -> list[Path]:

@@ -135,7 +135,7 @@ def make_way(output_dir: Path, point: ResumePoint, notice: Callable[[str], None]
     renamed. Raises OutputError if a damaged one could not be made again.
     """
     assert point.folder is not None
-    _refuse_damaged(output_dir, point, notice)
+    _check_undamaged(output_dir, point, notice)
     kept = {point.folder.name, *point.facts["checkpoints"], BEST}
     for folder in checkpoints_in(output_dir):
         step = step_of(folder)
@@ -149,7 +149,7 @@ def make_way(output_dir: Path, point: ResumePoint, notice: Callable[[str], None]
             remove_checkpoint(folder)
 
 
-def _refuse_damaged(output_dir: Path, point: ResumePoint, notice: Callable[[str], None]) -> None:
+def _check_undamaged(output_dir: Path, point: ResumePoint, notice: Callable[[str], None]) -> None:
     names = [*point.facts["checkpoints"], *([BEST] if point.facts["best_checkpoint"] else [])]
     for folder in (output_dir / name for name in names):
         problem = find_corruption(folder)
@@ -175,7 +175,7 @@ def _is_made_again(output_dir: Path, point: ResumePoint) -> bool:
     )  # fmt: skip
 
 
-def refuse_another_run(
+def check_same_run(
     earlier: dict[str, Any],
     facts: dict[str, Any],
     output_dir: str,
@@ -208,7 +208,7 @@ def refuse_another_run(
         )
 
 
-def refuse_other_options(finished: Mapping[str, Any], config: TrainConfig) -> None:
+def check_options_apply(finished: Mapping[str, Any], config: TrainConfig) -> None:
     """Raise ConfigError if the finished run had other options, as far as they tell without data and model."""
     before = finished.get("config")
     now = {**asdict(config), "learning_rate": config.peak_learning_rate}

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from handspun.config import TrainConfig
 from handspun.data.examples import DataReport, Example, RowIssue, learned_tokens_of, lengths_of, notes_by_text
 from handspun.data.preview import bracketed, coloured, spread
-from handspun.display import duration, listed
-from handspun.preflight.checks import EndOfTurn, Finding, headline, refuse_findings, rows_named
+from handspun.display import duration, join_names
+from handspun.preflight.checks import EndOfTurn, Finding, check_findings, headline, rows_named
 from handspun.preflight.time_estimate import MEASURED_ON
 from handspun.runs.log import RunLog
 from handspun.training.memory import Plan, disk_at_most
@@ -28,7 +28,7 @@ def account_lines(account: DataReport, *, max_length: int) -> list[str]:
     lines = [f"{file}: {name} format" for file, name in account.formats.items()]
     lines += [f"{file}: {note}" for file, notes in account.file_notes.items() for note in notes]
     for file, columns in account.unused_columns.items():
-        lines.append(f"{file}: columns not read: {listed(columns)}")
+        lines.append(f"{file}: columns not read: {join_names(columns)}")
     lines.append(f"rows: {account.rows} read, {account.kept} kept, {len(account.dropped)} dropped")
     by_reason = account.dropped_by_reason()
     for reason, notes in islice(by_reason.items(), _MOST_REASONS):
@@ -136,7 +136,7 @@ def show_preflight(
     for line in (*time_lines(seconds), *end_of_turn_lines(ending, config), *warning_lines(found)):
         log.line(line)
     if config.strict:
-        refuse_findings(found)
+        check_findings(found)
     return {
         "warnings": [asdict(one) for one in found],
         "end_of_turn": asdict(ending),

@@ -44,7 +44,7 @@ class TrackedRun:
         return re.sub(r"[^\w.-]+", "-", f"{self.folder.resolve().name}-{self.started.removesuffix('+00:00')}")
 
 
-def refuse_missing_trackers(trackers: Sequence[Tracker]) -> None:
+def check_trackers_installed(trackers: Sequence[Tracker]) -> None:
     """Raises ConfigError if the package of a tracker is not installed."""
     missing = [name for name in dict.fromkeys(trackers) if find_spec(name) is None]
     if missing:

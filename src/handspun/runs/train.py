@@ -16,7 +16,7 @@ from handspun.config import TrainConfig
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.dataset import Dataset, ExampleCache, load_splits, resolve_max_length
 from handspun.data.rendering import choose_template, with_defaults
-from handspun.data.rows import refuse_missing_data
+from handspun.data.rows import check_data_exists
 from handspun.errors import StoppedError
 from handspun.files import cache_folder
 from handspun.kernels.allocator import disable_malloc_trim, malloc_trim
@@ -24,10 +24,11 @@ from handspun.kernels.onednn import limit_primitive_cache
 from handspun.models.embedding_rows import check_examples, embedding_rows, embedding_rows_of
 from handspun.models.end_of_turn import end_of_turn_is_new, eos_token_ids_of, make_end_of_turn_eos
 from handspun.models.fingerprints import model_fingerprints
-from handspun.models.int8 import quantize_base, refuse_inexact_products, speed_notices
+from handspun.models.int8 import check_exact_matmuls, quantize_base, speed_notices
 from handspun.models.load import (
     ChatModel,
     ModelSource,
+    check_base_is_no_adapter,
     context_length,
     load_config,
     load_generation_config,
@@ -35,7 +36,6 @@ from handspun.models.load import (
     model_source,
     read_model,
     recorded_base,
-    refuse_adapter_as_base,
     resolve_device,
     resolve_dtype,
 )
@@ -58,8 +58,8 @@ from handspun.runs.output_dir import (
     track_status,
 )
 from handspun.runs.record import run_facts
-from handspun.runs.replacing import pending, refuse_inputs_inside
-from handspun.runs.resume import ResumePoint, execution_changes, make_way, refuse_another_run
+from handspun.runs.replacing import check_inputs_outside, pending
+from handspun.runs.resume import ResumePoint, check_same_run, execution_changes, make_way
 from handspun.runs.sample_answers import Sampler, sampler_of
 from handspun.runs.signals import StopRequest, stop_requests
 from handspun.runs.summary import (
@@ -71,7 +71,7 @@ from handspun.runs.summary import (
     show_examples,
     show_preflight,
 )
-from handspun.runs.trackers import refuse_missing_trackers
+from handspun.runs.trackers import check_trackers_installed
 from handspun.training.agreement import check_same_options, check_same_rows, check_same_weights
 from handspun.training.batching import pad_to_multiple
 from handspun.training.checkpoint import TRAINING_STATE, read_optimizer, read_weights
@@ -103,8 +103,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
     console = console or plain_console()
     with processes_of_this_run(resolve_device(config.device), sharded=config.shard) as processes:
         check_same_options(config, processes)
-        refuse_missing_trackers(config.log_to)
-        refuse_missing_data(config.data, config.eval_data)
+        check_trackers_installed(config.log_to)
+        check_data_exists(config.data, config.eval_data)
         console.quiet = console.quiet or not processes.is_first
         folder = Path(config.output_dir) if processes.is_first and not config.dry_run else None
         said: list[str] = []
@@ -144,8 +144,8 @@ def _train(
     earlier, point = prepared.earlier, prepared.point
     source = model_source(config.model, log.line)
     if config.lora:
-        refuse_adapter_as_base(source)
-    _refuse_inputs_inside(prepared.replaces, config, source)
+        check_base_is_no_adapter(source)
+    _check_inputs_outside(prepared.replaces, config, source)
     max_length = resolve_max_length(config.max_length, context_length(load_config(source)))
     tokenizer = load_tokenizer(source, log.line)
     choose_template(tokenizer, config.chat_template)
@@ -179,14 +179,14 @@ def _train(
         facts["fingerprints"] = model_fingerprints(source, template.tokenizer)
     if earlier is not None:
         has_saved = point is not None
-        refuse_another_run(earlier, facts, config.output_dir, has_saved=has_saved, notice=log.line)
+        check_same_run(earlier, facts, config.output_dir, has_saved=has_saved, notice=log.line)
         if point is not None:
             make_way(Path(config.output_dir), point, log.line)
         facts |= {key: earlier[key] for key in ("started", "resumed") if key in earlier}
         facts["seconds"] = point.facts["run"]["seconds"] if point else 0.0
     shared = processes.broadcast_object(replace(point, folder=None) if point else None)
     point = point if processes.is_first else shared
-    dtype = _product_dtype(config, processes, facts, point, log)
+    dtype = _compute_dtype(config, processes, facts, point, log)
     shape = shapes_of(config)
     plan = make_plan(shape, training.examples, config, multiple=pad_to_multiple(processes.device))
     if processes.is_first:
@@ -232,10 +232,10 @@ def _finished(config: TrainConfig, facts: dict[str, Any], console: Console) -> T
     return run
 
 
-def _refuse_inputs_inside(replaces: Sequence[Path], config: TrainConfig, source: ModelSource) -> None:
+def _check_inputs_outside(replaces: Sequence[Path], config: TrainConfig, source: ModelSource) -> None:
     data = [config.data, config.eval_data] if config.eval_data is not None else [config.data]
     models = [config.model, source.location, source.adapter or config.model]
-    refuse_inputs_inside(models, data, replaces, "Choose another --output-dir, or move it out of there first.")
+    check_inputs_outside(models, data, replaces, "Choose another --output-dir, or move it out of there first.")
 
 
 def train_loop(job: RunContext) -> CheckpointManager:
@@ -336,7 +336,7 @@ def log_resume(job: RunContext) -> None:
     job.facts["resumed"] = [*job.facts.get("resumed", []), resumed]
 
 
-def _product_dtype(
+def _compute_dtype(
     config: TrainConfig, processes: Distributed, facts: dict[str, Any], point: ResumePoint | None, log: RunLog
 ) -> torch.dtype:
     """The type of the matrix products, asked for, measured, or that of the run so far; the same on all ranks."""
@@ -370,7 +370,7 @@ def shapes(source: ModelSource, config: TrainConfig, *, new_token_ids: Sequence[
         if config.lora:
             model = _with_lora(model, config, new_token_ids)
     if config.base_weights == "int8":
-        refuse_inexact_products(resolve_device(config.device))
+        check_exact_matmuls(resolve_device(config.device))
         quantize_base(model)
     return model
 
@@ -402,7 +402,7 @@ def _model_to_train(config: TrainConfig, processes: Distributed, log: RunLog) ->
         if is_new:
             log.line("its embedding row is trained beside the adapters: they alone could not teach it")
     if config.base_weights == "int8":
-        refuse_inexact_products(chat.device)
+        check_exact_matmuls(chat.device)
         quantize_base(chat.model)
         malloc_trim()
         log.line("the frozen layers under the adapters are int8; embedding and head stay float32")

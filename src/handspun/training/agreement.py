@@ -113,7 +113,7 @@ def _digest(text: str) -> str:
 
 def _digest_of(examples: TokenDataset) -> str:
     digest = hashlib.sha256()
-    for array in (examples.input_ids, examples.learned, examples.starts):
+    for array in (examples.input_ids, examples.loss_mask, examples.starts):
         digest.update(array.tobytes())
     return f"sha256 {digest.hexdigest()[:12]}"
 

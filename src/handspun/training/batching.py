@@ -48,7 +48,7 @@ def collate(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, torc
     """
     input_ids = [torch.tensor(example.input_ids) for example in examples]
     labels = [
-        torch.where(torch.tensor(example.learned), ids, IGNORED)
+        torch.where(torch.tensor(example.loss_mask), ids, IGNORED)
         for example, ids in zip(examples, input_ids, strict=True)
     ]
     attention_mask = [torch.ones_like(ids) for ids in input_ids]
@@ -91,7 +91,7 @@ def pack(examples: Sequence[Example], *, share_prefix: bool, device: torch.devic
         ids += example.input_ids[prefix:]
         position_ids += range(prefix, len(example))
         bounds.append((start, len(ids)))
-        learned = [i for i, is_learned in enumerate(example.learned) if is_learned]
+        learned = [i for i, is_learned in enumerate(example.loss_mask) if is_learned]
         positions += [start + i - 1 - prefix for i in learned]  # each is predicted by the position before it
         targets += [example.input_ids[i] for i in learned]
     if missing := -len(ids) % multiple:
@@ -117,7 +117,7 @@ def shared_prefix(examples: Sequence[Example]) -> int:
         return 0
     first, last = (extreme(example.input_ids for example in examples) for extreme in (min, max))
     common = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
-    return min(common, *(example.learned.index(True) - 1 for example in examples))
+    return min(common, *(example.loss_mask.index(True) - 1 for example in examples))
 
 
 def pad_to_multiple(device: torch.device) -> int:

@@ -173,8 +173,8 @@ def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch
 
     Yields a Step, and a Spike before it if its loss is one; or a SkippedStep if loss or gradient are not finite:
     nothing is updated, and the schedule continues as if it had been. An OutOfMemory comes first for each
-    micro-batch that did not fit. Raises TrainingError after a SkippedStep that ends the run, and if memory does not
-    suffice for one row.
+    micro-batch that did not fit. Raises TrainingError after a SkippedStep that ends the run, and if memory does
+    not suffice for one row.
     """
     began = loop.clock()
     while isinstance(made := _gradients(loop, state, batch, epoch), OutOfMemory):

@@ -21,7 +21,7 @@ from handspun.training.distributed import Distributed
 from handspun.training.objectives import padded_tokens
 from handspun.training.optim import BLOCK
 from handspun.training.packed import LOGITS_CHUNK_BYTES
-from handspun.training.runner import cannot_pack, shares_prefix
+from handspun.training.runner import packing_unsupported_reason, shares_prefix
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _logits(part: Sequence[Example], model: PreTrainedModel, packed: bool) -> in
     learned_tokens = sum(example.learned_tokens for example in part)
     if packed:
         return int(min(_FLOAT * learned_tokens * vocabulary, LOGITS_CHUNK_BYTES))
-    positions = {i for example in part for i, is_learned in enumerate(example.learned) if is_learned}
+    positions = {i for example in part for i, is_learned in enumerate(example.loss_mask) if is_learned}
     return int(_FLOAT * (2 * len(part) * len(positions) + 3 * learned_tokens) * vocabulary)
 
 
@@ -281,7 +281,7 @@ def predicted_peak(
 
 def _execution_of(model: PreTrainedModel, config: TrainConfig) -> tuple[bool, bool]:
     """(whether it is packed, whether the prefix is shared)."""
-    packed = config.batching == "packed" and cannot_pack(model.config) is None
+    packed = config.batching == "packed" and packing_unsupported_reason(model.config) is None
     return packed, packed and shares_prefix(model.config, config)
 
 

@@ -56,7 +56,7 @@ def select_runner(
     A model whose attention does not fit runs padded, and `notice` is told why.
     """
     padded = PaddedRunner(model, dtype, pad_token_id)
-    reason = "it was asked for" if config.batching == "padded" else cannot_pack(model.config)
+    reason = "it was asked for" if config.batching == "padded" else packing_unsupported_reason(model.config)
     if reason is None:
         reason = _differs(model, padded, examples)
     if reason is not None:
@@ -69,7 +69,7 @@ def select_runner(
         yield Packed(model, dtype, share_prefix, run_on(model))
 
 
-def cannot_pack(config: PreTrainedConfig) -> str | None:
+def packing_unsupported_reason(config: PreTrainedConfig) -> str | None:
     """Why a model's attention cannot be cut into sequences; None if nothing in its config speaks against it."""
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])

@@ -47,6 +47,3 @@ def _random(count: int, width: int, channels: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(width)
     rows = torch.randint(256, (count, width), generator=generator, dtype=torch.uint8)
     return rows, torch.randint(-127, 128, (channels, width), generator=generator, dtype=torch.int8)
-
-
-__all__ = ["check_int8", "compared_sums"]

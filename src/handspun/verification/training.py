@@ -115,13 +115,10 @@ def check_prefix(material: Reference) -> Finding:
             return Finding(check=check, case=case, status="info", found=f"not to be trained with: {error}")
         length = len(prompt)
         is_prefix = trained.input_ids[:length] == prompt
-        if not (is_prefix and trained.learned[: length + 1] == [False] * length + [True]):
+        if not (is_prefix and trained.loss_mask[: length + 1] == [False] * length + [True]):
             wrong.append(number)
     if wrong:
         found = f"not those of prompts {', '.join(map(str, wrong))}"
         return Finding(check=check, case=case, status="fail", found=found)
     tokens = sum(len(prompt) for prompt in material.prompts)
     return Finding(check=check, case=case, status="pass", found=f"{tokens} ids of {len(material.prompts)} prompts")
-
-
-__all__ = ["check_packed", "check_prefix"]

@@ -10,11 +10,11 @@ from rich.text import Text
 from handspun.cli.views.explain import explanation_table, search_tree
 from handspun.config import DataConfig, GenerationOptions
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.conversations import Message
 from handspun.data.dataset import ExampleCache, load_splits, resolve_max_length
+from handspun.data.messages import Message
 from handspun.data.preview import bracketed, coloured, spread
 from handspun.data.rendering import choose_template
-from handspun.data.rows import refuse_missing_data
+from handspun.data.rows import check_data_exists
 from handspun.decoding.generate import generate, stream
 from handspun.decoding.results import GenerationResult
 from handspun.display import json_line, say, write_text
@@ -27,7 +27,7 @@ from handspun.runs.summary import account_lines, length_lines
 
 def show_preview(config: DataConfig, model: str, console: Console, *, examples: int, plain: bool) -> None:
     """Rendered examples, the length distribution, and the account of every row."""
-    refuse_missing_data(config.data)
+    check_data_exists(config.data)
     source = model_source(model, say)
     tokenizer = load_tokenizer(source)
     choose_template(tokenizer, config.chat_template)

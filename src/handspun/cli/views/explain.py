@@ -102,6 +102,3 @@ def _percent(probability: float) -> str:
     if 0 < probability < 0.0005:
         return "<0.1%"
     return f"{100 * probability:.1f}%"
-
-
-__all__ = ["explanation_table", "search_tree"]

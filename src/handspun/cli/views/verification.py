@@ -84,6 +84,3 @@ def _divergence(divergence: Divergence) -> str:
         f"prompt {divergence.prompt}, token {divergence.token}: {divergence.ours!r}, and not "
         f"{divergence.theirs!r}; margin {divergence.margin:.1e}, rounding up to {divergence.rounding:.1e}: {kind}"
     )
-
-
-__all__ = ["failed", "findings_json", "findings_table", "verdict"]

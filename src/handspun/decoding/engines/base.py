@@ -35,13 +35,10 @@ class Engine(Protocol):
         """A new row that goes on from where this one is."""
 
     def truncate(self, row: int, length: int) -> None:
-        """Forgets all but the row's first tokens. Not of a model that `cannot_truncate`."""
+        """Forgets all but the row's first tokens. Not of a model that `truncation_unsupported_reason`."""
 
     def free(self, row: int) -> None:
         """Forgets the row."""
 
     def forward(self, feeds: Sequence[ModelInput]) -> Tensor:
         """Feeds rows, each at most once. Returns logits in their order: (tokens asked for, vocab), float32."""
-
-
-__all__ = ["Engine", "ModelInput"]

@@ -2,13 +2,13 @@
 
 from handspun.decoding.engines.base import Engine
 from handspun.decoding.engines.fused import LeanEngine
-from handspun.decoding.engines.transformers import TransformersEngine, cannot_truncate
+from handspun.decoding.engines.transformers import TransformersEngine, truncation_unsupported_reason
 from handspun.models.fused import fusing_unsupported_reason, lean_model
 from handspun.models.int8 import Int8Linear
 from handspun.models.load import ChatModel
 
 
-def cannot_decode_lean(chat: ChatModel) -> str | None:
+def fused_decoding_unsupported_reason(chat: ChatModel) -> str | None:
     """Why a model is decoded through transformers' own forward; None if it need not be."""
     if chat.in_training:
         return "its weights are being trained, and stay where they are"
@@ -22,14 +22,15 @@ def make_engine(chat: ChatModel) -> Engine:
     assert not chat.model.training, "decoding needs a model in eval mode"
     if chat.lean is not None:
         return LeanEngine(chat.lean)
-    if cannot_decode_lean(chat) is None:
+    if fused_decoding_unsupported_reason(chat) is None:
         return LeanEngine(lean_model(chat.model))
     return TransformersEngine(chat.model)
 
 
-def cannot_draft(chat: ChatModel) -> str | None:
+def drafting_unsupported_reason(chat: ChatModel) -> str | None:
     """Why a draft could not be taken back from the model, or None if it could."""
-    return None if cannot_decode_lean(chat) is None else cannot_truncate(chat.model.config)
-
-
-__all__ = ["cannot_decode_lean", "cannot_draft", "make_engine"]
+    return (
+        None
+        if fused_decoding_unsupported_reason(chat) is None
+        else truncation_unsupported_reason(chat.model.config)
+    )

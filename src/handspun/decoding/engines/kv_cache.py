@@ -123,6 +123,3 @@ class KVCache:
     def _copy(self, source: int, target: int, length: int) -> None:
         if length:
             self._pool[:, :, target : target + length] = self._pool[:, :, source : source + length]
-
-
-__all__ = ["KVCache", "Region"]

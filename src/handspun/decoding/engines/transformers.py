@@ -138,11 +138,8 @@ class TransformersEngine:
         return mask if feeds[0].all_logits else mask.flip(-1)
 
 
-def cannot_truncate(config: PretrainedConfig) -> str | None:
+def truncation_unsupported_reason(config: PretrainedConfig) -> str | None:
     """Why rows of a model cannot be cut back, or None if they can."""
     layers = DynamicCache(config=config).layers
     other = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
     return f"some of its layers keep a {', '.join(other)} in place of all keys and values" if other else None
-
-
-__all__ = ["TransformersEngine", "cannot_truncate"]
