@@ -1,4 +1,4 @@
-"""The engines: the lean one has transformers' logits, rows come and go in both, and int8 rows stand alone."""
+"""The engines: the fused one has transformers' logits, rows come and go in both, and int8 rows stand alone."""
 
 import random
 from typing import Any
@@ -20,13 +20,13 @@ import handspun
 from handspun.decoding.beam import CopyingBeamCache, TreeBeamCache, beam_search
 from handspun.decoding.engines.base import Engine, ModelInput
 from handspun.decoding.engines.choose import make_engine
-from handspun.decoding.engines.fused import LeanEngine
+from handspun.decoding.engines.fused import FusedEngine
 from handspun.decoding.engines.transformers import TransformersEngine
 from handspun.decoding.request import Request
 from handspun.errors import ModelError
 from handspun.kernels import native
 from handspun.kernels.int8_matmul import fwht_torch
-from handspun.models.fused import FusedWeights, _gated, _unsigned, fusing_unsupported_reason, lean_model
+from handspun.models.fused import FusedWeights, _gated, _unsigned, fused_weights, fusing_unsupported_reason
 from handspun.models.load import ChatModel
 from handspun.models.lora import add_lora
 from handspun.models.save import save_model
@@ -75,7 +75,7 @@ def expected(model: PreTrainedModel, ids: list[int]) -> Tensor:
 def test_lean_logits_are_transformers(name: str) -> None:
     """Prompts of several lengths, then a token each, then several at once."""
     model = model_of(name)
-    engine = LeanEngine(lean_model(model_of(name)))
+    engine = FusedEngine(fused_weights(model_of(name)))
     rows = [engine.add() for _ in PROMPTS]
     found = engine.forward([ModelInput(row, ids) for row, ids in zip(rows, PROMPTS, strict=True)])
     for logits, ids in zip(found, PROMPTS, strict=True):
@@ -94,9 +94,9 @@ def test_rows_attended_in_one_call_as_on_a_gpu(
     """Prompts, tokens, a few tokens at once, a tree of tokens, and what no kernel may read: NaN in the pool."""
     mask = torch.ones(3, len(PROMPTS[0]) + 1 + 3, dtype=torch.bool)
     mask[1, -3:], mask[2, -3:] = torch.tensor([[False, True, False], [True, False, True]])
-    model, found = lean_model(model_of(name).to(dtype)), []
+    model, found = fused_weights(model_of(name).to(dtype)), []
     for gathers in (False, True):
-        engine = LeanEngine(model)
+        engine = FusedEngine(model)
         monkeypatch.setattr(engine, "_gathers", gathers)
         rows = [engine.add() for _ in PROMPTS]
         logits = [engine.forward([ModelInput(row, ids) for row, ids in zip(rows, PROMPTS, strict=True)])]
@@ -119,10 +119,10 @@ def test_rows_attended_in_one_call_as_on_a_gpu(
 
 
 def engines(model: PreTrainedModel) -> list[Engine]:
-    return [LeanEngine(lean_model(model)), TransformersEngine(model)]
+    return [FusedEngine(fused_weights(model)), TransformersEngine(model)]
 
 
-@pytest.mark.parametrize("kind", [0, 1], ids=["lean", "transformers"])
+@pytest.mark.parametrize("kind", [0, 1], ids=["fused", "transformers"])
 def test_rows_come_fork_and_go(kind: int) -> None:
     """A fork goes its own way; rows that join later and leave earlier change nothing for the others."""
     model = model_of("qwen2")
@@ -150,7 +150,7 @@ def test_rows_come_fork_and_go(kind: int) -> None:
 def test_fused_weights_are_still_the_models_own(tmp_path: Any) -> None:
     """They are views: trained, they change in the engine too, and they are saved as ever."""
     model, untouched = model_of("qwen2"), model_of("qwen2")
-    engine = LeanEngine(lean_model(model))
+    engine = FusedEngine(fused_weights(model))
     torch.testing.assert_close(expected(model, PROMPTS[0]), expected(untouched, PROMPTS[0]))
     model(torch.tensor([PROMPTS[0]])).logits.sum().backward()
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_fused_weights_are_still_the_models_own(tmp_path: Any) -> None:
     found = engine.forward([ModelInput(engine.add(), PROMPTS[0])])
     torch.testing.assert_close(found[0], expected(untouched, PROMPTS[0])[-1], rtol=1e-4, atol=1e-4)
     before = model.model.layers[0].self_attn.q_proj.weight.data_ptr()
-    lean_model(model)
+    fused_weights(model)
     assert model.model.layers[0].self_attn.q_proj.weight.data_ptr() == before  # not copied again
     save_model(model, tiny_tokenizer(), tmp_path, dtype=torch.float32)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -173,7 +173,7 @@ def test_adapters_are_merged_into_copies() -> None:
             torch.nn.init.normal_(parameter, std=0.2)
             assert "lora" in name or "token" in name
     wanted = expected(adapted.eval(), PROMPTS[2])
-    engine = LeanEngine(lean_model(adapted))
+    engine = FusedEngine(fused_weights(adapted))
     found = engine.forward([ModelInput(engine.add(), PROMPTS[2], all_logits=True)])
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(expected(adapted, PROMPTS[2]), wanted)
@@ -219,7 +219,7 @@ def int8_chat() -> ChatModel:
     model = tiny_model(
         "qwen2", initializer_range=0.1, hidden_size=64, num_attention_heads=2, num_key_value_heads=1
     )
-    return ChatModel(model, tiny_tokenizer(), "tiny", lean_model(model, int8=True))
+    return ChatModel(model, tiny_tokenizer(), "tiny", fused_weights(model, int8=True))
 
 
 @pytest.mark.parametrize("is_native", BACKENDS)
@@ -244,7 +244,7 @@ def test_int8_answers_do_not_depend_on_batch_mates(is_native: bool, monkeypatch:
         assert answers(chosen, **limits) == {n: alone[n] for n in chosen}
 
 
-def fed(engine: LeanEngine) -> list[Tensor]:
+def fed(engine: FusedEngine) -> list[Tensor]:
     """Logits of prompts, of single tokens beside a new prompt, and of two branches of a tree."""
     rows = [engine.add() for _ in PROMPTS]
     found = [engine.forward([ModelInput(row, ids) for row, ids in zip(rows, PROMPTS, strict=True)])]
@@ -269,16 +269,16 @@ def int8_lean(name: str) -> FusedWeights:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
-    return lean_model(model, int8=True)
+    return fused_weights(model, int8=True)
 
 
 @needs_kernels
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 def test_native_kernels_give_what_pytorch_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To rounding: a value half way between two integers may go either way. Qwen3 norms queries and keys."""
-    found = fed(LeanEngine(int8_lean(name)))
+    found = fed(FusedEngine(int8_lean(name)))
     monkeypatch.setattr(native, "kernels", lambda: None)
-    plain = fed(LeanEngine(int8_lean(name)))
+    plain = fed(FusedEngine(int8_lean(name)))
     for one, other in zip(found, plain, strict=True):
         assert (one - other).norm() < 0.02 * other.norm()
     assert not torch.equal(found[1], plain[1])  # they did take part

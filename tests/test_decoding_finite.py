@@ -34,7 +34,7 @@ def _broken(
 
 
 @pytest.mark.parametrize("mode", _MODES, ids=str)
-@pytest.mark.parametrize("in_training", [False, True], ids=["lean engine", "transformers engine"])
+@pytest.mark.parametrize("in_training", [False, True], ids=["fused engine", "transformers engine"])
 def test_a_model_of_nan_is_an_error_in_every_way_of_decoding(mode: dict, in_training: bool) -> None:
     model = _broken("model.norm.weight", math.nan, in_training=in_training)
     message = (

@@ -10,14 +10,14 @@ from handspun.decoding import beam as beam_module
 from handspun.decoding import scheduler as decode_module
 from handspun.decoding.engines.base import Engine, ModelInput
 from handspun.decoding.engines.choose import make_engine
-from handspun.decoding.engines.fused import LeanEngine
+from handspun.decoding.engines.fused import FusedEngine
 from handspun.decoding.generate import answer_all
 from handspun.models.load import ChatModel
 from parity import answers_to, job_of
 from tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = [[5, 9, 13, 4, 6, 7, 10, 11], [8], [11, 6, 17, 9, 10, 12, 21, 5, 19, 4, 8, 15, 16], [7, 9, 5]]
-ENGINES = ["lean", "transformers"]
+ENGINES = ["fused", "transformers"]
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampled": {"do_sample": True, "temperature": 1.5, "num_return_sequences": 2},
@@ -33,7 +33,7 @@ def chat_of(engine: str) -> ChatModel:
     if engine == "transformers":
         model.config.model_type = "other"
     chat = ChatModel(model, tiny_tokenizer(), "tiny")
-    assert isinstance(make_engine(chat), LeanEngine) == (engine == "lean")
+    assert isinstance(make_engine(chat), FusedEngine) == (engine == "fused")
     return chat
 
 
@@ -127,7 +127,7 @@ def test_rows_never_hold_more_than_the_limit_of_tokens(
     """The longest prompt and its answer are 13 + 12 tokens."""
     held: list[int] = []
     watch = watched(monkeypatch, Watch(lambda rows: held.append(sum(rows.values()))))
-    chat = chat_of("lean")
+    chat = chat_of("fused")
     chat.model.generation_config.eos_token_id = []
     job = job_of(chat, PROMPTS, max_new_tokens=12, **MODES[mode])
     object.__setattr__(job, "max_batch_tokens", most)
@@ -142,7 +142,7 @@ def test_beams_never_hold_more_than_the_limit_of_tokens(most: int, monkeypatch: 
     """Three beams of the longest prompt and its answer are 3 * (13 + 12) = 75 tokens."""
     together: list[int] = []
     watched(monkeypatch, Watch(lambda rows: together.append(len(rows))))
-    chat = chat_of("lean")
+    chat = chat_of("fused")
     chat.model.generation_config.eos_token_id = []
     job = job_of(chat, PROMPTS, max_new_tokens=12, **MODES["beams"])
     object.__setattr__(job, "max_batch_tokens", most)
@@ -155,7 +155,7 @@ def test_beams_never_hold_more_than_the_limit_of_tokens(most: int, monkeypatch: 
 def test_a_long_prompt_says_every_ten_seconds_where_it_is(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of 3 tokens that take 4 seconds each: of 13 tokens, four pieces end at 4, 8, 12 and 16 seconds."""
     monkeypatch.setattr(decode_module, "_PROMPT_TOKENS", 3)
-    job = job_of(chat_of("lean"), PROMPTS[2:3], max_new_tokens=2, **MODES[mode])
+    job = job_of(chat_of("fused"), PROMPTS[2:3], max_new_tokens=2, **MODES[mode])
     assert len(job.prompts[0]) == 13
     said: list[str] = []
     times = iter(range(0, 100, 4))
@@ -193,10 +193,10 @@ def test_a_long_prompt_says_every_ten_seconds_where_it_is(mode: str, monkeypatch
 def test_no_more_answers_or_beams_than_the_batch_size_are_decoded_at_a_time(
     mode: str, batch_size: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lean engine has a row for each answer, and for the three beams of a prompt."""
+    """The fused engine has a row for each answer, and for the three beams of a prompt."""
     together: list[int] = []
     watched(monkeypatch, Watch(lambda held: together.append(len(held))))
-    chat = chat_of("lean")
+    chat = chat_of("fused")
     chat.model.generation_config.eos_token_id = []
     ids_of(chat, batch_size=batch_size, **MODES[mode])
     assert max(together) == rows

@@ -13,7 +13,7 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 
 import handspun
 from handspun.decoding.engines.base import ModelInput
-from handspun.decoding.engines.fused import LeanEngine
+from handspun.decoding.engines.fused import FusedEngine
 from handspun.decoding.engines.transformers import TransformersEngine
 from handspun.decoding.generate import answer_all, stream
 from handspun.decoding.prompt_lookup import draft, lookup
@@ -21,7 +21,7 @@ from handspun.decoding.request import Completion
 from handspun.decoding.results import GenerationResult
 from handspun.errors import ConfigError
 from handspun.kernels import native
-from handspun.models.fused import lean_model
+from handspun.models.fused import fused_weights
 from handspun.models.load import ChatModel
 from parity import job_of
 from tiny import tiny_model, tiny_tokenizer
@@ -77,17 +77,17 @@ def test_a_draft_leaves_room_for_a_token_and_ends_before_an_eos() -> None:
 def chats() -> dict[str, ChatModel]:
     """Models with a small vocabulary, whose answers often repeat themselves, for both engines."""
     shape: dict[str, Any] = {"vocab_size": 24, "initializer_range": 0.2}
-    lean = [tiny_model(family, **shape) for family in ("qwen2", "llama")]
+    fused = [tiny_model(family, **shape) for family in ("qwen2", "llama")]
     other = GPTNeoXConfig(
         vocab_size=24, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         initializer_range=0.2, max_position_embeddings=512, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        models = [*lean, AutoModelForCausalLM.from_config(other).eval()]
+        models = [*fused, AutoModelForCausalLM.from_config(other).eval()]
     rounded = tiny_model("qwen2", **shape, hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
     float_chats = [ChatModel(model, tiny_tokenizer(), "tiny") for model in models]
-    int8 = ChatModel(rounded, tiny_tokenizer(), "tiny", lean_model(rounded, int8=True))
+    int8 = ChatModel(rounded, tiny_tokenizer(), "tiny", fused_weights(rounded, int8=True))
     return dict(zip(NAMES, [*float_chats, int8], strict=True))
 
 
@@ -147,7 +147,7 @@ def test_explanations_are_those_without_speculation() -> None:
 def int8_speaker() -> ChatModel:
     """One with the whole of its tokenizer's vocabulary, that says few tokens again and again."""
     model = tiny_model("qwen2", hidden_size=64, num_attention_heads=2, num_key_value_heads=1, seed=1)
-    return ChatModel(model, tiny_tokenizer(), "tiny", lean_model(model, int8=True))
+    return ChatModel(model, tiny_tokenizer(), "tiny", fused_weights(model, int8=True))
 
 
 @pytest.mark.parametrize("form", [{"regex": "(ab|ac){3,9}"}, {"choice": ("abcabcabcabc", "abcabd")}], ids=str)
@@ -165,13 +165,13 @@ def test_constrained_answers_are_those_without_speculation(form: Any, sampling: 
 
 
 def test_steps_are_saved_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps, forward = list[int](), LeanEngine.forward
+    steps, forward = list[int](), FusedEngine.forward
 
-    def counted(engine: LeanEngine, feeds: Sequence[ModelInput]) -> Tensor:
+    def counted(engine: FusedEngine, feeds: Sequence[ModelInput]) -> Tensor:
         steps.append(sum(len(feed.token_ids) for feed in feeds))
         return forward(engine, feeds)
 
-    monkeypatch.setattr(LeanEngine, "forward", counted)
+    monkeypatch.setattr(FusedEngine, "forward", counted)
     [answer] = answer_all(job_of(endless(), [LOOP], prompt_lookup_num_tokens=4, max_new_tokens=60))
     assert len(answer.token_ids) == 60
     assert len(steps) == 60 - answer.accepted_tokens < 40
@@ -218,10 +218,10 @@ def test_int8_logits_of_a_draft_are_those_of_its_tokens_alone(
         monkeypatch.setattr(native, "kernels", lambda: None)
     width = 64 if heads == (2, 1) else 40
     model = tiny_model("qwen2", hidden_size=width, num_attention_heads=heads[0], num_key_value_heads=heads[1])
-    lean, dice = lean_model(model, int8=True), random.Random(0)
+    fused, dice = fused_weights(model, int8=True), random.Random(0)
     for length in (1, 7, 70, 300):
         prompt, new = ([dice.randrange(330) for _ in range(count)] for count in (length, 9))
-        one, many, mate = LeanEngine(lean), LeanEngine(lean), LeanEngine(lean).add()
+        one, many, mate = FusedEngine(fused), FusedEngine(fused), FusedEngine(fused).add()
         assert (
             one.forward([ModelInput(one.add(), prompt)]) == many.forward([ModelInput(many.add(), prompt)])
         ).all()
@@ -234,8 +234,8 @@ def test_int8_logits_of_a_draft_are_those_of_its_tokens_alone(
 
 def test_float_logits_of_a_draft_are_near_those_of_its_tokens_alone(smollm2: ChatModel) -> None:
     prompt, new = smollm2.tokenizer("Rewrite this: the cat sat on the mat.")["input_ids"], [253, 2644, 3424, 335]
-    lean = lean_model(smollm2.model)
-    one, many = LeanEngine(lean), LeanEngine(lean)
+    fused = fused_weights(smollm2.model)
+    one, many = FusedEngine(fused), FusedEngine(fused)
     one.forward([ModelInput(one.add(), prompt)])
     many.forward([ModelInput(many.add(), prompt)])
     apart = torch.cat([one.forward([ModelInput(0, [token])]) for token in new])

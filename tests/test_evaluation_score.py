@@ -17,7 +17,7 @@ from handspun.errors import ConfigError
 from handspun.evaluation.answers import Question, is_exact_match
 from handspun.evaluation.losses import _answer_loss, row_losses
 from handspun.evaluation.score import RowScore, Scores, score
-from handspun.models.fused import lean_model
+from handspun.models.fused import fused_weights
 from handspun.models.load import ChatModel
 from tiny import tiny_model, tiny_tokenizer
 
@@ -98,7 +98,7 @@ def test_the_engine_that_decodes_gives_the_same_losses(chat: ChatModel, rows: Pa
 
 def test_int8_weights_are_scored_as_they_decode(chat: ChatModel, rows: Path) -> None:
     model = tiny_model("qwen2")  # which is emptied
-    int8 = ChatModel(model, chat.tokenizer, "tiny", lean_model(model, int8=True))
+    int8 = ChatModel(model, chat.tokenizer, "tiny", fused_weights(model, int8=True))
     found = {size: scores_of(int8, rows, batch_size=size).loss for size in (1, 8)}
     assert found[1] == found[8]
     assert found[1] == pytest.approx(scores_of(chat, rows).loss, rel=0.02)

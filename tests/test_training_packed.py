@@ -140,21 +140,21 @@ def test_a_pack_by_hand() -> None:
         Example([1, 2, 6, 7], [False, False, False, True], "a", 2),
     ]
     made = pack(batch, share_prefix=True, device=torch.device("cpu"))
-    assert made.prefix == 2
+    assert made.shared_prefix_length == 2
     assert made.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
     assert made.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3]]
-    assert made.bounds == [(2, 5), (5, 7)]
-    assert made.positions.tolist() == [2, 3, 5]
+    assert made.sequence_bounds == [(2, 5), (5, 7)]
+    assert made.target_positions.tolist() == [2, 3, 5]
     assert made.targets.tolist() == [4, 5, 7]
-    second = masks_of(made, torch.float32).each[1]
+    second = masks_of(made, torch.float32).per_sequence[1]
     assert second is not None
     assert second.tolist() == [[True, True, True, False], [True, True, True, True]]
 
 
 def test_a_pack_of_which_nothing_is_learned_can_still_be_indexed() -> None:
     made = pack([Example([1, 2], [False, False], "a", 1)], share_prefix=False, device=torch.device("cpu"))
-    assert made.positions.dtype == made.targets.dtype == torch.long
-    assert made.input_ids[0, made.positions].tolist() == made.targets.tolist() == []
+    assert made.target_positions.dtype == made.targets.dtype == torch.long
+    assert made.input_ids[0, made.target_positions].tolist() == made.targets.tolist() == []
 
 
 def test_a_pack_filled_up_by_hand() -> None:
@@ -162,8 +162,8 @@ def test_a_pack_filled_up_by_hand() -> None:
     made = pack(batch, share_prefix=False, device=torch.device("cpu"), multiple=8)
     assert made.input_ids.tolist() == [[1, 2, 3, 4, 1, 5, 1, 1]]
     assert made.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1]]
-    assert made.bounds == [(0, 4), (4, 6), (6, 8)]
-    assert made.positions.tolist() == [1, 2, 4]
+    assert made.sequence_bounds == [(0, 4), (4, 6), (6, 8)]
+    assert made.target_positions.tolist() == [1, 2, 4]
     for multiple, tokens in ((6, 6), (7, 7), (8, 8), (4, 8)):
         assert packed_tokens(batch, share_prefix=False, multiple=multiple) == tokens
 
@@ -213,10 +213,10 @@ def test_every_label_is_predicted_once_whatever_the_rows(
     assert sorted(made.targets.tolist()) == sorted(
         row + 50 for row, (*_, answer) in enumerate(shapes) for _ in range(answer)
     )
-    assert len(set(made.positions.tolist())) == len(made.positions)
-    for position, target in zip(made.positions.tolist(), made.targets.tolist(), strict=True):
+    assert len(set(made.target_positions.tolist())) == len(made.target_positions)
+    for position, target in zip(made.target_positions.tolist(), made.targets.tolist(), strict=True):
         assert made.input_ids[0, position].item() in (target, target - 30)
-    assert made.bounds[-1][1] == made.input_ids.shape[1]
+    assert made.sequence_bounds[-1][1] == made.input_ids.shape[1]
 
 
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=20), st.integers(1, 100))

@@ -19,10 +19,10 @@ from handspun.cli.views.verification import findings_json, findings_table
 from handspun.data.chat_template import ChatTemplate, TokenizedExample
 from handspun.decoding import beam, filters
 from handspun.decoding import scheduler as decode
-from handspun.decoding.engines.fused import LeanEngine
+from handspun.decoding.engines.fused import FusedEngine
 from handspun.errors import ConfigError
 from handspun.kernels.int8_matmul import exact_sums
-from handspun.models.fused import lean_model
+from handspun.models.fused import fused_weights
 from handspun.models.load import ChatModel
 from handspun.training import packed
 from handspun.verification import processors as sampling
@@ -46,8 +46,8 @@ PROMPTS = ("Say 3.", "Tell me a joke about computers.", "你好, list the colour
 
 def chat_of(model: PreTrainedModel, engine_of: PreTrainedModel | None = None, *, int8: bool = False) -> ChatModel:
     """engine_of: whose weights the engine has, if not the model's."""
-    lean = None if engine_of is None else lean_model(engine_of, int8=int8)
-    return ChatModel(model, tiny_tokenizer(), "tiny", lean)
+    fused = None if engine_of is None else fused_weights(engine_of, int8=int8)
+    return ChatModel(model, tiny_tokenizer(), "tiny", fused)
 
 
 def material_of(chat: ChatModel) -> Reference:
@@ -76,7 +76,7 @@ def sliding_window() -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("make", [lambda: tiny_model("llama"), sliding_window], ids=["lean", "transformers"])
+@pytest.mark.parametrize("make", [lambda: tiny_model("llama"), sliding_window], ids=["fused", "transformers"])
 def test_a_right_model_passes(make: Callable[[], PreTrainedModel]) -> None:
     findings = list(verify(chat_of(make()), PROMPTS, max_new_tokens=10))
     assert [finding for finding in findings if finding.status == "fail"] == []
@@ -227,9 +227,9 @@ def test_goodness_of_fit_by_hand() -> None:
 
 def in_other_batches(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     """An engine whose logits are changed where several rows are fed."""
-    right = LeanEngine.forward
+    right = FusedEngine.forward
 
-    def forward(engine: LeanEngine, feeds: Any) -> Tensor:
+    def forward(engine: FusedEngine, feeds: Any) -> Tensor:
         logits = right(engine, feeds)
         return change(logits) if len(feeds) > 1 else logits
 
@@ -238,7 +238,7 @@ def in_other_batches(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor
 
 def test_answers_that_depend_on_the_batch_fail(material: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     assert statuses(list(check_batches(material, material.chat, "", exact=False))) == ["pass"] * 3
-    monkeypatch.setattr(LeanEngine, "forward", in_other_batches(lambda logits: logits.roll(1, 0)))
+    monkeypatch.setattr(FusedEngine, "forward", in_other_batches(lambda logits: logits.roll(1, 0)))
     assert statuses(list(check_batches(material, material.chat, "", exact=False))) == ["fail"] * 3
 
 
@@ -246,7 +246,7 @@ def test_int8_is_held_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     material = material_of(chat_of(tiny_model("qwen2")))
     rounded = chat_of(tiny_model("qwen2"), tiny_model("qwen2"), int8=True)
     assert statuses(list(check_batches(material, rounded, "int8", exact=True))) == ["pass"] * 3
-    monkeypatch.setattr(LeanEngine, "forward", in_other_batches(lambda logits: logits * (1 + 1e-7)))
+    monkeypatch.setattr(FusedEngine, "forward", in_other_batches(lambda logits: logits * (1 + 1e-7)))
     assert statuses(list(check_batches(material, rounded, "int8", exact=True)))[0] == "fail"
     assert statuses(list(check_batches(material, material.chat, "float32", exact=False))) == ["pass"] * 3
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from handspun.decoding.engines.base import Engine, ModelInput
 from handspun.decoding.engines.choose import make_engine
-from handspun.decoding.engines.fused import LeanEngine
+from handspun.decoding.engines.fused import FusedEngine
 from handspun.decoding.explain import BeamTrace
 from handspun.decoding.processors import nothing_left, process
 from handspun.decoding.request import Completion, Request, check_finite
@@ -43,10 +43,10 @@ class Beams(Protocol):
 
 
 class TreeBeamCache:
-    """A row of the lean engine that holds a prompt and the tree of its beams. The first advance comes after the
+    """A row of the fused engine that holds a prompt and the tree of its beams. The first advance comes after the
     prompt has been fed."""
 
-    def __init__(self, engine: LeanEngine, row: int, prompt_tokens: int, num_beams: int) -> None:
+    def __init__(self, engine: FusedEngine, row: int, prompt_tokens: int, num_beams: int) -> None:
         self._engine, self._row = engine, row
         self._position = prompt_tokens
         self._ancestors = torch.ones(num_beams, prompt_tokens, dtype=torch.bool, device=engine.model.device)
@@ -265,7 +265,7 @@ def beam_search(job: Request, make_beams: Callable[..., Beams] | None = None) ->
     make_beams: TreeBeamCache or CopyingBeamCache; if not given, a tree where the engine can keep one.
     """
     engine = make_engine(job.model)
-    make_beams = make_beams or (TreeBeamCache if isinstance(engine, LeanEngine) else CopyingBeamCache)
+    make_beams = make_beams or (TreeBeamCache if isinstance(engine, FusedEngine) else CopyingBeamCache)
     order = sorted(range(len(job.prompts)), key=lambda i: len(job.prompts[i]))
     waiting, going = deque(BeamState.of(job, i) for i in order), list[BeamState]()
     while waiting or going:

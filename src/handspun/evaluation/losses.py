@@ -30,7 +30,7 @@ def row_losses(
     By the executions of training where the weights are float32, as the held-out losses of a run are; by the engine
     that decodes where they are not, int8 among them. A NaN stays a NaN.
     """
-    is_float32 = chat.lean is None and chat.model.dtype == torch.float32
+    is_float32 = chat.fused is None and chat.model.dtype == torch.float32
     losses_of = _by_execution if is_float32 else _by_engine
     sums: dict[RowKey, tuple[float, int]] = {}
     with losses_of(chat, examples, notice) as compute:

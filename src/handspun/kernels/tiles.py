@@ -37,9 +37,11 @@ class TiledInt8Weight(nn.Module):
         """(tiles, in / 4, 64, 4): the last tile is filled up with zeros."""
         # Rows are bytes with 128 in their middle: what that adds to a sum is taken off again.
         parts = filled.split(_ROWS_AT_ONCE)
-        self.base = nn.Buffer(torch.cat([part.sum(1, dtype=torch.int32) for part in parts]).mul_(-128))
+        self.zero_point_correction = nn.Buffer(
+            torch.cat([part.sum(1, dtype=torch.int32) for part in parts]).mul_(-128)
+        )
         columns = torch.stack([part.sum(0, dtype=torch.int32) for part in parts]).sum(0, dtype=torch.int32)
-        self.column_base = nn.Buffer(nn.functional.pad(columns.mul_(-128), (0, -self.width % _TILE)))
+        self.column_correction = nn.Buffer(nn.functional.pad(columns.mul_(-128), (0, -self.width % _TILE)))
 
     def rows(self, rows: Tensor) -> Tensor:
         """(count,) to (count, in): rows of the matrix."""
@@ -54,7 +56,13 @@ class TiledInt8Weight(nn.Module):
         out = torch.empty(len(rows), self.channels)
         library: Any = native.kernels()
         library.product(
-            *(rows.data_ptr(), row_scale.data_ptr(), *rows.shape, self.weight.data_ptr(), self.base.data_ptr()),
+            *(
+                rows.data_ptr(),
+                row_scale.data_ptr(),
+                *rows.shape,
+                self.weight.data_ptr(),
+                self.zero_point_correction.data_ptr(),
+            ),
             *(scale.data_ptr(), None if bias is None else bias.data_ptr(), self.channels, out.data_ptr()),
             torch.get_num_threads(),
         )
@@ -67,6 +75,6 @@ class TiledInt8Weight(nn.Module):
         library: Any = native.kernels()
         library.transposed_product(
             *(rows.data_ptr(), row_scale.data_ptr(), *rows.shape, self.weight.data_ptr()),
-            *(self.column_base.data_ptr(), self.width, out.data_ptr(), work.data_ptr(), threads),
+            *(self.column_correction.data_ptr(), self.width, out.data_ptr(), work.data_ptr(), threads),
         )
         return out

@@ -165,7 +165,7 @@ _ROTATIONS = {"default", "linear", "llama3", "yarn"}
 
 
 @dataclass(frozen=True)
-class LeanLayer:
+class FusedLayer:
     """One decoder layer. qkv: queries, keys and values end to end; gate_up: gate, then up."""
 
     attention_norm: Tensor
@@ -192,7 +192,7 @@ class FusedWeights:
     """(head_size / 2,): angle of a rotation by one position."""
     attention_scaling: float
     """What cosines and sines are multiplied by (YaRN)."""
-    layers: list[LeanLayer]
+    layers: list[FusedLayer]
     norm: Tensor
     head: InferenceLinear
     device: torch.device
@@ -218,7 +218,7 @@ def fusing_unsupported_reason(config: PretrainedConfig) -> str | None:
 
 @torch.inference_mode(False)  # the model's weights stay tensors that can be trained
 @torch.no_grad()
-def lean_model(model: PreTrainedModel, *, int8: bool = False) -> FusedWeights:
+def fused_weights(model: PreTrainedModel, *, int8: bool = False) -> FusedWeights:
     """The model's weights for decoding; its LoRA adapters (peft's), if it has some, are merged into copies.
 
     In float, fused weights replace the layers' own, which become views of them: nothing is held twice. With int8
@@ -249,10 +249,10 @@ def lean_model(model: PreTrainedModel, *, int8: bool = False) -> FusedWeights:
     )
 
 
-def _layer(layer: Any, fuse: Callable[[Sequence[Any]], InferenceLinear]) -> LeanLayer:
+def _layer(layer: Any, fuse: Callable[[Sequence[Any]], InferenceLinear]) -> FusedLayer:
     attention, mlp = layer.self_attn, layer.mlp
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    return LeanLayer(
+    return FusedLayer(
         attention_norm=_norm(layer.input_layernorm),
         qkv=fuse([attention.q_proj, attention.k_proj, attention.v_proj]),
         q_norm=None if q_norm is None else _norm(q_norm),
@@ -299,7 +299,7 @@ def _fused_bias(linears: Sequence[Any]) -> Tensor | None:
 
 
 def unfuse_weights(model: PreTrainedModel) -> None:
-    """Gives each weight memory of its own again, after `lean_model` made them views of fused ones."""
+    """Gives each weight memory of its own again, after `fused_weights` made them views of fused ones."""
     for weight in model.parameters():
         if weight.untyped_storage().nbytes() != weight.nbytes:
             weight.data = weight.detach().clone()

@@ -36,7 +36,7 @@ from handspun.kernels import native
 from handspun.kernels.allocator import disable_malloc_trim, malloc_trim
 from handspun.kernels.onednn import limit_primitive_cache
 from handspun.models.embedded import EMBEDDED_NAME, embedded_folder
-from handspun.models.fused import FusedWeights, check_exact_decoding, fusing_unsupported_reason, lean_model
+from handspun.models.fused import FusedWeights, check_exact_decoding, fused_weights, fusing_unsupported_reason
 from handspun.models.lora import embedding_rows, merge_adapter, unknown_settings
 from handspun.models.tokenizer_file import as_in_tokenizer_json, quiet
 
@@ -69,14 +69,14 @@ _INDEX = "model.safetensors.index.json"
 class ChatModel:
     """A causal language model in eval mode, its tokenizer, and the name it was loaded by.
 
-    With int8 weights these are in `lean`, and the model holds shapes and configuration alone (meta tensors). The
+    With int8 weights these are in `fused`, and the model holds shapes and configuration alone (meta tensors). The
     weights of one that is in training are neither moved nor merged when it is decoded from.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
-    lean: FusedWeights | None = None
+    fused: FusedWeights | None = None
     in_training: bool = False
     template_args: dict[str, Any] = field(default_factory=dict)
     """Values for the chat template's variables, such as enable_thinking."""
@@ -89,7 +89,7 @@ class ChatModel:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.lean.device if self.lean is not None else self.model.device
+        return self.fused.device if self.fused is not None else self.model.device
 
 
 def load(
@@ -377,7 +377,7 @@ def _load_int8(source: ModelSource, device: torch.device, notice: Callable[[str]
             "earlier checkpoint, or download the model again."
         )
     model.to(device)  # type: ignore[arg-type]
-    chat = ChatModel(model.eval(), load_tokenizer(source), source.name, lean_model(model, int8=True))
+    chat = ChatModel(model.eval(), load_tokenizer(source), source.name, fused_weights(model, int8=True))
     malloc_trim()
     return chat
 

@@ -67,16 +67,16 @@ GPU_TOKENS = 16
 class Pack:
     """A micro-batch laid end to end.
 
-    input_ids, position_ids: (1, tokens). prefix: its first tokens, which all sequences share. bounds: where the
-    rest of each sequence begins and ends. positions, targets: (learned,), where a learned token is predicted, and
-    which.
+    input_ids, position_ids: (1, tokens). shared_prefix_length: how many of the first tokens all sequences share.
+    sequence_bounds: where the rest of each sequence begins and ends. target_positions, targets: (targets,), the
+    positions that predict a target token, and the tokens.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    prefix: int
-    bounds: list[tuple[int, int]]
-    positions: Tensor
+    shared_prefix_length: int
+    sequence_bounds: list[tuple[int, int]]
+    target_positions: Tensor
     targets: Tensor
 
 
@@ -101,9 +101,9 @@ def pack(examples: Sequence[Example], *, share_prefix: bool, device: torch.devic
     return Pack(
         input_ids=torch.tensor([ids], device=device),
         position_ids=torch.tensor([position_ids], device=device),
-        prefix=prefix,
-        bounds=bounds,
-        positions=torch.tensor(positions, dtype=torch.long, device=device),
+        shared_prefix_length=prefix,
+        sequence_bounds=bounds,
+        target_positions=torch.tensor(positions, dtype=torch.long, device=device),
         targets=torch.tensor(targets, dtype=torch.long, device=device),
     )
 

@@ -54,12 +54,12 @@ def attention_of(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 class Masks:
     """What the sequences of a pack attend to, made once for all layers.
 
-    whole: for all at once, (tokens, tokens), 0 where a position attends and -inf elsewhere; without it, each: for
-    each sequence, (rest, prefix + rest), true where a position attends; None where that is plainly causal.
+    dense: for all at once, (tokens, tokens), 0 where a position attends and -inf elsewhere. per_sequence, without
+    it: for each sequence, (rest, prefix + rest), true where a position attends; None where that is plainly causal.
     """
 
-    each: list[Tensor | None]
-    whole: Tensor | None
+    per_sequence: list[Tensor | None]
+    dense: Tensor | None
 
 
 def masks_of(packing: Pack, dtype: torch.dtype) -> Masks:
@@ -67,7 +67,9 @@ def masks_of(packing: Pack, dtype: torch.dtype) -> Masks:
     tokens, device = packing.input_ids.shape[1], packing.input_ids.device
     if device.type == "cuda" and tokens <= MAX_DENSE_MASK_TOKENS:
         return Masks([], whole_mask(packing, dtype))
-    return Masks([_mask(end - start, packing.prefix, device) for start, end in packing.bounds], None)
+    return Masks(
+        [_mask(end - start, packing.shared_prefix_length, device) for start, end in packing.sequence_bounds], None
+    )
 
 
 def _mask(length: int, prefix: int, device: torch.device) -> Tensor | None:
@@ -79,7 +81,7 @@ def _mask(length: int, prefix: int, device: torch.device) -> Tensor | None:
 
 def whole_mask(packing: Pack, dtype: torch.dtype) -> Tensor:
     """(tokens, tokens): the prefix is sequence 0, which all others see."""
-    lengths = [packing.prefix, *(end - start for start, end in packing.bounds)]
+    lengths = [packing.shared_prefix_length, *(end - start for start, end in packing.sequence_bounds)]
     sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     sequence = sequence.to(packing.input_ids.device)
     attends = (sequence == 0) | (sequence[:, None] == sequence)
@@ -100,10 +102,10 @@ def _attend(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """query: (1, heads, tokens, size); the result is (1, tokens, heads, size), as transformers wants it."""
-    if masks.whole is not None:
-        output = _attend_dense(query, key, value, masks.whole, scaling, dropout)
+    if masks.dense is not None:
+        output = _attend_dense(query, key, value, masks.dense, scaling, dropout)
     else:
-        output = _attend_per_sequence(query, key, value, packing, masks.each, scaling, dropout)
+        output = _attend_per_sequence(query, key, value, packing, masks.per_sequence, scaling, dropout)
     return output.transpose(1, 2), None
 
 
@@ -125,12 +127,12 @@ def _attend_per_sequence(
     scaling: float | None,
     dropout: float,
 ) -> Tensor:
-    end = packing.prefix
+    end = packing.shared_prefix_length
     prefix_key, prefix_value = key[:, :, :end], value[:, :, :end]
     outputs = []
     if end:
         outputs.append(_sdpa(query[:, :, :end], prefix_key, prefix_value, None, scaling, dropout))
-    for (start, stop), mask in zip(packing.bounds, masks, strict=True):
+    for (start, stop), mask in zip(packing.sequence_bounds, masks, strict=True):
         own_key, own_value = key[:, :, start:stop], value[:, :, start:stop]
         if end:
             own_key = torch.cat([prefix_key, own_key], dim=2)
@@ -251,7 +253,7 @@ class Packed:
                 packing=packed,
                 masks=masks_of(packed, dtype),
             )
-        hidden: Tensor = output.last_hidden_state[0, packed.positions]
+        hidden: Tensor = output.last_hidden_state[0, packed.target_positions]
         return hidden
 
     @property

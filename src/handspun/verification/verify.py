@@ -76,4 +76,4 @@ def agreement(material: Reference, rounded: ChatModel, name: str) -> Finding:
 
 
 def _is_int8(chat: ChatModel) -> bool:
-    return chat.lean is not None and chat.lean.is_int8
+    return chat.fused is not None and chat.fused.is_int8

@@ -1,6 +1,6 @@
 """The model as decoding sees it: rows of tokens that come, are fed, and go.
 
-`LeanEngine` is the fast one, for models of Llama's kind; `TransformersEngine` serves every other architecture.
+`FusedEngine` is the fast one, for models of Llama's kind; `TransformersEngine` serves every other architecture.
 """
 
 from collections.abc import Sequence

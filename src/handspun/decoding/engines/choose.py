@@ -1,9 +1,9 @@
 """Which engine decodes a model."""
 
 from handspun.decoding.engines.base import Engine
-from handspun.decoding.engines.fused import LeanEngine
+from handspun.decoding.engines.fused import FusedEngine
 from handspun.decoding.engines.transformers import TransformersEngine, truncation_unsupported_reason
-from handspun.models.fused import fusing_unsupported_reason, lean_model
+from handspun.models.fused import fused_weights, fusing_unsupported_reason
 from handspun.models.int8 import Int8Linear
 from handspun.models.load import ChatModel
 
@@ -12,18 +12,18 @@ def fused_decoding_unsupported_reason(chat: ChatModel) -> str | None:
     """Why a model is decoded through transformers' own forward; None if it need not be."""
     if chat.in_training:
         return "its weights are being trained, and stay where they are"
-    if chat.lean is None and any(isinstance(module, Int8Linear) for module in chat.model.modules()):
+    if chat.fused is None and any(isinstance(module, Int8Linear) for module in chat.model.modules()):
         return "its frozen layers are int8, and with adapters merged into them they would be float copies"
     return fusing_unsupported_reason(chat.model.config)
 
 
 def make_engine(chat: ChatModel) -> Engine:
-    """An engine without rows: the lean one where the model is of a kind that it knows."""
+    """An engine without rows: the fused one where the model is of a kind that it knows."""
     assert not chat.model.training, "decoding needs a model in eval mode"
-    if chat.lean is not None:
-        return LeanEngine(chat.lean)
+    if chat.fused is not None:
+        return FusedEngine(chat.fused)
     if fused_decoding_unsupported_reason(chat) is None:
-        return LeanEngine(lean_model(chat.model))
+        return FusedEngine(fused_weights(chat.model))
     return TransformersEngine(chat.model)
 
 

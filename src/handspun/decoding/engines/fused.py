@@ -16,7 +16,7 @@ from handspun.decoding.engines.base import ModelInput
 from handspun.decoding.engines.kv_cache import KVCache
 from handspun.kernels import native
 from handspun.kernels.onednn import without_cudnn
-from handspun.models.fused import FusedWeights, LeanLayer
+from handspun.models.fused import FusedLayer, FusedWeights
 
 _STEP = 64
 """The longest row is rounded up to a multiple of this: kernels want aligned masks."""
@@ -36,10 +36,11 @@ class KVRange:
 class GatheredKV:
     """What several tokens see, for all layers.
 
-    places: (tokens, longest), in the pool. mask: (tokens, 1, 1, longest), 0 where a token sees and -inf elsewhere.
+    slot_mapping: (tokens, longest), slots of the pool. mask: (tokens, 1, 1, longest), 0 where a token sees and
+    -inf elsewhere.
     """
 
-    places: Tensor
+    slot_mapping: Tensor
     mask: Tensor
 
 
@@ -63,7 +64,7 @@ def attend(queries: Tensor, pool: Tensor, gathered: GatheredKV) -> Tensor:
     """One layer's queries, (tokens, heads, size), to (tokens, heads * size), float32."""
     count, heads, size = queries.shape
     kv_heads = len(pool) // 2
-    both = pool.index_select(1, gathered.places.flatten()).view(2, kv_heads, count, -1, size).transpose(1, 2)
+    both = pool.index_select(1, gathered.slot_mapping.flatten()).view(2, kv_heads, count, -1, size).transpose(1, 2)
     grouped = queries.to(pool.dtype).view(count, kv_heads, heads // kv_heads, size)
     with without_cudnn():  # the queries that share a head of keys are rows of one product
         output = F.scaled_dot_product_attention(grouped, both[0], both[1], attn_mask=gathered.mask)
@@ -96,20 +97,20 @@ class StepLayout:
     """All that the layers need to know of the tokens that are fed.
 
     parts: attended one after another. alone: tokens that are attended in one call, what each sees; at: (alone,),
-    which they are, None if all. places: (tokens,), in the pool, of their keys. rotation: cosines and sines,
-    (tokens, size) each.
+    which they are, None if all. slot_mapping: (tokens,), the slots of their keys in the pool. rotation: cosines
+    and sines, (tokens, size) each.
     """
 
     parts: list[TokenSpan]
     alone: list[KVRange]
     at: Tensor | None
     gathered: GatheredKV | None
-    places: Tensor
+    slot_mapping: Tensor
     rotation: tuple[Tensor, Tensor]
 
 
-class LeanEngine:
-    """A lean model with its cache."""
+class FusedEngine:
+    """A fused model with its cache."""
 
     def __init__(self, model: FusedWeights) -> None:
         self.model = model
@@ -178,7 +179,7 @@ class LeanEngine:
             alone=alone,
             at=at,
             gathered=gather(alone, self.cache.layer(0)) if alone and self._gathers else None,
-            places=places,
+            slot_mapping=places,
             rotation=self._rotation(positions),
         )
 
@@ -205,20 +206,20 @@ class LeanEngine:
         ones = torch.ones(count, before + count, dtype=torch.bool, device=self.model.device)
         return ones.tril(before)
 
-    def _attention(self, number: int, layer: LeanLayer, x: Tensor, layout: StepLayout) -> Tensor:
+    def _attention(self, number: int, layer: FusedLayer, x: Tensor, layout: StepLayout) -> Tensor:
         """(tokens, hidden) to (tokens, heads * head_size)."""
         model = self.model
         qkv = layer.qkv.after_rms_norm(x, layer.attention_norm, model.norm_eps).view(len(x), -1, model.head_size)
         if self._native:
             norms, pool = (layer.q_norm, layer.k_norm), self.cache.layer(number)
-            native.rotate(qkv, model.heads, norms, model.norm_eps, *layout.rotation, layout.places, pool)
+            native.rotate(qkv, model.heads, norms, model.norm_eps, *layout.rotation, layout.slot_mapping, pool)
             queries = qkv[:, : model.heads]
         else:
             queries, keys = self._rotated(layer, qkv, *layout.rotation)
-            self.cache.write(number, layout.places, keys, qkv[:, model.heads + model.kv_heads :])
+            self.cache.write(number, layout.slot_mapping, keys, qkv[:, model.heads + model.kv_heads :])
         return self._attended(number, queries, layout)
 
-    def _rotated(self, layer: LeanLayer, qkv: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotated(self, layer: FusedLayer, qkv: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys, (tokens, heads, size) each, normed where the model does that, and rotated."""
         heads = self.model.heads
         both = qkv[:, : heads + self.model.kv_heads]

@@ -1,4 +1,4 @@
-"""Decoding through transformers' own forward and its cache: for every architecture, slower than the lean engine.
+"""Decoding through transformers' own forward and its cache: for every architecture, slower than the fused engine.
 
 Rows that are first fed together are one batch for as long as they live, left-padded, since a cache of transformers
 has one length for all of its rows. Drafts are padded on the right. What is taken back of them is masked, and
