@@ -55,16 +55,16 @@ def one_at_a_time(model: PreTrainedModel) -> list[torch.Tensor]:
     return losses
 
 
-@pytest.mark.parametrize("execution", ["padded", "packed", "packed behind a shared prefix"])
-def test_losses_and_gradients_are_those_of_rows_alone(execution: str) -> None:
+@pytest.mark.parametrize("runner", ["padded", "packed", "packed behind a shared prefix"])
+def test_losses_and_gradients_are_those_of_rows_alone(runner: str) -> None:
     model = gpt2()
     expected, wanted = loss_and_gradients(model, one_at_a_time(model))
-    if execution == "padded":
+    if runner == "padded":
         padded = PaddedRunner(model, torch.float32, pad_token_id=300)
         found = padded.backward(rows(), 1)
     else:
         with packed_attention(model):
-            found = Packed(model, torch.float32, share_prefix="shared" in execution).backward(rows(), 1)
+            found = Packed(model, torch.float32, share_prefix="shared" in runner).backward(rows(), 1)
     assert found == pytest.approx(expected, rel=1e-6)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -76,8 +76,8 @@ def test_it_is_packed() -> None:
     said: list[str] = []
     with select_runner(
         gpt2(), TrainConfig(), rows(), dtype=torch.float32, pad_token_id=1, notice=said.append
-    ) as execution:
-        assert isinstance(execution, Packed)
+    ) as runner:
+        assert isinstance(runner, Packed)
     assert said == ["batching: packed"]
 
 

@@ -49,10 +49,10 @@ def losses_of(
         **options,
     )
     model = a_model(kind)
-    with select_runner(model, config, ROWS, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
+    with select_runner(model, config, ROWS, dtype=torch.float32, pad_token_id=0, notice=str) as runner:
         state: TrainingState = start(model, config)
         state.step = first_step
-        loop = Loop(config=config, examples=ROWS, held_out=held_out, execution=execution)
+        loop = Loop(config=config, examples=ROWS, held_out=held_out, runner=runner)
         events = list(train(loop, state))
     steps = [event.loss for event in events if isinstance(event, Step)]
     return steps, [event.loss for event in events if isinstance(event, Evaluation)]

@@ -51,8 +51,8 @@ def run(config: TrainConfig, examples: list[Example], held_out: list[Example] | 
 def events_of(
     model: PreTrainedModel, config: TrainConfig, examples: list[Example], held_out: list[Example]
 ) -> Iterator[Event]:
-    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
-        loop = Loop(config=config, examples=examples, held_out=held_out, execution=execution)
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as runner:
+        loop = Loop(config=config, examples=examples, held_out=held_out, runner=runner)
         yield from train(loop, start(model, config))
 
 
@@ -135,7 +135,7 @@ def test_without_held_out_rows_there_is_no_evaluation(eval_steps: int | None) ->
 
 
 class Scripted:
-    """An execution whose held-out losses are written down, and whose steps learn nothing."""
+    """An runner whose held-out losses are written down, and whose steps learn nothing."""
 
     def __init__(self, losses: list[float]) -> None:
         self.losses = iter(losses)
@@ -162,9 +162,7 @@ def scripted_events(losses: list[float], *, from_step: int = 0, best_loss: float
     config = TrainConfig(num_epochs=2, batch_size=2, eval_steps=1, max_tokens=123)
     state = start(tiny_model("qwen2"), config)
     state.step, state.best_loss, state.max_tokens = from_step, best_loss, 77
-    loop = Loop(
-        config=config, examples=random_examples(6), held_out=random_examples(3), execution=Scripted(losses)
-    )
+    loop = Loop(config=config, examples=random_examples(6), held_out=random_examples(3), runner=Scripted(losses))
     return list(train(loop, state))
 
 
@@ -225,7 +223,7 @@ def test_a_run_can_be_resumed_behind_the_last_event_of_a_step(
 ) -> None:
     config = TrainConfig(num_epochs=2, batch_size=2, eval_steps=2, on_nonfinite="skip", max_skipped_steps=2)
     rows = random_examples(3) if held_out else []
-    loop = Loop(config=config, examples=random_examples(6), held_out=rows, execution=Scripted([]))
+    loop = Loop(config=config, examples=random_examples(6), held_out=rows, runner=Scripted([]))
     assert loop.ends_step(event) is (with_held_out if held_out else without)
 
 

@@ -36,7 +36,7 @@ def random_examples(count: int) -> list[Example]:
 
 @dataclass(frozen=True)
 class Small:
-    """An execution that has memory for so many tokens at once: it fails when half of the gradients are there."""
+    """An runner that has memory for so many tokens at once: it fails when half of the gradients are there."""
 
     whole: BatchRunner
     room: int
@@ -60,10 +60,10 @@ class Small:
 
 def run(config: TrainConfig, *, room: int | None = None, error: BaseException | None = None) -> list[Event]:
     model, examples = tiny_model("qwen2", initializer_range=0.05), random_examples(24)
-    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as runner:
         if room is not None:
-            execution = Small(execution, room, error or no_memory())
-        return list(train(Loop(config=config, examples=examples, execution=execution), start(model, config)))
+            runner = Small(runner, room, error or no_memory())
+        return list(train(Loop(config=config, examples=examples, runner=runner), start(model, config)))
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
@@ -105,9 +105,9 @@ def test_a_row_that_does_not_fit_by_itself_ends_the_run_with_what_takes_less() -
 def test_with_several_processes_the_run_ends() -> None:
     model, examples = tiny_model("qwen2"), random_examples(8)
     config = TrainConfig(num_epochs=1)
-    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as execution:
-        small = Small(execution, 20, no_memory())
-        loop = Loop(config=config, examples=examples, execution=small, processes=Distributed(0, 2))
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as runner:
+        small = Small(runner, 20, no_memory())
+        loop = Loop(config=config, examples=examples, runner=small, processes=Distributed(0, 2))
         with pytest.raises(TrainingError, match=r"a micro-batch of \d rows .*--max-tokens \d+, "):
             list(train(loop, start(model, config)))
 

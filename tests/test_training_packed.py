@@ -1,4 +1,4 @@
-"""Packed execution computes what padded execution computes, step by step."""
+"""Packed runner computes what padded runner computes, step by step."""
 
 import math
 from dataclasses import replace
@@ -248,10 +248,8 @@ def run(config: TrainConfig, examples: list[Example], notices: list[str] | None 
         torch.manual_seed(0)
         model = add_lora(model, "tiny", rank=4, alpha=8, dropout=config.lora_dropout)
     said = notices if notices is not None else []
-    with select_runner(
-        model, config, examples, dtype=torch.float32, pad_token_id=0, notice=said.append
-    ) as execution:
-        loop = Loop(config=config, examples=examples, execution=execution)
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=said.append) as runner:
+        loop = Loop(config=config, examples=examples, runner=runner)
         return [event for event in train(loop, start(model, config)) if isinstance(event, Step)]
 
 
@@ -335,10 +333,8 @@ def test_a_model_that_scales_its_logits_runs_padded_and_the_log_says_so() -> Non
 
     model.forward = scaled.__get__(model)
     config = TrainConfig(num_epochs=1, batch_size=8)
-    with select_runner(
-        model, config, examples, dtype=torch.float32, pad_token_id=0, notice=said.append
-    ) as execution:
-        assert isinstance(execution, PaddedRunner)
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=said.append) as runner:
+        assert isinstance(runner, PaddedRunner)
     assert said[0].startswith("batching: padded (llama gives another loss packed")
 
 
@@ -349,10 +345,8 @@ def test_noise_of_an_int8_base_is_not_taken_for_another_attention(monkeypatch: p
     quantize_base(model)
     monkeypatch.setattr(int8, "quantize_rows", coarsely_quantized)
     config = TrainConfig(num_epochs=1, lora=True, base_weights="int8")
-    with select_runner(
-        model, config, rows(8), dtype=torch.float32, pad_token_id=0, notice=said.append
-    ) as execution:
-        assert isinstance(execution, Packed)
+    with select_runner(model, config, rows(8), dtype=torch.float32, pad_token_id=0, notice=said.append) as runner:
+        assert isinstance(runner, Packed)
     assert said == ["batching: packed"]
 
 

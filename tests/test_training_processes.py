@@ -83,11 +83,11 @@ def test_an_empty_micro_batch_has_a_gradient_of_zeros_for_all_that_is_trained(ba
     if lora:
         model = add_lora(model, "tiny", rank=4, alpha=8, dropout=0.0, new_token_ids=[5])
     config = handspun.TrainConfig(batching=batching, lora=lora)
-    execution: BatchRunner
+    runner: BatchRunner
     with select_runner(
         model, config, [example(5, 0), example(7, 1)], dtype=torch.float32, pad_token_id=0, notice=str
-    ) as execution:
-        assert execution.loss([EMPTY_EXAMPLE]) == execution.backward([EMPTY_EXAMPLE], 5) == 0
+    ) as runner:
+        assert runner.loss([EMPTY_EXAMPLE]) == runner.backward([EMPTY_EXAMPLE], 5) == 0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name

@@ -16,7 +16,7 @@ from handspun.training.packed import LOGITS_CHUNK_BYTES
 from handspun.training.runner import select_runner
 
 _MAX_TOKENS = TrainConfig.max_tokens
-"""Of a part of a batch that is computed at a time, as in training."""
+"""Of a micro-batch that is computed at a time, as in training."""
 
 RowKey = tuple[str, int]
 """The file and the number of a row."""
@@ -56,11 +56,11 @@ def _by_execution(
         dtype=torch.float32,
         pad_token_id=pad_token_id if pad_token_id is not None else 0,  # masked: any id would do
         notice=notice,
-    ) as execution:
+    ) as runner:
 
         def compute(batch: list[Example]) -> Iterator[tuple[Example, float]]:
-            for part in execution.cut(batch, _MAX_TOKENS):
-                yield from zip(part, execution.row_losses(part), strict=True)
+            for micro_batch in runner.cut(batch, _MAX_TOKENS):
+                yield from zip(micro_batch, runner.row_losses(micro_batch), strict=True)
 
         yield compute
 

@@ -36,13 +36,13 @@ MOST_CHARACTERS = 4000
 
 
 def losses_by_row(
-    execution: BatchRunner, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, most: int
+    runner: BatchRunner, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, most: int
 ) -> dict[str, Any]:
     """The mean loss a learned token of each row, of at most `most` rows that lie at even distances, and the ten
     worst and the ten best with their text: runs of [text, is it learned]. No row is among both. "mean" is that of
     all their learned tokens, "of" the number of rows that there are."""
     rows = spread(examples, most)
-    sums = [execution.loss([row]) for row in rows]
+    sums = [runner.loss([row]) for row in rows]
     losses = [total / row.learned_tokens for total, row in zip(sums, rows, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: -losses[i])
 
@@ -183,9 +183,9 @@ def _row_losses(
         dtype=torch.float32,
         pad_token_id=pad_token_id if pad_token_id is not None else 0,
         notice=lambda _: None,
-    ) as execution:
+    ) as runner:
         found = {
-            name: losses_by_row(execution, some.examples, chat.tokenizer, most=config.report_rows)
+            name: losses_by_row(runner, some.examples, chat.tokenizer, most=config.report_rows)
             for name, some in (("train", training), ("held_out", held_out))
             if some is not None
         }

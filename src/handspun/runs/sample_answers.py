@@ -105,7 +105,7 @@ class Samples:
 class Sampler:
     """Answers prompts in the middle of a run, and leaves the model to it as it was: weights, mode and attention.
 
-    attention: the model's own, which it does not have inside of a packed execution.
+    attention: the model's own, which it does not have inside of a packed runner.
     """
 
     chat: ChatModel
@@ -143,7 +143,7 @@ class Sampler:
 
 
 def sampler_of(chat: ChatModel, config: TrainConfig) -> Sampler | None:
-    """The sampler that the config asks for, made before the execution, which changes the model's attention.
+    """The sampler that the config asks for, made before the runner, which changes the model's attention.
 
     Raises DataError or TemplateError for a prompt that cannot be answered.
     """

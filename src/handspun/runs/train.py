@@ -265,12 +265,12 @@ def train_loop(job: RunContext) -> CheckpointManager:
             pad_token_id=pad_token_id if pad_token_id is not None else 0,  # masked: any id would do
             notice=job.log.line,
             run_on=processes.run_on,
-        ) as execution:
+        ) as runner:
             loop = Loop(
                 config=config,
                 examples=job.training.examples,
                 held_out=job.held_out.examples if job.held_out else [],
-                execution=execution,
+                runner=runner,
                 processes=processes,
             )
             state = start(model, config)

@@ -26,19 +26,19 @@ def batches(examples: Sequence[Example], order: Sequence[int], batch_size: int) 
 
 
 def micro_batches(batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
-    """The batch in parts of at most `max_tokens` tokens, padding included; a longer row is one of its own.
+    """The batch in micro-batches of at most `max_tokens` tokens, padding included; a longer row is one of its own.
 
     Rows of like length go together, which saves padding. The cut does not change the result, because the
     loss is divided by the learned tokens of the whole batch.
     """
-    part: list[Example] = []
+    micro_batch: list[Example] = []
     for example in sorted(batch, key=len):
-        if part and (len(part) + 1) * len(example) > max_tokens:  # the newest is the longest
-            yield part
-            part = []
-        part.append(example)
-    if part:
-        yield part
+        if micro_batch and (len(micro_batch) + 1) * len(example) > max_tokens:  # the newest is the longest
+            yield micro_batch
+            micro_batch = []
+        micro_batch.append(example)
+    if micro_batch:
+        yield micro_batch
 
 
 def collate(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -125,22 +125,22 @@ def pad_to_multiple(device: torch.device) -> int:
     return GPU_TOKENS if device.type == "cuda" else 1
 
 
-def packed_tokens(part: Sequence[Example], *, share_prefix: bool, multiple: int = 1) -> int:
-    """Tokens of the part once it is packed."""
-    once = shared_prefix(part) if share_prefix else 0
-    tokens = sum(len(example) for example in part) - (len(part) - 1) * once
+def packed_tokens(micro_batch: Sequence[Example], *, share_prefix: bool, multiple: int = 1) -> int:
+    """Tokens of the micro-batch once it is packed."""
+    once = shared_prefix(micro_batch) if share_prefix else 0
+    tokens = sum(len(example) for example in micro_batch) - (len(micro_batch) - 1) * once
     return tokens + -tokens % multiple
 
 
 def packed_micro_batches(batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
-    """The batch in parts of at most `max_tokens` tokens; a longer row is one of its own."""
-    part: list[Example] = []
+    """The batch in micro-batches of at most `max_tokens` tokens; a longer row is one of its own."""
+    micro_batch: list[Example] = []
     tokens = 0
     for example in batch:
-        if part and tokens + len(example) > max_tokens:
-            yield part
-            part, tokens = [], 0
-        part.append(example)
+        if micro_batch and tokens + len(example) > max_tokens:
+            yield micro_batch
+            micro_batch, tokens = [], 0
+        micro_batch.append(example)
         tokens += len(example)
-    if part:
-        yield part
+    if micro_batch:
+        yield micro_batch

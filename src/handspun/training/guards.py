@@ -135,22 +135,24 @@ def none_on_oom(compute: Callable[..., float], *arguments: object) -> float | No
     return None
 
 
-def halved_max_tokens(part: Sequence[Example], max_tokens: int) -> int:
-    """A `max_tokens` that cuts `part`, which has two rows or more: half of its tokens or of the old one."""
-    return max(min(max_tokens, sum(len(example) for example in part)) // 2, 1)
+def halved_max_tokens(micro_batch: Sequence[Example], max_tokens: int) -> int:
+    """A `max_tokens` that cuts `micro_batch`, which has two rows or more: half of its tokens or of the old one."""
+    return max(min(max_tokens, sum(len(example) for example in micro_batch)) // 2, 1)
 
 
-def raise_if_unsplittable(part: Sequence[Example], step: int, config: TrainConfig, *, processes: int) -> None:
+def raise_if_unsplittable(
+    micro_batch: Sequence[Example], step: int, config: TrainConfig, *, processes: int
+) -> None:
     """Raises TrainingError if the micro-batch that did not fit is one row, or the run one of several processes:
     the others wait for this one's gradient, and cannot know that it starts the step anew."""
-    tokens = sum(len(example) for example in part)
-    if len(part) > 1 and processes == 1:
+    tokens = sum(len(example) for example in micro_batch)
+    if len(micro_batch) > 1 and processes == 1:
         return
-    if len(part) > 1:
-        what = f"a micro-batch of {len(part)} rows with {tokens} tokens"
-        remedies = [f"--max-tokens {halved_max_tokens(part, config.max_tokens)}"]
+    if len(micro_batch) > 1:
+        what = f"a micro-batch of {len(micro_batch)} rows with {tokens} tokens"
+        remedies = [f"--max-tokens {halved_max_tokens(micro_batch, config.max_tokens)}"]
     else:
-        what = f"{part[0].file}, row {part[0].row}, {tokens} tokens, by itself"
+        what = f"{micro_batch[0].file}, row {micro_batch[0].row}, {tokens} tokens, by itself"
         remedies = [f"--max-length {tokens // 2} (longer rows are truncated)"]
     if not config.activation_checkpointing:
         remedies.append("--activation-checkpointing")

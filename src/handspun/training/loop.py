@@ -32,7 +32,7 @@ from handspun.training.runner import BatchRunner
 
 def evaluate(
     model: PreTrainedModel,
-    execution: BatchRunner,
+    runner: BatchRunner,
     examples: Sequence[Example],
     *,
     max_tokens: int,
@@ -41,8 +41,8 @@ def evaluate(
     """(mean loss a learned token, number of learned tokens), with dropout off. A NaN stays a NaN."""
     was_training = model.training
     model.eval()
-    parts = processes.local_micro_batches(examples, lambda rows: execution.cut(rows, max_tokens))
-    loss_sum = processes.sum(sum(execution.loss(part) for part in parts))
+    micro_batches = processes.local_micro_batches(examples, lambda rows: runner.cut(rows, max_tokens))
+    loss_sum = processes.sum(sum(runner.loss(micro_batch) for micro_batch in micro_batches))
     model.train(was_training)
     learned_tokens = learned_tokens_of(examples)
     return loss_sum / learned_tokens, learned_tokens
@@ -109,7 +109,7 @@ class Loop:
     config: TrainConfig
     examples: Sequence[Example]
     held_out: Sequence[Example] = ()
-    execution: BatchRunner
+    runner: BatchRunner
     processes: Distributed = field(default_factory=Distributed)
     clock: Callable[[], float] = field(default=time.perf_counter)
 
@@ -216,15 +216,17 @@ def _gradients(
     _seed_dropout(loop.config, step=state.step, rank=loop.processes.rank)
     learned_tokens = learned_tokens_of(batch)
     loss, computed_tokens = 0.0, 0
-    for part in loop.processes.local_micro_batches(batch, lambda rows: loop.execution.cut(rows, state.max_tokens)):
-        loss_sum = none_on_oom(loop.execution.backward, part, learned_tokens)
+    for micro_batch in loop.processes.local_micro_batches(
+        batch, lambda rows: loop.runner.cut(rows, state.max_tokens)
+    ):
+        loss_sum = none_on_oom(loop.runner.backward, micro_batch, learned_tokens)
         if loss_sum is None:
             state.optimizer.zero_grad(set_to_none=True)
-            raise_if_unsplittable(part, state.step + 1, loop.config, processes=loop.processes.count)
-            state.max_tokens = halved_max_tokens(part, state.max_tokens)
-            return OutOfMemory(state.step + 1, epoch, loop.execution.computed_tokens(part), state.max_tokens)
+            raise_if_unsplittable(micro_batch, state.step + 1, loop.config, processes=loop.processes.count)
+            state.max_tokens = halved_max_tokens(micro_batch, state.max_tokens)
+            return OutOfMemory(state.step + 1, epoch, loop.runner.computed_tokens(micro_batch), state.max_tokens)
         loss += loss_sum / learned_tokens
-        computed_tokens += loop.execution.computed_tokens(part)
+        computed_tokens += loop.runner.computed_tokens(micro_batch)
     loss, computed_tokens = loop.processes.sum(loss), int(loop.processes.sum(computed_tokens))
     loop.processes.sum_gradients(state.model)
     return loss, computed_tokens
@@ -233,7 +235,7 @@ def _gradients(
 def _evaluation(loop: Loop, state: TrainingState, epoch: int) -> Evaluation:
     loss, learned_tokens = evaluate(
         state.model,
-        loop.execution,
+        loop.runner,
         loop.held_out,
         max_tokens=state.max_tokens,
         processes=loop.processes,

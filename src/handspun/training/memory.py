@@ -138,9 +138,11 @@ def predict_memory(
     first = _FLOAT * sum(table.numel() for table in _tables(model) if packed and table.requires_grad)
     forward = 0.0
     for batch in batches:
-        for before, part in enumerate(batch):
-            tokens = packed_tokens(part, share_prefix=share_prefix) if packed else padded_tokens(part)
-            kept = _FRAGMENTATION * _activation_bytes(tokens, model, config) + _logits(part, model, packed)
+        for before, micro_batch in enumerate(batch):
+            tokens = (
+                packed_tokens(micro_batch, share_prefix=share_prefix) if packed else padded_tokens(micro_batch)
+            )
+            kept = _FRAGMENTATION * _activation_bytes(tokens, model, config) + _logits(micro_batch, model, packed)
             forward = max(forward, kept + (gradients if before else first))
     if resolve_device(config.device).type == "cuda":  # what Python holds, and what is read, is not on it
         return int(held + max(forward, gradients))
@@ -200,15 +202,15 @@ def _linear_weights(model: PreTrainedModel) -> int:
     return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
 
 
-def _logits(part: Sequence[Example], model: PreTrainedModel, packed: bool) -> int:
+def _logits(micro_batch: Sequence[Example], model: PreTrainedModel, packed: bool) -> int:
     """Packed, one chunk. Padded, where some row learns, with their gradient, beside the learned ones, their
     softmax and its gradient."""
     vocabulary = model.config.get_text_config().vocab_size
-    learned_tokens = sum(example.learned_tokens for example in part)
+    learned_tokens = sum(example.learned_tokens for example in micro_batch)
     if packed:
         return int(min(_FLOAT * learned_tokens * vocabulary, LOGITS_CHUNK_BYTES))
-    positions = {i for example in part for i, is_learned in enumerate(example.loss_mask) if is_learned}
-    return int(_FLOAT * (2 * len(part) * len(positions) + 3 * learned_tokens) * vocabulary)
+    positions = {i for example in micro_batch for i, is_learned in enumerate(example.loss_mask) if is_learned}
+    return int(_FLOAT * (2 * len(micro_batch) * len(positions) + 3 * learned_tokens) * vocabulary)
 
 
 @dataclass(frozen=True)
@@ -250,9 +252,9 @@ def make_plan(
         return batches(examples, order, config.batch_size)
 
     computed = [
-        _computed(part, packed, share_prefix, multiple)
+        _computed(micro_batch, packed, share_prefix, multiple)
         for batch in optimiser_batches()
-        for part in _cut(batch, config, packed)
+        for micro_batch in _cut(batch, config, packed)
     ]
     return Plan(
         batching="packed" if packed else "padded",
@@ -289,10 +291,10 @@ def _cut(batch: Sequence[Example], config: TrainConfig, packed: bool) -> list[li
     return list((packed_micro_batches if packed else micro_batches)(batch, config.max_tokens))
 
 
-def _computed(part: Sequence[Example], packed: bool, share_prefix: bool, multiple: int) -> int:
+def _computed(micro_batch: Sequence[Example], packed: bool, share_prefix: bool, multiple: int) -> int:
     if not packed:
-        return padded_tokens(part)
-    return packed_tokens(part, share_prefix=share_prefix, multiple=multiple)
+        return padded_tokens(micro_batch)
+    return packed_tokens(micro_batch, share_prefix=share_prefix, multiple=multiple)
 
 
 def _checkpoint_size(parameters: int, trainable: int, config: TrainConfig) -> int:

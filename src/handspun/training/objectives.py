@@ -39,7 +39,7 @@ def call_directly(compute: Callable[..., Any], *arguments: Any) -> Any:
 
 @dataclass(frozen=True)
 class PaddedRunner:
-    """Padded execution of a model."""
+    """Padded runner of a model."""
 
     model: PreTrainedModel
     dtype: torch.dtype
@@ -50,40 +50,40 @@ class PaddedRunner:
         """The batch in micro-batches, padding included."""
         return micro_batches(batch, max_tokens)
 
-    def computed_tokens(self, part: Sequence[Example]) -> int:
+    def computed_tokens(self, micro_batch: Sequence[Example]) -> int:
         """Tokens that go through the model, padding included."""
-        return padded_tokens(part)
+        return padded_tokens(micro_batch)
 
-    def loss(self, part: Sequence[Example]) -> float:
-        """The loss summed over the part's learned tokens, without a gradient, by products in float32."""
+    def loss(self, micro_batch: Sequence[Example]) -> float:
+        """The loss summed over the micro-batch's learned tokens, without a gradient, by products in float32."""
         with torch.no_grad():
-            return float(self.run(self._loss, part, torch.float32))
+            return float(self.run(self._loss, micro_batch, torch.float32))
 
-    def row_losses(self, part: Sequence[Example]) -> list[float]:
+    def row_losses(self, micro_batch: Sequence[Example]) -> list[float]:
         """The terms of `loss`: each example's, summed over its learned tokens."""
         with torch.no_grad():
-            losses: list[float] = self.run(self._row_losses, part)
+            losses: list[float] = self.run(self._row_losses, micro_batch)
         return losses
 
-    def backward(self, part: Sequence[Example], divisor: int) -> float:
-        """Adds the gradient of the part's loss sum / `divisor`; returns the sum."""
-        loss: torch.Tensor = self.run(self._loss, part, self.dtype)
+    def backward(self, micro_batch: Sequence[Example], divisor: int) -> float:
+        """Adds the gradient of the micro-batch's loss sum / `divisor`; returns the sum."""
+        loss: torch.Tensor = self.run(self._loss, micro_batch, self.dtype)
         (loss / divisor).backward()
         return loss.item()
 
-    def _loss(self, part: Sequence[Example], dtype: torch.dtype) -> torch.Tensor:
-        return padded_loss(self.model, part, pad_token_id=self.pad_token_id, dtype=dtype)[0]
+    def _loss(self, micro_batch: Sequence[Example], dtype: torch.dtype) -> torch.Tensor:
+        return padded_loss(self.model, micro_batch, pad_token_id=self.pad_token_id, dtype=dtype)[0]
 
-    def _row_losses(self, part: Sequence[Example]) -> list[float]:
-        logits, targets = _logits(self.model, part, self.pad_token_id, torch.float32)
+    def _row_losses(self, micro_batch: Sequence[Example]) -> list[float]:
+        logits, targets = _logits(self.model, micro_batch, self.pad_token_id, torch.float32)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
         rows: list[float] = losses.view(targets.shape).double().sum(dim=1).tolist()
         return rows
 
 
-def padded_tokens(part: Sequence[Example]) -> int:
-    """Tokens of the part once it is padded."""
-    return len(part) * max(len(example) for example in part)
+def padded_tokens(micro_batch: Sequence[Example]) -> int:
+    """Tokens of the micro-batch once it is padded."""
+    return len(micro_batch) * max(len(example) for example in micro_batch)
 
 
 def padded_loss(

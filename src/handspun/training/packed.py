@@ -1,4 +1,4 @@
-"""Packed execution: rows end to end (`pack.py`), each attending to itself (`packed_attention.py`).
+"""Packed runner: rows end to end (`pack.py`), each attending to itself (`packed_attention.py`).
 
 The head sees only positions that predict a learned token, a chunk at a time.
 """
@@ -173,7 +173,7 @@ LOGITS_CHUNK_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class Packed:
-    """Packed execution of a model whose attention is `packed_attention`'s."""
+    """Packed runner of a model whose attention is `packed_attention`'s."""
 
     model: PreTrainedModel
     dtype: torch.dtype
@@ -184,52 +184,52 @@ class Packed:
         """The batch in micro-batches."""
         return packed_micro_batches(batch, max_tokens)
 
-    def computed_tokens(self, part: Sequence[Example]) -> int:
+    def computed_tokens(self, micro_batch: Sequence[Example]) -> int:
         """Tokens that go through the model: the shared prefix once, and what a pack is filled up with."""
         multiple = pad_to_multiple(self.model.device)
-        return packed_tokens(part, share_prefix=self.share_prefix, multiple=multiple)
+        return packed_tokens(micro_batch, share_prefix=self.share_prefix, multiple=multiple)
 
-    def loss(self, part: Sequence[Example]) -> float:
-        """The loss summed over the part's learned tokens, without a gradient, by products in float32."""
+    def loss(self, micro_batch: Sequence[Example]) -> float:
+        """The loss summed over the micro-batch's learned tokens, without a gradient, by products in float32."""
         with torch.no_grad():
-            return float(self.run(self._loss, part))
+            return float(self.run(self._loss, micro_batch))
 
-    def row_losses(self, part: Sequence[Example]) -> list[float]:
+    def row_losses(self, micro_batch: Sequence[Example]) -> list[float]:
         """The terms of `loss`: each example's, summed over its learned tokens."""
         with torch.no_grad():
-            losses: list[float] = self.run(self._row_losses, part)
+            losses: list[float] = self.run(self._row_losses, micro_batch)
         return losses
 
-    def backward(self, part: Sequence[Example], divisor: int) -> float:
-        """Adds the gradient of the part's loss sum / `divisor`; returns the sum.
+    def backward(self, micro_batch: Sequence[Example], divisor: int) -> float:
+        """Adds the gradient of the micro-batch's loss sum / `divisor`; returns the sum.
 
         In two stages, so that logits exist for one chunk at a time: from each chunk's loss back to the hidden
         states, and then from these through the body.
         """
         total: float
-        hidden, gradient, total = self.run(self._lm_head_backward, part, divisor)
+        hidden, gradient, total = self.run(self._lm_head_backward, micro_batch, divisor)
         hidden.backward(gradient)
         return total
 
-    def _loss(self, part: Sequence[Example]) -> float:
-        packed = self._pack(part)
+    def _loss(self, micro_batch: Sequence[Example]) -> float:
+        packed = self._pack(micro_batch)
         hidden = self._hidden_states(packed, torch.float32)
         chunks = _chunks(hidden, packed.targets, self._vocabulary)
         return sum(linear_cross_entropy(self._head, some, targets).item() for some, targets in chunks)
 
-    def _row_losses(self, part: Sequence[Example]) -> list[float]:
-        packed = self._pack(part)
+    def _row_losses(self, micro_batch: Sequence[Example]) -> list[float]:
+        packed = self._pack(micro_batch)
         hidden = self._hidden_states(packed, torch.float32)
         chunks = _chunks(hidden, packed.targets, self._vocabulary)
         losses = [
             F.cross_entropy(head_logits(self._head, some), targets, reduction="none") for some, targets in chunks
         ]
-        rows = torch.cat(losses).double().split([example.learned_tokens for example in part])
+        rows = torch.cat(losses).double().split([example.learned_tokens for example in micro_batch])
         return [row.sum().item() for row in rows]
 
-    def _lm_head_backward(self, part: Sequence[Example], divisor: int) -> tuple[Tensor, Tensor, float]:
+    def _lm_head_backward(self, micro_batch: Sequence[Example], divisor: int) -> tuple[Tensor, Tensor, float]:
         """(hidden states at learned positions, the gradient there, loss sum): the first stage."""
-        packed = self._pack(part)
+        packed = self._pack(micro_batch)
         hidden = self._hidden_states(packed, self.dtype)
         chunks = _chunks(hidden, packed.targets, self._vocabulary)
         with tf32_lm_head(self.dtype, self.model.device):
@@ -237,9 +237,9 @@ class Packed:
         gradient = torch.cat([gradient for _, gradient in done]).to(hidden.dtype)
         return hidden, gradient, sum(loss for loss, _ in done)
 
-    def _pack(self, part: Sequence[Example]) -> Pack:
+    def _pack(self, micro_batch: Sequence[Example]) -> Pack:
         device = self.model.device
-        return pack(part, share_prefix=self.share_prefix, device=device, multiple=pad_to_multiple(device))
+        return pack(micro_batch, share_prefix=self.share_prefix, device=device, multiple=pad_to_multiple(device))
 
     def _hidden_states(self, packed: Pack, dtype: torch.dtype) -> Tensor:
         """(learned, hidden size): the body's output at the positions that predict a learned token."""

@@ -25,18 +25,20 @@ class BatchRunner(Protocol):
     def cut(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
         """The batch in micro-batches of at most `max_tokens` tokens; a longer row is one of its own."""
 
-    def computed_tokens(self, part: Sequence[Example]) -> int:
+    def computed_tokens(self, micro_batch: Sequence[Example]) -> int:
         """Tokens that go through the model: padding is in it, and a shared prefix once."""
 
-    def loss(self, part: Sequence[Example]) -> float:
-        """The loss summed over the part's learned tokens, without a gradient, by products in float32: that of the
-        weights as they are kept. Rounded to bfloat16, weights lose what small steps taught them."""
+    def loss(self, micro_batch: Sequence[Example]) -> float:
+        """Return the loss summed over the micro-batch's target tokens, without a gradient, by matmuls in float32.
 
-    def row_losses(self, part: Sequence[Example]) -> list[float]:
+        The weights are used as they are kept: rounded to bfloat16, they would lose what small steps taught them.
+        """
+
+    def row_losses(self, micro_batch: Sequence[Example]) -> list[float]:
         """The terms of `loss`: each example's, summed over its learned tokens."""
 
-    def backward(self, part: Sequence[Example], divisor: int) -> float:
-        """Adds the gradient of the part's loss sum / `divisor`; returns the sum."""
+    def backward(self, micro_batch: Sequence[Example], divisor: int) -> float:
+        """Adds the gradient of the micro-batch's loss sum / `divisor`; returns the sum."""
 
 
 @contextmanager
@@ -50,7 +52,7 @@ def select_runner(
     notice: Callable[[str], None],
     run_on: Callable[[PreTrainedModel], CallInForward] = lambda _: call_directly,
 ) -> Iterator[BatchRunner]:
-    """The execution that the config asks for; the model's attention is packed inside the block, if it is packed.
+    """The runner that the config asks for; the model's attention is packed inside the block, if it is packed.
 
     run_on: how computations on the model are made, once it is known which; it may cut the model over the ranks.
     A model whose attention does not fit runs padded, and `notice` is told why.

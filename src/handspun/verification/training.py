@@ -37,11 +37,11 @@ def check_packed(material: Reference) -> Iterator[Finding]:
     with _all_trained(model):
         with select_runner(
             model, TrainConfig(), examples, dtype=torch.float32, pad_token_id=0, notice=said.append
-        ) as execution:
-            if not isinstance(execution, Packed):
+        ) as runner:
+            if not isinstance(runner, Packed):
                 yield Finding(check="packed", case="loss and gradients", status="info", found="; ".join(said))
                 return
-            loss, gradients = _backward(model, execution, examples)
+            loss, gradients = _backward(model, runner, examples)
         with _in_float64(model):
             padded = PaddedRunner(
                 model, torch.float32, pad_token_id=0
@@ -55,10 +55,10 @@ def check_packed(material: Reference) -> Iterator[Finding]:
 
 
 def _backward(
-    model: PreTrainedModel, execution: BatchRunner, examples: list[Example]
+    model: PreTrainedModel, runner: BatchRunner, examples: list[Example]
 ) -> tuple[float, dict[str, Tensor]]:
     learned = sum(example.learned_tokens for example in examples)
-    loss = execution.backward(examples, learned) / learned
+    loss = runner.backward(examples, learned) / learned
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return loss, gradients
