@@ -24,7 +24,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-# Wide enough for int8 products, which come in multiples of 16.
+# Wide enough for int8 matmuls, which come in multiples of 16.
 SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1, "vocab_size": 336}
 ROWS = [
     {"instruction": f"Say {word}.", "input": "", "output": f"It is {word}, and nothing else."}

@@ -33,15 +33,15 @@ import torch
 from torch.nn.functional import linear
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-def product(tokens):
+def matmul(tokens):
     with torch.autocast("cpu", torch.bfloat16):
         linear(torch.ones(tokens, 128, requires_grad=True), weight).sum().backward()
 weight = torch.randn(256, 128, requires_grad=True)
 for tokens in range(240, 200, -1):
-    product(tokens)
+    matmul(tokens)
 before = resident()
 for tokens in range(100, 160):
-    product(tokens)
+    matmul(tokens)
 print(resident() - before)
 """
 
@@ -60,7 +60,7 @@ def test_a_tensor_of_the_same_size_faults_no_new_pages_in() -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read from /proc")
 def test_kernels_for_numbers_of_tokens_gone_by_are_not_kept() -> None:
-    """Of bfloat16 products, forward and backward, 60 numbers of tokens."""
+    """Of bfloat16 matmuls, forward and backward, 60 numbers of tokens."""
     assert printed(KERNELS, "keep") < 4e6
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         assert printed(KERNELS, "leave") > 40e6

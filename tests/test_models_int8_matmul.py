@@ -43,7 +43,7 @@ def random_case(count: int, width: int, channels: int) -> tuple[Tensor, Tensor]:
 def in_halves(rows: Tensor, weight: Tensor) -> Tensor:
     """The way of CPUs without VNNI, which is exact on the others too."""
     packed = PackedInt8(weight, in_halves=True, at_once=False)
-    return packed.product(rows, torch.ones(len(rows), 1), torch.ones(len(weight)), None)
+    return packed.matmul(rows, torch.ones(len(rows), 1), torch.ones(len(weight)), None)
 
 
 def in_float(rows: Tensor, weight: Tensor) -> Tensor:
@@ -101,11 +101,11 @@ def test_scales_come_in_the_plain_order(count: int, has_bias: bool) -> None:
     expected = exact_sums(rows.int() - 128, weight).float() * scale * row_scale
     expected = expected if bias is None else expected + bias
     packed = int8_matmul.packed_int8(weight)
-    assert torch.equal(packed.product(rows, row_scale, scale, bias), expected)
+    assert torch.equal(packed.matmul(rows, row_scale, scale, bias), expected)
     halves = PackedInt8(weight, in_halves=True, at_once=False)
-    assert torch.equal(halves.product(rows, row_scale, scale, bias), expected)
+    assert torch.equal(halves.matmul(rows, row_scale, scale, bias), expected)
     layer = Int8Linear(weight, scale, bias)
-    assert torch.equal(layer.product_of_bytes(rows, row_scale), expected)
+    assert torch.equal(layer.matmul_of_bytes(rows, row_scale), expected)
 
 
 def test_autocast_does_not_round_integer_sums() -> None:
@@ -116,9 +116,9 @@ def test_autocast_does_not_round_integer_sums() -> None:
 
 
 def saturating(rows: Tensor, weight: Tensor) -> Tensor:
-    """Two products added in 16 bits, as the instructions before VNNI do it: what a guard must notice."""
-    products = rows.int()[:, None] * weight.int()
-    pairs = nn.functional.pad(products, (0, products.shape[2] % 2)).unflatten(2, (-1, 2)).sum(3)
+    """Two matmuls added in 16 bits, as the instructions before VNNI do it: what a guard must notice."""
+    matmuls = rows.int()[:, None] * weight.int()
+    pairs = nn.functional.pad(matmuls, (0, matmuls.shape[2] % 2)).unflatten(2, (-1, 2)).sum(3)
     return pairs.clamp(-(2**15), 2**15 - 1).sum(2) - 128 * weight.int().sum(1)
 
 
@@ -132,7 +132,7 @@ def off_by_one(rows: Tensor, weight: Tensor) -> Tensor:
 def test_is_exact_notices_one_wrong_sum(matmul: Callable[[Tensor, Tensor], Tensor]) -> None:
     assert is_exact(lambda rows, weight: exact_sums(rows.int() - 128, weight))
     assert not is_exact(matmul)
-    with pytest.raises(ModelError, match=r"int8 products are not exact on cpu .*Use --weights float32\."):
+    with pytest.raises(ModelError, match=r"int8 matmuls are not exact on cpu .*Use --weights float32\."):
         check_exact([decoded_sums, matmul], torch.device("cpu"), remedy="--weights float32")
 
 
@@ -183,7 +183,7 @@ def computed() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", RESTRICTIONS)
 def test_older_cpus_have_the_same_bits(name: str) -> None:
-    """The real products in a process that is held to older instructions. Without VNNI, whole bytes saturate."""
+    """The real matmuls in a process that is held to older instructions. Without VNNI, whole bytes saturate."""
     code = "import json, test_models_int8_matmul as t; print(json.dumps(t.computed()))"
     environment = os.environ | RESTRICTIONS[name] | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(

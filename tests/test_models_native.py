@@ -1,4 +1,4 @@
-"""Products of bytes and int8 weights, by native kernels and without: exact sums, whatever the numbers of rows and
+"""Matmuls of bytes and int8 weights, by native kernels and without: exact sums, whatever the numbers of rows and
 channels, both ways."""
 
 import pytest
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from handspun.kernels import native
 from handspun.kernels.int8_matmul import exact_sums
 from handspun.kernels.tiles import TiledInt8Weight
-from handspun.models import fused as products
+from handspun.models import fused
 from handspun.models.fused import Int8Matrix, Int8Product
 from handspun.models.int8 import Int8Linear, int8_linear
 
@@ -21,7 +21,7 @@ BACKENDS = [pytest.param(True, id="native", marks=needs_kernels), pytest.param(F
 
 @pytest.fixture(params=BACKENDS)
 def is_native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether products are native: with AMX they are not by themselves."""
+    """Whether matmuls are native: with AMX they are not by themselves."""
     monkeypatch.setattr(native, "can_multiply", lambda: request.param)
     return bool(request.param)
 
@@ -50,8 +50,8 @@ def test_a_product_is_the_exact_sum_scaled_in_pytorchs_order(
         rows, row_scale = bytes_of(count, width), torch.rand(count, 1)
         expected = exact_sums(rows.int() - 128, weight).float() * scale * row_scale
         expected = expected if bias is None else expected + bias
-        assert torch.equal(layer.product_of_bytes(rows, row_scale), expected)
-        assert torch.equal(matrix.product(rows, row_scale, scale, bias), expected)
+        assert torch.equal(layer.matmul_of_bytes(rows, row_scale), expected)
+        assert torch.equal(matrix.matmul(rows, row_scale, scale, bias), expected)
 
 
 @pytest.mark.parametrize("width", [4, 36, 896])
@@ -64,7 +64,7 @@ def test_so_is_the_product_with_the_transposed_matrix(width: int, channels: int)
     for count in (1, 2, 5, 6, 7, 13):
         rows, row_scale = bytes_of(count, channels), torch.rand(count, 1)
         expected = exact_sums(rows.int() - 128, weight.T).float() * row_scale
-        assert torch.equal(layer.transposed_product_of_bytes(rows, row_scale), expected)
+        assert torch.equal(layer.transposed_matmul_of_bytes(rows, row_scale), expected)
 
 
 @pytest.mark.usefixtures("is_native")
@@ -77,18 +77,18 @@ def test_the_largest_sums_are_exact() -> None:
     )
     for byte, value in ((255, 127), (0, -128)):
         rows = torch.full((7, width), byte, dtype=torch.uint8)
-        assert (layer.product_of_bytes(rows, one) == float(value * 127 * width)).all()
-        assert (transposed.transposed_product_of_bytes(rows, one) == float(value * 127 * width)).all()
+        assert (layer.matmul_of_bytes(rows, one) == float(value * 127 * width)).all()
+        assert (transposed.transposed_matmul_of_bytes(rows, one) == float(value * 127 * width)).all()
 
 
 @pytest.mark.usefixtures("is_native")
 def test_a_row_is_the_same_whatever_is_beside_it() -> None:
     torch.manual_seed(0)
-    product = Int8Product(torch.randn(200, 68), torch.randn(200))
+    matmul = Int8Product(torch.randn(200, 68), torch.randn(200))
     x = torch.randn(40, 68)
-    whole = product(x)
+    whole = matmul(x)
     for count in (1, 2, 3, 7, 13, 39):
-        assert torch.equal(product(x[-count:]), whole[-count:])
+        assert torch.equal(matmul(x[-count:]), whole[-count:])
 
 
 @pytest.mark.usefixtures("is_native")
@@ -101,7 +101,7 @@ def test_rows_of_the_matrix_as_an_embedding() -> None:
 
 
 def test_a_pytorch_without_onednns_products_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are internal to PyTorch, and may go: the plain product takes their place."""
+    """They are internal to PyTorch, and may go: the plain matmul takes their place."""
 
     def is_gone(_: Tensor) -> None:
         raise AttributeError("'_OpNamespace' 'onednn' object has no attribute 'qlinear_prepack'")
@@ -110,10 +110,10 @@ def test_a_pytorch_without_onednns_products_has_the_same_bits(monkeypatch: pytes
     weight, bias, x = torch.randn(200, 68), torch.randn(200), torch.randn(9, 68)
     monkeypatch.setattr(native, "can_multiply", lambda: False)
     usual = Int8Product(weight, bias)(x)
-    monkeypatch.setattr(products, "packed_int8", is_gone)
-    product = Int8Product(weight, bias, is_embedding=True)
-    assert torch.equal(product(x), usual)
-    assert product._matrix._packed is None
+    monkeypatch.setattr(fused, "packed_int8", is_gone)
+    matmul = Int8Product(weight, bias, is_embedding=True)
+    assert torch.equal(matmul(x), usual)
+    assert matmul._matrix._packed is None
 
 
 @needs_kernels

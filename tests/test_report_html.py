@@ -369,7 +369,7 @@ def test_axe_finds_nothing_in_any_page(finished: Path, copy: Callable[..., Path]
     axe = Path(os.environ["AXE"])
     for page in (finished / "report.html", both):
         assert overflow(page, width=WIDTHS["phone"]) == 0
-        for width, scheme in itertools.product(WIDTHS.values(), SCHEMES):
+        for width, scheme in itertools.matmul(WIDTHS.values(), SCHEMES):
             assert violations(page, axe, width=width, scheme=scheme) == []
     planted = tmp_path / "planted.html"
     planted.write_text(

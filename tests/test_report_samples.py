@@ -20,7 +20,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "LoRA": ADAPTERS,
     "LoRA padded": {**ADAPTERS, "batching": "padded"},
     "int8 base": {**ADAPTERS, "base_weights": "int8"},
-    "products in bfloat16": {"dtype": "bfloat16"},
+    "matmuls in bfloat16": {"dtype": "bfloat16"},
     "computed again": {"activation_checkpointing": True},
 }
 

@@ -36,7 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "states in 8 bits": {"optimizer_states": "8bit"},
     "states in bfloat16": {"optimizer_states": "bfloat16"},
     "saved in bfloat16": {"save_dtype": "bfloat16"},
-    "products in bfloat16": {"dtype": "bfloat16"},
+    "matmuls in bfloat16": {"dtype": "bfloat16"},
     "computed again": {"activation_checkpointing": True},
 }
 

@@ -103,7 +103,7 @@ def test_an_int8_base_trains_packed_and_leaves_an_ordinary_adapter(tiny_folder: 
     log = (data.with_name("output") / "train.log").read_text(encoding="utf-8")
     assert "the frozen layers under the adapters are int8" in log
     assert "batching: packed" in log
-    assert "products in float32 (beside the int8 layers)" in log
+    assert "matmuls in float32 (beside the int8 layers)" in log
     assert losses["int8"] == pytest.approx(losses["float32"], rel=0.02)
     assert losses["int8"] != losses["float32"]
     adapted = handspun.load(str(run.checkpoints[-1]))

@@ -1,4 +1,4 @@
-"""The type of the products: bfloat16 if the CPU has it and a clock says that it is clearly faster."""
+"""The type of the matmuls: bfloat16 if the CPU has it and a clock says that it is clearly faster."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def on_a_new_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 class Clock:
-    """Each product takes as long as its type is told to take, times its number of values; counts the products."""
+    """Each matmul takes as long as its type is told to take, times its number of values; counts the matmuls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, bfloat16: float, float32: float) -> None:
         self.now, self.timed = 0.0, list[tuple[int, torch.dtype]]()
@@ -54,9 +54,9 @@ class Clock:
 @pytest.mark.parametrize(
     ("bfloat16", "expected"),
     [
-        (0.5, (torch.bfloat16, "its products are 2.0 times as fast as float32's here")),
-        (0.9, (torch.float32, "bfloat16 products are 1.1 times as fast here")),
-        (1.6, (torch.float32, "bfloat16 products are 0.6 times as fast here")),
+        (0.5, (torch.bfloat16, "its matmuls are 2.0 times as fast as float32's here")),
+        (0.9, (torch.float32, "bfloat16 matmuls are 1.1 times as fast here")),
+        (1.6, (torch.float32, "bfloat16 matmuls are 0.6 times as fast here")),
     ],
 )
 @pytest.mark.usefixtures("on_a_new_cpu")
@@ -70,9 +70,9 @@ def test_a_cpu_takes_bfloat16_if_it_is_clearly_faster_and_says_so(
 
 @pytest.mark.usefixtures("on_a_new_cpu")
 def test_the_probe_ends_as_soon_as_float32_has_won(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundred times slower, as without instructions: only the smallest product is tried."""
+    """A hundred times slower, as without instructions: only the smallest matmul is tried."""
     clock = Clock(monkeypatch, bfloat16=1e-8, float32=1e-10)
-    assert choose_dtype(CPU, clock) == (torch.float32, "bfloat16 products are 0.0 times as fast here")
+    assert choose_dtype(CPU, clock) == (torch.float32, "bfloat16 matmuls are 0.0 times as fast here")
     assert [tokens for tokens, _ in clock.timed] == [8, 8]
 
 
@@ -99,7 +99,7 @@ def test_the_probe_times_real_products() -> None:
         (OLD, True, "this CPU has no instructions for bfloat16"),
         (OLD | {"avx512f", "avx512_vnni"}, True, "this CPU has no instructions for bfloat16"),
         (NEW, False, "this CPU has no instructions for bfloat16"),
-        (frozenset({"asimd", "bf16"}), True, "its products are 2.0 times as fast as float32's here"),
+        (frozenset({"asimd", "bf16"}), True, "its matmuls are 2.0 times as fast as float32's here"),
         (frozenset[str](), True, "this CPU has no instructions for bfloat16"),
     ],
 )

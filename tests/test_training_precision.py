@@ -1,4 +1,4 @@
-"""Which type each number has while the body's products are in bfloat16: the loss and the head's are float32."""
+"""Which type each number has while the body's matmuls are in bfloat16: the loss and the head's are float32."""
 
 from typing import Any
 

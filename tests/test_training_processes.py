@@ -31,7 +31,7 @@ HELD = {
     "sharded, computed again": {"shard": True, "activation_checkpointing": True},
 }
 CASES = [
-    *itertools.product(BATCHING, TRAINED, ["replicated", "sharded"]),
+    *itertools.matmul(BATCHING, TRAINED, ["replicated", "sharded"]),
     ("packed", "full", "sharded, computed again"),
 ]
 
@@ -76,7 +76,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
-@pytest.mark.parametrize(("batching", "lora"), list(itertools.product(BATCHING, (False, True))))
+@pytest.mark.parametrize(("batching", "lora"), list(itertools.matmul(BATCHING, (False, True))))
 def test_an_empty_micro_batch_has_a_gradient_of_zeros_for_all_that_is_trained(batching: Any, lora: bool) -> None:
     """A rank that left one out would wait for the others in another collective than they for it."""
     model = tiny_model("qwen2")

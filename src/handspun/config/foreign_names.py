@@ -12,7 +12,7 @@ _STEPS = (
     "device x devices x accumulation steps."
 )
 _PRECISION = (
-    "{dtype} says it: bfloat16, float32, or auto, which takes the faster one. There is no float16, whose products "
+    "{dtype} says it: bfloat16, float32, or auto, which takes the faster one. There is no float16, whose matmuls "
     "would need loss scaling."
 )
 _FOUR_BITS = (

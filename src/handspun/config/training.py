@@ -146,8 +146,8 @@ class TrainConfig(DataConfig):
     """"auto" (cuda where there is one, else cpu), "cpu", "cuda", "cuda:1", "mps"."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the matrix products; weights, optimiser and held-out losses stay float32. "auto" is bfloat16 where a
-    probe of a few products says that it is clearly faster."""
+    """Type of the matrix matmuls; weights, optimiser and held-out losses stay float32. "auto" is bfloat16 where a
+    probe of a few matmuls says that it is clearly faster."""
 
     threads: int | None = None
     """CPU threads; if not given, one per physical core. Under torchrun, those of each process; if not given, its

@@ -101,17 +101,17 @@ class PackedInt8:
         self._ones = torch.ones(len(weight))
         self._zeros = torch.zeros(len(weight), dtype=torch.int64)
 
-    def product(self, rows: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def matmul(self, rows: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """Return row_scale * scale * ((rows - 128) @ weight.T) + bias: (count, out), float32.
 
         rows: (count, in), bytes. row_scale: (count, 1). scale, bias: (out,).
         """
         if not self._in_halves and len(self._parts) == 1:
-            products = self._qlinear(rows, self._parts[0], scale)
+            matmuls = self._qlinear(rows, self._parts[0], scale)
         else:
-            products = self._sums(rows).mul_(scale)
-        products = products.mul_(row_scale)
-        return products if bias is None else products.add_(bias)
+            matmuls = self._sums(rows).mul_(scale)
+        matmuls = matmuls.mul_(row_scale)
+        return matmuls if bias is None else matmuls.add_(bias)
 
     def _sums(self, rows: Tensor) -> Tensor:
         """Return (rows - 128) @ weight.T, rounded to float32 once, as exact int32 sums would be."""
@@ -133,11 +133,11 @@ class PackedInt8:
     def _qlinear(self, rows: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
         """Return scale * ((rows - middle) @ weight.T) of some columns, float32."""
         middle = 64 if self._in_halves else 128
-        products: Tensor = torch.ops.onednn.qlinear_pointwise(
+        matmuls: Tensor = torch.ops.onednn.qlinear_pointwise(
             *(rows, 1.0, middle, packed, scale, self._zeros, None),
             *(1.0, 0, torch.float32, "none", [], ""),
         )
-        return products
+        return matmuls
 
 
 def packed_int8(weight: Tensor) -> PackedInt8:
@@ -169,7 +169,7 @@ def _qlinear_is_exact(*, in_halves: bool, at_once: bool) -> bool:
 
     def sums_of(rows: Tensor, weight: Tensor) -> Tensor:
         packed = PackedInt8(weight, in_halves=in_halves, at_once=at_once)
-        return packed.product(rows, torch.ones(len(rows), 1), torch.ones(len(weight)), None)
+        return packed.matmul(rows, torch.ones(len(rows), 1), torch.ones(len(weight)), None)
 
     return is_exact(sums_of)
 

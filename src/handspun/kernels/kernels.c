@@ -1,6 +1,6 @@
 /* What a decoding step does, for x86-64 CPUs with AVX-512 and its int8 dot product (VNNI): rounding rows to int8, of
- * normed and gated inputs too, their products with int8 weights, and attention of single queries. Training's int8
- * layers use `hadamard`, `quantize`, `scale_quantize` and both products.
+ * normed and gated inputs too, their matmuls with int8 weights, and attention of single queries. Training's int8
+ * layers use `hadamard`, `quantize`, `scale_quantize` and both matmuls.
  *
  * Each function computes what models/fused.py and decoding/engines/fused.py compute with PyTorch, without arrays in
  * between. Every row is computed by itself, by the same instructions wherever it stands: its result does not depend on
@@ -198,10 +198,10 @@ static void multiply_tile(const uint8_t *x, const float *row_scale, int64_t rows
     }
 }
 
-/* The product of rows of bytes, 128 in their middle, (rows, width), with int8 weights, (channels, width), as float32,
+/* The matmul of rows of bytes, 128 in their middle, (rows, width), with int8 weights, (channels, width), as float32,
  * (rows, channels). weight: in tiles of 64 channels, the last one filled up with zeros, each (width / 4, 64, 4), so
  * that it is read from end to end. base: -128 times the sums of the channels, filled up too. */
-void product(const uint8_t *x, const float *row_scale, int64_t rows, int64_t width, const int8_t *weight,
+void matmul(const uint8_t *x, const float *row_scale, int64_t rows, int64_t width, const int8_t *weight,
              const int32_t *base, const float *scale, const float *bias, int64_t channels, float *out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t c = 0; c < channels; c += TILE)
@@ -209,10 +209,10 @@ void product(const uint8_t *x, const float *row_scale, int64_t rows, int64_t wid
                       channels - c, out + c, channels);
 }
 
-/* The product with the transposed matrix: (rows, channels) to (rows, width). 64 columns at a time are laid out as a
+/* The matmul with the transposed matrix: (rows, channels) to (rows, width). 64 columns at a time are laid out as a
  * tile is, 4 by 16 bytes an instruction, and serve all rows. base: -128 times the sums of the columns, filled up.
  * work: (threads, channels filled up, 64). */
-void transposed_product(const uint8_t *x, const float *row_scale, int64_t rows, int64_t channels, const int8_t *weight,
+void transposed_matmul(const uint8_t *x, const float *row_scale, int64_t rows, int64_t channels, const int8_t *weight,
                         const int32_t *base, int64_t width, float *out, int8_t *work, int threads) {
     const __m512i turned = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     int64_t filled = (channels + TILE - 1) / TILE * TILE;

@@ -173,8 +173,8 @@ _SIGNATURES = {
     "norm_quantize": (_ARRAY, _ARRAY, _FLOAT, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _THREADS),
     "gate_quantize": (_ARRAY, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _THREADS),
     "scale_quantize": (_ARRAY, _ARRAY, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _THREADS),
-    "product": (*(_ARRAY, _ARRAY, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _ARRAY, _INT, _ARRAY), _THREADS),
-    "transposed_product": (*(_ARRAY, _ARRAY, _INT, _INT, _ARRAY, _ARRAY, _INT, _ARRAY, _ARRAY), _THREADS),
+    "matmul": (*(_ARRAY, _ARRAY, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _ARRAY, _INT, _ARRAY), _THREADS),
+    "transposed_matmul": (*(_ARRAY, _ARRAY, _INT, _INT, _ARRAY, _ARRAY, _INT, _ARRAY, _ARRAY), _THREADS),
     "rotate": (
         *(_ARRAY, _INT, _INT, _INT, _INT, _ARRAY, _ARRAY, _FLOAT),
         *(_ARRAY, _ARRAY, _ARRAY, _ARRAY, _INT),
@@ -270,7 +270,7 @@ def gate_quantize(library: Any, gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def can_multiply() -> bool:
-    """Whether the products are there, and the fastest that there are: with AMX, oneDNN's are."""
+    """Whether the matmuls are there, and the fastest that there are: with AMX, oneDNN's are."""
     return kernels() is not None and "amx_int8" not in cpu_flags()
 
 

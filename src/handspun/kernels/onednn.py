@@ -18,7 +18,7 @@ def without_cudnn() -> AbstractContextManager[None]:
 
 def limit_primitive_cache() -> None:
     """oneDNN remembers 1,024 kernels, and PyTorch, above it, as many again; every packed batch needs new ones, a
-    dozen. To be called before the first product."""
+    dozen. To be called before the first matmul."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
 
@@ -29,11 +29,11 @@ def _is_there() -> bool:
 
 
 def _takes(weight: Tensor) -> bool:
-    """Whether products with this matrix go through oneDNN: float32 on a CPU."""
+    """Whether matmuls with this matrix go through oneDNN: float32 on a CPU."""
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and _is_there()
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, without gradients; F.linear where oneDNN does not take the matrix.
 
     x: (tokens, in). weight: (out, in). bias: (out,).
@@ -49,7 +49,7 @@ def linear_padded_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     count = len(x)
     if _takes(weight) and (more := rounded_up(count) - count):
         x = F.pad(x, (0, 0, 0, more))
-    return product(x, weight, bias)[:count]
+    return matmul(x, weight, bias)[:count]
 
 
 def rounded_up(count: int) -> int:

@@ -1,6 +1,6 @@
 """An int8 matrix in tiles of 64 channels, which the native kernels (kernels.c) read from end to end.
 
-The same tiles serve products with the matrix and with its transpose, which gradients need. Sums are exact
+The same tiles serve matmuls with the matrix and with its transpose, which gradients need. Sums are exact
 integers, and their scales come in the order of the plain form: bits are those of `torch._int_mm` and PyTorch.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from handspun.kernels import native
 
 _TILE = 64
-"""Channels of a tile, and columns that the transposed product computes at a time: TILE in kernels.c."""
+"""Channels of a tile, and columns that the transposed matmul computes at a time: TILE in kernels.c."""
 
 _ROWS_AT_ONCE = 8192
 """In 32 bits: an embedding has 150,000."""
@@ -48,14 +48,14 @@ class TiledInt8Weight(nn.Module):
         found: Tensor = self.weight[rows // _TILE, :, rows % _TILE]
         return found.flatten(1)
 
-    def product(self, rows: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def matmul(self, rows: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """row_scale * scale * ((rows - 128) @ weight.T) + bias: (count, out), float32.
 
         rows: (count, in), bytes. row_scale: (count, 1). scale, bias: (out,).
         """
         out = torch.empty(len(rows), self.channels)
         library: Any = native.kernels()
-        library.product(
+        library.matmul(
             *(
                 rows.data_ptr(),
                 row_scale.data_ptr(),
@@ -68,12 +68,12 @@ class TiledInt8Weight(nn.Module):
         )
         return out
 
-    def transposed_product(self, rows: Tensor, row_scale: Tensor) -> Tensor:
+    def transposed_matmul(self, rows: Tensor, row_scale: Tensor) -> Tensor:
         """row_scale * ((rows - 128) @ weight): (count, in), float32. rows: (count, out), bytes."""
         out, threads = torch.empty(len(rows), self.width), torch.get_num_threads()
         work = torch.empty(threads, self.channels + -self.channels % _TILE, _TILE, dtype=torch.int8)
         library: Any = native.kernels()
-        library.transposed_product(
+        library.transposed_matmul(
             *(rows.data_ptr(), row_scale.data_ptr(), *rows.shape, self.weight.data_ptr()),
             *(self.column_correction.data_ptr(), self.width, out.data_ptr(), work.data_ptr(), threads),
         )

@@ -64,7 +64,7 @@ class FloatProduct:
 class Int8Product:
     """In int8, with a scale for each output channel and for each token.
 
-    On a CPU the matrix is laid out once: for the native kernel, or where there is none, for oneDNN's product. Both
+    On a CPU the matrix is laid out once: for the native kernel, or where there is none, for oneDNN's matmul. Both
     take unsigned rows and give the same sums. Rows are transformed and rounded by native kernels too.
     """
 
@@ -77,27 +77,27 @@ class Int8Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(tokens, in) to (tokens, out)."""
-        return self._product(*(native.quantize(self._native, x) if self._native else _unsigned(x)))
+        return self._matmul(*(native.quantize(self._native, x) if self._native else _unsigned(x)))
 
     def after_rms_norm(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
         """(tokens, in) to (tokens, out)."""
         if self._native:
-            return self._product(*native.norm_quantize(self._native, x, norm, eps))
+            return self._matmul(*native.norm_quantize(self._native, x, norm, eps))
         return self(F.rms_norm(x, norm.shape, norm, eps))
 
     def after_swiglu(self, gate_up: Tensor) -> Tensor:
         """(tokens, 2 * in) to (tokens, out)."""
         if self._native:
-            return self._product(*native.gate_quantize(self._native, gate_up))
+            return self._matmul(*native.gate_quantize(self._native, gate_up))
         return self(_gated(gate_up))
 
     def embed(self, rows: Tensor) -> Tensor:
         """(tokens,) to (tokens, in): as an embedding."""
         return hadamard(self._matrix.rows(rows).float().mul_(self._scale[rows, None]))
 
-    def _product(self, rows: Tensor, row_scale: Tensor) -> Tensor:
+    def _matmul(self, rows: Tensor, row_scale: Tensor) -> Tensor:
         """rows: (tokens, in), unsigned, 128 in their middle. row_scale: (tokens, 1)."""
-        return self._matrix.product(rows, row_scale, self._scale, self._bias)
+        return self._matrix.matmul(rows, row_scale, self._scale, self._bias)
 
 
 class Int8Matrix:
@@ -114,22 +114,22 @@ class Int8Matrix:
         """(count,) to (count, in): rows of the matrix."""
         return self._weight[rows] if self._tiles is None else self._tiles.rows(rows)
 
-    def product(self, rows: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def matmul(self, rows: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """Return row_scale * scale * ((rows - 128) @ weight.T) + bias: (count, out), float32.
 
         rows: (count, in), bytes. row_scale: (count, 1). scale, bias: (out,).
         """
         laid_out = self._tiles or self._packed
         if laid_out is not None:
-            return laid_out.product(rows, row_scale, scale, bias)
-        products = int_mm(int8_of(rows), self._weight.t()).float().mul_(scale).mul_(row_scale)
-        return products if bias is None else products.add_(bias)
+            return laid_out.matmul(rows, row_scale, scale, bias)
+        matmuls = int_mm(int8_of(rows), self._weight.t()).float().mul_(scale).mul_(row_scale)
+        return matmuls if bias is None else matmuls.add_(bias)
 
 
 def check_exact_decoding(device: torch.device) -> None:
-    """Raise ModelError if the int8 products of decoding are not exact on the device, or missing.
+    """Raise ModelError if the int8 matmuls of decoding are not exact on the device, or missing.
 
-    Tries the very products, with the largest values.
+    Tries the very matmuls, with the largest values.
     """
     check_exact([decoded_sums], device, remedy="--weights float32")
 
@@ -138,7 +138,7 @@ def decoded_sums(rows: Tensor, weight: Tensor) -> Tensor:
     """Return the sums of rows - 128, bytes, and int8 weights as decoding computes them: (count, out), float32."""
     ones = torch.ones(len(weight), device=rows.device)
     row_scale = torch.ones(len(rows), 1, device=rows.device)
-    return Int8Matrix(weight, keeps_rows=False).product(rows, row_scale, ones, None)
+    return Int8Matrix(weight, keeps_rows=False).matmul(rows, row_scale, ones, None)
 
 
 def _unsigned(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -280,10 +280,10 @@ def _fused_float(linears: Sequence[Any]) -> InferenceLinear:
 
 def _fused_int8(linears: Sequence[Any]) -> InferenceLinear:
     weight = torch.cat([merged_weight(linear) for linear in linears])
-    product = Int8Product(weight, _fused_bias(linears), is_embedding=isinstance(linears[0], nn.Embedding))
+    matmul = Int8Product(weight, _fused_bias(linears), is_embedding=isinstance(linears[0], nn.Embedding))
     for linear in linears:
         linear.to("meta")  # the float weights are given up
-    return product
+    return matmul
 
 
 def _fused_bias(linears: Sequence[Any]) -> Tensor | None:

@@ -6,7 +6,7 @@ their neighbours by a Hadamard transform (hadamard.py):
     hadamard(x) = row_scale * x_int8                hadamard(w) / block = channel_scale * w_int8
     y = row_scale * channel_scale * (x_int8 @ w_int8.T)
 
-Sums of int8 products are exact integers, so a row's result does not depend on the rows beside it. The backward
+Sums of int8 matmuls are exact integers, so a row's result does not depend on the rows beside it. The backward
 pass uses the same matrix: the channels' scales are folded into the gradient before it is quantised, row by row,
 and the input's gradient is transformed back.
 """
@@ -55,9 +55,9 @@ def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_exact_matmuls(device: torch.device) -> None:
-    """Raise ModelError if int8 training products, forward or backward, are not exact on the device, or missing.
+    """Raise ModelError if int8 training matmuls, forward or backward, are not exact on the device, or missing.
 
-    Tries the products of `Int8Linear` themselves, with the largest values.
+    Tries the matmuls of `Int8Linear` themselves, with the largest values.
     """
     check_exact(training_matmuls(), device, remedy="--base-weights float32")
 
@@ -81,28 +81,28 @@ def check_exact(
         exact = all(is_exact(matmul, device) for matmul in matmuls)
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"int8 products are not available on {device}: {reason} Use {remedy}.") from error
+        raise ModelError(f"int8 matmuls are not available on {device}: {reason} Use {remedy}.") from error
     if not exact:
         raise ModelError(
-            f"int8 products are not exact on {device} (expected exact sums, got others for the largest values). "
+            f"int8 matmuls are not exact on {device} (expected exact sums, got others for the largest values). "
             f"Use {remedy}."
         )
 
 
 def training_matmuls() -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
-    """Return the int8 products of training, forward and backward, as matmuls of bytes and weights (`is_exact`)."""
+    """Return the int8 matmuls of training, forward and backward, as matmuls of bytes and weights (`is_exact`)."""
     return _sums_forward, _sums_backward
 
 
 def _sums_forward(rows: Tensor, weight: Tensor) -> Tensor:
     ones = torch.ones(len(weight), device=rows.device)
-    return Int8Linear(weight, ones, None).product_of_bytes(rows, torch.ones(len(rows), 1, device=rows.device))
+    return Int8Linear(weight, ones, None).matmul_of_bytes(rows, torch.ones(len(rows), 1, device=rows.device))
 
 
 def _sums_backward(rows: Tensor, weight: Tensor) -> Tensor:
-    """The same through the gradient's product: of the transposed matrix, whose transpose that multiplies by."""
+    """The same through the gradient's matmul: of the transposed matrix, whose transpose that multiplies by."""
     layer = Int8Linear(weight.T.contiguous(), torch.ones(weight.shape[1], device=rows.device), None)
-    return layer.transposed_product_of_bytes(rows, torch.ones(len(rows), 1, device=rows.device))
+    return layer.transposed_matmul_of_bytes(rows, torch.ones(len(rows), 1, device=rows.device))
 
 
 def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,19 +146,19 @@ class Int8Linear(nn.Module):
         weight = self.weight if self.tiles is None else self.tiles.rows(torch.arange(self.out_features))
         return hadamard(weight.float().mul_(self.scale[:, None]))
 
-    def product(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor) -> Tensor:
         """(tokens, in) to float32, (tokens, out)."""
         if not self.quantize_activations:
             return nn.functional.linear(x.float(), self.float_weight(), self.bias)
         if self.tiles is not None:
-            return self.product_of_bytes(*native.quantize(native.kernels(), x.float()))
+            return self.matmul_of_bytes(*native.quantize(native.kernels(), x.float()))
         rows, row_scale = quantize_rows(hadamard(x.float()))
-        return self.product_of_bytes(bytes_of(rows), row_scale)
+        return self.matmul_of_bytes(bytes_of(rows), row_scale)
 
-    def product_of_bytes(self, rows: Tensor, row_scale: Tensor) -> Tensor:
+    def matmul_of_bytes(self, rows: Tensor, row_scale: Tensor) -> Tensor:
         """Return row_scale * scale * ((rows - 128) @ weight.T) + bias. rows: (tokens, in), bytes."""
         if self.tiles is not None:
-            return self.tiles.product(rows, row_scale, self.scale, self.bias)
+            return self.tiles.matmul(rows, row_scale, self.scale, self.bias)
         y = int_mm(int8_of(rows), self.weight.t()).float().mul_(self.scale).mul_(row_scale)
         return y if self.bias is None else y.add_(self.bias)
 
@@ -166,14 +166,14 @@ class Int8Linear(nn.Module):
         """(tokens, out) to float32, (tokens, in)."""
         if self.tiles is not None:
             in_bytes = native.scale_quantize(native.kernels(), grad.float(), self.scale)
-            return hadamard(self.transposed_product_of_bytes(*in_bytes))
+            return hadamard(self.transposed_matmul_of_bytes(*in_bytes))
         rows, row_scale = quantize_rows(grad.float() * self.scale)
-        return hadamard(self.transposed_product_of_bytes(bytes_of(rows), row_scale))
+        return hadamard(self.transposed_matmul_of_bytes(bytes_of(rows), row_scale))
 
-    def transposed_product_of_bytes(self, rows: Tensor, row_scale: Tensor) -> Tensor:
+    def transposed_matmul_of_bytes(self, rows: Tensor, row_scale: Tensor) -> Tensor:
         """Return row_scale * ((rows - 128) @ weight). rows: (tokens, out), bytes."""
         if self.tiles is not None:
-            return self.tiles.transposed_product(rows, row_scale)
+            return self.tiles.transposed_matmul(rows, row_scale)
         return int_mm(int8_of(rows), self.weight).float().mul_(row_scale)
 
 
@@ -198,7 +198,7 @@ class _Int8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Int8Linear) -> Tensor:
         ctx.layer, ctx.dtype = layer, x.dtype
-        return layer.product(x)
+        return layer.matmul(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

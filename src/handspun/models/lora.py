@@ -26,9 +26,9 @@ from handspun.models.tokenizer_file import quiet
 
 
 class FrozenLayer(Protocol):
-    """The layer under an adapter: both products make a new array, to which the adapter's are added."""
+    """The layer under an adapter: both matmuls make a new array, to which the adapter's are added."""
 
-    def product(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor) -> Tensor:
         """(tokens, in) to (tokens, out)."""
 
     def input_gradient(self, grad: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class _Frozen:
     weight: Tensor
     bias: Tensor | None
 
-    def product(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class _LoraProduct(torch.autograd.Function):
         reduced = x @ a.t()  # (tokens, rank)
         ctx.save_for_backward(x, reduced, a, b)
         ctx.scaling, ctx.base = scaling, base
-        return base.product(x).addmm_(reduced, b.t(), alpha=scaling)
+        return base.matmul(x).addmm_(reduced, b.t(), alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:

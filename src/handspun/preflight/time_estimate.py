@@ -1,6 +1,6 @@
 """How long a run will take: its arithmetic, over rates that were measured; then by the first two steps.
 
-A product of a token with a weight is two operations forward, two for the gradient of its input, and two for the
+A matmul of a token with a weight is two operations forward, two for the gradient of its input, and two for the
 weight's own gradient if it is trained. The head is applied to learned tokens alone. Attention of a row of n tokens
 is 6 n^2 times the width of all heads, a layer, forward and backward, half of its square being masked.
 """
@@ -54,8 +54,8 @@ def predicted_seconds(
     """
     if device.type != "cpu":
         return None
-    products = "int8" if config.base_weights == "int8" else str(dtype).removeprefix("torch.")
-    rate = _RATES["lora" if config.lora else "full", products] * threads
+    matmuls = "int8" if config.base_weights == "int8" else str(dtype).removeprefix("torch.")
+    rate = _RATES["lora" if config.lora else "full", matmuls] * threads
     return config.num_epochs * operations_of_an_epoch / rate
 
 

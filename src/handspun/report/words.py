@@ -53,7 +53,7 @@ def about(run: RunFiles) -> list[Fact]:
         (
             "Steps",
             f"{len(run.metrics.steps):,} of {plan['steps']:,}: {config['num_epochs']} epochs of "
-            f"{plan['examples']:,} examples in batches of {config['batch_size']}, {plan['batching']}, products in "
+            f"{plan['examples']:,} examples in batches of {config['batch_size']}, {plan['batching']}, matmuls in "
             f"{facts.get('dtype', 'unknown')}",
             [],
         ),
@@ -103,7 +103,7 @@ def options(run: RunFiles) -> list[tuple[str, str, str]]:
 
 
 def how_again(run: RunFiles) -> str:
-    """The command that makes the run again, with its seed, type of products and threads said outright."""
+    """The command that makes the run again, with its seed, type of matmuls and threads said outright."""
     facts, config = run.facts, run.facts["config"]
     always = {name: config[name] for name in ("model", "data", "output_dir", "seed")}
     measured = {"dtype": facts.get("dtype"), "threads": facts.get("threads")}

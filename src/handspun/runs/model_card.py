@@ -172,7 +172,7 @@ def _environment(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "machine", f"{environment['machine']}, {environment['cores']} cores"
     yield "system", f"{environment['system']}, Python {environment['python']}"
     if "dtype" in facts:
-        yield "products", f"{facts['dtype']}, {facts['processes']} process(es), {facts['threads']} thread(s)"
+        yield "matmuls", f"{facts['dtype']}, {facts['processes']} process(es), {facts['threads']} thread(s)"
     yield "versions", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
 
 

@@ -339,7 +339,7 @@ def log_resume(job: RunContext) -> None:
 def _compute_dtype(
     config: TrainConfig, processes: Distributed, facts: dict[str, Any], point: ResumePoint | None, log: RunLog
 ) -> torch.dtype:
-    """The type of the matrix products, asked for, measured, or that of the run so far; the same on all ranks."""
+    """The type of the matrix matmuls, asked for, measured, or that of the run so far; the same on all ranks."""
     device = processes.device
     if config.dtype == "auto" and point is not None:
         dtype, reason = resolve_dtype(point.facts["run"]["dtype"], device), "as before"
@@ -356,7 +356,7 @@ def _compute_dtype(
     where = f"{threads} {'thread' if threads == 1 else 'threads'}" if device.type == "cpu" else str(device)
     each = "a share of the model" if processes.sharded else "the whole model"
     several = f"{processes.count} processes with {each} each, of " if processes.count > 1 else ""
-    log.line(f"{several}{where}, products in {name} ({reason})")
+    log.line(f"{several}{where}, matmuls in {name} ({reason})")
     if config.base_weights == "int8":
         for notice in speed_notices(device):
             log.line(notice)

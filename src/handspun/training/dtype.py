@@ -40,7 +40,7 @@ _WORTH = 1.2
 _HOPELESS = 0.5
 """A gain below this says enough, at any size: without instructions for bfloat16 it is 0.01."""
 _SIZES = ((8, 256), (64, 512), (256, 1024))
-"""(tokens, width) of the products that are timed, smallest first. The last decides: it is like a small model's."""
+"""(tokens, width) of the matmuls that are timed, smallest first. The last decides: it is like a small model's."""
 _INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")
 """What Linux calls bfloat16's dot products, on x86 and on ARM."""
 _SECONDS = 0.25
@@ -48,7 +48,7 @@ _SECONDS = 0.25
 
 
 def choose_dtype(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> tuple[torch.dtype, str]:
-    """Return (float32 or bfloat16, why), by the CPU's flags, what an earlier run measured, or timed products.
+    """Return (float32 or bfloat16, why), by the CPU's flags, what an earlier run measured, or timed matmuls.
 
     Weights, optimizer, head and evaluation stay float32 either way: this is the type of autocast.
     """
@@ -84,12 +84,12 @@ def _onednn_has_bfloat16() -> bool:
 
 def _chosen(gain: float) -> tuple[torch.dtype, str]:
     if gain < _WORTH:
-        return torch.float32, f"bfloat16 products are {gain:.1f} times as fast here"
-    return torch.bfloat16, f"its products are {gain:.1f} times as fast as float32's here"
+        return torch.float32, f"bfloat16 matmuls are {gain:.1f} times as fast here"
+    return torch.bfloat16, f"its matmuls are {gain:.1f} times as fast as float32's here"
 
 
 def _measured_gain(device: torch.device, clock: Callable[[], float]) -> float:
-    """Return how many times as fast as float32 bfloat16 is, by products of growing size, as far as need be."""
+    """Return how many times as fast as float32 bfloat16 is, by matmuls of growing size, as far as need be."""
     began, gain = clock(), 0.0
     for tokens, width in _SIZES:
         gain = _seconds(device, torch.float32, tokens, width, clock) / _seconds(
@@ -103,13 +103,13 @@ def _measured_gain(device: torch.device, clock: Callable[[], float]) -> float:
 def _seconds(
     device: torch.device, dtype: torch.dtype, tokens: int, width: int, clock: Callable[[], float]
 ) -> float:
-    """Return how long a product takes: the best of three, after one that is not counted."""
+    """Return how long a matmul takes: the best of three, after one that is not counted."""
     a, b = (torch.ones(count, width, device=device, dtype=dtype) for count in (tokens, width))
     best = float("inf")
     for turn in range(4):
         began = clock()
-        product = a @ b
-        product[0, 0].item()  # waits for a GPU
+        matmul = a @ b
+        matmul[0, 0].item()  # waits for a GPU
         if turn:
             best = min(best, clock() - began)
     return max(best, 1e-9)  # a coarse clock

@@ -179,16 +179,16 @@ def _activation_bytes(tokens: int, model: PreTrainedModel, config: TrainConfig) 
 
 def _kept_in(dtype: str, tokens: int, model: PreTrainedModel, config: TrainConfig) -> int:
     """A layer keeps what goes into its norms and comes out of them, queries, keys, values and the attention's
-    output, and four arrays between gate, up and down projection. With products in bfloat16 these four are half as
+    output, and four arrays between gate, up and down projection. With matmuls in bfloat16 these four are half as
     large; inputs of linear layers are there twice, and so are the layers' weights."""
     text = model.config.get_text_config()
     hidden, heads, layers = int(text.hidden_size), int(text.num_attention_heads), int(text.num_hidden_layers)
     head_size = int(getattr(text, "head_dim", None) or hidden // heads)
     keys = head_size * (getattr(text, "num_key_value_heads", None) or heads)
-    product = 2 if dtype == "bfloat16" else _FLOAT
+    compute_bytes = 2 if dtype == "bfloat16" else _FLOAT
     values = (4 if config.lora else 6) * hidden + 3 * heads * head_size + 5 * keys
-    products = 4 * int(text.intermediate_size) + (7 * config.lora_rank if config.lora else 0)
-    in_a_layer = tokens * (_FLOAT * values + product * products)
+    inputs = 4 * int(text.intermediate_size) + (7 * config.lora_rank if config.lora else 0)
+    in_a_layer = tokens * (_FLOAT * values + compute_bytes * inputs)
     if dtype == "bfloat16":
         in_a_layer += 4 * tokens * hidden + 2 * _linear_weights(model) // layers
     if config.activation_checkpointing:
@@ -394,7 +394,7 @@ def _remedies(
         try:
             model_of[kind] = model_of.get(kind) or shapes_of(changed)
             peak = predicted_peak(model_of[kind], heaviest, changed)
-        except HandspunError:  # int8 products that are not exact on this machine
+        except HandspunError:  # int8 matmuls that are not exact on this machine
             continue
         if peak * (1 + _MARGIN) <= available:
             named = " ".join(_typed(name, value) for name, value in changes.items())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from handspun.data.examples import Example
-from handspun.kernels.onednn import product, without_cudnn
+from handspun.kernels.onednn import matmul, without_cudnn
 from handspun.training.batching import IGNORED, collate, micro_batches
 
 
@@ -55,7 +55,7 @@ class PaddedRunner:
         return padded_tokens(micro_batch)
 
     def loss(self, micro_batch: Sequence[Example]) -> float:
-        """The loss summed over the micro-batch's learned tokens, without a gradient, by products in float32."""
+        """The loss summed over the micro-batch's learned tokens, without a gradient, by matmuls in float32."""
         with torch.no_grad():
             return float(self.run(self._loss, micro_batch, torch.float32))
 
@@ -91,7 +91,7 @@ def padded_loss(
 ) -> tuple[torch.Tensor, int]:
     """(loss summed over the learned tokens, their number) of the examples, padded on the right.
 
-    dtype: of the matrix products; weights and loss stay float32.
+    dtype: of the matrix matmuls; weights and loss stay float32.
     """
     return cross_entropy_sum(*_logits(model, examples, pad_token_id, dtype))
 
@@ -116,7 +116,7 @@ def _logits(
 def linear_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """The loss summed over the chunk. hidden: (chunk, hidden size). targets: (chunk,).
 
-    In float32 whatever the type of the body's products: a logit of 20 is rounded to 1/8 in bfloat16.
+    In float32 whatever the type of the body's matmuls: a logit of 20 is rounded to 1/8 in bfloat16.
     """
     return F.cross_entropy(head_logits(head, hidden), targets, reduction="sum")
 
@@ -127,7 +127,7 @@ def head_logits(head: nn.Module, hidden: Tensor) -> Tensor:
     Where no gradient is recorded, through oneDNN: MKL lays so large a matrix out anew, in memory that it keeps.
     """
     if type(head) is nn.Linear and not torch.is_grad_enabled():
-        return product(hidden.float(), head.weight, head.bias)
+        return matmul(hidden.float(), head.weight, head.bias)
     logits: Tensor = head(hidden.float())
     return logits
 

@@ -63,7 +63,7 @@ class Masks:
 
 
 def masks_of(packing: Pack, dtype: torch.dtype) -> Masks:
-    """The masks of a pack. dtype: of the products."""
+    """The masks of a pack. dtype: of the matmuls."""
     tokens, device = packing.input_ids.shape[1], packing.input_ids.device
     if device.type == "cuda" and tokens <= MAX_DENSE_MASK_TOKENS:
         return Masks([], whole_mask(packing, dtype))
@@ -190,7 +190,7 @@ class Packed:
         return packed_tokens(micro_batch, share_prefix=self.share_prefix, multiple=multiple)
 
     def loss(self, micro_batch: Sequence[Example]) -> float:
-        """The loss summed over the micro-batch's learned tokens, without a gradient, by products in float32."""
+        """The loss summed over the micro-batch's learned tokens, without a gradient, by matmuls in float32."""
         with torch.no_grad():
             return float(self.run(self._loss, micro_batch))
 
@@ -273,7 +273,7 @@ class Packed:
 
 @contextmanager
 def tf32_lm_head(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """On a GPU whose body computes in bfloat16, the head's products in TF32: mantissas of 10 bits, sums in
+    """On a GPU whose body computes in bfloat16, the head's matmuls in TF32: mantissas of 10 bits, sums in
     float32. In float32 they would take longer than the body."""
     before = torch.get_float32_matmul_precision()
     if dtype != torch.float32 and device.type == "cuda":

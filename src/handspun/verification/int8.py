@@ -1,4 +1,4 @@
-"""Sums of int8 products as this machine computes them, against exact ones: every sum, no tolerance."""
+"""Sums of int8 matmuls as this machine computes them, against exact ones: every sum, no tolerance."""
 
 from collections.abc import Callable, Iterator
 

@@ -66,7 +66,7 @@ def attend(queries: Tensor, pool: Tensor, gathered: GatheredKV) -> Tensor:
     kv_heads = len(pool) // 2
     both = pool.index_select(1, gathered.slot_mapping.flatten()).view(2, kv_heads, count, -1, size).transpose(1, 2)
     grouped = queries.to(pool.dtype).view(count, kv_heads, heads // kv_heads, size)
-    with without_cudnn():  # the queries that share a head of keys are rows of one product
+    with without_cudnn():  # the queries that share a head of keys are rows of one matmul
         output = F.scaled_dot_product_attention(grouped, both[0], both[1], attn_mask=gathered.mask)
     return output.reshape(count, heads * size).float()
 
@@ -194,7 +194,7 @@ class FusedEngine:
 
     def _laid(self, feed: ModelInput, before: int, start: int) -> list[TokenSpan]:
         """Under int8 the tokens of a draft are laid one by one: each is attended as it would be alone, and its
-        logits are the same, bit for bit. In float, products differ already."""
+        logits are the same, bit for bit. In float, matmuls differ already."""
         count = len(feed.token_ids)
         if self.model.is_int8 and feed.all_logits and feed.mask is None and before > 0:
             return [TokenSpan(feed.row, start + i, start + i + 1, before + i + 1, None) for i in range(count)]
@@ -261,7 +261,7 @@ class FusedEngine:
                 queries.transpose(0, 1)[None], keys[None], values[None], is_causal=True, enable_gqa=True
             )
             return output[0].transpose(0, 1).reshape(count, -1).float()
-        # The queries that share a head of keys are rows of one product.
+        # The queries that share a head of keys are rows of one matmul.
         groups = heads // len(keys)
         grouped = queries.view(count, len(keys), groups, size).permute(1, 2, 0, 3).reshape(len(keys), -1, size)
         mask = None if part.mask is None else part.mask.repeat(groups, 1)

@@ -1,6 +1,6 @@
-"""The matrix products of a decoding step, by the ways that there are: milliseconds for all layers and the head.
+"""The matrix matmuls of a decoding step, by the ways that there are: milliseconds for all layers and the head.
 
-    python benchmarks/products.py [--model FOLDER] [--rows 1 2 4 8 16 32] [--threads 2]
+    python benchmarks/matmuls.py [--model FOLDER] [--rows 1 2 4 8 16 32] [--threads 2]
 
 float32 by F.linear (MKL on x86), by oneDNN with the weights as they lie, and by oneDNN with the weights laid out
 anew for it, which takes their memory again; int8 by oneDNN, and by the native kernel. The weights are random, of
@@ -83,10 +83,10 @@ def measure(
         inputs = {width: torch.randn(count, width) for width in {weight.shape[1] for weight in weights}}
         found[count] = {name: [] for name in ways}
         for round_ in range(rounds + 1):
-            for name, products in ways.items():
+            for name, matmuls in ways.items():
                 began = time.perf_counter()
-                for product, weight in zip(products, weights, strict=True):
-                    product(inputs[weight.shape[1]])
+                for matmul, weight in zip(matmuls, weights, strict=True):
+                    matmul(inputs[weight.shape[1]])
                 if round_:
                     found[count][name].append(1000 * (time.perf_counter() - began))
     return found
