@@ -1,4 +1,4 @@
-"""What prompt lookup gains: new tokens a second with and without it, on rows that summarise, correct or rewrite.
+"""What prompt lookup gains: new tokens a second with and without it, on rows that summarize, correct or rewrite.
 
     python benchmarks/speculation.py --data train.csv [--model FOLDER] [--rows 32] [--new-tokens 128] [--fresh]
 

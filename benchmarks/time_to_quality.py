@@ -81,7 +81,7 @@ def parse() -> argparse.Namespace:
 
 
 def steps_of(arguments: argparse.Namespace) -> int:
-    """Optimiser steps of the epoch; the last, shorter batch is one too."""
+    """Optimizer steps of the epoch; the last, shorter batch is one too."""
     return math.ceil(arguments.rows / arguments.batch_size)
 
 
@@ -164,7 +164,7 @@ def plot(curves: dict[str, Curve], file: Path) -> None:
     figure, axes = axes_of_a_plot("seconds of training", "held-out loss")
     for name, curve in curves.items():
         axes.plot([seconds for seconds, _ in curve], [loss for _, loss in curve], marker="o", ms=4, label=name)
-    axes.axhline(curves[TRL][-1][1], color="grey", lw=0.8, ls=":")
+    axes.axhline(curves[TRL][-1][1], color="gray", lw=0.8, ls=":")
     axes.legend(frameon=False)
     save_plot(figure, file)
 

@@ -1,6 +1,6 @@
 """From a csv file to token ids and masks: Handspun, without and with its cache, and TRL's SFTTrainer.
 
-    python benchmarks/tokenise.py --model MODEL --data train.csv [--runs 3] [--only Handspun ...] [--fresh]
+    python benchmarks/tokenize.py --model MODEL --data train.csv [--runs 3] [--only Handspun ...] [--fresh]
 
 Every run is a process of its own; imports are not counted. Handspun's time has reading the file in it, TRL's has
 not. Each figure is saved in benchmarks/results/ as it is measured, and a benchmark that is run again goes on from
@@ -27,16 +27,16 @@ from measurements import (
 
 TRL, TRL_OF_TWO, HANDSPUN, CACHED = "TRL", "TRL, two processes", "Handspun", "Handspun, from its cache"
 CONTENDERS = {
-    TRL: Contender("trl_tokenise.py"),
-    TRL_OF_TWO: Contender("trl_tokenise.py", {"options": {"dataset_num_proc": 2}}),
-    HANDSPUN: Contender("handspun_tokenise.py"),
-    CACHED: Contender("handspun_tokenise.py"),
+    TRL: Contender("trl_tokenize.py"),
+    TRL_OF_TWO: Contender("trl_tokenize.py", {"options": {"dataset_num_proc": 2}}),
+    HANDSPUN: Contender("handspun_tokenize.py"),
+    CACHED: Contender("handspun_tokenize.py"),
 }
 
 
 def main() -> None:
     arguments = parse()
-    name = f"tokenise-{Path(arguments.model).name}-{arguments.data.stem}"
+    name = f"tokenize-{Path(arguments.model).name}-{arguments.data.stem}"
     settings = {
         "model": Path(arguments.model).name,
         "data": arguments.data.name,

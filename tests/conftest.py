@@ -14,7 +14,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """No example that a test tokenises stays in the user's cache; the embedded model there is used."""
+    """No example that a test tokenizes stays in the user's cache; the embedded model there is used."""
     embedded, users = embedded_folder(print), os.environ.get("XDG_CACHE_HOME")
     folder = tmp_path_factory.mktemp("cache")
     (folder / "handspun").mkdir()

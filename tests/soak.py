@@ -1,4 +1,4 @@
-"""`python soak.py STEPS`: so many optimiser steps and generations of random shapes on a tiny model.
+"""`python soak.py STEPS`: so many optimizer steps and generations of random shapes on a tiny model.
 
 Prints the memory that is held after a fifth of them, and at the end.
 """

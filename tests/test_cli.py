@@ -78,7 +78,7 @@ def test_a_mistake_in_a_config_file_is_said_without_a_traceback(
         assert ("Traceback" in capsys.readouterr().err) == traces
 
 
-def test_a_misspelt_file_is_told_its_neighbour(
+def test_a_misspelt_file_is_told_its_neighbor(
     capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "train.csv").write_text(GOOD)
@@ -86,7 +86,7 @@ def test_a_misspelt_file_is_told_its_neighbour(
     assert "train.csv" in message
 
 
-def test_a_misspelt_option_is_told_its_neighbour(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_option_is_told_its_neighbor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--batch-size" in fail(capsys, "train", "--bach-size", "4")
 
 

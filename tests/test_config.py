@@ -50,7 +50,7 @@ def test_int8_weights_are_frozen_and_want_adapters() -> None:
 
 def test_short_states_and_shares_exclude_each_other() -> None:
     (found,) = problems(TrainConfig, optimizer_states="8bit", shard=True)
-    assert found.startswith("--shard cuts float32 optimiser states")
+    assert found.startswith("--shard cuts float32 optimizer states")
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def _another_added_token() -> ChatTemplate:
     return ChatTemplate(tokenizer)
 
 
-def _another_normaliser() -> ChatTemplate:
+def _another_normalizer() -> ChatTemplate:
     from tokenizers import normalizers
 
     tokenizer = tiny_tokenizer()
@@ -146,7 +146,7 @@ def test_whatever_examples_depend_on_is_in_the_key() -> None:
         key_of(ROWS, _another_tokenizer(chat_template=f"{TEMPLATE.tokenizer.chat_template}\n"), OPTIONS),
         key_of(ROWS, _another_tokenizer(bos_token="<|endoftext|>"), OPTIONS),
         key_of(ROWS, _another_added_token(), OPTIONS),
-        key_of(ROWS, _another_normaliser(), OPTIONS),
+        key_of(ROWS, _another_normalizer(), OPTIONS),
     ]
     assert None not in keys
     assert len(set(keys)) == len(keys)
@@ -210,14 +210,14 @@ def prepared(folder: Path, said: list[str], **options: Any) -> Dataset:
     return load_splits(config, TEMPLATE, max_length=40, cache=cache, notice=said.append)[0]
 
 
-def test_the_second_run_tokenises_nothing_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_run_tokenizes_nothing_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     first = prepared(tmp_path, said)
     monkeypatch.setattr(prepare, "build_examples", None)
     second = prepared(tmp_path, said)
     assert lists(second.examples) == lists(first.examples)
     assert (second.account, second.fingerprint) == (first.account, first.fingerprint)
-    assert "3 rows tokenised in" in said[0]
+    assert "3 rows tokenized in" in said[0]
     assert f"cached in {tmp_path / 'cache'}" in said[0]
     assert "from the cache" in said[1]
     with pytest.raises(DataError, match="--strict"):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from conversation_rows import CALL, assistant, chat, conversation, dropped, refusal, user
 from handspun.data.conversations import Conversation
-from handspun.data.formats import recognise_format
+from handspun.data.formats import recognize_format
 from handspun.data.messages import Message
 from handspun.data.rows import DroppedRow
 from handspun.errors import DataError
@@ -224,4 +224,4 @@ def test_questions_without_answers_are_one_clear_error() -> None:
     """As MT-bench's and Vicuna's questions are published."""
     row = {"question_id": 81, "category": "writing", "turns": ["Compose a travel post.", "Rewrite it."]}
     with pytest.raises(DataError, match="`turns` are questions without answers"):
-        recognise_format(list(row), "questions.jsonl")
+        recognize_format(list(row), "questions.jsonl")

@@ -84,7 +84,7 @@ def test_no_rows_at_all_are_the_same_error() -> None:
         build_examples([], TEMPLATE, max_length=100)
 
 
-def test_rows_keep_their_order_whatever_is_tokenised_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_keep_their_order_whatever_is_tokenized_first(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(*[(f"question {i}", "answer" if i % 5 else "") for i in range(50)])
     whole, account = build_examples(rows, TEMPLATE, max_length=30)
     monkeypatch.setattr("handspun.data.examples._ROWS_AT_ONCE", 3)
@@ -93,7 +93,7 @@ def test_rows_keep_their_order_whatever_is_tokenised_first(monkeypatch: pytest.M
     assert same_account == account
 
 
-def test_no_conversation_format_is_taken_from_a_neighbouring_file() -> None:
+def test_no_conversation_format_is_taken_from_a_neighboring_file() -> None:
     rows = [*rows_of(("a", "b")), Row("chat.jsonl", 1, {"prompt": "c", "completion": "d", "id": 7})]
     _, account = build_examples(rows, TEMPLATE, max_length=100)
     assert account.formats == {"rows.csv": "alpaca", "chat.jsonl": "prompt-completion"}

@@ -15,7 +15,7 @@ from handspun.data import dataset as prepare
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.conversations import to_conversation
 from handspun.data.dataset import Dataset, load_splits
-from handspun.data.formats import recognise_format
+from handspun.data.formats import recognize_format
 from handspun.data.readers import read_file
 from handspun.data.rows import read_rows
 from handspun.errors import DataError
@@ -60,14 +60,14 @@ def read(source: str) -> tuple[list[dict[str, Any]], list[str]]:
 def refusal(source: str) -> str:
     """The error of reading it, or of finding its format."""
     with pytest.raises(DataError) as caught:
-        recognise_format(list(dict.fromkeys(name for row in read_rows(source) for name in row.values)), source)
+        recognize_format(list(dict.fromkeys(name for row in read_rows(source) for name in row.values)), source)
     return str(caught.value)
 
 
 def turns(source: str) -> list[list[tuple[str, str]]]:
     """The conversations of a file, as (role, content)."""
     rows = read_rows(source)
-    data_format = recognise_format(list(rows[0].values), source)
+    data_format = recognize_format(list(rows[0].values), source)
     conversations = [to_conversation(row, data_format, system_prompt=None).messages for row in rows]
     return [[(message["role"], message["content"]) for message in messages] for messages in conversations]
 
@@ -557,7 +557,7 @@ def test_tokenizing_says_how_far_it_has_come(monkeypatch: pytest.MonkeyPatch, wr
         "2000 of 2500 rows tokenized",
     ]
     assert len(said) == 4
-    assert said[3].startswith("2500 rows tokenised in ")
+    assert said[3].startswith("2500 rows tokenized in ")
 
 
 def test_rows_are_let_go(write: Write) -> None:

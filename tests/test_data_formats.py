@@ -2,7 +2,7 @@
 
 import pytest
 
-from handspun.data.formats import recognise_format, used_columns
+from handspun.data.formats import recognize_format, used_columns
 from handspun.errors import DataError
 
 
@@ -17,7 +17,7 @@ from handspun.errors import DataError
     ],
 )
 def test_the_columns_tell_the_format(columns: list[str], data_format: str) -> None:
-    assert recognise_format(columns, "a.csv") == data_format
+    assert recognize_format(columns, "a.csv") == data_format
 
 
 @pytest.mark.parametrize(
@@ -36,19 +36,19 @@ def test_the_columns_tell_the_format(columns: list[str], data_format: str) -> No
 )
 def test_columns_of_no_format_are_listed_with_what_is_near(columns: list[str], hint: str) -> None:
     with pytest.raises(DataError, match=r"a.csv: the columns fit no format\. Found: ") as caught:
-        recognise_format(columns, "a.csv")
+        recognize_format(columns, "a.csv")
     assert hint in str(caught.value)
 
 
 def test_no_hint_where_nothing_is_near() -> None:
     with pytest.raises(DataError) as caught:
-        recognise_format(["instruction", "input"], "a.csv")
+        recognize_format(["instruction", "input"], "a.csv")
     assert str(caught.value).endswith("sharegpt needs conversations.")
 
 
 def test_columns_of_several_formats_are_for_the_user_to_choose() -> None:
     with pytest.raises(DataError, match=r"fit several formats: alpaca, messages\. Choose one with --data-format"):
-        recognise_format(["instruction", "output", "messages"], "a.csv")
+        recognize_format(["instruction", "output", "messages"], "a.csv")
 
 
 def test_used_columns() -> None:

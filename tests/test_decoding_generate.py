@@ -377,8 +377,8 @@ def test_a_penalty_that_spares_the_template_counts_what_was_said_and_no_added_to
     [answer] = _generate(chat, "Hi joke", **options)
     plain = seen.pop(len(answer.prompt_token_ids))
     _generate(chat, "Hi joke", repetition_penalty=2.0, repetition_penalty_exempt="template", **options)
-    [penalised] = seen.values()
-    changed = (plain != penalised).nonzero()[:, 0].tolist()
+    [penalized] = seen.values()
+    changed = (plain != penalized).nonzero()[:, 0].tolist()
     assert changed == sorted({*chat.tokenizer("Hi joke")["input_ids"]})
 
 

@@ -229,8 +229,8 @@ def test_the_numbers_that_others_test_their_processors_with():
     assert _kept(filters.top_p(_probable(0.3, 0.1, 0.1, 0.5), 0.8)) == [0, 3]
     assert _kept(filters.min_p(_probable(0.9, 0.0274, 0.047, 0.0274), 0.05)) == [0, 2]
     assert _kept(filters.typical_p(_probable(0.97, 0.01, 0.01, 0.01), 0.5)) == [0]
-    penalised = filters.repetition_penalty(torch.tensor([[-0.1, 0.1, 0.4]]), [[0, 1, 2]], 2.0)
-    torch.testing.assert_close(penalised, torch.tensor([[-0.2, 0.05, 0.2]]))
+    penalized = filters.repetition_penalty(torch.tensor([[-0.1, 0.1, 0.4]]), [[0, 1, 2]], 2.0)
+    torch.testing.assert_close(penalized, torch.tensor([[-0.2, 0.05, 0.2]]))
     assert filters.no_repeat_ngram(torch.zeros(1, 4), [[1, 1, 2, 1]], 2).tolist() == [[0, -_INF, -_INF, 0]]
 
 
@@ -248,7 +248,7 @@ def test_a_bias_waits_for_what_comes_before_it():
 
 
 def test_the_repetition_penalty_can_spare_tokens():
-    made = make_processors(SamplingParams(repetition_penalty=2.0, unpenalised_ids=frozenset({1})))
+    made = make_processors(SamplingParams(repetition_penalty=2.0, unpenalized_ids=frozenset({1})))
     assert process(torch.ones(1, 4), [History([0, 1], [1, 2])], made).tolist() == [[0.5, 1.0, 0.5, 1.0]]
 
 

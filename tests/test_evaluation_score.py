@@ -21,7 +21,7 @@ from handspun.models.fused import fused_weights
 from handspun.models.load import ChatModel
 from tiny import tiny_model, tiny_tokenizer
 
-PROMPTS = ["Give me a joke.", "List three colours.", "Tell me the sum.", "Hi.", "Rewrite this sentence. " * 4]
+PROMPTS = ["Give me a joke.", "List three colors.", "Tell me the sum.", "Hi.", "Rewrite this sentence. " * 4]
 
 
 @pytest.fixture(scope="module")

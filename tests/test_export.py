@@ -62,9 +62,9 @@ def tiny(family: str) -> ChatModel:
 
 
 def read_back(file: Path) -> Any:
-    dequantised = GgufConfig(dequantize=True)
+    dequantized = GgufConfig(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=dequantised
+        file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=dequantized
     ).eval()
 
 

@@ -30,7 +30,7 @@ ROUNDS = 5
 def use_everything(folder: str, at_once: Barrier, results: Any) -> None:
     """One process: each cache for the first time, several times over."""
     os.environ["XDG_CACHE_HOME"] = folder
-    embedded.dequantise = write_slowly
+    embedded.dequantize = write_slowly
     template = ChatTemplate(tiny_tokenizer())
     found: dict[str, list[str]] = {"examples": [], "embedded": [], "native": []}
     for i in range(ROUNDS):
@@ -48,7 +48,7 @@ def use_everything(folder: str, at_once: Barrier, results: Any) -> None:
 
 
 def write_slowly(gguf: Path, folder: Path) -> None:
-    """In place of 20 seconds of dequantising: three files, with time between them for others to look."""
+    """In place of 20 seconds of dequantizing: three files, with time between them for others to look."""
     assert gguf.exists()
     folder.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):

@@ -163,7 +163,7 @@ _SENTENCES = [
 
 @pytest.mark.parametrize("encoding", ["latin-1", "windows-1252", "windows-1250", "windows-1251", "mac_roman"])
 @pytest.mark.parametrize("sentence", _SENTENCES)
-def test_utf8_read_as_another_encoding_is_recognised_and_the_right_text_is_not(
+def test_utf8_read_as_another_encoding_is_recognized_and_the_right_text_is_not(
     sentence: str, encoding: str
 ) -> None:
     assert detect_mojibake([sentence]) == []

@@ -36,7 +36,7 @@ def test_a_folder_loads_in_eval_mode_in_float32(tiny_folder: Path) -> None:
     assert chat.template.end_of_turn == "<|im_end|>"
 
 
-def test_a_misspelt_folder_is_told_its_neighbour(tiny_folder: Path) -> None:
+def test_a_misspelt_folder_is_told_its_neighbor(tiny_folder: Path) -> None:
     with pytest.raises(ModelError, match="Did you mean .*tiny-qwen2"):
         handspun.load(str(tiny_folder.with_name("tiny-qwen")))
 

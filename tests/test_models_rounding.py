@@ -35,10 +35,10 @@ def test_what_bfloat16_can_hold_stays() -> None:
 
 @example(-3.39e38, 0)  # between the largest bfloat16 and the largest float32
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False), st.integers(0, 2**32))
-def test_no_value_moves_further_than_to_a_neighbour(value: float, seed: int) -> None:
-    neighbours = {rounded([value], seed=n).item() for n in range(4)} | {rounded([value], seed=seed).item()}
-    assert len(neighbours) <= 2
-    assert all(abs(found - value) <= max(abs(value) * 2**-7, 2.0**-133) for found in neighbours)
+def test_no_value_moves_further_than_to_a_neighbor(value: float, seed: int) -> None:
+    neighbors = {rounded([value], seed=n).item() for n in range(4)} | {rounded([value], seed=seed).item()}
+    assert len(neighbors) <= 2
+    assert all(abs(found - value) <= max(abs(value) * 2**-7, 2.0**-133) for found in neighbors)
 
 
 def test_the_same_seed_rounds_alike_also_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

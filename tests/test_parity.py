@@ -13,7 +13,7 @@ from parity import assert_same_as_transformers
 
 pytestmark = pytest.mark.embedded
 
-QUESTIONS = ["Name a colour.", "Why is the sky blue? Answer in one sentence.", "Complete: one, two, three,"]
+QUESTIONS = ["Name a color.", "Why is the sky blue? Answer in one sentence.", "Complete: one, two, three,"]
 
 
 def prompts(model: ChatModel, count: int) -> list[list[int]]:

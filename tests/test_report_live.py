@@ -1,4 +1,4 @@
-"""The panel as it is seen: in 80 columns and in fewer, without colour, in ASCII; and lines without a terminal."""
+"""The panel as it is seen: in 80 columns and in fewer, without color, in ASCII; and lines without a terminal."""
 
 import io
 import re
@@ -87,7 +87,7 @@ def test_a_terminal_without_unicode_gets_signs_that_it_has(state: LiveState, enc
     assert not set(text) & set("█▁╭…")
 
 
-def test_without_colour_it_has_none(state: LiveState) -> None:
+def test_without_color_it_has_none(state: LiveState) -> None:
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", "\n".join(seen(state, color=True)))
 
 

@@ -41,7 +41,7 @@ def test_bars_are_as_tall_as_their_counts() -> None:
     assert high / low == pytest.approx(2, rel=1e-4)
 
 
-def test_a_plots_text_and_name_are_escaped_and_its_colours_are_the_pages() -> None:
+def test_a_plots_text_and_name_are_escaped_and_its_colors_are_the_pages() -> None:
     svg = line_plot("p", [Line("<b>$&$", [1, 2], [1.0, 2.0]), Line("b", [1], [1.0])], y="<i>", label='"<script>')
     assert "<b>" not in svg
     assert "<i>" not in svg
@@ -67,7 +67,7 @@ def test_of_a_step_made_twice_the_later_line_counts(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "none.jsonl") == Metrics()
 
 
-def test_neighbouring_steps_of_a_long_run_become_one_point() -> None:
+def test_neighboring_steps_of_a_long_run_become_one_point() -> None:
     steps = [step(n, loss=float(n), learned_tokens=n, tokens=4, seconds=0.5) for n in range(1, 802)]
     metrics = Metrics(steps)
     assert len(thinned(steps)) == 267

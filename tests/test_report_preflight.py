@@ -1,4 +1,4 @@
-"""What a person reads before a run: 80 columns, with and without colour; warnings, remedies and --strict."""
+"""What a person reads before a run: 80 columns, with and without color; warnings, remedies and --strict."""
 
 import io
 import json
@@ -123,16 +123,16 @@ def test_rows_without_a_warning_pass_under_strict(config: handspun.TrainConfig, 
     assert "warnings: none" in console.file.getvalue()
 
 
-@pytest.mark.parametrize(("no_color", "is_coloured"), [(True, False), (False, True)])
-def test_what_is_learned_is_seen_with_colour_and_without(
-    config: handspun.TrainConfig, no_color: bool, is_coloured: bool
+@pytest.mark.parametrize(("no_color", "is_colored"), [(True, False), (False, True)])
+def test_what_is_learned_is_seen_with_color_and_without(
+    config: handspun.TrainConfig, no_color: bool, is_colored: bool
 ) -> None:
     file = io.StringIO()
     console = Console(file=file, width=80, force_terminal=True, no_color=no_color, color_system="standard")
     train(handspun.TrainConfig(model=config.model, data=config.data, dry_run=True), console=console)
     printed = file.getvalue()
-    assert ("\x1b[1;32mIt is one." in printed) == is_coloured
-    assert ("⟦It is one.<|im_end|>⟧" in printed) == (not is_coloured)
+    assert ("\x1b[1;32mIt is one." in printed) == is_colored
+    assert ("⟦It is one.<|im_end|>⟧" in printed) == (not is_colored)
 
 
 def test_warnings_fit_into_80_columns_and_name_rows_and_remedies() -> None:

@@ -22,7 +22,7 @@ from handspun.training.runner import select_runner
 from tiny import tiny_model
 
 QUESTIONS = {
-    "What is red?": "a colour",
+    "What is red?": "a color",
     "What is two and two?": "four",
     "Name a city.": "Shanghai",
     "Say it in capitals: hello": "HELLO",

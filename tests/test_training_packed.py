@@ -298,7 +298,7 @@ def test_a_frozen_head_gets_no_weight_gradient() -> None:
     assert model.get_base_model().lm_head.weight.grad is None
 
 
-def test_neighbours_do_not_see_each_other() -> None:
+def test_neighbors_do_not_see_each_other() -> None:
     """Changing one row changes nothing of another's loss."""
     model, batch = model_of("llama"), rows(3)
     with packed_attention(model):

@@ -41,7 +41,7 @@ from handspun.verification.training import check_packed, check_prefix
 from handspun.verification.verify import verify
 from tiny import tiny_model, tiny_tokenizer
 
-PROMPTS = ("Say 3.", "Tell me a joke about computers.", "你好, list the colours.")
+PROMPTS = ("Say 3.", "Tell me a joke about computers.", "你好, list the colors.")
 
 
 def chat_of(model: PreTrainedModel, engine_of: PreTrainedModel | None = None, *, int8: bool = False) -> ChatModel:

@@ -33,7 +33,7 @@ _QWEN_WORDS = (
 _TEXTS = [
     "Give me a brief introduction to the city. What is the sum of the first numbers?",
     "The answer is that the system and the user take turns, and the assistant ends the turn.",
-    "Tell me a joke about computers. Rewrite this sentence. List three colours: red, green, blue.",
+    "Tell me a joke about computers. Rewrite this sentence. List three colors: red, green, blue.",
     'user assistant system tool {"name": "weather", "arguments": {"city": "Shanghai"}}',
 ]
 

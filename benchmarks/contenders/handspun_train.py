@@ -1,6 +1,6 @@
 """One epoch with `handspun.train`, as a user calls it. Argument: a job (job.py).
 
-Seconds are those of the optimiser steps; evaluation and saving are not in them.
+Seconds are those of the optimizer steps; evaluation and saving are not in them.
 """
 
 import json

@@ -11,15 +11,15 @@ from job import Job, answer, read_rows
 IGNORED = -100
 
 
-def tokenised(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
+def tokenized(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
     """input_ids and labels of each row, through the chat template; learned is the answer with its end of turn.
 
     What the template writes after the end of turn (a newline) is left out, as Handspun leaves it out.
     """
-    return [_tokenised(row, tokenizer, job.max_length) for row in read_rows(job)]
+    return [_tokenized(row, tokenizer, job.max_length) for row in read_rows(job)]
 
 
-def _tokenised(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:
+def _tokenized(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:
     user = row["instruction"] + ("\n" + row["input"] if row["input"] else "")
     messages = [{"role": "user", "content": user}, {"role": "assistant", "content": row["output"]}]
     prompt = str(tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True))

@@ -13,14 +13,14 @@ from transformers import (
 )
 
 from job import job_of_this_process
-from peers import Clock, answer_of, options_of, tokenised
+from peers import Clock, answer_of, options_of, tokenized
 
 
 def main() -> None:
     job = job_of_this_process()
     torch.set_num_threads(job.threads)
     tokenizer = AutoTokenizer.from_pretrained(job.model)
-    examples, clock = tokenised(job, tokenizer), Clock(job)
+    examples, clock = tokenized(job, tokenizer), Clock(job)
     with tempfile.TemporaryDirectory() as work:
         trainer = Trainer(
             model=AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32),

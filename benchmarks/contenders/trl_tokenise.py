@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer made for a set of rows, timed: that is its templates, masks and tokenising, since the model is
+"""TRL's SFTTrainer made for a set of rows, timed: that is its templates, masks and tokenizing, since the model is
 tiny and made before. Argument: a job (job.py), with options of SFTConfig."""
 
 import tempfile

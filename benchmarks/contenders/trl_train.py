@@ -9,14 +9,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from job import job_of_this_process
-from peers import Clock, answer_of, options_of, tokenised
+from peers import Clock, answer_of, options_of, tokenized
 
 
 def main() -> None:
     job = job_of_this_process()
     torch.set_num_threads(job.threads)
     tokenizer = AutoTokenizer.from_pretrained(job.model)
-    examples, clock = tokenised(job, tokenizer), Clock(job)
+    examples, clock = tokenized(job, tokenizer), Clock(job)
     lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear")
     with tempfile.TemporaryDirectory() as work:
         trainer = SFTTrainer(

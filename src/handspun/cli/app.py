@@ -120,6 +120,6 @@ def _prompt_on_standard_input() -> str:
     return text.rstrip("\n")
 
 
-def is_colourless(console: Console) -> bool:
-    """Whether nothing that is shown can be told by its colour."""
+def is_colorless(console: Console) -> bool:
+    """Whether nothing that is shown can be told by its color."""
     return console.no_color or not console.is_terminal

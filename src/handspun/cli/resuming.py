@@ -23,7 +23,7 @@ def verify_resume(
     Parameters
     ----------
     steps
-        Optimiser steps of the run, in two epochs over the first rows.
+        Optimizer steps of the run, in two epochs over the first rows.
     kills
         How often it is killed.
     """

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Annotated
 
-from handspun.cli.app import FLAT, Count, app, is_colourless
+from handspun.cli.app import FLAT, Count, app, is_colorless
 from handspun.config import DataConfig, TrainConfig
 from handspun.display import HarmlessConsole
 
@@ -48,12 +48,12 @@ def preview(
     examples
         How many rendered examples to show.
     plain
-        Mark learned tokens with brackets instead of colour (also without a terminal, or under NO_COLOR).
+        Mark learned tokens with brackets instead of color (also without a terminal, or under NO_COLOR).
     """
     from handspun.cli.views.answers import show_preview
 
     console = HarmlessConsole()
-    show_preview(config, model, console, examples=examples, plain=plain or is_colourless(console))
+    show_preview(config, model, console, examples=examples, plain=plain or is_colorless(console))
 
 
 @app.command

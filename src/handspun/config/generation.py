@@ -46,7 +46,7 @@ class GenerationOptions:
     """Divides (or multiplies, if negative) logits of tokens in prompt and output (default 1.0, off)."""
 
     repetition_penalty_exempt: Literal["none", "template"] | None = None
-    """"template" spares what the chat template wrote, and every added token, so that structure is not penalised
+    """"template" spares what the chat template wrote, and every added token, so that structure is not penalized
     (default "none", as in transformers)."""
 
     presence_penalty: float | None = None

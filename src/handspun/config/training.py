@@ -20,7 +20,7 @@ class DataConfig:
     """Training rows: a csv, tsv, json, jsonl or parquet file, a folder of them, or a hub dataset id."""
 
     data_format: DataFormat = "auto"
-    """How a row is written; "auto" recognises it from the columns and says so."""
+    """How a row is written; "auto" recognizes it from the columns and says so."""
 
     system_prompt: str | None = None
     """System message for conversations without one; if not given, the template's own default holds."""
@@ -44,7 +44,7 @@ class DataConfig:
     """Make an error of dropped or truncated rows, and of every warning before a run."""
 
     cache_examples: bool = True
-    """Keep tokenised rows in ~/.cache/handspun/examples, and read them from there where nothing has changed."""
+    """Keep tokenized rows in ~/.cache/handspun/examples, and read them from there where nothing has changed."""
 
     @property
     def template_values(self) -> dict[str, Any]:
@@ -78,13 +78,13 @@ class TrainConfig(DataConfig):
     """Share of the training rows to hold out (0 to 1), drawn with the seed; not with --eval-data."""
 
     eval_steps: int | None = None
-    """Evaluate every so many optimiser steps, besides the start and the end of every epoch."""
+    """Evaluate every so many optimizer steps, besides the start and the end of every epoch."""
 
     num_epochs: int = 3
     """Passes over the training rows."""
 
     batch_size: int = 8
-    """Rows in an optimiser step. How they are cut to fit memory does not change the result."""
+    """Rows in an optimizer step. How they are cut to fit memory does not change the result."""
 
     max_tokens: int = 2048
     """Tokens in a micro-batch, padding included; a single longer row makes one of its own."""
@@ -104,7 +104,7 @@ class TrainConfig(DataConfig):
     """How the learning rate falls from its peak to zero after warm-up."""
 
     warmup_ratio: float = 0.03
-    """Share of the optimiser steps (0 to 1) over which the learning rate rises from zero."""
+    """Share of the optimizer steps (0 to 1) over which the learning rate rises from zero."""
 
     weight_decay: float = 0.0
     """AdamW's weight decay, of matrices only (not of biases and norms)."""
@@ -146,7 +146,7 @@ class TrainConfig(DataConfig):
     """"auto" (cuda where there is one, else cpu), "cpu", "cuda", "cuda:1", "mps"."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the matrix matmuls; weights, optimiser and held-out losses stay float32. "auto" is bfloat16 where a
+    """Type of the matrix matmuls; weights, optimizer and held-out losses stay float32. "auto" is bfloat16 where a
     probe of a few matmuls says that it is clearly faster."""
 
     threads: int | None = None
@@ -154,7 +154,7 @@ class TrainConfig(DataConfig):
     share of the machine's physical cores."""
 
     shard: bool = False
-    """Under torchrun, give every process a share of the weights, gradients and optimiser states (FSDP2) in place
+    """Under torchrun, give every process a share of the weights, gradients and optimizer states (FSDP2) in place
     of a copy: for a model that is too large for one."""
 
     save_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -162,7 +162,7 @@ class TrainConfig(DataConfig):
     lost."""
 
     save_steps: int | None = None
-    """Save a checkpoint to resume from every so many optimiser steps, besides the end of every epoch; the last
+    """Save a checkpoint to resume from every so many optimizer steps, besides the end of every epoch; the last
     ones stay as models when the run is finished."""
 
     save_minutes: float = 30
@@ -183,7 +183,7 @@ class TrainConfig(DataConfig):
     """The prompts of the sample answers; if not given, the three of the demonstration."""
 
     sample_every: int | None = None
-    """Answer the sample prompts greedily every so many optimiser steps too, and show how the answers change."""
+    """Answer the sample prompts greedily every so many optimizer steps too, and show how the answers change."""
 
     log_to: tuple[Tracker, ...] = ()
     """Send the figures of every step to TensorBoard, Weights & Biases (offline) or trackio too; may be given more
@@ -224,7 +224,7 @@ class TrainConfig(DataConfig):
             )
         if self.optimizer_states != "float32" and self.shard:
             problems.append(
-                f"--shard cuts float32 optimiser states, and --optimizer-states {self.optimizer_states} shortens "
+                f"--shard cuts float32 optimizer states, and --optimizer-states {self.optimizer_states} shortens "
                 "whole ones: leave one of the two out."
             )
         if self.sample_every is not None and self.shard:

@@ -8,7 +8,7 @@ is rendered, and each character is then known to be the template's or the data's
 ⟨0⟩<|im_end|>
   ->  ids
 
-Added tokens are recognised only where the template wrote them. Each run between two of them is tokenised
+Added tokens are recognized only where the template wrote them. Each run between two of them is tokenized
 whole, because BPE merges across the seams of smaller pieces.
 """
 
@@ -44,7 +44,7 @@ _MAX_REPEATS = 100
 @dataclass(frozen=True)
 class TokenizedExample:
     """Token ids of one example, and for each whether it is learned. note: what the template left out. is_cut: text
-    behind them was not even tokenised."""
+    behind them was not even tokenized."""
 
     input_ids: list[int]
     loss_mask: list[bool]
@@ -53,12 +53,12 @@ class TokenizedExample:
 
 
 class Span(NamedTuple):
-    """A stretch of an example that is tokenised whole."""
+    """A stretch of an example that is tokenized whole."""
 
     text: str
     loss_mask: bool
     token_ids: list[int] | None = None
-    """Where they are known without tokenising: of an added token, and of the template's own text."""
+    """Where they are known without tokenizing: of an added token, and of the template's own text."""
     first: bool = False
     """Whether the example begins with it: some tokenizers write a space before that text."""
 
@@ -81,7 +81,7 @@ class Frame:
 
     segments: list[TurnText]
     runs: list[tuple[Span, list[str | Placeholder]]]
-    """Of what is not tokenised yet, the parts too: the run's text has sentinels in it."""
+    """Of what is not tokenized yet, the parts too: the run's text has sentinels in it."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Rendering:
 
 @dataclass(frozen=True)
 class Layout:
-    """An example before its text is tokenised."""
+    """An example before its text is tokenized."""
 
     runs: list[Span]
     note: str | None = None
@@ -151,7 +151,7 @@ class ChatTemplate:
         return self.tokenize(self.lay_out(messages, tools))
 
     def lay_out(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[Layout]:
-        """Training examples of a conversation, not yet tokenised: in every assistant turn, what the model has to
+        """Training examples of a conversation, not yet tokenized: in every assistant turn, what the model has to
         say is learned, from the end of the generation prompt to the end-of-turn token. A message whose `train` is
         False is context: none of its tokens is learned, its end-of-turn token included.
 
@@ -361,7 +361,7 @@ class ChatTemplate:
         return runs
 
     def tokenize(self, layouts: Sequence[Layout]) -> list[TokenizedExample]:
-        """Ids of many examples at once: a text that several have (a system prompt) is tokenised once, and the
+        """Ids of many examples at once: a text that several have (a system prompt) is tokenized once, and the
         `tokenizers` library uses all cores."""
         ids = self._ids_of(run for layout in layouts for run in layout.runs if run.token_ids is None)
         return [_joined(layout, ids) for layout in layouts]
@@ -459,7 +459,7 @@ def _parts(run: Span) -> list[str | Placeholder]:
 
 
 def _joined_where_known(runs: list[Span]) -> Iterator[Span]:
-    """Neighbours whose ids are known as one, where both are learned or neither is."""
+    """Neighbors whose ids are known as one, where both are learned or neither is."""
     for (is_known, loss_mask), some in groupby(runs, lambda run: (run.token_ids is not None, run.loss_mask)):
         if is_known:
             together = list(some)

@@ -181,7 +181,7 @@ def load_splits(
     """(training examples, held-out examples or None).
 
     Held-out rows come from `eval_data`, or are an `eval_ratio` of the training rows. `notice` is told whether
-    examples were tokenised or found in the cache, and in what time. Raises DataError.
+    examples were tokenized or found in the cache, and in what time. Raises DataError.
     """
     notes: FileNotes = {}
     held_out_notes: FileNotes = {}
@@ -281,7 +281,7 @@ def _examples(
     found = cache.find(key) if cache and key else None
     if found is not None:
         check_rows_left(found[1], strict=strict)
-        how = f"{len(rows)} rows, tokenised before: from the cache in {time.perf_counter() - started:.1f} s"
+        how = f"{len(rows)} rows, tokenized before: from the cache in {time.perf_counter() - started:.1f} s"
         return *found, how
     progress = _Progress(notice, len(rows)) if notice is not None else None
     examples, account = build_examples(rows, template, strict=strict, progress=progress, **options)
@@ -290,7 +290,7 @@ def _examples(
         kept = _keep(cache, key, examples, account)
     else:
         kept = "the template writes the time, so they are not cached" if cache else "not cached"
-    return examples, account, f"{len(rows)} rows tokenised in {seconds:.1f} s; {kept}"
+    return examples, account, f"{len(rows)} rows tokenized in {seconds:.1f} s; {kept}"
 
 
 @dataclass

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from handspun.config import DataFormat
 from handspun.data.chat_template import ChatTemplate, Layout, Span, TokenizedExample
 from handspun.data.conversations import to_conversation
-from handspun.data.formats import recognise_format, used_columns
+from handspun.data.formats import recognize_format, used_columns
 from handspun.data.marks import is_row_mark
 from handspun.data.messages import UNKNOWN_ROLE, role_advice
 from handspun.data.rendering import EndlessTemplateError
@@ -113,7 +113,7 @@ def _arrays(part: Sequence[Example], places: dict[str, int]) -> list[npt.NDArray
 
 
 _ROWS_AT_ONCE = 1000
-"""Tokenised together."""
+"""Tokenized together."""
 
 _CHARACTERS_OF_A_TOKEN = 1000
 """More than any token has."""
@@ -125,7 +125,7 @@ _MOST_UNUSED = 100
 """Columns and keys of messages that are named as not read, where messages bring new ones."""
 
 _AHEAD = 3
-"""Parts of so many rows that are tokenised while the next is laid out."""
+"""Parts of so many rows that are tokenized while the next is laid out."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class DataReport:
     truncated: list[RowIssue] = field(default_factory=list)
     notes: list[RowIssue] = field(default_factory=list)
     formats: dict[str, str] = field(default_factory=dict)
-    """file -> its format, as recognised or named."""
+    """file -> its format, as recognized or named."""
     unused_columns: dict[str, list[str]] = field(default_factory=dict)
     """file -> columns that are not read."""
     file_notes: dict[str, list[str]] = field(default_factory=dict)
@@ -239,22 +239,22 @@ def _gc_frozen() -> Iterator[None]:
 
 
 _LaidOut = list[tuple[Row, list[Layout]]]
-_Tokenised = list[tuple[Row, list[TokenizedExample]]]
+_Tokenized = list[tuple[Row, list[TokenizedExample]]]
 
 
-def _tokenize_in_threads(parts: Iterable[_LaidOut], template: ChatTemplate) -> Iterator[_Tokenised]:
-    """The parts in their order, tokenised in threads: `tokenizers` lets Python lay out the next ones meanwhile."""
+def _tokenize_in_threads(parts: Iterable[_LaidOut], template: ChatTemplate) -> Iterator[_Tokenized]:
+    """The parts in their order, tokenized in threads: `tokenizers` lets Python lay out the next ones meanwhile."""
     with ThreadPoolExecutor(_AHEAD) as threads:
-        waiting: deque[Future[_Tokenised]] = deque()
+        waiting: deque[Future[_Tokenized]] = deque()
         for part in parts:
-            waiting.append(threads.submit(_tokenised, part, template))
+            waiting.append(threads.submit(_tokenized, part, template))
             if len(waiting) == _AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _tokenised(part: _LaidOut, template: ChatTemplate) -> _Tokenised:
+def _tokenized(part: _LaidOut, template: ChatTemplate) -> _Tokenized:
     encoded = iter(template.tokenize([layout for _, layouts in part for layout in layouts]))
     return [(row, list(islice(encoded, len(layouts)))) for row, layouts in part]
 
@@ -277,7 +277,7 @@ def _lay_out(
     role_map: Mapping[str, str] | None,
     max_length: int,
 ) -> list[Layout]:
-    """The row's examples before they are tokenised; none if it is dropped."""
+    """The row's examples before they are tokenized; none if it is dropped."""
     try:
         data_format = account.formats[row.file]
         conversation = to_conversation(row, data_format, system_prompt=system_prompt, role_map=role_map)
@@ -287,7 +287,7 @@ def _lay_out(
     except (DroppedRow, TemplateError) as error:
         account.dropped.append(RowIssue(row.file, row.number, str(error)))
         return []
-    layouts = [_tokenisable(layout, max_length) for layout in whole]
+    layouts = [_tokenizable(layout, max_length) for layout in whole]
     damage = detect_mojibake(message["content"] for message in conversation.messages)
     _add_unread_keys(account, row.file, conversation.unread_keys)
     notes = [*conversation.notes, *(layout.note for layout in layouts), *damage, *_changed(layouts, template)]
@@ -311,7 +311,7 @@ def _changed(layouts: Sequence[Layout], template: ChatTemplate) -> list[str]:
     return template.text_loss.notes(run.text for layout in layouts for run in layout.runs if run.token_ids is None)
 
 
-def _tokenisable(layout: Layout, max_length: int) -> Layout:
+def _tokenizable(layout: Layout, max_length: int) -> Layout:
     """Without text that could not be within `max_length`: a cell of 100 MB would take minutes and gigabytes."""
     left = (max_length + 1) * _CHARACTERS_OF_A_TOKEN
     runs: list[Span] = []
@@ -359,12 +359,12 @@ _Columns = Iterable[tuple[str, tuple[str, ...]]]
 
 
 def _formats(columns: _Columns, data_format: DataFormat) -> dict[str, str]:
-    """The format of each file, recognised from the columns of all its rows."""
+    """The format of each file, recognized from the columns of all its rows."""
     of_file: dict[str, dict[str, None]] = {}
     for file, names in columns:
         of_file.setdefault(file, {}).update(dict.fromkeys(names))
     return {
-        file: recognise_format(list(names), file) if data_format == "auto" else data_format
+        file: recognize_format(list(names), file) if data_format == "auto" else data_format
         for file, names in of_file.items()
     }
 

@@ -148,7 +148,7 @@ _KNOWN = _OPTIONAL.union({"input", "history"}, *NEEDED.values())
 _BYTE_ORDER_MARK = "\ufeff"
 
 
-def recognise_format(columns: Collection[str], file: str) -> DataFormat:
+def recognize_format(columns: Collection[str], file: str) -> DataFormat:
     """The one format that has its columns here. Raises DataError if none has, or several have."""
     found = [name for name, needed in NEEDED.items() if set(needed) <= set(columns)]
     if len(found) == 1:

@@ -19,7 +19,7 @@ def learned_runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterat
         yield str(text), is_learned
 
 
-def coloured(example: Example, tokenizer: PreTrainedTokenizerBase, *, most: int | None = None) -> Text:
+def colored(example: Example, tokenizer: PreTrainedTokenizerBase, *, most: int | None = None) -> Text:
     """Learned tokens in bold green on the terminal. most: characters of each run, the rest of it left out."""
     text = Text()
     for run, is_learned in learned_runs(example, tokenizer):
@@ -28,7 +28,7 @@ def coloured(example: Example, tokenizer: PreTrainedTokenizerBase, *, most: int 
 
 
 def bracketed(example: Example, tokenizer: PreTrainedTokenizerBase, *, most: int | None = None) -> str:
-    """Learned tokens between ⟦ and ⟧, for files and for terminals without colour. most: as above."""
+    """Learned tokens between ⟦ and ⟧, for files and for terminals without color. most: as above."""
     runs = [(_cut(run, most), is_learned) for run, is_learned in learned_runs(example, tokenizer)]
     text = "".join(f"⟦{run}⟧" if is_learned else run for run, is_learned in runs)
     return visible(text)

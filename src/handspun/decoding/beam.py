@@ -328,8 +328,8 @@ def _select(
     has_ended = [candidate.finish_reason is not None for candidate in candidates]
     best = [i for i in range(options.num_beams) if has_ended[i] and top[i] > _DEAD_THRESHOLD]
     search.keep([(top[i] / length**options.length_penalty, candidates[i]) for i in best])
-    penalised = torch.tensor(top) + torch.tensor(has_ended) * _NEVER
-    running, order = (values.tolist() for values in penalised.topk(options.num_beams))
+    penalized = torch.tensor(top) + torch.tensor(has_ended) * _NEVER
+    running, order = (values.tolist() for values in penalized.topk(options.num_beams))
     search.scores, search.beams = running, [candidates[i] for i in order]
     if search.tree is not None:
         beams = [i if score > _DEAD_THRESHOLD else None for i, score in zip(order, running, strict=True)]

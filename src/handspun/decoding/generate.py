@@ -189,7 +189,7 @@ def _job(
         explain=explain,
         show_tree=show_tree,
         on_prompt=prompt_progress(notice),
-        penalised=said_in(
+        penalized=said_in(
             model,
             several,
             system_prompt=system_prompt,

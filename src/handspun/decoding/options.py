@@ -47,7 +47,7 @@ def check_vocabulary(values: dict[str, Any], vocabulary: int) -> list[str]:
 
 
 def _words_ids(words: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], ...]:
-    """Each word as it is tokenised alone and behind a space."""
+    """Each word as it is tokenized alone and behind a space."""
     spelled = [prefix + word.lstrip(" ") for word in words for prefix in ("", " ")]
     runs = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in spelled]
     return tuple(dict.fromkeys(run for run in runs if run))
@@ -95,7 +95,7 @@ class SamplingParams:
     """Tokens that end an answer."""
     pad_token_id: int = 0
     """What fills the left of shorter prompts; the mask, not this id, says what is padding."""
-    unpenalised_ids: frozenset[int] = frozenset()
+    unpenalized_ids: frozenset[int] = frozenset()
     """Tokens that the repetition penalty spares."""
 
 
@@ -145,7 +145,7 @@ def resolve(given: GenerationOptions, model: ChatModel, *, chat: bool) -> tuple[
         **{**defaults, **taken, **chosen, **_strategy(chosen, own)},
         eos_token_ids=_eos_token_ids(model, chat=chat),
         pad_token_id=_pad_token_id(model),
-        unpenalised_ids=_unpenalised_ids(chosen, model),
+        unpenalized_ids=_unpenalized_ids(chosen, model),
     )
     _check(options, chosen)
     return options, _notices(taken, model, options)
@@ -264,7 +264,7 @@ def _default_stop_strings(model: ChatModel) -> tuple[str, ...]:
     return model.template.end_of_turn, NEXT_USER
 
 
-def _unpenalised_ids(chosen: dict[str, Any], model: ChatModel) -> frozenset[int]:
+def _unpenalized_ids(chosen: dict[str, Any], model: ChatModel) -> frozenset[int]:
     exempt = chosen.get("repetition_penalty_exempt") == "template"
     return frozenset(model.tokenizer.added_tokens_decoder) if exempt else frozenset()
 

@@ -114,7 +114,7 @@ def _penalties(options: SamplingParams) -> list[Processor]:
         ),
         Processor(
             "repetition_penalty",
-            lambda logits, rows: filters.repetition_penalty(logits, _penalised(rows, o), o.repetition_penalty),
+            lambda logits, rows: filters.repetition_penalty(logits, _penalized(rows, o), o.repetition_penalty),
         ),
         Processor(
             "presence_penalty",
@@ -177,8 +177,8 @@ def _generated(rows: Sequence[Row]) -> list[list[int]]:
     return [row.token_ids for row in rows]
 
 
-def _penalised(rows: Sequence[Row], options: SamplingParams) -> list[set[int]]:
-    spared = options.unpenalised_ids
+def _penalized(rows: Sequence[Row], options: SamplingParams) -> list[set[int]]:
+    spared = options.unpenalized_ids
     return [{*row.prompt_ids_for_penalty, *row.token_ids} - spared for row in rows]
 
 

@@ -1,7 +1,7 @@
 """Prompt-lookup speculation: what followed an answer's last tokens the time before is drafted, and checked in one
 step.
 
-Answers that summarise, correct or rewrite their prompt repeat pieces of it. A step over several tokens reads the
+Answers that summarize, correct or rewrite their prompt repeat pieces of it. A step over several tokens reads the
 same weights as a step over one. So the draft is fed behind the newest token, and at every position the token is
 chosen that would be chosen there anyway. As long as that is the drafted one, the next position's logits are those
 of the next step. Noise depends on the answer and the step alone, so that sampled answers stay the same, token for

@@ -37,7 +37,7 @@ class Request:
     should_stop: Callable[[], bool]
     functions: tuple[Function, ...] = ()
     """The user's own processors."""
-    penalised: list[list[int]] | None = None
+    penalized: list[list[int]] | None = None
     """Tokens of each prompt that the repetition penalty counts, if not all."""
     explain: bool = False
     show_tree: bool = False
@@ -84,7 +84,7 @@ class Completion:
     @property
     def prompt_ids_for_penalty(self) -> list[int]:
         """Those of the prompt's tokens that the repetition penalty counts."""
-        return (self.job.penalised or self.job.prompts)[self.prompt_index]
+        return (self.job.penalized or self.job.prompts)[self.prompt_index]
 
     def copy(self) -> "Completion":
         """The same answer, to go on from in another way."""

@@ -85,7 +85,7 @@ def prompt_progress(
 
 
 def _answer_ids(job: Request) -> list[tuple[int, int]]:
-    """(prompt index, return index) of all answers; prompts of like length are neighbours."""
+    """(prompt index, return index) of all answers; prompts of like length are neighbors."""
     order = sorted(range(len(job.prompts)), key=lambda i: len(job.prompts[i]))
     return [(prompt, back) for prompt in order for back in range(job.options.num_return_sequences)]
 

@@ -1,6 +1,6 @@
 """A byte-level BPE tokenizer in GGUF's terms, as llama.cpp reads it.
 
-The names are those of llama.cpp's convert_hf_to_gguf.py. There, a tokenizer is recognised by a hash of what it
+The names are those of llama.cpp's convert_hf_to_gguf.py. There, a tokenizer is recognized by a hash of what it
 makes of a sample text; here, by the rules that its pre-tokenizer states.
 """
 

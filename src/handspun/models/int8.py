@@ -1,13 +1,13 @@
 """int8 linear layers: weights with a scale for each output channel, activations with a scale for each row.
 
 The symmetric scheme of LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), with its outlier columns spread over
-their neighbours by a Hadamard transform (hadamard.py):
+their neighbors by a Hadamard transform (hadamard.py):
 
     hadamard(x) = row_scale * x_int8                hadamard(w) / block = channel_scale * w_int8
     y = row_scale * channel_scale * (x_int8 @ w_int8.T)
 
 Sums of int8 matmuls are exact integers, so a row's result does not depend on the rows beside it. The backward
-pass uses the same matrix: the channels' scales are folded into the gradient before it is quantised, row by row,
+pass uses the same matrix: the channels' scales are folded into the gradient before it is quantized, row by row,
 and the input's gradient is transformed back.
 """
 

@@ -384,11 +384,11 @@ def _load_int8(source: ModelSource, device: torch.device, notice: Callable[[str]
 
 def _load_weights(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedModel:
     """Raises ModelError where transformers would fill missing weights with random ones."""
-    quantisation = {}
+    quantization = {}
     if source.gguf_file:
         from transformers import GgufConfig
 
-        quantisation = {"quantization_config": GgufConfig(dequantize=True)}
+        quantization = {"quantization_config": GgufConfig(dequantize=True)}
     model, info = _from_pretrained(
         AutoModelForCausalLM,
         source.name,
@@ -396,7 +396,7 @@ def _load_weights(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedMo
         dtype=dtype,
         output_loading_info=True,
         **({} if source.gguf_file else {"use_safetensors": True}),
-        **quantisation,
+        **quantization,
         **source.arguments,
     )
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])

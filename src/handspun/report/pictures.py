@@ -1,4 +1,4 @@
-"""Lines and bars as SVG, by matplotlib, in colours that the page gives them."""
+"""Lines and bars as SVG, by matplotlib, in colors that the page gives them."""
 
 import io
 import logging
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# matplotlib writes colours out; a page that is light or dark names them. These stand for the names meanwhile.
-_COLOURS = {f"#0{i}0{i}0{i}": f"var(--line-{i})" for i in range(1, 7)}
+# matplotlib writes colors out; a page that is light or dark names them. These stand for the names meanwhile.
+_COLORS = {f"#0{i}0{i}0{i}": f"var(--line-{i})" for i in range(1, 7)}
 _INK, _MUTED, _GRID = "#0a0a0a", "#0b0b0b", "#0c0c0c"
-_NAMES = {**_COLOURS, _INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)"}
+_NAMES = {**_COLORS, _INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)"}
 _STYLES = ["-", "--", ":", "-.", (0, (6, 1)), (0, (1, 1))]
 
 _SETTINGS: dict[Any, Any] = {
@@ -77,20 +77,20 @@ def line_plot(
     smooth: draw long lines faintly behind their means. from_zero: y begins at 0.
     """
     with _settings():
-        figure, axes = _axes("optimiser step", y)
+        figure, axes = _axes("optimizer step", y)
         axes.xaxis.set_major_locator(_whole_numbers())
         for step in epochs:
             axes.axvline(step, color=_MUTED, linewidth=0.7, linestyle=":")
         for i, line in enumerate(lines):
             mean = smoothed(line) if smooth else None
-            style = {"color": _colour(i), "linestyle": _STYLES[i % len(_STYLES)]}
+            style = {"color": _color(i), "linestyle": _STYLES[i % len(_STYLES)]}
             if mean is None:
                 _draw(axes, line, **style)
             else:
-                _draw(axes, line, color=_colour(i), linewidth=0.7, alpha=0.45)
+                _draw(axes, line, color=_color(i), linewidth=0.7, alpha=0.45)
                 _draw(axes, mean, **style)
         for i, line in enumerate(marked, len(lines)):
-            _draw(axes, line, color=_colour(i), marker="o", markersize=4)
+            _draw(axes, line, color=_color(i), marker="o", markersize=4)
         if from_zero:
             axes.set_ylim(bottom=0)
         if len(axes.get_lines()) - len(epochs) > 1:
@@ -105,7 +105,7 @@ def bar_plot(
     with _settings():
         figure, axes = _axes(x, "rows")
         widths = [high - low for low, high in pairwise(edges)]
-        axes.bar(edges[:-1], counts, widths, align="edge", color=_colour(0), edgecolor=_GRID, linewidth=0.5)
+        axes.bar(edges[:-1], counts, widths, align="edge", color=_color(0), edgecolor=_GRID, linewidth=0.5)
         axes.yaxis.set_major_locator(_whole_numbers())
         if log:
             axes.set_xscale("log", base=2)
@@ -149,8 +149,8 @@ def _whole_numbers() -> Any:
     return MaxNLocator(integer=True, nbins=6)
 
 
-def _colour(place: int) -> str:
-    return list(_COLOURS)[place % len(_COLOURS)]
+def _color(place: int) -> str:
+    return list(_COLORS)[place % len(_COLORS)]
 
 
 def _draw(axes: "Axes", line: Line, **style: Any) -> None:
@@ -161,7 +161,7 @@ def _draw(axes: "Axes", line: Line, **style: Any) -> None:
 
 
 def _svg(figure: "Figure", name: str, label: str) -> str:
-    """The figure as an element of a page: in the page's size and colours, with ids of its own."""
+    """The figure as an element of a page: in the page's size and colors, with ids of its own."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
@@ -172,8 +172,8 @@ def _svg(figure: "Figure", name: str, label: str) -> str:
     for before in (r'\bid="', r"url\(#", r'href="#'):
         svg = re.sub(f"({before})", rf"\1{name}-", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    for colour, css in _NAMES.items():
-        svg = svg.replace(colour, css)
+    for color, css in _NAMES.items():
+        svg = svg.replace(color, css)
     return svg
 
 
@@ -285,7 +285,7 @@ def _lines(
     lines, marked = ([line for line in some if line.x] for some in (lines, marked))
     if not lines and not marked:
         return []
-    label = f"{title} by optimiser steps. {' '.join(map(_ends, [*lines, *marked]))}"
+    label = f"{title} by optimizer steps. {' '.join(map(_ends, [*lines, *marked]))}"
     return [Picture(title, line_plot(id, lines, y=y, label=label, marked=marked, **style), caption)]
 
 

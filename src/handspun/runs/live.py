@@ -37,7 +37,7 @@ _NAMES = 15
 
 @dataclass
 class Trace:
-    """A series of any length in less than 512 cells, each the mean of as many neighbours."""
+    """A series of any length in less than 512 cells, each the mean of as many neighbors."""
 
     cells: list[float] = field(default_factory=list)
     size: int = 1

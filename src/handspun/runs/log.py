@@ -45,7 +45,7 @@ _Kind = TypeVar("_Kind", Step, Evaluation)
 
 def plain_console() -> Console:
     """Standard output without highlighting, and in a notebook plain text like anywhere else. FORCE_COLOR, by which
-    rich takes a file for a terminal, gives it colours and no panel."""
+    rich takes a file for a terminal, gives it colors and no panel."""
     return HarmlessConsole(force_jupyter=False, force_interactive=None if is_terminal(sys.stdout) else False)
 
 
@@ -91,7 +91,7 @@ class RunLog:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps that were logged."""
+        """Optimizer steps that were logged."""
         return self._steps
 
     def move_to(self, folder: Path) -> None:
@@ -148,7 +148,7 @@ class RunLog:
             self._print(part)
 
     def styled(self, text: Text, plain: str) -> None:
-        """A text for terminals that have colours; its plain form for the others, for pipes and for train.log."""
+        """A text for terminals that have colors; its plain form for the others, for pipes and for train.log."""
         self.only_in_file(plain)
         is_seen = self._console.is_terminal and not self._console.no_color
         self._console.print(text if is_seen else Text(plain), soft_wrap=not self._console.is_interactive)

@@ -81,7 +81,7 @@ def _is_whole(event: dict[str, Any]) -> bool:
 
 
 def thinned(steps: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The steps in at most 400 groups of neighbours; each becomes a point of a line."""
+    """The steps in at most 400 groups of neighbors; each becomes a point of a line."""
     size = max(-(-len(steps) // MOST_POINTS), 1)
     return [list(steps[start : start + size]) for start in range(0, len(steps), size)]
 

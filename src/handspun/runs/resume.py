@@ -50,7 +50,7 @@ class ResumePoint:
 
     @property
     def step(self) -> int:
-        """Optimiser steps that are done."""
+        """Optimizer steps that are done."""
         return int(self.facts["step"])
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from handspun.config import TrainConfig
 from handspun.data.examples import DataReport, Example, RowIssue, learned_tokens_of, lengths_of, notes_by_text
-from handspun.data.preview import bracketed, coloured, spread
+from handspun.data.preview import bracketed, colored, spread
 from handspun.display import duration, join_names
 from handspun.preflight.checks import EndOfTurn, Finding, check_findings, headline, rows_named
 from handspun.preflight.time_estimate import MEASURED_ON
@@ -118,12 +118,12 @@ _MOST_CHARACTERS = 600
 
 
 def show_examples(log: RunLog, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Three rendered examples from the whole of the set, with what is learned in colour, or between brackets."""
+    """Three rendered examples from the whole of the set, with what is learned in color, or between brackets."""
     log.styled(Text("what is learned is green"), "what is learned is between ⟦ and ⟧")
     for example in spread(examples, _EXAMPLES):
         title = f"{example.file}, row {example.row}: {len(example)} tokens, {example.learned_tokens} learned"
         log.styled(Text(f"─── {title}"), f"--- {title}")
-        shown = coloured(example, tokenizer, most=_MOST_CHARACTERS)
+        shown = colored(example, tokenizer, most=_MOST_CHARACTERS)
         log.styled(shown, bracketed(example, tokenizer, most=_MOST_CHARACTERS))
     log.styled(Text("─" * 3), "---")
 

@@ -25,7 +25,7 @@ _PROJECT = "handspun"
 
 Figures = Mapping[str, float]
 Send = Callable[[Figures, int], None]
-"""Takes figures, and the optimiser steps that were done when they were measured."""
+"""Takes figures, and the optimizer steps that were done when they were measured."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _trackio(run: TrackedRun, notice: Callable[[str], None]) -> Iterator[Send]:
     """Where trackio keeps everything, which its own variables say (TRACKIO_DIR); it is shown by project."""
     import trackio
 
-    with redirect_stdout(None):  # it prints in colours, to a file too
+    with redirect_stdout(None):  # it prints in colors, to a file too
         opened = trackio.init(
             project=_PROJECT,
             name=run.name,

@@ -1,1 +1,1 @@
-"""The training loop: loss, optimiser, events, checkpoints."""
+"""The training loop: loss, optimizer, events, checkpoints."""

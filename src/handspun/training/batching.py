@@ -20,7 +20,7 @@ def epoch_order(rows: int, *, seed: int, epoch: int) -> list[int]:
 
 
 def batches(examples: Sequence[Example], order: Sequence[int], batch_size: int) -> Iterator[list[Example]]:
-    """`batch_size` examples an optimiser step; the last, shorter batch is one too."""
+    """`batch_size` examples an optimizer step; the last, shorter batch is one too."""
     for start in range(0, len(order), batch_size):
         yield [examples[i] for i in order[start : start + batch_size]]
 

@@ -88,7 +88,7 @@ def read_weights(model: PreTrainedModel, folder: Path) -> None:
 def read_optimizer(
     model: PreTrainedModel, optimizer: torch.optim.Optimizer, folder: Path | None, device: torch.device
 ) -> None:
-    """Puts the optimiser's states back, in place. Of several ranks the first has the folder, and all must ask.
+    """Puts the optimizer's states back, in place. Of several ranks the first has the folder, and all must ask.
 
     torch's `load_state_dict` is not used: it casts states to the type of their weights, and short ones are none.
     """

@@ -16,7 +16,7 @@ from handspun.kernels.allocator import malloc_trim
 @dataclass(frozen=True)
 class SkippedStep:
     """A step that was not made: its loss, or the norm of its gradient, is not finite. The weights and the
-    optimiser's states are as they were before it. batch: file and number of each of its rows. skipped: how many
+    optimizer's states are as they were before it. batch: file and number of each of its rows. skipped: how many
     steps of the run were left out so far, this one too."""
 
     step: int

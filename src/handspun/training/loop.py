@@ -50,7 +50,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step: loss is the mean over the batch's learned tokens, before the update. Of its tokens, some
+    """One optimizer step: loss is the mean over the batch's learned tokens, before the update. Of its tokens, some
     are learned; those computed have padding in them, and a shared prefix once."""
 
     step: int
@@ -120,7 +120,7 @@ class Loop:
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimizer steps of the whole run."""
         return self.steps_per_epoch * self.config.num_epochs
 
     def evaluates_after(self, step: int) -> bool:
@@ -169,7 +169,7 @@ def train(loop: Loop, state: TrainingState) -> Iterator[Event]:
 
 
 def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch: int) -> Iterator[Event]:
-    """One optimiser step on a batch: forward and backward in micro-batches, clip, update.
+    """One optimizer step on a batch: forward and backward in micro-batches, clip, update.
 
     Yields a Step, and a Spike before it if its loss is one; or a SkippedStep if loss or gradient are not finite:
     nothing is updated, and the schedule continues as if it had been. An OutOfMemory comes first for each

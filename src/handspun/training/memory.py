@@ -129,7 +129,7 @@ def predict_memory(
     """Bytes of the process at its largest, or on the GPU that it uses. Only shapes are looked at: the model may be
     on the meta device.
 
-    batches: the optimiser's, each in its micro-batches.
+    batches: the optimizer's, each in its micro-batches.
     """
     weights = sum(weight.nbytes for weight in weights_of(model))
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
@@ -247,13 +247,13 @@ def make_plan(
     parameters = sum(weight.numel() for weight in weights_of(model))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
-    def optimiser_batches() -> Iterator[list[Example]]:
+    def optimizer_batches() -> Iterator[list[Example]]:
         """Read anew each time: held, all examples would be lists in memory."""
         return batches(examples, order, config.batch_size)
 
     computed = [
         _computed(micro_batch, packed, share_prefix, multiple)
-        for batch in optimiser_batches()
+        for batch in optimizer_batches()
         for micro_batch in _cut(batch, config, packed)
     ]
     return Plan(
@@ -266,18 +266,18 @@ def make_plan(
         computed_tokens=sum(computed),
         parameters=parameters,
         trainable=trainable,
-        peak_memory=predicted_peak(model, optimiser_batches(), config),
+        peak_memory=predicted_peak(model, optimizer_batches(), config),
         checkpoint_size=_checkpoint_size(parameters, trainable, config),
         training_state_size=_training_state_size(trainable, config),
     )
 
 
 def predicted_peak(
-    model: PreTrainedModel, optimiser_batches: Iterable[Sequence[Example]], config: TrainConfig
+    model: PreTrainedModel, optimizer_batches: Iterable[Sequence[Example]], config: TrainConfig
 ) -> int:
     """Bytes of the process at its largest, over these batches."""
     packed, share_prefix = _execution_of(model, config)
-    cut = (_cut(batch, config, packed) for batch in optimiser_batches)
+    cut = (_cut(batch, config, packed) for batch in optimizer_batches)
     return predict_memory(model, cut, config, packed=packed, share_prefix=share_prefix)
 
 
@@ -304,7 +304,7 @@ def _checkpoint_size(parameters: int, trainable: int, config: TrainConfig) -> in
 
 
 def _training_state_size(trainable: int, config: TrainConfig) -> int:
-    """Optimiser states, and the weights once more where the checkpoint has them in another form."""
+    """Optimizer states, and the weights once more where the checkpoint has them in another form."""
     links = not config.lora and config.save_dtype == "float32"
     return trainable * ({"float32": 8, "bfloat16": 4, "8bit": 2}[config.optimizer_states] + (0 if links else 4))
 

@@ -133,7 +133,7 @@ def decode(codes: Tensor, lowest: Tensor, *, signed: bool) -> Tensor:
 
 
 def lr_at(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Learning rate of optimiser step `step` (0 to total_steps - 1).
+    """Learning rate of optimizer step `step` (0 to total_steps - 1).
 
     Warm-up rises linearly and reaches the peak at its last step; the schedule then falls and would reach zero
     one step after the last, so that no step is wasted on a rate of zero.

@@ -39,7 +39,7 @@ class Comparison:
 def kill_and_compare(
     config: TrainConfig, *, steps: int, kills: int, notice: Callable[[str], None], rng: random.Random
 ) -> Comparison:
-    """Trains `steps` optimiser steps in two epochs on the first rows of the data, twice: left alone, and killed by
+    """Trains `steps` optimizer steps in two epochs on the first rows of the data, twice: left alone, and killed by
     SIGKILL `kills` times at random moments and started again by the same command. Each run is its own process.
 
     Raises TrainingError, with what the run said, if one fails by itself.

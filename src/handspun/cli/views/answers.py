@@ -12,7 +12,7 @@ from handspun.config import DataConfig, GenerationOptions
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.dataset import ExampleCache, load_splits, resolve_max_length
 from handspun.data.messages import Message
-from handspun.data.preview import bracketed, coloured, spread
+from handspun.data.preview import bracketed, colored, spread
 from handspun.data.rendering import choose_template
 from handspun.data.rows import check_data_exists
 from handspun.decoding.generate import generate, stream
@@ -45,7 +45,7 @@ def show_preview(config: DataConfig, model: str, console: Console, *, examples: 
     for example in spread(made.examples, examples):
         title = f"{example.file}, row {example.row}: {len(example)} tokens, {example.learned_tokens} learned"
         console.print(f"--- {title}" if plain else Rule(title, align="left"), markup=False)
-        text = Text(bracketed(example, tokenizer)) if plain else coloured(example, tokenizer)
+        text = Text(bracketed(example, tokenizer)) if plain else colored(example, tokenizer)
         console.print(text, soft_wrap=True)
     console.print("---\n" if plain else Rule(), markup=False)
     for line in [*length_lines(made.examples), "", *account_lines(made.account, max_length=max_length)]:
