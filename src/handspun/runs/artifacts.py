@@ -36,13 +36,30 @@ MOST_CHARACTERS = 4000
 
 
 def losses_by_row(
-    runner: BatchRunner, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, most: int
+    runner: BatchRunner,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    most: int,
+    max_tokens: int,
 ) -> dict[str, Any]:
-    """The mean loss a learned token of each row, of at most `most` rows that lie at even distances, and the ten
-    worst and the ten best with their text: runs of [text, is it learned]. No row is among both. "mean" is that of
-    all their learned tokens, "of" the number of rows that there are."""
+    """Return the mean loss per target token of each row, and the ten worst and the ten best rows with their text.
+
+    No row is among both. "mean" is over all their target tokens, "of" the number of rows that there are; a row's
+    "runs" are [text, is it a target].
+
+    Args:
+        runner: computes the losses.
+        examples: the rows.
+        tokenizer: decodes the rows that are shown.
+        most: at most so many rows are computed, at even distances.
+        max_tokens: of a micro-batch.
+    """
     rows = spread(examples, most)
-    sums = [runner.loss([row]) for row in rows]
+    by_row: dict[int, float] = {}
+    for micro_batch in runner.cut(rows, max_tokens):
+        by_row.update(zip(map(id, micro_batch), runner.row_losses(micro_batch), strict=True))
+    sums = [by_row[id(row)] for row in rows]
     losses = [total / row.learned_tokens for total, row in zip(sums, rows, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: -losses[i])
 
@@ -185,7 +202,9 @@ def _row_losses(
         notice=lambda _: None,
     ) as runner:
         found = {
-            name: losses_by_row(runner, some.examples, chat.tokenizer, most=config.report_rows)
+            name: losses_by_row(
+                runner, some.examples, chat.tokenizer, most=config.report_rows, max_tokens=config.max_tokens
+            )
             for name, some in (("train", training), ("held_out", held_out))
             if some is not None
         }
