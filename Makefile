@@ -69,7 +69,7 @@ check: $(VENV)/.installed-dev
 # the same model as llama.cpp reads it; the embedded one otherwise.
 bench: $(VENV)/.installed-dev .venv-peers/.installed .venv-peers-decoding/.installed .venv-peers-openvino/.installed
 	$(BIN)/python benchmarks/decode.py $(if $(MODEL),--model $(MODEL)) $(if $(GGUF),--gguf $(GGUF))
-	$(BIN)/python benchmarks/tokenize.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/tokenize_rows.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/train.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/train.py $(if $(DATA),--data $(DATA)) --lora
 	$(BIN)/python benchmarks/scaling.py $(if $(DATA),--data $(DATA))

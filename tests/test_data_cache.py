@@ -97,7 +97,7 @@ def _changed(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [_truncated, _changed, Path.unlink])
-@pytest.mark.parametrize("name", ["input_ids.npy", "learned.npy", "starts.npy", "facts.json", "sha256.json"])
+@pytest.mark.parametrize("name", ["input_ids.npy", "loss_mask.npy", "starts.npy", "facts.json", "sha256.json"])
 def test_a_damaged_set_is_not_read_and_can_be_made_anew(
     tmp_path: Path, name: str, damage: Callable[[Path], None]
 ) -> None:

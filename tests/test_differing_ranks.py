@@ -203,7 +203,7 @@ def test_a_rank_that_is_killed_before_the_loop_is_named(tiny_folder: Path, tmp_p
     (tmp_path / "a.csv").write_text(rows(9))
     waiting = (
         "import os, sys, time; from handspun.runs import train as run; from handspun.cli import main\n"
-        "run.refuse_missing_data = lambda *_: (print('waits', flush=True), time.sleep(100))\n"
+        "run.check_data_exists = lambda *_: (print('waits', flush=True), time.sleep(100))\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     first = command(tiny_folder, tmp_path, "a.csv")

@@ -13,7 +13,6 @@ from handspun.data.messages import Message
 from handspun.decoding.engines.choose import make_engine
 from handspun.decoding.generate import generate
 from handspun.decoding.results import GenerationResult
-from handspun.errors import ConfigError
 from handspun.evaluation.answers import Question, is_exact_match
 from handspun.evaluation.losses import _answer_loss, row_losses
 from handspun.evaluation.score import RowScore, Scores, score
@@ -45,9 +44,9 @@ def scores_of(chat: ChatModel, file: Path, **options: object) -> Scores:
     return score(chat, DataConfig(data=str(file)), notice=lambda _: None, **options)  # type: ignore[arg-type]
 
 
-def question(row: int, expected: str | None = None) -> Question:
+def question(row: int, expected: str = "") -> Question:
     messages: list[Message] = [{"role": "user", "content": "?"}]
-    return Question("rows.csv", row, messages, expected, ())
+    return Question("rows.csv", row, messages, expected)
 
 
 def test_the_loss_is_a_mean_over_tokens_not_over_rows() -> None:
@@ -115,22 +114,6 @@ def test_white_space_is_all_that_an_exact_match_overlooks() -> None:
     assert is_exact_match("", " \n")
 
 
-def test_rows_that_only_ask_have_no_loss(chat: ChatModel, tmp_path: Path) -> None:
-    file = tmp_path / "ifeval.jsonl"
-    record = {"key": 1, "prompt": "Hi.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
-    file.write_text(json.dumps(record) + "\n")
-    with pytest.raises(ConfigError, match="--generate"):
-        scores_of(chat, file)
-    scores = scores_of(chat, file, ask=True, max_new_tokens=3)
-    assert scores.loss is None
-    assert scores.account is None
-    [row] = scores.rows
-    assert row.exact_match is None
-    [verdict] = row.verdicts
-    assert row.answer is not None
-    assert verdict.strict == ("," not in row.answer.text)
-
-
 def test_rows_with_tools_have_a_loss_and_are_not_asked(chat: ChatModel, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
@@ -148,7 +131,6 @@ def test_dropped_rows_are_not_scored(chat: ChatModel, tmp_path: Path) -> None:
     file.write_text("instruction,input,output\nSay hi.,,Hi.\nSay nothing.,,\nSay yes.,,Yes.\n")
     scores = scores_of(chat, file, ask=True, max_new_tokens=3)
     assert [row.question.row for row in scores.rows] == [1, 3]
-    assert scores.account is not None
     assert len(scores.account.dropped) == 1
 
 
@@ -168,17 +150,6 @@ def test_the_system_prompt_is_in_what_is_scored_and_in_what_is_asked(chat: ChatM
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
-def test_rows_that_only_ask_get_the_system_prompt_too(chat: ChatModel, tmp_path: Path) -> None:
-    file = tmp_path / "ifeval.jsonl"
-    record = {"key": 1, "prompt": "Hi.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
-    file.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    config = DataConfig(data=str(file), system_prompt="Be brief.")
-    (row,) = score(chat, config, ask=True, max_new_tokens=3, notice=str).rows
-    assert row.answer is not None
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
-    assert row.answer.prompt_token_ids == chat.template.encode_prompt(messages)
-
-
 def test_the_losses_of_a_rows_examples_are_added_up(chat: ChatModel) -> None:
     """Two examples of one row, as where a template renders a turn differently once it is history."""
     one, other = ([5, 6, 7, 8], [False, False, True, True]), ([9, 10, 11], [False, True, True])
@@ -193,4 +164,4 @@ def test_an_answer_is_compared_with_what_the_row_says() -> None:
     answer = GenerationResult(text="Hi there", token_ids=[1], prompt_token_ids=[], finish_reason="eos")
     assert RowScore(question(1, "Hi  there"), None, 0, answer).exact_match is True
     assert RowScore(question(1, "Hello"), None, 0, answer).exact_match is False
-    assert RowScore(question(1), None, 0, answer).exact_match is None
+    assert RowScore(question(1, "Hi there"), None, 0, None).exact_match is None

@@ -18,7 +18,6 @@ from handspun.preflight.checks import (
     next_user,
     placeholder_answer,
     placeholder_prompt,
-    refusal,
     unfilled_field,
 )
 from handspun.preflight.duplicates import Alike, most_in_common, near_duplicate_rows, words_of
@@ -188,39 +187,6 @@ def test_a_field_that_nothing_was_put_in_is_found(answer: str) -> None:
 )
 def test_braces_of_code_and_formulas_are_no_field(answer: str) -> None:
     assert unfilled_field(said(answer)) is None
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "I'm sorry, but I can't assist with that request.",
-        "I’m sorry, but I cannot provide medical advice.",
-        "As an AI language model, I do not have feelings.",
-        "I am an AI and cannot see pictures.",
-        "Sorry, I can't play the song on the keyboard.",
-        "I cannot create a visual, as I only write text.",
-        "很抱歉，我无法回答这个问题。",
-        "作为一个人工智能语言模型，我没有感情。",
-    ],
-)
-def test_a_refusal_is_found(answer: str) -> None:
-    assert refusal(said(answer)) is not None
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "I apologize, but I am unable to attend the meeting.",
-        "Sorry, I won't be able to make it.",
-        'Me: Can you lend me a book?\nFriend: "Sorry, I can\'t give you one."',
-        "As an airline, I would refund the ticket.",
-        "The company said it cannot provide the data.",
-        "AI is the study of machines that learn.",
-        "对不起，我明天不能参加会议。",
-    ],
-)
-def test_what_people_say_to_each_other_is_no_refusal(answer: str) -> None:
-    assert refusal(said(answer)) is None
 
 
 def rows(count: int, length: int, learned: int) -> list[Example]:

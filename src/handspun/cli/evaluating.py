@@ -34,10 +34,9 @@ def evaluate(
     max_new_tokens: Count = 512,
     json: bool = False,
 ) -> None:
-    """Score a model on held-out rows: loss, perplexity; with --generate exact matches and instructions followed.
+    """Score a model on held-out rows: loss, perplexity; with --generate exact matches.
 
-    The loss is a mean over learned tokens, the same whatever the batch size. Instructions are IFEval's, where rows
-    carry them in the columns instruction_id_list and kwargs.
+    The loss is a mean over learned tokens, the same whatever the batch size.
 
     Parameters
     ----------

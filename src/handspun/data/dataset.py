@@ -26,7 +26,7 @@ from handspun.files import sha256_of
 MOST_BYTES = 4 * 2**30
 """Of all sets together."""
 
-_ARRAYS = ("input_ids", "learned", "starts", "rows", "files")
+_ARRAYS = ("input_ids", "loss_mask", "starts", "rows", "files")
 _FACTS, _CHECKSUMS, _PARTIAL = "facts.json", "sha256.json", ".partial-"
 _ABANDONED = 24 * 60 * 60
 """Seconds after which a set that is still not whole belongs to a process that was killed."""

@@ -1,1 +1,1 @@
-"""How good a model is on rows that it did not learn: losses, answers, instructions that can be checked."""
+"""How good a model is on rows that it did not learn: losses and answers."""

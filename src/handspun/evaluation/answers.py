@@ -12,7 +12,6 @@ from handspun.decoding.generate import generate
 from handspun.decoding.options import resolve
 from handspun.decoding.results import GenerationResult
 from handspun.decoding.text import StreamingText, vocabulary
-from handspun.evaluation.instructions import IDS, Instruction, read_instructions
 from handspun.models.load import ChatModel
 
 _END_OF_THINKING = "</think>"
@@ -20,8 +19,9 @@ _END_OF_THINKING = "</think>"
 
 @dataclass(frozen=True)
 class Question:
-    """What a row asks: the conversation up to its last answer, that answer (None if the row has none), the
-    instructions that it carries, and whether it needs tools, which are not evaluated.
+    """What a row asks: the conversation up to its last answer, that answer, and whether it needs tools.
+
+    Rows that need tools are not evaluated.
 
     trained: what a model says that has learned the row to the last token, think block and all that the template
     writes around the answer included; trained_tokens: how many tokens that takes.
@@ -30,8 +30,7 @@ class Question:
     file: str
     row: int
     messages: list[Message]
-    expected: str | None
-    instructions: tuple[Instruction, ...]
+    expected: str
     needs_tools: bool = False
     trained: str | None = None
     trained_tokens: int = 0
@@ -40,11 +39,6 @@ class Question:
     def prompt(self) -> str:
         """What the user said last."""
         return next((str(m["content"]) for m in reversed(self.messages) if m["role"] == "user"), "")
-
-
-def has_no_answer(row: Row) -> bool:
-    """Whether a row has a prompt with instructions and no answer, as IFEval's rows do."""
-    return isinstance(row.values.get("prompt"), str) and IDS in row.values and "completion" not in row.values
 
 
 def question_of(
@@ -56,14 +50,10 @@ def question_of(
     chat: ChatModel | None = None,
 ) -> Question:
     """What a row asks that training would not drop. formats: of each file. chat: to say what would be learned."""
-    instructions = read_instructions(row)
-    if has_no_answer(row):
-        messages: list[Message] = [{"role": "user", "content": row.values["prompt"]}]
-        return Question(row.file, row.number, messages, None, instructions)
     conversation = to_conversation(row, formats[row.file], system_prompt=system_prompt, role_map=role_map)
     *asked, last = conversation.messages
     needs_tools = bool(conversation.tools or last.get("tool_calls"))
-    question = Question(row.file, row.number, asked, str(last["content"]), instructions, needs_tools)
+    question = Question(row.file, row.number, asked, str(last["content"]), needs_tools)
     if chat is None or needs_tools:
         return question
     ids = trained_answer_ids(chat, conversation.messages)

@@ -1,4 +1,4 @@
-"""A model's scores on rows: loss and perplexity, exact matches, instructions followed."""
+"""A model's scores on rows: loss and perplexity, exact matches."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +10,7 @@ from handspun.data.examples import DataReport
 from handspun.data.rows import Row, read_rows
 from handspun.decoding.results import GenerationResult
 from handspun.errors import ConfigError
-from handspun.evaluation.answers import Question, greedy_answers, has_no_answer, is_exact_match, question_of
-from handspun.evaluation.instructions import Verdict, verdicts
+from handspun.evaluation.answers import Question, greedy_answers, is_exact_match, question_of
 from handspun.evaluation.losses import RowKey, row_losses
 from handspun.files import cache_folder
 from handspun.models.embedding_rows import check_examples, embedding_rows
@@ -35,28 +34,23 @@ class RowScore:
 
     @property
     def exact_match(self) -> bool | None:
-        """Whether the answer is the row's own, or what is learned of the row; None where there are not both."""
-        if self.answer is None or self.question.expected is None:
+        """Whether the answer is the row's own, or what is learned of the row; None if the model was not asked."""
+        if self.answer is None:
             return None
         right = {self.question.expected, self.question.trained or self.question.expected}
         return any(is_exact_match(self.answer.text, text) for text in right)
 
-    @property
-    def verdicts(self) -> list[Verdict]:
-        """On the row's instructions, if the model was asked."""
-        return [] if self.answer is None else verdicts(self.question.instructions, self.answer.text)
-
 
 @dataclass(frozen=True)
 class Scores:
-    """A model's scores on the rows of a set. account: what became of the rows; None where they only ask."""
+    """A model's scores on the rows of a set. account: what became of the rows."""
 
     model: str
     data: str
     fingerprint: str
     max_length: int
     rows: list[RowScore]
-    account: DataReport | None
+    account: DataReport
 
     @property
     def tokens(self) -> int:
@@ -97,31 +91,18 @@ def score(
     file_notes: dict[str, list[str]] = {}
     rows = read_rows(config.data, file_notes)
     max_length = resolve_max_length(config.max_length, context_length(chat.model.config))
-    account: DataReport | None = None
-    losses: dict[RowKey, tuple[float, int]] = {}
-    if not all(map(has_no_answer, rows)):
-        cache = ExampleCache(cache_folder() / "examples")
-        made = example_set(
-            rows,
-            config,
-            chat.template,
-            max_length=max_length,
-            file_notes=file_notes,
-            cache=cache,
-            notice=notice,
-        )
-        account = made.account
-        check_examples(made.examples, embedding_rows(chat.model), chat.tokenizer, chat.name)
-        losses = row_losses(chat, made.examples, batch_size=batch_size, notice=notice)
-    elif not ask:
-        raise ConfigError(
-            f"the rows of {config.data} have prompts and no answers, so there is no loss to take. Give "
-            "--generate: the model's answers are then held against the rows' instructions."
-        )
-    else:  # without an account that would tell of them
-        for file, texts in file_notes.items():
-            notice(f"{file}: {'; '.join(texts)}")
-    questions = _questions(rows, account, config, chat if ask else None)
+    made = example_set(
+        rows,
+        config,
+        chat.template,
+        max_length=max_length,
+        file_notes=file_notes,
+        cache=ExampleCache(cache_folder() / "examples"),
+        notice=notice,
+    )
+    check_examples(made.examples, embedding_rows(chat.model), chat.tokenizer, chat.name)
+    losses = row_losses(chat, made.examples, batch_size=batch_size, notice=notice)
+    questions = _questions(rows, made.account, config, chat if ask else None)
     answers: dict[RowKey, GenerationResult] = {}
     if ask:
         asked = [question for question in questions if not question.needs_tools]
@@ -136,18 +117,17 @@ def score(
         )
         answers = {(q.file, q.row): answer for q, answer in zip(asked, found, strict=True)}
     scored = [_row_score(question, losses, answers) for question in questions]
-    return Scores(chat.name, config.data, fingerprint(rows), max_length, scored, account)
+    return Scores(chat.name, config.data, fingerprint(rows), max_length, scored, made.account)
 
 
 def _questions(
-    rows: Sequence[Row], account: DataReport | None, config: DataConfig, chat: ChatModel | None
+    rows: Sequence[Row], account: DataReport, config: DataConfig, chat: ChatModel | None
 ) -> list[Question]:
     """What the rows ask that were not dropped. chat: to be asked."""
-    dropped = {(note.file, note.row) for note in account.dropped} if account else set()
-    formats = account.formats if account else {}
+    dropped = {(note.file, note.row) for note in account.dropped}
     kept = [row for row in rows if (row.file, row.number) not in dropped]
     return [
-        question_of(row, formats, system_prompt=config.system_prompt, role_map=config.roles, chat=chat)
+        question_of(row, account.formats, system_prompt=config.system_prompt, role_map=config.roles, chat=chat)
         for row in kept
     ]
 

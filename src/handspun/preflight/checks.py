@@ -136,26 +136,6 @@ _CODE = re.compile(
     re.MULTILINE,
 )
 
-_CANNOT = r"(?:can't|cannot|can not|won't|will not|unable|not able|not allowed)(?: be able)?(?: to)?"
-_WHAT = (
-    r"(?:assist|help|provide|answer|fulfil|fulfill|comply|complete|create|generate|support|engage|discuss|respond|"
-    r"do (?:that|this|so)|offer|give|share|write|draw|play|perform|access|browse|open|view|process|recommend)\b"
-)
-_AI = r"an? (?:ai|artificial intelligence|(?:large )?language model)\b"
-# What one cannot do counts: "I'm sorry, but I cannot attend" is no refusal but a letter.
-_REFUSAL = re.compile(
-    rf"\bas {_AI}(?: language)?(?: model| assistant)?,? i\b"
-    rf"|\bi(?:'m| am)(?: just| only)? {_AI}.{{0,60}}\b(?:{_CANNOT}|don't|do not)\b"
-    r"|^(?:(?:i'm |i am |i )?(?:very |so )?(?:sorry|afraid|apologi[sz]e)\b.{0,30}\b)?"
-    rf"i(?:'m| am)? ?{_CANNOT} {_WHAT}"
-    r"|(?:抱歉|对不起|很遗憾).{0,12}(?:无法|不能).{0,4}(?:提供|回答|协助|帮|满足|完成|讨论|生成|给出|写|访问|执行|继续)"
-    r"|^我(?:无法|不能).{0,4}(?:提供|回答|协助|帮|满足|完成|讨论|生成|给出|访问)"
-    r"|作为(?:一个|一名|一款)?(?:人工智能|ai|大?语言模型)",
-    re.IGNORECASE,
-)
-_BEGINNING = 200
-"""Characters: an answer that refuses begins with it."""
-
 
 def findings_in_answers(said: Sequence[RowText]) -> Iterator[Finding]:
     """Of the rows of one set."""
@@ -176,12 +156,6 @@ def findings_in_answers(said: Sequence[RowText]) -> Iterator[Finding]:
         unfilled_field,
         "answers with a field that nothing was put in",
         "fill the fields in, or delete the rows",
-    )
-    yield from _those(
-        said,
-        refusal,
-        "answers that read like a refusal",
-        "read some of them, and delete those in which nothing should be refused",
     )
     yield from _those(
         said,
@@ -212,13 +186,6 @@ def unfilled_field(said: RowText) -> str | None:
     """A field such as {{name}} in an answer that is no code."""
     fields = ((_FIELD.search(answer), answer) for answer in said.answers if "{" in answer)
     return next((field[0] for field, answer in fields if field and not _CODE.search(answer)), None)
-
-
-def refusal(said: RowText) -> str | None:
-    """The words of one of the answers that begins with a refusal."""
-    beginnings = (answer[:_BEGINNING].replace("’", "'").strip() for answer in said.answers)
-    refusals = (_REFUSAL.search(beginning) for beginning in beginnings)
-    return next((found[0] for found in refusals if found), None)
 
 
 def _is_placeholder(text: str) -> bool:

@@ -1,6 +1,6 @@
 """From a csv file to token ids and masks: Handspun, without and with its cache, and TRL's SFTTrainer.
 
-    python benchmarks/tokenize.py --model MODEL --data train.csv [--runs 3] [--only Handspun ...] [--fresh]
+    python benchmarks/tokenize_rows.py --model MODEL --data train.csv [--runs 3] [--only Handspun ...] [--fresh]
 
 Every run is a process of its own; imports are not counted. Handspun's time has reading the file in it, TRL's has
 not. Each figure is saved in benchmarks/results/ as it is measured, and a benchmark that is run again goes on from
