@@ -47,8 +47,8 @@ test-versions: .venv-oldest/.installed .venv-newest/.installed
 	touch $@
 
 torture: $(VENV)/.installed-dev
-	$(THREADS_OF_TESTS) $(BIN)/python tests/torture.py --kills 200 --replacing 200
-	$(THREADS_OF_TESTS) $(BIN)/python -m pytest tests/test_torture.py tests/test_soak.py
+	$(THREADS_OF_TESTS) $(BIN)/python tests/helpers/torture.py --kills 200 --replacing 200
+	$(THREADS_OF_TESTS) $(BIN)/python -m pytest tests/slow/test_torture.py tests/slow/test_soak.py
 
 READERS := $(VENV)/readers
 test-readers: $(VENV)/.installed-dev .venv-readers/.installed

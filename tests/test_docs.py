@@ -6,37 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from documents import PAGES, README, README_ZH, ROOT, anchors, commands, files, links
+from documents import BATCH, FILES, PAGES, README, README_ZH, ROOT, SHORTER, anchors, commands, files, links
 from handspun.cli import main
 from handspun.cli.app import app
 from option_table import table
 
-ROWS = "instruction,input,output\n" + "".join(f"Say {n}.,,It is {n}.\n" for n in range(10))
-BATCH = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
-SUPPORT = BATCH.replace('"role": "user"', '"from": "customer"').replace('"role": "assistant"', '"from": "agent"')
-FILES = {
-    **dict.fromkeys(("train.csv", "held_out.csv", "rows/train.csv", "rows/held_out.csv"), ROWS),
-    "prompts.txt": "Say 3.\n",
-    "support.jsonl": SUPPORT,
-    "schema.json": '{"enum": ["red"]}',
-    "own.jinja": (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
-}
 MODELS = {"Qwen/Qwen2.5-0.5B", "smollm2-135m", "M", "MODEL"}
 """What pages call a model; here it is a tiny one."""
-SHORTER = {
-    **{command: ["--max-new-tokens", "4"] for command in ("generate", "eval", "compare", "verify")},
-    "train": ["--no-sample-answers", "--report-rows", "2"],
-}
 NOT_RUN = {
     "--push": "it sends a repository to the hub",
-    "enable_thinking=false": "tests/test_data_template_args.py runs it, with a template that has it",
-    "verify-resume": "it starts process after process, and tests/test_verification_killed.py runs it",
+    "enable_thinking=false": "tests/data/test_template_args.py runs it, with a template that has it",
+    "verify-resume": "it starts process after process, and tests/verification/test_resume_check.py runs it",
 }
 """By a word of theirs, the commands that are only parsed. So are those of torchrun, which
-tests/test_training_processes.py starts."""
+tests/slow/test_several_processes.py starts."""
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +50,7 @@ def as_here(arguments: list[str], tiny: Path) -> list[str]:
     return [command, *given]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(
     page: Path,
@@ -139,5 +123,5 @@ def test_every_page_is_in_the_table_of_the_readme() -> None:
 
 def test_the_table_of_options_is_that_of_the_code() -> None:
     assert table() in (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), (
-        "docs/training.md is not what `python tests/option_table.py` prints"
+        "docs/training.md is not what `python tests/helpers/option_table.py` prints"
     )

@@ -81,13 +81,16 @@ def test_no_room_has_the_name_of_a_public_function() -> None:
     assert not folders & set(handspun.__all__)
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("*.py")), ids=lambda path: path.name)
-def test_helpers_of_the_tests_are_imported_under_one_name(path: Path) -> None:
-    """`import tiny`, which pytest finds; as `tests.tiny` plain `pytest` does not, and it would be loaded twice."""
-    modules = [
-        node.module for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)
-    ]
-    assert not [module for module in modules if module and module.split(".")[0] == "tests"]
+TESTS = sorted(Path(__file__).parent.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(Path(__file__).parent)))
+def test_no_test_imports_another(path: Path) -> None:
+    """What several share is in tests/helpers or in a conftest.py."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    assert not [module for module in modules if module.split(".")[0] == "tests" or module.startswith("test_")]
 
 
 def test_exported_members() -> None:

@@ -1,0 +1,27 @@
+"""Memory does not grow with time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_two_thousand_steps_and_two_thousand_generations_hold_no_more_memory_than_a_fifth_of_them() -> None:
+    done = subprocess.run(
+        [sys.executable, HELPERS / "soak.py", "2000"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for line in done.stdout.splitlines():
+        work, early, late = line.split()
+        assert int(late) <= 1.05 * int(early), f"{work}: {early} bytes after a fifth, {late} at the end"
+    assert done.stdout.count("\n") == 2

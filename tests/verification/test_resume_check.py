@@ -1,0 +1,58 @@
+"""`handspun verify-resume`: kills that come, weights that are compared, and a difference that is said."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+import handspun
+from handspun.cli import main
+from handspun.errors import TrainingError
+from handspun.verification import resume_check as killed
+from handspun.verification.resume_check import Comparison, kill_and_compare
+
+ROWS = "instruction,input,output\n" + "".join(f"Say {n}.,,It is {n}.\n" for n in range(60))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_twice_is_compared_with_one_that_is_not(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(ROWS, encoding="utf-8")
+    config = handspun.TrainConfig(
+        model=str(tiny_folder), data=str(tmp_path / "train.csv"), threads=1, batch_size=4, dtype="float32"
+    )
+    said: list[str] = []
+    compared = kill_and_compare(config, steps=10, kills=2, notice=said.append, rng=random.Random(0))
+    assert compared.same
+    assert list(compared.undisturbed) == [f"checkpoint-epoch-{n}/model.safetensors" for n in (1, 2)]
+    assert compared.kills
+    assert all(step >= 1 for step in compared.kills)
+    assert said[0] == "undisturbed: 10 steps"
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_by_itself_is_said_with_its_last_words(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(ROWS, encoding="utf-8")
+    config = handspun.TrainConfig(model=str(tmp_path / "nothing"), data=str(tmp_path / "train.csv"))
+    with pytest.raises(
+        TrainingError, match=r"ended by itself with exit code 2\. It said last:\nerror: there is no model"
+    ):
+        kill_and_compare(config, steps=4, kills=1, notice=str, rng=random.Random(0))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_difference_is_exit_code_1(
+    same: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "checkpoint-epoch-1/model.safetensors"
+    compared = Comparison([3, 7], {name: "a" * 64}, {name: ("a" if same else "b") * 64})
+    monkeypatch.setattr(killed, "kill_and_compare", lambda *_, **__: compared)
+    assert compared.same == same
+    if same:
+        assert main(["verify-resume", "--model", "M", "--data", "D"]) == 0
+    else:
+        with pytest.raises(SystemExit, match="1"):
+            main(["verify-resume", "--model", "M", "--data", "D"])
+    said = capsys.readouterr().out
+    assert ("After 2 kills the weights are those" in said) == same
+    assert ("DIFFERENT" in said) != same
