@@ -256,7 +256,7 @@ def test_a_loss_that_is_no_number_stops_before_the_step_and_names_its_rows() -> 
         model.lm_head.weight[5] = math.nan
     config = TrainConfig(num_epochs=1, batch_size=2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pytest.raises(TrainingError, match=r"step 1 was not made: its loss is nan") as caught:
+    with pytest.raises(TrainingError, match=r"step 1 was skipped: loss is nan") as caught:
         list(events_of(model, config, random_examples(2), []))
     assert "rows.csv, row 1" in str(caught.value)
     assert "rows.csv, row 2" in str(caught.value)

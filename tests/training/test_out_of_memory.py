@@ -94,7 +94,7 @@ def test_other_errors_are_left_alone() -> None:
 
 def test_a_row_that_does_not_fit_by_itself_ends_the_run_with_what_takes_less() -> None:
     message = (
-        r"memory does not suffice for step 1: rows\.csv, row \d+, \d+ tokens, by itself\. .*--max-length \d+ .*"
+        r"step 1 ran out of memory: rows\.csv, row \d+, alone has \d+ tokens\. .*--max-length \d+ .*"
         r"--optimizer-states 8bit, --lora\."
     )
     with pytest.raises(TrainingError, match=message) as caught:

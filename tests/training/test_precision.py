@@ -35,7 +35,7 @@ def test_the_heads_product_and_its_gradient_are_in_float32(tied: bool) -> None:
     with packed_attention(model):
         found = Packed(model, torch.bfloat16, share_prefix=False).backward(rows(), 10)
     laid = pack(rows(), share_prefix=False, device=torch.device("cpu"))
-    hidden = states[0][0, laid.positions].detach().float()
+    hidden = states[0][0, laid.target_positions].detach().float()
     weight = model.lm_head.weight.detach().clone().requires_grad_()
     expected = F.cross_entropy(F.linear(hidden, weight), laid.targets, reduction="sum")
     assert found == pytest.approx(expected.item(), rel=1e-6)

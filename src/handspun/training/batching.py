@@ -1,4 +1,4 @@
-"""Batches of rows, cut into micro-batches and packs, without a model."""
+"""Batching without a model: row order, batches, micro-batches, packs."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,26 +10,26 @@ from torch.nn.utils.rnn import pad_sequence
 from handspun.data.examples import Example
 
 IGNORED = -100
-"""Label of a position that is not learned, as in PyTorch's cross-entropy."""
+"""Label of a position without a target, as in PyTorch's cross-entropy."""
 
 
 def epoch_order(rows: int, *, seed: int, epoch: int) -> list[int]:
-    """Indices of all rows in the order of one epoch: a function of its arguments and of nothing else."""
+    """Return the row indices in the order of one epoch. They depend on the arguments only."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(rows, generator=generator).tolist()
 
 
 def batches(examples: Sequence[Example], order: Sequence[int], batch_size: int) -> Iterator[list[Example]]:
-    """`batch_size` examples an optimizer step; the last, shorter batch is one too."""
+    """Yield `batch_size` examples per optimizer step; the last batch may be shorter."""
     for start in range(0, len(order), batch_size):
         yield [examples[i] for i in order[start : start + batch_size]]
 
 
 def micro_batches(batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
-    """The batch in micro-batches of at most `max_tokens` tokens, padding included; a longer row is one of its own.
+    """Split the batch into micro-batches of at most `max_tokens` tokens, padding included.
 
-    Rows of like length go together, which saves padding. The cut does not change the result, because the
-    loss is divided by the learned tokens of the whole batch.
+    A longer row is a micro-batch by itself. Rows of similar length go together, which saves padding. The split
+    does not change the result, because the loss is divided by the target tokens of the whole batch.
     """
     micro_batch: list[Example] = []
     for example in sorted(batch, key=len):
@@ -42,9 +42,9 @@ def micro_batches(batch: Sequence[Example], max_tokens: int) -> Iterator[list[Ex
 
 
 def collate(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Padded on the right: input_ids, attention_mask and labels, each (batch, length).
+    """Return input_ids, attention_mask and labels, each (batch, length), padded on the right.
 
-    Labels are `input_ids` where a token is learned and -100 elsewhere; the shift by one is the loss's.
+    Labels are `input_ids` at target tokens and -100 elsewhere. The loss shifts them by one.
     """
     input_ids = [torch.tensor(example.input_ids) for example in examples]
     labels = [
@@ -60,16 +60,16 @@ def collate(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, torc
 
 
 GPU_TOKENS = 16
-"""On a GPU a mask's rows have to be aligned: numbers of tokens are rounded up to a multiple of this."""
+"""On a GPU, the rows of a mask must be aligned, so packs are filled up to a multiple of this many tokens."""
 
 
 @dataclass(frozen=True)
 class Pack:
-    """A micro-batch laid end to end.
+    """A micro-batch as one sequence, its rows concatenated.
 
-    input_ids, position_ids: (1, tokens). shared_prefix_length: how many of the first tokens all sequences share.
-    sequence_bounds: where the rest of each sequence begins and ends. target_positions, targets: (targets,), the
-    positions that predict a target token, and the tokens.
+    input_ids, position_ids: (1, tokens). shared_prefix_length: number of leading tokens that all rows share.
+    sequence_bounds: start and end of the rest of each row. target_positions: (targets,), the positions that
+    predict a target token. targets: (targets,), those tokens.
     """
 
     input_ids: Tensor
@@ -81,8 +81,14 @@ class Pack:
 
 
 def pack(examples: Sequence[Example], *, share_prefix: bool, device: torch.device, multiple: int = 1) -> Pack:
-    """Lays examples end to end, behind their common prefix if it is to be shared. What is missing to a multiple of
-    so many tokens is filled with a sequence of which nothing is learned: its gradient is zero."""
+    """Concatenate examples, after one copy of their common prefix if `share_prefix`.
+
+    Args:
+        examples: the rows of one micro-batch.
+        share_prefix: store the common prefix once.
+        device: where to create the tensors.
+        multiple: pad to a multiple of this many tokens, with a sequence without targets; its gradient is zero.
+    """
     prefix = shared_prefix(examples) if share_prefix else 0
     ids, position_ids = examples[0].input_ids[:prefix], list(range(prefix))
     bounds, positions, targets = [], [], []
@@ -109,9 +115,9 @@ def pack(examples: Sequence[Example], *, share_prefix: bool, device: torch.devic
 
 
 def shared_prefix(examples: Sequence[Example]) -> int:
-    """Length of the longest common prefix that ends before any position that predicts a learned token.
+    """Return the length of the longest common prefix that ends before any position that predicts a target token.
 
-    A position in the prefix exists once, so it could predict only one of the rows' tokens.
+    A position of the prefix exists once, so it could predict the target of only one row.
     """
     if len(examples) == 1:
         return 0
@@ -121,19 +127,19 @@ def shared_prefix(examples: Sequence[Example]) -> int:
 
 
 def pad_to_multiple(device: torch.device) -> int:
-    """Packed micro-batches have a multiple of so many tokens there."""
+    """Return the number that a pack's token count must be a multiple of on the device."""
     return GPU_TOKENS if device.type == "cuda" else 1
 
 
 def packed_tokens(micro_batch: Sequence[Example], *, share_prefix: bool, multiple: int = 1) -> int:
-    """Tokens of the micro-batch once it is packed."""
+    """Return the number of tokens in the packed micro-batch."""
     once = shared_prefix(micro_batch) if share_prefix else 0
     tokens = sum(len(example) for example in micro_batch) - (len(micro_batch) - 1) * once
     return tokens + -tokens % multiple
 
 
 def packed_micro_batches(batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
-    """The batch in micro-batches of at most `max_tokens` tokens; a longer row is one of its own."""
+    """Split the batch into micro-batches of at most `max_tokens` tokens; a longer row is one by itself."""
     micro_batch: list[Example] = []
     tokens = 0
     for example in batch:

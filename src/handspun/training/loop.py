@@ -1,4 +1,4 @@
-"""The training loop. It yields events and does nothing else with them: its caller logs, shows and saves."""
+"""The training loop. It only yields events; the caller logs, displays, and saves."""
 
 import math
 import time
@@ -38,7 +38,15 @@ def evaluate(
     max_tokens: int,
     processes: Distributed = Distributed(),  # noqa: B008  (frozen)
 ) -> tuple[float, int]:
-    """(mean loss a learned token, number of learned tokens), with dropout off. A NaN stays a NaN."""
+    """Return (mean loss per target token, number of target tokens), with dropout off. NaN stays NaN.
+
+    Args:
+        model: the model, on all ranks.
+        runner: splits the examples into micro-batches and computes their losses.
+        examples: the rows to evaluate.
+        max_tokens: most tokens per micro-batch.
+        processes: the ranks that share the work.
+    """
     was_training = model.training
     model.eval()
     micro_batches = processes.local_micro_batches(examples, lambda rows: runner.cut(rows, max_tokens))
@@ -50,8 +58,12 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: loss is the mean over the batch's learned tokens, before the update. Of its tokens, some
-    are learned; those computed have padding in them, and a shared prefix once."""
+    """One optimizer step.
+
+    loss: mean over the batch's target tokens, before the update. tokens: all tokens of the rows. learned_tokens:
+    the target tokens among them. computed_tokens: tokens that ran through the model, padding included, with a
+    shared prefix counted once.
+    """
 
     step: int
     total_steps: int
@@ -68,7 +80,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out loss, a mean over learned tokens; `best` if it is the lowest so far."""
+    """Held-out loss, the mean over target tokens. `best` means the lowest so far."""
 
     step: int
     epoch: int
@@ -79,7 +91,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EpochEnd:
-    """All rows have been seen once more."""
+    """The end of an epoch."""
 
     step: int
     epoch: int
@@ -90,8 +102,11 @@ Event = Step | SkippedStep | Spike | OutOfMemory | Evaluation | EpochEnd
 
 @dataclass
 class TrainingState:
-    """What changes while a model is trained. max_tokens: the config's, until a micro-batch does not fit. losses:
-    of the last steps, for what is usual."""
+    """The mutable state of a run.
+
+    max_tokens: the config's value, reduced when a micro-batch runs out of memory. losses: losses of recent steps,
+    for spike detection.
+    """
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
@@ -104,7 +119,7 @@ class TrainingState:
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """A run's fixed parts: examples, options, and how a micro-batch is computed."""
+    """The fixed parts of a run: examples, options, and the runner for micro-batches."""
 
     config: TrainConfig
     examples: Sequence[Example]
@@ -115,7 +130,7 @@ class Loop:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The last, shorter batch is one too."""
+        """Optimizer steps per epoch, the last, shorter batch included."""
         return math.ceil(len(self.examples) / self.config.batch_size)
 
     @property
@@ -124,13 +139,17 @@ class Loop:
         return self.steps_per_epoch * self.config.num_epochs
 
     def evaluates_after(self, step: int) -> bool:
-        """Whether held-out rows are due after this step."""
+        """Return whether to evaluate the held-out rows after this step."""
         every = self.config.eval_steps
         return bool(self.held_out) and (step % self.steps_per_epoch == 0 or bool(every and step % every == 0))
 
     def ends_step(self, event: Event) -> bool:
-        """Whether nothing more comes of the event's step: the run can be resumed from here. Not from a step that
-        was left out and ends the run: it would be passed over."""
+        """Return whether the event is the last of its step, so the run can stop and resume here.
+
+        A step is complete only after its evaluation and the end of its epoch. Saving or stopping only then means a
+        position is just a step number.
+        """
+        # Resuming after a fatal skipped step would silently pass over it.
         if isinstance(event, Spike | OutOfMemory) or (
             isinstance(event, SkippedStep) and is_fatal(event, self.config)
         ):
@@ -141,17 +160,15 @@ class Loop:
 
 
 def start(model: PreTrainedModel, config: TrainConfig) -> TrainingState:
-    """The state before the first step."""
+    """Return the state before the first step."""
     return TrainingState(model, make_optimizer(model, config), config.max_tokens)
 
 
 def train(loop: Loop, state: TrainingState) -> Iterator[Event]:
-    """All epochs, or what is left of them after the state's step.
+    """Train from the state's step to the last epoch's end, yielding events.
 
-    The events of each step, an Evaluation at the start, every `eval_steps` and at the end of each epoch (with
-    held-out rows), and an EpochEnd.
-
-    Raises TrainingError where `train_step` does.
+    Yields the events of each step and an EpochEnd per epoch. With held-out rows, also an Evaluation at the start,
+    every `eval_steps` steps, and at the end of each epoch. Raises TrainingError where `train_step` does.
     """
     config = loop.config
     state.model.train()
@@ -169,20 +186,26 @@ def train(loop: Loop, state: TrainingState) -> Iterator[Event]:
 
 
 def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch: int) -> Iterator[Event]:
-    """One optimizer step on a batch: forward and backward in micro-batches, clip, update.
+    """Take one optimizer step on a batch: forward and backward in micro-batches, clip, update.
 
-    Yields a Step, and a Spike before it if its loss is one; or a SkippedStep if loss or gradient are not finite:
-    nothing is updated, and the schedule continues as if it had been. An OutOfMemory comes first for each
-    micro-batch that did not fit. Raises TrainingError after a SkippedStep that ends the run, and if memory does
-    not suffice for one row.
+    Yields a Step, preceded by a Spike if its loss is one. If the loss or gradient is not finite, yields a
+    SkippedStep instead: nothing is updated, and the schedule advances as usual. Yields an OutOfMemory first for
+    each micro-batch that did not fit. Raises TrainingError after a SkippedStep that ends the run, and if a single
+    row does not fit in memory.
+
+    Args:
+        loop: the fixed parts of the run.
+        state: the model, the optimizer, and counters; updated.
+        batch: the rows of the step.
+        epoch: number of the epoch, from 1, for the events.
     """
     began = loop.clock()
-    while isinstance(made := _gradients(loop, state, batch, epoch), OutOfMemory):
-        yield made
-    loss, computed_tokens = made
+    while isinstance(result := _gradients(loop, state, batch, epoch), OutOfMemory):
+        yield result
+    loss, computed_tokens = result
     grad_norm = clip_gradients(state.model, loop.config.max_grad_norm or math.inf)
     learning_rate = lr_at(state.step, loop.total_steps, loop.config)
-    made_of, finite = row_ids(batch), is_finite(loss, grad_norm)
+    batch_row_ids, finite = row_ids(batch), is_finite(loss, grad_norm)
     if finite:
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -191,11 +214,11 @@ def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch
     state.step += 1
     if not finite:
         state.skipped += 1
-        left_out = SkippedStep(state.step, loop.total_steps, epoch, loss, grad_norm, made_of, state.skipped)
-        yield left_out
-        raise_if_fatal(left_out, loop.config)
+        skipped = SkippedStep(state.step, loop.total_steps, epoch, loss, grad_norm, batch_row_ids, state.skipped)
+        yield skipped
+        raise_if_fatal(skipped, loop.config)
         return
-    spike = spike_in(state.losses, loss, step=state.step, epoch=epoch, batch=made_of)
+    spike = spike_in(state.losses, loss, step=state.step, epoch=epoch, batch=batch_row_ids)
     state.losses = [*state.losses, loss][-WINDOW:]
     if spike:
         yield spike
@@ -208,12 +231,10 @@ def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch
 def _gradients(
     loop: Loop, state: TrainingState, batch: Sequence[Example], epoch: int
 ) -> tuple[float, int] | OutOfMemory:
-    """(mean loss, tokens computed) of a batch whose gradient the model then has; or what did not fit, and it has
-    none.
-
-    Losses are divided by the learned tokens of the whole batch, so how it is cut changes nothing.
-    """
+    """Accumulate gradients. Return (mean loss, tokens computed), or OutOfMemory with gradients cleared."""
     _seed_dropout(loop.config, step=state.step, rank=loop.processes.rank)
+    # Each loss is divided by the target tokens of the whole batch, so the split into micro-batches changes only
+    # memory and speed.
     learned_tokens = learned_tokens_of(batch)
     loss, computed_tokens = 0.0, 0
     for micro_batch in loop.processes.local_micro_batches(
@@ -247,5 +268,5 @@ def _evaluation(loop: Loop, state: TrainingState, epoch: int) -> Evaluation:
 
 
 def _seed_dropout(config: TrainConfig, *, step: int, rank: int) -> None:
-    """A function of the step: a resumed run drops what it would have dropped, whatever drew numbers meanwhile."""
+    """Seed dropout from the step, so a resumed run drops the same values without a saved random state."""
     torch.manual_seed(((config.seed * 1_000_003 + step) * 1_009 + rank) % 2**63)

@@ -1,4 +1,4 @@
-"""The loss: cross-entropy summed over target tokens, and the head's, in chunks, forward and backward."""
+"""The loss: cross-entropy summed over target tokens, and the LM head's part of it, forward and backward."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -16,11 +16,10 @@ from handspun.training.batching import IGNORED, collate, micro_batches
 
 
 def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """(sum over learned tokens of -log p(token | what is before it), their number).
+    """Return (sum over target tokens of -log p(token | prefix), number of target tokens).
 
-    logits: (batch, positions, vocab); targets: (batch, positions), the token that each position predicts, -100
-    where nothing is learned. The shift by one is the caller's. The loss of a model in float64 is in float64, any
-    other in float32.
+    logits: (batch, positions, vocab). targets: (batch, positions), the token that each position predicts, or -100
+    to ignore it; the caller shifts them by one. The loss is float64 for a float64 model, else float32.
     """
     learned = targets != IGNORED
     at_least_float32 = torch.promote_types(logits.dtype, torch.float32)
@@ -29,17 +28,17 @@ def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torc
 
 
 CallInForward = Callable[..., Any]
-"""Makes a computation on a model: `run(compute, *arguments)` is `compute(*arguments)`. Sharded, it is a module."""
+"""Calls `compute(*arguments)`. For a sharded model, the call happens in the forward of FSDP2's root module."""
 
 
 def call_directly(compute: Callable[..., Any], *arguments: Any) -> Any:
-    """The computation, when the model is whole."""
+    """Call the computation; for a model that is not sharded."""
     return compute(*arguments)
 
 
 @dataclass(frozen=True)
 class PaddedRunner:
-    """Padded runner of a model."""
+    """The runner that pads the rows of a micro-batch: the reference for the packed one."""
 
     model: PreTrainedModel
     dtype: torch.dtype
@@ -47,26 +46,26 @@ class PaddedRunner:
     run: CallInForward = call_directly
 
     def cut(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
-        """The batch in micro-batches, padding included."""
+        """Split the batch into micro-batches of at most `max_tokens` tokens, padding included."""
         return micro_batches(batch, max_tokens)
 
     def computed_tokens(self, micro_batch: Sequence[Example]) -> int:
-        """Tokens that go through the model, padding included."""
+        """Return the number of tokens that run through the model, padding included."""
         return padded_tokens(micro_batch)
 
     def loss(self, micro_batch: Sequence[Example]) -> float:
-        """The loss summed over the micro-batch's learned tokens, without a gradient, by matmuls in float32."""
+        """Return the loss summed over the micro-batch's target tokens, without a gradient, in float32."""
         with torch.no_grad():
             return float(self.run(self._loss, micro_batch, torch.float32))
 
     def row_losses(self, micro_batch: Sequence[Example]) -> list[float]:
-        """The terms of `loss`: each example's, summed over its learned tokens."""
+        """Return one loss per example, summed over its target tokens; their sum is `loss`."""
         with torch.no_grad():
             losses: list[float] = self.run(self._row_losses, micro_batch)
         return losses
 
     def backward(self, micro_batch: Sequence[Example], divisor: int) -> float:
-        """Adds the gradient of the micro-batch's loss sum / `divisor`; returns the sum."""
+        """Accumulate the gradient of loss sum / `divisor`. Return the loss sum."""
         loss: torch.Tensor = self.run(self._loss, micro_batch, self.dtype)
         (loss / divisor).backward()
         return loss.item()
@@ -82,16 +81,20 @@ class PaddedRunner:
 
 
 def padded_tokens(micro_batch: Sequence[Example]) -> int:
-    """Tokens of the micro-batch once it is padded."""
+    """Return the number of tokens in the padded micro-batch."""
     return len(micro_batch) * max(len(example) for example in micro_batch)
 
 
 def padded_loss(
     model: PreTrainedModel, examples: Sequence[Example], *, pad_token_id: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, int]:
-    """(loss summed over the learned tokens, their number) of the examples, padded on the right.
+    """Return (loss summed over target tokens, number of target tokens) of the examples, padded on the right.
 
-    dtype: of the matrix matmuls; weights and loss stay float32.
+    Args:
+        model: the model, called with its own attention.
+        examples: the rows of one micro-batch.
+        pad_token_id: id to pad with; its positions are masked.
+        dtype: type of the matmuls; weights and loss stay float32.
     """
     return cross_entropy_sum(*_logits(model, examples, pad_token_id, dtype))
 
@@ -99,12 +102,12 @@ def padded_loss(
 def _logits(
     model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits, targets): (batch, positions, vocab) and (batch, positions), where some row learns."""
+    """Return (logits, targets): (batch, positions, vocab) and (batch, positions), where some row has a target."""
     batch = {
         name: tensor.to(model.device) for name, tensor in collate(examples, pad_token_id=pad_token_id).items()
     }
-    # The logits at a position predict the next token: logits[:, :-1] go against labels[:, 1:]. They are asked
-    # for only where some row learns, since the head is a large part of a small model.
+    # The logits at a position predict the next token: logits[:, :-1] go with labels[:, 1:]. They are computed only
+    # where some row has a target, since the head is a large part of a small model.
     targets = batch.pop("labels")[:, 1:]  # (batch, length - 1)
     positions = (targets != IGNORED).any(dim=0).nonzero().flatten()
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(model.device.type, dtype)
@@ -114,19 +117,18 @@ def _logits(
 
 
 def linear_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """The loss summed over the chunk. hidden: (chunk, hidden size). targets: (chunk,).
+    """Return the loss summed over the chunk. hidden: (chunk, hidden size). targets: (chunk,).
 
-    In float32 whatever the type of the body's matmuls: a logit of 20 is rounded to 1/8 in bfloat16.
+    Always float32, whatever the type of the body's matmuls: bfloat16 rounds a logit of 20 to a multiple of 1/8.
     """
     return F.cross_entropy(head_logits(head, hidden), targets, reduction="sum")
 
 
 def head_logits(head: nn.Module, hidden: Tensor) -> Tensor:
-    """hidden: (chunk, hidden size). Returns (chunk, vocab), float32.
-
-    Where no gradient is recorded, through oneDNN: MKL lays so large a matrix out anew, in memory that it keeps.
-    """
+    """Return the logits, (chunk, vocab), float32. hidden: (chunk, hidden size)."""
     if type(head) is nn.Linear and not torch.is_grad_enabled():
+        # oneDNN: for so large a matrix, MKL (F.linear) makes another layout, and keeps 134 to 249 MB for it.
+        # oneDNN takes 112 ms instead of 154 for 400 rows of SmolLM2.
         return matmul(hidden.float(), head.weight, head.bias)
     logits: Tensor = head(hidden.float())
     return logits
@@ -135,9 +137,13 @@ def head_logits(head: nn.Module, hidden: Tensor) -> Tensor:
 def linear_cross_entropy_backward(
     head: nn.Module, hidden: Tensor, targets: Tensor, divisor: int
 ) -> tuple[float, Tensor]:
-    """Return (`linear_cross_entropy`, the gradient of loss / `divisor` with respect to hidden).
+    """Return (loss sum, gradient of loss / `divisor` with respect to hidden). Accumulate the head's gradient.
 
-    The head's own gradient is added to its `grad`.
+    Args:
+        head: the LM head.
+        hidden: (chunk, hidden size).
+        targets: (chunk,), token ids.
+        divisor: target tokens of the whole batch.
     """
     if type(head) is nn.Linear:
         return _linear_backward(head, hidden.detach().float(), targets, divisor)
@@ -150,7 +156,9 @@ def linear_cross_entropy_backward(
 
 @torch.no_grad()
 def _linear_backward(head: nn.Linear, hidden: Tensor, targets: Tensor, divisor: int) -> tuple[float, Tensor]:
-    logits = head_logits(head, hidden)  # one array, written over until the end
+    # The logits become their own gradient in place: autograd would allocate a new array of their size, and one of
+    # the head's size per chunk (half a gigabyte for Qwen2.5).
+    logits = head_logits(head, hidden)
     targets = targets[:, None]
     at_target, highest = logits.gather(1, targets), logits.amax(1, keepdim=True)
     total = logits.sub_(highest).exp_().sum(1, keepdim=True)
@@ -165,7 +173,7 @@ def _linear_backward(head: nn.Linear, hidden: Tensor, targets: Tensor, divisor: 
 
 
 def dense_gradient(parameter: Tensor) -> Tensor:
-    """The parameter's gradient so far; zeros where there was none."""
+    """Return the parameter's gradient, created as zeros if there is none."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad

@@ -1,6 +1,6 @@
-"""Packed runner: rows end to end (`pack.py`), each attending to itself (`packed_attention.py`).
+"""The packed runner: rows are concatenated, and each attends only to itself and the shared prefix.
 
-The head sees only positions that predict a learned token, a chunk at a time.
+The LM head sees only positions that predict a target token, in chunks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,12 +27,12 @@ from handspun.training.objectives import (
 
 _ATTENTION = "handspun_packed"
 MAX_DENSE_MASK_TOKENS = 8192
-"""On a GPU, packs of up to so many tokens get one mask of their square."""
+"""On a GPU, packs of up to this many tokens use one dense (tokens, tokens) mask."""
 
 
 @contextmanager
 def packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The model with packed attention, through transformers' AttentionInterface, and afterwards as it was."""
+    """Give the model packed attention within the block, through transformers' AttentionInterface."""
     AttentionInterface.register(_ATTENTION, _attend)
     AttentionMaskInterface.register(_ATTENTION, lambda *_, **__: None)  # transformers makes no square mask
     with attention_of(model, _ATTENTION):
@@ -41,7 +41,7 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def attention_of(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """The model with another of transformers' attentions, and afterwards with the one that it had."""
+    """Switch the model to another of transformers' attention implementations within the block."""
     before = model.config._attn_implementation
     model.set_attn_implementation(implementation)
     try:
@@ -52,10 +52,11 @@ def attention_of(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Masks:
-    """What the sequences of a pack attend to, made once for all layers.
+    """The attention masks of a pack, made once for all layers.
 
-    dense: for all at once, (tokens, tokens), 0 where a position attends and -inf elsewhere. per_sequence, without
-    it: for each sequence, (rest, prefix + rest), true where a position attends; None where that is plainly causal.
+    dense: one mask for the pack, (tokens, tokens), 0 where a position attends and -inf elsewhere. per_sequence:
+    used if dense is None; one mask per sequence, (rest, prefix + rest), true where a position attends, or None if
+    plain causal attention does it.
     """
 
     per_sequence: list[Tensor | None]
@@ -63,8 +64,11 @@ class Masks:
 
 
 def masks_of(packing: Pack, dtype: torch.dtype) -> Masks:
-    """The masks of a pack. dtype: of the matmuls."""
+    """Return the masks of a pack. dtype: type of the matmuls."""
     tokens, device = packing.input_ids.shape[1], packing.input_ids.device
+    # On a GPU, an attention call costs more than its work: one call per pack made a step of SmolLM2 take 77 ms
+    # instead of 256. On a CPU, one call per sequence computes nothing that a mask would hide, and nothing is
+    # quadratic in the packed length.
     if device.type == "cuda" and tokens <= MAX_DENSE_MASK_TOKENS:
         return Masks([], whole_mask(packing, dtype))
     return Masks(
@@ -73,14 +77,14 @@ def masks_of(packing: Pack, dtype: torch.dtype) -> Masks:
 
 
 def _mask(length: int, prefix: int, device: torch.device) -> Tensor | None:
-    """(length, prefix + length): all of the prefix, and itself up to each position."""
+    """Return a mask, (length, prefix + length): all of the prefix, and the sequence up to each position."""
     if not prefix:
         return None
     return torch.ones(length, prefix + length, dtype=torch.bool, device=device).tril(prefix)
 
 
 def whole_mask(packing: Pack, dtype: torch.dtype) -> Tensor:
-    """(tokens, tokens): the prefix is sequence 0, which all others see."""
+    """Return the dense mask, (tokens, tokens). The prefix is sequence 0, which all others attend to."""
     lengths = [packing.shared_prefix_length, *(end - start for start, end in packing.sequence_bounds)]
     sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     sequence = sequence.to(packing.input_ids.device)
@@ -101,7 +105,7 @@ def _attend(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query: (1, heads, tokens, size); the result is (1, tokens, heads, size), as transformers wants it."""
+    """Return (1, tokens, heads, size), as transformers expects. query: (1, heads, tokens, size)."""
     if masks.dense is not None:
         output = _attend_dense(query, key, value, masks.dense, scaling, dropout)
     else:
@@ -112,7 +116,8 @@ def _attend(
 def _attend_dense(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, dropout: float
 ) -> Tensor:
-    """With a key and a value for each head: no kernel takes both a mask and fewer of them."""
+    """Attend all sequences in one call."""
+    # One key and value per query head: no fused kernel supports a mask and grouped queries at once.
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     with without_cudnn():
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout)
@@ -146,7 +151,7 @@ def _sdpa(
 ) -> Tensor:
     if query.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return _attention_of(query, key, value, mask, scaling, dropout)
-    # On a CPU, attention in bfloat16 is slower than in float32, backward three times.
+    # On a CPU, attention is slower in bfloat16 than in float32; backward takes three times as long.
     with torch.autocast("cpu", enabled=False):
         output = _attention_of(query.float(), key.float(), value.float(), mask, scaling, dropout)
     return output.to(value.dtype)
@@ -168,12 +173,12 @@ def _attention_of(
 
 
 LOGITS_CHUNK_BYTES = 128 * 2**20
-"""Of the logits of one chunk, in float32."""
+"""Most bytes that the float32 logits of one chunk may take."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Packed runner of a model whose attention is `packed_attention`'s."""
+    """The packed runner, for a model inside `packed_attention`."""
 
     model: PreTrainedModel
     dtype: torch.dtype
@@ -181,30 +186,30 @@ class Packed:
     run: CallInForward = call_directly
 
     def cut(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
-        """The batch in micro-batches."""
+        """Split the batch into micro-batches of at most `max_tokens` tokens."""
         return packed_micro_batches(batch, max_tokens)
 
     def computed_tokens(self, micro_batch: Sequence[Example]) -> int:
-        """Tokens that go through the model: the shared prefix once, and what a pack is filled up with."""
+        """Return the tokens that run through the model: a shared prefix counts once, fill tokens count."""
         multiple = pad_to_multiple(self.model.device)
         return packed_tokens(micro_batch, share_prefix=self.share_prefix, multiple=multiple)
 
     def loss(self, micro_batch: Sequence[Example]) -> float:
-        """The loss summed over the micro-batch's learned tokens, without a gradient, by matmuls in float32."""
+        """Return the loss summed over the micro-batch's target tokens, without a gradient, in float32."""
         with torch.no_grad():
             return float(self.run(self._loss, micro_batch))
 
     def row_losses(self, micro_batch: Sequence[Example]) -> list[float]:
-        """The terms of `loss`: each example's, summed over its learned tokens."""
+        """Return one loss per example, summed over its target tokens; their sum is `loss`."""
         with torch.no_grad():
             losses: list[float] = self.run(self._row_losses, micro_batch)
         return losses
 
     def backward(self, micro_batch: Sequence[Example], divisor: int) -> float:
-        """Adds the gradient of the micro-batch's loss sum / `divisor`; returns the sum.
+        """Accumulate the gradient of loss sum / `divisor`. Return the loss sum.
 
-        In two stages, so that logits exist for one chunk at a time: from each chunk's loss back to the hidden
-        states, and then from these through the body.
+        Backward has two stages: from each chunk's loss to the hidden states, then through the body. So logits
+        exist for one chunk at a time.
         """
         total: float
         hidden, gradient, total = self.run(self._lm_head_backward, micro_batch, divisor)
@@ -228,7 +233,7 @@ class Packed:
         return [row.sum().item() for row in rows]
 
     def _lm_head_backward(self, micro_batch: Sequence[Example], divisor: int) -> tuple[Tensor, Tensor, float]:
-        """(hidden states at learned positions, the gradient there, loss sum): the first stage."""
+        """Run the first stage. Return (hidden states at target positions, their gradient, loss sum)."""
         packed = self._pack(micro_batch)
         hidden = self._hidden_states(packed, self.dtype)
         chunks = _chunks(hidden, packed.targets, self._vocabulary)
@@ -242,7 +247,7 @@ class Packed:
         return pack(micro_batch, share_prefix=self.share_prefix, device=device, multiple=pad_to_multiple(device))
 
     def _hidden_states(self, packed: Pack, dtype: torch.dtype) -> Tensor:
-        """(learned, hidden size): the body's output at the positions that predict a learned token."""
+        """Return the body's output, (targets, hidden size), at the positions that predict a target token."""
         body: Any = self._base.get_decoder()
         autocast = nullcontext() if dtype == torch.float32 else torch.autocast(self.model.device.type, dtype)
         with autocast:
@@ -273,8 +278,10 @@ class Packed:
 
 @contextmanager
 def tf32_lm_head(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """On a GPU whose body computes in bfloat16, the head's matmuls in TF32: mantissas of 10 bits, sums in
-    float32. In float32 they would take longer than the body."""
+    """On a GPU with a body in bfloat16, compute the head's matmuls in TF32 within the block.
+
+    TF32 has 10-bit mantissas and float32 sums. In float32, the head would take longer than the body.
+    """
     before = torch.get_float32_matmul_precision()
     if dtype != torch.float32 and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -285,8 +292,10 @@ def tf32_lm_head(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
 
 
 def _embedded(embedding: nn.Module, input_ids: Tensor) -> Tensor:
-    """What the embedding gives. Its gradient is sparse, and added in place to the dense one that is there: a row
-    for each token, in place of a second table (with tied weights, beside the head's)."""
+    """Return the embedded tokens, with a sparse gradient that autograd adds in place to a dense one.
+
+    This avoids a second table of gradients (with tied weights, next to the head's).
+    """
     if type(embedding) is not nn.Embedding or not embedding.weight.requires_grad or not torch.is_grad_enabled():
         embedded: Tensor = embedding(input_ids)
         return embedded
@@ -295,7 +304,7 @@ def _embedded(embedding: nn.Module, input_ids: Tensor) -> Tensor:
 
 
 def _chunks(hidden: Tensor, targets: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Where nothing is learned, there is one chunk of nothing: the head then gets a gradient of zeros."""
+    """Yield chunks; without targets, a single empty one, so the head gets a gradient of zeros."""
     size = max(LOGITS_CHUNK_BYTES // (4 * vocabulary), 16)
     for start in range(0, max(len(targets), 1), size):
         yield hidden[start : start + size], targets[start : start + size]
