@@ -67,7 +67,7 @@ def test_without_a_home_nothing_is_cached_and_a_run_ends_well(
         )
     )  # fmt: skip
     log = Path("output/train.log").read_text()
-    assert f"not cached: {NO_CACHE}/examples cannot take them (Not a directory)." in log
+    assert f"not cached: cannot write to {NO_CACHE}/examples (Not a directory)." in log
     assert "report: output/report.html" in log
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "output"]  # no folder called "~"
 
@@ -111,7 +111,7 @@ def test_a_cache_folder_that_cannot_be_written_is_done_without(
         cache=ExampleCache(tmp_path / "cache" / "handspun" / "examples"), notice=said.append,
     )  # fmt: skip
     assert len(made.examples) == 1
-    assert "XDG_CACHE_HOME names another folder" in said[0]
+    assert "Set XDG_CACHE_HOME to use another folder" in said[0]
 
 
 @pytest.mark.parametrize("repo_type", ["model", "dataset"])

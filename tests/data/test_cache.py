@@ -241,12 +241,12 @@ def test_a_disk_that_cannot_take_them_is_said_and_ends_nothing(
     said: list[str] = []
     monkeypatch.setattr(np, "save", full)
     assert len(prepared(tmp_path, said).examples) == 2
-    assert "cannot take them (No space left on device)" in said[0]
+    assert "(No space left on device). Set XDG" in said[0]
     assert list((tmp_path / "cache").iterdir()) == []
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("a file is in the way")
     assert len(prepared(tmp_path, said).examples) == 2
-    assert "cannot take them" in said[1]
+    assert "not cached: cannot write to" in said[1]
 
 
 def test_arrays_hold_what_the_model_reads() -> None:

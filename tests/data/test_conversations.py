@@ -82,7 +82,7 @@ def test_a_label_of_alpaca_rows_is_not_a_judgement_of_the_answer() -> None:
     [
         (
             {"instruction": "a"},
-            "column 'output': the column is missing in this row. alpaca needs instruction and output",
+            "column 'output': this row does not have the column. alpaca needs instruction and output",
         ),
         ({"instruction": "a", "output": 5}, "column 'output': expected a text, found the number 5."),
         ({"instruction": "a", "output": float("nan")}, "column 'output': expected a text, found NaN (pandas"),
@@ -107,7 +107,7 @@ def test_prompt_and_completion_may_be_lists_of_messages() -> None:
     assert (made.messages, made.notes) == ([user("a"), assistant("b")], ())
     made = conversation("prompt-completion", prompt=[user("a"), assistant("b"), user("c")], completion="d")
     assert [m["content"] for m in made.messages] == ["a", "b", "c", "d"]
-    assert made.notes == ("assistant turns of the prompt are learned too",)
+    assert made.notes == ("assistant turns in the prompt are trained on too",)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_missing_completion_is_named() -> None:
 def test_turns_behind_the_last_answer_are_cut_off_and_noted() -> None:
     made = chat(user("a"), assistant("b"), user("c"), {"role": "tool", "content": "d"})
     assert made.messages == [user("a"), assistant("b")]
-    assert made.notes == ("cut off behind the last assistant turn",)
+    assert made.notes == ("cut off after the last assistant turn",)
 
 
 def test_a_conversation_is_cut_off_before_an_empty_turn() -> None:

@@ -64,7 +64,7 @@ def test_a_row_with_nothing_learned_left_is_dropped_with_its_reason() -> None:
     rows = rows_of(("A very long question that fills all the room there is.", "Yes."), ("Hi.", "Hi."))
     examples, account = build_examples(rows, TEMPLATE, max_length=25)
     assert [example.row for example in examples] == [2]
-    assert [note.text for note in account.dropped] == ["nothing learned is left within max_length 25"]
+    assert [note.text for note in account.dropped] == ["nothing to train on is left within max_length 25"]
     assert account.kept + len(account.dropped) == account.rows
 
 

@@ -106,7 +106,7 @@ def test_a_template_that_leaves_the_begun_answer_out_is_refused() -> None:
         "{{ message.content }}", "{{ message.content if loop.index < 4 }}"
     )
     conversation = [*begun("1. Rhine"), *begun("2. Elbe")]
-    with pytest.raises(TemplateError, match="leaves out the begun answer"):
+    with pytest.raises(TemplateError, match="leaves out the start of the answer"):
         ChatTemplate(tokenizer).encode_prompt(conversation, continue_final_message=True)
 
 

@@ -176,7 +176,7 @@ SIZES = [
         "a jsonl text of 100 MB",
         lambda: jsonl(pair("a" * LARGE, "b"), pair())(),
         kept=1,
-        dropped={1: "nothing learned is left within max_length"},
+        dropped={1: "nothing to train on is left within max_length"},
         truncated=(1,),
     ),
     Case(
@@ -208,7 +208,7 @@ SIZES = [
         lambda: chats(turns("ua" * 10_000), turns("ua"))(),
         kept=2,
         truncated=(1,),
-        noted={1: "cut off behind 1000 messages"},
+        noted={1: "cut off after 1000 messages"},
     ),
     Case("a file of a terabyte that is a hole", hole_of_a_terabyte, "train.csv: the file has 1100 GB"),
 ]

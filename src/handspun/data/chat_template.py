@@ -1,15 +1,15 @@
-"""From messages to token ids, and to the mask of what is learned: training and prompting share this file.
+"""Turn messages into token ids and a loss mask. Training and prompting share this file.
 
-A tokenizer's Jinja template mixes its own text with the data, and once rendered nobody can tell which is
-which: a user who types `<|im_end|>` has ended the turn. So the data is hidden first (`sentinels.py`), the template
-is rendered, and each character is then known to be the template's or the data's:
+A tokenizer's Jinja template mixes its own text with the data. Once rendered, the two look the same: a user who
+types `<|im_end|>` has ended the turn. So placeholders hide the data first (`placeholders.py`), and then the
+template is rendered. Each character is then known to come from the template or from the data:
 
     [{"role": "user", "content": "Hi"}]  ->  <|im_start|>user
 ⟨0⟩<|im_end|>
   ->  ids
 
-Added tokens are recognized only where the template wrote them. Each run between two of them is tokenized
-whole, because BPE merges across the seams of smaller pieces.
+Added tokens are recognized only where the template wrote them. Each span between two of them is tokenized
+as one piece, because BPE would merge across the edges of smaller pieces.
 """
 
 import re
@@ -38,13 +38,15 @@ from handspun.errors import TemplateError
 
 _SHAPES_REMEMBERED = 1000
 _MAX_REPEATS = 100
-"""How often a template may write one text of a message: a long one would take gigabytes."""
+"""How often a template may repeat one text of a message. Repeating a long text would take gigabytes."""
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """Token ids of one example, and for each whether it is learned. note: what the template left out. is_cut: text
-    behind them was not even tokenized."""
+    """Token ids and loss mask of one example.
+
+    note: what the template left out. is_cut: the example had more text, which was not tokenized.
+    """
 
     input_ids: list[int]
     loss_mask: list[bool]
@@ -53,41 +55,38 @@ class TokenizedExample:
 
 
 class Span(NamedTuple):
-    """A stretch of an example that is tokenized whole."""
+    """A part of an example that is tokenized as one piece."""
 
     text: str
     loss_mask: bool
     token_ids: list[int] | None = None
-    """Where they are known without tokenizing: of an added token, and of the template's own text."""
+    """Ids that are known already: an added token's, or those of the template's own text."""
     first: bool = False
-    """Whether the example begins with it: some tokenizers write a space before that text."""
+    """True if the example begins with this span. Some tokenizers put a space before the first text."""
 
 
 @dataclass(frozen=True)
 class TurnText:
-    """A stretch of rendered text, from one edge of a turn that is learned to the next: text of the template, with
-    the added tokens in it, and places of data."""
+    """Rendered text between two edges of trained turns: template text with its added tokens, and placeholders."""
 
     parts: Sequence[tuple[str, list[tuple[int, int]]] | Placeholder]
     is_turn: bool
     is_begun: bool = False
-    """Whether it is a turn that the model is to continue: it is cut where turns are cut in training, and has no
-    end."""
+    """True for a turn that the model will continue. It is split where training splits turns, and it has no end."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """An example of a shape: its segments, and its runs as they are where no data holds an added token."""
+    """One example of a conversation shape: its segments, and its spans if no data contains an added token."""
 
     segments: list[TurnText]
     runs: list[tuple[Span, list[str | Placeholder]]]
-    """Of what is not tokenized yet, the parts too: the run's text has sentinels in it."""
+    """Spans that are not tokenized yet come with their parts, because their text contains placeholders."""
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """What the template makes of all conversations of one shape: the frames of its examples, and what to say of
-    them."""
+    """The template's output for all conversations of one shape: a frame per example, and a note for the report."""
 
     frames: list[Frame]
     note: str | None = None
@@ -95,7 +94,7 @@ class Rendering:
 
 @dataclass(frozen=True)
 class Layout:
-    """An example before its text is tokenized."""
+    """An example whose text is not tokenized yet."""
 
     runs: list[Span]
     note: str | None = None
@@ -103,21 +102,21 @@ class Layout:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, made safe and able to say what is learned.
+    """A tokenizer's chat template that keeps data apart from markup and produces the loss mask.
 
-    Raises TemplateError if the tokenizer has no template, or one that does not end the assistant's turn
-    with an added token (a model could never learn to stop).
+    Raises TemplateError if the tokenizer has no template, or if the template does not end the assistant's turn
+    with an added token. A model could not learn to stop with such a template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template_args: Mapping[str, Any] | None = None) -> None:
-        """template_args: values of further variables that the template reads, such as enable_thinking."""
+        """Check and probe the template. template_args: more variables that it reads, such as enable_thinking."""
         self.tokenizer = tokenizer
         self.template_args = dict(template_args or {})
         if not tokenizer.chat_template:
             raise TemplateError(
                 "this tokenizer has no chat template, so conversations cannot be rendered for it. Use a chat "
-                "model's tokenizer, give one (--chat-template FILE), put a chat_template.jinja into the model "
-                "folder, or prompt it with plain text (--no-chat)."
+                "model's tokenizer, pass a template (--chat-template FILE), put a chat_template.jinja into the "
+                "model folder, or prompt with plain text (--no-chat)."
             )
         if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
             raise TemplateError(
@@ -133,7 +132,7 @@ class ChatTemplate:
         source = tokenizer.chat_template
         if isinstance(source, dict) and "default" not in source:
             raise TemplateError(
-                "this tokenizer has several chat templates and none of them is the default. Choose one: "
+                "this tokenizer has several chat templates, and none of them is the default. Choose one: "
                 f"--chat-template with one of {', '.join(source)}."
             )
         check_template_args(source, self.template_args)
@@ -147,20 +146,22 @@ class ChatTemplate:
         self._any_turn_marker = alternatives([*of_turns, *self.plain_markers])
 
     def encode(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[TokenizedExample]:
-        """Training examples of a conversation: `lay_out` and `tokenize`."""
+        """Return the training examples of a conversation: `lay_out`, then `tokenize`."""
         return self.tokenize(self.lay_out(messages, tools))
 
     def lay_out(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[Layout]:
-        """Training examples of a conversation, not yet tokenized: in every assistant turn, what the model has to
-        say is learned, from the end of the generation prompt to the end-of-turn token. A message whose `train` is
-        False is context: none of its tokens is learned, its end-of-turn token included.
+        """Return the training examples of a conversation, not yet tokenized.
 
-        One example, or several where the template renders a turn differently once it is history (a think
-        block that is later left out): each such turn is then learned as it was generated.
+        Each assistant turn is trained on, from the end of the generation prompt through the end-of-turn token. A
+        message whose `train` is False is context: none of its tokens is trained on, not even its end-of-turn
+        token.
+
+        There are several examples if the template renders a turn differently once it is history, such as a think
+        block that it drops later. Each such turn is then trained on as the model would generate it.
         """
         hidden = Placeholders(self._markers, self._any_added)
         messages, tools = hidden.conversation(messages, tools)
-        rendering = self._once_a_shape(self._render_examples, hidden, messages, tools)
+        rendering = self._render_shape(self._render_examples, hidden, messages, tools)
         return [Layout(self._filled(frame, hidden), rendering.note) for frame in rendering.frames]
 
     def encode_prompt(
@@ -170,10 +171,10 @@ class ChatTemplate:
         *,
         continue_final_message: bool = False,
     ) -> list[int]:
-        """Ids of the conversation and the generation prompt: a prefix of the ids that `encode` trains.
+        """Return the ids of the conversation and the generation prompt: a prefix of the ids that `encode` returns.
 
-        continue_final_message: end inside of the last message, which is the assistant's, so that the model goes on
-        with it; there is then no generation prompt.
+        continue_final_message: end inside the last message, an assistant's, so that the model continues it. There
+        is no generation prompt then.
         """
         hidden, frame = self.prompt_frame(messages, tools, continue_final_message=continue_final_message)
         return self.tokenize([Layout(self._filled(frame, hidden))])[0].input_ids
@@ -181,21 +182,22 @@ class ChatTemplate:
     def prompt_frame(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, *, continue_final_message: bool = False
     ) -> tuple[Placeholders, Frame]:
-        """Return the hidden data of a prompt, and its frame."""
+        """Return the placeholders of a prompt and its frame."""
         hidden = Placeholders(self._markers, self._any_added)
         messages, tools = hidden.conversation(messages, tools)
         make = self._render_continued if continue_final_message else self._render_prompt
-        [frame] = self._once_a_shape(make, hidden, messages, tools).frames
+        [frame] = self._render_shape(make, hidden, messages, tools).frames
         return hidden, frame
 
-    def _once_a_shape(
+    def _render_shape(
         self,
         make: Callable[[Placeholders, list[Message], list[dict[str, Any]] | None], Rendering],
         hidden: Placeholders,
         messages: list[Message],
         tools: list[dict[str, Any]] | None,
     ) -> Rendering:
-        """Rendered once for all conversations of the same shape: with its data hidden, only the shape is left."""
+        """Return the rendering of a conversation's shape, from the cache if the shape occurred before."""
+        # With the data hidden, a conversation is only a shape, and most rows of a data set share a few shapes.
         shape = f"{make.__name__} {messages} {tools}"
         if shape not in self._rendered:
             if len(self._rendered) == _SHAPES_REMEMBERED:
@@ -221,15 +223,15 @@ class ChatTemplate:
     def _render_continued(
         self, hidden: Placeholders, messages: list[Message], tools: list[dict[str, Any]] | None
     ) -> Rendering:
-        """The conversation up to the last character of its last message."""
+        """Render the conversation up to the last character of its last message."""
         messages, _ = _without_marks(messages)
         full = self._render(messages, tools)
         self._check_no_content_lost(full, hidden, messages)
         end = end_of_content(full, messages[-1]["content"])
         if end is None:
             raise TemplateError(
-                "the chat template leaves out the begun answer, so it cannot be continued. Leave it out, or use "
-                "another template."
+                "the chat template leaves out the start of the answer, so the answer cannot be continued. Remove "
+                "the start, or use another template."
             )
         head = self._render(messages[:-1], tools, generation_prompt=True)
         begins = len(head) if full.startswith(head) and len(head) <= end else end
@@ -247,13 +249,13 @@ class ChatTemplate:
             if message["role"] != "assistant" or i in context:
                 continue
             if i == 0:
-                raise TemplateError("it begins with an assistant turn, which no prompt comes before.")
+                raise TemplateError("the conversation begins with an assistant turn, so that turn has no prompt.")
             head = self._render(messages[:i], tools, generation_prompt=True)
             turn = self._render(messages[: i + 1], tools)
             if not turn.startswith(head):
                 raise TemplateError(
-                    f"the template renders assistant turn {i + 1} so that it does not begin with the generation "
-                    "prompt: what is trained would never be what is prompted."
+                    f"the template does not begin assistant turn {i + 1} with the generation prompt, so training "
+                    "would never match prompting."
                 )
             if full.startswith(turn):
                 together.append((len(head), len(turn)))
@@ -265,12 +267,13 @@ class ChatTemplate:
         return Rendering([self._frame(text, spans) for text, spans in texts], note)
 
     def _frame(self, rendered: str, turns: list[tuple[int, int]], *, is_begun: bool = False) -> Frame:
-        """Cut once a shape: a sentinel stands for text that neither begins nor ends with white space, so that runs
-        with sentinels in them are the runs with the data in them, unless there is an added token in the data."""
+        """Split the rendered text of a shape into spans, and tokenize the spans that contain no placeholder."""
+        # Once per shape is enough. A placeholder stands for text that neither begins nor ends with white space, so
+        # data does not move the edges of spans unless it contains an added token.
         times = Counter(match[2] for match in SENTINEL.finditer(rendered)).most_common(1)
         if times and times[0][1] > _MAX_REPEATS:
             raise TemplateError(
-                f"the chat template writes the same text of a message {times[0][1]:,} times. Use another."
+                f"the chat template writes the same text of a message {times[0][1]:,} times. Use another template."
             )
         segments = self._segments(rendered, turns, is_begun=is_begun)
         runs = self._runs(segments, lambda slot: (slot.sentinel, []))
@@ -280,7 +283,7 @@ class ChatTemplate:
         return Frame(segments, [(run, _parts(run)) for run in _joined_where_known(runs)])
 
     def _filled(self, frame: Frame, hidden: Placeholders) -> list[Span]:
-        """The runs of a frame with the data in them."""
+        """Return the spans of a frame with the data filled in."""
         runs: list[Span] = []
         for run, parts in frame.runs:
             if not parts:
@@ -299,12 +302,12 @@ class ChatTemplate:
         return runs
 
     def _data(self, slot: Placeholder, hidden: Placeholders) -> tuple[str, list[tuple[int, int]]]:
-        """A place's text, and where the added tokens are that it may hold."""
+        """Return a placeholder's text, and the positions of the added tokens that it may contain."""
         text, owner = hidden.data_of(slot)
         return text, [] if owner == "data" else _places(self._may_be_said, text)
 
     def _segments(self, rendered: str, turns: list[tuple[int, int]], *, is_begun: bool) -> list[TurnText]:
-        """Rendered text with sentinels, cut where the turns that are learned begin and end."""
+        """Split rendered text with placeholders where the trained turns begin and end."""
         edges = sorted({0, len(rendered), *(edge for turn in turns for edge in turn)})
         return [
             TurnText(
@@ -321,10 +324,10 @@ class ChatTemplate:
     def _runs(
         self, segments: Sequence[TurnText], data_of: Callable[[Placeholder], tuple[str, list[tuple[int, int]]]]
     ) -> list[Span]:
-        """The segments with their data, cut into runs: at added tokens, and where a learned turn begins."""
+        """Fill the data into the segments and split them at added tokens and where a trained turn begins."""
         text = ""
         cuts: list[tuple[int, int, bool]] = []  # start, end, whether it is an added token
-        edges: list[int] = []  # where each turn that is learned begins, and where its end-of-turn token ends
+        edges: list[int] = []  # start of each trained turn, and the end of its end-of-turn token
         for segment in segments:
             start, first = len(text), len(cuts)
             if segment.is_turn or segment.is_begun:
@@ -341,8 +344,8 @@ class ChatTemplate:
         runs: list[Span] = []
 
         def add(run: str, at: int, token_id: int | None = None) -> None:
-            is_learned = bisect_right(edges, at) % 2 == 1
-            runs.append(Span(run, is_learned, None if token_id is None else [token_id], first=not runs))
+            is_target = bisect_right(edges, at) % 2 == 1
+            runs.append(Span(run, is_target, None if token_id is None else [token_id], first=not runs))
 
         position, strip_next = 0, False
         for start, end, is_added in [*cuts, (len(text), len(text), False)]:
@@ -361,8 +364,11 @@ class ChatTemplate:
         return runs
 
     def tokenize(self, layouts: Sequence[Layout]) -> list[TokenizedExample]:
-        """Ids of many examples at once: a text that several have (a system prompt) is tokenized once, and the
-        `tokenizers` library uses all cores."""
+        """Tokenize many examples at once.
+
+        Text that several examples share, such as a system prompt, is tokenized once. The `tokenizers` library uses
+        all cores.
+        """
         ids = self._ids_of(run for layout in layouts for run in layout.runs if run.token_ids is None)
         return [_joined(layout, ids) for layout in layouts]
 
@@ -375,21 +381,21 @@ class ChatTemplate:
         return ids
 
     def _turn_end(self, text: str, cuts: list[tuple[int, int, bool]]) -> int:
-        """Where the end-of-turn token of a turn ends, of which the cuts are."""
+        """Return the end of a turn's end-of-turn token. cuts: the turn's own."""
         ends = [end for start, end, _ in cuts if text[start:end] == self.end_of_turn]
         if not ends:
             raise TemplateError(f"the template ends an assistant turn without {self.end_of_turn!r}.")
         return ends[-1]
 
     def _check_no_content_lost(self, rendered: str, hidden: Placeholders, messages: list[Message]) -> None:
-        """A template may not lose data silently, but for an earlier turn's thinking."""
+        """Raise TemplateError if the template dropped data. It may drop only the thinking of earlier turns."""
         shown = {int(match[2]) for match in SENTINEL.finditer(rendered)}
-        for what in ("the tools", "the tool calls"):  # a template may show a part of a schema
+        for what in ("the tools", "the tool calls"):  # a template may show only part of a schema
             indices = {i for i, value in enumerate(hidden.values) if value.what == what}
             if indices and not indices & shown:
                 raise TemplateError(
-                    f"the chat template leaves out {what}: it was not made for tools. Use a model whose template "
-                    "shows them."
+                    f"the chat template leaves out {what}: it does not support tools. Use a model whose template "
+                    "supports them."
                 )
         for i, value in enumerate(hidden.values):
             if i not in shown and value.what.endswith("message"):
@@ -397,18 +403,23 @@ class ChatTemplate:
                 raise TemplateError(f"the chat template leaves out {value.what} of this conversation ({roles}).")
 
     def _find_markers(self, source: str, said: set[str]) -> re.Pattern[str]:
-        """Strings like `</think>` that the template looks for in what the assistant said. They stay readable
-        there, so that the template treats them as it does without sentinels."""
+        """Return a pattern of the strings, such as `</think>`, that the template looks for in an assistant's text.
+
+        Placeholders leave these strings in place, so that the template treats them as usual.
+        """
         found = set(re.findall(r"""['"](?:\\n)*(</?\w+>)(?:\\n)*['"]""", source))
         return alternatives([marker for marker in found if marker not in self._added or marker in said])
 
     def turn_markers_in(self, text: str) -> list[str]:
-        """Return what a text holds of that which the template writes around turns."""
+        """Return the turn markers in a text: strings that the template writes around turns."""
         return list(dict.fromkeys(self._any_turn_marker.findall(text)))
 
     def _find_plain_markers(self) -> list[str]:
-        """Return the texts by which the template begins a user's and an assistant's turn, where no added token is
-        in them but the end of the turn before: such text in the data looks the same as the template's."""
+        """Return the plain texts that begin a user's and an assistant's turn.
+
+        They contain no added token, except the end of the turn before. The same text in the data cannot be told
+        from the template's.
+        """
         hidden = Placeholders(alternatives([]), self._any_added)
         said = [("user", "question"), ("assistant", "answer"), ("user", "another")]
         probe, _ = hidden.conversation([{"role": role, "content": text} for role, text in said], None)
@@ -424,8 +435,10 @@ class ChatTemplate:
         return [text for text in dict.fromkeys(markers) if text and not self._any_added.search(text)]
 
     def _find_tokens_of_turns(self) -> tuple[int, set[str]]:
-        """The id of the end-of-turn token, and all added tokens that stand around turns: whoever writes one of
-        them, special or not, forges a turn."""
+        """Return the id of the end-of-turn token, and all added tokens around turns.
+
+        Data that contains one of these tokens, special or not, would forge a turn.
+        """
         hidden = Placeholders(alternatives([]), self._any_added)
         probe, _ = hidden.conversation(
             [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}], None
@@ -435,7 +448,7 @@ class ChatTemplate:
         match = self._any_added.search(after)
         if match is None:
             raise TemplateError(
-                f"the chat template ends the assistant's turn with {after!r}, which holds none of the "
+                f"the chat template ends the assistant's turn with {after!r}, which contains none of the "
                 "tokenizer's added tokens: a model trained with it would not learn to stop. Use a template that "
                 "ends the turn with one (ChatML's is <|im_end|>)."
             )
@@ -445,7 +458,7 @@ class ChatTemplate:
 
 
 def _without_marks(messages: list[Message]) -> tuple[list[Message], set[int]]:
-    """Return the messages as templates know them, and the indices of those that are context only."""
+    """Return the messages without their `train` keys, and the indices of messages that are context only."""
     context = {i for i, message in enumerate(messages) if message.get("train") is False}
     return [{key: m[key] for key in m if key != "train"} for m in messages], context
 
@@ -459,7 +472,7 @@ def _parts(run: Span) -> list[str | Placeholder]:
 
 
 def _joined_where_known(runs: list[Span]) -> Iterator[Span]:
-    """Neighbors whose ids are known as one, where both are learned or neither is."""
+    """Merge neighboring spans whose ids are known and whose loss mask is the same."""
     for (is_known, loss_mask), some in groupby(runs, lambda run: (run.token_ids is not None, run.loss_mask)):
         if is_known:
             together = list(some)
@@ -470,7 +483,7 @@ def _joined_where_known(runs: list[Span]) -> Iterator[Span]:
 
 
 def _joined(layout: Layout, ids: dict[tuple[str, bool], list[int]]) -> TokenizedExample:
-    """ids and mask are born together."""
+    """Build ids and loss mask together, span by span."""
     input_ids: list[int] = []
     loss_mask: list[bool] = []
     for run in layout.runs:
@@ -481,8 +494,10 @@ def _joined(layout: Layout, ids: dict[tuple[str, bool], list[int]]) -> Tokenized
 
 
 def _without_added_tokens(backend: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
-    """The same tokenizer knowing no added token: for the first run of a text, and for later ones (where a
-    Metaspace pre-tokenizer with prepend_scheme "first" writes no space)."""
+    """Return two tokenizers without added tokens: one for the first span of a text, and one for later spans.
+
+    They differ if a Metaspace pre-tokenizer has prepend_scheme "first": it writes no space before later spans.
+    """
     first, later = Tokenizer(backend.model), Tokenizer(backend.model)
     for plain in (first, later):
         if backend.normalizer is not None:
@@ -504,22 +519,22 @@ def content_token_ids(
     *,
     continue_final_message: bool = False,
 ) -> list[int]:
-    """Those ids of `template.encode_prompt` that hold any of the data, and not the template's own text alone."""
+    """Return the token ids of a prompt that come from the user's content rather than from the template."""
     hidden, frame = template.prompt_frame(messages, tools, continue_final_message=continue_final_message)
-    text, is_said = "", list[bool]()
+    text, is_content = "", list[bool]()
     for part in (part for segment in frame.segments for part in segment.parts):
         new = hidden.data_of(part)[0] if isinstance(part, Placeholder) else part[0]
         text += new
-        is_said += [isinstance(part, Placeholder)] * len(new)
+        is_content += [isinstance(part, Placeholder)] * len(new)
     ids, position = list[int](), 0
     for run in template._runs(frame.segments, lambda slot: template._data(slot, hidden)):
-        position = text.index(run.text, position)  # a run may have lost the space around it
+        position = text.index(run.text, position)  # a span may have lost the space around it
         if run.token_ids is not None:  # an added token
-            places = [(run.token_ids[0], (0, len(run.text)))]
+            offsets = [(run.token_ids[0], (0, len(run.text)))]
         else:
             tokenizer = template._first_run if run.first else template._later_run
             encoding = tokenizer.encode(run.text, add_special_tokens=False)
-            places = list(zip(encoding.ids, encoding.offsets, strict=True))
-        ids += [id for id, (start, end) in places if any(is_said[position + start : position + end])]
+            offsets = list(zip(encoding.ids, encoding.offsets, strict=True))
+        ids += [id for id, (start, end) in offsets if any(is_content[position + start : position + end])]
         position += len(run.text)
     return ids

@@ -1,4 +1,4 @@
-"""Conversations: what a row says, whatever format it is written in."""
+"""Turn a row of any supported format into a conversation."""
 
 import json
 from collections.abc import Mapping
@@ -32,15 +32,15 @@ from handspun.display import join_names
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 _MOST_MESSAGES = 1000
-"""Of a conversation: a template renders it once for each of its answers."""
+"""Limit per conversation. A template renders a conversation once for each of its answers."""
 
 
 @dataclass(frozen=True)
 class Conversation:
     """Messages in order, the tools (JSON schemas) that they may call, and the row they came from.
 
-    notes: what of the row is not as it stood or not as elsewhere, for the account of the rows.
-    unread_keys: keys of its messages that nothing is read from.
+    notes: what was changed in the row or is unusual about it, for the data report.
+    unread_keys: keys of its messages that are ignored.
     """
 
     messages: list[Message]
@@ -53,7 +53,7 @@ class Conversation:
 
 @dataclass
 class _Read:
-    """What was read of a row so far. context: why turns of it are not trained on."""
+    """What has been read from a row so far. context: why some of its turns are not trained on."""
 
     role_map: Mapping[str, str]
     context: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ class _Read:
     unread_keys: dict[str, None] = field(default_factory=dict)
 
     def messages(self, value: Any, cell: Cell) -> list[Message]:
-        """Return the messages of a cell; those that are context only by their marks have `train` False."""
+        """Return the messages of a cell. Messages that are marked as context have `train` False."""
         turns = read_turns(value, cell, self.role_map)
         try:
             return [plain_message(turn, self.role_map) or self._message(turn) for turn in turns]
@@ -69,8 +69,7 @@ class _Read:
             raise DroppedRow(self._all_unknown_roles(turns) or str(reason)) from None
 
     def _all_unknown_roles(self, turns: list[dict[str, Any]]) -> str | None:
-        """Return a reason that names all unknown roles at once, so that one role map can answer it; None if there
-        are not several."""
+        """Return a reason that names all unknown roles, so that one role map fixes them; None for fewer."""
         reasons = {role_of(turn, self.role_map)[1] for turn in turns}
         names = [reason.removeprefix(UNKNOWN_ROLE).strip() for reason in sorted(reasons) if UNKNOWN_ROLE in reason]
         return f"{UNKNOWN_ROLE}s {join_names(names)}" if len(names) > 1 else None
@@ -91,10 +90,10 @@ class _Read:
 def to_conversation(
     row: Row, data_format: str, *, system_prompt: str | None, role_map: Mapping[str, str] | None = None
 ) -> Conversation:
-    """The row's conversation, its texts as they stand; `system_prompt` goes before one that has none.
+    """Return the row's conversation, its texts unchanged. `system_prompt` is added if it has no system message.
 
-    Ends with an assistant turn that is trained on: what comes after it is cut off, and noted. Raises DroppedRow
-    for a row that teaches nothing, and DataError for one that is not of the format.
+    It ends with an assistant turn that is trained on. Anything after that is cut off, and noted. Raises DroppedRow
+    for a row with nothing to train on, and DataError for a row that does not match the format.
     """
     read = _Read(role_map or {})
     _refuse(row, data_format, read)
@@ -116,7 +115,7 @@ _used_columns = lru_cache(used_columns)
 
 
 def _messages(row: Row, data_format: str, read: _Read) -> list[Message]:
-    """The messages of the row's own columns."""
+    """Return the messages in the row's own columns."""
     if data_format == "alpaca":
         return _alpaca(row)
     if data_format == "prompt-completion":
@@ -126,7 +125,7 @@ def _messages(row: Row, data_format: str, read: _Read) -> list[Message]:
 
 
 def _alpaca(row: Row) -> list[Message]:
-    """instruction, and a newline and input where there is one, are the user's; history comes first."""
+    """Return history, then instruction (plus a newline and input, if any) as the user's turn, then output."""
     instruction = _filled(row, "instruction", "alpaca")
     given = _text(row, "input")
     user = instruction if is_blank(given) else f"{instruction}\n{given}"
@@ -134,7 +133,7 @@ def _alpaca(row: Row) -> list[Message]:
 
 
 def _history(row: Row) -> list[Message]:
-    """LLaMA-Factory's list of earlier [user, assistant] pairs."""
+    """Return the turns of LLaMA-Factory's list of earlier [user, assistant] pairs."""
     cell = _cell(row, "history")
     messages = []
     for pair in read_json_list(row.values.get("history"), cell):
@@ -145,7 +144,7 @@ def _history(row: Row) -> list[Message]:
 
 
 def _prompt_completion(row: Row, read: _Read) -> list[Message]:
-    """Two texts, or two lists of messages (TRL's conversational form)."""
+    """Return the messages of two texts, or of two lists of messages (TRL's conversational form)."""
     prompt, completion = (
         read.messages(value, _cell(row, column))
         if isinstance(value := _value(row, column, "prompt-completion"), list)
@@ -155,7 +154,7 @@ def _prompt_completion(row: Row, read: _Read) -> list[Message]:
     if not completion:
         raise DroppedRow("empty completion")
     if any(message["role"] == "assistant" and is_trained(message) for message in prompt):
-        read.notes.append("assistant turns of the prompt are learned too")
+        read.notes.append("assistant turns in the prompt are trained on too")
     return prompt + completion
 
 
@@ -164,7 +163,7 @@ def _turns(user: str, assistant: str) -> list[Message]:
 
 
 def _with_column(messages: list[Message], row: Row) -> list[Message]:
-    """With the system message of the row's column, if it has none of its own."""
+    """Add the system message from the row's column if the conversation has none."""
     own = next((message["content"] for message in messages if message["role"] == "system"), None)
     of_column = _text(row, "system")
     if own is None:
@@ -175,7 +174,7 @@ def _with_column(messages: list[Message], row: Row) -> list[Message]:
 
 
 def _answered(messages: list[Message], read: _Read) -> list[Message]:
-    """The messages to the last assistant turn before any empty turn. What was cut off is noted."""
+    """Return the messages up to the last assistant turn before any empty turn. Note what was cut off."""
     given, messages = len(messages), messages[:_MOST_MESSAGES]
     empty = next((i for i, message in enumerate(messages) if _says_nothing(message)), None)
     answered = messages[:empty]
@@ -190,16 +189,18 @@ def _answered(messages: list[Message], read: _Read) -> list[Message]:
     if not answered:
         raise DroppedRow("no assistant turn" if messages else "no messages")
     if given > _MOST_MESSAGES:
-        read.notes.append(f"cut off behind {_MOST_MESSAGES} messages")
+        read.notes.append(f"cut off after {_MOST_MESSAGES} messages")
     elif len(answered) < len(messages):
-        read.notes.append("cut off behind the last assistant turn")
+        read.notes.append("cut off after the last assistant turn")
     return answered
 
 
 def _with_greeting_as_context(messages: list[Message], read: _Read) -> list[Message]:
-    """The messages, an assistant's turn before the first user's as context: nobody asked for it, and templates do
-    not agree on a prompt for it. A mark wins where a system message comes before it; so does a row without any
-    user."""
+    """Make an assistant's turn before the first user's turn context.
+
+    No prompt asked for such a greeting, and templates disagree on how to prompt for it. A mark on the turn wins if
+    a system message comes before it. A row without any user turn keeps its turns as they are.
+    """
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     decided = []
     for i, message in enumerate(messages):
@@ -214,7 +215,7 @@ def _with_greeting_as_context(messages: list[Message], read: _Read) -> list[Mess
 
 
 def _up_to_the_last_trained(messages: list[Message], read: _Read) -> list[Message]:
-    """Without what comes after the last turn that is trained on, and with a mark only on turns that are context.
+    """Cut off what follows the last turn that is trained on, and keep marks only on context turns.
 
     Raises DroppedRow if no turn is trained on.
     """
@@ -226,38 +227,38 @@ def _up_to_the_last_trained(messages: list[Message], read: _Read) -> list[Messag
 
 
 def is_trained(message: Message) -> bool:
-    """Return whether an assistant's message is trained on, and not context only."""
+    """Return whether an assistant's message is trained on, rather than being context."""
     return message.get("train") is not False
 
 
 def _unusual_order(messages: list[Message]) -> str | None:
-    """What to tell of turns that no chat would take in this order. They are learned as they stand."""
+    """Return a note on turns in an order that no chat has, or None. Such turns are trained on as they are."""
     for before, message in pairwise([{"role": "nobody"}, *messages]):
         role = message["role"]
         if role in ("user", "assistant") and role == before["role"]:
             return f"two {role} turns in a row"
         if role == "system" and before["role"] != "nobody":
-            return "a system message behind the beginning"
+            return "a system message after the beginning"
         if role == "tool" and before["role"] != "tool" and not before.get("tool_calls"):
             return "a tool result that no call asked for"
     return None
 
 
 def _says_nothing(message: Message) -> bool:
-    """Whether a user or assistant turn is empty: a tool may return nothing, a system message may be blank."""
+    """Return whether a user or assistant turn is empty. Tool results and system messages may be empty."""
     return (
         message["role"] in ("user", "assistant") and is_blank(message["content"]) and not message.get("tool_calls")
     )
 
 
 def _refuse(row: Row, data_format: str, read: _Read) -> None:
-    """Raises DroppedRow for rows with more than text in them, and for answers that someone rejected (KTO)."""
+    """Raise DroppedRow for rows that contain more than text, and for rejected answers (KTO)."""
     for column in MEDIA:
         if row.values.get(column):
             raise DroppedRow(f"{column.removesuffix('s')} content")
     for column in ("kto_tag", "label") if data_format != "alpaca" else ("kto_tag",):
         value = row.values.get(column)
-        text = value.strip().lower() if isinstance(value, str) else value  # csv cells are texts
+        text = value.strip().lower() if isinstance(value, str) else value  # csv cells are strings
         if text is False or text == "false" or (column == "kto_tag" and text in (0, "0")):
             raise DroppedRow(f"{column} is false: a rejected answer")
         if column == "label" and text in (0, "0"):
@@ -265,15 +266,15 @@ def _refuse(row: Row, data_format: str, read: _Read) -> None:
 
 
 def check_writable(value: Any) -> None:
-    """Raises DroppedRow for what no template can write as it is: half of a surrogate pair, a date as argument."""
+    """Raise DroppedRow for values that no template can write: half of a surrogate pair, a date as an argument."""
     try:
         _JSON.encode(value).encode()
     except UnicodeEncodeError:
         raise DroppedRow("broken Unicode (a lone surrogate)") from None
     except ValueError:
-        raise DroppedRow("NaN or Infinity in a tool or its arguments, which no JSON has") from None
+        raise DroppedRow("NaN or Infinity in a tool or its arguments, which JSON does not allow") from None
     except TypeError as error:
-        raise DroppedRow(f"a value that JSON does not have in a tool or its arguments ({error})") from None
+        raise DroppedRow(f"a value in a tool or its arguments that JSON cannot represent ({error})") from None
 
 
 def _cell(row: Row, column: str) -> Cell:
@@ -284,14 +285,14 @@ def _value(row: Row, column: str, data_format: str) -> Any:
     if column not in row.values:
         needed = next(columns for name, columns in NEEDED.items() if name == data_format)
         raise _cell(row, column).error(
-            f"the column is missing in this row. {data_format} needs {' and '.join(needed)}; the row has "
+            f"this row does not have the column. {data_format} needs {' and '.join(needed)}; the row has "
             f"{join_names(row.values) or 'none'}."
         )
     return row.values[column]
 
 
 def _text(row: Row, column: str) -> str:
-    """The text of a column; one that is missing or null is empty."""
+    """Return the text of a column, empty if the column is missing or null."""
     value = row.values.get(column)
     if value is not None and not isinstance(value, str):
         raise _cell(row, column).expected("a text", value)
@@ -299,7 +300,7 @@ def _text(row: Row, column: str) -> str:
 
 
 def _filled(row: Row, column: str, data_format: str) -> str:
-    """The text of a column that must be there. Raises DroppedRow if there is nothing in it."""
+    """Return the text of a required column. Raises DroppedRow if it is blank."""
     _value(row, column, data_format)
     text = _text(row, column)
     if is_blank(text):

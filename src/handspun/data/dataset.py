@@ -1,4 +1,4 @@
-"""The examples of a run: rows read once, held out, tokenized or found in the cache."""
+"""Load the examples of a run: read rows once, hold some out, and tokenize them or find them in the cache."""
 
 import hashlib
 import importlib.metadata
@@ -24,37 +24,37 @@ from handspun.errors import ConfigError
 from handspun.files import sha256_of
 
 MOST_BYTES = 4 * 2**30
-"""Of all sets together."""
+"""Size limit of the whole cache."""
 
 _ARRAYS = ("input_ids", "loss_mask", "starts", "rows", "files")
 _FACTS, _CHECKSUMS, _PARTIAL = "facts.json", "sha256.json", ".partial-"
 _ABANDONED = 24 * 60 * 60
-"""Seconds after which a set that is still not whole belongs to a process that was killed."""
+"""Seconds after which an incomplete entry is taken to belong to a process that was killed."""
 
 
 @dataclass(frozen=True)
 class ExampleCache:
-    """The sets in a folder."""
+    """A folder of tokenized data sets, looked up by a hash of their content."""
 
     folder: Path
     most_bytes: int = MOST_BYTES
 
     def find(self, key: str) -> tuple[TokenDataset, DataReport] | None:
-        """The set of a key with its account; None if there is none. One that was damaged is removed."""
-        place = self.folder / key
-        if not place.is_dir():
+        """Return the entry of a key, or None. A damaged entry is deleted."""
+        entry = self.folder / key
+        if not entry.is_dir():
             return None
         try:
-            found = _read(place)
+            found = _read(entry)
         except (OSError, ValueError, KeyError, TypeError, EOFError):
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(entry, ignore_errors=True)
             return None
-        with suppress(OSError):  # of someone else, or on a disk that is read only
-            os.utime(place)  # the least recently used go first
+        with suppress(OSError):  # another user's entry, or a read-only disk
+            os.utime(entry)  # the least recently used entries are evicted first
         return found
 
     def keep(self, key: str, examples: TokenDataset, account: DataReport) -> None:
-        """Writes a set. Of several processes that write it at once, the first one's stays. Raises OSError."""
+        """Write an entry. If several processes write the same one, the first one's stays. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.folder))
         try:
@@ -69,28 +69,30 @@ class ExampleCache:
         self._evict(but=self.folder / key)
 
     def _evict(self, *, but: Path) -> None:
-        """Another process may evict at the same time, and one that reads a set keeps what it has mapped."""
+        """Delete the least recently used entries beyond the size limit, and abandoned partial ones."""
+        # Another process may evict at the same time. A process that reads an entry keeps what it has mapped.
         used: list[tuple[float, int, Path]] = []
-        for place in self.folder.iterdir():
+        for path in self.folder.iterdir():
             with suppress(OSError):
-                size = sum(file.stat().st_size for file in place.iterdir())
-                used.append((place.stat().st_mtime, size, place))
+                size = sum(file.stat().st_size for file in path.iterdir())
+                used.append((path.stat().st_mtime, size, path))
         total = 0
-        for last, size, place in sorted(used, key=lambda entry: (entry[2] == but, entry[0]), reverse=True):
-            if place.name.startswith(_PARTIAL):
-                is_needless = time.time() - last > _ABANDONED
+        for last, size, path in sorted(used, key=lambda entry: (entry[2] == but, entry[0]), reverse=True):
+            if path.name.startswith(_PARTIAL):
+                is_unneeded = time.time() - last > _ABANDONED
             else:
                 total += size
-                is_needless = total > self.most_bytes and place != but
-            if is_needless:
-                shutil.rmtree(place, ignore_errors=True)
+                is_unneeded = total > self.most_bytes and path != but
+            if is_unneeded:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def key_of(rows: Sequence[Row], template: ChatTemplate, options: dict[str, Any]) -> str | None:
-    """A hash of all that examples depend on. options: those of `build_examples` that change them.
+    """Return a hash of everything that the examples depend on, or None if the template asks for the time.
 
-    None where the template asks for the time: what it writes then is no function of the rest.
+    options: the options of `build_examples` that change the examples.
     """
+    # The hash covers the content, this folder's code included, so no change needs a cache to be deleted by hand.
     tokenizer = template.tokenizer
     chat_template = json.dumps(tokenizer.chat_template, sort_keys=True)
     if "strftime_now" in chat_template:
@@ -121,10 +123,10 @@ def _write(folder: Path, examples: TokenDataset, account: DataReport) -> None:
 
 
 def _read(folder: Path) -> tuple[TokenDataset, DataReport]:
-    """Raises ValueError if it is not what was written."""
+    """Read an entry. Raises ValueError if its checksums differ."""
     if json.loads((folder / _CHECKSUMS).read_text(encoding="ascii")) != _checksums(folder):
         raise ValueError(f"{folder} is damaged")
-    # A memmap's slices are memmaps too, and slow to make: the plain view of it is what rows are cut from.
+    # Slices of a memmap are memmaps too, and slow to create, so rows are cut from a plain view.
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in _ARRAYS}
     facts = json.loads((folder / _FACTS).read_text(encoding="ascii"))
     return TokenDataset(**arrays, file_names=facts["file_names"]), _account(facts["account"])
@@ -143,27 +145,26 @@ def _account(facts: dict[str, Any]) -> DataReport:
 DEFAULT_MAX_LENGTH = 2048
 
 _LARGE = 50_000_000
-"""Bytes of a file, of which it is said that it is read."""
+"""Size in bytes from which reading a file is logged."""
 _SECONDS_BETWEEN_LINES = 10.0
-"""Of progress."""
+"""Seconds between two progress lines."""
 _MOST_ACCOUNTED = 200
-"""Rows of each kind, dropped, truncated or noted, that are held after the others have been let go."""
+"""Rows of each kind (dropped, truncated, noted) that stay in memory after the others are released."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples, the account of the rows that they came from, a sha256 of those rows, and the rows that the account
-    names, as they stand."""
+    """Examples, a report on their rows, a sha256 of these rows, and the raw rows that the report names."""
 
     examples: TokenDataset
     account: DataReport
     fingerprint: str
     accounted: list[Row] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list, repr=False)
-    """All rows, for what looks at them before the run; `release_rows` lets their memory go."""
+    """All rows, for the checks before the run. `release_rows` frees them."""
 
     def release_rows(self) -> None:
-        """Forget all rows but those that the account names."""
+        """Free all rows except the ones that the report names."""
         self.rows.clear()
 
 
@@ -178,10 +179,17 @@ def load_splits(
     cache: ExampleCache | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> tuple[Dataset, Dataset | None]:
-    """(training examples, held-out examples or None).
+    """Return (training examples, held-out examples or None). Raises DataError.
 
-    Held-out rows come from `eval_data`, or are an `eval_ratio` of the training rows. `notice` is told whether
-    examples were tokenized or found in the cache, and in what time. Raises DataError.
+    Args:
+        config: which rows to read, and how to tokenize them.
+        template: the model's chat template.
+        max_length: most tokens per example.
+        eval_data: where held-out rows come from, if not from the training rows.
+        eval_ratio: share of the training rows to hold out.
+        seed: decides which rows are held out.
+        cache: where to look for examples, and to keep them.
+        notice: called with log lines: progress, and whether examples came from the cache.
     """
     notes: FileNotes = {}
     held_out_notes: FileNotes = {}
@@ -215,16 +223,16 @@ def example_set(
     cache: ExampleCache | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> Dataset:
-    """Return the examples of rows that were read, with their account. Raise DataError.
+    """Return the examples of rows, with a report. Raises DataError.
 
     Args:
-        rows: as `read_rows` gives them.
-        config: how they are read and tokenized.
-        template: the model's.
-        max_length: most tokens of an example.
-        file_notes: what `read_rows` has noted, for the account.
-        cache: where examples are looked for, and kept.
-        notice: is told how far tokenizing has come, whether the examples were in the cache, and in what time.
+        rows: as `read_rows` returns them.
+        config: how to read and tokenize them.
+        template: the model's chat template.
+        max_length: most tokens per example.
+        file_notes: the notes of `read_rows`, for the report.
+        cache: where to look for examples, and to keep them.
+        notice: called with log lines: progress, and whether examples came from the cache.
     """
     options = {
         "max_length": max_length,
@@ -241,8 +249,8 @@ def example_set(
 
 
 def _say_if_large(source: str, notice: Callable[[str], None]) -> None:
-    """Reading so much takes a while in which nothing else is said."""
-    with suppress(OSError, ValueError):  # read_rows says it
+    """Log that a large file is read, which takes a while without any other log line."""
+    with suppress(OSError, ValueError):  # read_rows raises the proper error
         size = os.stat(os.path.expanduser(source)).st_size
         if size > _LARGE:
             notice(f"reading {printable(source)} ({size / 1e6:.0f} MB)")
@@ -257,9 +265,15 @@ def read_split(
     notes: FileNotes | None = None,
     held_out_notes: FileNotes | None = None,
 ) -> tuple[Sequence[Row], Sequence[Row]]:
-    """(training rows, held-out rows): the same ones whenever it is asked, as long as the files are the same.
+    """Return (training rows, held-out rows). The same files give the same rows.
 
-    notes, held_out_notes: are told of what was skipped in files of `data` and of `eval_data`, see `read_rows`.
+    Args:
+        data: training rows: a file, a folder, or a hub data set.
+        eval_data: held-out rows, or None to hold out some of the training rows.
+        eval_ratio: share of the training rows to hold out.
+        seed: decides which rows are held out.
+        notes: filled with what was skipped in the files of `data`; see `read_rows`.
+        held_out_notes: the same for `eval_data`.
     """
     rows = read_rows(data, notes)
     if eval_data is not None:
@@ -275,13 +289,13 @@ def _examples(
     cache: ExampleCache | None,
     notice: Callable[[str], None] | None,
 ) -> tuple[TokenDataset, DataReport, str]:
-    """Those of the cache, or made and kept there; and how they were come by, for the log."""
+    """Return examples from the cache, or build and cache them. Also return a log line that says which."""
     started = time.perf_counter()
     key = key_of(rows, template, options) if cache else None
     found = cache.find(key) if cache and key else None
     if found is not None:
         check_rows_left(found[1], strict=strict)
-        how = f"{len(rows)} rows, tokenized before: from the cache in {time.perf_counter() - started:.1f} s"
+        how = f"{len(rows)} tokenized rows loaded from the cache in {time.perf_counter() - started:.1f} s"
         return *found, how
     progress = _Progress(notice, len(rows)) if notice is not None else None
     examples, account = build_examples(rows, template, strict=strict, progress=progress, **options)
@@ -289,13 +303,13 @@ def _examples(
     if cache and key:
         kept = _keep(cache, key, examples, account)
     else:
-        kept = "the template writes the time, so they are not cached" if cache else "not cached"
+        kept = "not cached, because the template writes the time" if cache else "not cached"
     return examples, account, f"{len(rows)} rows tokenized in {seconds:.1f} s; {kept}"
 
 
 @dataclass
 class _Progress:
-    """Says how far tokenizing has come, every now and then."""
+    """Logs now and then how many rows are tokenized."""
 
     notice: Callable[[str], None]
     rows: int
@@ -309,36 +323,38 @@ class _Progress:
 
 
 def _flagged_rows(rows: Sequence[Row], account: DataReport) -> list[Row]:
-    """The rows that were dropped, truncated or noted; of each of these the first 200."""
+    """Return the first 200 rows of each kind: dropped, truncated and noted."""
     kinds = (account.dropped, account.truncated, account.notes)
     named = {(note.file, note.row) for notes in kinds for note in notes[:_MOST_ACCOUNTED]}
     return [row for row in rows if (row.file, row.number) in named]
 
 
 def _keep(cache: ExampleCache, key: str, examples: TokenDataset, account: DataReport) -> str:
-    """What came of it, for the log. A disk that cannot take them does not end a run."""
+    """Cache the examples, and return the outcome for the log. A write error does not end the run."""
     try:
         cache.keep(key, examples, account)
     except OSError as error:
         reason = error.strerror or error
-        return f"not cached: {cache.folder} cannot take them ({reason}). XDG_CACHE_HOME names another folder"
+        return f"not cached: cannot write to {cache.folder} ({reason}). Set XDG_CACHE_HOME to use another folder"
     return f"cached in {cache.folder}"
 
 
 def resolve_max_length(given: int | None, limit: int | None) -> int:
-    """The user's `max_length`, or 2,048 or the model's own limit where that is less.
+    """Return the user's `max_length`, or by default 2,048 or the model's limit, whichever is less.
 
-    Raises ConfigError if the user's is more than the model can read.
+    Raises ConfigError if the user's value is more than the model's limit.
     """
     if given is None:
         return min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
     if limit is not None and given > limit:
-        raise ConfigError(f"--max-length is {given}, but the model reads at most {limit} tokens: give less.")
+        raise ConfigError(
+            f"--max-length is {given}, but the model reads at most {limit} tokens. Use a lower value."
+        )
     return given
 
 
 def fingerprint(rows: Sequence[Row]) -> str:
-    """sha256 of the rows' values in their order, whatever files they stand in."""
+    """Return a sha256 of the rows' values in order, whatever files they come from."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(

@@ -1,4 +1,4 @@
-"""From rows to tokenized examples, in arrays, with an account of every row."""
+"""Turn rows into tokenized examples, stored in arrays, and report what happened to every row."""
 
 import gc
 import random
@@ -27,7 +27,7 @@ from handspun.errors import DataError, TemplateError
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """What the model reads (`input_ids`), what it is taught (`learned`, one bool per id), and from where."""
+    """Token ids, a loss mask (one bool per id, True for target tokens), and the row they came from."""
 
     input_ids: list[int]
     loss_mask: list[bool]
@@ -39,17 +39,20 @@ class Example:
 
     @property
     def learned_tokens(self) -> int:
-        """Tokens that the loss is taken over."""
+        """Number of target tokens: tokens that the loss is computed on."""
         return sum(self.loss_mask)
 
 
 @dataclass(frozen=True, eq=False)
 class TokenDataset(Sequence[Example]):
-    """Many examples; the lists of one are made when it is asked for.
+    """Many examples, end to end in arrays. Indexing builds the lists of one example.
 
-    input_ids (int32), learned (bool): (tokens,). starts (int64): (examples + 1,), where each begins, and the end
-    of the last. rows (int64), files (int32, places in file_names): (examples,).
+    input_ids (int32), loss_mask (bool): (tokens,). starts (int64): (examples + 1,), the start of each example and
+    the end of the last. rows (int64), files (int32, indices into file_names): (examples,).
     """
+
+    # Arrays take 5 bytes per token, where lists take 16 or more. They are the same in memory and mapped from the
+    # cache.
 
     input_ids: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.bool_]
@@ -68,64 +71,64 @@ class TokenDataset(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        i = range(len(self))[index]  # negative ones count from the end, and IndexError ends an iteration
-        place = slice(self.starts[i], self.starts[i + 1])
+        i = range(len(self))[index]  # negative indices count from the end, and IndexError ends an iteration
+        tokens = slice(self.starts[i], self.starts[i + 1])
         return Example(
-            self.input_ids[place].tolist(),
-            self.loss_mask[place].tolist(),
+            self.input_ids[tokens].tolist(),
+            self.loss_mask[tokens].tolist(),
             self.file_names[self.files[i]],
             int(self.rows[i]),
         )
 
 
 def concatenate(parts: Iterable[Sequence[Example]]) -> TokenDataset:
-    """The examples of all parts, in their order."""
-    places: dict[str, int] = {}
-    arrays = [_arrays(part, places) for part in parts] or [_arrays([], places)]
+    """Return the examples of all parts, in order."""
+    file_indices: dict[str, int] = {}
+    arrays = [_arrays(part, file_indices) for part in parts] or [_arrays([], file_indices)]
     input_ids, loss_mask, lengths, rows, files = (np.concatenate(column) for column in zip(*arrays, strict=True))
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return TokenDataset(input_ids, loss_mask, starts, rows, files, list(places))
+    return TokenDataset(input_ids, loss_mask, starts, rows, files, list(file_indices))
 
 
 def lengths_of(examples: Sequence[Example]) -> npt.NDArray[np.int64]:
-    """(examples,): tokens in each."""
+    """Return the number of tokens in each example: (examples,)."""
     if isinstance(examples, TokenDataset):
         return np.diff(examples.starts)
     return np.array([len(example) for example in examples], np.int64)
 
 
 def learned_tokens_of(examples: Sequence[Example]) -> int:
-    """Tokens of all examples that the loss is taken over."""
+    """Return the number of target tokens in all examples."""
     if isinstance(examples, TokenDataset):
         return int(np.count_nonzero(examples.loss_mask))
     return sum(example.learned_tokens for example in examples)
 
 
-def _arrays(part: Sequence[Example], places: dict[str, int]) -> list[npt.NDArray[Any]]:
-    """input_ids, learned, lengths, rows, files; new files get a place."""
+def _arrays(part: Sequence[Example], file_indices: dict[str, int]) -> list[npt.NDArray[Any]]:
+    """Return input_ids, loss_mask, lengths, rows and files. Add new files to `file_indices`."""
     return [
         np.array([id for example in part for id in example.input_ids], np.int32),
-        np.array([is_learned for example in part for is_learned in example.loss_mask], np.bool_),
+        np.array([is_target for example in part for is_target in example.loss_mask], np.bool_),
         np.array([len(example) for example in part], np.int64),
         np.array([example.row for example in part], np.int64),
-        np.array([places.setdefault(example.file, len(places)) for example in part], np.int32),
+        np.array([file_indices.setdefault(example.file, len(file_indices)) for example in part], np.int32),
     ]
 
 
 _ROWS_AT_ONCE = 1000
-"""Tokenized together."""
+"""Rows that are tokenized together."""
 
 _CHARACTERS_OF_A_TOKEN = 1000
-"""More than any token has."""
+"""Upper bound on the characters of one token."""
 
 _MOST_REASONS = 20
-"""Reasons that an error names."""
+"""Limit on the reasons that an error names."""
 
 _MOST_UNUSED = 100
-"""Columns and keys of messages that are named as not read, where messages bring new ones."""
+"""Limit on the unused columns and message keys that the report names."""
 
 _AHEAD = 3
-"""Parts of so many rows that are tokenized while the next is laid out."""
+"""Blocks of rows that are tokenized while the next block is laid out."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class RowIssue:
 
 @dataclass
 class DataReport:
-    """What became of every row: rows = kept + dropped; truncated and noted rows are among the kept."""
+    """What happened to every row: rows = kept + dropped. Truncated and noted rows are among the kept."""
 
     rows: int = 0
     kept: int = 0
@@ -147,24 +150,24 @@ class DataReport:
     truncated: list[RowIssue] = field(default_factory=list)
     notes: list[RowIssue] = field(default_factory=list)
     formats: dict[str, str] = field(default_factory=dict)
-    """file -> its format, as recognized or named."""
+    """file -> its format, recognized or given."""
     unused_columns: dict[str, list[str]] = field(default_factory=dict)
-    """file -> columns that are not read."""
+    """file -> columns that are ignored."""
     file_notes: dict[str, list[str]] = field(default_factory=dict)
-    """file or folder -> what was skipped there, or not read as it stands."""
+    """file or folder -> what was skipped there, or changed when it was read."""
 
     def dropped_by_reason(self) -> dict[str, list[RowIssue]]:
-        """The dropped rows under their reasons, the most frequent first."""
+        """Return the dropped rows grouped by reason, the most frequent reason first."""
         reasons = notes_by_text(self.dropped)
         return dict(sorted(reasons.items(), key=lambda reason: -len(reason[1])))
 
     def advice(self) -> str | None:
-        """What to do about rows that were dropped, where there is a general answer."""
+        """Return how to fix the dropped rows, if there is general advice."""
         return role_advice() if any(note.text.startswith(UNKNOWN_ROLE) for note in self.dropped) else None
 
 
 def notes_by_text(notes: Iterable[RowIssue]) -> dict[str, list[RowIssue]]:
-    """Return the notes under their texts, in the order in which these come first."""
+    """Return the notes grouped by text, in order of first occurrence."""
     found: dict[str, list[RowIssue]] = {}
     for note in notes:
         found.setdefault(note.text, []).append(note)
@@ -172,13 +175,13 @@ def notes_by_text(notes: Iterable[RowIssue]) -> dict[str, list[RowIssue]]:
 
 
 def hold_out(rows: Sequence[Row], ratio: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows), each in its old order; which rows is drawn with the seed.
+    """Return (training rows, held-out rows), each in the original order. The seed decides which rows are held out.
 
-    At least one row is held out and one is left, whatever the ratio.
+    At least one row is held out and at least one is left, whatever the ratio.
     """
     if len(rows) < 2:
         raise DataError(
-            f"there is {len(rows)} row, too few to hold some out: give more rows, or --eval-ratio 0.",
+            f"rows: {len(rows)}, too few to hold some out (expected at least 2). Add rows, or use --eval-ratio 0.",
             file=rows[0].file if rows else None,
         )
     count = min(max(round(len(rows) * ratio), 1), len(rows) - 1)
@@ -198,11 +201,20 @@ def build_examples(
     strict: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[TokenDataset, DataReport]:
-    """Rows to examples of at most `max_length` tokens, and the account of every row.
+    """Return examples of at most `max_length` tokens, and a report on every row.
 
-    A row that cannot teach anything is dropped and accounted for with its reason. `progress` is told from time to
-    time how many rows are done. Raises DataError if no row is left, and under `strict` if one was dropped or
-    truncated.
+    A row with nothing to train on is dropped, and the report gives the reason. Raises DataError if no row is left,
+    and under `strict` if a row was dropped or truncated.
+
+    Args:
+        rows: as `read_rows` returns them.
+        template: the model's chat template.
+        max_length: most tokens per example. Longer examples are truncated.
+        data_format: the format of all rows, or "auto" to recognize it per file.
+        system_prompt: for conversations without a system message.
+        role_map: more names of roles, each with the role that it stands for.
+        strict: whether a dropped or truncated row is an error.
+        progress: called now and then with the number of rows done.
     """
     columns = list(dict.fromkeys((row.file, tuple(row.values)) for row in rows))
     account = DataReport(rows=len(rows), formats=_formats(columns, data_format))
@@ -230,7 +242,7 @@ def build_examples(
 
 @contextmanager
 def _gc_frozen() -> Iterator[None]:
-    """What is there already, rows above all: to look through it again and again takes time."""
+    """Exclude existing objects, mostly rows, from garbage collection: scanning them again and again takes time."""
     gc.freeze()
     try:
         yield
@@ -243,7 +255,8 @@ _Tokenized = list[tuple[Row, list[TokenizedExample]]]
 
 
 def _tokenize_in_threads(parts: Iterable[_LaidOut], template: ChatTemplate) -> Iterator[_Tokenized]:
-    """The parts in their order, tokenized in threads: `tokenizers` lets Python lay out the next ones meanwhile."""
+    """Tokenize the parts in threads, and yield them in order."""
+    # `tokenizers` releases the GIL, so Python lays out the next parts meanwhile.
     with ThreadPoolExecutor(_AHEAD) as threads:
         waiting: deque[Future[_Tokenized]] = deque()
         for part in parts:
@@ -277,7 +290,7 @@ def _lay_out(
     role_map: Mapping[str, str] | None,
     max_length: int,
 ) -> list[Layout]:
-    """The row's examples before they are tokenized; none if it is dropped."""
+    """Return the row's examples before they are tokenized; none if the row is dropped."""
     try:
         data_format = account.formats[row.file]
         conversation = to_conversation(row, data_format, system_prompt=system_prompt, role_map=role_map)
@@ -296,8 +309,7 @@ def _lay_out(
 
 
 def _add_unread_keys(account: DataReport, file: str, keys: Iterable[str]) -> None:
-    """Add keys of messages to the columns that are not read. Data can have any number of them: the first are
-    told."""
+    """Add message keys to the unused columns, up to a limit, because data can have any number of keys."""
     if not keys:
         return
     unused = account.unused_columns.setdefault(file, [])
@@ -312,7 +324,7 @@ def _changed(layouts: Sequence[Layout], template: ChatTemplate) -> list[str]:
 
 
 def _tokenizable(layout: Layout, max_length: int) -> Layout:
-    """Without text that could not be within `max_length`: a cell of 100 MB would take minutes and gigabytes."""
+    """Cut off text that is certainly beyond `max_length`: a cell of 100 MB would take minutes and gigabytes."""
     left = (max_length + 1) * _CHARACTERS_OF_A_TOKEN
     runs: list[Span] = []
     for run in layout.runs:
@@ -337,7 +349,7 @@ def _examples_of(
             for e in whole
         ]
     if not any(example.input_ids for example in whole):
-        reason = f"nothing learned is left within max_length {max_length}"
+        reason = f"nothing to train on is left within max_length {max_length}"
         account.dropped.append(RowIssue(row.file, row.number, reason))
     for example in whole:
         if example.input_ids:
@@ -345,9 +357,9 @@ def _examples_of(
 
 
 def _drop_trailing_prompt(encoded: TokenizedExample) -> TokenizedExample:
-    """Without what follows the last learned token: it teaches nothing. With none learned, nothing is left.
+    """Cut off what follows the last target token. Without any target token, nothing is left.
 
-    The first id is never learned: nothing predicts it.
+    The first id is never a target, because nothing predicts it.
     """
     loss_mask = [False, *encoded.loss_mask[1:]]
     length = len(loss_mask) - loss_mask[::-1].index(True) if True in loss_mask else 0
@@ -355,11 +367,11 @@ def _drop_trailing_prompt(encoded: TokenizedExample) -> TokenizedExample:
 
 
 _Columns = Iterable[tuple[str, tuple[str, ...]]]
-"""The files, each with the columns of some of its rows."""
+"""Files, each with the columns of some of its rows."""
 
 
 def _formats(columns: _Columns, data_format: DataFormat) -> dict[str, str]:
-    """The format of each file, recognized from the columns of all its rows."""
+    """Return the format of each file, recognized from the columns of all its rows."""
     of_file: dict[str, dict[str, None]] = {}
     for file, names in columns:
         of_file.setdefault(file, {}).update(dict.fromkeys(names))
@@ -379,7 +391,7 @@ def _unused_columns(columns: _Columns, formats: dict[str, str]) -> dict[str, lis
 
 
 def check_rows_left(account: DataReport, *, strict: bool) -> None:
-    """Raises DataError if no row is left, and under `strict` if one was dropped or truncated."""
+    """Raise DataError if no row is left, or under `strict` if a row was dropped or truncated."""
     first = account.dropped[0] if account.dropped else None
     if account.kept == 0:
         by_reason = account.dropped_by_reason()
@@ -388,7 +400,7 @@ def check_rows_left(account: DataReport, *, strict: bool) -> None:
         advice = account.advice()
         raise DataError(
             f"none of its {account.rows} rows can be trained on ({reasons}{more}). "
-            + (f"{advice[0].upper()}{advice[1:]}." if advice else "`handspun preview` shows what is read."),
+            + (f"{advice[0].upper()}{advice[1:]}." if advice else "Run `handspun preview` to see what is read."),
             file=first.file if first else None,
         )
     lost = [*account.dropped, *account.truncated]
@@ -397,5 +409,5 @@ def check_rows_left(account: DataReport, *, strict: bool) -> None:
         more = f"\n  and {len(lost) - 20} more" if len(lost) > 20 else ""
         raise DataError(
             f"{len(account.dropped)} rows dropped and {len(account.truncated)} truncated, which --strict "
-            f"refuses:\n{shown}{more}\nMend the rows, raise --max-length, or leave --strict out."
+            f"does not allow:\n{shown}{more}\nFix the rows, raise --max-length, or remove --strict."
         )
