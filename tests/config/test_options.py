@@ -25,7 +25,7 @@ def test_held_out_rows_come_from_one_place() -> None:
 
 def test_beams_with_top_p_and_no_sampling_is_a_contradiction() -> None:
     (found,) = problems(GenerationOptions, num_beams=4, top_p=0.9)
-    assert found.startswith("--top-p only changes what is sampled, and --num-beams 4 does not sample.")
+    assert found.startswith("--top-p only affects sampling, and --num-beams 4 does not sample.")
 
 
 def test_beams_and_sampling_exclude_each_other() -> None:
@@ -50,7 +50,7 @@ def test_int8_weights_are_frozen_and_want_adapters() -> None:
 
 def test_short_states_and_shares_exclude_each_other() -> None:
     (found,) = problems(TrainConfig, optimizer_states="8bit", shard=True)
-    assert found.startswith("--shard cuts float32 optimizer states")
+    assert found.startswith("--shard splits float32 optimizer states")
 
 
 @pytest.mark.parametrize(

@@ -111,9 +111,7 @@ CONVERSATIONS = [
         kept=1,
         dropped={1: "the unknown role 'user<|im_end|>"},
     ),
-    Case(
-        "it ends with the user", chats(turns("uau")), kept=1, noted={1: "cut off after the last assistant turn"}
-    ),
+    Case("it ends with the user", chats(turns("uau")), kept=1, noted={1: "cut off after the last assistant turn"}),
     Case("nobody answers", chats(turns("u"), turns("ua")), kept=1, dropped={1: "no assistant turn"}),
     Case(
         "an empty answer", chats(turns("ua", _1=" \n"), turns("ua")), kept=1, dropped={1: "empty assistant turn"}

@@ -104,7 +104,7 @@ def test_an_empty_micro_batch_has_a_gradient_of_zeros_for_all_that_is_trained(ba
     ("options", "message"),
     [
         ({"shard": True}, "--shard cuts the model over several processes, and this is one alone"),
-        ({"shard": True, "lora": True, "base_weights": "int8"}, "--shard cannot cut int8 weights"),
+        ({"shard": True, "lora": True, "base_weights": "int8"}, "--shard cannot split int8 weights"),
     ],
 )
 def test_what_cannot_be_sharded_is_said(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""The options of decoding."""
+"""Options of decoding. The text under each field is its help text."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -13,62 +13,62 @@ Weights = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 @options
 class GenerationOptions:
-    """How to decode. What is not given comes from the model's generation_config (and is said), then
-    from the defaults named here."""
+    """How to decode. An option that is not given comes from the model's generation_config, or else has the default
+    named here. Options taken from generation_config are printed."""
 
     max_new_tokens: int | None = None
-    """Most tokens to generate (default 512)."""
+    """Maximum number of tokens to generate (default 512)."""
 
     min_new_tokens: int | None = None
-    """Fewest tokens before an end of sequence is allowed (default 0)."""
+    """Minimum number of tokens before the end of sequence is allowed (default 0)."""
 
     do_sample: bool | None = None
-    """Draw from the distribution instead of taking the most probable token (default no)."""
+    """Sample instead of taking the most probable token (default no)."""
 
     temperature: float | None = None
-    """Logits are divided by it before sampling (default 1.0); 0 takes the most probable token, as without
+    """Divide logits by this before sampling (default 1.0). 0 takes the most probable token, as without
     --do-sample."""
 
     top_k: int | None = None
-    """Sample from the k most probable tokens, ties kept (default 0, off)."""
+    """Sample from the k most probable tokens, including ties (default 0, off)."""
 
     top_p: float | None = None
-    """Sample from the smallest set whose probability reaches this (default 1.0, off)."""
+    """Sample from the smallest set of tokens whose total probability reaches this (default 1.0, off)."""
 
     min_p: float | None = None
-    """Sample from tokens at least this share as probable as the best (default 0, off)."""
+    """Sample from tokens with at least this fraction of the top token's probability (default 0, off)."""
 
     typical_p: float | None = None
-    """Sample from the tokens whose surprise is nearest the expected one, until their probability reaches this
-    (default 1.0, off)."""
+    """Sample from the tokens whose surprisal is closest to the expected one, up to this total probability (default
+    1.0, off)."""
 
     repetition_penalty: float | None = None
-    """Divides (or multiplies, if negative) logits of tokens in prompt and output (default 1.0, off)."""
+    """Divide the logits of tokens in prompt and output by this (multiply, if negative) (default 1.0, off)."""
 
     repetition_penalty_exempt: Literal["none", "template"] | None = None
-    """"template" spares what the chat template wrote, and every added token, so that structure is not penalized
+    """"template" exempts the chat template's text and all added tokens, so that structure is not penalized
     (default "none", as in transformers)."""
 
     presence_penalty: float | None = None
-    """Taken off the logits of tokens that the output has already (-2 to 2, default 0, off)."""
+    """Subtract this from the logits of tokens that are in the output (-2 to 2, default 0, off)."""
 
     frequency_penalty: float | None = None
-    """Taken off a token's logit once for every time the output has it already (-2 to 2, default 0, off)."""
+    """Subtract this from a token's logit once per occurrence in the output (-2 to 2, default 0, off)."""
 
     no_repeat_ngram_size: int | None = None
-    """No run of so many tokens occurs twice in prompt and output (default 0, off)."""
+    """Allow no sequence of N tokens twice in prompt and output (default 0, off)."""
 
     logit_bias: dict[str, float] | None = None
-    """Added to the logits of token ids, as in --logit-bias.42=-100 or --logit-bias '{"42": -100}'."""
+    """Add to the logits of token ids, as in --logit-bias.42=-100 or --logit-bias '{"42": -100}'."""
 
     sequence_bias: dict[str, float] | None = None
-    """The same for the last of several ids ("42 7") where the others come before it."""
+    """The same for a sequence of ids ("42 7"): applies to the last id after the others."""
 
     bad_words: tuple[str, ...] | None = None
-    """Texts that are not to be generated, at the start of a word or behind a space."""
+    """Texts that are never generated, at the start of a word or after a space."""
 
     bad_words_ids: tuple[tuple[int, ...], ...] | None = None
-    """The same as token ids; several ids are one run."""
+    """The same as token ids. Several ids form one sequence."""
 
     suppress_tokens: tuple[int, ...] | None = None
     """Token ids that are never generated."""
@@ -77,40 +77,40 @@ class GenerationOptions:
     """Token ids that no answer begins with."""
 
     json_schema: str | dict[str, Any] | None = None
-    """Answers are JSON of this schema, given as JSON or as a file's name."""
+    """Constrain answers to JSON that matches this schema, given as JSON or as a file name."""
 
     regex: str | None = None
-    """Answers match this regular expression as a whole (Rust's syntax, without look-around)."""
+    """Constrain the whole answer to this regular expression (Rust's syntax, without look-around)."""
 
     choice: tuple[str, ...] | None = None
-    """Answers are one of these texts."""
+    """Constrain answers to one of these texts."""
 
     num_beams: int | None = None
-    """Beams of a beam search (default 1, off)."""
+    """Number of beams in beam search (default 1, off)."""
 
     length_penalty: float | None = None
-    """Beam scores are divided by (generated length) ** this (default 1.0)."""
+    """Divide beam scores by (generated length) ** this (default 1.0)."""
 
     early_stopping: bool | Literal["never"] | None = None
-    """When a beam search ends: yes, once num_beams hypotheses are complete; no, when a better one is
-    unlikely; "never", when none is possible (default no)."""
+    """When beam search ends: yes, once num_beams hypotheses are complete; no, when a better one is unlikely;
+    "never", when a better one is impossible (default no)."""
 
     num_return_sequences: int | None = None
-    """Answers to each prompt (default 1)."""
+    """Number of answers per prompt (default 1)."""
 
     prompt_lookup_num_tokens: int | None = None
-    """Draft so many tokens by looking up what followed the last ones before, and check them in one step: the same
-    answers in fewer steps where they repeat their prompt (default 0, off)."""
+    """Number of draft tokens per step, copied from what followed the last tokens earlier in the text. Answers stay
+    the same, and take fewer steps if they repeat their prompt (default 0, off)."""
 
     max_matching_ngram_size: int | None = None
-    """Most of the last tokens that are looked up for it (default 2)."""
+    """Maximum number of last tokens to look up for drafting (default 2)."""
 
     stop_strings: tuple[str, ...] | None = None
-    """Strings that end an answer and are cut from it (default for chats: the template's end of turn
-    and "\\nUser:"; otherwise none). --no-stop-strings is none."""
+    """Strings that end an answer and are cut from it (default for chats: the template's end of turn and
+    "\\nUser:"; otherwise none). --no-stop-strings turns them off."""
 
     seed: int | tuple[int, ...] | None = None
-    """Seed of the draws: one, or one for each prompt (default 0)."""
+    """Sampling seed: one, or one per prompt (default 0)."""
 
     def __post_init__(self) -> None:
         if problems := wrong_values(self, {}, read_option) or _exclusions(self):
@@ -118,13 +118,13 @@ class GenerationOptions:
 
 
 NEXT_USER = "\nUser:"
-"""A stop string of chats: a model that does not end its turn goes on with the user's."""
+"""A stop string of chats: a model that does not end its turn continues with the user's."""
 
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
-"""Options that only change what is sampled."""
+"""Options that only affect sampling."""
 
 CONSTRAINTS = ("json_schema", "regex", "choice")
-"""Options that say what a whole answer is; one of them at a time."""
+"""Options that constrain the whole answer. They exclude each other."""
 
 _GENERATION_RANGES: Ranges = {
     "max_new_tokens": (1, MOST, True, True),
@@ -150,15 +150,15 @@ _GENERATION_RANGES: Ranges = {
     "max_matching_ngram_size": (1, MOST, True, True),
     "seed": (0, 2**64, True, False),
 }
-"""Within them no number overflows in float32, whatever the model's logits are."""
+"""Within these ranges nothing overflows in float32, whatever the model's logits are."""
 _COLDEST = 1e-6
-"""The least temperature that is not 0: below it, logits divided by it overflow."""
+"""Lowest temperature other than 0. Logits divided by less would overflow."""
 
 
 def read_option(name: str, value: Any) -> Any:
-    """Return an option's value in its one form: a tuple for a list, ids as whole numbers, a mapping of biases.
+    """Return an option's value in normal form: lists as tuples, ids as integers, biases as a mapping.
 
-    Raises ValueError with what is wrong and what was expected.
+    Raises ValueError, which says what is wrong and what was expected.
     """
     spelled = _spelled_biases(value) if name in ("logit_bias", "sequence_bias") else value
     typed = read_value(name, spelled, type_hints(GenerationOptions)[name], _GENERATION_RANGES)
@@ -168,8 +168,10 @@ def read_option(name: str, value: Any) -> Any:
 
 
 def _spelled_biases(value: Any) -> Any:
-    """Biases by their ids in text ("42 7"), also from transformers' forms: tuples as keys, or [ids, bias] pairs,
-    whose biases add up where ids occur twice. Anything else as it is."""
+    """Return biases keyed by their ids as text ("42 7"), and any other value unchanged.
+
+    Reads transformers' forms too: tuples as keys, or [ids, bias] pairs. Biases for the same ids add up.
+    """
     pairs = value.items() if isinstance(value, Mapping) else value
     spelled: dict[str, float] = {}
     try:
@@ -182,16 +184,16 @@ def _spelled_biases(value: Any) -> Any:
 
 
 def _wrong_form(name: str, value: Any) -> str | None:
-    """What was expected in place of a value of the right type."""
+    """Return what was expected instead of a value that has the right type; None if the value is fine."""
     if name in ("logit_bias", "sequence_bias"):
         most = 1 if name == "logit_bias" else MOST
-        whole = "a token id before each bias" if most == 1 else "token ids before each bias"
+        expected = "a token id before each bias" if most == 1 else "token ids before each bias"
         ids = [text.split() for text in value]
-        return None if all(1 <= len(run) <= most and all(map(_is_id, run)) for run in ids) else whole
+        return None if all(1 <= len(run) <= most and all(map(_is_id, run)) for run in ids) else expected
     if name == "temperature" and 0 < value < _COLDEST:
         return f"0, or at least {_COLDEST:g}"
     if name == "bad_words_ids" and not all(value):
-        return "at least one id in each run"
+        return "at least one id in each sequence"
     if name == "choice" and not value:
         return "at least one text"
     if name == "stop_strings" and "" in value:
@@ -206,38 +208,40 @@ def _is_id(text: str) -> bool:
 
 
 def _exclusions(given: GenerationOptions) -> list[str]:
-    """Options that the user gave and that cannot be had together, each with the remedy."""
+    """Return the conflicts between the options that the user gave, each with a remedy."""
     problems = []
     beams, sample = given.num_beams or 1, given.do_sample
     sampling = [option_name(name) for name in SAMPLING_OPTIONS if getattr(given, name) is not None]
     if beams > 1 and sample:
         problems.append(
-            f"--num-beams {beams} and --do-sample exclude each other: a beam search takes the most probable "
-            "beams and draws nothing. Leave one of them out."
+            f"--num-beams {beams} and --do-sample exclude each other: beam search takes the most probable beams "
+            "and does not sample. Remove one of them."
         )
     elif sampling and given.temperature != 0 and (beams > 1 or sample is False):
         other = f"--num-beams {beams}" if beams > 1 else "--no-do-sample"
-        verb = "changes" if len(sampling) == 1 else "change"
+        verb = "affects" if len(sampling) == 1 else "affect"
         problems.append(
-            f"{', '.join(sampling)} only {verb} what is sampled, and {other} does not sample. "
-            f"Leave {'it' if len(sampling) == 1 else 'them'} out, or use --do-sample without beams."
+            f"{', '.join(sampling)} only {verb} sampling, and {other} does not sample. "
+            f"Remove {'it' if len(sampling) == 1 else 'them'}, or use --do-sample without beams."
         )
     constraints = [option_name(name) for name in CONSTRAINTS if getattr(given, name) is not None]
     if len(constraints) > 1:
-        problems.append(f"{' and '.join(constraints)} exclude each other: each says what a whole answer is.")
+        problems.append(
+            f"{' and '.join(constraints)} exclude each other: each constrains the whole answer. Use one of them."
+        )
     for name in ("length_penalty", "early_stopping"):
         if getattr(given, name) is not None and beams == 1:
-            problems.append(f"{option_name(name)} belongs to beam search: give --num-beams 2 or more with it.")
+            problems.append(f"{option_name(name)} needs beam search. Add --num-beams 2 or more, or remove it.")
     returned = given.num_return_sequences or 1
     if beams > 1 and returned > beams:
         problems.append(
-            f"--num-return-sequences {returned} is more than --num-beams {beams}: a beam search has at most "
-            "as many answers as beams."
+            f"--num-return-sequences {returned} is more than --num-beams {beams}: beam search returns at most as "
+            "many answers as it has beams. Lower one or raise the other."
         )
     if returned > 1 and beams == 1 and (sample is False or given.temperature == 0):
         problems.append(
             f"--num-return-sequences {returned} with greedy decoding would give the same answer {returned} "
-            "times: use --do-sample or --num-beams."
+            "times. Use --do-sample or --num-beams."
         )
     fewest, most = given.min_new_tokens, given.max_new_tokens
     if fewest is not None and most is not None and fewest > most:

@@ -1,4 +1,4 @@
-"""The options of a run."""
+"""Options of a fine-tuning run. The text under each field is its help text."""
 
 from typing import Any, Literal
 
@@ -14,41 +14,41 @@ Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 @options
 class DataConfig:
-    """Which rows are read, and how they become examples."""
+    """Which rows to read, and how to turn them into examples."""
 
     data: str = "train.csv"
     """Training rows: a csv, tsv, json, jsonl or parquet file, a folder of them, or a hub dataset id."""
 
     data_format: DataFormat = "auto"
-    """How a row is written; "auto" recognizes it from the columns and says so."""
+    """Format of the rows. "auto" recognizes it from the columns and logs it."""
 
     system_prompt: str | None = None
-    """System message for conversations without one; if not given, the template's own default holds."""
+    """System message for conversations without one. Default: the template's own default."""
 
     role_map: tuple[str, ...] | dict[str, str] | None = None
-    """Names of the data's speakers that are not known, and the role that each stands for, as in agent=assistant;
-    may be given more than once, and a file's mapping works too. Roles: system, user, assistant, tool."""
+    """Roles for unknown speaker names in the data, for example agent=assistant. Repeatable, or a mapping in a
+    --config file. Roles: system, user, assistant, tool."""
 
     chat_template: str | None = None
-    """Name of one of the tokenizer's chat templates, or a Jinja file; if not given, the tokenizer's own (and its
-    "tool_use" for rows with tools)."""
+    """Name of one of the tokenizer's chat templates, or a Jinja file. Default: the tokenizer's own (its "tool_use"
+    template for rows with tools)."""
 
     template_args: tuple[str, ...] | dict[str, Any] | None = None
-    """Values for the chat template's variables, as in enable_thinking=false; may be given more than once. What is
-    saved has them as its template's defaults."""
+    """Values for the chat template's variables, for example enable_thinking=false. Repeatable. Saved models use
+    them as their template's defaults."""
 
     max_length: int | None = None
-    """Longest example in tokens, prompt included; if not given, 2048 or the model's limit."""
+    """Longest example in tokens, including the prompt. Default: 2048, or the model's limit if lower."""
 
     strict: bool = False
-    """Make an error of dropped or truncated rows, and of every warning before a run."""
+    """Treat dropped rows, truncated rows and all warnings before a run as errors."""
 
     cache_examples: bool = True
-    """Keep tokenized rows in ~/.cache/handspun/examples, and read them from there where nothing has changed."""
+    """Cache tokenized rows in ~/.cache/handspun/examples, and reuse them if nothing has changed."""
 
     @property
     def template_values(self) -> dict[str, Any]:
-        """The values for the chat template's variables, by name."""
+        """Values for the chat template's variables, by name."""
         return read_template_args(self.template_args)[0]
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class DataConfig:
 
     @property
     def roles(self) -> dict[str, str]:
-        """The role map: name, as names are compared -> role."""
+        """The role map: normalized name -> role."""
         return parse_role_map(self.role_map or ())
 
 
@@ -72,33 +72,33 @@ class TrainConfig(DataConfig):
     """Folder for checkpoints, train.log, metrics.jsonl, run.json and report.html."""
 
     eval_data: str | None = None
-    """Held-out rows, in any of the forms of --data."""
+    """Held-out rows, in any form that --data accepts."""
 
     eval_ratio: float = 0.0
-    """Share of the training rows to hold out (0 to 1), drawn with the seed; not with --eval-data."""
+    """Share of the training rows to hold out (0 to 1), chosen with the seed. Excludes --eval-data."""
 
     eval_steps: int | None = None
-    """Evaluate every so many optimizer steps, besides the start and the end of every epoch."""
+    """Evaluate every N optimizer steps, in addition to the start of the run and the end of each epoch."""
 
     num_epochs: int = 3
     """Passes over the training rows."""
 
     batch_size: int = 8
-    """Rows in an optimizer step. How they are cut to fit memory does not change the result."""
+    """Rows per optimizer step. Splitting them into micro-batches to fit memory does not change the result."""
 
     max_tokens: int = 2048
-    """Tokens in a micro-batch, padding included; a single longer row makes one of its own."""
+    """Most tokens per micro-batch, including padding. A longer row gets a micro-batch to itself."""
 
     batching: Literal["packed", "padded"] = "packed"
-    """How a micro-batch is computed: rows end to end behind the prefix that they share, or padded. The
+    """How to compute a micro-batch: packed (rows end to end after their shared prefix, no padding) or padded. The
     results are the same."""
 
     activation_checkpointing: bool = False
-    """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third
-    more work."""
+    """Keep only each layer's input for the backward pass, and recompute the rest. Saves memory, costs a third more
+    work."""
 
     learning_rate: float | None = None
-    """Peak learning rate of AdamW; if not given, 5e-5, and 5e-4 with LoRA."""
+    """Peak learning rate of AdamW. Default: 5e-5, or 5e-4 with LoRA."""
 
     lr_schedule: Literal["cosine", "linear", "constant"] = "linear"
     """How the learning rate falls from its peak to zero after warm-up."""
@@ -107,97 +107,96 @@ class TrainConfig(DataConfig):
     """Share of the optimizer steps (0 to 1) over which the learning rate rises from zero."""
 
     weight_decay: float = 0.0
-    """AdamW's weight decay, of matrices only (not of biases and norms)."""
+    """AdamW's weight decay. Applies to matrices only, not to biases and norms."""
 
     optimizer_states: Literal["float32", "bfloat16", "8bit"] = "float32"
-    """Type of AdamW's two states of each trained weight: 8 bytes a weight, 4, or 2. The short ones are rounded so
-    that the mean is kept, and make a step slower."""
+    """Type of AdamW's two states: 8, 4 or 2 bytes per trained weight. bfloat16 and 8bit round without bias and
+    make steps slower."""
 
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 turns clipping off."""
+    """Clip gradients to this norm. 0 turns clipping off."""
 
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What is done at a step whose loss or gradient is not finite: stop before it, or leave its update out and go
-    on, as the schedule would have. Its rows are written to the output folder either way."""
+    """What to do when the loss or gradient is not finite: stop the run, or skip the update and continue. The rows
+    of the step are written to the output folder either way."""
 
     max_skipped_steps: int = 10
-    """How many steps `--on-nonfinite skip` leaves out before it stops all the same."""
+    """Most steps that `--on-nonfinite skip` may skip before the run stops."""
 
     lora: bool = False
-    """Train LoRA adapters (through peft) in place of all weights."""
+    """Train LoRA adapters (through peft) instead of all weights."""
 
     lora_rank: int = 16
     """Rank of the LoRA matrices."""
 
     lora_alpha: int = 32
-    """LoRA's scale: updates are multiplied by alpha / rank."""
+    """LoRA scale: updates are multiplied by alpha / rank."""
 
     lora_dropout: float = 0.0
     """Dropout on the LoRA branch's input (0 to 1)."""
 
     base_weights: Literal["float32", "int8"] = "float32"
-    """Type of the frozen weights under LoRA adapters; int8 layers take a quarter of the memory, are faster, and
+    """Type of the frozen weights under LoRA adapters. int8 layers take a quarter of the memory and are faster, but
     round. Embedding and head stay float32."""
 
     seed: int = 0
-    """Seed of the row order, the held-out draw, LoRA's initial values and dropout."""
+    """Seed of the row order, the held-out rows, LoRA's initial values and dropout."""
 
     device: str = "auto"
-    """"auto" (cuda where there is one, else cpu), "cpu", "cuda", "cuda:1", "mps"."""
+    """"auto" (cuda if available, else cpu), "cpu", "cuda", "cuda:1", "mps"."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the matrix matmuls; weights, optimizer and held-out losses stay float32. "auto" is bfloat16 where a
-    probe of a few matmuls says that it is clearly faster."""
+    """Type of the matmuls. Weights, optimizer and held-out losses stay float32. "auto" picks bfloat16 if a short
+    probe shows that it is clearly faster."""
 
     threads: int | None = None
-    """CPU threads; if not given, one per physical core. Under torchrun, those of each process; if not given, its
-    share of the machine's physical cores."""
+    """CPU threads (per process under torchrun). Default: all physical cores, shared by the processes."""
 
     shard: bool = False
-    """Under torchrun, give every process a share of the weights, gradients and optimizer states (FSDP2) in place
-    of a copy: for a model that is too large for one."""
+    """Under torchrun, shard weights, gradients and optimizer states across the processes (FSDP2). Use it for a
+    model that is too large for one process."""
 
     save_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the saved weights; bfloat16 halves the files and rounds, at random, so that in the mean nothing is
-    lost."""
+    """Type of the saved weights. bfloat16 halves the files, with stochastic rounding to preserve the mean."""
 
     save_steps: int | None = None
-    """Save a checkpoint to resume from every so many optimizer steps, besides the end of every epoch; the last
-    ones stay as models when the run is finished."""
+    """Save a resumable checkpoint every N optimizer steps, in addition to the end of each epoch. The last
+    ones remain as models after the run."""
 
     save_minutes: float = 30
-    """Save a checkpoint to resume from when so many minutes have passed since the last one; 0 turns it off."""
+    """Save a resumable checkpoint when N minutes have passed since the last one. 0 turns it off."""
 
     keep_last: int = 2
-    """Checkpoints to resume from that are kept: a newer one takes the place of the oldest. Those of epochs stay
-    as models."""
+    """Number of resumable checkpoints to keep. A newer one replaces the oldest. Epoch checkpoints
+    remain as models."""
 
     resume: bool | None = None
-    """Go on with the unfinished run in the output folder from its last checkpoint: if not given, where there is
-    one; --resume, or say that there is none; --no-resume, never."""
+    """Resume the unfinished run in the output folder from its last checkpoint. Default: if there is one. --resume:
+    fail if there is none. --no-resume: never."""
 
     sample_answers: bool = True
-    """Answer a few prompts before the first step and after the last, for report.html: a minute each at most."""
+    """Answer a few prompts before the first step and after the last, for report.html. Takes at most a minute each
+    time."""
 
     sample_prompts: tuple[str, ...] | None = None
-    """The prompts of the sample answers; if not given, the three of the demonstration."""
+    """Prompts for the sample answers. Default: the demo's three prompts."""
 
     sample_every: int | None = None
-    """Answer the sample prompts greedily every so many optimizer steps too, and show how the answers change."""
+    """Also answer the sample prompts greedily every N optimizer steps, and show how the answers change."""
 
     log_to: tuple[Tracker, ...] = ()
-    """Send the figures of every step to TensorBoard, Weights & Biases (offline) or trackio too; may be given more
-    than once, and each needs its package."""
+    """Also send each step's metrics to TensorBoard, Weights & Biases (offline) or trackio. Repeatable. Each needs
+    its package."""
 
     report_rows: int = 256
-    """Rows of each set, at even distances, whose losses by the final weights are in report.html, the worst and the
-    best with their text; 0 leaves them out."""
+    """Number of evenly spaced rows per data set whose final losses appear in report.html, the worst and best with
+    their text. 0 leaves them out."""
 
     overwrite: bool = False
     """Replace an earlier run in the output folder."""
 
     dry_run: bool = False
-    """Do all that comes before the first step, and stop: the same as `handspun preflight`."""
+    """Do everything up to the first step, then stop. The same as `handspun preflight`."""
 
     def __post_init__(self) -> None:
         if problems := wrong_values(self, {**_DATA_RANGES, **_TRAIN_RANGES}):
@@ -205,32 +204,32 @@ class TrainConfig(DataConfig):
         problems += _role_map_problems(self) + _read_template_args(self)
         if self.eval_data is not None and self.eval_ratio > 0:
             problems.append(
-                "--eval-data and --eval-ratio exclude each other: rows are held out either from a file of "
-                "their own or from the training rows. Give one of them."
+                "--eval-data and --eval-ratio exclude each other: held-out rows come either from their own file "
+                "or from the training rows. Use one of them."
             )
         if self.resume and self.overwrite:
             problems.append(
-                "--resume and --overwrite exclude each other: go on with the earlier run, or replace it."
+                "--resume and --overwrite exclude each other. Either resume the earlier run or replace it."
             )
         if self.base_weights == "int8" and not self.lora:
             problems.append(
                 "--base-weights int8 needs --lora: int8 weights are frozen, so without adapters there would be "
-                "nothing to train. Add --lora, or leave --base-weights out."
+                "nothing to train. Add --lora, or remove --base-weights."
             )
         if self.base_weights == "int8" and self.shard:
             problems.append(
-                "--shard cannot cut int8 weights. Leave --base-weights int8 out, or leave --shard out: an int8 "
-                "base takes a quarter of the memory on every process."
+                "--shard cannot split int8 weights. Remove --base-weights int8, or remove --shard: an int8 base "
+                "takes a quarter of the memory in every process."
             )
         if self.optimizer_states != "float32" and self.shard:
             problems.append(
-                f"--shard cuts float32 optimizer states, and --optimizer-states {self.optimizer_states} shortens "
-                "whole ones: leave one of the two out."
+                f"--shard splits float32 optimizer states only, and not those of --optimizer-states "
+                f"{self.optimizer_states}. Remove one of the two."
             )
         if self.sample_every is not None and self.shard:
             problems.append(
-                "--sample-every answers with the whole model, and with --shard no process has it. Leave one of "
-                "the two out: without --shard, the first process answers."
+                "--sample-every needs the whole model in one process, and --shard splits it. Remove one of the "
+                "two."
             )
         if problems:
             raise ConfigError(problems)
@@ -244,8 +243,8 @@ class TrainConfig(DataConfig):
 
 
 def _role_map_problems(config: DataConfig) -> list[str]:
-    """Return what is wrong with the role map. One that is right is kept as a mapping, however it was given: that
-    is what run.json holds and a resumed run compares."""
+    """Return what is wrong with the role map. Store a valid one as a mapping, whatever its form was."""
+    # run.json holds the mapping, and a resumed run compares it.
     try:
         object.__setattr__(config, "role_map", config.roles or None)
     except ValueError as error:
@@ -254,7 +253,7 @@ def _role_map_problems(config: DataConfig) -> list[str]:
 
 
 def _read_template_args(config: DataConfig) -> list[str]:
-    """Make a dict of what was given for the template's variables; return what is wrong with it."""
+    """Store the values of the template's variables as a dict, and return what is wrong with them."""
     if config.template_args is None:
         return []
     found, problems = read_template_args(config.template_args)
