@@ -248,13 +248,13 @@ def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_read(
     tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "handspun.runs.train.available_memory", lambda _: AvailableMemory(10**8, "what is free in this machine")
+        "handspun.runs.train.available_memory", lambda _: AvailableMemory(10**8, "free memory of this machine")
     )
     monkeypatch.setattr("handspun.runs.train.read_model", lambda *_, **__: pytest.fail("the weights were read"))
-    with pytest.raises(TrainingError, match=r"predicted to take 0\.6 GB at its peak, and 0\.1 GB are there"):
+    with pytest.raises(TrainingError, match=r"predicted peak memory is 0\.6 GB, and 0\.1 GB is available"):
         train(config(tiny_folder, data), console=Console(file=io.StringIO()))
     console = Console(file=io.StringIO(), width=200)
     plan = train(config(tiny_folder, data, dry_run=True), console=console).plan
     assert plan.steps == 10
     assert isinstance(console.file, io.StringIO)
-    assert "it will not fit into memory" in console.file.getvalue()
+    assert "this run will not fit in memory" in console.file.getvalue()

@@ -188,7 +188,7 @@ def test_a_training_state_of_a_newer_version_is_one_error(tiny_folder: Path, pla
     manifest = json.loads((state / "manifest.json").read_text())
     manifest["files"]["state.json"] = hashlib.sha256((state / "state.json").read_bytes()).hexdigest()
     (state / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(OutputError, match=r"is of version 2 \(expected 1\): another version of Handspun saved it"):
+    with pytest.raises(OutputError, match=r"saved by another version of Handspun \(expected format 1, got 2\)"):
         train(tiny_folder, place)
 
 

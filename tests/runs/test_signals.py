@@ -91,7 +91,7 @@ def test_how_a_process_ended_is_known_until_its_parent_has_asked() -> None:
     killed.kill()
     lost = watch.lost(within=10)
     assert lost is not None
-    assert lost.startswith(f"rank 3 (process {killed.pid}) was killed by SIGKILL, and the run ends here.")
+    assert lost.startswith(f"rank 3 (process {killed.pid}) was killed by SIGKILL, so this run stops.")
     assert "--shard" in lost
     watch.end()
     assert exit_code(killed.pid) == -signal.SIGKILL
@@ -109,9 +109,9 @@ def test_a_process_that_ends_well_is_no_loss() -> None:
 
 
 def test_what_is_said_of_other_ends() -> None:
-    assert "rank 0 (process 7) ended with exit code 2" in describe(0, 7, 2)
-    assert "rank 0 (process 7) has ended" in describe(0, 7, None)
-    assert "torchrun's report says how" in describe(0, 7, None)
+    assert "rank 0 (process 7) exited with code 2" in describe(0, 7, 2)
+    assert "rank 0 (process 7) exited, so" in describe(0, 7, None)
+    assert "torchrun's report" in describe(0, 7, None)
 
 
 def test_each_rank_takes_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +185,7 @@ def test_a_rank_that_is_killed_ends_the_others_with_its_name(
     assert run.returncode
     # torchrun may be first to ask the system how the rank ended; its report below then says it
     assert re.search(
-        rf"error: rank 1 \(process {process}\) (was killed by SIGKILL|has ended), and the run", errors
+        rf"error: rank 1 \(process {process}\) (was killed by SIGKILL|exited), so this run stops", errors
     )
     assert "Connection" not in errors
     status, checkpoints = left(tmp_path)

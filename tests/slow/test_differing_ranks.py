@@ -150,7 +150,7 @@ def test_ranks_that_differ_are_one_error_on_all_of_them(
     first, second = outcomes[case]
     assert first["type"] == second["type"] == "ConfigError"
     assert first["message"] == second["message"]
-    assert first["message"].startswith("the processes are not the same run.\n")
+    assert first["message"].startswith("the ranks do not agree on the run.\n")
     assert SAID[case] in first["message"]
     assert first["checkpoints"] == []
 
@@ -194,7 +194,7 @@ def test_an_error_of_one_rank_reaches_the_others(tiny_folder: Path, tmp_path: Pa
         _, own = ranks[1].communicate(timeout=200)
     assert [process.returncode for process in ranks] == [2, 2]
     cause = f"{tmp_path / 'missing.csv'}: there is no file or folder"
-    assert f"error: rank 1 stopped with an error, and the run ends here: {cause}" in errors
+    assert f"error: rank 1 failed, so this run stops: {cause}" in errors
     assert f"error on rank 1: {cause}" in own
     assert not (tmp_path / "output" / "run.json").exists()
 
@@ -219,5 +219,5 @@ def test_a_rank_that_is_killed_before_the_loop_is_named(tiny_folder: Path, tmp_p
         seconds = time.monotonic() - began
     assert ranks[0].returncode == 2
     assert f"error: rank 1 (process {ranks[1].pid}) " in errors
-    assert "and the run ends here" in errors
+    assert "so this run stops" in errors
     assert seconds < 100

@@ -103,7 +103,7 @@ def test_an_empty_micro_batch_has_a_gradient_of_zeros_for_all_that_is_trained(ba
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shard": True}, "--shard cuts the model over several processes, and this is one alone"),
+        ({"shard": True}, "--shard splits the model over several processes, but this is a single process"),
         ({"shard": True, "lora": True, "base_weights": "int8"}, "--shard cannot split int8 weights"),
     ],
 )

@@ -30,7 +30,7 @@ def test_without_limits_it_is_what_is_free_and_what_is_held(proc: Path, tmp_path
     room = room_here(proc=proc, cgroups=tmp_path / "cgroup")
     assert room is not None
     assert room.available == 21_000_000 * 1024
-    assert room.bound == "what is free in this machine"
+    assert room.bound == "free memory of this machine"
 
 
 def test_a_parents_limit_of_version_2_binds_and_files_in_memory_can_go(proc: Path, tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_a_parents_limit_of_version_2_binds_and_files_in_memory_can_go(proc: Pat
     room = room_here(proc=proc, cgroups=tmp_path / "cgroup")
     assert room is not None
     assert room.available == 5 * GB + 1_000_000 * 1024
-    assert room.bound == f"the limit of 8.0 GB of the control group {pod}"
+    assert room.bound == f"8.0 GB limit of the control group {pod}"
 
 
 def test_a_limit_of_version_1_counts_with_what_is_below_it(proc: Path, tmp_path: Path) -> None:

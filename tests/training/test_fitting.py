@@ -47,7 +47,7 @@ def peak(config: TrainConfig) -> int:
 
 def check(config: TrainConfig, available: float, processes: Distributed = Distributed()) -> list[str]:  # noqa: B008
     said: list[str] = []
-    room = AvailableMemory(int(available), "what is free in this machine")
+    room = AvailableMemory(int(available), "free memory of this machine")
     check_fits_in_memory(config, rows(), shapes_of, room, processes=processes, notice=said.append)
     return said
 
@@ -58,18 +58,16 @@ def test_where_there_is_room_nothing_is_said() -> None:
 
 def test_where_a_fifth_may_be_missing_it_is_doubtful_and_said() -> None:
     (said,) = check(CONFIG, 1.19 * peak(CONFIG))
-    assert said.startswith(
-        f"it may not fit into memory: this run is predicted to take {peak(CONFIG) / 1e9:.1f} GB"
-    )
+    assert said.startswith(f"this run may not fit in memory: predicted peak memory is {peak(CONFIG) / 1e9:.1f} GB")
     assert check(CONFIG, 0.81 * peak(CONFIG))
 
 
 def test_where_more_is_missing_the_run_is_refused_and_a_dry_run_told() -> None:
     available = 0.79 * peak(CONFIG)
-    with pytest.raises(TrainingError, match=rf"and {available / 1e9:.1f} GB are there \(what is free"):
+    with pytest.raises(TrainingError, match=rf"and {available / 1e9:.1f} GB is available \(free"):
         check(CONFIG, available)
     (said,) = check(replace(CONFIG, dry_run=True), available)
-    assert said.startswith("it will not fit into memory")
+    assert said.startswith("this run will not fit in memory")
 
 
 def test_what_would_fit_is_named_with_its_prediction_and_does_fit() -> None:
@@ -103,7 +101,7 @@ def test_options_are_taken_together_where_none_alone_will_do() -> None:
 
 
 def test_where_nothing_helps_it_is_said() -> None:
-    with pytest.raises(TrainingError, match="No option that was tried would make it fit: take a smaller model"):
+    with pytest.raises(TrainingError, match=r"No option that was tried makes it fit\. Use a smaller model"):
         check(CONFIG, 10**8)
 
 
@@ -134,7 +132,7 @@ def test_the_heaviest_batches_stand_for_all() -> None:
     whole = predicted_peak(shapes_of(CONFIG), batches(rows(), order, CONFIG.batch_size), CONFIG)
     assert whole == peak(CONFIG)
     available = 0.5 * whole
-    with pytest.raises(TrainingError, match=f"predicted to take {whole / 1e9:.1f} GB"):
+    with pytest.raises(TrainingError, match=f"predicted peak memory is {whole / 1e9:.1f} GB"):
         check(CONFIG, available)
 
 

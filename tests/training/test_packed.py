@@ -314,7 +314,7 @@ def test_neighbors_do_not_see_each_other() -> None:
         (MistralConfig(**SMALL, sliding_window=16), "mistral has a sliding window of 16 tokens"),
         (
             Qwen3Config(**SMALL, layer_types=["full_attention", "sliding_attention"], use_sliding_window=True),
-            "qwen3 has layers of sliding_attention",
+            "qwen3 has sliding_attention layers",
         ),
     ],
 )
@@ -336,7 +336,7 @@ def test_a_model_that_scales_its_logits_runs_padded_and_the_log_says_so() -> Non
     config = TrainConfig(num_epochs=1, batch_size=8)
     with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=said.append) as runner:
         assert isinstance(runner, PaddedRunner)
-    assert said[0].startswith("batching: padded (llama gives another loss packed")
+    assert said[0].startswith("batching: padded (llama has another loss when packed")
 
 
 def test_noise_of_an_int8_base_is_not_taken_for_another_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,9 +363,9 @@ def test_padded_on_request_and_dropout_are_said() -> None:
     run(TrainConfig(num_epochs=1), rows(4), said)
     steps = run(TrainConfig(num_epochs=1, lora=True, lora_dropout=0.5), rows(4), said)
     assert said == [
-        "batching: padded (it was asked for)",
+        "batching: padded (as requested)",
         "batching: packed",
-        "batching: packed; no prefix is shared, because of dropout",
+        "batching: packed; prefixes are not shared, because of dropout",
     ]
     assert math.isfinite(steps[-1].loss)
 

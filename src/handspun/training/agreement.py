@@ -1,7 +1,7 @@
-"""Several processes must be one run. What they would train, and on what, is compared before the first step.
+"""Checks before the first step that all ranks have the same options, rows, and weights.
 
-Ranks that differ would wait for each other in different collectives, or drift apart without a word. Every rank
-takes part in each comparison, whatever its options are, and all of them raise the same error.
+Ranks that differ would hang in different collectives, or silently diverge. Every rank takes part in each check,
+whatever its options are, and all of them raise the same error.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from handspun.errors import ConfigError
 from handspun.training.distributed import Distributed
 
 _MAY_DIFFER = {"data", "eval_data", "model", "chat_template", "output_dir", "threads", "cache_examples"}
-"""Options with a place or a number of this machine; what stands at the places is compared itself."""
+"""Options with paths or numbers of this machine. The contents of the paths are compared instead."""
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy")
 _SWITCHES = (
@@ -40,17 +40,17 @@ _SWITCHES = (
     "CUBLAS_WORKSPACE_CONFIG",
     "HANDSPUN_NATIVE",
 )
-"""Environment variables that change what is computed."""
+"""Environment variables that change the results."""
 
 
 def check_same_options(config: TrainConfig, processes: Distributed) -> None:
-    """Raise ConfigError on all ranks if one has other options, versions or switches of the environment."""
+    """Raise ConfigError on all ranks if their options, versions, or environment variables differ."""
     options = {option_name(name): value for name, value in asdict(config).items() if name not in _MAY_DIFFER}
     facts = {name: "nothing" if value is None else str(value) for name, value in options.items()}
     facts |= {"Python": platform.python_version(), "handspun": __version__, **dict(_versions())}
     facts |= {name: os.environ.get(name, "nothing") for name in _SWITCHES}
-    facts["the type of device"] = processes.device.type
-    _check_same(facts, processes, "Start all ranks with the same options, versions and environment.")
+    facts["device type"] = processes.device.type
+    _check_same(facts, processes, "Start all ranks with the same options, versions, and environment.")
 
 
 def check_same_rows(
@@ -60,7 +60,15 @@ def check_same_rows(
     max_length: int,
     processes: Distributed,
 ) -> None:
-    """Raise ConfigError on all ranks if one has other rows, template, tokenizer or tokens."""
+    """Raise ConfigError on all ranks if their rows, template, tokenizer, or tokens differ.
+
+    Args:
+        training: this rank's training rows.
+        held_out: this rank's held-out rows, if any.
+        template: this rank's chat template, with its tokenizer.
+        max_length: longest example in tokens.
+        processes: the ranks; all of them must call it together.
+    """
     facts = {"the longest example (--max-length)": str(max_length)}
     for name, some in (("the training rows (--data)", training), ("the held-out rows (--eval-data)", held_out)):
         facts[name] = f"{some.account.rows} rows of sha256 {some.fingerprint[:12]}" if some else "none"
@@ -68,11 +76,11 @@ def check_same_rows(
     facts["the tokenizer"] = _digest(template.tokenizer.backend_tokenizer.to_str())
     facts["the tokens of the training rows"] = _digest_of(training.examples)
     facts["the tokens of the held-out rows"] = _digest_of(held_out.examples) if held_out else "none"
-    _check_same(facts, processes, "Give all ranks the same files of data and the same model.")
+    _check_same(facts, processes, "Give all ranks the same data files and the same model.")
 
 
 def check_same_weights(model: PreTrainedModel, processes: Distributed) -> None:
-    """Raise ConfigError on all ranks if one has loaded other weights."""
+    """Raise ConfigError on all ranks if their weights differ."""
     digest = hashlib.sha256()
     if processes.count > 1:
         for name, tensor in model.state_dict().items():
@@ -85,11 +93,11 @@ def _check_same(facts: Mapping[str, str], processes: Distributed, remedy: str) -
     first, *others = processes.gathered(dict(facts))
     problems = list(_differences(first, dict(enumerate(others, 1))))
     if problems:
-        raise ConfigError(["the processes are not the same run.", *problems, remedy])
+        raise ConfigError(["the ranks do not agree on the run.", *problems, remedy])
 
 
 def _differences(first: Mapping[str, str], others: Mapping[int, Mapping[str, str]]) -> Iterator[str]:
-    """Yield a line for each fact that is not the same on all ranks. Another version may have other facts."""
+    """Yield one line per fact that differs between ranks. Ranks of different versions may have different facts."""
     for name in dict.fromkeys([*first, *(name for facts in others.values() for name in facts)]):
         expected = first.get(name, "unknown")
         ranks = [rank for rank, facts in others.items() if facts.get(name, "unknown") != expected]
@@ -119,6 +127,6 @@ def _digest_of(examples: TokenDataset) -> str:
 
 
 def _sum_of_bits(tensor: torch.Tensor) -> int:
-    """Return a sum over the tensor's bits as whole numbers: the memory's speed, which sha256 has not."""
+    """Return the sum of the tensor's bits as integers. Unlike sha256, it runs at memory speed."""
     sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return int(tensor.contiguous().view(sizes[tensor.element_size()]).sum(dtype=torch.int64))

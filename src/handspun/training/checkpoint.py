@@ -1,7 +1,7 @@
-"""Checkpoints: ordinary model folders, written so that a folder with its final name is whole.
+"""Checkpoints: ordinary model folders, written atomically, and the training state to resume from.
 
-A checkpoint is written under another name, synced to the disk, given a manifest with checksums, and renamed
-(`staging.py`). Its manifest is also the proof that this program wrote it: what no manifest names is never removed.
+A checkpoint is written under another name, synced to disk, given a manifest with checksums, and renamed. The
+manifest also proves that Handspun wrote the files: files that no manifest lists are never removed.
 """
 
 import json
@@ -35,7 +35,7 @@ from handspun.files import (
 from handspun.models.save import save_model
 
 _VERSION = 1
-"""Of what is saved. One that reads otherwise gets the next number."""
+"""Version of the training state's format. Increment it when the format changes."""
 _WEIGHTS, _OPTIMIZER, _FACTS = "weights.safetensors", "optimizer.safetensors", "state.json"
 _MODEL = "model.safetensors"
 
@@ -43,8 +43,10 @@ _MODEL = "model.safetensors"
 def collect_state(
     model: PreTrainedModel, optimizer: torch.optim.Optimizer, *, keep: bool
 ) -> dict[str, dict[str, Tensor]]:
-    """The files' tensors, whole and on the CPU. If the model is cut over the ranks, all must ask for them. Empty
-    without `keep`."""
+    """Return the training state's tensors by file, whole and on the CPU; {} without `keep`.
+
+    If the model is sharded, all ranks must call it together.
+    """
     gathered: dict[str, dict[str, Tensor]] = {_WEIGHTS: {}, _OPTIMIZER: {}}
     for name, parameter in _trained(model):
         gathered[_WEIGHTS][name] = _whole_tensor(parameter, keep=keep)
@@ -55,7 +57,7 @@ def collect_state(
 
 
 def write_state(folder: Path, gathered: dict[str, dict[str, Tensor]], facts: Mapping[str, Any]) -> None:
-    """Fills the folder; weights that lie beside it in the same form are linked, not written again."""
+    """Write the training state. If the checkpoint's model file holds the same weights, it is hard-linked."""
     if not _linked(folder.parent / _MODEL, folder / _WEIGHTS, gathered[_WEIGHTS]):
         save_file(gathered[_WEIGHTS], folder / _WEIGHTS)
     save_file(gathered[_OPTIMIZER], folder / _OPTIMIZER)
@@ -64,22 +66,21 @@ def write_state(folder: Path, gathered: dict[str, dict[str, Tensor]], facts: Map
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Return what was given to `write_state`, and the version. Raises OutputError if a newer one wrote it."""
+    """Return the facts that `write_state` wrote. Raises OutputError if another version of Handspun wrote them."""
     facts = read_json_object(folder / _FACTS)
     if facts is None:
-        raise OutputError(f"{folder / _FACTS} cannot be read: expected a JSON object. Was it changed by hand?")
+        raise OutputError(f"{folder / _FACTS} cannot be read: expected a JSON object. Was it edited by hand?")
     version = facts.get("version", _VERSION)
     if version != _VERSION:
         raise OutputError(
-            f"{folder / _FACTS} is of version {version!r} (expected {_VERSION}): another version of Handspun "
-            "saved "
-            "it. Resume with that one, or choose another --output-dir."
+            f"{folder / _FACTS}: saved by another version of Handspun (expected format {_VERSION}, got "
+            f"{version!r}). Resume with that version, or choose another --output-dir."
         )
     return facts
 
 
 def read_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Puts the trained weights back into the model, in place, before it is cut over the ranks."""
+    """Load the trained weights into the model, in place, before it is sharded."""
     with _open(folder / _WEIGHTS) as file, torch.no_grad():
         for name, parameter in _trained(model):
             parameter.copy_(_read(file, name, like=parameter))
@@ -88,10 +89,15 @@ def read_weights(model: PreTrainedModel, folder: Path) -> None:
 def read_optimizer(
     model: PreTrainedModel, optimizer: torch.optim.Optimizer, folder: Path | None, device: torch.device
 ) -> None:
-    """Puts the optimizer's states back, in place. Of several ranks the first has the folder, and all must ask.
+    """Load the optimizer's states, in place. All ranks must call it together.
 
-    torch's `load_state_dict` is not used: it casts states to the type of their weights, and short ones are none.
+    Args:
+        model: the model that the optimizer trains.
+        optimizer: the optimizer, with its states already created.
+        folder: the training state; None on all ranks but the first.
+        device: where to put tensors before they are sharded.
     """
+    # Not torch's load_state_dict: it casts states to the type of their weights, which low-bit states do not have.
     several = dist.is_initialized() and dist.get_world_size() > 1
     file = _open(folder / _OPTIMIZER) if folder is not None else None
     for name, parameter in _trained(model):
@@ -123,7 +129,7 @@ def _whole_tensor(tensor: Tensor, *, keep: bool) -> Tensor:
 
 
 def _linked(model_file: Path, weights_file: Path, weights: dict[str, Tensor]) -> bool:
-    """Whether the checkpoint's own file holds the weights as they are, and the disk could link it."""
+    """Return whether the checkpoint's model file holds these float32 weights and could be linked."""
     try:
         with safe_open(model_file, framework="pt") as file:
             for name, tensor in weights.items():
@@ -140,33 +146,33 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path} cannot be read: {error}. Was it changed by hand?") from error
+        raise OutputError(f"{path} cannot be read: {error}. Was it edited by hand?") from error
 
 
 def _read(file: Any, name: str, *, like: Tensor) -> Tensor:
-    """A tensor of the file; its checksum was right, so another shape is another configuration's."""
+    """Return a tensor of the file, whose checksum was right: a wrong shape means another configuration."""
     try:
         read: Tensor = file.get_tensor(name)
     except SafetensorError as error:
-        raise OutputError(f"the training state holds no {name}: it is another model's. {error}") from error
+        raise OutputError(f"the training state has no {name}: it belongs to another model. {error}") from error
     if read.shape != like.shape or read.dtype != like.dtype:
         raise OutputError(
-            f"the training state holds {name} as {tuple(read.shape)} {read.dtype}, and this run has "
-            f"{tuple(like.shape)} {like.dtype}: it is another run's."
+            f"the training state belongs to another run: {name} is {tuple(read.shape)} {read.dtype} "
+            f"(expected {tuple(like.shape)} {like.dtype})."
         )
     return read
 
 
 MANIFEST = "manifest.json"
 TRAINING_STATE = "training_state"
-"""Of a checkpoint that can be resumed from: a folder in it, with a manifest of its own, since it goes first."""
+"""Folder in a checkpoint to resume from. It has its own manifest, since it is removed earlier than the model."""
 _NAME = re.compile(r"checkpoint-(best|epoch-[0-9]+|step-[0-9]+)")
 _CHECKSUM = re.compile(r"[0-9a-f]{64}")
 _SMALL = 16 * 2**20
-"""Bytes up to which a file that somebody may have edited is read again, whatever its times say."""
+"""Files up to this many bytes are always read to find edits, whatever their modification time is."""
 
 WriteFiles = Callable[[Path], None]
-"""Writes files into a folder; the folder's manifest is not its business."""
+"""Writes files into a folder, without its manifest."""
 
 
 def save_checkpoint(
@@ -181,14 +187,20 @@ def save_checkpoint(
     training_state: WriteFiles | None = None,
     more: WriteFiles | None = None,
 ) -> None:
-    """The model as `folder`, replacing an earlier one there; `facts` (step, loss) go into its manifest.
+    """Save the model as `folder`, atomically, replacing an earlier checkpoint there.
 
-    card: the text of its README.md, if it is to have one.
-    state: its weights, where the model itself does not hold all of them.
-    training_state: writes what resuming needs, if it is to be resumed from here.
-    more: writes other files, which belong to it.
+    Raises OutputError if it cannot be written; `folder` is then unchanged.
 
-    Raises OutputError if it cannot be written; `folder` is then as it was.
+    Args:
+        model: the model.
+        tokenizer: its tokenizer, saved with it.
+        folder: the checkpoint's final path.
+        dtype: type of the saved weights.
+        facts: entries for the manifest, such as step and loss.
+        card: text of README.md, if any.
+        state: the weights, if the model itself does not hold all of them.
+        training_state: writes what resuming needs; None if the run will not resume from here.
+        more: writes further files of the checkpoint.
     """
     with _atomic_dir(folder) as partial:
         save_model(model, tokenizer, partial, dtype=dtype, state=state)
@@ -204,11 +216,18 @@ def save_checkpoint(
 def link_checkpoint(
     source: Path, folder: Path, *, facts: Mapping[str, object], training_state: WriteFiles | None = None
 ) -> None:
-    """The checkpoint `source` under a second name, without a second copy where the disk can link files."""
+    """Give the checkpoint `source` a second name, with hard links instead of copies where possible.
+
+    Args:
+        source: an existing checkpoint.
+        folder: the second path.
+        facts: entries for the manifest of the training state.
+        training_state: writes what resuming needs; None if the run will not resume from here.
+    """
     with _atomic_dir(folder) as partial:
         manifest = read_manifest(source)
         assert manifest is not None
-        for name in (*manifest["files"], MANIFEST):  # and nothing that somebody has put beside them
+        for name in (*manifest["files"], MANIFEST):  # not files that a user has added
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(source / name, partial / name)
         if training_state is not None:
@@ -216,14 +235,14 @@ def link_checkpoint(
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Return whether a run gives this name to a checkpoint."""
+    """Return whether runs give checkpoints this name."""
     return bool(_NAME.fullmatch(name))
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint, or its training state; one that holds anything of somebody else's stays.
+    """Remove a checkpoint or a training state, unless it holds files that Handspun did not write.
 
-    It goes, or stays whole: what is being deleted does not have its name any more. Raises OutputError.
+    The folder is renamed before it is deleted, so a partly deleted one never has its name. Raises OutputError.
     """
     is_state = folder.name == TRAINING_STATE
     if not unknown_files(folder):
@@ -231,7 +250,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return facts and checksums; None without a manifest that can be read."""
+    """Return the manifest (facts and checksums), or None if there is none or it is invalid."""
     manifest = read_json_object(folder / MANIFEST)
     files = (manifest or {}).get("files")
     if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
@@ -240,13 +259,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def step_of(folder: Path) -> int | None:
-    """Return the optimizer step after which the checkpoint was saved, if its manifest says so."""
+    """Return the step after which the checkpoint was saved, if its manifest has it."""
     step = (read_manifest(folder) or {}).get("step")
     return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def unknown_files(folder: Path) -> list[Path]:
-    """Return what is in the folder and in no manifest: somebody else's. All of a folder without a manifest."""
+    """Return the folder's files that no manifest lists. Without a manifest, that is all of them."""
     if folder.is_symlink() or not folder.is_dir():
         return [folder]
     manifest = read_manifest(folder)
@@ -263,9 +282,9 @@ def unknown_files(folder: Path) -> list[Path]:
 
 
 def edited_files(folder: Path) -> list[Path]:
-    """Return the files that are not as this program saved them, and hold something that could be lost.
+    """Return the nonempty files that changed since Handspun saved them.
 
-    A large file is read only if it is younger than the manifest, which was written last.
+    A large file is read only if it is newer than the manifest, which was written last.
     """
     edited = []
     for place in (folder, folder / TRAINING_STATE):
@@ -281,7 +300,7 @@ def edited_files(folder: Path) -> list[Path]:
 
 
 def find_corruption(folder: Path) -> str | None:
-    """What is wrong with a folder, in words; None if all files of its manifest are as they were saved."""
+    """Return a description of the folder's first damaged file, or None if all match the manifest."""
     manifest = read_manifest(folder)
     if manifest is None:
         return f"{folder / MANIFEST} is missing or cannot be read"
@@ -295,15 +314,15 @@ def find_corruption(folder: Path) -> str | None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder's files are all there and are those of its manifest."""
+    """Return whether all files of the folder's manifest are there and undamaged."""
     return find_corruption(folder) is None
 
 
 @contextmanager
 def _atomic_dir(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that gets the name `folder`, all at once, when the block has filled it.
+    """Yield an empty folder that is renamed to `folder`, atomically, at the end of the block.
 
-    If somebody has put files into the folder that has the name now, it is kept under another one.
+    An existing folder with a user's files in it is first renamed, and kept.
     """
     if folder.exists() and unknown_files(folder):
         keep_aside(folder, "kept")
@@ -312,7 +331,7 @@ def _atomic_dir(folder: Path) -> Iterator[Path]:
 
 
 def keep_aside(folder: Path, why: str) -> Path:
-    """Rename a folder to `kept-checkpoint-best` or the like, so that its name is free. Return where it is."""
+    """Rename a folder, for example to `kept-checkpoint-best`, to free its name. Return the new path."""
     names = (f"{why}-{folder.name}{number}" for number in ("", *(f"-{n}" for n in range(2, 1000))))
     place = next(place for name in names if not os.path.lexists(place := folder.with_name(name)))
     with output_errors(folder):
@@ -322,10 +341,10 @@ def keep_aside(folder: Path, why: str) -> Path:
 
 
 def write_manifest(folder: Path, facts: Mapping[str, object]) -> None:
-    """Sync the folder's files and write their checksums, last of all.
+    """Sync the folder's files, then write their checksums and the facts as its manifest.
 
-    All get the mode that the umask gives a new file: libraries write through temporary files, which nobody else
-    may read.
+    All files get the mode that the umask gives a new file: libraries write through temporary files, which only
+    their owner may read.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = folder / MANIFEST

@@ -1,4 +1,4 @@
-"""Several processes that train one model: who computes what, what they exchange, and which one ended."""
+"""Several processes (ranks) that train one model: sharing rows, collectives, FSDP2, failed ranks."""
 
 import itertools
 import json
@@ -30,7 +30,11 @@ _Result = TypeVar("_Result")
 
 
 class _Root(nn.Module):
-    """A module whose forward is any computation on the model in it."""
+    """A module whose forward is any computation on the model in it.
+
+    FSDP2's hooks run around a module's forward, but the packed runner calls body and head separately. So both run
+    inside the forward of this root.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -41,11 +45,10 @@ class _Root(nn.Module):
 
 
 def shard(model: PreTrainedModel, device: torch.device) -> nn.Module:
-    """Cuts the model over all ranks, in place, and moves it to the device: a decoder layer is a unit, and what is
-    outside of the layers another. Returns the root: `root(compute, *arguments)` is `compute(*arguments)` with
-    whole weights.
+    """Shard the model over all ranks, in place, and move it to the device. Return the root module.
 
-    Gradients are summed over the ranks, not averaged.
+    Each decoder layer is a unit, and the rest of the model another. `root(compute, *arguments)` runs
+    `compute(*arguments)` with whole weights. Gradients are summed over the ranks, not averaged.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     root = _Root(model)
@@ -59,9 +62,9 @@ def shard(model: PreTrainedModel, device: torch.device) -> nn.Module:
 
 
 def whole_state(model: PreTrainedModel, *, keep: bool) -> dict[str, Tensor]:
-    """The model's state on the CPU, put together from all ranks, which must all ask for it; empty without `keep`.
+    """Return the whole state of a sharded model on the CPU; {} without `keep`. All ranks must call it together.
 
-    Tied weights are one tensor. Of a model with adapters, only what is trained.
+    Tied weights are one tensor. A model with adapters gives only its trained weights.
     """
     state: dict[str, Tensor] = {}
     whole: dict[int, Tensor] = {}
@@ -76,43 +79,46 @@ def whole_state(model: PreTrainedModel, *, keep: bool) -> dict[str, Tensor]:
 
 
 _GRACE = 20.0
-"""Seconds for a rank to notice in its own way that another has died, and to end in order; it may be saving."""
+"""Seconds that a rank has to notice another's death and exit cleanly; it may be saving."""
 
 _ELSEWHERE = (
-    "the connection to another rank was lost, and the run ends here; torchrun's report names the rank and its "
-    "end. The checkpoints that were saved are whole."
+    "the connection to another rank was lost, so this run stops. See torchrun's report for the failed rank and "
+    "its exit status. Saved checkpoints are intact."
 )
 
 
 _RUNS = itertools.count()
-"""Of this process; all ranks count alike."""
+"""Numbers the runs of this process; all ranks count the same."""
 
 
 class Board:
-    """The first error of any rank, in the store that the group was made by."""
+    """The first error of any rank, kept in the process group's store."""
 
     def __init__(self, rank: int) -> None:
         self._store = dist.distributed_c10d._get_default_store()
         self._rank, self._key = rank, f"handspun/{next(_RUNS)}/error"
 
     def write(self, message: str) -> None:
-        """Leave an error for the others, unless there is one already."""
+        """Store an error for the other ranks, unless there is one already."""
         with suppress(RuntimeError):  # the store's process has ended
             if self._store.add(f"{self._key}s", 1) == 1:
                 self._store.set(self._key, json.dumps([self._rank, message]))
 
     def read(self) -> str | None:
-        """Return what to say of another rank's error, if there is one."""
+        """Return a message about another rank's error, or None."""
         with suppress(RuntimeError):
             if self._store.check([self._key]):
                 rank, message = json.loads(self._store.get(self._key))
                 if rank != self._rank:
-                    return f"rank {rank} stopped with an error, and the run ends here: {message}"
+                    return f"rank {rank} failed, so this run stops: {message}"
         return None
 
 
 class Watch:
-    """A thread that waits for the end of other processes, given as rank to process id."""
+    """A thread that waits for other processes to exit. processes: rank to process id.
+
+    Needed because gloo fails with a trace that names no rank, and NCCL hangs.
+    """
 
     def __init__(self, processes: dict[int, int], board: Board | None = None) -> None:
         self._board = board
@@ -128,7 +134,7 @@ class Watch:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Inside of the block, a failure because a process died is a TrainingError that names it."""
+        """Within the block, turn a failure caused by a dead process into a TrainingError that names it."""
         try:
             yield
         except RuntimeError as error:
@@ -136,7 +142,7 @@ class Watch:
             if lost is None:
                 raise
             with suppress(ValueError):  # not in the main thread
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, before all is said
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's would cut the error message short
             raise TrainingError(lost) from error
 
     @contextmanager
@@ -154,9 +160,9 @@ class Watch:
 
     @contextmanager
     def termination_explained(self) -> Iterator[None]:
-        """Within the block, a SIGTERM because a process died is a TrainingError that names it.
+        """Within the block, turn a SIGTERM caused by a dead process into a TrainingError that names it.
 
-        torchrun ends the other ranks so. The loop has a handler of its own.
+        torchrun stops the other ranks with SIGTERM. The loop has its own handler.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -178,7 +184,7 @@ class Watch:
                 signal.signal(signal.SIGTERM, before)
 
     def lost(self, *, within: float) -> str | None:
-        """What to say of the first rank that failed or died, if one did within so many seconds."""
+        """Return a message about the first rank that failed or died within this many seconds, or None."""
         told = self._board.read() if self._board else None
         if told is None:
             self._died.wait(within)
@@ -186,7 +192,7 @@ class Watch:
         return told or self._lost
 
     def end(self) -> None:
-        """What ends from now on is no loss."""
+        """Stop watching: processes that exit from now on are not failures."""
         self._over.set()
         os.write(self._wake, b".")
         self._thread.join()
@@ -220,7 +226,7 @@ def _is_of_the_connection(error: Exception) -> bool:
 
 
 def exit_code(process: int) -> int | None:
-    """How an ended process ended: its exit code, or minus the signal's number; None if its parent knows alone."""
+    """Return a dead process's exit code, or minus its signal number; None if its parent has already reaped it."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -229,27 +235,24 @@ def exit_code(process: int) -> int | None:
 
 
 def describe(rank: int, process: int, code: int | None) -> str:
-    """What happened, and what to do."""
+    """Return what happened to a rank, and what to do. code: as `exit_code` returns it."""
     if code is None:
-        how, hint = "has ended", "torchrun's report says how."
+        how, hint = "exited", "See torchrun's report for its exit status."
     elif code > 0:
-        how, hint = f"ended with exit code {code}", "What it said itself is above or below."
+        how, hint = f"exited with code {code}", "See its own error above or below."
     else:
         how = f"was killed by {signal.Signals(-code).name}"
-        hint = "Start the run again."
+        hint = "Run the command again to resume."
         if -code == signal.SIGKILL:
             hint = (
-                "The system does that when memory runs out (`dmesg` says so): then give a smaller --max-tokens, "
-                "--activation-checkpointing or --shard, or fewer processes a machine."
+                "The kernel kills processes when memory runs out (check `dmesg`). If it did, lower --max-tokens, "
+                "add --activation-checkpointing or --shard, or start fewer processes per machine."
             )
-    return (
-        f"rank {rank} (process {process}) {how}, and the run ends here. The checkpoints that were saved are "
-        f"whole. {hint}"
-    )
+    return f"rank {rank} (process {process}) {how}, so this run stops. Saved checkpoints are intact. {hint}"
 
 
 def local_processes(rank: int) -> dict[int, int]:
-    """Rank to process id of the others on this machine, by what torchrun calls it; all ranks must ask together."""
+    """Return rank to process id of the other ranks on this machine. All ranks must call it together."""
     own = (os.environ.get("GROUP_RANK"), os.getpid())
     found = [own] * dist.get_world_size()
     dist.all_gather_object(found, own)
@@ -258,20 +261,20 @@ def local_processes(rank: int) -> dict[int, int]:
 
 
 _BUCKET = 2**24
-"""Gradient values that travel together."""
+"""Most gradient values per all-reduce."""
 
 EMPTY_EXAMPLE = Example([0], [False], "", 0)
-"""What a rank computes on that has no rows left: a token, of which nothing is learned."""
+"""Dummy example for ranks without rows left; contributes no loss."""
 
 _Value = TypeVar("_Value")
 
 Cut = Callable[[Sequence[Example]], Iterable[list[Example]]]
-"""A rank's rows to its micro-batches."""
+"""Splits a rank's rows into its micro-batches."""
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process's rank among `count`; one process alone needs no group."""
+    """This process's rank among `count` ranks, and the collectives. With one process, there is no group."""
 
     rank: int = 0
     count: int = 1
@@ -281,43 +284,44 @@ class Distributed:
 
     @property
     def is_first(self) -> bool:
-        """The one that logs and saves."""
+        """Return whether this is rank 0, which logs and saves."""
         return self.rank == 0
 
     def local_micro_batches(self, rows: Sequence[Example], cut: Cut) -> list[list[Example]]:
-        """This rank's micro-batches of the rows; the same deal is made on every rank.
+        """Return this rank's micro-batches of the rows. Every rank computes the same partition.
 
-        Sharded, all ranks have the same number of them, since each takes part in putting the layers together:
-        those with fewer get empty ones, whose loss and gradient are zeros.
+        Sharded, all ranks get the same number, since each takes part in gathering every layer. Ranks with fewer
+        micro-batches get dummy ones, whose loss and gradient are zero.
         """
         if self.count == 1:
             return list(cut(rows))
-        hands = [list(cut(hand)) for hand in partition_by_tokens(rows, self.count)]
-        most = max(map(len, hands)) if self.sharded else 0
-        own = hands[self.rank]
+        shares = [list(cut(share)) for share in partition_by_tokens(rows, self.count)]
+        most = max(map(len, shares)) if self.sharded else 0
+        own = shares[self.rank]
         return own + [[EMPTY_EXAMPLE]] * (most - len(own))
 
     def sum(self, value: float) -> float:
-        """The sum of a number over all ranks, the same on all of them."""
+        """Return the sum of a number over all ranks."""
         return self._agreed(value, dist.ReduceOp.SUM)
 
     def max(self, value: float) -> float:
-        """The largest of the ranks' numbers, the same on all of them."""
+        """Return the largest of the ranks' numbers."""
         return self._agreed(value, dist.ReduceOp.MAX)
 
     def run_on(self, model: PreTrainedModel) -> CallInForward:
-        """How computations on the model are made; cuts it over the ranks, if it is to be sharded."""
+        """Return what calls computations on the model. Shards the model first if the run is sharded."""
         return shard(model, self.device) if self.sharded else call_directly
 
     def state_to_save(self, model: PreTrainedModel) -> dict[str, Tensor] | None:
-        """A sharded model's state, put together on the first rank; all ranks must ask for it. None: the model has
-        its own."""
+        """Return the whole state of a sharded model on rank 0; None if the model is not sharded.
+
+        All ranks must call it together.
+        """
         return whole_state(model, keep=self.is_first) if self.sharded else None
 
     def sum_gradients(self, model: PreTrainedModel) -> None:
-        """Every rank gets the sum of all ranks' gradients; a rank that had no row adds zeros. Sharded, that has
-        been done on the way."""
-        if self.count == 1 or self.sharded:
+        """All-reduce the gradients. A rank without rows adds zeros."""
+        if self.count == 1 or self.sharded:  # FSDP2 reduces them during backward
             return
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trainable:
@@ -332,21 +336,21 @@ class Distributed:
                 start += gradient.numel()
 
     def broadcast_weights(self, model: PreTrainedModel) -> None:
-        """Rank 0's weights on all ranks."""
+        """Broadcast rank 0's weights to all ranks."""
         if self.count > 1:
             for tensor in model.state_dict().values():
                 dist.broadcast(tensor, src=0)
 
     def losses_explained(self) -> AbstractContextManager[None]:
-        """Inside of the block, the death of another rank is a TrainingError that names it."""
+        """Within the block, turn the death of another rank into a TrainingError that names it."""
         return self.watch.explained() if self.watch else nullcontext()
 
     def broadcast_scalar(self, value: float) -> float:
-        """The first rank's number."""
+        """Return rank 0's number on all ranks."""
         return self.sum(value if self.is_first else 0.0)
 
     def broadcast_object(self, value: _Value) -> _Value:
-        """The first rank's value, on all ranks."""
+        """Return rank 0's value on all ranks."""
         if self.count == 1:
             return value
         values = [value]
@@ -354,7 +358,7 @@ class Distributed:
         return values[0]
 
     def gathered(self, value: _Value) -> list[_Value]:
-        """Return the values of all ranks in their order; all of them must ask together."""
+        """Return the values of all ranks in rank order. All ranks must call it together."""
         if self.count == 1:
             return [value]
         values = [value] * self.count
@@ -371,16 +375,16 @@ class Distributed:
 
 @contextmanager
 def processes_of_this_run(device: torch.device, *, sharded: bool = False) -> Iterator[Distributed]:
-    """The group that torchrun started this process in, or a process alone. One that is there is used, and left.
+    """Join the process group that torchrun started this process in; without torchrun, yield a single rank.
 
-    Raises ConfigError if a process alone is to be sharded.
+    An existing group is used and left open. Raises ConfigError if a single process is to be sharded.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         if sharded:
             raise ConfigError(
-                "--shard cuts the model over several processes, and this is one alone. Start it as `torchrun "
-                "--standalone --nproc-per-node 2 -m handspun train ... --shard`, or leave --shard out."
+                "--shard splits the model over several processes, but this is a single process. Start it as "
+                "`torchrun --standalone --nproc-per-node 2 -m handspun train ... --shard`, or remove --shard."
             )
         yield Distributed(device=device)
         return
@@ -401,27 +405,27 @@ def processes_of_this_run(device: torch.device, *, sharded: bool = False) -> Ite
 
 
 def _gpu_of_this_process() -> torch.device:
-    """Raises ConfigError where there are more processes than GPUs."""
-    place, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if place >= there:
+    """Return this process's own GPU. Raises ConfigError if there are more processes than GPUs."""
+    index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if index >= count:
         raise ConfigError(
-            f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, and there are {there} GPUs: "
-            f"each needs one of its own. Start it with --nproc-per-node {there}, or add --device cpu."
+            f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes, but this machine has {count} GPUs "
+            f"(expected one per process). Start it with --nproc-per-node {count}, or add --device cpu."
         )
-    device = torch.device("cuda", place)
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
 
 
 def partition_by_tokens(rows: Sequence[Example], count: int) -> list[list[Example]]:
-    """The rows in `count` hands of nearly equal tokens: the longest first, each to the hand with the fewest."""
-    hands: list[list[Example]] = [[] for _ in range(count)]
+    """Split the rows into `count` shares of nearly equal tokens: longest first, each to the smallest share."""
+    shares: list[list[Example]] = [[] for _ in range(count)]
     tokens = [0] * count
     for row in sorted(rows, key=len, reverse=True):
         least = tokens.index(min(tokens))
-        hands[least].append(row)
+        shares[least].append(row)
         tokens[least] += len(row)
-    return hands
+    return shares
 
 
 def _buckets(gradients: list[torch.Tensor]) -> list[list[torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""Threads, and the type of the matmuls: measured where the CPU leaves a choice."""
+"""The number of threads, and the type of the matmuls, measured if the CPU supports both."""
 
 import hashlib
 import json
@@ -16,8 +16,10 @@ from handspun.kernels.cpu import cpu_flags, cpu_model
 
 
 def use_threads(threads: int | None) -> None:
-    """Those asked for; else, under torchrun, this rank's share of the machine's physical cores (torchrun sets
-    OMP_NUM_THREADS to 1, which leaves cores idle); else PyTorch's own choice."""
+    """Set PyTorch's threads. By default, each rank under torchrun gets its share of the physical cores.
+
+    torchrun sets OMP_NUM_THREADS to 1, which would leave cores idle. Otherwise PyTorch's default stays.
+    """
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if threads is None and ranks_here > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         threads = max(physical_cores() // ranks_here, 1)
@@ -26,7 +28,7 @@ def use_threads(threads: int | None) -> None:
 
 
 def physical_cores() -> int:
-    """Cores that this process may use, hyper-threads counted once where the system tells them (Linux)."""
+    """Return the number of cores that this process may use. On Linux, hyper-threads of a core count once."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     siblings = [
@@ -36,21 +38,21 @@ def physical_cores() -> int:
 
 
 _WORTH = 1.2
-"""bfloat16 rounds, so it has to be faster by this much."""
+"""Least speedup that makes bfloat16's rounding worth it."""
 _HOPELESS = 0.5
-"""A gain below this says enough, at any size: without instructions for bfloat16 it is 0.01."""
+"""A speedup below this decides at any size: without bfloat16 instructions it is 0.01."""
 _SIZES = ((8, 256), (64, 512), (256, 1024))
-"""(tokens, width) of the matmuls that are timed, smallest first. The last decides: it is like a small model's."""
+"""(tokens, width) of the timed matmuls, smallest first. The last decides: it is like a small model's."""
 _INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")
-"""What Linux calls bfloat16's dot products, on x86 and on ARM."""
+"""Linux's CPU flags for bfloat16 dot products, on x86 and ARM."""
 _SECONDS = 0.25
-"""No further size is tried after so long; what was measured until then decides."""
+"""After this time no larger size is tried, and the last measurement decides."""
 
 
 def choose_dtype(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> tuple[torch.dtype, str]:
-    """Return (float32 or bfloat16, why), by the CPU's flags, what an earlier run measured, or timed matmuls.
+    """Return (float32 or bfloat16, reason) from the CPU's flags, an earlier measurement, or timed matmuls.
 
-    Weights, optimizer, head and evaluation stay float32 either way: this is the type of autocast.
+    This is the type of autocast. Weights, optimizer, head, and evaluation stay float32.
     """
     reason = _without_bfloat16(device)
     if reason is not None:
@@ -66,30 +68,31 @@ def choose_dtype(device: torch.device, clock: Callable[[], float] = time.perf_co
 
 
 def _without_bfloat16(device: torch.device) -> str | None:
-    """Return why bfloat16 cannot be faster on the device; None if it may be."""
+    """Return why bfloat16 cannot be faster on the device, or None if it may be."""
     if device.type == "cuda":
-        return None if torch.cuda.is_bf16_supported() else "this GPU has no bfloat16"
+        return None if torch.cuda.is_bf16_supported() else "this GPU does not support bfloat16"
     if device.type == "cpu" and not (_onednn_has_bfloat16() and cpu_flags().intersection(_INSTRUCTIONS)):
-        return "this CPU has no instructions for bfloat16"
+        return "this CPU has no bfloat16 instructions"
     return None
 
 
 def _onednn_has_bfloat16() -> bool:
-    """PyTorch's private name for what oneDNN says; where it is gone, the flags and the clock decide."""
+    """Return whether oneDNN supports bfloat16 here."""
     if not torch.backends.mkldnn.is_available():
         return False
+    # A private name of PyTorch's. If a version lacks it, the CPU's flags and the clock decide.
     ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return True if ask is None else bool(ask())
 
 
 def _chosen(gain: float) -> tuple[torch.dtype, str]:
     if gain < _WORTH:
-        return torch.float32, f"bfloat16 matmuls are {gain:.1f} times as fast here"
-    return torch.bfloat16, f"its matmuls are {gain:.1f} times as fast as float32's here"
+        return torch.float32, f"bfloat16 matmuls are {gain:.1f} times as fast as float32 here"
+    return torch.bfloat16, f"bfloat16 matmuls are {gain:.1f} times as fast as float32 here"
 
 
 def _measured_gain(device: torch.device, clock: Callable[[], float]) -> float:
-    """Return how many times as fast as float32 bfloat16 is, by matmuls of growing size, as far as need be."""
+    """Return bfloat16's speedup over float32, from matmuls of growing size."""
     began, gain = clock(), 0.0
     for tokens, width in _SIZES:
         gain = _seconds(device, torch.float32, tokens, width, clock) / _seconds(
@@ -103,20 +106,20 @@ def _measured_gain(device: torch.device, clock: Callable[[], float]) -> float:
 def _seconds(
     device: torch.device, dtype: torch.dtype, tokens: int, width: int, clock: Callable[[], float]
 ) -> float:
-    """Return how long a matmul takes: the best of three, after one that is not counted."""
+    """Return the seconds that a matmul takes: the best of three, after a warm-up."""
     a, b = (torch.ones(count, width, device=device, dtype=dtype) for count in (tokens, width))
     best = float("inf")
     for turn in range(4):
         began = clock()
         matmul = a @ b
-        matmul[0, 0].item()  # waits for a GPU
+        matmul[0, 0].item()  # wait for a GPU to finish
         if turn:
             best = min(best, clock() - began)
     return max(best, 1e-9)  # a coarse clock
 
 
 def _remembered_file() -> Path:
-    """Return where the answer for this CPU, these threads and this PyTorch is kept."""
+    """Return the cache file for this CPU, PyTorch version, and number of threads."""
     limits = [
         os.environ.get(name, "") for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
     ]
@@ -125,7 +128,7 @@ def _remembered_file() -> Path:
 
 
 def _remembered_gain(file: Path) -> float | None:
-    """Return what was measured before; None if nothing was, or the file is not what was written."""
+    """Return the cached speedup, or None if there is no valid one."""
     found = files.read_json_object(file) or {}
     gain = found.get("bfloat16_gain")
     if not isinstance(gain, float) or not 0 <= gain < 1000:
@@ -134,7 +137,7 @@ def _remembered_gain(file: Path) -> float | None:
 
 
 def _remember(file: Path, gain: float) -> None:
-    """Keep the answer if the cache folder can be written: it costs nothing but the probe if it cannot."""
+    """Cache the speedup if the cache folder is writable. If not, only the probe runs again."""
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(file, _record(gain))

@@ -1,4 +1,4 @@
-"""What a run will take: its plan, the predicted peak of memory, and the memory that there is."""
+"""The plan of a run, its predicted peak memory, and the memory available for it."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,44 +26,46 @@ from handspun.training.runner import packing_unsupported_reason, shares_prefix
 
 @dataclass(frozen=True)
 class AvailableMemory:
-    """Bytes that this process can hold in all, with what it holds already, and what sets the bound."""
+    """Bytes available to this process, those that it already holds included.
+
+    bound: what limits them, in words.
+    """
 
     available: int
     bound: str
 
 
 def available_memory(device: torch.device) -> AvailableMemory | None:
-    """The memory of the GPU that the device is, or of this machine."""
+    """Return the memory available on the device: a GPU's, or this machine's; None if unknown."""
     if device.type != "cuda":
         return room_here() if device.type == "cpu" else None
     free, _ = torch.cuda.mem_get_info(device)
-    return AvailableMemory(free + torch.cuda.memory_reserved(device), f"what is free on {device}")
+    return AvailableMemory(free + torch.cuda.memory_reserved(device), f"free memory of {device}")
 
 
 def room_here(*, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> AvailableMemory | None:
-    """What is free in this machine and under the limits of this process's control groups (versions 1 and 2), its
-    own and those above it, whichever is least; None where the system does not say it.
+    """Return the least of the machine's free memory and the room under the limits of this process's cgroups.
 
-    What the process holds itself is in it, and so is what the system keeps of files and gives up when asked; swap
-    is not.
+    Checks cgroups of versions 1 and 2, and their parents. Memory that the process already holds counts as
+    available, and so do cached files; swap does not. Returns None if the system does not tell (other than Linux).
     """
     meminfo = _numbers(proc / "meminfo")
     if "MemAvailable" not in meminfo:
         return None
     own = _numbers(proc / "self" / "status").get("RssAnon", 0) * 1024
-    free = [AvailableMemory(meminfo["MemAvailable"] * 1024 + own, "what is free in this machine")]
+    free = [AvailableMemory(meminfo["MemAvailable"] * 1024 + own, "free memory of this machine")]
     for folder in _groups_of_this_process(proc, cgroups):
         if (left := _left_in(folder)) is not None:
             limit, unused = left
-            free.append(
-                AvailableMemory(unused + own, f"the limit of {limit / 1e9:.1f} GB of the control group {folder}")
-            )
+            free.append(AvailableMemory(unused + own, f"{limit / 1e9:.1f} GB limit of the control group {folder}"))
     return min(free, key=lambda room: room.available)
 
 
 def _groups_of_this_process(proc: Path, cgroups: Path) -> Iterator[Path]:
-    """The folders of the groups that count its memory. In a container, the system may name a place that is only
-    there outside of it; its own group is then at the top."""
+    """Yield the folders of the memory cgroups that this process belongs to.
+
+    In a container, the named folder may exist only outside of it. Its own cgroup is then the topmost folder.
+    """
     try:
         lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -78,8 +80,7 @@ def _groups_of_this_process(proc: Path, cgroups: Path) -> Iterator[Path]:
 
 
 def _left_in(group: Path) -> tuple[int, int] | None:
-    """(limit, bytes below it that are unused or hold files that can be read again), of either version; None
-    without a limit."""
+    """Return (limit, available bytes below it) of a cgroup; None without a limit. Cached files count."""
     limit = _number(group / "memory.max", group / "memory.limit_in_bytes")
     used = _number(group / "memory.current", group / "memory.usage_in_bytes")
     if limit is None or used is None or limit > 2**60:  # version 1 writes "no limit" as nearly 2**63
@@ -90,7 +91,7 @@ def _left_in(group: Path) -> tuple[int, int] | None:
 
 
 def _number(*paths: Path) -> int | None:
-    """What the first of the files that is there says, if that is a number ("max" is none)."""
+    """Return the number in the first file that exists, or None if it holds no number (such as "max")."""
     for path in paths:
         if path.exists():
             text = path.read_text(encoding="utf-8").strip()
@@ -99,7 +100,7 @@ def _number(*paths: Path) -> int | None:
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """The lines `name: 12 kB` and `name 12` of one of the kernel's files."""
+    """Parse the lines `name: 12 kB` and `name 12` of a kernel file."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -110,12 +111,12 @@ def _numbers(path: Path) -> dict[str, int]:
 
 _FLOAT = 4
 _FRAGMENTATION = 1.25
-"""What a micro-batch takes of the heap, over what it keeps there: batches of different lengths leave holes (600
-and 960 tokens by turns: 1.1 at first, 1.35 in the end)."""
+"""Heap that a micro-batch takes, relative to its tensors. Batches of different lengths leave holes: alternating
+600 and 960 tokens took 1.1 at first, 1.35 in the end."""
 _BASELINE_BYTES = 570 * 10**6
-"""Python, PyTorch, transformers and a tokenizer, measured."""
+"""Measured bytes of Python, PyTorch, transformers, and a tokenizer."""
 _STATES = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2 + 4 / BLOCK}
-"""Bytes of AdamW's states, a trained weight."""
+"""Bytes of AdamW's states per trained weight."""
 
 
 def predict_memory(
@@ -126,10 +127,14 @@ def predict_memory(
     packed: bool,
     share_prefix: bool,
 ) -> int:
-    """Bytes of the process at its largest, or on the GPU that it uses. Only shapes are looked at: the model may be
-    on the meta device.
+    """Return the predicted peak bytes of the process, or of the GPU that it uses.
 
-    batches: the optimizer's, each in its micro-batches.
+    Args:
+        model: the model; only its shapes matter, so it may be on the meta device.
+        batches: batches of optimizer steps, each as its micro-batches.
+        config: options of the run.
+        packed: whether micro-batches are packed.
+        share_prefix: whether packs store a common prefix once.
     """
     weights = sum(weight.nbytes for weight in weights_of(model))
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
@@ -144,33 +149,37 @@ def predict_memory(
             )
             kept = _FRAGMENTATION * _activation_bytes(tokens, model, config) + _logits(micro_batch, model, packed)
             forward = max(forward, kept + (gradients if before else first))
-    if resolve_device(config.device).type == "cuda":  # what Python holds, and what is read, is not on it
+    if resolve_device(config.device).type == "cuda":  # Python and the files read are not in GPU memory
         return int(held + max(forward, gradients))
     return int(_BASELINE_BYTES + max(_loading(model), held + max(forward, gradients)))
 
 
 def weights_of(model: PreTrainedModel) -> list[Tensor]:
-    """All weights of a model, int8 ones too."""
+    """Return all weights of a model, int8 ones included."""
     int8 = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
     return [*model.parameters(), *(layer.tiles.weight if layer.tiles else layer.weight for layer in int8)]
 
 
 def _tables(model: PreTrainedModel) -> list[Tensor]:
-    """Embedding and head, once if they are one: their gradients are there first."""
+    """Return the embedding and head (once if tied). Their gradients exist before all others."""
     embedding: Any = model.get_input_embeddings().weight
     head: Any = model.get_output_embeddings().weight
     return [embedding] if embedding is head else [embedding, head]
 
 
 def _loading(model: PreTrainedModel) -> int:
-    """The file, mostly in bfloat16, is mapped while its weights are converted; int8 layers are made from float
-    ones."""
+    """Return the peak bytes while loading.
+
+    The file, usually bfloat16, stays mapped while its weights are converted. int8 layers are made from float ones.
+    """
     return sum(weight.numel() for weight in weights_of(model)) * (_FLOAT + 2)
 
 
 def _activation_bytes(tokens: int, model: PreTrainedModel, config: TrainConfig) -> int:
-    """Bytes that a micro-batch of so many tokens keeps for its backward pass, without logits. `--dtype auto` is
-    taken for the larger."""
+    """Return the bytes that a micro-batch of `tokens` tokens keeps for its backward pass, without logits.
+
+    For `--dtype auto`, returns the larger of float32's and bfloat16's.
+    """
     dtype = "float32" if config.base_weights == "int8" and config.dtype == "auto" else config.dtype
     return max(
         _kept_in(kind, tokens, model, config) for kind in ("float32", "bfloat16") if dtype in (kind, "auto")
@@ -178,9 +187,13 @@ def _activation_bytes(tokens: int, model: PreTrainedModel, config: TrainConfig) 
 
 
 def _kept_in(dtype: str, tokens: int, model: PreTrainedModel, config: TrainConfig) -> int:
-    """A layer keeps what goes into its norms and comes out of them, queries, keys, values and the attention's
-    output, and four arrays between gate, up and down projection. With matmuls in bfloat16 these four are half as
-    large; inputs of linear layers are there twice, and so are the layers' weights."""
+    """Return `_activation_bytes` for one type of matmuls.
+
+    A layer keeps the inputs and outputs of its norms, queries, keys, values, the attention's output, and four
+    arrays between the gate, up, and down projections. With bfloat16 matmuls these four are half as large, but the
+    inputs and weights of linear layers exist twice. Counted with saved-tensor hooks; tests/training/test_memory.py
+    counts again.
+    """
     text = model.config.get_text_config()
     hidden, heads, layers = int(text.hidden_size), int(text.num_attention_heads), int(text.num_hidden_layers)
     head_size = int(getattr(text, "head_dim", None) or hidden // heads)
@@ -197,14 +210,17 @@ def _kept_in(dtype: str, tokens: int, model: PreTrainedModel, config: TrainConfi
 
 
 def _linear_weights(model: PreTrainedModel) -> int:
-    """Weights of the float layers of the body."""
+    """Return the number of weights in the body's float linear layers."""
     head = model.get_output_embeddings()
     return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
 
 
 def _logits(micro_batch: Sequence[Example], model: PreTrainedModel, packed: bool) -> int:
-    """Packed, one chunk. Padded, where some row learns, with their gradient, beside the learned ones, their
-    softmax and its gradient."""
+    """Return the bytes of a micro-batch's logits.
+
+    Packed: one chunk. Padded: the logits and their gradient where some row has a target, and the logits, softmax,
+    and gradient of the target tokens.
+    """
     vocabulary = model.config.get_text_config().vocab_size
     learned_tokens = sum(example.learned_tokens for example in micro_batch)
     if packed:
@@ -215,7 +231,7 @@ def _logits(micro_batch: Sequence[Example], model: PreTrainedModel, packed: bool
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts are exact, memory is predicted. Tokens are those of one epoch."""
+    """The plan of a run. Counts are exact, memory is predicted. Tokens are per epoch."""
 
     batching: str
     examples: int
@@ -224,23 +240,27 @@ class Plan:
     tokens: int
     learned_tokens: int
     computed_tokens: int
-    """Padding is in it, and a shared prefix once."""
+    """Tokens that run through the model: padding counts, a shared prefix counts once."""
     parameters: int
     trainable: int
     peak_memory: int
-    """Bytes of the whole process at its largest."""
+    """Peak bytes of the process."""
     checkpoint_size: int
     """Bytes of one checkpoint's weights."""
     training_state_size: int
-    """Bytes of what is kept beside them to resume from."""
+    """Bytes of a checkpoint's training state, which resuming needs."""
 
 
 def make_plan(
     model: PreTrainedModel, examples: Sequence[Example], config: TrainConfig, *, multiple: int = 1
 ) -> Plan:
-    """The plan of a run. Only the shapes of the model are looked at: it may be on the meta device.
+    """Return the plan of a run.
 
-    multiple: numbers of tokens of packed micro-batches are rounded up to one of this.
+    Args:
+        model: the model; only its shapes matter, so it may be on the meta device.
+        examples: the training examples.
+        config: options of the run.
+        multiple: packs are filled up to a multiple of this many tokens.
     """
     packed, share_prefix = _execution_of(model, config)
     order = epoch_order(len(examples), seed=config.seed, epoch=1)
@@ -248,7 +268,7 @@ def make_plan(
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
     def optimizer_batches() -> Iterator[list[Example]]:
-        """Read anew each time: held, all examples would be lists in memory."""
+        """Return the batches again: keeping them would hold all examples as lists in memory."""
         return batches(examples, order, config.batch_size)
 
     computed = [
@@ -275,14 +295,14 @@ def make_plan(
 def predicted_peak(
     model: PreTrainedModel, optimizer_batches: Iterable[Sequence[Example]], config: TrainConfig
 ) -> int:
-    """Bytes of the process at its largest, over these batches."""
+    """Return the predicted peak bytes of the process over these batches."""
     packed, share_prefix = _execution_of(model, config)
     cut = (_cut(batch, config, packed) for batch in optimizer_batches)
     return predict_memory(model, cut, config, packed=packed, share_prefix=share_prefix)
 
 
 def _execution_of(model: PreTrainedModel, config: TrainConfig) -> tuple[bool, bool]:
-    """(whether it is packed, whether the prefix is shared)."""
+    """Return (whether batches are packed, whether the prefix is shared)."""
     packed = config.batching == "packed" and packing_unsupported_reason(model.config) is None
     return packed, packed and shares_prefix(model.config, config)
 
@@ -304,26 +324,28 @@ def _checkpoint_size(parameters: int, trainable: int, config: TrainConfig) -> in
 
 
 def _training_state_size(trainable: int, config: TrainConfig) -> int:
-    """Optimizer states, and the weights once more where the checkpoint has them in another form."""
+    """Return the bytes of optimizer states, plus the weights if the model file cannot be linked."""
     links = not config.lora and config.save_dtype == "float32"
     return trainable * ({"float32": 8, "bfloat16": 4, "8bit": 2}[config.optimizer_states] + (0 if links else 4))
 
 
 def disk_at_most(plan: Plan, config: TrainConfig) -> int:
-    """Bytes of all checkpoints of a run when most are there: one an epoch, the best one, those to resume from, and
-    one more while it is written."""
+    """Return the most bytes that a run's checkpoints can take.
+
+    Counts one per epoch, the best one, those to resume from, and one more while it is written.
+    """
     resuming = (plan.checkpoint_size + plan.training_state_size) * (config.keep_last + 1)
     return plan.checkpoint_size * (config.num_epochs + 1) + resuming
 
 
 _MARGIN = 0.2
-"""By so much a prediction may be off (docs/results.md). A run is refused where not even four fifths of it fit, and
-doubtful where six fifths of it do not."""
+"""Relative error of predictions (docs/results.md). A run is rejected if not even four fifths of its predicted peak
+fit, and doubtful if six fifths do not."""
 
 _HEAVIEST = 16
 
 Shapes = Callable[[TrainConfig], PreTrainedModel]
-"""The model that a config trains, on the meta device."""
+"""Returns the model that a config trains, on the meta device."""
 
 
 def check_fits_in_memory(
@@ -335,11 +357,18 @@ def check_fits_in_memory(
     processes: Distributed,
     notice: Callable[[str], None],
 ) -> None:
-    """Compares the predicted peak with the memory that is there, on all ranks alike. `notice` is told where it is
-    doubtful, and which options would fit.
+    """Compare the predicted peak with the memory available. If in doubt, notify with options that would fit.
 
-    Raises TrainingError where the run cannot fit. Under `dry_run` that is told too; and with `shard`, whose share
-    is not predicted, and on a GPU, whose allocator is not this one.
+    Raises TrainingError if the run cannot fit. That is only a notice with `dry_run`, with `shard` (a shard is not
+    predicted), and on a GPU (its allocator behaves differently).
+
+    Args:
+        config: options of the run.
+        examples: the training examples.
+        shapes_of: returns the model of a config on the meta device.
+        room: the memory available, or None if unknown.
+        processes: the ranks; all of them must call it together.
+        notice: called with the doubts and remedies.
     """
     if room is None:
         processes.max(0.0)  # other ranks may know theirs
@@ -351,38 +380,37 @@ def check_fits_in_memory(
     if taken * (1 + _MARGIN) <= 1:
         return
     lines = [
-        f"this run is predicted to take {predicted / 1e9:.1f} GB at its peak{_each(processes)}, and "
-        f"{available / 1e9:.1f} GB are there ({room.bound}).",
+        f"predicted peak memory is {predicted / 1e9:.1f} GB{_each(processes)}, and {available / 1e9:.1f} GB is "
+        f"available ({room.bound}).",
         *_remedies(config, heaviest, shapes_of, available),
     ]
     if taken * (1 - _MARGIN) <= 1:
-        notice("it may not fit into memory: " + "\n".join(lines))
+        notice("this run may not fit in memory: " + "\n".join(lines))
     elif config.dry_run or config.shard or processes.device.type != "cpu":
-        notice("it will not fit into memory: " + "\n".join(lines))
+        notice("this run will not fit in memory: " + "\n".join(lines))
     else:
-        raise TrainingError("\n".join(lines))
+        raise TrainingError("this run will not fit in memory: " + "\n".join(lines))
 
 
 def _each(processes: Distributed) -> str:
     if processes.sharded:
-        return " in each process, without --shard"
-    return " in each process" if processes.count > 1 else ""
+        return " per process, without --shard"
+    return " per process" if processes.count > 1 else ""
 
 
 def _heaviest(examples: Sequence[Example], config: TrainConfig) -> list[list[Example]]:
-    """Of the first epoch's batches those with the most tokens, and those with the longest rows."""
+    """Return the first epoch's batches with the most tokens, and those with the longest rows."""
     lengths, order = lengths_of(examples), epoch_order(len(examples), seed=config.seed, epoch=1)
-    made = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
-    largest = sorted(made, key=lambda batch: int(lengths[batch].sum()), reverse=True)[:_HEAVIEST]
-    longest = sorted(made, key=lambda batch: int(lengths[batch].max()), reverse=True)[:_HEAVIEST]
+    indices = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
+    largest = sorted(indices, key=lambda batch: int(lengths[batch].sum()), reverse=True)[:_HEAVIEST]
+    longest = sorted(indices, key=lambda batch: int(lengths[batch].max()), reverse=True)[:_HEAVIEST]
     return [[examples[i] for i in batch] for batch in largest + longest]
 
 
 def _remedies(
     config: TrainConfig, heaviest: Sequence[Sequence[Example]], shapes_of: Shapes, available: int
 ) -> Iterator[str]:
-    """A line for each change that would fit, with its predicted peak; what has a smaller change in it that fits is
-    left out."""
+    """Yield one line per set of changes that would fit, with its predicted peak; only minimal sets."""
     longest = max(len(example) for batch in heaviest for example in batch)
     model_of: dict[tuple[bool, str], PreTrainedModel] = {}
     fitting: dict[frozenset[str], str] = {}
@@ -400,15 +428,17 @@ def _remedies(
             named = " ".join(_typed(name, value) for name, value in changes.items())
             fitting[frozenset(changes)] = f"  {named}: {peak / 1e9:.1f} GB"
     if not fitting:
-        yield "No option that was tried would make it fit: take a smaller model, or free some memory."
+        yield "No option that was tried makes it fit. Use a smaller model, or free some memory."
         return
-    yield "What would fit, with its predicted peak:"
+    yield "Options that would fit, with their predicted peak:"
     yield from fitting.values()
 
 
 def _changes(config: TrainConfig, longest: int) -> list[dict[str, Any]]:
-    """Options that take less memory, alone and together, the fewest first. Micro-batches are halved as long as the
-    longest row fits into one; beside other options they are the smallest."""
+    """Return options that save memory, alone and combined, fewest first.
+
+    max_tokens is halved as long as the longest row fits. Combined with other options, it is the smallest of these.
+    """
     halves: list[int] = []
     while (less := (halves[-1] if halves else config.max_tokens) // 2) >= longest:
         halves.append(less)
