@@ -115,8 +115,8 @@ def test_prompts_that_lose_characters_are_named(smollm2: ChatModel) -> None:
     said = list[str]()
     handspun.generate(smollm2, prompts, max_new_tokens=1, notice=said.append)
     assert [text for text in said if "no tokens" in text] == [
-        "prompts 2, 3: the tokenizer has no tokens for some characters, and leaves them out"
+        "prompts 2, 3: the tokenizer has no tokens for some characters and drops them"
     ]
     said.clear()
     handspun.generate(smollm2, "\U000a8573", chat=False, max_new_tokens=1, notice=said.append)
-    assert "prompt 1: the tokenizer has no tokens for some characters, and leaves them out" in said
+    assert "prompt 1: the tokenizer has no tokens for some characters and drops them" in said

@@ -97,15 +97,15 @@ TABLES = {
     "columns that hold nothing": ("instruction,output,,\na,b,,\nc,d,,\n", "at the end of the header with nothing"),
     "a column in between that holds nothing": (
         "instruction,,output\na,,b\nc, ,d\n",
-        "column 2 has no name and holds nothing, not read",
+        "column 2 has no name and is empty, ignored",
     ),
     "a separator behind each row": ("instruction,output\na,b,\nc,d,\n", "at the end of each line with nothing"),
     "two behind each row": ("instruction,output\na,b,,\nc,d,,\n", "separators at the end of each line"),
     "rows of separators": (
         "instruction,output\na,b\n,\n , \nc,d\n,\n",
-        "lines with nothing but separators, skipped: 3 (lines 3, 4, 6)",
+        "lines with only separators, skipped: 3 (lines 3, 4, 6)",
     ),
-    "rows of quotes": ('instruction,output\na,b\n"",""\nc,d\n', "nothing but separators, skipped: 1 (line 3)"),
+    "rows of quotes": ('instruction,output\na,b\n"",""\nc,d\n', "only separators, skipped: 1 (line 3)"),
     "separators above the header": (",\ninstruction,output\na,b\nc,d\n", "skipped: 1 (line 1)"),
     "other capitals": ("Instruction,OUTPUT\na,b\nc,d\n", "columns read as instruction (written 'Instruction')"),
     "white space in the header": ("instruction , output\na,b\nc,d\n", "output (written ' output')"),
@@ -136,17 +136,17 @@ def test_the_index_that_pandas_wrote_with_a_name_is_a_column_that_is_not_read(wr
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("instruction,output,\na,b,\nc,d, e\n", "column 3 of the header has no name, and line 3 has ' e' in it"),
+        ("instruction,output,\na,b,\nc,d, e\n", "column 3 of the header has no name, but line 3 has ' e' in it"),
         ("instruction,output\na,b,\nc,d\n", "line 2, row 1: expected 2 cells (instruction, output), found 3"),
         ("instruction,output\na,b,\nc,d,e\n", "line 3, row 2: expected 2 cells (instruction, output), found 3"),
         ("instruction;output\na;b;c\n", "line 2, row 1: expected 2 cells"),
         ("sep=;\ninstruction;output\na;b;c\n", "line 3, row 1: expected 2 cells"),
         ('sep=;\ninstruction;output\na;"b\n', "line 3: a quote opens in this record"),
-        ("sep=;\n", "nothing but separators"),
-        (",,\n,,\n", "nothing but separators"),
-        ("instruction,output\n,\n", "it has a header (instruction, output) and no rows"),
-        (",instruction,output\nx,a,b\n", "column 1 of the header has no name, and line 2 has 'x' in it"),
-        ("instruction,output,\ninstruction,output,\n", "the header stands here again"),
+        ("sep=;\n", "only separators"),
+        (",,\n,,\n", "only separators"),
+        ("instruction,output\n,\n", "the file has a header (instruction, output) but no rows"),
+        (",instruction,output\nx,a,b\n", "column 1 of the header has no name, but line 2 has 'x' in it"),
+        ("instruction,output,\ninstruction,output,\n", "the header is repeated here"),
     ],
 )
 def test_tables_that_could_mean_several_things_are_refused(write: Write, content: str, message: str) -> None:
@@ -164,9 +164,9 @@ def test_carriage_returns_marks_and_excels_escapes_in_cells_are_counted(write: W
     made = prepared(write("train.csv", "instruction,output\r\n" + "".join(f"a,{cell}\r\n" for cell in cells)))
     lines = account_lines(made.account, max_length=1000)
     assert lines[-3:] == [
-        "  carriage returns (line ends of Windows or of an old Mac), learned as they stand: 2 (rows 1, 3)",
-        "  Excel's escapes (_x000D_), learned as they stand: 1 (row 2)",
-        "  byte order marks (U+FEFF), learned as they stand: 1 (row 4)",
+        "  carriage returns (line ends of Windows or old Macs), trained on as they are: 2 (rows 1, 3)",
+        "  Excel's escapes (_x000D_), trained on as they are: 1 (row 2)",
+        "  byte order marks (U+FEFF), trained on as they are: 1 (row 4)",
     ]
 
 
@@ -260,7 +260,7 @@ def test_one_conversation_on_the_only_line_is_one_row(write: Write) -> None:
 
 def test_a_mark_inside_of_json_lines_is_told_of(write: Write) -> None:
     assert read(write("a.jsonl", '{"a": 1}\n\ufeff{"a": 2}\n'))[1] == [
-        "byte order marks inside of the file, left out: 1 (line 2)"
+        "byte order marks inside the file, removed: 1 (line 2)"
     ]
 
 
@@ -276,7 +276,7 @@ def test_a_mark_inside_of_json_lines_is_told_of(write: Write) -> None:
         ('[\n# rows\n{"a": 1}]', "line 2", "JSON has no comments; remove it."),
         ("[\n{“a”: 1}]", "line 2", "straight double quotes"),
         ("[\n{a: 1}]", "line 2", "Put the names of an object in double quotes."),
-        ('[{"a": 1}\n{"a": 2}]', "line 2", "Put the comma that is missing"),
+        ('[{"a": 1}\n{"a": 2}]', "line 2", "Add the missing comma"),
         ('[{"a": "b\nc"}]', "line 1", r"write a line break as \n"),
         ('[{"a":\n"C:\\data"}]', "line 2", r"write a backslash as \\"),
         ('[\n{"a": undefined}]', "line 2", "Write null"),
@@ -297,7 +297,7 @@ def test_json_that_is_none_is_refused_with_line_and_remedy(
 def test_a_comma_behind_the_objects_of_json_lines(write: Write) -> None:
     message = refusal(write("train.jsonl", '{"a": 1},\n{"a": 2}\n'))
     assert message.startswith("train.jsonl, line 1: malformed JSON at character 9 of the line: Extra data")
-    assert "Remove the comma behind the value, or write all values as one list" in message
+    assert "Remove the comma after the value, or write all values as one list" in message
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_a_comma_behind_the_objects_of_json_lines(write: Write) -> None:
     [
         (
             {"instruction": ["a", "b"], "output": ["c"]},
-            "the columns are not equally long (instruction 2, output 1)",
+            "the columns differ in length (instruction 2, output 1)",
         ),
         ({"instruction": {"0": "a"}, "output": {"1": "b"}}, "the columns do not have the same rows"),
         ({"columns": ["prompt"], "data": [["a", "b"]]}, "row 1: expected 1 values"),
@@ -313,9 +313,9 @@ def test_a_comma_behind_the_objects_of_json_lines(write: Write) -> None:
         ([[{"prompt": "a"}]], 'Write a conversation as {"messages": [{"role"'),
         (
             {"rows": [{"row_idx": 0, "row": ROWS[0], "truncated_cells": ["output"]}]},
-            "row 1: the hub's API has cut this row's text",
+            "row 1: the hub's API truncated this row's text",
         ),
-        ({"train": ROWS, "test": ROWS}, "the object holds several lists (train, test)"),
+        ({"train": ROWS, "test": ROWS}, "the object contains several lists (train, test)"),
     ],
 )
 def test_json_that_could_mean_several_things_is_refused(write: Write, value: Any, message: str) -> None:
@@ -391,7 +391,7 @@ EXPORTS: list[tuple[dict[str, Any], str, Callable[[dict[str, Any]], dict[str, An
             "data": {"prompt": "a"},
             "annotations": [{"result": [{"value": {"text": ["b"]}, "from_name": "answer"}]}],
         },
-        "export it as CSV or JSON-MIN, and name its columns `prompt` and `completion`",
+        "export as CSV or JSON-MIN instead, and name the columns `prompt` and `completion`",
         lambda row: {
             "prompt": row["data"]["prompt"],
             "completion": row["annotations"][0]["result"][0]["value"]["text"][0],
@@ -411,7 +411,7 @@ EXPORTS: list[tuple[dict[str, Any], str, Callable[[dict[str, Any]], dict[str, An
             "body": {"messages": CHATS[0][:1]},
             "response": {"body": {"choices": [{"message": CHATS[0][1]}]}},
         },
-        "write each request's `body.messages` with the `message` of its response",
+        "write each request's `body.messages` plus the `message` of its response",
         lambda row: {
             "messages": [*row["body"]["messages"], row["response"]["body"]["choices"][0]["message"]],
         },
@@ -421,7 +421,7 @@ EXPORTS: list[tuple[dict[str, Any], str, Callable[[dict[str, Any]], dict[str, An
             "uuid": "1",
             "chat_messages": [{"sender": "human", "text": "a"}, {"sender": "assistant", "text": "b"}],
         },
-        "name it `conversations`, and inside of it `sender` `from` and `text` `value`",
+        "rename it to `conversations`, and inside it `sender` to `from` and `text` to `value`",
         lambda row: {
             "conversations": [{"from": turn["sender"], "value": turn["text"]} for turn in row["chat_messages"]]
         },
@@ -451,7 +451,7 @@ def test_exports_are_named_and_their_advice_works(
 )
 def test_a_turn_a_row_is_shown_the_form_of_a_conversation(write: Write, name: str, content: Any) -> None:
     message = refusal(write(name, content))
-    assert "of one turn; a row is a whole conversation: {" in message
+    assert "describe one turn, but a row is a whole conversation: {" in message
 
 
 @pytest.mark.parametrize(

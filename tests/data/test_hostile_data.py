@@ -141,7 +141,9 @@ def test_a_parquet_file_that_unpacks_to_more_than_memory_is_refused(
     pq.write_table(pa.table(columns), "train.parquet")
     assert Path("train.parquet").stat().st_size < 10_000
     monkeypatch.setattr(parquet_files, "memory_limit", lambda: 10**7)
-    with pytest.raises(DataError, match=r"train.parquet: its \d+ rows unpack to more than the 0 GB of memory"):
+    with pytest.raises(
+        DataError, match=r"train.parquet: its \d+ rows unpack to more than this machine's 0 GB of memory"
+    ):
         read_rows("train.parquet")
 
 

@@ -115,21 +115,21 @@ def test_what_comes_after_the_last_turn_that_is_trained_on_is_cut_off() -> None:
 
 def test_a_mark_on_what_is_never_trained_on_is_named_where_it_asks_for_more() -> None:
     made = chat({**user("a"), "train": True}, {**assistant("b"), "train": True})
-    assert made.notes == ("a user message marked 'train' is not trained on: only what the assistant says is",)
+    assert made.notes == ("a user message marked 'train' is not trained on: only assistant messages are",)
     assert chat({**user("a"), "train": False}, assistant("b")).notes == ()
 
 
 def test_a_mark_in_a_part_of_a_message_drops_the_row() -> None:
     parts = [{"type": "text", "text": "a", "loss": False}, {"type": "text", "text": "b"}]
-    assert "a part of a message marked 'loss' false" in dropped("messages", messages=[user(), assistant(parts)])
+    assert "a part of a message is marked 'loss' false" in dropped("messages", messages=[user(), assistant(parts)])
     call = {**CALL, "weight": 0}
     assert "marked 'weight' 0" in dropped("messages", messages=[user(), assistant("", tool_calls=[call])])
 
 
 def test_a_mark_inside_of_an_object_is_not_read_and_not_trained_over() -> None:
     turns = [user(), assistant("bad", metadata={"train": False, "loss": 2.3})]
-    assert dropped("messages", messages=turns).startswith("'train' false inside of 'metadata'")
-    assert dropped("alpaca", instruction="a", output="b", extra={"weight": "0"}).startswith("'weight' 0 inside of")
+    assert dropped("messages", messages=turns).startswith("'train' false inside 'metadata'")
+    assert dropped("alpaca", instruction="a", output="b", extra={"weight": "0"}).startswith("'weight' 0 inside")
     assert chat(user(), assistant("good", metadata={"train": True, "loss": 2.3})).notes == ()
 
 
@@ -193,12 +193,15 @@ def test_a_row_that_may_not_be_meant_whole_is_dropped(column: dict[str, Any]) ->
         ({"train": True}, ()),
         ({"weight": "1"}, ()),
         ({"id": 0}, ()),
-        ({"loss": 2.31}, ("the column 'loss' is not read as a mark: it is neither 0 nor 1",)),
-        ({"train": "IC 12"}, ("the column 'train' is not read as a mark: it is neither 0 nor 1",)),
-        ({"train_on_prompt": True}, ("the column 'train_on_prompt' asks to train on prompts, which is not done",)),
+        ({"loss": 2.31}, ("the column 'loss' is ignored as a mark: it is neither 0 nor 1",)),
+        ({"train": "IC 12"}, ("the column 'train' is ignored as a mark: it is neither 0 nor 1",)),
+        (
+            {"train_on_prompt": True},
+            ("the column 'train_on_prompt' asks to train on prompts, which is not supported",),
+        ),
         (
             {"is_train_row": 0},
-            ("the column 'is_train_row' looks like a mark of what to train on, and is not read",),
+            ("the column 'is_train_row' looks like a mark of what to train on, but is ignored",),
         ),
         ({"label": 0}, ("the column 'label' is 0, and read as a class: write false for a rejected answer",)),
     ],

@@ -134,7 +134,7 @@ def test_unknown_roles_are_listed_with_what_is_known_and_the_option() -> None:
     assert "dropped, the unknown role 'agent': 1 (row 1)" in told
     assert "human" in told
     assert "--role-map agent=assistant" in told
-    with pytest.raises(DataError, match="Known roles, in any case: .*prompter.* Map another one with --role-map"):
+    with pytest.raises(DataError, match="Known roles, in any case: .*prompter.* Map other names with --role-map"):
         build_examples(rows[:1], template, max_length=100)
 
 
@@ -260,7 +260,7 @@ def test_a_tools_result_is_text_or_json(content: Any, text: str) -> None:
     made = chat(user(), assistant("", tool_calls=[CALL]), {"role": "tool", "content": content}, assistant("b"))
     assert made.messages[2] == {"role": "tool", "content": text}
     is_text = content is None or isinstance(content, str) or "rain" in text
-    assert made.notes == (() if is_text else ("a tool's result that is no text is written as JSON",))
+    assert made.notes == (() if is_text else ("a tool result that is not text is written as JSON",))
 
 
 @pytest.mark.parametrize("key", ["arguments", "args", "parameters", "input"])

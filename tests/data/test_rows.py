@@ -98,7 +98,7 @@ def test_what_csv_writer_wrote_comes_back(tmp_path: Path, rows: list[tuple[str, 
         row for row in rows if any(cell.strip() for cell in row)
     ]  # a line of nothing but a separator is no row
     if not held:
-        assert "and no rows" in refusal(str(file))
+        assert "but no rows" in refusal(str(file))
         return
     assert [(row["a"], row["b"]) for row in values(str(file))] == held
 
@@ -160,7 +160,7 @@ def test_a_truncated_parquet_file_is_named(write: Write) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"a": list(range(1000))}), "a.parquet")
     whole = Path("a.parquet").read_bytes()
     message = refusal(write("a.parquet", whole[: len(whole) // 2]))
-    assert message.startswith("a.parquet: this is no whole parquet file")
+    assert message.startswith("a.parquet: this is not a complete parquet file")
 
 
 def test_a_folder_is_its_data_files_in_order(write: Write) -> None:
@@ -186,7 +186,7 @@ def test_a_folder_without_data_files_is_its_train_or_data_folder(write: Write, i
 def test_test_rows_beside_training_rows_are_not_trained_on(write: Write) -> None:
     write("d/train-00000.csv", "a\n1\n")
     write("d/test-00000.csv", "a\n1\n")
-    assert "others to test on (test-00000.csv)" in refusal("d")
+    assert "test files (test-00000.csv)" in refusal("d")
     write("e/training.csv", "a\n1\n")
     write("e/evaluating.csv", "a\n1\n")
     assert len(values("e")) == 2  # no names of splits
@@ -227,34 +227,38 @@ def test_no_name_is_no_data(source: str) -> None:
         ("a.csv", "\ufeff \n\n", "a.csv: the file is empty"),
         ("a.jsonl", "\n", "a.jsonl: the file is empty"),
         ("a.parquet", "", "a.parquet: the file is empty"),
-        ("a.json", "[]", "a.json: there are no rows"),
-        ("a.json", '{"data": []}', "a.json: there are no rows"),
-        ("a.csv", "a,b\n", "a.csv: it has a header (a, b) and no rows"),
+        ("a.json", "[]", "a.json: the file has no rows"),
+        ("a.json", '{"data": []}', "a.json: the file has no rows"),
+        ("a.csv", "a,b\n", "a.csv: the file has a header (a, b) but no rows"),
         ("a.csv", "a,b\n1,2\n\n1,2,3\n", "a.csv, line 4, row 2: expected 2 cells (a, b), found 3."),
         ("a.csv", 'a,b\n"x\ny",2\n1\n', "a.csv, line 4, row 2: expected 2 cells (a, b), found 1."),
         ("a.csv", 'a,b\n1,2\n"x,3\n4,5\n', "a.csv, line 3: a quote opens in this record and is not closed"),
         ("a.csv", 'a,b\n"x" y,3\n', "a.csv, line 2: malformed at line 2 (',' expected after '\"')"),
         ("a.csv", "a,b,a\n1,2,3\n", "a.csv, line 1: columns 1 and 3 are both named 'a'"),
-        ("a.csv", "\n,a\nx,1\n", "a.csv, line 2: column 1 of the header has no name, and line 3 has 'x' in it"),
-        ("a.csv", "a;b\n1;2\n", "a.csv, line 1: the header is the one name 'a;b'; it looks separated by ';'"),
+        ("a.csv", "\n,a\nx,1\n", "a.csv, line 2: column 1 of the header has no name, but line 3 has 'x' in it"),
+        ("a.csv", "a;b\n1;2\n", "a.csv, line 1: the header is a single name, 'a;b'. It looks separated by ';'"),
         ("a.csv", "a,b\n1,2\nx\0y,3\n", "a.csv, line 3: there is a NUL character"),
         ("a.json", '[\n{"a": 1},\n{"a": }\n]', "a.json, line 3: malformed JSON at character 7 of the line"),
         ("a.json", '[{"a": 1}, 5]', "a.json, row 2: expected an object, found the number 5."),
         ("a.json", '"text"', "a.json: expected a list of objects, found a text."),
-        ("a.json", '{"x": [{}], "y": [{}]}', "a.json: the object holds several lists (x, y)"),
-        ("a.json", '[{"a": 1,\n"b": {"a": 2},\n"a": 3}]', "a.json, line 3: the key 'a' stands twice"),
+        ("a.json", '{"x": [{}], "y": [{}]}', "a.json: the object contains several lists (x, y)"),
+        (
+            "a.json",
+            '[{"a": 1,\n"b": {"a": 2},\n"a": 3}]',
+            "a.json, line 3: the key 'a' is in one object twice",
+        ),
         ("a.json", "[" * 100_000, "a.json, line 1: the JSON is nested too deeply"),
         ("a.json", f'[{{"a": {"9" * 5000}}}]', "a.json, line 1: the JSON cannot be read"),
         ("a.jsonl", '{"a": 1}\n\n{"a": 1\n', "a.jsonl, line 3: malformed JSON"),
         ("a.jsonl", '{"a": 1}\n\n[1]\n', "a.jsonl, line 3, row 2: expected an object, found a list."),
-        ("a.jsonl", '{"a": 1}\n{"b": 1, "b": 2}', "a.jsonl, line 2: the key 'b' stands twice"),
-        ("a.txt", "x", "a.txt: the suffix .txt is none of .csv, .tsv"),
-        ("train", "x", "train: the suffix (none) is none of"),
+        ("a.jsonl", '{"a": 1}\n{"b": 1, "b": 2}', "a.jsonl, line 2: the key 'b' is in one object twice"),
+        ("a.txt", "x", "a.txt: the suffix .txt is not one of .csv, .tsv"),
+        ("train", "x", "train: the suffix (none) is not one of"),
         ("a.csv", b"\x1f\x8b\x08\0", "a.csv: this is a gzip file"),
         ("a.csv", b"PAR1....", "a.csv: this is a parquet file"),
         ("a.csv", b"PK\x03\x04...", "a.csv: this is a zip archive or an Excel workbook"),
         ("a.parquet", "version https://git-lfs.github.com/spec/v1\n", "a.parquet: this is a Git LFS pointer"),
-        ("a.parquet", "a,b\n1,2\n", "a.parquet: this is no whole parquet file"),
+        ("a.parquet", "a,b\n1,2\n", "a.parquet: this is not a complete parquet file"),
     ],
 )
 def test_mistakes_are_named_with_their_place(write: Write, name: str, content: str | bytes, message: str) -> None:
@@ -288,8 +292,8 @@ def test_a_file_that_may_not_be_read_is_named(write: Write, monkeypatch: pytest.
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    assert refusal(name).startswith("a.csv: the system refuses to read it (Permission denied)")
-    assert "refuses to read it" in refusal("x" * 5000)
+    assert refusal(name).startswith("a.csv: the system cannot read it (Permission denied)")
+    assert "cannot read it" in refusal("x" * 5000)
 
 
 @settings(

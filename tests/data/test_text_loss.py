@@ -45,7 +45,7 @@ def byte_level(normalizer: Any) -> Tokenizer:
 def test_a_normalizer_that_changes_a_text_is_named(normalizer: Any, kept: str, changed: str, name: str) -> None:
     loss = TextLoss(byte_level(normalizer))
     assert loss.notes([kept]) == []
-    assert loss.notes([kept, changed]) == [f"the tokenizer changes the text before it reads it ({name})"]
+    assert loss.notes([kept, changed]) == [f"the tokenizer changes the text before it tokenizes it ({name})"]
 
 
 @pytest.mark.parametrize("normalizer", [None, _SPACES, normalizers.Sequence([])])
@@ -80,7 +80,7 @@ def test_prompts_whose_text_is_changed_are_named() -> None:
     model.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     notices = list[str]()
     handspun.generate(model, ["red", "Red", "RED"], chat=False, max_new_tokens=1, notice=notices.append)
-    assert "prompts 2, 3: the tokenizer changes the text before it reads it (Lowercase)" in notices
+    assert "prompts 2, 3: the tokenizer changes the text before it tokenizes it (Lowercase)" in notices
     unknown = list[str]()
     model = ChatModel(tiny_model("qwen2", vocab_size=12), words(), "words")
     handspun.generate(model, ["a", "quux"], chat=False, max_new_tokens=1, notice=unknown.append)

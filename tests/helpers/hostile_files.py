@@ -40,11 +40,13 @@ CUT_SHORT_OR_MALFORMED = [
     Case("csv with backslashes before quotes", csv(r'"a \"b\"",c'), "train.csv, line 2: malformed at line 2"),
     Case("csv with semicolons", csv("a;b", header="instruction;output"), kept=1),
     Case(
-        "csv with semicolons, of no format", csv("a;b", header="x;y"), "train.csv, line 1: the header is the one"
+        "csv with semicolons, of no format",
+        csv("a;b", header="x;y"),
+        "train.csv, line 1: the header is a single name",
     ),
     Case("tabs under the name .csv", csv("a\tb", header="instruction\toutput"), kept=1),
     Case("Excel's first line, sep=;", file("train.csv", "\ufeffsep=;\r\ninstruction;output\r\na;b\r\n"), kept=1),
-    Case("a header alone", csv(), "train.csv: it has a header (instruction, output) and no rows"),
+    Case("a header alone", csv(), "train.csv: the file has a header (instruction, output) but no rows"),
     Case(
         "a header that names a column twice", csv("a,b,c", header="instruction,output,output"), "train.csv, line 1"
     ),
@@ -82,9 +84,11 @@ CUT_SHORT_OR_MALFORMED = [
     Case(
         "json with a key twice",
         file("train.json", '[{"a": 1,\n"a": 2}]'),
-        "train.json, line 2: the key 'a' stands",
+        "train.json, line 2: the key 'a' is in one object twice",
     ),
-    Case("json with several lists", file("train.json", '{"x": [{}], "y": [{}]}'), "train.json: the object holds"),
+    Case(
+        "json with several lists", file("train.json", '{"x": [{}], "y": [{}]}'), "train.json: the object contains"
+    ),
     Case(
         "json that is a list of texts", file("train.json", '["a", "b"]'), "train.json, row 1: expected an object"
     ),
@@ -95,7 +99,7 @@ CUT_SHORT_OR_MALFORMED = [
     Case(
         "json nested 300 deep where nothing reads",
         jsonl(pair(), pair(id=nested(300))),
-        "train.jsonl, row 2: lists",
+        "train.jsonl, row 2: the value is nested",
     ),
     Case(
         "a number of 5,000 digits", file("train.jsonl", f'{{"a": {"9" * 5000}}}'), "train.jsonl, line 1: the JSON"
@@ -109,13 +113,15 @@ CUT_SHORT_OR_MALFORMED = [
         file("train.jsonl", json.dumps(pair("a\u2028b"), ensure_ascii=False)),
         kept=1,
     ),
-    Case("parquet cut short", half_a_parquet_file, "train.parquet: this is no whole parquet file"),
+    Case("parquet cut short", half_a_parquet_file, "train.parquet: this is not a complete parquet file"),
     Case(
         "parquet of other bytes", file("train.parquet", b"PAR1" + bytes(range(256))), "train.parquet: this is no"
     ),
     Case("parquet under the name .csv", file("train.csv", b"PAR1...."), "train.csv: this is a parquet file"),
     Case(
-        "csv under the name .parquet", file("train.parquet", GOOD), "train.parquet: this is no whole parquet file"
+        "csv under the name .parquet",
+        file("train.parquet", GOOD),
+        "train.parquet: this is not a complete parquet file",
     ),
     Case("a gzip file", file("train.jsonl", gzip.compress(b"{}")), "train.jsonl: this is a gzip file"),
     Case("a zip file", file("train.csv", zipped()), "train.csv: this is a zip archive"),
@@ -124,7 +130,7 @@ CUT_SHORT_OR_MALFORMED = [
         file("train.parquet", "version https://git-lfs.github.com/spec/v1\n"),
         "train.parquet:",
     ),
-    Case("a suffix that nobody knows", file("train.doc", GOOD), "train.doc: the suffix .doc is none of"),
+    Case("a suffix that nobody knows", file("train.doc", GOOD), "train.doc: the suffix .doc is not one of"),
 ]
 
 ENCODINGS = [
@@ -286,14 +292,14 @@ NO_FILES = [
     Case(
         "rows to test on beside those to train on",
         made(file("d/train.csv", GOOD), file("d/test.csv", GOOD), name="d"),
-        "d: this folder holds rows to train on and others to test on",
+        "d: this folder contains both training files and test files",
     ),
     Case("an empty folder", made(lambda: Path("d").mkdir(), name="d"), "d: expected files ending in .csv"),
     Case("a name that is no UTF-8", file("caf\udce9.csv", GOOD), kept=1),
     Case(
         "a name with a line break and an escape code",
         file("a\n\x1b[31m.csv", "instruction\n"),
-        r"a\n\x1b[31m.csv: it has a header",
+        r"a\n\x1b[31m.csv: the file has a header",
     ),
     Case("a name of 5,000 characters", lambda: "x" * 5000, "--data is 'xxxxx"),
     Case(

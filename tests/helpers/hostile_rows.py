@@ -56,7 +56,7 @@ CELLS = [
         "null for a message in parquet",
         parquet(null_messages),
         kept=1,
-        dropped={2: "a message that is no object"},
+        dropped={2: "a message that is not an object"},
     ),
     Case(
         "bytes that are no UTF-8 in parquet", parquet(not_utf8), "train.parquet, row 2, column 'output': the value"
@@ -127,7 +127,7 @@ CONVERSATIONS = [
         "messages that are a text",
         chats("Hi", turns("ua")),
         kept=1,
-        dropped={1: "a text in the column 'messages' that is not JSON"},
+        dropped={1: "text in the column 'messages' that is not JSON"},
     ),
     Case(
         "messages that are an object", jsonl({"messages": {}}), "train.jsonl, row 1, column 'messages': expected a"
@@ -136,7 +136,7 @@ CONVERSATIONS = [
         "a message that is null",
         chats([None], turns("ua")),
         kept=1,
-        dropped={1: "a message that is no object"},
+        dropped={1: "a message that is not an object"},
     ),
     Case(
         "a content that is a number",
@@ -178,7 +178,7 @@ CONVERSATIONS = [
         "a tool's result that is an object",
         chats([*called({"a": 2}), {"role": "tool", "content": {"degrees": 21}}, turns("ua")[1]], turns("ua")),
         kept=2,
-        noted={1: "a tool's result that is no text is written as JSON"},
+        noted={1: "a tool result that is not text is written as JSON"},
     ),
     Case(
         "answers that are marked as not to be trained on",
@@ -191,9 +191,9 @@ CONVERSATIONS = [
         chats(marked(weight=0.5), marked(mask=1), marked(train=True, weight=0), turns("ua")),
         kept=1,
         dropped={
-            1: "the mark 'weight' of a message is another number",
-            2: "the mark 'mask' of a message may mean",
-            3: "marks of one message that contradict each other",
+            1: "the mark 'weight' on a message is another number",
+            2: "the mark 'mask' on a message could mean",
+            3: "contradictory marks on one message",
         },
     ),
     Case("tools that are no JSON", chats(turns("ua"), tools="add(a, b)"), "train.jsonl: none of its 1 rows"),

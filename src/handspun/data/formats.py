@@ -1,4 +1,4 @@
-"""Which format a row's columns are in, and hints for columns that are in none."""
+"""Recognize the format of a row from its columns, and give hints for columns that fit no format."""
 
 import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -9,9 +9,9 @@ from handspun.display import join_names, printable
 from handspun.errors import DataError
 
 _SEARCHED = 1000
-"""Columns that are compared with those of the formats."""
+"""Limit on the columns that are compared with the formats' columns."""
 
-# What others call the columns that are needed here, the most usual first.
+# Other names of the columns that the formats need, the most common first.
 _OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "instruction": (),
     "output": ("response", "answer", "completion", "target", "assistant", "reply", "solution", "answers"),
@@ -24,61 +24,63 @@ _OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "conversations": ("chat_messages", "items"),
 }
 
-# Columns of exports that no renaming makes rows of; all those of a line are there.
+# Columns of other programs' exports, which renaming alone does not fix. An entry applies if all its columns exist.
 _EXPORTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("mapping",),
-        "`mapping` is ChatGPT's export, a tree of messages: write the messages from `current_node` up its "
-        '`parent`s, the first one first, as {"messages": [{"role": ..., "content": ...}, ...]}.',
+        "`mapping` is ChatGPT's export, a tree of messages: follow the `parent`s from `current_node` up, and "
+        "write "
+        'these messages, oldest first, as {"messages": [{"role": ..., "content": ...}, ...]}.',
     ),
     (
         ("annotations", "data"),
-        "`data` and `annotations` are Label Studio's whole export: export it as CSV or JSON-MIN, and name its "
+        "`data` and `annotations` are Label Studio's full export: export as CSV or JSON-MIN instead, and name the "
         "columns `prompt` and `completion`.",
     ),
     (
         ("fields", "responses"),
-        "`fields` and `responses` are Argilla's records: write the texts inside of them as "
+        "`fields` and `responses` are Argilla's records: write the texts inside them as "
         '{"prompt": ..., "completion": ...}.',
     ),
     (
         ("custom_id",),
-        "`custom_id` is a batch of OpenAI's API, whose questions and answers are two files: write each request's "
-        '`body.messages` with the `message` of its response as one {"messages": [...]}.',
+        "`custom_id` is a batch of OpenAI's API, with requests and responses in two files: write each request's "
+        '`body.messages` plus the `message` of its response as one {"messages": [...]}.',
     ),
     (
         ("chat_messages",),
-        "`chat_messages` is Claude's export: name it `conversations`, and inside of it `sender` `from` and `text` "
-        "`value`.",
+        "`chat_messages` is Claude's export: rename it to `conversations`, and inside it `sender` to `from` and "
+        "`text` to `value`.",
     ),
     (
         ("role", "content"),
-        "`role` and `content` are of one turn; a row is a whole conversation: "
+        "`role` and `content` describe one turn, but a row is a whole conversation: "
         '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}.',
     ),
     (
         ("from", "value"),
-        "`from` and `value` are of one turn; a row is a whole conversation: "
+        "`from` and `value` describe one turn, but a row is a whole conversation: "
         '{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}.',
     ),
     (
         ("row", "row_idx"),
-        "`row` and `row_idx` are of the hub's API: name the whole answer .json, or write what is in `row`.",
+        "`row` and `row_idx` come from the hub's API: save the whole response as .json, or write only what is in "
+        "`row`.",
     ),
 )
-# What single columns mean that cannot be learned from as they are.
+# Single columns that cannot be trained on as they are.
 _MEANINGS = {
     "chosen": "`chosen` and `rejected` are a preference; to train on the preferred answer, name it `completion`.",
-    "text": "`text` does not say what is to be learned; split it into `prompt` and `completion`.",
-    "turns": "`turns` are questions without answers, so there is nothing to learn.",
+    "text": "`text` does not say which part to train on; split it into `prompt` and `completion`.",
+    "turns": "`turns` are questions without answers, so there is nothing to train on.",
 }
 
 
 def hints(columns: Collection[str], needed: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return sentences on what the columns are, and on how to name them.
+    """Return hints on what the columns are, and on how to rename them.
 
     Args:
-        columns: those of a file, which fit no format.
+        columns: a file's columns, which fit no format.
         needed: format -> the columns that it needs.
     """
     names = set(columns)
@@ -89,7 +91,7 @@ def hints(columns: Collection[str], needed: Mapping[str, Sequence[str]]) -> list
     renamings = [renaming for wanted in needed.values() if (renaming := _renaming(found, wanted)) is not None]
     meanings = [hint for column, hint in _MEANINGS.items() if column in names]
     if renamings:
-        best = min(renamings, key=len)  # of equals, the first: the formats' order
+        best = min(renamings, key=len)  # the first of equals, in the formats' order
         if not ("chosen" in best and meanings):
             meanings.append(f"{_sentence(best)}.")
         return meanings
@@ -97,7 +99,7 @@ def hints(columns: Collection[str], needed: Mapping[str, Sequence[str]]) -> list
 
 
 def _renaming(columns: Sequence[str], needed: Sequence[str]) -> dict[str, str] | None:
-    """Return old name -> new name that give all needed columns; None if there is none."""
+    """Return a renaming (old name -> new name) that gives all needed columns, or None."""
     renaming: dict[str, str] = {}
     for name in needed:
         if name in columns:
@@ -119,7 +121,7 @@ def _candidates(name: str, columns: Sequence[str]) -> Iterator[str]:
 
 
 def _near_misses(columns: Sequence[str], needed: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Where no renaming gives a whole format: columns that look like a misspelt one."""
+    """Yield hints on columns that look misspelled, for files where no renaming gives a whole format."""
     wanted = {column for names in needed.values() for column in names}
     spelled = {column.strip().lower(): column for column in columns if column not in wanted}
     for name in sorted(wanted.difference(columns)):
@@ -137,19 +139,19 @@ NEEDED: dict[DataFormat, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
 }
-"""Columns without which a row is not of the format."""
+"""Columns that each format needs."""
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-"""Columns of pictures, films and sound; a row that has any is dropped."""
+"""Columns of images, video and sound. A row that has any is dropped."""
 
-# Columns that are read where they are there, in every format.
+# Optional columns of every format.
 _OPTIONAL = {"system", "tools", "kto_tag", *MEDIA}
 _KNOWN = _OPTIONAL.union({"input", "history"}, *NEEDED.values())
 _BYTE_ORDER_MARK = "\ufeff"
 
 
 def recognize_format(columns: Collection[str], file: str) -> DataFormat:
-    """The one format that has its columns here. Raises DataError if none has, or several have."""
+    """Return the one format that the columns fit. Raises DataError if none or several fit."""
     found = [name for name, needed in NEEDED.items() if set(needed) <= set(columns)]
     if len(found) == 1:
         return found[0]
@@ -165,21 +167,21 @@ def recognize_format(columns: Collection[str], file: str) -> DataFormat:
 
 
 def used_columns(data_format: str) -> set[str]:
-    """Columns that are read from a row of this format; what else a file holds is not looked at."""
+    """Return the columns that are read from a row of this format. Other columns are ignored."""
     used = _OPTIONAL.union(*(needed for name, needed in NEEDED.items() if name == data_format))
     return used | ({"input", "history"} if data_format == "alpaca" else {"label"})
 
 
 def fits_a_format(columns: Collection[str]) -> bool:
-    """Return whether the columns, whatever their case, are those of a format."""
+    """Return whether the columns, in any case, fit a format."""
     spelled = {name.strip().lower() for name in columns}
     return any(spelled.issuperset(needed) for needed in NEEDED.values())
 
 
 def known_spellings(columns: Collection[str]) -> dict[str, str]:
-    """Return the columns that are known but for their case or white space around -> their known names.
+    """Return a mapping from columns that differ from a known name only in case or outer white space to that name.
 
-    One is left alone where the known name is there too, or where several are spellings of it.
+    A column is left alone if the known name exists too, or if several columns are spellings of it.
     """
     found: dict[str, list[str]] = {}
     for column in columns:

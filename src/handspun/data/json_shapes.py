@@ -1,4 +1,4 @@
-"""JSON files: their syntax, how deep they nest, and the shapes that rows come in."""
+"""Read JSON files: syntax errors, nesting depth, and the shapes that rows come in."""
 
 import json
 import re
@@ -13,7 +13,7 @@ MOST_LEVELS = 100
 
 
 def exceeds_depth(value: Any, most: int = MOST_LEVELS) -> bool:
-    """Whether lists and objects stand in each other more than `most` deep."""
+    """Return whether lists and objects are nested more than `most` levels deep."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(most + 1):
         inner = (item.values() if isinstance(item, dict) else item for item in level)
@@ -28,7 +28,7 @@ _BEYOND = {"undefined", "nan", "inf", "-inf", "-nan"}
 
 
 def remedy(error: json.JSONDecodeError) -> str:
-    """Return a sentence on how to mend the place of the error."""
+    """Return a sentence on how to fix the syntax error."""
     text, place = error.doc, error.pos
     at, before = text[place : place + 1], text[:place].rstrip()[-1:]
     rest = text[place : place + 20]
@@ -41,39 +41,39 @@ def remedy(error: json.JSONDecodeError) -> str:
     if at in ("#", "/"):
         return "JSON has no comments; remove it."
     if at in "“”„«»‘’":
-        return "Write straight double quotes in place of typographic ones."
+        return "Write straight double quotes instead of typographic ones."
     if "control character" in error.msg:
-        return r"Inside of a text, write a line break as \n and a tab as \t."
+        return r"Inside a string, write a line break as \n and a tab as \t."
     if "escape" in error.msg:
-        return r"Inside of a text, write a backslash as \\."
+        return r"Inside a string, write a backslash as \\."
     return _remedy_for_structure(error, at, rest)
 
 
 def _remedy_for_structure(error: json.JSONDecodeError, at: str, rest: str) -> str:
     if error.msg == "Extra data":
         if at == ",":
-            return "Remove the comma behind the value, or write all values as one list: [ ..., ... ]."
-        return "Remove what stands behind the value, or write all values as one list: [ ..., ... ]."
+            return "Remove the comma after the value, or write all values as one list: [ ..., ... ]."
+        return "Remove what follows the value, or write all values as one list: [ ..., ... ]."
     if "delimiter" in error.msg:
         sign = "colon" if "':'" in error.msg else "comma"
-        return f'Put the {sign} that is missing before it; a quote inside of a text is written \\".'
+        return f'Add the missing {sign} before it. Inside a string, write a quote as \\".'
     if "property name" in error.msg:
         return "Put the names of an object in double quotes."
     if re.split(r"[\s,\]}]", rest.lower())[0] in _BEYOND:
-        return "Write null, or the value that is meant."
-    return "Mend the place, or write the file with a JSON library (json.dumps)."
+        return "Write null, or the intended value."
+    return "Fix the syntax, or write the file with a JSON library (json.dumps)."
 
 
 Values = dict[str, Any]
 
-# An object with one of these is a row and no wrapper around a list of rows.
+# An object with one of these keys is a row, not a wrapper around a list of rows.
 _OF_A_ROW = {"messages", "conversations", "instruction", "prompt"}
 _NEEDED = {column for columns in NEEDED.values() for column in columns}
 _BY_ROWS = 'with pandas: df.to_json("train.jsonl", orient="records", lines=True)'
 
 
 def rows_of(value: Any, file: str, notes: list[str]) -> list[Any]:
-    """Return the rows of a JSON value; each is an object. Raise DataError for a value that holds none."""
+    """Return the rows of a JSON value; each is an object. Raises DataError for a value without rows."""
     if isinstance(value, dict):
         value = _rows_of_object(value, file, notes)
     if not isinstance(value, list):
@@ -84,13 +84,13 @@ def rows_of(value: Any, file: str, notes: list[str]) -> list[Any]:
 def rows_of_list(
     values: list[Any], file: str, notes: list[str], lines: Sequence[int] | None = None
 ) -> list[Values]:
-    """Return the objects of a list; bare lists of turns, all of them, become conversations.
+    """Return the objects of a list. If all items are bare lists of turns, they become conversations.
 
     Args:
-        values: what the rows are read from.
-        file: what messages call the file.
-        notes: is told of what was not read as it stands.
-        lines: where in the file each stands, if known.
+        values: the items to read rows from.
+        file: the file's name in messages.
+        notes: filled with what was changed when reading.
+        lines: the line of each item in the file, if known.
     """
     if values and all(is_conversation(value) for value in values):
         notes.append("each row is a bare list of turns, read as a conversation")
@@ -109,7 +109,7 @@ def rows_of_list(
 
 
 def is_conversation(value: Any) -> bool:
-    """Return whether a value is a list of turns, by their own keys."""
+    """Return whether a value is a list of turns, judging by their keys."""
     return isinstance(value, list) and bool(value) and all(_is_turn(turn) for turn in value)
 
 
@@ -129,9 +129,9 @@ def _remedy_of_list(value: Any) -> str:
 
 
 def _rows_of_object(value: Values, file: str, notes: list[str]) -> Any:
-    """Return the rows inside of the object at the top of a file; one that is itself a row is the only one."""
+    """Return the rows inside the top-level object of a file. An object that is itself a row is the only one."""
     if _is_split(value):
-        notes.append('names and values apart (pandas\' orient="split"), read row by row')
+        notes.append('names and values are separate (pandas\' orient="split"), read row by row')
         return [_named(value["columns"], cells, number, file) for number, cells in enumerate(value["data"], 1)]
     if _is_of_the_hub(value):
         return _rows_of_the_hub(value, file, notes)
@@ -145,7 +145,7 @@ def _rows_of_object(value: Values, file: str, notes: list[str]) -> Any:
 
 
 def _is_split(value: Values) -> bool:
-    """pandas' orient="split": {"columns": [...], "index": [...], "data": [[...], ...]}."""
+    """Return whether it is pandas' orient="split": {"columns": [...], "index": [...], "data": [[...], ...]}."""
     columns, data = value.get("columns"), value.get("data")
     if not (isinstance(columns, list) and isinstance(data, list) and value.keys() <= _SPLIT):
         return False
@@ -158,8 +158,8 @@ _SPLIT = {"columns", "data", "index", "index_names", "column_names"}
 def _named(columns: list[str], cells: list[Any], number: int, file: str) -> Values:
     if len(cells) != len(columns) or len(set(columns)) != len(columns):
         raise DataError(
-            f"expected {len(columns)} values, one for each of the columns ({join_names(columns)}), each named "
-            f"once; found {len(cells)}. Write the file row by row: {_BY_ROWS}.",
+            f"expected {len(columns)} values, one per column ({join_names(columns)}) with unique names; found "
+            f"{len(cells)}. Write the file row by row: {_BY_ROWS}.",
             file=file,
             row=number,
         )
@@ -167,7 +167,7 @@ def _named(columns: list[str], cells: list[Any], number: int, file: str) -> Valu
 
 
 def _is_of_the_hub(value: Values) -> bool:
-    """The hub's API: {"features": ..., "rows": [{"row_idx": 0, "row": {...}, "truncated_cells": []}, ...]}."""
+    """Return whether it is the hub's API: {"rows": [{"row_idx": 0, "row": {...}, "truncated_cells": []}, ...]}."""
     rows = value.get("rows")
     return isinstance(rows, list) and bool(rows) and all(_is_hub_row(row) for row in rows)
 
@@ -180,8 +180,8 @@ def _rows_of_the_hub(value: Values, file: str, notes: list[str]) -> list[Values]
     for number, row in enumerate(value["rows"], 1):
         if row.get("truncated_cells"):
             raise DataError(
-                "the hub's API has cut this row's text (truncated_cells). Download the data set's own file, or "
-                "name the data set (--data org/name).",
+                "the hub's API truncated this row's text (truncated_cells). Download the data set's own file, or "
+                "use the data set directly (--data org/name).",
                 file=file,
                 row=number,
             )
@@ -192,9 +192,9 @@ def _rows_of_the_hub(value: Values, file: str, notes: list[str]) -> list[Values]
 
 
 def _is_columns_of_lists(value: Values) -> bool:
-    """{"prompt": ["a", "b"], "completion": ["c", "d"]}: a list for each column, an item for each row.
+    """Return whether it is columns of lists, such as {"prompt": ["a", "b"], "completion": ["c", "d"]}.
 
-    A list of objects may be a row's turns, so columns of these are not enough.
+    A list of objects may be the turns of one row, so it does not count as a column.
     """
     if not value or not all(isinstance(item, list) for item in value.values()):
         return False
@@ -207,14 +207,14 @@ def _check_lengths(columns: Values, file: str) -> None:
     if len(set(lengths.values())) > 1:
         counted = ", ".join(f"{printable(name)} {length}" for name, length in list(lengths.items())[:20])
         raise DataError(
-            f"written column by column, and the columns are not equally long ({counted}). Write it row by row, so "
+            f"written column by column, but the columns differ in length ({counted}). Write it row by row, so "
             f"that no row loses a value: {_BY_ROWS}.",
             file=file,
         )
 
 
 def _rows_of_objects(value: Values, file: str, notes: list[str]) -> Any:
-    """Return rows of an object of objects: pandas' orient="columns", its default, or orient="index"."""
+    """Return the rows of an object of objects: pandas' orient="columns" (its default) or orient="index"."""
     inner = [item.keys() for item in value.values()]
     is_index = all(fits_a_format(names) for names in inner)
     are_alike = all(names == inner[0] for names in inner)
@@ -223,13 +223,13 @@ def _rows_of_objects(value: Values, file: str, notes: list[str]) -> Any:
         if not is_index and not (are_alike and _are_numbers(inner[0])):
             return _list_within(value, file)
     if is_index:
-        notes.append("rows under their names or numbers, which are not read")
+        notes.append("rows are keyed by names or numbers, which are ignored")
         return list(value.values())
     if _is_turn(dict.fromkeys(inner[0], "")):  # messages that are one message
         return [value]
     if not are_alike:
         raise DataError(
-            "it looks written column by column, and the columns do not have the same rows. Write it row by row, "
+            "it looks written column by column, but the columns do not have the same rows. Write it row by row, "
             f"{_BY_ROWS}.",
             file=file,
         )
@@ -242,7 +242,7 @@ def _are_numbers(names: Any) -> bool:
 
 
 def _list_within(value: Values, file: str) -> Any:
-    """The rows of {"data": [row, ...]}; an object that is itself a row comes back as the only one."""
+    """Return the rows of {"data": [row, ...]}. An object that is itself a row is the only one."""
     lists = [
         key for key, item in value.items() if isinstance(item, list) and all(isinstance(x, dict) for x in item)
     ]
@@ -250,8 +250,8 @@ def _list_within(value: Values, file: str) -> Any:
         return [value]
     if len(lists) > 1:
         raise DataError(
-            f"the object holds several lists ({join_names(lists)}); one list of rows is expected. Save the one "
-            "to be read as a file of its own.",
+            f"the object contains several lists ({join_names(lists)}), but one list of rows is expected. Save the "
+            "list to read as its own file.",
             file=file,
         )
     return value[lists[0]]

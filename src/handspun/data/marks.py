@@ -1,7 +1,7 @@
-"""Marks in the data that say what to train on: `weight`, `train`, `loss`, `loss_mask` and their kin.
+"""Read marks in the data that say what to train on: `weight`, `train`, `loss`, `loss_mask` and similar names.
 
-A mark whose meaning is certain is obeyed. One whose meaning is not drops its row, with the key in the reason:
-training on what the data says not to train on is worse than losing the row.
+A mark with a certain meaning is followed. An unclear mark drops its row, and the reason names the key: to train on
+what the data excludes is worse than to lose the row.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from handspun.data.rows import DroppedRow
 from handspun.display import describe_type, printable
 
-# Names in lower case with `_` between their words, as `_words` makes them.
+# Names in lower case with `_` between words, as `_words` splits them.
 _TRAIN_IF_TRUE = {
     *("weight", "loss_weight", "train_weight", "training_weight", "sample_weight"),
     *("train", "training", "trainable", "is_trainable", "train_on", "train_on_turn", "train_on_this", "to_train"),
@@ -36,7 +36,7 @@ _NOT_IF_TRUE = {
     *("no_training", "skip_train", "skip_training", "ignore_training", "exclude_from_training", "untrainable"),
     *("no_grad", "do_not_learn", "no_learn"),
 }
-# `mask: 1` is "counts" to some tools and "hidden" to others.
+# `mask: 1` means "train on it" in some tools and "masked out" in others.
 _EITHER = {"mask", "masks", "train_mask", "training_mask", "token_mask"}
 _LEAVE_OUT = {"ignore", "ignored", "skip", "skipped", "exclude", "excluded"}
 _OF_PARTS = {"train_detail", "train_details", "training_detail", "loss_spans", "mask_spans", "train_spans"}
@@ -56,7 +56,7 @@ Kind = Literal["train", "not", "either", "leave out", "parts", "prompts", "like 
 
 @lru_cache(maxsize=4096)
 def mark_kind(key: str) -> Kind | None:
-    """Return what a key says by its name; None if it is no mark."""
+    """Return the kind of mark that a key's name is; None if it is no mark."""
     words = _words(key)
     name = "_".join(words)
     kinds: list[tuple[Kind, set[str]]] = [
@@ -74,16 +74,16 @@ def mark_kind(key: str) -> Kind | None:
 
 
 def turn_mark(turn: Mapping[str, Any], role: str) -> tuple[bool | None, list[str]]:
-    """Return (whether to train on a turn, or None if nothing says so; notes for the account of the rows).
+    """Return (whether to train on a turn, or None without a mark; notes for the data report).
 
-    Raises DroppedRow for an assistant's turn whose marks contradict each other or cannot be understood.
+    Raises DroppedRow for an assistant's turn whose marks contradict each other or are unclear.
     """
     if role != "assistant":
         return None, list(_notes_of_others(turn, role))
     _check_nested(turn)
     said = {key: mark for key, value in turn.items() if (mark := _mark_of_turn(key, value)) is not None}
     if len(set(said.values())) > 1:
-        raise DroppedRow(f"marks of one message that contradict each other ({', '.join(map(printable, said))})")
+        raise DroppedRow(f"contradictory marks on one message ({', '.join(map(printable, said))})")
     train = next(iter(said.values()), None)
     if train is not False:
         return train, []
@@ -91,17 +91,19 @@ def turn_mark(turn: Mapping[str, Any], role: str) -> tuple[bool | None, list[str
 
 
 def check_parts(parts: Any) -> None:
-    """Raise DroppedRow if parts of a message, or its tool calls, say that they are not to be trained on."""
+    """Raise DroppedRow if a part of a message, or a tool call, is marked as not to be trained on."""
     for part in parts if isinstance(parts, list) else [parts]:
         for key, value in part.items() if isinstance(part, dict) else ():
             if _mark_of_turn(key, value) is False:
-                raise DroppedRow(f"a part of a message marked {_as_written(key, value)}: mark the whole message")
+                raise DroppedRow(
+                    f"a part of a message is marked {_as_written(key, value)}: mark the whole message instead"
+                )
 
 
 def row_marks(values: Mapping[str, Any], used: set[str]) -> list[str]:
-    """Return notes on what the columns of a row say, those that are used for something else aside.
+    """Return notes on the marks in a row's columns. used: columns that have another meaning.
 
-    Raises DroppedRow for a row that is not to be trained on, or of which that cannot be known.
+    Raises DroppedRow for a row that is marked as not to be trained on, or whose mark is unclear.
     """
     notes = []
     _check_nested(values)
@@ -115,18 +117,16 @@ def row_marks(values: Mapping[str, Any], used: set[str]) -> list[str]:
         if kind == "leave out" and verdict is True:
             raise DroppedRow(f"{_as_written(column, value)}: a row to leave out")
         if kind == "prompts" and verdict is True:
-            notes.append(f"the column '{printable(column)}' asks to train on prompts, which is not done")
+            notes.append(f"the column '{printable(column)}' asks to train on prompts, which is not supported")
         elif _could_leave_out(column, kind, value, verdict):
             raise DroppedRow(
-                f"the column '{printable(column)}' is a mark of what to train on, and is neither 0 nor 1 (if it "
-                "is no such mark, rename it)"
+                f"the column '{printable(column)}' is a mark of what to train on, but is neither 0 nor 1 (rename "
+                "it if it is not a mark)"
             )
         elif kind in ("train", "not", "either") and verdict is _UNCLEAR:
-            notes.append(f"the column '{printable(column)}' is not read as a mark: it is neither 0 nor 1")
+            notes.append(f"the column '{printable(column)}' is ignored as a mark: it is neither 0 nor 1")
         elif kind in ("either", "like a mark", "parts") and verdict is not None and verdict is not _UNCLEAR:
-            notes.append(
-                f"the column '{printable(column)}' looks like a mark of what to train on, and is not read"
-            )
+            notes.append(f"the column '{printable(column)}' looks like a mark of what to train on, but is ignored")
     return notes
 
 
@@ -139,7 +139,7 @@ _UNCLEAR = "unclear"
 
 
 def _verdict(value: Any) -> bool | str | None:
-    """Return True or False for 1 and 0, as numbers, texts or booleans; None for nothing; else _UNCLEAR."""
+    """Return True or False for 1 and 0, as numbers, strings or booleans; None for no value; else _UNCLEAR."""
     if value is None or (isinstance(value, str | list | dict) and not value):
         return None
     if isinstance(value, str):
@@ -156,39 +156,39 @@ def _verdict(value: Any) -> bool | str | None:
 
 
 def _mark_of_turn(key: str, value: Any) -> bool | None:
-    """Return what a key of an assistant's turn says: train on it, or not; None if nothing.
+    """Return whether a key of an assistant's turn says to train on it; None if it is no mark.
 
-    Raises DroppedRow for what may say "do not train on this" and cannot be understood.
+    Raises DroppedRow for an unclear mark that may mean "do not train on this".
     """
     kind, verdict = mark_kind(key), _verdict(value)
     if kind is None or verdict is None or kind == "prompts":
         return None
     if kind == "parts":
         raise DroppedRow(
-            f"'{printable(key)}' marks parts of a message, which is not supported: mark the whole message"
+            f"'{printable(key)}' marks parts of a message, which is not supported: mark the whole message instead"
         )
     if kind in ("train", "not"):
         if isinstance(verdict, str):
             what = "another number" if _is_number(value) else describe_type(value)
             raise DroppedRow(
-                f"the mark '{printable(key)}' of a message is {what} (expected 0 or 1, true or false)"
+                f"the mark '{printable(key)}' on a message is {what} (expected 0 or 1, true or false)"
             )
         return verdict is (kind == "train")
     if kind == "either" or (kind == "leave out" and verdict is not False):
         raise DroppedRow(
-            f"the mark '{printable(key)}' of a message may mean that it is to be trained on, or that it is not: "
-            "say it with `train`, true or false"
+            f"the mark '{printable(key)}' on a message could mean to train on it, or not to: use `train`, true or "
+            "false, instead"
         )
     if kind == "like a mark" and (isinstance(verdict, bool) or _is_mask(value)):
         raise DroppedRow(
-            f"'{printable(key)}' of a message looks like a mark of what to train on, and what it means is not "
-            "known: say it with `train`, true or false"
+            f"'{printable(key)}' on a message looks like a mark of what to train on, but its meaning is unknown: "
+            "use `train`, true or false, instead"
         )
     return None
 
 
 def _check_nested(values: Mapping[str, Any]) -> None:
-    """Raise DroppedRow for a mark that says "do not train on this" inside of an object such as `metadata`."""
+    """Raise DroppedRow for a mark that says "do not train on this" inside an object such as `metadata`."""
     for outer, nested in values.items():
         if not isinstance(nested, dict):
             continue
@@ -196,24 +196,23 @@ def _check_nested(values: Mapping[str, Any]) -> None:
             kind = mark_kind(key)
             if kind in ("train", "not") and _verdict(value) is (kind == "not"):
                 raise DroppedRow(
-                    f"{_as_written(key, value)} inside of '{printable(outer)}', where marks are not read"
+                    f"{_as_written(key, value)} inside '{printable(outer)}', where marks are not read"
                 )
 
 
 def _notes_of_others(turn: Mapping[str, Any], role: str) -> Iterator[str]:
-    """Yield what to tell of marks on turns that nothing is trained on."""
+    """Yield notes on marks that ask to train on turns of other roles."""
     for key, value in turn.items():
         kind = mark_kind(key)
         if kind not in ("train", "not"):
             continue
         verdict = _verdict(value)
         if verdict is (kind == "train") or verdict is _UNCLEAR:
-            yield f"a {role} message marked '{printable(key)}' is not trained on: only what the assistant says is"
+            yield f"a {role} message marked '{printable(key)}' is not trained on: only assistant messages are"
 
 
 def _could_leave_out(column: str, kind: Kind, value: Any, verdict: bool | str | None) -> bool:
-    """Return whether a column that is neither 0 nor 1 may say that a part of its row is not to be trained on: a
-    weight between them or below, or a mask."""
+    """Return whether a column that is neither 0 nor 1 may exclude a part of its row: another weight, or a mask."""
     if kind not in ("train", "not", "either") or verdict is not _UNCLEAR:
         return False
     return _is_mask(value) or ("weight" in _words(column) and _is_number(value))
@@ -233,7 +232,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _words(key: str) -> list[str]:
-    """`lossMask`, `loss-mask` and `Loss Mask` are loss, mask."""
+    """Split a name into lower-case words: `lossMask`, `loss-mask` and `Loss Mask` are loss, mask."""
     return re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", key).lower())
 
 

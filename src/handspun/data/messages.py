@@ -1,4 +1,4 @@
-"""Messages: the spellings of roles, texts, and tool calls that data sets use, and one form for all of them."""
+"""Read messages: normalize the many spellings of roles, texts and tool calls in data sets to one form."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,10 +14,10 @@ from handspun.display import describe_type, printable
 from handspun.errors import DataError
 
 CALL = "call"
-"""The role of a turn that is a tool call by itself, as LLaMA-Factory writes them; it becomes an assistant's."""
+"""Role of a turn that is only a tool call, as LLaMA-Factory writes them. It becomes an assistant's turn."""
 
-# Lower case, with `_` for spaces and hyphens. A name is here only if it means the same everywhere: `agent`,
-# `customer` or `speaker_1` may be either side, so a role map has to say which.
+# Lower case, with `_` for spaces and hyphens. A name is listed only if it means the same everywhere: `agent`,
+# `customer` or `speaker_1` may be either side, so a role map must say which.
 _NAMES = {
     "system": "system developer sys system_prompt system_message systemmessage",
     "user": "user human prompter human_user end_user usermessage humanmessage user_message human_message",
@@ -34,23 +34,23 @@ _NAMES = {
 _ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
 
 ROLE_KEYS = ("role", "from", "speaker", "author", "sender", "type")
-"""Keys that say whose a turn is; the first that is there counts."""
+"""Keys that name a turn's role. The first one present counts."""
 
 UNKNOWN_ROLE = "the unknown role"
-"""How the reason begins of a row that was dropped because of a role."""
+"""Start of the reason when a row is dropped because of a role."""
 
 
 def known_role(name: str, role_map: Mapping[str, str]) -> str | None:
-    """Return the role that a name stands for, its case and the space around it aside; None if it is not known.
+    """Return the role that a name stands for, ignoring case and outer space; None if it is unknown.
 
-    The role map comes first, so that it can also turn a known name into another role.
+    The role map comes first, so it can also map a known name to another role.
     """
     key = normalize_role(name)
     return role_map.get(key) or _ROLES.get(key)
 
 
 def role_name(turn: Mapping[str, Any]) -> tuple[str | None, Any]:
-    """Return (key, value) of what says whose the turn is; (None, None) if nothing does."""
+    """Return (key, value) of the turn's role name; (None, None) if it has none."""
     for key in ROLE_KEYS:
         value = turn.get(key)
         if isinstance(value, dict):  # ChatGPT's export: {"author": {"role": "user"}}
@@ -67,7 +67,7 @@ def role_of(turn: Mapping[str, Any], role_map: Mapping[str, str]) -> tuple[str |
         return None, "a message without a role"
     if isinstance(value, list | dict) or value != value:
         return None, f"a role that is {describe_type(value)}"
-    # Speakers may be numbers, which a role map can name too.
+    # Speakers may be numbers, which a role map can name as well.
     name = value if isinstance(value, str) else json.dumps(value, default=str)
     role = known_role(name, role_map)
     if role is None:
@@ -79,33 +79,33 @@ def role_of(turn: Mapping[str, Any], role_map: Mapping[str, str]) -> tuple[str |
 
 
 def role_advice() -> str:
-    """Return what to do about roles that are not known, in a sentence for the account of the rows."""
+    """Return advice on unknown roles, for the data report."""
     return (
-        f"known roles, in any case: {known_roles()}. Map another one with --role-map NAME=ROLE, as in --role-map "
+        f"known roles, in any case: {known_roles()}. Map other names with --role-map NAME=ROLE, as in --role-map "
         "agent=assistant"
     )
 
 
 def known_roles() -> str:
-    """Return the names of all roles that are known, for a message."""
+    """Return the names of all known roles, for a message."""
     return "; ".join(f"{role} ({', '.join(_shortest(role))})" for role in ROLES)
 
 
 def _shortest(role: str) -> list[str]:
-    """Return the other names of a role that are worth telling: not those of classes, nor of versions."""
+    """Return the other names of a role that are worth listing: no class names and no versions."""
     names = _NAMES[role].split()[1:]
     return [name for name in names if "message" not in name and not any(map(str.isdigit, name))]
 
 
 Message = dict[str, Any]
-"""role ("system", "user", "assistant" or "tool"), content (str); an assistant's may have tool_calls
+"""role ("system", "user", "assistant" or "tool"), content (str). An assistant's message may have tool_calls
 ([{"type": "function", "function": {"name": str, "arguments": dict}}]), reasoning_content (str), and train (False
-for one that is context only)."""
+for a message that is context only)."""
 
 Turn = dict[str, Any]
-"""A message as the data has it."""
+"""A message as it is in the data."""
 
-# OpenAI's, Anthropic's and LLaMA-Factory's words for the parts of a content.
+# OpenAI's, Anthropic's and LLaMA-Factory's names for the parts of a content.
 _PARTS = {
     "text": "text",
     "input_text": "text",
@@ -123,40 +123,39 @@ _ARGUMENT_KEYS = ("arguments", "args", "parameters", "input")
 _CALL_KEYS = ("tool_calls", "function_call")
 _NAME_KEYS = ("name", "tool_call_id")
 
-LOST_NULLS = (
-    "nulls left out of tools, calls or tool results: parquet cannot tell them from keys that are not there"
-)
+LOST_NULLS = "nulls were removed from tools, calls or tool results: parquet cannot tell them from missing keys"
 """Note on a row."""
-_JSON_RESULT = "a tool's result that is no text is written as JSON"
+_JSON_RESULT = "a tool result that is not text is written as JSON"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Where a value stands: in a file, or in a prompt, which has no rows."""
+    """The location of a value: in a file, or in a prompt, which has no rows."""
 
     file: str
     row: int | None = None
     column: str | None = None
 
     def expected(self, what: str, found: Any, *, at: str = "") -> DataError:
-        """The error for a value that is not `what`; `at` says where inside of the cell it stands."""
+        """Return the error for a value that is not `what`. at: where in the cell the value is."""
         place = f"{at}: " if at else ""
-        remedy = "" if self.row is None else " Mend the row or remove it."
+        remedy = "" if self.row is None else " Fix or remove the row."
         return self.error(f"{place}expected {what}, found {describe_type(found)}.{remedy}")
 
     def error(self, message: str) -> DataError:
+        """Return a DataError for this location."""
         return DataError(message, file=self.file, row=self.row, column=self.column)
 
 
 def read_turns(value: Any, cell: Cell, role_map: Mapping[str, str]) -> list[Turn]:
-    """Return the turns of a list of messages, or of the same as JSON text (in a csv cell)."""
+    """Return the turns of a list of messages. The list may be JSON text (in a csv cell)."""
     return [turn for item in read_json_list(value, cell) for turn in _turns_of(item, role_map)]
 
 
 def plain_message(turn: Turn, role_map: Mapping[str, str]) -> Message | None:
-    """Return the message of a turn that has a role and a text and nothing else, as most have; None for any other.
+    """Return the message of a turn that has only a role and a text, as most do; None for any other turn.
 
-    It is what `read_message` returns, and no mark, note or unread key can be in it: rows come by the million.
+    This is a fast path for `read_message`, for millions of rows. Such a turn has no marks, notes or unread keys.
     """
     if len(turn) != 2:
         return None
@@ -168,7 +167,7 @@ def plain_message(turn: Turn, role_map: Mapping[str, str]) -> Message | None:
 
 
 def read_message(turn: Turn, role_map: Mapping[str, str]) -> Message:
-    """Return the message that a turn is. Raises DroppedRow."""
+    """Return a turn as a message. Raises DroppedRow."""
     role, reason = role_of(turn, role_map)
     if role is None:
         _drop(reason)
@@ -187,20 +186,21 @@ def read_message(turn: Turn, role_map: Mapping[str, str]) -> Message:
 
 
 def read_json_list(value: Any, cell: Cell) -> list[Any]:
-    """A list, or one written as JSON text; nothing is an empty list."""
+    """Return a list, which may be JSON text. No value is an empty list."""
     if value is None or (isinstance(value, str) and is_blank(value)):
         return []
     if isinstance(value, str):
-        value = _load_or_drop(value, f"a text in the column '{cell.column}' that is not JSON")
+        value = _load_or_drop(value, f"text in the column '{cell.column}' that is not JSON")
     if not isinstance(value, list):
         raise cell.expected("a list", value)
     return value
 
 
 def read_tools(value: Any, cell: Cell) -> list[dict[str, Any]] | None:
-    """The tools as OpenAI writes them, {"type": "function", "function": {"name", ...}}; bare ones are wrapped.
+    """Return the tools in OpenAI's form, {"type": "function", "function": {"name", ...}}.
 
-    `value` is a list, one tool, or JSON text of either. None if there are none.
+    Bare functions are wrapped in that form. `value` is a list, one tool, or JSON text of either. Returns None if
+    there are no tools.
     """
     if isinstance(value, str):
         value = None if is_blank(value) else _load_or_drop(value, "tools that are not JSON")
@@ -213,14 +213,14 @@ def read_tools(value: Any, cell: Cell) -> list[dict[str, Any]] | None:
 
 
 def with_system_prompt(messages: list[Message], system_prompt: str | None) -> list[Message]:
-    """Return the messages behind the system prompt, or as they are if they have a system message of their own."""
+    """Return the messages after the system prompt, or unchanged if they have a system message already."""
     if system_prompt is None or any(message["role"] == "system" for message in messages):
         return messages
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def unread_keys(turn: Turn, role: str) -> set[str]:
-    """Return the keys of a turn that nothing is read from."""
+    """Return the keys of a turn that are ignored."""
     read = {role_name(turn)[0], _content_of(turn)[0]}
     if role == "assistant":
         read |= {*_CALL_KEYS, *_REASONING_KEYS}
@@ -234,7 +234,7 @@ def unread_keys(turn: Turn, role: str) -> set[str]:
 
 
 def notes_on_turn(turn: Turn, role: str) -> list[str]:
-    """Return what to tell of how a turn was read."""
+    """Return notes on how a turn was read."""
     _, content = _content_of(turn)
     notes = []
     if role == "tool" and not (content is None or isinstance(content, str) or _is_parts(content)):
@@ -248,16 +248,16 @@ def notes_on_turn(turn: Turn, role: str) -> list[str]:
 
 
 def is_blank(text: str) -> bool:
-    """Whether there is nothing but white space."""
+    """Return whether the text is only white space."""
     return not text.strip()
 
 
 def _turns_of(item: Any, role_map: Mapping[str, str]) -> list[Turn]:
-    """Return the turns of one entry of a list of messages: mostly itself."""
+    """Return the turns of one item of a list of messages: usually the item itself."""
     if isinstance(item, str):  # datasets' Json type, in a reader that does not know it
-        item = _load_or_drop(item, "a message that is a text without a role")
+        item = _load_or_drop(item, "a message that is text without a role")
     if not isinstance(item, dict):
-        _drop("a message that is no object")
+        _drop("a message that is not an object")
     if item.get("lc") == 1 and isinstance(item.get("kwargs"), dict) and isinstance(item.get("id"), list):
         return [{"type": str((item["id"] or [""])[-1]), **item["kwargs"]}]  # LangChain's dumps
     if isinstance(item.get("data"), dict) and _content_of(item)[0] is None:  # LangChain's messages_to_dict
@@ -266,8 +266,7 @@ def _turns_of(item: Any, role_map: Mapping[str, str]) -> list[Turn]:
 
 
 def _pairs_in(item: Turn, role_map: Mapping[str, str]) -> list[Turn]:
-    """Return the turns of an object such as {"human": "Hi", "assistant": "Hello"}; none if it is something
-    else."""
+    """Return the turns of an object such as {"human": "Hi", "assistant": "Hello"}; none for any other object."""
     filled = {key: value for key, value in item.items() if value is not None}
     if role_name(item)[0] is not None or not all(
         known_role(key, role_map) in ("system", "user", "assistant") and isinstance(value, str)
@@ -302,7 +301,7 @@ def _add_to_assistant(message: Message, turn: Turn, reasoning: str, calls: list[
     calls = calls + [_tool_call(call) for call in (given if isinstance(given, list) else [given])]
     written = next((turn[key] for key in _REASONING_KEYS if turn.get(key)), "")
     if not isinstance(written, str):
-        _drop("reasoning that is not a text")
+        _drop("reasoning that is not text")
     if calls:
         message["tool_calls"] = calls
     if reasoning + written:
@@ -310,7 +309,7 @@ def _add_to_assistant(message: Message, turn: Turn, reasoning: str, calls: list[
 
 
 def _content(content: Any, role: str) -> tuple[str, str, list[Any]]:
-    """(text, reasoning, tool calls) of a text or a list of parts; nothing is an empty text."""
+    """Return (text, reasoning, tool calls) of a text or a list of parts. No content is an empty text."""
     if content is None or isinstance(content, str):
         return content or "", "", []
     if role == "tool" and not _is_parts(content):
@@ -325,18 +324,18 @@ def _content(content: Any, role: str) -> tuple[str, str, list[Any]]:
         if kind == "call":
             calls += _calls_in(value)
         elif not isinstance(value, str):
-            _drop(f"a part of type {kind!r} that holds {_kind(value)}")
+            _drop(f"a part of type {kind!r} that contains {_kind(value)}")
         elif kind == "reasoning":
             reasoning += value
         elif calls and not is_blank(value):
-            _drop("text behind a tool call in one message")
+            _drop("text after a tool call in one message")
         else:
             text += value
     return text, reasoning, calls
 
 
 def _parts_of(content: Any) -> list[Any] | None:
-    """Return the parts of a content: a list, one part by itself, or ChatGPT's object with parts in it."""
+    """Return the parts of a content: a list, a single part, or ChatGPT's object that contains parts."""
     if isinstance(content, list):
         return content
     if isinstance(content, dict) and isinstance(content.get("parts"), list):
@@ -349,7 +348,7 @@ def _parts_of(content: Any) -> list[Any] | None:
 
 
 def _is_parts(content: Any) -> bool:
-    """Return whether a tool's result is a message's content in parts, and not data that the tool gave back."""
+    """Return whether a tool's result is message content in parts, rather than data that the tool returned."""
     if isinstance(content, dict) and "content_type" in content:
         return True
     parts = [content] if isinstance(content, dict) else content
@@ -367,17 +366,17 @@ def _as_json(value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        raise DroppedRow("NaN or Infinity in a tool's result, which no JSON has") from None
+        raise DroppedRow("NaN or Infinity in a tool result, which JSON does not allow") from None
     except TypeError as error:
-        raise DroppedRow(f"a value that JSON does not have in a tool's result ({error})") from None
+        raise DroppedRow(f"a value in a tool result that JSON cannot represent ({error})") from None
 
 
 def _part(part: Any) -> tuple[str, Any]:
-    """(text, reasoning or call; its value) of one part of a content."""
+    """Return (kind, value) of one part of a content. kind: "text", "reasoning" or "call"."""
     if isinstance(part, str):
         return "text", part
     if not isinstance(part, dict):
-        _drop("a part of a content that is no object")
+        _drop("a content part that is not an object")
     name = part.get("type", "text")
     kind = _PARTS.get(name) if isinstance(name, str) else None
     if kind is None:
@@ -387,7 +386,7 @@ def _part(part: Any) -> tuple[str, Any]:
 
 
 def _calls_in(value: Any) -> list[dict[str, Any]]:
-    """The tool calls of a `function_call` turn: one or several, as JSON text or as objects."""
+    """Return the tool calls of a `function_call` turn: one or several, as JSON text or as objects."""
     if isinstance(value, str):
         value = _load_or_drop(value, "a tool call that is not JSON")
     calls = value if isinstance(value, list) else [value]
@@ -430,8 +429,7 @@ def _tool(tool: Any) -> dict[str, Any]:
 
 
 def _loaded(value: Any) -> Any:
-    """Return the object that a JSON text holds, as in columns that Arrow has no type for; else the value
-    itself."""
+    """Return the object in a JSON text, as in columns that Arrow has no type for; any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -442,7 +440,7 @@ def _loaded(value: Any) -> Any:
 
 
 def _kind(value: Any) -> str:
-    """Return what a value is, without what is in it: for a reason that many rows share."""
+    """Describe a value's type without its content, so that many rows share one reason."""
     return "a number" if isinstance(value, int | float) and not isinstance(value, bool) else describe_type(value)
 
 
@@ -451,7 +449,7 @@ def _drop(reason: str) -> NoReturn:
 
 
 def _load(text: str) -> Any:
-    """JSON proper: without NaN and Infinity, which nobody should learn to write."""
+    """Return the value of strict JSON text: without NaN and Infinity, which no model should learn to write."""
     try:
         value = json.loads(text, parse_constant=_no_constant)
     except RecursionError as error:
@@ -462,7 +460,7 @@ def _load(text: str) -> Any:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _load_or_drop(text: str, reason: str) -> Any:

@@ -1,7 +1,7 @@
-"""The data of a conversation behind sentinels, so that a template can be rendered without it.
+"""Hide the data of a conversation behind placeholders, so that a template can be rendered without it.
 
-Every string is replaced by a unique sentinel. In what the template makes of it, each character is then known to be
-the template's or the data's.
+A unique sentinel replaces every string. In the rendered text, each character is then known to come from the
+template or from the data.
 """
 
 import json
@@ -11,28 +11,28 @@ from typing import Any, NamedTuple
 
 from handspun.data.messages import Message
 
-# Private-use characters and a quote. The quote tells where the template escaped it: behind `tojson` it
-# comes back as \" and the data must be escaped alike.
+# Private-use characters and a quote. The quote shows where the template escaped the sentinel: after `tojson` it
+# comes back as \" and the data must be escaped in the same way.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 SENTINEL = re.compile(r'(?:\ue000|\\ue000)(\\*)"(\d+)(?:\ue001|\\ue001)')
 
-# Words of JSON Schema that templates branch on (`if param.type == "string"`), so they must stay readable.
+# Words of JSON Schema that templates branch on (`if param.type == "string"`), so they are not hidden.
 _SCHEMA_WORDS = {"string", "number", "integer", "boolean", "object", "array", "null", "function"}
 
 
 class Placeholder(NamedTuple):
-    """A place of hidden data in rendered text: which, and how the template escaped it there."""
+    """An occurrence of hidden data in rendered text: which data, and how the template escaped it there."""
 
     sentinel: str
     number: int
     escapes: int
-    """How many times JSON was made of it."""
+    """How many times it was encoded as JSON."""
     ascii: bool
-    """Whether JSON escaped what is not ASCII."""
+    """True if JSON escaped characters that are not ASCII."""
 
 
 class _Hidden(NamedTuple):
-    """One hidden string: its text, whose it is, and what a template that leaves it out has left out."""
+    """A hidden string: its text, its owner ("data" or "assistant"), and what it is, for errors."""
 
     text: str
     owner: str
@@ -40,7 +40,7 @@ class _Hidden(NamedTuple):
 
 
 class Placeholders:
-    """The data of one conversation, each string behind its sentinel."""
+    """The data of one conversation, each string behind its own sentinel."""
 
     def __init__(self, markers: re.Pattern[str], any_added: re.Pattern[str]) -> None:
         self.values: list[_Hidden] = []
@@ -49,7 +49,7 @@ class Placeholders:
     def conversation(
         self, messages: list[Message], tools: list[dict[str, Any]] | None
     ) -> tuple[list[Message], list[dict[str, Any]] | None]:
-        """The same conversation with all its data hidden."""
+        """Return the same conversation with all its data hidden."""
         hidden = [self._message(message) for message in messages]
         return hidden, [self._json(tool, "the tools") for tool in tools] if tools else None
 
@@ -92,7 +92,7 @@ class Placeholders:
         if isinstance(value, str):
             return value if value in _SCHEMA_WORDS else self._hide(value, "data", what)
         if isinstance(value, dict):
-            # Templates look keys up by name, so a key is hidden only if it could forge something.
+            # Templates look up keys by name, so a key is hidden only if it could forge a turn.
             return {
                 self._hide(key, "data", what) if self._could_forge(key) else key: self._json(item, what)
                 for key, item in value.items()
@@ -105,13 +105,13 @@ class Placeholders:
         return bool(self._any_added.search(key)) or any(mark in key for mark in (_OPEN, _CLOSE, "\\ue00"))
 
     def reasoning_left_out(self, rendered: Iterable[str]) -> str | None:
-        """What to tell of reasoning that none of the texts shows."""
+        """Return a note if the rendered texts leave out reasoning."""
         shown = {int(match[2]) for text in rendered for match in SENTINEL.finditer(text)}
         lost = [i for i, value in enumerate(self.values) if value.what == "the reasoning" and i not in shown]
         return "the template leaves out the reasoning of an assistant turn" if lost else None
 
     def _hide(self, text: str, owner: str, what: str) -> str:
-        """White space at both ends stays, so that a template that trims its contents trims these."""
+        """Hide a text but keep white space at both ends, so that templates that trim still trim it."""
         core = text.strip()
         if not core:
             return text
@@ -120,7 +120,7 @@ class Placeholders:
         return f'{text[:start]}{_OPEN}"{len(self.values) - 1}{_CLOSE}{text[start + len(core) :]}'
 
     def data_of(self, slot: Placeholder) -> tuple[str, str]:
-        """(text as it is rendered, whose it is: "data" or "assistant")."""
+        """Return (the text as rendered, its owner: "data" or "assistant")."""
         value = self.values[slot.number]
         text = value.text
         for _ in range(slot.escapes):
@@ -129,7 +129,7 @@ class Placeholders:
 
 
 def cut_at_sentinels(rendered: str) -> Iterator[str | Placeholder]:
-    """Rendered text in parts: the template's text, and the places of data."""
+    """Split rendered text into the template's text and placeholders."""
     position = 0
     for match in SENTINEL.finditer(rendered):
         if match.start() > position:
@@ -142,19 +142,19 @@ def cut_at_sentinels(rendered: str) -> Iterator[str | Placeholder]:
 
 
 def end_of_content(rendered: str, content: str) -> int | None:
-    """Return where a message's content ends in what was rendered; None if it is not in there."""
+    """Return where a message's content ends in the rendered text; None if it is not there."""
     found = list(SENTINEL.finditer(content))
-    if not found:  # it is nothing but marks that a template looks for
+    if not found:  # only markers that the template looks for
         core = content.strip()
         place = rendered.rfind(core) if core else -1
         return None if place < 0 else place + len(core)
     ends = [match.end() for match in SENTINEL.finditer(rendered) if match[2] == found[-1][2]]
     if not ends:
         return None
-    after = content[found[-1].end() :]  # white space, unless the template has trimmed it, or marks
+    after = content[found[-1].end() :]  # white space, unless the template trimmed it, or markers
     return ends[-1] + (len(after) if rendered.startswith(after, ends[-1]) else 0)
 
 
 def alternatives(texts: Any) -> re.Pattern[str]:
-    """Matches any of the texts, the longest first; with no texts, nothing."""
+    """Return a pattern that matches any of the texts, the longest first. Without texts, it matches nothing."""
     return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")

@@ -1,4 +1,4 @@
-"""The rows of one file: csv, tsv, json, jsonl, parquet."""
+"""Read the rows of one file: csv, tsv, json, jsonl or parquet."""
 
 import csv
 import json
@@ -40,12 +40,14 @@ from handspun.errors import DataError
 
 
 class LostNulls(dict[str, Any]):
-    """An object that nulls were left out of."""
+    """An object from which nulls were removed."""
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a nested value without its null entries. Arrow gives every object all keys that any object has, so a
-    key that was not there and a null look the same. Objects that lost any are LostNulls."""
+    """Return a nested value without its null entries. Objects that lost any are LostNulls.
+
+    Arrow gives every object all keys that any object has, so a missing key and a null look the same.
+    """
     if isinstance(value, dict):
         return _object({key: without_nulls(item) for key, item in value.items() if item is not None}, of=value)
     if isinstance(value, list):
@@ -54,23 +56,23 @@ def without_nulls(value: Any) -> Any:
 
 
 def has_lost_nulls(value: Any) -> bool:
-    """Return whether nulls were left out anywhere in a value."""
+    """Return whether nulls were removed anywhere in a value."""
     if isinstance(value, dict):
         return isinstance(value, LostNulls) or any(map(has_lost_nulls, value.values()))
     return isinstance(value, list) and any(map(has_lost_nulls, value))
 
 
 def cell_reader(of: Any) -> Callable[[Any], Any]:
-    """Return what makes the cells of an Arrow type what they were before they were put into it.
+    """Return a function that turns the cells of an Arrow type back into the original values.
 
-    Nulls are left out, but for those inside of Arrow's JSON type, which were in the data: `datasets` writes it
-    where objects have no common struct, and its texts are parsed here.
+    It removes nulls, except inside Arrow's JSON type, where they were in the data. `datasets` writes that type for
+    objects without a common struct, and its texts are parsed here.
     """
     return _reader(of) or without_nulls
 
 
 def _reader(of: Any) -> Callable[[Any], Any] | None:
-    """None for a type that has no JSON in it."""
+    """Return a reader, or None for a type without JSON in it."""
     from pyarrow import types
 
     if getattr(of, "extension_name", None) == "arrow.json":
@@ -94,14 +96,14 @@ def _object(kept: dict[str, Any], *, of: dict[str, Any]) -> dict[str, Any]:
 
 _ROWS_AT_ONCE = 1024
 _BYTES_OF_A_CELL = 100
-"""Of a Python object, at least, whatever few bytes of a file it comes from."""
+"""Lower bound on the memory of a Python object, however few bytes it takes in a file."""
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """The table's rows. Nulls inside of nested values are left out, see `cell_reader`.
+    """Return the table's rows. Nulls inside nested values are removed; see `cell_reader`.
 
-    A file of kilobytes can hold a billion rows, or a long text a million times: what they take in memory is
-    counted as they are unpacked. Raises DataError.
+    A file of a few kilobytes can contain a billion rows, or a million copies of a long text. So memory is counted
+    while rows are unpacked. Raises DataError.
     """
     import pyarrow
     import pyarrow.parquet
@@ -118,38 +120,38 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
                 unpacked += batch.nbytes + batch.num_rows * batch.num_columns * _BYTES_OF_A_CELL
                 if most is not None and unpacked > most:
                     raise DataError(
-                        f"its {parquet.metadata.num_rows} rows unpack to more than the {most / 1e9:.0f} GB of "
-                        "memory that are here. Split it, or take a part of it.",
+                        f"its {parquet.metadata.num_rows} rows unpack to more than this machine's "
+                        f"{most / 1e9:.0f} GB of memory. Split it, or use a part of it.",
                         file=file,
                     )
                 rows += _rows(batch, len(rows), file)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
-            f"this is no whole parquet file: {error}. It may be cut short; write or download it again.",
+            f"this is not a complete parquet file: {error}. It may be cut short; write or download it again.",
             file=file,
         ) from error
     return rows
 
 
 def _rows(batch: Any, before: int, file: str) -> list[dict[str, Any]]:
-    """The rows of an Arrow batch, `before` of the file's rows having been read."""
+    """Return the rows of an Arrow batch. before: number of the file's rows before it."""
     names = batch.schema.names
     columns = [_cells(batch.column(i), name, before, file) for i, name in enumerate(names)]
     return [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
 def _cells(column: Any, name: str, before: int, file: str) -> list[Any]:
-    """Raises DataError where Python has no such value: text that is not UTF-8, the year 300000."""
+    """Return a column's cells. Raises DataError for values that Python lacks, such as the year 300000."""
     read = cell_reader(column.type)
     try:
         return [read(cell) for cell in column.to_pylist(maps_as_pydicts="strict")]
-    except Exception:  # whatever Arrow raises for one of its many types
+    except Exception:  # Arrow raises different errors for its many types
         for number, cell in enumerate(column, before + 1):
             try:
                 read(cell.as_py(maps_as_pydicts="strict"))
             except Exception as error:
                 raise DataError(
-                    f"the value cannot be read: {error}. Mend it, or write the file without the column.",
+                    f"the value cannot be read: {error}. Fix it, or write the file without the column.",
                     file=file,
                     row=number,
                     column=printable(name),
@@ -160,13 +162,16 @@ def _cells(column: Any, name: str, before: int, file: str) -> list[Any]:
 def _check_unique(names: list[str], file: str) -> None:
     if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise DataError(f"two columns are named '{printable(twice)}'; each name is expected once.", file=file)
+        raise DataError(
+            f"two columns are named '{printable(twice)}' (expected each name once). Rename or remove one.",
+            file=file,
+        )
 
 
 def read_file(path: Path, notes: list[str] | None = None) -> list[Values]:
-    """The file's rows in order, at least one. Raises DataError, and OSError where the system refuses.
+    """Return the file's rows in order, at least one. Raises DataError, and OSError if the system cannot read it.
 
-    notes: is told of what was skipped, or not read as it stands.
+    notes: filled with what was skipped, or changed when it was read.
     """
     read = _READERS.get(path.suffix.lower())
     if read is None:
@@ -174,11 +179,11 @@ def read_file(path: Path, notes: list[str] | None = None) -> list[Values]:
     notes = [] if notes is None else notes
     rows = with_known_names(read(path, notes), notes)
     if not rows:
-        raise DataError("there are no rows in it; at least one is expected.", file=file_name(path))
+        raise DataError("the file has no rows (expected at least one).", file=file_name(path))
     for number, values in enumerate(rows, 1):
         if exceeds_depth(values):
             raise DataError(
-                f"lists and objects stand in each other more than {MOST_LEVELS} deep. Mend the row or remove it.",
+                f"the value is nested more than {MOST_LEVELS} levels deep. Fix or remove the row.",
                 file=file_name(path),
                 row=number,
             )
@@ -186,7 +191,7 @@ def read_file(path: Path, notes: list[str] | None = None) -> list[Values]:
 
 
 def read_csv(path: Path, notes: list[str], *, separator: str = ",") -> list[Values]:
-    """Rows under a header of column names; lines that hold nothing are skipped. Cells are as in the file."""
+    """Return the rows under a header of column names. Empty lines are skipped, and cells are not changed."""
     file, text = file_name(path), read_text_of_rows(path)
     limit = csv.field_size_limit(min(len(text) + 1, 2**31 - 1))
     try:
@@ -195,7 +200,7 @@ def read_csv(path: Path, notes: list[str], *, separator: str = ",") -> list[Valu
     finally:
         csv.field_size_limit(limit)
     if not records:
-        raise DataError("there is nothing but separators in it; a header and rows are expected.", file=file)
+        raise DataError("the file contains only separators (expected a header and rows).", file=file)
     header, *body = records
     check_separator(header, separator, file)
     for number, record in enumerate(body, 1):
@@ -204,7 +209,7 @@ def read_csv(path: Path, notes: list[str], *, separator: str = ",") -> list[Valu
             and record.cells[1:] == header.cells[1:]
         ):
             raise DataError(
-                "the header stands here again, as where two files were joined. Remove the line.",
+                "the header is repeated here, as if two files were joined. Remove the line.",
                 file=file,
                 line=record.line,
                 row=number,
@@ -220,22 +225,22 @@ def read_csv(path: Path, notes: list[str], *, separator: str = ",") -> list[Valu
         rows.append(columns.row(cells))
     if not rows:
         raise DataError(
-            f"it has a header ({join_names(columns.names)}) and no rows; at least one is expected. If that is "
-            "a row, put a line with the column names above it.",
+            f"the file has a header ({join_names(columns.names)}) but no rows (expected at least one). If that "
+            "line is a row, put a line with the column names above it.",
             file=file,
         )
     return rows
 
 
 def read_tsv(path: Path, notes: list[str]) -> list[Values]:
-    """As csv, with tabs between the cells; quotes mean what they mean in csv."""
+    """Return the rows, as for csv but with tabs between cells. Quotes work as in csv."""
     return read_csv(path, notes, separator="\t")
 
 
 def read_json(path: Path, notes: list[str]) -> list[Values]:
-    """A list of objects, or a shape of it that `json_shapes` knows; or one object, which is one row.
+    """Return the rows of a list of objects, of a shape that `json_shapes` knows, or of one object (one row).
 
-    JSON Lines under this suffix are read too. NaN and Infinity are read as numbers, as Python does.
+    JSON Lines with this suffix are read too. NaN and Infinity are read as numbers, as Python does.
     """
     file, text = file_name(path), read_text_of_rows(path)
     value, end = _value_at(text, _SPACE.match(text).end(), file)  # type: ignore[union-attr]
@@ -243,17 +248,17 @@ def read_json(path: Path, notes: list[str]) -> list[Values]:
     if rest == len(text):
         return rows_of(value, file, notes)
     if any(end_of_line in text[end:rest] for end_of_line in "\n\r"):
-        notes.append("an object a line (JSON Lines) under the name .json")
+        notes.append("one object per line (JSON Lines) in a .json file")
     return _json_lines(text, file, notes)
 
 
 def read_jsonl(path: Path, notes: list[str]) -> list[Values]:
-    """An object a line; blank lines are skipped. One JSON list, and objects over several lines, are read too."""
+    """Return one object per line; blank lines are skipped. One JSON list, and multi-line objects, are read too."""
     return _json_lines(read_text_of_rows(path), file_name(path), notes)
 
 
 def _csv_records(text: str, start: int, separator: str, file: str) -> Iterator[Record]:
-    """The records from `start` on, with the lines where they begin; lines with nothing on them are none."""
+    """Yield the records from `start` on, with the lines where they begin. Blank lines are skipped."""
     before = line_and_column(text, start)[0]
     reader = csv.reader(split_lines(text, start), delimiter=separator, strict=True)
     line = before
@@ -267,13 +272,11 @@ def _csv_records(text: str, start: int, separator: str, file: str) -> Iterator[R
             problem = "a quote opens in this record and is not closed before the end of the file. Close it"
         else:
             problem = f"malformed at line {before - 1 + reader.line_num} ({error})"
-        raise DataError(
-            f"{problem}; inside of a quoted cell, a quote is written twice.", file=file, line=line
-        ) from error
+        raise DataError(f"{problem}; inside a quoted cell, write a quote twice.", file=file, line=line) from error
 
 
 def _json_lines(text: str, file: str, notes: list[str]) -> list[Values]:
-    """The rows of JSON Lines; of values over several lines, or several on one, where lines alone are no JSON."""
+    """Return the rows of JSON Lines. If single lines are not JSON, values may span lines or share one."""
     values: list[Any] = []
     lines: list[int] = []
     marks = list[int]()
@@ -287,23 +290,25 @@ def _json_lines(text: str, file: str, notes: list[str]) -> list[Values]:
             values.append(_parse(record.rstrip("\r\n"), file, line))
         except DataError as error:
             values = _values_over_lines(text, file, error, is_first=not values, is_open=_opens(record))
-            notes.append("values that go over several lines, or share one; an object on each line is expected")
+            notes.append("values span several lines, or share one (expected one object per line)")
             return rows_of(values[0], file, notes) if len(values) == 1 else rows_of_list(values, file, notes)
         lines.append(line)
     if marks:
         notes.append(
-            f"byte order marks inside of the file, left out: {len(marks)} (line{'s'[: len(marks) > 1]} "
+            f"byte order marks inside the file, removed: {len(marks)} (line{'s'[: len(marks) > 1]} "
             f"{join_names([str(line) for line in marks], most=12)})"
         )
     if len(values) == 1 and isinstance(values[0], list) and not is_conversation(values[0]):
-        notes.append("one JSON list, not an object a line")
+        notes.append("one JSON list, not one object per line")
         return rows_of(values[0], file, notes)
     return rows_of_list(values, file, notes, lines)
 
 
 def _values_over_lines(text: str, file: str, error: DataError, *, is_first: bool, is_open: bool) -> list[Any]:
-    """All values of the text, wherever its lines end. Where they are no JSON either: `error`, of a single line,
-    unless that line only begins a value."""
+    """Return all values of the text, regardless of line ends.
+
+    If that fails too, raise `error`, the error of a single line, unless that line only begins a value.
+    """
     values, end = [], 0
     try:
         while (start := _SPACE.match(text, end).end()) < len(text):  # type: ignore[union-attr]
@@ -317,12 +322,12 @@ def _values_over_lines(text: str, file: str, error: DataError, *, is_first: bool
 
 
 def _opens(record: str) -> bool:
-    """Whether a line begins a value that goes over many: a list, or an object as it is written indented."""
+    """Return whether a line begins a value that spans many lines: a list, or an indented object."""
     return record.lstrip().startswith("[") or record.strip() == "{"
 
 
 def with_known_names(rows: list[Values], notes: list[str]) -> list[Values]:
-    """The rows, with columns whose names differ from known ones in their case or white space alone under those."""
+    """Return the rows with known column names. Names that differ only in case or white space are renamed."""
     renamed = known_spellings(
         dict.fromkeys(name for names in {tuple(values): None for values in rows} for name in names)
     )
@@ -352,7 +357,7 @@ _SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 
 
 def _parse(text: str, file: str, first_line: int = 1) -> Any:
-    """The one JSON value of a text that begins on `first_line` of the file."""
+    """Return the one JSON value of a text. first_line: the line of the file where the text begins."""
     value, end = _value_at(text, _SPACE.match(text).end(), file, first_line)  # type: ignore[union-attr]
     rest = _SPACE.match(text, end).end()  # type: ignore[union-attr]
     if rest != len(text):
@@ -361,13 +366,12 @@ def _parse(text: str, file: str, first_line: int = 1) -> Any:
 
 
 def _value_at(text: str, start: int, file: str, first_line: int = 1) -> tuple[Any, int]:
-    """The JSON value that begins at a character of the text, and where it ends."""
+    """Return the JSON value that begins at position `start` of the text, and where it ends."""
     try:
         return _DECODER.raw_decode(text, start)
     except _DuplicateKeyError as error:
         raise DataError(
-            f"the key '{printable(error.key)}' stands twice in one object, so one value would be lost. Remove "
-            "one.",
+            f"the key '{printable(error.key)}' is in one object twice, so one value would be lost. Remove one.",
             file=file,
             line=first_line + _line_of_duplicate(text[start:]) + line_and_column(text, start)[0] - 1,
         ) from error
@@ -390,7 +394,7 @@ def _malformed(error: json.JSONDecodeError, file: str, first_line: int) -> DataE
 
 
 def _line_of_duplicate(text: str) -> int:
-    """Line breaks before the first key that its object already has."""
+    """Return the number of line breaks before the first repeated key."""
     objects: list[set[str]] = []
     for match in re.finditer(r'("(?:[^"\\]|\\.)*")(\s*:)?|[{}]', text):
         if match[0] == "{":
@@ -405,7 +409,7 @@ def _line_of_duplicate(text: str) -> int:
     return 0
 
 
-# What to do with files of other kinds, by their suffix.
+# How to convert other kinds of files, by suffix.
 _OTHER_SUFFIXES = {
     ".gz": "it is packed. Unpack it: gunzip -k {name}",
     ".zip": "it is packed. Unpack it: unzip {name}",
@@ -425,16 +429,16 @@ _OTHER_SUFFIXES = {
     ),
     **dict.fromkeys(
         (".pkl", ".pickle", ".pt", ".npy", ".npz"),
-        "it is Python's own, and reading it could run code. Write its rows as JSON Lines where it was made.",
+        "it is a Python format, and reading it could run code. Write its rows as JSON Lines where it was made.",
     ),
     **dict.fromkeys((".db", ".sqlite", ".sqlite3"), "it is a database. Export its table as CSV."),
 }
 
 
 def _about_the_suffix(path: Path) -> str:
-    """What to say of a file that is not read, by its suffix; or by its text, where it is of another one."""
+    """Return the error message for a file that cannot be read, judging by its suffix or its text."""
     suffix, name = path.suffix.lower(), file_name(path)
-    said = f"the suffix {path.suffix or '(none)'} is none of {', '.join(SUFFIXES)}"
+    said = f"the suffix {path.suffix or '(none)'} is not one of {', '.join(SUFFIXES)}"
     if suffix in _OTHER_SUFFIXES:
         return f"{said}: {_OTHER_SUFFIXES[suffix].format(name=name)}"
     text = read_text(path).lstrip()
@@ -445,7 +449,7 @@ def _about_the_suffix(path: Path) -> str:
     for separator, better_suffix in ((",", ".csv"), ("\t", ".tsv"), (";", ".csv"), ("|", ".csv")):
         if fits_a_format(first.strip().replace('"', "").split(separator)):
             return f"{said}; it looks like a table. Rename it to {file_name(path.with_suffix(better_suffix))}."
-    return f"{said}, so how to read it is unknown. Convert it to one of these, or rename it if it already is one."
+    return f"{said}, so the format is unknown. Convert it to one of these, or rename it if it already is one."
 
 
 _READERS: dict[str, Callable[[Path, list[str]], list[Values]]] = {

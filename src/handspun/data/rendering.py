@@ -1,7 +1,10 @@
-"""A chat template rendered by transformers, in its sandbox, with a limit on the length of what it writes.
+"""Render chat templates with transformers, in its sandbox, and limit the length of the output.
 
-The sandbox keeps a template from files and from Python's internals. It does not stop loops within loops.
+The sandbox keeps a template from files and from Python's internals. It does not stop nested loops.
 """
+
+# No timer stops a template: a thread that raises an exception in the rendering thread (PyThreadState_SetAsyncExc)
+# leaves a flag set in Python 3.11's evaluation loop. Every later call is slower, and the first traced one hangs.
 
 import json
 import re
@@ -24,7 +27,7 @@ _GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> None:
-    """Give the tokenizer the template that the user chose: the name of one of its own, or a Jinja file.
+    """Set the tokenizer's template to the user's choice: the name of one of its own, or a Jinja file.
 
     Raises ConfigError.
     """
@@ -37,29 +40,31 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> N
         return
     path = Path(choice).expanduser()
     if not path.is_file():
-        names = f"one of {', '.join(named)} (this tokenizer's)" if named else "this tokenizer has none"
+        names = f"this tokenizer has {', '.join(named)}" if named else "this tokenizer has none"
         raise ConfigError(
-            f"--chat-template {choice}: there is no such template and no such file. Expected the name of a "
-            f"template ({names}), or a file such as chat_template.jinja."
+            f"--chat-template {choice}: no template and no file has this name. Expected the name of a template "
+            f"({names}), or a file such as chat_template.jinja."
         )
     try:
         source = path.read_bytes()[: _MAX_TEMPLATE_BYTES + 1].decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat-template {choice} cannot be read: {error}. Expected Jinja in UTF-8.") from error
     if len(source) > _MAX_TEMPLATE_BYTES or not source.strip():
-        raise ConfigError(f"--chat-template {choice} is no template: expected Jinja text of 1 to 1,000,000 bytes.")
+        raise ConfigError(
+            f"--chat-template {choice} is not a template (expected Jinja text of 1 to 1,000,000 bytes)."
+        )
     tokenizer.chat_template = source
 
 
 def check_template_args(source: str | dict[str, str], args: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a variable that the template does not read: it would do nothing, in silence."""
+    """Raise ConfigError for a variable that the template does not read, because it would have no effect."""
     sources = list(source.values()) if isinstance(source, dict) else [source]
     read = set[str]().union(*(variables_of(one) for one in sources))
     if unread := [name for name in args if name not in read]:
         known = ", ".join(sorted(read - _ALWAYS_GIVEN)) or "none"
         raise ConfigError(
             f"{option_name('template_args')} {', '.join(unread)}: the chat template reads no such variable, so it "
-            f"would do nothing. Leave it out, or give one that the template reads ({known})."
+            f"would have no effect. Remove it, or use one that the template reads ({known})."
         )
 
 
@@ -79,17 +84,17 @@ _ALWAYS_GIVEN = {
 
 
 def variables_of(source: str) -> set[str]:
-    """Return the names that a template reads from outside; all of its names if it is not Jinja."""
+    """Return the names of the variables that a template reads; all names in it if it is not valid Jinja."""
     text = _GENERATION_TAG.sub("", source)
     try:
         parsed = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
-    except (JinjaError, RecursionError):  # rendering will say so
+    except (JinjaError, RecursionError):  # rendering raises the proper error
         return set(re.findall(r"[A-Za-z_]\w*", text))
     return meta.find_undeclared_variables(parsed)
 
 
 def with_defaults(source: str | dict[str, str], args: Mapping[str, Any]) -> str | dict[str, str]:
-    """Return the template with the values as its defaults: it then renders like this in every program."""
+    """Return the template with the values as its defaults, so that it renders the same in every program."""
     if not args:
         return source
     if isinstance(source, dict):
@@ -98,12 +103,12 @@ def with_defaults(source: str | dict[str, str], args: Mapping[str, Any]) -> str 
         f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
         for name, value in args.items()
     )
-    # Templates are rendered with trim_blocks, which takes the line break after the last block: this one.
+    # Templates are rendered with trim_blocks, which removes the line break after a block: this one.
     return source if source.startswith(f"{head}\n") else f"{head}\n{source}"
 
 
 def _literal(value: Any) -> str:
-    """Return the value as Jinja writes it. JSON's null is its only word that Jinja does not know."""
+    """Return the value as a Jinja literal. Of JSON's words, Jinja lacks only null."""
     if value is None:
         return "none"
     if isinstance(value, dict):
@@ -114,11 +119,11 @@ def _literal(value: Any) -> str:
 
 
 MAX_CHARACTERS = 5_000_000
-"""Of one rendering, besides what the data holds: its texts are hidden, so that a few thousand are usual."""
+"""Limit per rendering, in addition to the data's size. The data is hidden, so a few thousand are typical."""
 
 
 class EndlessTemplateError(TemplateError):
-    """A template that writes without end. It would do the same for the next row."""
+    """A template that writes too much. It would do the same for every row, so the run ends."""
 
 
 def render(
@@ -129,9 +134,16 @@ def render(
     generation_prompt: bool = False,
     variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return what the tokenizer's template makes of the conversation; variables: further ones that it may read.
+    """Return the conversation as rendered by the tokenizer's template.
 
-    Raises TemplateError if it refuses or fails, or writes more than `MAX_CHARACTERS`.
+    Raises TemplateError if the template rejects it or fails, or writes more than `MAX_CHARACTERS`.
+
+    Args:
+        tokenizer: whose template is rendered.
+        messages: the conversation.
+        tools: tools as JSON schemas.
+        generation_prompt: whether to add the generation prompt.
+        variables: more variables that the template may read.
     """
     try:
         text = tokenizer.apply_chat_template(
@@ -141,14 +153,14 @@ def render(
             tokenize=False,
             **(variables or {}),
         )
-    except Exception as error:  # a template can raise whatever Python can
+    except Exception as error:  # a template can raise anything
         roles = " ".join(message["role"] for message in messages[:20]) or "no messages"
         reason = str(error) or type(error).__name__
-        raise TemplateError(f"the chat template refuses this conversation ({roles}): {reason}") from error
+        raise TemplateError(f"the chat template rejects this conversation ({roles}): {reason}") from error
     assert isinstance(text, str)
     if len(text) > MAX_CHARACTERS and len(text) > MAX_CHARACTERS + 10 * len(str((messages, tools))):
         raise EndlessTemplateError(
-            f"the chat template writes {len(text):,} characters around one conversation (at most "
-            f"{MAX_CHARACTERS:,} are expected). Use another."
+            f"the chat template writes {len(text):,} characters around one conversation (expected at most "
+            f"{MAX_CHARACTERS:,}). Use another template."
         )
     return text

@@ -1,4 +1,4 @@
-"""A file, a folder, or a hub data set as rows."""
+"""Read the rows of a file, a folder, or a hub data set."""
 
 import difflib
 import errno
@@ -20,39 +20,39 @@ from handspun.errors import DataError
 
 
 class DroppedRow(Exception):  # noqa: N818
-    """A row that teaches nothing, or not what it seems to; str() is the reason, short and for people."""
+    """A row that cannot be trained on, or that is misleading. str() is a short, readable reason."""
 
 
 def stay_offline_if_unreachable(
     name: str, notice: Callable[[str], None], *, repo_type: Literal["model", "dataset"] = "model"
 ) -> None:
-    """Ask the hub for a file of the repository. If nothing answers, only the hub's cache is used from here on.
+    """Ask the hub for a file of the repository. If nothing answers, use only the hub's cache from then on.
 
-    That is the library's own switch (HF_HUB_OFFLINE), for the whole process. What is not in the cache is then an
-    error at once.
+    This sets the library's own switch (HF_HUB_OFFLINE) for the whole process. Anything that is not in the cache is
+    then an error at once.
     """
     if constants.HF_HUB_OFFLINE:
         return
     try:
         url = hf_hub_url(name, "README.md", repo_type=repo_type)
         get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except HfHubHTTPError as error:  # an answer: no such file, no access; of a proxy, that there is no way
+    except HfHubHTTPError as error:  # an answer (no such file, no access), or a proxy that cannot reach the hub
         if error.response.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
             return
         reason = f"status {error.response.status_code}"
-    except Exception as error:  # httpx's many kinds, and what proxies and certificates bring about
+    except Exception as error:  # httpx's many kinds, and the errors of proxies and certificates
         reason = str(error) or type(error).__name__
     else:
         return
     constants.HF_HUB_OFFLINE = True
-    notice(f"the hub does not answer ({reason}): only what is in its cache can be used")
+    notice(f"the hub does not answer ({reason}): using only its cache")
 
 
 FileNotes = dict[str, list[str]]
-"""File or folder -> what was skipped in it, or not read as it stands."""
+"""File or folder -> what was skipped in it, or changed when it was read."""
 
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[^:/]+)(?=:))?(:(?P<split>[^:/]+))?")
-# What `datasets` writes beside the data.
+# Files that `datasets` writes next to the data.
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SPLIT = re.compile(r"(train|test|valid|validation|val|dev|eval)(?![a-z])")
 
@@ -72,25 +72,26 @@ class Row:
 
 
 def check_data_exists(*sources: str | None) -> None:
-    """Raises DataError, as `read_rows` would, for a file or folder that is not there: before a model is
-    fetched for it. The hub is not asked."""
+    """Raise DataError for a missing file or folder, as `read_rows` would, before a model is downloaded.
+
+    This does not ask the hub.
+    """
     for source in sources:
         try:
             if source is not None:
                 _path_or_hub(source)
-        except OSError:  # read_rows says it
+        except OSError:  # read_rows raises the proper error
             return
 
 
 def read_rows(source: str, notes: FileNotes | None = None) -> list[Row]:
-    """All rows of a file, of a folder's files, or of a hub dataset; at least one.
+    """Return all rows of a file, of the files in a folder, or of a hub dataset; at least one.
 
-    A folder means the csv, tsv, json, jsonl, ndjson and parquet files directly in it, by name; if there are
-    none, those in its folder `train`, or else `data`. Hidden files and `datasets`' own notes are no data.
-    A hub dataset is `org/name`, `org/name:split` or `org/name:config:split`; the split is train if not given.
-    Of a folder, links are followed that stay in it (or in the hub's cache that it is of).
-    `notes` is told, under the name of each file, of what was skipped or not read as it stands.
-    Raises DataError.
+    A folder means the csv, tsv, json, jsonl, ndjson and parquet files directly in it, sorted by name. If there are
+    none, it means the files in its folder `train`, or else `data`. Hidden files and `datasets`' own metadata are
+    ignored. In a folder, only links that stay inside it are followed (or inside the hub's cache that it belongs
+    to). A hub dataset is `org/name`, `org/name:split` or `org/name:config:split`; the default split is train.
+    `notes` is filled, per file, with what was skipped or changed when it was read. Raises DataError.
     """
     notes = {} if notes is None else notes
     try:
@@ -101,21 +102,22 @@ def read_rows(source: str, notes: FileNotes | None = None) -> list[Row]:
         return [row for file in files for row in _file_rows(file, notes)]
     except OSError as error:
         raise DataError(
-            f"the system refuses to read it ({error.strerror or error}). Check its permissions and the disk.",
+            f"the system cannot read it ({error.strerror or error}). Check its permissions and the disk.",
             file=printable(str(error.filename or source), most=4096),
         ) from error
     except MemoryError as error:
         raise DataError(
-            "there is not enough memory to read it: its rows are held at once. Split it, or take a part of it.",
+            "there is not enough memory to read it, because all rows are loaded at once. Split it, or use a part "
+            "of it.",
             file=printable(source, most=4096),
         ) from error
 
 
 def _path_or_hub(source: str) -> Path | re.Match[str]:
-    """The file or folder that is there, or the parts of a hub dataset's name."""
+    """Return the existing file or folder, or the parts of a hub dataset's name."""
     if not source.strip() or "\0" in source:
         raise DataError(f"{source!r} names no data. Expected a file, a folder, or a hub dataset (org/name).")
-    path = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
+    path = Path(os.path.expanduser(source))  # Path.expanduser raises for an unknown user
     if path.exists():
         return path
     hub = _HUB_ID.fullmatch(source)
@@ -131,7 +133,7 @@ def _file_rows(path: Path, notes: FileNotes) -> list[Row]:
             "expected a regular file, found a device, a pipe or a socket. Save the data to a file first.",
             file=file,
         )
-    if not status.st_size:  # a file in /proc too, where reading may wait for ever
+    if not status.st_size:  # includes files in /proc, where reading may block forever
         raise DataError("the file is empty; at least one row is expected.", file=file)
     noted: list[str] = []
     rows = [Row(file, number, values) for number, values in enumerate(read_file(path, noted), 1)]
@@ -153,7 +155,7 @@ def _folder_files(folder: Path, notes: FileNotes) -> list[Path]:
     found = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
     raise DataError(
         f"expected files ending in {', '.join(SUFFIXES)} in this folder, found "
-        f"{join_names(found) if found else 'nothing'}. Name the folder that holds the data, or a file.",
+        f"{join_names(found) if found else 'nothing'}. Name the folder that contains the data, or a file.",
         file=file_name(folder),
     )
 
@@ -170,28 +172,29 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _check_splits(files: list[Path], folder: Path) -> None:
-    """Raises DataError if rows for testing lie beside rows for training: both would be trained on."""
+    """Raise DataError if a folder contains both training and test files: both would be trained on."""
     splits = {file.name: match[1] for file in files if (match := _SPLIT.match(file.name.lower()))}
     held_out = [name for name, split in splits.items() if split != "train"]
     if held_out and "train" in splits.values():
         raise DataError(
-            f"this folder holds rows to train on and others to test on ({join_names(held_out)}), and all would be "
-            "read. Name one file, or move the test files to a folder of their own.",
+            f"this folder contains both training files and test files ({join_names(held_out)}), and all of them "
+            "would be trained on. Name one file, or move the test files to another folder.",
             file=file_name(folder),
         )
 
 
 def _check_links(files: list[Path], folder: Path) -> None:
-    """Raises DataError for a link that leaves the folder: a folder from anywhere must not name files of this
-    machine. The hub's cache is such links, from `snapshots` to its `blobs`."""
+    """Raise DataError for a link that leaves the folder."""
+    # A downloaded folder must not name files of this machine.
     root = folder.resolve()
+    # The hub's cache consists of links from `snapshots` to its `blobs`.
     blobs = [place.with_name("blobs") for place in root.parents if place.name == "snapshots"]
     for file in files:
-        target = Path(os.path.realpath(file))  # of a loop too
+        target = Path(os.path.realpath(file))  # works for a loop too
         if not any(target.is_relative_to(place) for place in (root, *blobs)):
             raise DataError(
-                f"it is a link to {file_name(target)}, which is not in this folder. If its rows are meant, name "
-                "that file, or copy it here.",
+                f"it is a link to {file_name(target)}, which is not in this folder. To use its rows, name that "
+                "file, or copy it here.",
                 file=file_name(file),
             )
 
@@ -224,7 +227,7 @@ def _is_loop(link: Path) -> bool:
 
 
 def _hub_rows(source: str, hub: re.Match[str], notes: FileNotes) -> list[Row]:
-    """Rows of a hub dataset as `datasets` reads them (which takes csv cells for numbers where it can)."""
+    """Return the rows of a hub dataset as `datasets` reads them. It turns csv cells into numbers if it can."""
     import datasets
 
     name, config, split = hub["name"], hub["config"], hub["split"] or "train"
@@ -232,11 +235,11 @@ def _hub_rows(source: str, hub: re.Match[str], notes: FileNotes) -> list[Row]:
     try:
         dataset = datasets.load_dataset(name, config, split=split)
         found = [_values(values) for values in dataset]
-    except Exception as error:  # whatever the network, the hub or the dataset's files bring about
+    except Exception as error:  # anything that the network, the hub or the dataset's files can raise
         raise DataError(
             f"there is no such file or folder here, and the hub dataset {name!r} (split {split!r}) cannot be "
-            f"loaded: {_first_line(error)} Check the spelling and the network. A split is named as "
-            "org/name:split, a configuration as org/name:config:split. Or download the files and name them.",
+            f"loaded: {_first_line(error)} Check the spelling and the network. Write a split as org/name:split, "
+            "and a configuration as org/name:config:split. Or download the files and name them.",
             file=source,
         ) from error
     if not found:

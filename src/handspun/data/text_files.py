@@ -1,4 +1,4 @@
-"""Text files as people have them: encodings, byte order marks, and a limit on their size."""
+"""Read text files: encodings, byte order marks, line ends, and a limit on their size."""
 
 import codecs
 import os
@@ -14,7 +14,7 @@ _CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 
 def memory_limit() -> int | None:
-    """Bytes: the machine's memory, or what a container grants where that is less; None where nobody says."""
+    """Return the machine's memory in bytes, or the container's limit if lower; None if unknown."""
     limits = [int(text) for file in _CGROUP if (text := _text(file)).isdigit()]
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -53,12 +53,12 @@ _OTHER_KINDS = {
 _WEB_PAGE = re.compile(rb"\s*<(?:!doctype html|html)\b", re.IGNORECASE)
 _LINE_END = re.compile(r"\r\n?|\n")
 _LINE = re.compile(r"[^\r\n]*+(?:\r\n?|\n)|[^\r\n]++")
-# Those that decode anything go last. Where none does, the first is named.
+# Encodings that can decode anything come last. If none can, the first one is named.
 _GUESSED_ENCODINGS = ("windows-1252", "gb18030", "shift_jis", "windows-1251")
 
 
 def read_text(path: Path) -> str:
-    """Return the file's text, its line ends as they stand. Raise DataError; OSError where the system refuses."""
+    """Return the file's text with its line ends unchanged. Raises DataError, or OSError if it cannot be read."""
     file = file_name(path)
     _check_fits_in_memory(path, file)
     data = path.read_bytes()
@@ -68,7 +68,7 @@ def read_text(path: Path) -> str:
 
 
 def read_text_of_rows(path: Path) -> str:
-    """Return the text of a file that is expected to hold rows. Raise DataError if there is nothing in it."""
+    """Return the text of a file of rows. Raises DataError if the file is blank."""
     text = read_text(path)
     if not text.strip():
         raise DataError("the file is empty; at least one row is expected.", file=file_name(path))
@@ -78,12 +78,12 @@ def read_text_of_rows(path: Path) -> str:
 def decode_text(data: bytes, name: str, path: Path | None = None) -> str:
     """Return the bytes as text.
 
-    Raise DataError that names the first byte that is none, and how to convert the file.
+    Raises DataError, which names the first invalid byte and how to convert the file.
 
     Args:
         data: all bytes of the file.
-        name: what messages call it.
-        path: where it is, for a command that converts it.
+        name: the file's name in messages.
+        path: the file's path, for a command that converts it.
     """
     mark = next((mark for mark in _BYTE_ORDER_MARKS if data.startswith(mark)), b"")
     encoding = _BYTE_ORDER_MARKS.get(mark, "utf-8")
@@ -110,15 +110,13 @@ def decode_text(data: bytes, name: str, path: Path | None = None) -> str:
 
 
 def split_lines(text: str, start: int = 0) -> Iterator[str]:
-    r"""Yield the lines from `start` on, each with its end (`\n`, `\r\n` or `\r`).
-
-    io.StringIO would hold the text a second time, at four bytes a character.
-    """
+    r"""Yield the lines from `start` on, each with its end (`\n`, `\r\n` or `\r`)."""
+    # io.StringIO would store the text again, at four bytes per character.
     return (match[0] for match in _LINE.finditer(text, start))
 
 
 def line_and_column(text: str, position: int | None = None) -> tuple[int, int]:
-    """Return line and character of a position (default: the end of the text), both counted from 1."""
+    """Return the line and column of a position (default: the end of the text), both counted from 1."""
     position = len(text) if position is None else position
     line, start = 1, 0
     for match in _LINE_END.finditer(text, 0, position):
@@ -127,7 +125,7 @@ def line_and_column(text: str, position: int | None = None) -> tuple[int, int]:
 
 
 def check_kind(head: bytes, file: str, *, but: bytes = b"") -> None:
-    """Raises DataError if a file begins like one of another kind than its suffix says."""
+    """Raise DataError if a file begins like another kind of file than its suffix says."""
     if not head:
         raise DataError("the file is empty; at least one row is expected.", file=file)
     for start, message in _OTHER_KINDS.items():
@@ -135,19 +133,19 @@ def check_kind(head: bytes, file: str, *, but: bytes = b"") -> None:
             raise DataError(message, file=file)
     if _WEB_PAGE.match(head):
         raise DataError(
-            "this is a web page, not the data: what a browser shows was saved. Download the file itself (on the "
-            "hub: `download`, or the address with /resolve/ in place of /blob/).",
+            "this is a web page, not the data. Download the file itself (on the hub: `download`, or the address "
+            "with /resolve/ instead of /blob/).",
             file=file,
         )
 
 
 def _check_fits_in_memory(path: Path, file: str) -> None:
-    """A file with holes in it has any size that it likes."""
+    """Raise DataError if the file is larger than memory, as a sparse file may be."""
     size, most = path.stat().st_size, memory_limit()
     if most is not None and size > most:
         raise DataError(
-            f"the file has {size / 1e9:.0f} GB, and there are {most / 1e9:.0f} GB of memory here, where its rows "
-            "are held. Split it, or take a part of it.",
+            f"the file has {size / 1e9:.0f} GB, but this machine has {most / 1e9:.0f} GB of memory to load its "
+            "rows. Split it, or use a part of it.",
             file=file,
         )
 
@@ -168,7 +166,8 @@ def _guessed_encoding(data: bytes) -> str:
 
 
 def _utf16_of(data: bytes) -> str:
-    """In UTF-16 the high bytes of ASCII characters are zero: the second of each pair, or the first."""
+    """Return the UTF-16 encoding with the byte order that the data has."""
+    # High bytes of ASCII characters are zero: the second of each pair (LE), or the first (BE).
     return "UTF-16LE" if data[1::2].count(0) >= data[::2].count(0) else "UTF-16BE"
 
 

@@ -1,4 +1,4 @@
-"""Text that is damaged or will be: mojibake in a row, characters that a tokenizer drops or changes."""
+"""Detect damaged text: mojibake in a row, and characters that a tokenizer drops or changes."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 def unencodable_bytes_pattern(backend: Tokenizer) -> re.Pattern[bytes]:
-    """Matches the bytes that a byte-level vocabulary lacks; with none lacking, or another tokenizer, nothing."""
+    """Return a pattern of the bytes that a byte-level vocabulary lacks; for other tokenizers, of nothing."""
     if not isinstance(backend.decoder, decoders.ByteLevel):
         return re.compile(b"(?!)")
     missing = [byte for byte, char in bytes_to_unicode().items() if backend.token_to_id(char) is None]
@@ -17,42 +17,45 @@ def unencodable_bytes_pattern(backend: Tokenizer) -> re.Pattern[bytes]:
 
 
 _EXAMINED = 100_000
-"""Characters of a text, from its beginning."""
+"""Number of characters at the beginning of a text that are checked."""
 
-# Two characters beside each other that single-byte encodings have, as what is not ASCII in UTF-8 gives them. Most
-# texts have none, and are not looked at more closely.
+# Two neighboring characters that non-ASCII UTF-8 turns into when it is read in a single-byte encoding. Most texts
+# have none, and need no closer check.
 _SUSPECT = re.compile("[\x80-\u25ff]{2}")
 
 
-# How Excel writes control characters into its files; a carriage return above all.
+# How Excel writes control characters into its files, mostly carriage returns.
 _EXCEL_ESCAPE = re.compile(r"_x00[01][0-9A-Fa-f]_")
-CARRIAGE_RETURNS = "carriage returns (line ends of Windows or of an old Mac)"
+CARRIAGE_RETURNS = "carriage returns (line ends of Windows or old Macs)"
 EXCEL_ESCAPES = "Excel's escapes (_x000D_)"
 
 
 def detect_mojibake(texts: Iterable[str]) -> list[str]:
-    """What to tell of the texts: mojibake ("cafÃ©", "donâ€™t") by ftfy's heuristics, U+FFFD, line ends of Windows,
-    byte order marks, and Excel's escapes."""
+    """Return notes on damage in the texts.
+
+    Damage is mojibake ("cafÃ©", "donâ€™t") by ftfy's heuristics, U+FFFD, Windows line ends, byte order marks, and
+    Excel's escapes.
+    """
     found: dict[str, None] = {}
     for text in texts:
         start = text[:_EXAMINED]
         if "\ufffd" in start:
-            found["lost characters (U+FFFD), learned as they stand"] = None
+            found["lost characters (U+FFFD), trained on as they are"] = None
         if _is_mojibake(start):
-            found["mojibake (UTF-8 that was read as another encoding), learned as it stands"] = None
+            found["mojibake (UTF-8 that was read as another encoding), trained on as it is"] = None
         if "\r" in text:
-            found[f"{CARRIAGE_RETURNS}, learned as they stand"] = None
+            found[f"{CARRIAGE_RETURNS}, trained on as they are"] = None
         if "\ufeff" in text:
-            found["byte order marks (U+FEFF), learned as they stand"] = None
+            found["byte order marks (U+FEFF), trained on as they are"] = None
         if "_x00" in text and _EXCEL_ESCAPE.search(text):
-            found[f"{EXCEL_ESCAPES}, learned as they stand"] = None
+            found[f"{EXCEL_ESCAPES}, trained on as they are"] = None
     return list(found)
 
 
 def _is_mojibake(text: str) -> bool:
     if text.isascii() or not _SUSPECT.search(text):
         return False
-    from ftfy.badness import is_bad  # a fifth of a second, for texts that need it
+    from ftfy.badness import is_bad  # takes 0.2 s to import, so only for texts that need it
 
     return is_bad(text)
 
@@ -63,10 +66,10 @@ _WHITE_SPACE = re.compile(r"\s{2,}|[^\S ]")
 
 
 class TextLoss:
-    """What becomes of text in a tokenizer, where it does not come back as it was."""
+    """Text that a tokenizer changes or loses, so that decoding does not return it."""
 
     def __init__(self, backend: Tokenizer, unk_token_id: int | None = None) -> None:
-        """unk_token_id: of a tokenizer whose model does not name its unknown token (Unigram)."""
+        """Probe the tokenizer. unk_token_id: used if its model does not name an unknown token (Unigram)."""
         self._missing = unencodable_bytes_pattern(backend)
         self._normalizer, self._names = _changing_part(backend.normalizer)
         self._keeps_white_space = _keeps_white_space(backend)
@@ -76,27 +79,29 @@ class TextLoss:
             self.unknown_id = unk_token_id
 
     def notes(self, texts: Iterable[str]) -> list[str]:
-        """Return what to say of texts before they are tokenized."""
+        """Return notes on texts before they are tokenized."""
         found = dict[str, None]()
         for text in texts:
             if self._missing.search(text.encode()):
-                found["the tokenizer has no tokens for some characters, and leaves them out"] = None
+                found["the tokenizer has no tokens for some characters and drops them"] = None
             if self._normalizer is not None and self._normalizer.normalize_str(text) != text:
-                found[f"the tokenizer changes the text before it reads it ({self._names})"] = None
+                found[f"the tokenizer changes the text before it tokenizes it ({self._names})"] = None
             if not self._keeps_white_space and _WHITE_SPACE.search(text):
                 found["the tokenizer does not keep line breaks, tabs and runs of spaces"] = None
         return list(found)
 
     def notes_on_ids(self, ids: Sequence[int]) -> list[str]:
-        """Return what to say of the ids that were made."""
+        """Return notes on the ids of a tokenized text."""
         if self.unknown_id is not None and self.unknown_id in ids:
-            return ["the tokenizer has no tokens for some characters, and reads them as unknown"]
+            return ["the tokenizer has no tokens for some characters and reads them as unknown"]
         return []
 
 
 def _changing_part(normalizer: normalizers.Normalizer | None) -> tuple[normalizers.Normalizer | None, str]:
-    """Return the steps that change text, and their names; None if all they do is to write spaces as SentencePiece
-    does, which decoding takes back."""
+    """Return the normalizer steps that change text, and their names; (None, "") if there are none.
+
+    Writing spaces as SentencePiece does is no change, because decoding reverses it.
+    """
     if normalizer is None:
         return None, ""
     state = json.loads(normalizer.__getstate__())
