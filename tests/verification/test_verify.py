@@ -182,7 +182,7 @@ def test_beams_with_other_scores_fail(material: Reference, monkeypatch: pytest.M
         ("repetition_penalty", {"repetition_penalty"}),
         ("no_repeat_ngram", {"no_repeat_ngram_size"}),
         ("sequence_bias", {"logit_bias", "sequence_bias", "bad_words"}),
-        ("forbid", {"min_new_tokens", "suppress_tokens", "begin_suppress_tokens"}),
+        ("mask_tokens", {"min_new_tokens", "suppress_tokens", "begin_suppress_tokens"}),
     ],
 )
 def test_a_processor_that_does_nothing_fails(
@@ -210,7 +210,7 @@ def test_draws_of_another_distribution_fail(material: Reference, monkeypatch: py
 def test_draws_that_forget_the_step_fail(material: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     right = sampling.select_tokens
     monkeypatch.setattr(
-        sampling, "choose", lambda logits, draws: right(logits, draws=[(stream, 0) for stream, _ in draws])
+        sampling, "select_tokens", lambda logits, draws: right(logits, draws=[(stream, 0) for stream, _ in draws])
     )
     assert statuses(list(check_draws(material))) == ["pass", "pass", "pass", "fail"]
 
