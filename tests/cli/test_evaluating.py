@@ -37,7 +37,7 @@ def test_eval_shows_a_table_or_json_and_writes_rows(
     assert main([*command, "--per-row", str(per_row)]) == 0
     printed = capsys.readouterr().out
     assert "rows: 3 read, 2 kept, 1 dropped" in printed
-    assert re.search(r"loss +\d\.\d{4} +a learned token's mean, over \d+ in 2 rows", printed)
+    assert re.search(r"loss +\d\.\d{4} +mean over \d+ target tokens in 2 rows", printed)
     records = [json.loads(line) for line in per_row.read_text().splitlines()]
     assert [(record["row"], record["prompt"], record["expected"]) for record in records] == [
         (1, "Say hi.", "Hi."),

@@ -248,7 +248,7 @@ def test_the_command_line_refuses_what_it_would_have_to_round(capsys: pytest.Cap
     printed = fail(capsys, "train", *(word for pair in options.items() for word in pair))
     assert {line.split()[0]: line.split()[2].strip("':") for line in printed} == options
     for command in (["demo", "--num-epochs", "0.5"], ["generate", "Hi", "--batch-size", "1.5"]):
-        assert f"'{command[-1]}' is not what is expected: a whole number" in fail(capsys, *command)[0]
+        assert f"'{command[-1]}' is invalid (expected a whole number" in fail(capsys, *command)[0]
     assert "--batch-size is 0: expected at least 1." in fail(capsys, "generate", "Hi", "--batch-size", "0")[0]
     assert "--threads is 0" in fail(capsys, "generate", "Hi", "--threads", "0")[0]
 
@@ -303,14 +303,14 @@ def test_numbers_and_flags_of_a_config_file(monkeypatch: pytest.MonkeyPatch, tmp
     ("content", "expected"),
     [
         ("num_epochs: 1.5\n", ["--num-epochs is '1.5': expected a whole number."]),
-        ("batch_size: 2\nbatch-size: 3\n", ["lines 1 and 2: --batch-size stands there 2 times"]),
+        ("batch_size: 2\nbatch-size: 3\n", ["lines 1 and 2: --batch-size is given 2 times"]),
         ("sample_prompts: [a, null]\n", ["line 1: --sample-prompts has an item that is null"]),
         ("lora: maybe\nseed: 1:30\n", ["--lora is 'maybe'", "--seed is '1:30'"]),
         ("lr: 3\nepochs: 4\n", ["no option --lr. Here it is --learning-rate", "--num-epochs"]),
         ("num_epochs: {a: 1}\n", ["num-epochs"]),
         ("a: &a [&b [1, 1], *b]\nc: [*a, *a]\nseed: !!python/object:os.system 1\n", []),
-        ("", ["holds nothing"]),
-        ("just text", ["holds a single value"]),
+        ("", ["contains nothing"]),
+        ("just text", ["contains a single value"]),
         ("seed: [1, 2]\n", ["seed"]),
         ("seed: &a [*a]\n", []),
     ],
@@ -402,7 +402,7 @@ def test_all_options_that_there_are_not_are_named_at_once(capsys: pytest.Capture
         "there is no option --packing. --batching packed is the default: rows lie end to end without padding, and "
         "do not see each other.",
         "there is no option --bach-size. Did you mean --batch-size?",
-        "handspun train --help shows what there is.",
+        "See handspun train --help for all options.",
     ]
     assert "prompt itself" in fail(capsys, "generate", "-p", "Hi")[0]
 

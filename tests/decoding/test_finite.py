@@ -39,7 +39,7 @@ def test_a_model_of_nan_is_an_error_in_every_way_of_decoding(mode: dict, in_trai
     model = _broken("model.norm.weight", math.nan, in_training=in_training)
     message = (
         r"tiny: 330 of the model's 330 logits are NaN or infinite, at token 1 of the answer to prompt 1. These "
-        r"weights hold NaN or infinity: model.norm.weight \(1 of 32 values\)"
+        r"weights contain NaN or infinity: model.norm.weight \(1 of 32 values\)"
     )
     with pytest.raises(ModelError, match=message):
         generate(model, ["Hi", "Tell me a joke."], max_new_tokens=4, notice=str, **mode)
@@ -89,7 +89,7 @@ def test_an_overflow_of_finite_weights_is_told_from_them() -> None:
     model = _broken("model.norm.weight", 1.0, dtype=torch.float16)
     with torch.no_grad():
         model.model.lm_head.weight.fill_(6e4)
-    with pytest.raises(ModelError, match="All weights are finite, so a number overflowed"):
+    with pytest.raises(ModelError, match="All weights are finite, so a computation overflowed"):
         generate(model, "Hi", max_new_tokens=4, notice=str)
 
 
@@ -127,7 +127,7 @@ def _returns(value: float, where: slice):
     [
         (math.nan, slice(5, 7), "returned 2 logits that are NaN or infinite"),
         (math.inf, slice(5, 6), "returned 1 logits that are NaN or infinite"),
-        (-math.inf, slice(None), "left no token to go on with"),
+        (-math.inf, slice(None), "excluded every next token"),
     ],
 )
 @pytest.mark.parametrize("mode", [{}, {"do_sample": True}, {"num_beams": 2}], ids=str)

@@ -281,12 +281,12 @@ def test_answers_end_at_the_model_s_context_and_that_is_said():
     )
     lengths = [len(answer.prompt_token_ids) + len(answer.token_ids) for answer in answers]
     assert lengths == [24, 24]
-    assert "max_new_tokens 100 is cut to 4" in notices[-1]
+    assert "max_new_tokens 100 is reduced to 4" in notices[-1]
 
 
 def test_a_prompt_that_fills_the_context_is_refused():
     model = ChatModel(tiny_model("llama", max_position_embeddings=24), tiny_tokenizer(), "short")
-    with pytest.raises(DataError, match="prompt 2 has 24 tokens, and short has a context of 24"):
+    with pytest.raises(DataError, match="prompt 2 has 24 tokens, but short has a context of 24"):
         generate(model, ["a", "b" * 24], chat=False, notice=str)
 
 
@@ -294,7 +294,7 @@ def test_a_model_that_keeps_no_cache_is_refused():
     model = tiny_model("llama")
     model.forward = lambda **given: type(model).forward(model, **{**given, "past_key_values": None})
     model.config.model_type = "forgetful"
-    with pytest.raises(ModelError, match="LlamaForCausalLM does not keep its keys and values"):
+    with pytest.raises(ModelError, match="LlamaForCausalLM does not store its keys and values"):
         generate(ChatModel(model, tiny_tokenizer(), "forgetful"), "Hi", notice=str)
 
 

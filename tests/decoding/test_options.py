@@ -68,8 +68,7 @@ def test_a_setting_of_the_model_that_does_nothing_is_not_worth_a_line():
 def test_a_setting_of_the_model_that_there_is_not_here_is_said():
     _, notices = _resolve(_model(eos_token_id=3, epsilon_cutoff=0.1, top_h=0.5, min_length=0))
     assert notices == [
-        "not taken from the model's generation_config (there is no such option here): epsilon_cutoff 0.1, "
-        "top_h 0.5"
+        "ignored settings of the model's generation_config (not supported here): epsilon_cutoff 0.1, top_h 0.5"
     ]
 
 
@@ -122,7 +121,7 @@ def test_malformed_biases_and_ids_are_errors_that_say_what_was_expected():
 )
 def test_ids_that_the_model_has_no_logits_for_are_errors(name, value):
     """330 rows: 329 is the last id, whether a token has it or not."""
-    with pytest.raises(ConfigError, match="has 330: the model's token ids end at 329"):
+    with pytest.raises(ConfigError, match="has 330, but the model's token ids end at 329"):
         _resolve(_model(), **{name: value})
     with pytest.raises(ConfigError, match="generation_config cannot be used: --suppress-tokens has 10000"):
         _resolve(_model(suppress_tokens=[10_000]))
@@ -145,13 +144,15 @@ def test_bad_words_are_banned_alone_and_behind_a_space():
 
 
 def test_an_exemption_without_a_penalty_is_an_error():
-    with pytest.raises(ConfigError, match="--repetition-penalty-exempt spares tokens of a repetition penalty"):
+    with pytest.raises(
+        ConfigError, match="--repetition-penalty-exempt has no effect without a repetition penalty"
+    ):
         _resolve(_model(), repetition_penalty_exempt="template")
 
 
 def test_a_setting_of_the_model_that_is_out_of_range_is_an_error_with_a_remedy():
     model = _model(eos_token_id=3, do_sample=True, top_p=0.0)
-    with pytest.raises(ConfigError, match=r"generation_config cannot be used: --top-p is 0.*Give another value"):
+    with pytest.raises(ConfigError, match=r"generation_config cannot be used: --top-p is 0.*Give your own value"):
         _resolve(model)
     assert _resolve(model, top_p=0.5)[0].top_p == 0.5
     assert not _resolve(model, do_sample=False)[0].do_sample
@@ -197,7 +198,7 @@ def test_a_model_s_temperature_0_is_greedy_decoding_and_is_said():
 
 
 def test_sampling_settings_without_sampling_are_an_error():
-    with pytest.raises(ConfigError, match=r"--temperature, --top-p only change what is sampled.*Add --do-sample"):
+    with pytest.raises(ConfigError, match=r"--temperature, --top-p only affect sampling.*Add --do-sample"):
         _resolve(_model(), temperature=0.5, top_p=0.9)
     assert _resolve(_model(do_sample=True), temperature=0.5)[0].do_sample
 
@@ -228,7 +229,7 @@ def test_the_tokenizer_s_eos_serves_where_the_model_names_none():
     model.tokenizer.eos_token = None
     options, notices = _resolve(model)
     assert options.eos_token_ids == ()
-    assert "names an end-of-sequence token" in notices[0]
+    assert "has an end-of-sequence token" in notices[0]
 
 
 def test_a_pad_id_of_0_is_not_taken_for_none_and_one_out_of_range_is():

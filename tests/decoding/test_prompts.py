@@ -184,7 +184,7 @@ def rendered_prompts() -> Iterator[Any]:
 def test_a_rendered_prompt_given_as_a_message_is_said(kind: str, rendered: str) -> None:
     model = chat_of(kind)
     _, notices = prompt_of(model, ["Hi", rendered])
-    assert [text for text in notices if "prompt 2: holds" in text and "--no-chat" in text]
+    assert [text for text in notices if "prompt 2: contains" in text and "--no-chat" in text]
     assert prompt_of(model, "Hi")[1] == []
 
 

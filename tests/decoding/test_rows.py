@@ -173,7 +173,7 @@ def test_a_long_prompt_says_every_ten_seconds_where_it_is(mode: str, monkeypatch
     next(times)  # the first piece has taken 4 seconds
     object.__setattr__(job, "on_prompt", on_prompt)
     answer_all(job)
-    assert said == ["read 9 of 13 tokens of a prompt"]
+    assert said == ["prefill: 9 of 13 prompt tokens"]
 
 
 @pytest.mark.parametrize(

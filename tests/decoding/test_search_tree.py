@@ -92,5 +92,5 @@ def test_the_last_node_of_an_answer_is_marked_and_none_of_one_that_was_no_beam(a
 
 
 def test_a_tree_without_beams_is_an_error():
-    with pytest.raises(ConfigError, match="--show-tree shows what a beam search looks at"):
+    with pytest.raises(ConfigError, match="--show-tree needs a beam search"):
         generate(_CHAT, "Hi", show_tree=True, notice=str)

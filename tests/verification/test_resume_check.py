@@ -54,5 +54,5 @@ def test_a_difference_is_exit_code_1(
         with pytest.raises(SystemExit, match="1"):
             main(["verify-resume", "--model", "M", "--data", "D"])
     said = capsys.readouterr().out
-    assert ("After 2 kills the weights are those" in said) == same
+    assert ("After 2 kills, the weights are bit-identical" in said) == same
     assert ("DIFFERENT" in said) != same

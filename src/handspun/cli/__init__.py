@@ -1,6 +1,6 @@
-"""The command line: the options of `config/`, with hyphens.
+"""The command line. Options are the fields of the dataclasses in `config/`, with hyphens.
 
-Heavy modules are imported by the commands that need them, so that `--help` answers at once.
+Heavy modules are imported inside the commands that need them, so that `--help` is fast.
 """
 
 from handspun.cli import answering, evaluating, exporting, reporting, resuming, training, verifying

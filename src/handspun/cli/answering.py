@@ -1,4 +1,4 @@
-"""Commands that decode: generate, chat."""
+"""The commands generate and chat."""
 
 from pathlib import Path
 from typing import Annotated
@@ -29,26 +29,27 @@ def generate(
     Parameters
     ----------
     prompts
-        What to ask; with none, and no --prompts-file, one prompt is read from standard input.
+        Prompts to answer. Without any and without --prompts-file, one prompt is read from standard input.
     prompts_file
-        A text file with one prompt a line.
+        A text file with one prompt per line.
     system_prompt
-        System message; if not given, the template's own default holds.
+        System message. If not given, the chat template's default applies.
     prefill
-        How every answer begins; the model goes on from there, and what is shown comes after it.
+        Beginning of every answer. The model continues it, and only the continuation is shown.
     chat
-        Put prompts into the model's chat template; --no-chat takes them as they are.
+        Put prompts into the model's chat template; --no-chat passes them as plain text.
     batch_size
-        Rows decoded together.
+        Number of answers decoded together.
     json
-        One JSON object a line: text, token ids, finish reason.
+        Print one JSON object per line: text, token ids, finish reason.
     logprobs
-        Log-probability of each token, in the model's own distribution (with --json).
+        Add each token's log-probability in the model's own distribution (with --json).
     explain
-        How each token came to be: its rank and probability, what every processor did, what was left, the draw, the
-        runner-up; a table, or part of the --json. Not with beams.
+        Show how each token was chosen: its rank and probability, each processor's effect, the tokens left, the
+        draw and the runner-up. Prints a table, or adds it to --json. Not available with beams.
     show_tree
-        What a beam search looked at: all its beams, with their scores; a tree, or part of the --json.
+        Show the tree that a beam search explored: all its beams with their scores. Prints a tree, or adds it to
+        --json.
     """
     from handspun.cli.views.answers import show_answers
 
@@ -76,12 +77,12 @@ def chat(
     template: Annotated[TemplateOptions, FLAT] = TemplateOptions(),  # noqa: B008
     system_prompt: str | None = None,
 ) -> None:
-    """Talk to a model. Ctrl-C stops an answer, /reset begins anew, /quit (or Ctrl-D) leaves.
+    """Talk to a model. Ctrl-C stops an answer, /reset starts over, /quit (or Ctrl-D) exits.
 
     Parameters
     ----------
     system_prompt
-        System message; if not given, the template's own default holds.
+        System message. If not given, the chat template's default applies.
     """
     from handspun.cli.views.answers import chat_loop
 

@@ -1,4 +1,4 @@
-"""The app that the commands join, and what several of them take."""
+"""The command-line app, and the options that several commands share."""
 
 import sys
 from collections.abc import Sequence
@@ -21,36 +21,37 @@ if TYPE_CHECKING:
 
 app = App(
     name="handspun",
-    help="Fine-tune small chat models and decode from them, with a loop and a decoding written by hand.\n\n"
-    "Every command also takes --config FILE (YAML with the same names; options given beside it win) and "
-    "--traceback (the whole trace of an error).",
+    help="Fine-tune small chat models and generate text with them, using a training loop and decoding "
+    "written by hand.\n\n"
+    "Every command also takes --config FILE (YAML with the same option names; the command line overrides it) and "
+    "--traceback (show the full traceback of an error).",
     version=__version__,
     help_format="plaintext",
     default_parameter=Parameter(negative_iterable=("no-",), converter=convert_or_refuse, json_list=False),
 )
 
 FLAT = Parameter(name="*", converter=convert)
-"""Of a dataclass: its fields are the options, and it checks them itself, all at once."""
+"""For a dataclass parameter: its fields are the options. The dataclass validates them itself, all at once."""
 Count = Annotated[int, Parameter(validator=check_at_least_1)]
-"""A whole number, 1 or more."""
+"""An integer of 1 or more."""
 
 
 @options
 class ModelOptions:
-    """Which model, and how it is held."""
+    """The model, its weights and its device."""
 
     model: str = "Qwen/Qwen2.5-0.5B"
     """Hub id, folder, adapter folder, .gguf file, or "smollm2-135m" (embedded: needs no network)."""
 
     device: str = "auto"
-    """"auto" (cuda where there is one, else cpu), "cpu", "cuda", "cuda:1", "mps"."""
+    """"auto" (cuda if available, else cpu), "cpu", "cuda", "cuda:1", "mps"."""
 
     weights: Weights = "auto"
     """Type of the weights: "auto" (float32 on a CPU, bfloat16 on a GPU), "float32", "bfloat16", "float16", or
-    "int8": a third of float32's weights in memory, and faster, at about 1 % error a layer."""
+    "int8" (a third of float32's memory, and faster, with about 1 % error per layer)."""
 
     threads: int | None = None
-    """CPU threads; if not given, PyTorch's default (one per physical core)."""
+    """CPU threads. If not given, PyTorch's default (one per physical core)."""
 
     def __post_init__(self) -> None:
         if problems := wrong_values(self, {"threads": (1, MOST, True, True)}):
@@ -59,17 +60,17 @@ class ModelOptions:
 
 @options
 class TemplateOptions:
-    """How conversations become text."""
+    """The chat template and its variables."""
 
     chat_template: str | None = None
-    """Name of one of the tokenizer's chat templates, or a Jinja file; if not given, the tokenizer's own."""
+    """Name of one of the tokenizer's chat templates, or a Jinja file. If not given, the tokenizer's default."""
 
     template_args: tuple[str, ...] | dict[str, Any] | None = None
-    """Values for the chat template's variables, as in enable_thinking=false; may be given more than once."""
+    """Values for the chat template's variables, such as enable_thinking=false. May be given more than once."""
 
 
 def load_model(source: ModelOptions, template: TemplateOptions | DataConfig | None = None) -> "ChatModel":
-    """The model on its threads, with the chosen chat template."""
+    """Load the model with the chosen chat template, and set the number of CPU threads."""
     import torch
 
     from handspun.models.load import load
@@ -86,7 +87,10 @@ def load_model(source: ModelOptions, template: TemplateOptions | DataConfig | No
 
 
 def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
-    """Those given, then those of the file, one a line; with neither, standard input. ConfigError without any."""
+    """Return the given prompts, then those of the file (one per line); without either, standard input.
+
+    Raises ConfigError if there is no prompt.
+    """
     found = list(prompts)
     if file is not None:
         lines = (line.rstrip("\r\n").removeprefix(BYTE_ORDER_MARK) for line in split_lines(_text_of_prompts(file)))
@@ -94,7 +98,7 @@ def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
     if not found and sys.stdin is not None and not sys.stdin.isatty():
         found = [_prompt_on_standard_input()]
     if not any(prompt.strip() for prompt in found):
-        raise ConfigError('there is no prompt: give one, as in handspun generate --model M "Tell me a joke."')
+        raise ConfigError('there is no prompt. Give one, as in handspun generate --model M "Tell me a joke."')
     return found
 
 
@@ -103,12 +107,12 @@ def _text_of_prompts(file: Path) -> str:
         return read_text(file)
     except OSError as error:
         raise ConfigError(f"--prompts-file {file} cannot be read: {error}") from error
-    except DataError as error:  # it names the file
+    except DataError as error:  # the message names the file
         raise ConfigError(f"--prompts-file {error}") from error
 
 
 def _prompt_on_standard_input() -> str:
-    """All of it is one prompt, read as a file is, whatever encoding the terminal has."""
+    """Return all of standard input as one prompt, decoded as a file is, whatever the terminal's encoding."""
     try:
         if hasattr(sys.stdin, "buffer"):
             lines = split_lines(decode_text(sys.stdin.buffer.read(), ""))
@@ -121,5 +125,5 @@ def _prompt_on_standard_input() -> str:
 
 
 def is_colorless(console: Console) -> bool:
-    """Whether nothing that is shown can be told by its color."""
+    """Return whether the console shows no colors."""
     return console.no_color or not console.is_terminal

@@ -1,8 +1,8 @@
-"""Files of options for --config: YAML whose plain words are taken as they are typed.
+"""Read option files for --config: YAML whose plain scalars are kept as text.
 
-A value of one option is text, as on the command line, so that `no` in a list of choices is the word, 1e-4 a
-number, and 2026-01-31 no date. Only where an option takes a mapping (a JSON schema, say) are there numbers and
-booleans, by the rules of YAML 1.2: `true` and `false` alone are booleans.
+A value is text, as on the command line. So `no` in a list of choices is a word, 1e-4 a number, and 2026-01-31 not
+a date. Only inside a mapping (a JSON schema, say) are there numbers and booleans, by the rules of YAML 1.2: only
+`true` and `false` are booleans.
 """
 
 import json
@@ -21,7 +21,7 @@ from handspun.errors import ConfigError, DataError
 _NULL = "tag:yaml.org,2002:null"
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "bool", "int", "float", "null", "seq", "map")}
 _MOST_NODES = 100_000
-"""Of a value with aliases written out: a few lines of them can stand for billions."""
+"""Maximum size of a value with its aliases expanded: a few lines of aliases can expand to billions of nodes."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -45,14 +45,16 @@ _Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: float(node.va
 
 
 def read_config_file(file: str) -> dict[str, Any]:
-    """Return the file's options by their names with hyphens: texts, and lists of texts. A null is an option that
-    is not given. Raises ConfigError."""
+    """Return the file's options by their hyphenated names, as texts and lists of texts.
+
+    An option that is null counts as not given. Raises ConfigError.
+    """
     where = f"--config {file}"
     try:
         text = read_text(Path(file))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{where} cannot be read: {error}. Expected a YAML file of options.") from error
-    except DataError as error:  # it names the file
+        raise ConfigError(f"{where} cannot be read: {error}. Give a YAML file of options.") from error
+    except DataError as error:  # the message names the file
         raise ConfigError(f"--config {error}") from error
     try:
         return _options(_Loader(text), where)
@@ -64,13 +66,13 @@ def _options(loader: _Loader, where: str) -> dict[str, Any]:
     node = loader.get_single_node()
     if not isinstance(node, yaml.MappingNode):
         kind = "nothing" if node is None else "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
-        raise ConfigError(f"{where} holds {kind}: expected one option per line, such as `batch_size: 8`.")
+        raise ConfigError(f"{where} contains {kind} (expected one option per line, such as `batch_size: 8`).")
     problems, found, names = [], dict[str, Any](), [_option(key) for key, _ in node.value]
     for name, count in Counter(names).items():
         if count > 1:
             lines = [str(key.start_mark.line + 1) for key, _ in node.value if _option(key) == name]
             problems.append(
-                f"{where}, lines {' and '.join(lines)}: {option_name(name)} stands there {count} times."
+                f"{where}, lines {' and '.join(lines)}: {option_name(name)} is given {count} times. Keep one."
             )
     loader.flatten_mapping(node)
     for key, value in node.value:
@@ -86,33 +88,32 @@ def _options(loader: _Loader, where: str) -> dict[str, Any]:
 
 
 def _option(key: yaml.Node) -> str:
-    """The option that a line of the file names."""
+    """Return the option that a line of the file names."""
     return str(key.value).replace("_", "-")
 
 
 def _as_typed(loader: _Loader, node: yaml.Node) -> Any:
-    """The text of a value as on the command line: a mapping, and a list of lists, as JSON."""
+    """Return a value as it would be typed on the command line; a mapping or a nested list as JSON."""
     items = node.value if isinstance(node, yaml.SequenceNode) else None
     for one in (node, *(items or ())):
         if one.tag not in _TAGS:
-            raise ValueError(f"has the tag {short(one.tag)}, and tags are not read. Leave it out")
+            raise ValueError(f"has the tag {short(one.tag)}, but tags are not supported. Remove it")
     if isinstance(node, yaml.ScalarNode):
         return node.value
     if items is not None and all(isinstance(item, yaml.ScalarNode) for item in items):
         if any(item.tag == _NULL for item in items):
-            raise ValueError("has an item that is null. Put the word into quotes, or leave it out")
+            raise ValueError("has an item that is null. Put the word in quotes, or remove it")
         return [item.value for item in items]
     _check_size(node)
     value = loader.construct_document(node)
     try:
         return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"holds what JSON cannot: {error}") from error
+        raise ValueError(f"contains a value that JSON cannot represent: {error}") from error
 
 
 def _check_size(node: yaml.Node) -> None:
-    """Raises ValueError for a value that is huge with its aliases written out, and for names that an object has
-    twice."""
+    """Raise ValueError for a value that is huge with its aliases expanded, or that repeats a key of an object."""
     left, nodes = [node], 0
     while left:
         one = left.pop()

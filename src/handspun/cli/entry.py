@@ -1,4 +1,4 @@
-"""From arguments to one command, and from its errors to an exit code."""
+"""Run one command from its arguments, and turn its errors into an exit code."""
 
 import os
 import re
@@ -22,8 +22,10 @@ from handspun.errors import HandspunError, StoppedError
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs one command and returns its exit code: 0, 1 for a verification that has failed, 2 for what the user can
-    mend, 128 + signal for a run that was stopped."""
+    """Run one command and return its exit code.
+
+    0 is success, 1 a failed verification, 2 an error that the user can fix, 128 + signal a stopped run.
+    """
     tokens = [argument for argument in arguments if argument != "--traceback"]
     try:
         with protected_streams():
@@ -45,7 +47,7 @@ def _run(tokens: list[str], *, with_traceback: bool) -> int:
         return _say(errors, _refused(error), _help_of(tokens))
     except cyclopts.CycloptsError as error:
         return _say(errors, f"{error}", _help_of(tokens))
-    except StoppedError as stopped:  # the log has said it
+    except StoppedError as stopped:  # already logged
         return stopped.exit_code
     except HandspunError as error:
         if with_traceback:
@@ -60,15 +62,15 @@ def _run(tokens: list[str], *, with_traceback: bool) -> int:
 
 
 def _unprinted(error: UnprintedError) -> int:
-    """A reader that has gone has seen enough; anything else lost what was asked for."""
-    if error.is_unread:
+    """Return the exit code for output that could not be written."""
+    if error.is_unread:  # the reader of a pipe has closed it, as `head` does
         return 0
     say(f"error: {error}")
     return error.exit_code
 
 
 def console_script() -> None:
-    """What `handspun` runs."""
+    """Run the `handspun` console script."""
     open_missing_streams()
     try:
         sys.exit(main(sys.argv[1:]))
@@ -86,7 +88,7 @@ def _say(errors: HarmlessConsole, message: str, hint: str = "") -> int:
 
 
 def _take_config(tokens: list[str]) -> tuple[list[str], tuple[Any, ...]]:
-    """The arguments without `--config FILE`, and that file as defaults for the command's options."""
+    """Return the arguments without `--config FILE`, and the files' options as defaults for the command."""
     rest, files = [], []
     remaining = iter(tokens)
     for token in remaining:
@@ -97,7 +99,7 @@ def _take_config(tokens: list[str]) -> tuple[list[str], tuple[Any, ...]]:
             rest.append(token)
     if not files:
         return rest, ()
-    from handspun.cli.config_file import read_config_file  # it takes yaml, which most commands do without
+    from handspun.cli.config_file import read_config_file  # imports yaml, which most commands do not need
 
     configs = [
         cyclopts.config.Dict(read_config_file(file), use_commands_as_keys=False, source=file) for file in files
@@ -113,11 +115,11 @@ def _refused(error: cyclopts.ValidationError) -> str:
 
 def _help_of(tokens: list[str]) -> str:
     command = f"{tokens[0]} " if tokens and tokens[0] in app else ""
-    return f"handspun {command}--help shows what there is."
+    return f"See handspun {command}--help for all options."
 
 
 def _unknown_options(error: cyclopts.UnknownOptionError, tokens: list[str]) -> list[str]:
-    """What to say of all options that the command does not have, of a config file's or of the command line's."""
+    """Return one message per unknown option, from the config file or the command line."""
     known = {name.lstrip("-").replace("-", "_") for one in error.argument_collection for name in one.names}
     if error.token.source == "cli":
         given, where = [token for token in tokens if token.startswith("-") and token.strip("-")], ""

@@ -1,4 +1,4 @@
-"""Commands that look at what a model does: eval, compare."""
+"""The commands eval and compare."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutData(DataConfig):
-    """The rows that a model is evaluated on."""
+    """Rows to evaluate a model on."""
 
     data: str = "held_out.csv"
     """Held-out rows: a csv, tsv, json, jsonl or parquet file, a folder of them, or a hub dataset id."""
@@ -34,22 +34,22 @@ def evaluate(
     max_new_tokens: Count = 512,
     json: bool = False,
 ) -> None:
-    """Score a model on held-out rows: loss, perplexity; with --generate exact matches.
+    """Score a model on held-out rows: loss, perplexity, and with --generate exact matches.
 
-    The loss is a mean over learned tokens, the same whatever the batch size.
+    The loss is the mean over target tokens (those in the loss mask), whatever the batch size.
 
     Parameters
     ----------
     batch_size
-        Rows computed together; it changes no score.
+        Rows computed together. It does not change the scores.
     per_row
-        A file to write a JSON object a row to: file, row, loss, tokens, the beginnings of prompt and output.
+        File to write one JSON object per row to: file, row, loss, tokens, beginnings of prompt and output.
     generate
-        Also answer every prompt greedily, and compare with the row's output, white space aside.
+        Also answer every prompt greedily, and compare with the row's output, ignoring white space around it.
     max_new_tokens
-        Most tokens of an answer.
+        Maximum number of tokens per answer.
     json
-        One JSON object in place of the table.
+        Print one JSON object instead of the table.
     """
     from handspun.cli.views.scores import row_lines, scores_record, scores_table
     from handspun.data.rows import check_data_exists
@@ -96,30 +96,30 @@ def compare(
     weights: Weights = "auto",
     threads: Count | None = None,
 ) -> None:
-    """Ask two models the same, and show their answers side by side. One is loaded after the other.
+    """Show two models' answers to the same prompts side by side. Only one model is loaded at a time.
 
     Parameters
     ----------
     model_a
         Hub id, folder, adapter folder, .gguf file, or "smollm2-135m".
     model_b
-        The same.
+        The second model, given in the same way.
     prompts_file
-        A text file with one prompt a line; if not given, one prompt is read from standard input.
+        A text file with one prompt per line. If not given, one prompt is read from standard input.
     system_prompt
-        System message; if not given, each template's own default holds.
+        System message. If not given, each chat template's default applies.
     chat
-        Put prompts into each model's chat template; --no-chat takes them as they are.
+        Put prompts into each model's chat template; --no-chat passes them as plain text.
     batch_size
-        Rows decoded together.
+        Number of answers decoded together.
     html
-        A file to write the same to, as one page that needs nothing else.
+        File to write the comparison to, as one self-contained HTML page.
     device
-        "auto" (cuda where there is one, else cpu), "cpu", "cuda", "cuda:1", "mps".
+        "auto" (cuda if available, else cpu), "cpu", "cuda", "cuda:1", "mps".
     weights
         Type of both models' weights, as for generate.
     threads
-        CPU threads; if not given, PyTorch's default (one per physical core).
+        CPU threads. If not given, PyTorch's default (one per physical core).
     """
     from handspun.evaluation.compare import compare as compare_models
     from handspun.files import whole_file

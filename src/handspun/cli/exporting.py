@@ -1,4 +1,4 @@
-"""The command that makes other forms of a checkpoint: export."""
+"""The command export."""
 
 from typing import Annotated
 
@@ -9,7 +9,7 @@ from handspun.display import say
 
 @app.command
 def export(*, config: Annotated[ExportConfig, FLAT]) -> None:
-    """Make other forms of a checkpoint: one merged folder, a GGUF file for llama.cpp, a repository on the hub."""
+    """Export a checkpoint: a merged folder, a GGUF file for llama.cpp, or a repository on the Hugging Face hub."""
     from handspun.export.export import export as run_export
 
     run_export(config, notice=say)

@@ -1,4 +1,4 @@
-"""Commands that tell what came of a run: report."""
+"""The command report."""
 
 from pathlib import Path
 
@@ -8,14 +8,15 @@ from handspun.display import HarmlessConsole, write_text
 
 @app.command
 def report(*runs: Path, output_file: Path | None = None) -> None:
-    """Write a run's report.html again, from what its folder holds; of several runs, one page side by side.
+    """Rebuild a run's report.html from its folder. With several runs, write one page that compares them.
 
     Parameters
     ----------
     runs
-        Folders that `handspun train` wrote (its --output-dir); if none is named, `output`.
+        Output folders of `handspun train` (its --output-dir). If none is given, `output`.
     output_file
-        Where the page goes; if not given, report.html in the run's folder, and comparison.html here for several.
+        File to write. If not given, report.html in the run's folder; for several runs, comparison.html in the
+        current folder.
     """
     from handspun.report.page import comparison_page, report_page, write_page
     from handspun.runs.metrics import REPORT, read_run

@@ -1,4 +1,4 @@
-"""The command that tries resuming on the user's own set-up: verify-resume."""
+"""The command verify-resume."""
 
 import random
 import sys
@@ -16,16 +16,17 @@ def verify_resume(
     steps: Count = 12,
     kills: Count = 3,
 ) -> None:
-    """Kill a short run at random moments, go on with it, and compare its weights with those of an undisturbed one.
+    """Kill a short run at random moments, resume it, and compare its weights with an uninterrupted run's.
 
-    Takes the options of train; --output-dir and --num-epochs are not used. Exit code 1 if a single bit differs.
+    Takes the options of train; --output-dir and --num-epochs are not used. The exit code is 1 if a single bit
+    differs.
 
     Parameters
     ----------
     steps
         Optimizer steps of the run, in two epochs over the first rows.
     kills
-        How often it is killed.
+        Number of times the run is killed.
     """
     from handspun.verification.resume_check import kill_and_compare
 
@@ -40,6 +41,6 @@ def verify_resume(
         same = "same     " if found == expected else "DIFFERENT"
         say(f"{same}  {name}  sha256 {found[:16]}, undisturbed {expected[:16]}")
     if not compared.same:
-        say("The killed run has other weights: it cannot be trusted to resume here.")
+        say("The killed run ended with different weights: resuming is not exact on this machine.")
         sys.exit(1)
-    say(f"After {len(compared.kills)} kills the weights are those of a run that nobody disturbed, bit for bit.")
+    say(f"After {len(compared.kills)} kills, the weights are bit-identical to those of an uninterrupted run.")

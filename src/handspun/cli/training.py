@@ -1,4 +1,4 @@
-"""Commands before and around a run: train, preflight, preview, demo."""
+"""The commands train, preflight, preview and demo."""
 
 from dataclasses import replace
 from typing import Annotated
@@ -10,7 +10,7 @@ from handspun.display import HarmlessConsole
 
 @app.command
 def train(*, config: Annotated[TrainConfig, FLAT] = TrainConfig()) -> None:  # noqa: B008  (frozen)
-    """Fine-tune a model on instruction data: full, or LoRA with --lora.
+    """Fine-tune a model on instruction data: all weights, or LoRA adapters with --lora.
 
     Writes checkpoint-epoch-N/ and checkpoint-best/ (ordinary transformers or peft folders), train.log,
     metrics.jsonl, run.json and report.html.
@@ -22,9 +22,9 @@ def train(*, config: Annotated[TrainConfig, FLAT] = TrainConfig()) -> None:  # n
 
 @app.command
 def preflight(*, config: Annotated[TrainConfig, FLAT] = TrainConfig()) -> None:  # noqa: B008  (frozen)
-    """Show what a run would learn, what is odd in its rows, and what it would cost; nothing is trained or written.
+    """Show what a run would train on, problems in its rows, and its cost. Nothing is trained or written.
 
-    Takes the options of train. With --strict, a warning is an error.
+    Takes the options of train. With --strict, warnings are errors.
     """
     from handspun.runs.train import train as run_training
 
@@ -39,16 +39,16 @@ def preview(
     examples: Count = 3,
     plain: bool = False,
 ) -> None:
-    """Show what would be learned: rendered examples, lengths, and the account of every row.
+    """Show what would be trained on: rendered examples, lengths, and what happens to every row.
 
     Parameters
     ----------
     model
-        Whose tokenizer and chat template are used; its weights are not read.
+        Model whose tokenizer and chat template are used. Its weights are not read.
     examples
-        How many rendered examples to show.
+        Number of rendered examples to show.
     plain
-        Mark learned tokens with brackets instead of color (also without a terminal, or under NO_COLOR).
+        Mark target tokens with brackets instead of color (also without a terminal, or with NO_COLOR).
     """
     from handspun.cli.views.answers import show_preview
 
@@ -64,7 +64,7 @@ def demo(
     threads: Count | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Fine-tune the embedded model on the embedded data, with answers before and after (minutes, no network).
+    """Fine-tune the embedded model on the embedded data, with answers before and after. Takes minutes, no network.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def demo(
     num_epochs
         Passes over the 330 training rows.
     threads
-        CPU threads; if not given, PyTorch's default (one per physical core).
+        CPU threads. If not given, PyTorch's default (one per physical core).
     overwrite
         Replace an earlier run in the output folder.
     """

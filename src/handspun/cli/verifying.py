@@ -1,4 +1,4 @@
-"""The command that compares a model's numbers with the reference's: verify."""
+"""The command verify."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,22 +19,21 @@ def verify(
     max_new_tokens: Count = 16,
     json: bool = False,
 ) -> None:
-    """Compare what Handspun computes with transformers, on a model of your own: logits, tokens, beams, processors,
-    draws, losses and gradients, and answers in other batches.
+    """Compare Handspun's results with those of transformers on your own model.
 
-    transformers computes in float32, and so does what is compared with it; other --weights are shown beside it.
-    The exit code is 1 if a check has failed.
+    It checks logits, tokens, beams, processors, draws, losses, gradients, and answers in different batches. Both
+    sides compute in float32; other --weights are shown for information. The exit code is 1 if a check fails.
 
     Parameters
     ----------
     prompts_file
-        A text file with one prompt a line; if not given, six prompts that come with Handspun.
+        A text file with one prompt per line. If not given, six prompts that come with Handspun.
     chat
-        Put prompts into the model's chat template; --no-chat takes them as they are.
+        Put prompts into the model's chat template; --no-chat passes them as plain text.
     max_new_tokens
-        Tokens of an answer; more take longer, and find more.
+        Tokens per answer. More take longer, but find more differences.
     json
-        One JSON object in place of the table.
+        Print one JSON object instead of the table.
     """
     from handspun.cli.views.verification import failed, findings_json, findings_table, verdict
     from handspun.verification.verify import DEFAULT_PROMPTS
@@ -60,7 +59,7 @@ def verify(
             print(findings_json(findings, source.model))
         else:
             console.print(findings_table(findings))
-    finally:  # also where the table could not be printed
+    finally:  # also if the table could not be printed
         if failed(findings):
             raise VerificationError(verdict(findings))
     if not json:

@@ -1,1 +1,1 @@
-"""Decoding: processors -> choose -> step -> loop, by hand."""
+"""Decoding, written by hand: engine -> processors -> token selection -> decode loop. Start at `generate.py`."""

@@ -1,16 +1,16 @@
-"""Beam search, with exactly transformers' rules (`_beam_search` of generation/utils.py, 5.23):
+"""Beam search with exactly the rules of transformers (`_beam_search` in generation/utils.py, 5.23):
 
-- each step looks at the max(2, 1 + eos ids) * num_beams best continuations of a prompt's beams together;
-- those of the best num_beams that end become hypotheses, scored by their accumulated log-probability divided
-  by (generated length, eos included) ** length_penalty; the num_beams best hypotheses are kept;
-- the best num_beams that do not end go on;
-- early_stopping=True ends a search with num_beams hypotheses. False ends it when the best beam, at its
-  present length, is no better than the worst of them; "never", when not even at its full length (if the
-  length_penalty is above 0, so that longer is better).
+- Each step considers the max(2, 1 + eos ids) * num_beams best continuations of all of a prompt's beams.
+- A continuation among the best num_beams that ends becomes a hypothesis. Its score is its accumulated
+  log-probability divided by (generated length, eos included) ** length_penalty. The num_beams best are kept.
+- The best num_beams continuations that do not end become the next beams.
+- early_stopping=True ends the search once there are num_beams hypotheses. False ends it when the best beam, at its
+  current length, scores no better than the worst hypothesis. "never" ends it when the best beam could not score
+  better even at its full length (if length_penalty is above 0, so that longer is better).
 
-A continuation whose text completes a stop string ends as one with an eos does. A prompt whose search has
-ended leaves the batch, so a prompt's answers do not depend on its batch mates. What all of a prompt's possible
-answers begin with is shown as soon as they agree on it (`beam_stream.py`).
+A continuation whose text completes a stop string ends as one with an eos does. A finished search leaves the batch,
+so a prompt's answers do not depend on the other prompts. `BeamStream` emits the prefix that all of a prompt's
+possible answers share.
 """
 
 from collections import deque
@@ -33,18 +33,20 @@ from handspun.decoding.scheduler import feed_prompt
 
 
 class Beams(Protocol):
-    """The beams of one search."""
+    """Keys and values of one search's beams."""
 
     def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> list[ModelInput]:
-        """Beam i goes on from beam parents[i] with tokens[i]: the feeds that give the beams' next logits."""
+        """Continue parents[i] with tokens[i] as beam i. Return the inputs for the beams' next logits."""
 
     def free(self) -> None:
-        """Forgets the beams."""
+        """Free the beams' keys and values."""
 
 
 class TreeBeamCache:
-    """A row of the fused engine that holds a prompt and the tree of its beams. The first advance comes after the
-    prompt has been fed."""
+    """One row of the fused engine with a prompt and the tree of its beams; a mask selects each beam's ancestors.
+
+    Nothing is copied from beam to beam. Call `advance` only after the prompt has been fed.
+    """
 
     def __init__(self, engine: FusedEngine, row: int, prompt_tokens: int, num_beams: int) -> None:
         self._engine, self._row = engine, row
@@ -53,9 +55,10 @@ class TreeBeamCache:
         self._themselves = torch.eye(num_beams, dtype=torch.bool, device=engine.model.device)
 
     def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> list[ModelInput]:
-        """One feed of num_beams tokens."""
+        """Return one input of num_beams tokens."""
         ancestors = self._ancestors[list(parents)]
         alive = ancestors.any(dim=0)
+        # Compact only when more than half of the entries are dead, so that the moves cost little per step.
         if 2 * int(alive.sum()) < len(alive):
             places = alive.nonzero().flatten()
             self._engine.cache.keep(self._row, places)
@@ -66,59 +69,63 @@ class TreeBeamCache:
         return [ModelInput(self._row, tokens, positions, self._ancestors, all_logits=True)]
 
     def free(self) -> None:
-        """Forgets the row."""
+        """Free the row."""
         self._engine.free(self._row)
 
 
 class CopyingBeamCache:
-    """A row for each beam, in any engine: the plain form."""
+    """One row per beam, copied when a beam branches. Works in any engine; the reference for the tree."""
 
     def __init__(self, engine: Engine, row: int, prompt_tokens: int, num_beams: int) -> None:  # noqa: ARG002
         self._engine = engine
         self._rows = [row] * num_beams  # until the first advance
 
     def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> list[ModelInput]:
-        """A feed for each beam, of one token."""
+        """Return one input of one token per beam."""
         rows = [self._engine.fork(self._rows[parent]) for parent in parents]
         self.free()
         self._rows = rows
         return [ModelInput(row, [token]) for row, token in zip(rows, tokens, strict=True)]
 
     def free(self) -> None:
-        """Forgets the rows."""
+        """Free the rows."""
         for row in set(self._rows):
             self._engine.free(row)
 
 
 _NEVER_EXCLUDE = {"repetition_penalty", "presence_penalty", "frequency_penalty", "min_new_tokens"}
-"""Processors that leave every token, but for an eos, a finite logit."""
+"""Processors after which every token still has a finite logit, an eos excepted."""
 
 
 def agreed(answers: Sequence[Completion]) -> tuple[str, list[int]]:
-    """The text and the tokens with which all of the answers begin. Texts may agree where tokens do not."""
+    """Return the text prefix and the token prefix that all answers share. Texts may agree where tokens differ."""
     texts, ids = [answer.text.text for answer in answers], [answer.token_ids for answer in answers]
     return texts[0][: _shared_length(texts)], ids[0][: _shared_length(ids)]
 
 
 def _shared_length(sequences: Sequence[Sequence[Any]]) -> int:
-    """Of what all begin with: it is what the first and the last of them in order begin with."""
+    """Return the length of the prefix that all sequences share."""
+    # The least and the greatest sequence differ first where any two do.
     first, last = min(sequences), max(sequences)  # type: ignore[type-var]
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
 
 
 @dataclass
 class BeamStream:
-    """What has been streamed of one search's answers: the same of each that is streamed before the end."""
+    """The prefix of one search's answers that has been streamed, the same for each of them."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     answers: int = 0
-    """Of which it has been streamed: those with a return index below."""
+    """Number of answers that it was streamed for: those with a lower return index."""
 
     def grow(self, possible: Sequence[Completion]) -> list[GenerationChunk]:
-        """What is new, for each answer that is sure to be returned. possible: all that may still be returned."""
+        """Return the new part of the shared prefix, one chunk per answer that is certain to be returned.
+
+        possible: all answers that may still be returned.
+        """
         text, token_ids = agreed(possible)
-        assert text.startswith(self.text), "what was shown is taken back"
+        assert text.startswith(self.text), "streamed text would change"
         more, tokens = text[len(self.text) :], token_ids[len(self.token_ids) :]
         if not (more or tokens):
             return []
@@ -130,13 +137,13 @@ class BeamStream:
         ]
 
     def finish(self, results: Sequence[GenerationResult]) -> list[GenerationChunk]:
-        """The last chunk of each answer."""
-        assert len(results) >= self.answers, "an answer was shown that there is not"
+        """Return the last chunk of each answer."""
+        assert len(results) >= self.answers, "an answer was streamed that does not exist"
         return [self._last(result) for result in results]
 
     def _last(self, result: GenerationResult) -> GenerationChunk:
         text, tokens = (self.text, len(self.token_ids)) if result.return_index < self.answers else ("", 0)
-        assert result.text.startswith(text), "what was shown is taken back"
+        assert result.text.startswith(text), "streamed text would change"
         return GenerationChunk(
             prompt_index=result.prompt_index,
             return_index=result.return_index,
@@ -148,71 +155,77 @@ class BeamStream:
 
 
 def sure_answers(job: Request) -> int:
-    """How many answers to a prompt a search is sure to return. All that are asked for, if every beam has at least
-    num_beams tokens to go on with; where tokens are excluded there may be fewer, but one."""
+    """Return how many answers per prompt a search is certain to find.
+
+    It finds all that are requested if every beam has at least num_beams continuations. If tokens can be excluded,
+    only one answer is certain.
+    """
     vocabulary = job.model.model.config.get_text_config().vocab_size - len(job.options.eos_token_ids)
     is_sure = all(processor.name in _NEVER_EXCLUDE for processor in job.processors)
     return job.options.num_return_sequences if is_sure and vocabulary >= job.options.num_beams else 1
 
 
 _NEVER = -1e9
-"""Added to a score that is not to win; transformers' value."""
+"""Added to a score that must not win; transformers' value."""
 _DEAD_THRESHOLD = _NEVER / 2
-"""Scores below are of beams that repeat others, or that processors exclude: no answers."""
+"""Beams with a score below this repeat others or are excluded by processors. They are not answers."""
 
 
 @dataclass
 class BeamState:
-    """The search for one prompt's answers."""
+    """The state of one prompt's search."""
 
     job: Request
     beams: list[Completion]
-    """num_beams of them, the best first."""
+    """The num_beams current beams, best first."""
     scores: list[float]
-    """Of the beams: accumulated log-probabilities."""
+    """Accumulated log-probabilities of the beams."""
     kept: Beams | None = None
-    """Their keys and values, once the search has joined."""
+    """Keys and values of the beams, once the search has joined the batch."""
     feeds: list[ModelInput] = field(default_factory=list)
-    """What gives the next logits: those of the prompt at first, and then those of each beam."""
+    """Inputs of the next step: the prompt first, then each beam's newest token."""
     hypotheses: list[tuple[float, Completion]] = field(default_factory=list)
-    """(score, ended answer), the best first, num_beams at most."""
+    """(score, ended answer), best first, at most num_beams."""
     done: bool = False
     tree: BeamTrace | None = None
-    """What the search looks at, if that is asked for."""
+    """The explored tree, if requested."""
     stream: BeamStream = field(default_factory=BeamStream)
-    """What has been shown."""
+    """The text streamed so far."""
 
     @classmethod
     def of(cls, job: Request, prompt_index: int) -> "BeamState":
-        """One that waits. All its beams are the same at first, so only one of them may win."""
+        """Return a search that has not started."""
+        # All beams are the same at first, so all but one start with a score that cannot win.
         n = job.options.num_beams
         tree = BeamTrace(n, job.vocabulary.text_of) if job.show_tree else None
         return cls(job, [Completion.start(job, prompt_index)] * n, [0.0] + [_NEVER] * (n - 1), tree=tree)
 
     def join(self, engine: Engine, make_beams: Callable[..., Beams]) -> None:
-        """Begins."""
+        """Join the batch: prefill the prompt, and create the beams' cache."""
         prompt = self.beams[0].prompt_token_ids
         self.feeds = [feed_prompt(engine, prompt, self.job.on_prompt)]
         self.kept = make_beams(engine, self.feeds[0].row, len(prompt), len(self.beams))
 
     @property
     def length(self) -> int:
-        """Tokens generated so far."""
+        """Number of tokens generated so far."""
         return len(self.beams[0].token_ids)
 
     @property
     def full(self) -> bool:
-        """Whether there are as many hypotheses as beams."""
+        """True if there are as many hypotheses as beams."""
         return len(self.hypotheses) == self.job.options.num_beams
 
     def keep(self, ended: list[tuple[float, Completion]]) -> None:
-        """Takes in hypotheses, and keeps the best."""
+        """Add hypotheses and keep the best num_beams."""
         merged = sorted(self.hypotheses + ended, key=lambda hypothesis: -hypothesis[0])
         self.hypotheses = merged[: self.job.options.num_beams]
 
     def has_ended(self, best_score: float, length: int) -> bool:
-        """Whether going on is useless or not wanted. best_score: accumulated log-probability of the best beam
-        that goes on; length: tokens generated so far."""
+        """Return whether the search is over by the early_stopping rule.
+
+        best_score: accumulated log-probability of the best unfinished beam. length: tokens generated so far.
+        """
         options = self.job.options
         if not self.full:
             return False
@@ -225,28 +238,30 @@ class BeamState:
 
     @property
     def live(self) -> list[Completion]:
-        """The beams that may become answers. Before the first step all are the same."""
+        """The beams that may become answers. Before the first step all are identical."""
         if self.done:
             return []
         pairs = zip(self.beams, self.scores, strict=True)
         return [beam for beam, score in pairs if score > _DEAD_THRESHOLD or not self.length]
 
     def chunks(self) -> list[GenerationChunk]:
-        """What the last step has made certain."""
+        """Return chunks with the text that the last step made certain."""
         if self.done:
             return self.stream.finish(self.results())
         complete = [answer for _, answer in self.hypotheses[: self.job.options.num_return_sequences]]
         return self.stream.grow([*complete, *self.live])
 
     def cancel(self) -> list[GenerationChunk]:
-        """Ends the search as far as it has come."""
+        """End the search with its current beams as answers."""
         for beam in self.live:
             beam.finish("cancelled")
         return self.stream.finish(self.results())
 
     def results(self) -> list[GenerationResult]:
-        """The best answers; after a cancellation, filled up with unfinished beams. Fewer than asked for if a
-        constraint has no more. Raises ConfigError if there is none."""
+        """Return the best answers; after a cancellation, unfinished beams fill up the list.
+
+        There are fewer than requested if a constraint allows no more. Raises ConfigError if there are none.
+        """
         answers = [answer for _, answer in self.hypotheses] + self.live
         if not answers:
             raise nothing_left(self.beams[0], self.job.processors)
@@ -259,10 +274,11 @@ class BeamState:
 
 @torch.inference_mode()
 def beam_search(job: Request, make_beams: Callable[..., Beams] | None = None) -> Iterator[GenerationChunk]:
-    """The num_return_sequences best answers to each of the job's prompts, as far as they are certain. A prompt's
-    search joins where there is room for it, and leaves when it has ended.
+    """Yield chunks of the num_return_sequences best answers to each of the request's prompts.
 
-    make_beams: TreeBeamCache or CopyingBeamCache; if not given, a tree where the engine can keep one.
+    A prompt's search joins the batch when there is room, and leaves it when it ends.
+
+    make_beams: TreeBeamCache or CopyingBeamCache. By default, TreeBeamCache if the engine is a FusedEngine.
     """
     engine = make_engine(job.model)
     make_beams = make_beams or (TreeBeamCache if isinstance(engine, FusedEngine) else CopyingBeamCache)
@@ -288,7 +304,7 @@ def _has_room(going: Sequence[BeamState], search: BeamState) -> bool:
 
 
 def _a_row_for_each_beam(logits: Tensor, searches: Sequence[BeamState]) -> Tensor:
-    """(prompts * beams, vocab): a prompt's own logits are those of all its beams."""
+    """Repeat the logits of freshly read prompts once per beam, so that there are (prompts * beams, vocab)."""
     n, places, start = searches[0].job.options.num_beams, list[int](), 0
     for search in searches:
         own = n if search.length else 1
@@ -298,14 +314,14 @@ def _a_row_for_each_beam(logits: Tensor, searches: Sequence[BeamState]) -> Tenso
 
 
 def _advance(searches: Sequence[BeamState], logits: Tensor) -> None:
-    """One step of every search. logits: (prompts * beams, vocab)."""
+    """Advance every search by one step. logits: (prompts * beams, vocab)."""
     options, prompts = searches[0].job.options, len(searches)
     beams = [beam for search in searches for beam in search.beams]
     check_finite(logits, beams, searches[0].job.model)
     own = logits.log_softmax(-1)
     filtered = process(own, beams, searches[0].job.processors)
     width = max(2, 1 + len(options.eos_token_ids)) * options.num_beams
-    # The best of all are among the best of each beam: no beam's whole vocabulary is sorted twice.
+    # The best of all beams are among the best of each beam, so the second topk only sees (beams * width) values.
     best, ids = filtered.topk(min(width, filtered.shape[-1]))  # (prompts * beams, width)
     scores = best.new_tensor([search.scores for search in searches])  # (prompts, beams)
     together = (best + scores.view(-1, 1)).view(prompts, -1)
@@ -321,8 +337,15 @@ def _advance(searches: Sequence[BeamState], logits: Tensor) -> None:
 def _select(
     search: BeamState, top: list[float], parents: list[int], tokens: list[int], logprobs: list[float]
 ) -> None:
-    """The best continuations, (width,) with their accumulated log-probabilities, the best first: those that end
-    become hypotheses, the others the search's beams."""
+    """Turn the best continuations into hypotheses (if they end) and the next beams (if they do not).
+
+    Args:
+        search: The search to update.
+        top: Accumulated log-probabilities of the continuations, (width,), best first.
+        parents: Index of the beam that each one continues.
+        tokens: Its new token.
+        logprobs: The token's log-probability in the model's own distribution.
+    """
     options, length = search.job.options, search.length + 1
     candidates = _candidates(search, parents, tokens, logprobs)
     has_ended = [candidate.finish_reason is not None for candidate in candidates]
@@ -346,7 +369,7 @@ def _select(
 def _candidates(
     search: BeamState, parents: list[int], tokens: list[int], logprobs: list[float]
 ) -> list[Completion]:
-    """The continuations of one search's beams."""
+    """Return the continuations of one search's beams."""
     candidates = []
     for parent, token, logprob in zip(parents, tokens, logprobs, strict=True):
         candidate = search.beams[parent].copy()

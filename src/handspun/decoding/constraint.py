@@ -1,8 +1,8 @@
-"""Answers of a given form: a JSON schema, a regular expression, or one of several texts.
+"""Constrained decoding: answers that match a JSON schema, a regular expression, or one of several texts.
 
-llguidance (https://github.com/guidance-ai/llguidance) says which tokens may come next. What it says depends on the
-tokens generated so far and on nothing else, so rows need no state of their own: the states of the last steps are
-remembered by their tokens, and one that is not is made again.
+llguidance (https://github.com/guidance-ai/llguidance) computes which tokens may come next. Its state is a function
+of the tokens generated so far. So states are cached by their tokens and rebuilt if missing, and a row that joins,
+a beam that branches or a rejected draft needs no bookkeeping.
 """
 
 import re
@@ -23,22 +23,22 @@ from handspun.display import printable
 from handspun.errors import ConfigError
 
 _WHITESPACE = r"\n?[ ]{0,24}"
-"""Between the parts of a JSON answer. Unbounded, small models go on with it for ever."""
+"""White space between the parts of a JSON answer. If it were unbounded, small models would emit it forever."""
 
 _ESCAPES = 'nrbtf"\\'
-"""After a backslash in JSON texts. Not u: readers take "\\u0061" for the property "a", and llguidance for another,
-so that it would not have its type."""
+"""Characters allowed after a backslash in JSON strings. Not u: JSON readers take "\\u0061" as the property "a",
+but llguidance treats it as a different property and would not enforce the type of "a"."""
 
 
 class _State(NamedTuple):
-    """Where the grammar is after some tokens, and which may come next: (tokens of the tokenizer,), bool."""
+    """The grammar's state after some tokens, and the tokens allowed next: (tokenizer's vocabulary,), bool."""
 
     matcher: LLMatcher
     allowed: Tensor
 
 
 class Constraint:
-    """The form that answers must have, and the states of the rows of the last steps."""
+    """The grammar that answers must match, with a cache of the states of recent steps."""
 
     def __init__(self, name: str, start: LLMatcher, eos_token_ids: tuple[int, ...]) -> None:
         self.name = name
@@ -48,18 +48,23 @@ class Constraint:
         self._most_rows = 0
 
     def apply(self, logits: Tensor, generated: Sequence[list[int]]) -> Tensor:
-        """Forbids what cannot come next in each row, and an eos where the answer is not complete:
-        (rows, vocab) -> (rows, vocab)."""
+        """Exclude tokens that cannot come next in each row, and eos while an answer is incomplete.
+
+        (rows, vocab) -> (rows, vocab).
+        """
         allowed = torch.stack([self._after(tuple(tokens)).allowed for tokens in generated]).to(logits.device)
-        missing = logits.shape[-1] - allowed.shape[-1]  # a head may have more rows than there are tokens, or fewer
+        missing = (
+            logits.shape[-1] - allowed.shape[-1]
+        )  # an LM head may have more rows than the tokenizer, or fewer
         if missing > 0:
             allowed = torch.nn.functional.pad(allowed, (0, missing))
-        self._most_rows = max(self._most_rows, len(generated))  # some of a step's rows may be checked further
+        # Draft tokens bring further calls within a step with fewer rows, so the cache keeps the largest size seen.
+        self._most_rows = max(self._most_rows, len(generated))
         self._forget(2 * self._most_rows)
         return logits.masked_fill(~allowed[:, : logits.shape[-1]], -torch.inf)
 
     def can_begin(self) -> bool:
-        """Whether there is any answer of this form."""
+        """Return whether any answer can match."""
         return bool(self._start.allowed.any())
 
     def _after(self, tokens: tuple[int, ...]) -> _State:
@@ -78,7 +83,7 @@ class Constraint:
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")).bool()
         allowed[self._eos] = matcher.is_accepting()
-        if matcher.is_error():  # a row that left the form (a beam without a chance) has no way on
+        if matcher.is_error():  # a row that violates the grammar (a dead beam) cannot continue
             allowed[:] = False
         return _State(matcher, allowed)
 
@@ -88,9 +93,9 @@ class Constraint:
 
 
 def make_constraint(options: SamplingParams, tokenizer: PreTrainedTokenizerBase) -> Constraint | None:
-    """What the options ask for, or None.
+    """Return the constraint that the options ask for, or None.
 
-    Raises ConfigError for a form that is malformed, that no answer can have, or that cannot be held to.
+    Raises ConfigError if it is malformed, if no answer can match it, or if it cannot be enforced.
     """
     if options.json_schema is not None:
         name, given = "json_schema", options.json_schema
@@ -117,7 +122,7 @@ def make_constraint(options: SamplingParams, tokenizer: PreTrainedTokenizerBase)
 
 
 def _grammar(options: SamplingParams) -> str:
-    """llguidance's form of what the options ask for. Raises ValueError for a schema that is nested too deeply."""
+    """Return the options' llguidance grammar. Raises ValueError for a schema that is nested too deeply."""
     if options.json_schema is not None:
         overrides: Any = {"whitespace_pattern": _WHITESPACE, "json_allowed_escapes": _ESCAPES}
         return LLMatcher.grammar_from_json_schema(options.json_schema, overrides=overrides)
@@ -129,12 +134,12 @@ def _check(name: str, eos_token_ids: tuple[int, ...], tokenizer: PreTrainedToken
     problems = []
     if not eos_token_ids:
         problems.append(
-            f"{option_name(name)} needs an end-of-sequence token to end answers with, and neither the model nor "
-            "its tokenizer names one."
+            f"{option_name(name)} needs an end-of-sequence token to end answers, but neither the model nor its "
+            "tokenizer has one."
         )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         problems.append(
-            f"{option_name(name)} needs a fast tokenizer, and {type(tokenizer).__name__} is none. Convert it "
+            f"{option_name(name)} needs a fast tokenizer, but {type(tokenizer).__name__} is slow. Convert it "
             "once: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         )
     if problems:
@@ -143,5 +148,5 @@ def _check(name: str, eos_token_ids: tuple[int, ...], tokenizer: PreTrainedToken
 
 @lru_cache(maxsize=1)
 def _token_table(tokenizer: PreTrainedTokenizerFast, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
-    """llguidance's form of a vocabulary. Qwen's takes seconds to make, hence the cache."""
+    """Return llguidance's tokenizer. Qwen's takes seconds to build, hence the cache."""
     return from_tokenizer(tokenizer, eos_token=list(eos_token_ids))

@@ -1,4 +1,4 @@
-"""How each token of an answer came to be, and what a beam search looked at."""
+"""Explanations: how each token of an answer was chosen, and the tree that a beam search explored."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,19 +15,19 @@ class TreeNode:
     """One token of one or several beams."""
 
     parent: int | None
-    """Place of the node before it in the list of nodes; None for an answer's first token."""
+    """Index of the previous node in the list of nodes; None for an answer's first token."""
     token_id: int
     text: str
     score: float
-    """Accumulated log-probability, of the processed distribution."""
+    """Accumulated log-probability in the processed distribution."""
     ended: bool = False
-    """Whether an answer is complete with it."""
+    """True if an answer is complete at this node."""
     return_index: int | None = None
-    """Which of the returned answers ends with it."""
+    """Index of the returned answer that ends at this node."""
 
 
 class BeamTrace:
-    """The nodes of one search as it goes on."""
+    """The tree of one beam search, recorded step by step."""
 
     def __init__(self, beams: int, text_of: Callable[[int], str]) -> None:
         self.nodes: list[TreeNode] = []
@@ -43,8 +43,15 @@ class BeamTrace:
         ended: Sequence[int],
         beams: Sequence[int | None],
     ) -> None:
-        """One step. parents (indices of beams), tokens, scores: of continuations; ended: which of them became
-        answers; beams: which became the search's beams, None for one that is none."""
+        """Record one step.
+
+        Args:
+            parents: Index of the beam that each continuation extends.
+            tokens: The new token of each continuation.
+            scores: Accumulated log-probability of each continuation.
+            ended: Indices of the continuations that became answers.
+            beams: Indices of the continuations that became beams; None for a dead beam.
+        """
 
         def add(i: int, *, has_ended: bool) -> int:
             node = TreeNode(
@@ -62,13 +69,15 @@ class BeamTrace:
         self._beams = [None if i is None else add(i, has_ended=False) for i in beams]
 
     def with_answers(self, answers: Sequence[Sequence[int]]) -> list[TreeNode]:
-        """The nodes, the last one of each returned answer (its token ids) marked."""
+        """Return the nodes, with the last node of each returned answer marked. answers: their token ids."""
         places = {(node.parent, node.token_id): i for i, node in enumerate(self.nodes)}
         nodes = list(self.nodes)
         for number, answer in enumerate(answers):
             place: int | None = None
             for token in answer:
-                place = places.get((place, token), -1)  # a cancelled search may give back what was no beam yet
+                place = places.get(
+                    (place, token), -1
+                )  # a cancelled search may return an answer that is no beam yet
             if place is not None and place >= 0:
                 nodes[place] = replace(nodes[place], return_index=number)
         return nodes
@@ -76,17 +85,17 @@ class BeamTrace:
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:
-    """What one processor did at one step."""
+    """The effect of one processor at one step."""
 
     processor: str
     removed: int
-    """Tokens that it excluded."""
+    """Number of tokens that it excluded."""
     removed_mass: float
-    """The probability that they had before it."""
+    """Their total probability before it."""
     changed: int
-    """Tokens that it left with another logit."""
+    """Number of other tokens whose logit it changed."""
     probability: float
-    """Of the chosen token behind it."""
+    """Probability of the chosen token after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,29 +105,29 @@ class Candidate:
     token_id: int
     text: str
     probability: float
-    """Behind all processors."""
+    """Probability after all processors."""
     noise: float | None
-    """What the draw added to its logit (Gumbel noise); None without a draw."""
+    """Gumbel noise that sampling added to its logit; None for greedy decoding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """How one token came to be."""
+    """How one token was chosen."""
 
     chosen: Candidate
     rank: int
-    """In the model's own distribution; 1 is the most probable token."""
+    """Rank in the model's own distribution; 1 is the most probable token."""
     probability: float
-    """In the model's own distribution."""
+    """Probability in the model's own distribution."""
     effects: list[Effect]
-    """Of the processors that did anything, in their order."""
+    """Effects of the processors that changed anything, in order."""
     left: int
-    """Tokens that could be chosen."""
+    """Number of tokens that could be chosen."""
     left_mass: float
-    """The probability of these in the model's own distribution."""
+    """Their total probability in the model's own distribution."""
     runner_up: Candidate | None
-    """What would have been chosen otherwise: the next most probable token, or of a draw the next in logit + noise.
-    None if nothing else could be."""
+    """The second choice: the next most probable token, or when sampling the next in logit + noise. None if no
+    other token could be chosen."""
 
 
 def explain(
@@ -130,9 +139,15 @@ def explain(
     noise: Tensor | None,
     text_of: Callable[[int], str],
 ) -> list[Explanation]:
-    """One explanation a row; the processors run once more for it, one at a time.
+    """Return one explanation per row. Runs the processors once more, one at a time.
 
-    logits: the model's own, (rows, vocab); tokens: the chosen ones, (rows,); noise: of the draw, (rows, vocab).
+    Args:
+        logits: The model's own logits, (rows, vocab).
+        rows: The answers.
+        processors: The processors that were applied.
+        tokens: The chosen tokens, (rows,).
+        noise: Gumbel noise of the draw, (rows, vocab); None for greedy decoding.
+        text_of: Maps a token id to its text.
     """
     own = logits.softmax(-1)
     effects: list[list[Effect]] = [[] for _ in rows]
@@ -167,7 +182,7 @@ def explain(
 
 
 def _effects(name: str, before: Tensor, after: Tensor, tokens: Tensor) -> list[Effect]:
-    """What a processor did to each row: (rows, vocab) twice."""
+    """Return a processor's effect on each row. before, after: (rows, vocab)."""
     gone = (before > -math.inf) & (after == -math.inf)
     removed, changed = gone.sum(-1), ((before != after) & ~gone).sum(-1)
     mass = before.softmax(-1).masked_fill(~gone, 0.0).sum(-1)

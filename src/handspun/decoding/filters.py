@@ -1,7 +1,7 @@
-"""Filters of next-token logits: pure functions of (rows, vocab) that give (rows, vocab).
+"""Filters of next-token logits: pure functions from (rows, vocab) to (rows, vocab).
 
-Semantics are transformers' (`generation/logits_process.py`). Where the past counts, each row has a list of token
-ids of its own length.
+Semantics are those of transformers (`generation/logits_process.py`). Histories are one list of token ids per row,
+each of its own length.
 """
 
 import math
@@ -12,31 +12,32 @@ import torch
 from torch import Tensor
 
 Bias = tuple[tuple[int, ...], float]
-"""A run of token ids, and what its last token's logit gets added where the others come before it."""
+"""A sequence of token ids, and what is added to its last token's logit after the other tokens."""
 
 _FEW = 1024
-"""Tokens that top_p looks at before it sorts them all."""
+"""Number of best tokens that top_p considers before it falls back to sorting the vocabulary."""
 _ROUNDING = 1e-5
-"""More than two ways of adding up the probabilities of a vocabulary can differ by in float32."""
+"""Upper bound on the float32 rounding difference between two sums of a vocabulary's probabilities."""
 
 
 def repetition_penalty(logits: Tensor, seen: Sequence[Iterable[int]], penalty: float) -> Tensor:
-    """Divides the logits of each row's seen tokens by the penalty, or multiplies negative ones
-    (CTRL, https://arxiv.org/abs/1909.05858)."""
+    """Divide positive logits of each row's seen tokens by the penalty, and multiply negative ones.
+
+    From CTRL, https://arxiv.org/abs/1909.05858.
+    """
     places = _places(logits, [set(tokens) for tokens in seen])
     values = logits[places]
     return logits.index_put(places, torch.where(values < 0, values * penalty, values / penalty))
 
 
 def presence_penalty(logits: Tensor, generated: Sequence[Iterable[int]], penalty: float) -> Tensor:
-    """Takes the penalty off the logits of tokens that each row has generated (OpenAI's API, vLLM)."""
+    """Subtract the penalty from the logits of tokens that each row has generated (as OpenAI's API and vLLM)."""
     places = _places(logits, [set(tokens) for tokens in generated])
     return logits.index_put(places, logits[places] - penalty)
 
 
 def frequency_penalty(logits: Tensor, generated: Sequence[Iterable[int]], penalty: float) -> Tensor:
-    """Takes the penalty off a token's logit once for every time that its row has generated it (OpenAI's API,
-    vLLM)."""
+    """Subtract the penalty from a token's logit per occurrence in the row's output (as OpenAI's API and vLLM)."""
     counts = [Counter(tokens) for tokens in generated]
     places = _places(logits, counts)
     times = [n for row in counts for token, n in row.items() if token < logits.shape[-1]]
@@ -44,8 +45,10 @@ def frequency_penalty(logits: Tensor, generated: Sequence[Iterable[int]], penalt
 
 
 def sequence_bias(logits: Tensor, histories: Sequence[list[int]], biases: Iterable[Bias]) -> Tensor:
-    """Adds a bias to the last token of a sequence where a row's history ends with the tokens before it; for a
-    sequence of one token, always. The biases of sequences that end alike add up."""
+    """Add a bias to a sequence's last token if the row's history ends with the tokens before it.
+
+    A sequence of one token always gets its bias. Biases on the same token add up.
+    """
     added: list[dict[int, float]] = []
     for history in histories:
         row: dict[int, float] = {}
@@ -59,41 +62,40 @@ def sequence_bias(logits: Tensor, histories: Sequence[list[int]], biases: Iterab
 
 
 def no_repeat_ngram(logits: Tensor, histories: Sequence[list[int]], size: int) -> Tensor:
-    """Forbids every token that would complete a run of `size` tokens that its row's history holds already."""
+    """Exclude every token that would repeat an n-gram of `size` tokens from its row's history."""
     return _forbidden(logits, [_completions(history, size) for history in histories])
 
 
 def mask_tokens(logits: Tensor, token_ids: Collection[int], where: Sequence[bool]) -> Tensor:
-    """Forbids these tokens in the rows for which `where` is true."""
+    """Exclude these tokens in the rows for which `where` is true."""
     return _forbidden(logits, [token_ids if here else () for here in where]) if any(where) else logits
 
 
 def temperature(logits: Tensor, value: float) -> Tensor:
-    """Flattens the distribution (above 1) or sharpens it (below 1)."""
+    """Flatten the distribution (above 1) or sharpen it (below 1)."""
     return logits / value
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
-    """Keeps the k most probable tokens, and those that tie with the last of them."""
+    """Keep the k most probable tokens, and those that tie with the last of them."""
     last = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
     return logits.masked_fill(logits < last, -math.inf)
 
 
 def top_p(logits: Tensor, p: float) -> Tensor:
-    """Keeps the most probable tokens up to a probability of p in sum, and at least one
-    (https://arxiv.org/abs/1904.09751).
+    """Keep the smallest set of most probable tokens whose probabilities sum to p (https://arxiv.org/abs/1904.09751).
 
-    Gives what `top_p_by_sorting` gives, without sorting the whole vocabulary where the tokens that can be kept are
-    among the best few and rounding cannot matter.
+    At least one token is kept. The result equals `top_p_by_sorting`. The whole vocabulary is sorted only if the
+    kept tokens may not be among the best few, or if rounding could decide.
     """
     if logits.shape[-1] <= _FEW:
         return top_p_by_sorting(logits, p)
     best, index = logits.topk(_FEW)  # (rows, few), the best first
     mass = logits.softmax(-1).gather(-1, index).double()
-    rest = 1 - mass.cumsum(-1) + mass  # what each of them and all behind it have
+    rest = 1 - mass.cumsum(-1) + mass  # probability of each of them and everything after it
     kept = (rest > 1 - p).sum(-1, keepdim=True).clamp(min=1)
     last, next_one = best.gather(-1, kept - 1), best.gather(-1, kept.clamp(max=_FEW - 1))
-    # Where all of the few are kept, the next one is the last: more might have to be.
+    # If all of the best few are kept, next_one is last, and more tokens might have to be kept.
     unclear = (last == next_one) | ((rest - (1 - p)).abs() < _ROUNDING).any(-1, keepdim=True)
     filtered = logits.masked_fill(logits < last, -math.inf)
     again = unclear[:, 0].nonzero()[:, 0]
@@ -101,7 +103,7 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def top_p_by_sorting(logits: Tensor, p: float) -> Tensor:
-    """`top_p` in its plain form, summed from the least probable on, as transformers does it."""
+    """Reference for `top_p`: sum from the least probable token up, as transformers does."""
     ascending, order = logits.sort(-1)
     removed = ascending.softmax(-1).cumsum(-1) <= 1 - p
     removed[..., -1] = False
@@ -109,15 +111,17 @@ def top_p_by_sorting(logits: Tensor, p: float) -> Tensor:
 
 
 def min_p(logits: Tensor, share: float) -> Tensor:
-    """Keeps tokens at least this share as probable as the best (https://arxiv.org/abs/2407.01082)."""
+    """Keep tokens at least `share` times as probable as the best (https://arxiv.org/abs/2407.01082)."""
     probabilities = logits.softmax(-1)
     best = probabilities.amax(-1, keepdim=True)
     return logits.masked_fill(probabilities < share * best, -math.inf)
 
 
 def typical_p(logits: Tensor, mass: float) -> Tensor:
-    """Keeps the tokens whose surprise is nearest the entropy, until their probability reaches mass, ties kept
-    (https://arxiv.org/abs/2202.00666)."""
+    """Keep the tokens whose surprisal is nearest to the entropy, until their probability reaches mass.
+
+    Ties are kept. From https://arxiv.org/abs/2202.00666.
+    """
     logprobs = logits.log_softmax(-1)
     entropy = -(logprobs * logprobs.exp()).nansum(-1, keepdim=True)
     distance, order = (-logprobs - entropy).abs().sort(-1)
@@ -129,7 +133,7 @@ def typical_p(logits: Tensor, mass: float) -> Tensor:
 
 
 def _completions(history: list[int], size: int) -> set[int]:
-    """What has followed the last size - 1 tokens before."""
+    """Return the tokens that followed earlier occurrences of the last size - 1 tokens."""
     start = history[len(history) - size + 1 :]
     places = range(len(history) - size + 1)
     return {history[i + size - 1] for i in places if history[i : i + size - 1] == start}
@@ -140,7 +144,7 @@ def _forbidden(logits: Tensor, tokens: Sequence[Collection[int]]) -> Tensor:
 
 
 def _places(logits: Tensor, tokens: Sequence[Collection[int]]) -> tuple[Tensor, Tensor]:
-    """Indices (rows, tokens) of each row's tokens, without those that the head cannot give."""
+    """Return (row, token) indices of each row's tokens, without ids outside the LM head."""
     vocab = logits.shape[-1]
     known = [[token for token in several if token < vocab] for several in tokens]
     counts = torch.tensor([len(several) for several in known], device=logits.device)

@@ -1,7 +1,7 @@
-"""Answers to prompts: processors -> choose -> step -> loop.
+"""Answer prompts: `generate` returns the answers, `stream` yields them as they grow.
 
-`generate` and `stream` make a job of what they are given; `decode` is the loop of greedy decoding and
-sampling, and `beam_search` the other one.
+Both check their arguments and make one `Request`. `scheduler.decode` is the loop for greedy decoding and sampling;
+`beam.beam_search` is the loop for beams.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -52,24 +52,34 @@ def generate(
     should_stop: Callable[[], bool] | None = None,
     **given: Any,
 ) -> list[GenerationResult]:
-    """Answers to the prompts: a flat list, prompt by prompt, num_return_sequences each.
+    """Return the answers to the prompts: a flat list, prompt by prompt, num_return_sequences per prompt.
 
-    prompts: one or several; a string is a user message, a list of messages a conversation. With chat=False,
-        a string is plain text.
-    options: GenerationOptions; single ones can also be given by their names (`temperature=0.7`).
-    template_args: values for the chat template's variables, such as {"enable_thinking": False}.
-    continue_final_message: go on with each conversation's last message, an assistant's; the answer comes after it.
-    processors: functions of your own, (logits, token_ids) -> logits: of one row, (vocab,), with the ids of its
-        prompt and output so far. They come behind the penalties, before the constraint and what sampling has.
-    logprobs: also give each token's log-probability in the model's own distribution.
-    explain: also say how each token came to be: what the processors did, what was left, the draw; not of beams.
-    show_tree: also give what a beam search looked at, with each prompt's best answer.
-    batch_size: most answers (or beams) that are decoded at a time; it does not change them. One that has ended
-        makes room for the next.
-    max_batch_tokens: most tokens of prompts and answers (or beams) in a batch, which bounds its memory; a longer
-        one is decoded alone.
-    notice: told what was taken over from the model, and every ten seconds where a long prompt is.
-    should_stop: asked before every step; once it says yes, what there is is returned as "cancelled".
+    Args:
+        model: The model, from `handspun.load`.
+        prompts: One or several. A string is a user message (plain text with chat=False); a list of messages is a
+            conversation.
+        options: GenerationOptions. Single options can also be given by name (`temperature=0.7`).
+        chat: Put the prompts into the chat template.
+        system_prompt: System message of every prompt. None leaves the template's default.
+        tools: Tool definitions (JSON schemas) for the chat template.
+        template_args: Values for the chat template's variables, such as {"enable_thinking": False}.
+        continue_final_message: Continue each conversation's last message, which must be an assistant's. The answer
+            holds only the continuation.
+        processors: Custom logits processors, (logits, token_ids) -> logits. Each gets one row's logits, (vocab,),
+            and the ids of its prompt and output so far. They run after the penalties, and before the constraint
+            and the sampling filters.
+        logprobs: Also return each token's log-probability in the model's own distribution.
+        explain: Also return how each token was chosen: each processor's effect, the tokens left, the draw. Not
+            available for beam search.
+        show_tree: Also return the tree that a beam search explored, with each prompt's best answer.
+        batch_size: Maximum number of answers (or beams) decoded at a time. It does not change the answers. A
+            finished answer makes room for the next.
+        max_batch_tokens: Maximum number of prompt and answer tokens in a batch, which bounds its memory. A longer
+            answer is decoded alone.
+        notice: Receives messages: which settings come from the model, and progress on long prompts every ten
+            seconds.
+        should_stop: Called before every step. Once it returns True, unfinished answers end as "cancelled".
+        **given: Single options by name.
 
     Raises ConfigError, DataError, TemplateError.
     """
@@ -104,13 +114,15 @@ def stream(
     should_stop: Callable[[], bool] | None = None,
     **given: Any,
 ) -> Iterator[GenerationChunk]:
-    """As `generate`, but gives every answer's text as it grows; the last chunk of each holds its result.
+    """Yield every answer's text as it grows. The last chunk of each answer holds its result.
 
-    Of a beam search, what all answers that it may still return begin with is given as soon as it is known: as a
-    chunk of each of a prompt's num_return_sequences answers, and the rest of each at the end. Where tokens are
-    excluded (by a constraint, say) a search may find fewer answers; then only the best is streamed before the end.
+    The arguments are those of `generate`, without show_tree.
 
-    Raises generate's errors, at once and not at the first chunk.
+    A beam search streams the prefix that all of its possible answers share, as soon as it is certain: one chunk
+    for each of a prompt's num_return_sequences answers, and the rest of each at the end. If tokens are excluded
+    (by a constraint, say), a search may find fewer answers; then only the best is streamed before the end.
+
+    Raises the same errors as `generate`, when it is called rather than at the first chunk.
     """
     job = _job(
         model, prompts, options, given, chat=chat, system_prompt=system_prompt, tools=tools,
@@ -154,15 +166,15 @@ def _job(
     resolved, notices = resolve(_with_given(options, given), model, chat=chat)
     if explain and resolved.num_beams > 1:
         raise ConfigError(
-            f"--explain tells how one token after another was chosen, and --num-beams {resolved.num_beams} "
-            "chooses among whole answers. Leave one of them out."
+            f"--explain shows how each token was chosen, but --num-beams {resolved.num_beams} chooses among whole "
+            "answers. Remove one of the two options."
         )
     if show_tree and resolved.num_beams == 1:
-        raise ConfigError("--show-tree shows what a beam search looks at: give --num-beams 2 or more with it.")
+        raise ConfigError("--show-tree needs a beam search: add --num-beams 2 or more.")
     if resolved.prompt_lookup_num_tokens and (reason := drafting_unsupported_reason(model)):
         raise ConfigError(
-            f"--prompt-lookup-num-tokens takes wrong drafts back, and that cannot be done here: {reason}. Leave "
-            "it out."
+            f"--prompt-lookup-num-tokens must undo rejected draft tokens, which this model does not support: "
+            f"{reason}. Remove the option."
         )
     several = as_prompts(prompts)
     _check_seeds(resolved, len(several))
@@ -199,16 +211,16 @@ def _job(
         if spares
         else None,
     )
-    _ = job.processors  # a constraint that cannot be met is said before anything is decoded
+    _ = job.processors  # raises before decoding starts if the constraint cannot be met
     if reason := fused_decoding_unsupported_reason(model):
-        notices.append(f"decoded through transformers' own forward, which is slower: {reason}")
+        notices.append(f"decoding with transformers' forward, which is slower: {reason}")
     for text in notices:
         notice(text)
     return job
 
 
 def _with_template_args(model: ChatModel, given: TemplateArgs | None) -> ChatModel:
-    """The model with these values for its template's variables, beside its own. Raises ConfigError."""
+    """Return the model with these template variables added to its own. Raises ConfigError."""
     args, problems = read_template_args(given)
     if problems:
         raise ConfigError(problems)
@@ -220,14 +232,14 @@ def _drafted(answers: Sequence[GenerationResult]) -> str:
     accepted = sum(answer.accepted_tokens for answer in answers)
     tokens = sum(len(answer.token_ids) for answer in answers)
     return (
-        f"prompt lookup: {accepted:,} of {drafted:,} drafted tokens were accepted, and {tokens:,} were generated"
+        f"prompt lookup: {accepted:,} of {drafted:,} draft tokens were accepted; {tokens:,} tokens were generated"
     )
 
 
 def _with_given(options: GenerationOptions | None, given: dict[str, Any]) -> GenerationOptions:
-    """The options with the single ones on top. Raises ConfigError for a name that there is not."""
+    """Return the options, overridden by those given by name. Raises ConfigError for an unknown name."""
     if options is not None and not isinstance(options, GenerationOptions):
-        raise ConfigError(f"options is {short(options)}: expected a handspun.GenerationOptions.")
+        raise ConfigError(f"options is {short(options)}: expected a handspun.GenerationOptions instance.")
     if problems := wrong_names(GenerationOptions, given):
         raise ConfigError(problems)
     return replace(options or GenerationOptions(), **given)
@@ -236,26 +248,26 @@ def _with_given(options: GenerationOptions | None, given: dict[str, Any]) -> Gen
 def _check_seeds(options: SamplingParams, prompts: int) -> None:
     if isinstance(options.seed, tuple) and len(options.seed) != prompts:
         raise ConfigError(
-            f"--seed has {len(options.seed)} seeds for {prompts} prompts: give one, or one for each prompt."
+            f"--seed has {len(options.seed)} seeds for {prompts} prompts. Give one seed, or one per prompt."
         )
 
 
 def _limits(model: ChatModel, prompts: list[list[int]], max_new_tokens: int, notices: list[str]) -> list[int]:
-    """Most new tokens for each prompt. Adds a notice where that is less than max_new_tokens."""
+    """Return the maximum number of new tokens per prompt. Adds a notice if the context limits it."""
     context = context_length(model)
     if context is None:
         return [max_new_tokens] * len(prompts)
     limits = [min(max_new_tokens, context - len(ids)) for ids in prompts]
     if limits and min(limits) < max_new_tokens:
         notices.append(
-            f"max_new_tokens {max_new_tokens} is cut to {min(limits)} where prompt and answer together fill the "
+            f"max_new_tokens {max_new_tokens} is reduced to {min(limits)}: prompt and answer must fit into the "
             f"model's context of {context} tokens"
         )
     return limits
 
 
 def answer_all(job: Request) -> list[GenerationResult]:
-    """Answers to the job's prompts: prompt by prompt, num_return_sequences each."""
+    """Return the answers to the request's prompts: prompt by prompt, num_return_sequences per prompt."""
     results = [chunk.result for chunk in _chunks(job) if chunk.result is not None]
     return sorted(results, key=lambda result: (result.prompt_index, result.return_index))
 

@@ -1,4 +1,4 @@
-"""Options made concrete: what the user gave, then the model's generation_config, then the defaults."""
+"""Resolve generation options: the user's values, then the model's generation_config, then the defaults."""
 
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from handspun.models.load import ChatModel
 
 
 def normalize(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the same options as decoding holds them: runs of ids for words and biases, JSON for files.
+    """Return the options in decoding's form: token ids for words and biases, JSON text for schemas.
 
     Raises ConfigError for a schema that cannot be read.
     """
@@ -31,7 +31,7 @@ def normalize(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dic
 
 
 def check_vocabulary(values: dict[str, Any], vocabulary: int) -> list[str]:
-    """Return what is wrong with token ids that the model has no logits for."""
+    """Return one problem per option with token ids beyond the model's vocabulary."""
     problems = []
     for name in ("logit_bias", "sequence_bias", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"):
         runs = [item if isinstance(item, tuple) else (item,) for item in values.get(name, ())]
@@ -40,14 +40,14 @@ def check_vocabulary(values: dict[str, Any], vocabulary: int) -> list[str]:
         if beyond:
             few = ", ".join(map(str, beyond[:_MOST_NAMED])) + (", ..." if len(beyond) > _MOST_NAMED else "")
             problems.append(
-                f"{option_name(name)} has {few}: the model's token ids end at {vocabulary - 1}. They may be those "
-                "of another tokenizer."
+                f"{option_name(name)} has {few}, but the model's token ids end at {vocabulary - 1}. Use ids of "
+                "this model's tokenizer."
             )
     return problems
 
 
 def _words_ids(words: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], ...]:
-    """Each word as it is tokenized alone and behind a space."""
+    """Return the token ids of each word, both alone and after a space."""
     spelled = [prefix + word.lstrip(" ") for word in words for prefix in ("", " ")]
     runs = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in spelled]
     return tuple(dict.fromkeys(run for run in runs if run))
@@ -58,7 +58,7 @@ _MOST_NAMED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """GenerationOptions with nothing left open; the defaults are those that its texts name."""
+    """GenerationOptions with every value set. The defaults are those that its help texts name."""
 
     max_new_tokens: int = 512
     min_new_tokens: int = 0
@@ -76,11 +76,11 @@ class SamplingParams:
     logit_bias: tuple[Bias, ...] = ()
     sequence_bias: tuple[Bias, ...] = ()
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
-    """Those of bad_words among them."""
+    """Includes the ids of bad_words."""
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()
     json_schema: str | None = None
-    """As JSON."""
+    """JSON text of the schema."""
     regex: str | None = None
     choice: tuple[str, ...] = ()
     num_beams: int = 1
@@ -94,9 +94,9 @@ class SamplingParams:
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end an answer."""
     pad_token_id: int = 0
-    """What fills the left of shorter prompts; the mask, not this id, says what is padding."""
+    """Fills the left of shorter prompts. The attention mask, not this id, marks padding."""
     unpenalized_ids: frozenset[int] = frozenset()
-    """Tokens that the repetition penalty spares."""
+    """Tokens exempt from the repetition penalty."""
 
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(SamplingParams)}
@@ -105,8 +105,8 @@ _ANY = (
     "max_new_tokens", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "sequence_bias",
     "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "stop_strings",
 )  # fmt: skip
-# settings of a generation_config that change what transformers generates and that have no counterpart here,
-# with the value at which they do nothing
+# Settings of a generation_config that change what transformers generates and that have no counterpart here, each
+# with the value that disables it.
 _NOT_TAKEN: dict[str, Any] = {
     "diversity_penalty": 0.0,
     "epsilon_cutoff": 0.0,
@@ -124,9 +124,9 @@ _NOT_TAKEN: dict[str, Any] = {
 
 
 def resolve(given: GenerationOptions, model: ChatModel, *, chat: bool) -> tuple[SamplingParams, list[str]]:
-    """Every option's value, and what the user should be told about where it came from.
+    """Return the value of every option, and notices about values that come from the model.
 
-    Raises ConfigError if what the user gave has no effect or cannot be done.
+    Raises ConfigError if an option of the user has no effect or is not supported.
     """
     chosen = {field.name: getattr(given, field.name) for field in fields(given)}
     chosen = normalize({name: value for name, value in chosen.items() if value is not None}, model.tokenizer)
@@ -152,8 +152,8 @@ def resolve(given: GenerationOptions, model: ChatModel, *, chat: bool) -> tuple[
 
 
 def _settings_of(model: ChatModel, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what the model's own generation_config sets, and what is wrong with settings that cannot be read.
-    transformers' global defaults (such as top_k 50) are None there, and so left out."""
+    """Return the settings of the model's generation_config, and the problems of those that cannot be read."""
+    # transformers' global defaults (such as top_k 50) are None in the config, and so are not included.
     config = model.model.generation_config
     found, unreadable = dict[str, Any](), dict[str, str]()
     for name in names:
@@ -167,8 +167,10 @@ def _settings_of(model: ChatModel, names: tuple[str, ...]) -> tuple[dict[str, An
 
 
 def _strategy(chosen: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """do_sample and num_beams. They exclude each other, and the one that the user gave wins; a temperature of 0 is
-    greedy decoding."""
+    """Return do_sample and num_beams, which exclude each other.
+
+    The user's choice wins over the model's. A temperature of 0 means greedy decoding.
+    """
     if chosen.get("num_beams", 1) > 1:
         return {"do_sample": False, "num_beams": chosen["num_beams"]}
     sample = chosen.get("do_sample", own.get("do_sample", False))
@@ -180,12 +182,12 @@ def _strategy(chosen: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _taken(chosen: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """What is taken over from the model: what the user did not give, and only what has an effect."""
+    """Return the settings inherited from the model: those that the user did not give and that have an effect."""
     strategy = _strategy(chosen, own)
     names: tuple[str, ...] = (*_ANY, "do_sample", "num_beams")
     names += SAMPLING_OPTIONS if strategy["do_sample"] else ()
     if chosen.get("do_sample", own.get("do_sample")) and own.get("temperature") == 0:
-        names += ("temperature",)  # so that it is said why nothing is sampled
+        names += ("temperature",)  # so that the notice shows why nothing is sampled
     names += _BEAMS if strategy["num_beams"] > 1 else ()
     values = {**own, **strategy}
     if strategy["do_sample"] or own.get("num_return_sequences", 1) <= strategy["num_beams"]:
@@ -204,7 +206,7 @@ def _check_taken(taken: dict[str, Any], strategy: dict[str, Any], unreadable: li
             problems = error.problems
     if problems:
         what = "the model's generation_config cannot be used"
-        raise ConfigError([f"{what}: {problem} Give another value: it wins." for problem in problems])
+        raise ConfigError([f"{what}: {problem} Give your own value to override it." for problem in problems])
 
 
 def _check(options: SamplingParams, chosen: dict[str, Any]) -> None:
@@ -212,29 +214,30 @@ def _check(options: SamplingParams, chosen: dict[str, Any]) -> None:
     idle = [option_name(name) for name in SAMPLING_OPTIONS if name in chosen]
     if idle and not options.do_sample and options.temperature != 0:
         problems.append(
-            f"{', '.join(idle)} only change what is sampled, and nothing is sampled here: neither the "
-            "options nor the model's generation_config ask for it. Add --do-sample."
+            f"{', '.join(idle)} only affect sampling, which neither the options nor the model's generation_config "
+            "enable. Add --do-sample."
         )
     returned = options.num_return_sequences
     if not options.do_sample and returned > options.num_beams:
         problems.append(
-            f"--num-return-sequences {returned} needs as many different answers, and there is "
+            f"--num-return-sequences {returned} needs {returned} different answers, but there is "
             f"{'one greedy answer' if options.num_beams == 1 else f'only --num-beams {options.num_beams}'}. "
-            f"Add --do-sample, or --num-beams {returned}."
+            f"Add --do-sample or --num-beams {returned}."
         )
     if options.repetition_penalty_exempt == "template" and options.repetition_penalty == 1.0:
         problems.append(
-            "--repetition-penalty-exempt spares tokens of a repetition penalty, and there is none here. Add "
-            "--repetition-penalty 1.1, say."
+            "--repetition-penalty-exempt has no effect without a repetition penalty. Add one, for example "
+            "--repetition-penalty 1.1."
         )
     if options.prompt_lookup_num_tokens and options.num_beams > 1:
         problems.append(
-            f"--prompt-lookup-num-tokens {options.prompt_lookup_num_tokens} drafts one answer, and --num-beams "
-            f"{options.num_beams} follows several. Leave it out, or use --num-beams 1."
+            f"--prompt-lookup-num-tokens {options.prompt_lookup_num_tokens} does not work with beam search "
+            f"(--num-beams {options.num_beams}). Remove it, or use --num-beams 1."
         )
     if "max_matching_ngram_size" in chosen and not options.prompt_lookup_num_tokens:
         problems.append(
-            "--max-matching-ngram-size belongs to prompt lookup: give --prompt-lookup-num-tokens 10, say, with it."
+            "--max-matching-ngram-size has no effect without prompt lookup. Add --prompt-lookup-num-tokens, for "
+            "example --prompt-lookup-num-tokens 10."
         )
     if problems:
         raise ConfigError(problems)
@@ -251,11 +254,11 @@ def _notices(taken: dict[str, Any], model: ChatModel, options: SamplingParams) -
     other = {name: value for name, value in settings.items() if value is not None and value != _NOT_TAKEN[name]}
     if other:
         values = ", ".join(f"{name} {value}" for name, value in sorted(other.items()))
-        notices.append(f"not taken from the model's generation_config (there is no such option here): {values}")
+        notices.append(f"ignored settings of the model's generation_config (not supported here): {values}")
     if not options.eos_token_ids:
         notices.append(
-            "neither the model nor its tokenizer names an end-of-sequence token: answers end at a stop "
-            "string or at max_new_tokens"
+            "neither the model nor its tokenizer has an end-of-sequence token: answers end at a stop string or at "
+            "max_new_tokens"
         )
     return notices
 
@@ -273,7 +276,7 @@ def _eos_token_ids(model: ChatModel, *, chat: bool) -> tuple[int, ...]:
     try:
         eos = list(as_type(eos_token_ids(model.model), tuple[int, ...]))
     except ValueError as error:
-        raise ConfigError(f"the model's eos_token_id cannot be used: expected {error}. Correct it.") from None
+        raise ConfigError(f"the model's eos_token_id is invalid (expected {error}). Correct it.") from None
     if not eos and model.tokenizer.eos_token_id is not None:
         eos = [model.tokenizer.eos_token_id]
     if chat:
@@ -282,7 +285,8 @@ def _eos_token_ids(model: ChatModel, *, chat: bool) -> tuple[int, ...]:
 
 
 def _pad_token_id(model: ChatModel) -> int:
-    """0 is an id as good as any other; some models name one that their embeddings do not hold (-1)."""
+    """Return a pad id that the model's embeddings contain."""
+    # Some models name an id outside their embeddings (-1). Padding is masked, so 0 is as good as any other id.
     rows = embedding_rows(model.model)
     for pad in (getattr(model.model.generation_config, "pad_token_id", None), model.tokenizer.pad_token_id):
         if isinstance(pad, int) and 0 <= pad < rows:

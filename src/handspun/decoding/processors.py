@@ -1,7 +1,8 @@
-"""What happens to next-token logits before a token is chosen: which filters, in what order.
+"""Logits processors: which filters apply to next-token logits, and in what order.
 
-The order is transformers' (`_get_logits_processor` of generation/utils.py, 5.23). The filters themselves are
-pure functions (`filters.py`).
+The order is that of transformers (`_get_logits_processor` in generation/utils.py, 5.23). The filters themselves
+are pure functions (`filters.py`). Each row brings its own prompt and output, so the rows of a batch may be at
+different steps, and no padded history is needed.
 """
 
 import math
@@ -19,7 +20,7 @@ from handspun.decoding.options import SamplingParams
 from handspun.errors import ConfigError
 
 Function = Callable[[Tensor, list[int]], Tensor]
-"""A user's processor: one row's logits, (vocab,), and the ids of its prompt and output -> its logits."""
+"""A custom processor: one row's logits, (vocab,), and the ids of its prompt and output -> new logits."""
 
 
 class Row(Protocol):
@@ -27,47 +28,47 @@ class Row(Protocol):
 
     @property
     def prompt_token_ids(self) -> list[int]:
-        """What the model has read."""
+        """Token ids of the prompt."""
 
     @property
     def prompt_ids_for_penalty(self) -> list[int]:
-        """Those of them that the repetition penalty counts."""
+        """Prompt tokens that the repetition penalty counts."""
 
     @property
     def token_ids(self) -> list[int]:
-        """What has been generated."""
+        """Token ids generated so far."""
 
 
 @dataclass(frozen=True)
 class History:
-    """A row that is no answer."""
+    """A row for processors without an answer behind it: just its tokens."""
 
     prompt_token_ids: list[int]
     token_ids: list[int] = field(default_factory=list)
 
     @property
     def prompt_ids_for_penalty(self) -> list[int]:
-        """All of the prompt."""
+        """The whole prompt."""
         return self.prompt_token_ids
 
 
 class Processor(NamedTuple):
-    """A filter with its values: (rows, vocab) logits and as many rows -> (rows, vocab)."""
+    """A filter with its option values: logits, (rows, vocab), and the rows -> (rows, vocab)."""
 
     name: str
-    """The option that asked for it."""
+    """The option that enables it."""
     apply: Callable[[Tensor, Sequence[Row]], Tensor]
 
 
 def process(logits: Tensor, rows: Sequence[Row], processors: Sequence[Processor]) -> Tensor:
-    """(rows, vocab) -> (rows, vocab), through all processors. Without any, the very same tensor."""
+    """Apply all processors to logits, (rows, vocab). Without any, return the same tensor object."""
     for processor in processors:
         logits = processor.apply(logits, rows)
     return logits
 
 
 def check_some_left(filtered: Tensor, rows: Sequence[Row], processors: Sequence[Processor]) -> None:
-    """Raises ConfigError if the processors have left a row no token at all."""
+    """Raise ConfigError if the processors exclude every token of a row."""
     if processors:
         left = (filtered > -math.inf).any(-1).tolist()
         if not all(left):
@@ -75,21 +76,21 @@ def check_some_left(filtered: Tensor, rows: Sequence[Row], processors: Sequence[
 
 
 def nothing_left(row: Row, processors: Sequence[Processor]) -> ConfigError:
-    """The error for an answer that cannot go on."""
+    """Return the error for an answer that has no possible next token."""
     names = ", ".join(option_name(processor.name) for processor in processors)
     return ConfigError(
-        f"after {len(row.token_ids)} tokens of an answer, {names} leave no token to go on with: together they "
-        "exclude everything. Leave one of them out, or relax it."
+        f"after {len(row.token_ids)} tokens of an answer, {names} together exclude every next token. Remove or "
+        "relax one of them."
     )
 
 
 def make_processors(
     options: SamplingParams, functions: Sequence[Function] = (), constraint: Constraint | None = None
 ) -> tuple[Processor, ...]:
-    """The processors that the options ask for, in transformers' order: made once, used at every step.
+    """Return the processors that the options ask for, in transformers' order. They are reused at every step.
 
-    functions: the user's own, (logits of one row, its prompt and output) -> logits; they come behind the others
-    and before those of sampling.
+    functions: custom processors. They run after the penalties and exclusions, and before the constraint and the
+    sampling filters.
     """
     found = [*_penalties(options), *_exclusions(options)]
     warpers = _for_sampling(options) if options.do_sample else []
@@ -158,7 +159,7 @@ def _exclusions(options: SamplingParams) -> list[Processor]:
 
 
 def _for_sampling(options: SamplingParams) -> list[Processor]:
-    """What changes draws only."""
+    """Return the processors that only sampling uses."""
     o = options
     return [
         Processor("temperature", lambda logits, _: filters.temperature(logits, o.temperature)),
@@ -191,13 +192,13 @@ def _row_by_row(function: Function) -> Callable[[Tensor, Sequence[Row]], Tensor]
         made = []
         for row, ids in zip(
             logits.clone(), _histories(rows), strict=True
-        ):  # what it writes in place stays its own
+        ):  # a clone, since a custom processor may write in place
             new = function(row, ids)
             if not isinstance(new, Tensor) or new.shape != row.shape:
                 found = f"a tensor of shape {tuple(new.shape)}" if isinstance(new, Tensor) else repr(new)[:60]
                 raise ConfigError(
-                    f"the processor {_name_of(function)} returned {found}: expected the logits of one row, a "
-                    f"tensor of shape {tuple(row.shape)}."
+                    f"the processor {_name_of(function)} returned {found} (expected the logits of one row, a "
+                    f"tensor of shape {tuple(row.shape)})."
                 )
             _check_own(function, new, ids)
             made.append(new)
@@ -207,21 +208,20 @@ def _row_by_row(function: Function) -> Callable[[Tensor, Sequence[Row]], Tensor]
 
 
 def _check_own(function: Function, logits: Tensor, token_ids: list[int]) -> None:
-    """Raise ConfigError for logits that no token can be chosen by: what a user's processor returned."""
+    """Raise ConfigError if a custom processor returned logits from which no token can be chosen."""
     highest = float(logits.max())  # NaN if any of them is
     if math.isnan(highest) or highest == math.inf:
         wrong = int((logits.isnan() | (logits == math.inf)).sum())
         raise ConfigError(
-            f"the processor {_name_of(function)} returned {wrong:,} logits that are NaN or infinite, behind "
-            f"{len(token_ids)} tokens of prompt and answer: expected finite numbers, and -inf for a token that is "
-            "to be excluded."
+            f"the processor {_name_of(function)} returned {wrong:,} logits that are NaN or infinite, after "
+            f"{len(token_ids)} tokens of prompt and answer. Return finite numbers, or -inf to exclude a token."
         )
     if highest == -math.inf:
         raise ConfigError(
-            f"the processor {_name_of(function)} left no token to go on with behind {len(token_ids)} tokens of "
-            "prompt and answer: all logits that it returned are -inf. Leave one finite."
+            f"the processor {_name_of(function)} excluded every next token after {len(token_ids)} tokens of "
+            "prompt and answer: all logits that it returned are -inf. Leave at least one finite."
         )
 
 
 _OFF = SamplingParams()
-"""Every option at the value at which it does nothing."""
+"""Every option at the value that disables it."""

@@ -1,13 +1,14 @@
-"""Prompt-lookup speculation: what followed an answer's last tokens the time before is drafted, and checked in one
-step.
+"""Prompt-lookup speculative decoding: draft the tokens that followed an earlier occurrence of the answer's last
+tokens.
 
-Answers that summarize, correct or rewrite their prompt repeat pieces of it. A step over several tokens reads the
-same weights as a step over one. So the draft is fed behind the newest token, and at every position the token is
-chosen that would be chosen there anyway. As long as that is the drafted one, the next position's logits are those
-of the next step. Noise depends on the answer and the step alone, so that sampled answers stay the same, token for
-token; the rule of Leviathan et al. 2022 (arXiv:2211.17192) keeps only their distribution.
+Answers that summarize, correct or rewrite their prompt repeat parts of it. A forward pass over several tokens
+reads the same weights as one over a single token. So the draft is fed after the newest token, and each position
+chooses its token as usual. As long as that equals the draft token, the next position's logits are valid too.
 
-Drafting is prompt lookup decoding (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding) with
+The noise of a draw depends only on the answer and the step, so sampled answers are the same token for token. The
+acceptance rule of Leviathan et al. 2022 (arXiv:2211.17192) would only preserve their distribution.
+
+Drafting follows prompt lookup decoding (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding) with
 transformers' rules (`PromptLookupCandidateGenerator`, 5.23).
 """
 
@@ -18,9 +19,9 @@ from handspun.decoding.request import Completion
 
 
 def lookup(token_ids: Sequence[int], *, num_tokens: int, max_ngram_size: int) -> list[int]:
-    """The tokens, num_tokens at most, that followed the last ones where these stood before; none if they did not.
+    """Return up to num_tokens tokens that followed an earlier occurrence of the last tokens, or none.
 
-    The longest run that is found counts, max_ngram_size tokens at most; and of several places the first.
+    The longest matching n-gram counts, of at most max_ngram_size tokens, and its first occurrence.
     """
     for size in range(min(max_ngram_size, len(token_ids) - 1), 0, -1):
         ngram = token_ids[-size:]
@@ -31,9 +32,9 @@ def lookup(token_ids: Sequence[int], *, num_tokens: int, max_ngram_size: int) ->
 
 
 def draft(answer: Completion) -> list[int]:
-    """What may come next in the answer: short of its limit by the token that is chosen behind the draft, and of an
-    eos, behind which there is nothing to choose."""
+    """Return draft tokens for the answer, up to its limit and without an eos, after which nothing is chosen."""
     options = answer.job.options
+    # One less than the limit allows: a step also chooses a token after the draft.
     room = answer.max_total_tokens - len(answer.prompt_token_ids) - len(answer.token_ids) - 1
     num_tokens = min(options.prompt_lookup_num_tokens, room)
     if num_tokens < 1:

@@ -1,4 +1,4 @@
-"""From what the user gives as prompts to token ids."""
+"""Turn the user's prompts into token ids."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,10 +29,10 @@ _MAX_NAMED = 12
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the ids of a plain prompt, as the tokenizer gives them, but for two things.
+    """Return the tokenizer's ids of a plain prompt, with two exceptions.
 
-    A beginning-of-sequence token that the text spells out is not doubled, and an end-of-sequence token that the
-    tokenizer appends is left out: the model is to go on from the prompt.
+    A beginning-of-sequence token that the text already contains is not doubled. An end-of-sequence token that the
+    tokenizer appends is removed, since the model must continue the prompt.
     """
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
     head, own, _ = _parts(tokenizer, text, ids)
@@ -40,7 +40,7 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def notices_about_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[str]:
-    """Say which prompts hold a token that the tokenizer writes too, and which lost one at their end."""
+    """Yield notices about prompts that already begin with bos, and about those that lost an appended token."""
     doubled, ended = list[int](), list[int]()
     tail = list[int]()
     head = list[int]()
@@ -54,17 +54,14 @@ def notices_about_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
             tail = after
     if doubled:
         names = " ".join(map(str, tokenizer.convert_ids_to_tokens(head)))
-        yield (
-            f"{_named(doubled)}: begins with {names} (bos), which this tokenizer writes before every text: it is "
-            "there once"
-        )
+        yield (f"{_named(doubled)}: begins with {names} (bos), which this tokenizer also adds; only one is kept")
     if ended:
         names = " ".join(map(str, tokenizer.convert_ids_to_tokens(tail)))
-        yield f"{_named(ended)}: the tokenizer appends {names}, which is left out so that the model can go on"
+        yield f"{_named(ended)}: the tokenizer appends {names}, which is removed so that the model can continue"
 
 
 def notices_about_chat(template: ChatTemplate, conversations: Sequence[Sequence[Message]]) -> Iterator[str]:
-    """Say which prompts hold what the template writes around turns, as if it had rendered them already."""
+    """Yield a notice about prompts that contain the template's turn markers, as if already rendered."""
     numbers, markers = list[int](), dict[str, None]()
     for number, messages in enumerate(conversations, start=1):
         said = "\n".join(str(m.get("content") or "") for m in messages if m["role"] != "assistant")
@@ -73,20 +70,20 @@ def notices_about_chat(template: ChatTemplate, conversations: Sequence[Sequence[
             markers.update(dict.fromkeys(found))
     if numbers:
         kind = (
-            "it stays text"
+            "they stay text"
             if not set(markers) & set(template.plain_markers)
-            else "the model may take it for a turn"
+            else "the model may take them for a turn"
         )
         yield (
-            f"{_named(numbers)}: holds {', '.join(map(repr, markers))}, which the chat template writes around "
-            f"turns; {kind}. Give a prompt that is rendered already with --no-chat (chat=False)"
+            f"{_named(numbers)}: contains {', '.join(map(repr, markers))}, which the chat template writes around "
+            f"turns; {kind}. If a prompt is already rendered, use --no-chat (chat=False)"
         )
 
 
 def _parts(
     tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]
 ) -> tuple[list[int], list[int], list[int]]:
-    """Return what the tokenizer writes before the text's own tokens, these, and what it writes after them."""
+    """Return the tokens that the tokenizer adds before the text, the text's own, and those it adds after it."""
     own: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not own:
         return ids, [], []
@@ -102,21 +99,23 @@ def _named(numbers: Sequence[int]) -> str:
 
 
 Prompt = str | Sequence[Message]
-"""A user message (or, without a template, a text), or a conversation."""
+"""A user message (plain text without a template), or a conversation."""
 _MOST_NAMED = 12
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A single prompt becomes a list of one. Raises ConfigError for what is neither text nor conversation."""
+    """Return a list of prompts, also for a single one. Raises ConfigError if one is no text or conversation."""
     if isinstance(prompts, str):
         return [prompts]
     if isinstance(prompts, Mapping | bytes | bytearray) or not isinstance(prompts, Iterable):
-        raise ConfigError(f"the prompts are {short(prompts)}: expected a text, a conversation, or a list of them.")
+        raise ConfigError(
+            f"the prompts are {short(prompts)} (expected a text, a conversation, or a list of them)."
+        )
     several = list(prompts)
     if several and all(isinstance(item, dict) for item in several):
-        return [several]  # type: ignore[list-item]  # dicts are messages: this is one conversation
+        return [several]  # type: ignore[list-item]  # dicts are messages, so this is one conversation
     problems = [
-        f"prompt {number} is {short(prompt)}: expected a text, or a list of messages."
+        f"prompt {number} is {short(prompt)} (expected a text or a list of messages)."
         for number, prompt in enumerate(several, start=1)
         if isinstance(prompt, Mapping | bytes | bytearray) or not isinstance(prompt, Sequence)
     ]
@@ -134,12 +133,18 @@ def encode_prompts(
     tools: list[dict[str, Any]] | None,
     continue_final_message: bool = False,
 ) -> list[list[int]]:
-    """Token ids of each prompt.
+    """Return the token ids of each prompt.
 
-    continue_final_message: each conversation ends in an assistant's message, which the model goes on with.
+    Args:
+        model: The model, with its tokenizer and chat template.
+        prompts: Texts or conversations.
+        chat: Put the prompts into the chat template.
+        system_prompt: System message of every prompt.
+        tools: Tool definitions for the chat template.
+        continue_final_message: Continue each conversation's last message, which must be an assistant's.
 
-    Raises ConfigError for what plain text cannot have, DataError for a prompt that is empty, malformed or
-    longer than the model's context.
+    Raises ConfigError for an argument that plain text cannot have. Raises DataError for a prompt that is empty,
+    malformed, or longer than the model's context.
     """
     if not chat:
         _check_plain(prompts, system_prompt, tools, continue_final_message)
@@ -163,7 +168,7 @@ def encode_prompts(
 def unencodable_notice(
     model: ChatModel, prompts: list[Prompt], encoded: Sequence[list[int]], *, system_prompt: str | None
 ) -> Iterator[str]:
-    """Notices, where the tokenizer does not keep the text of prompts. encoded: their ids."""
+    """Yield notices about prompts whose text the tokenizer cannot represent. encoded: their ids."""
     loss = TextLoss(model.tokenizer.backend_tokenizer, model.tokenizer.unk_token_id)
     found: dict[str, list[int]] = {}
     for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True), start=1):
@@ -182,7 +187,7 @@ def _text_of(prompt: Prompt, number: int, system_prompt: str | None) -> str:
 
 
 def rendered_already(model: ChatModel, prompts: list[Prompt], *, chat: bool) -> Iterator[str]:
-    """Notices about prompts that look as if a template had rendered them."""
+    """Yield notices about prompts that look as if a template had already rendered them."""
     if not chat:
         yield from notices_about_plain(model.tokenizer, [str(prompt) for prompt in prompts])
         return
@@ -198,7 +203,7 @@ def said_in(
     tools: list[dict[str, Any]] | None,
     continue_final_message: bool = False,
 ) -> list[list[int]]:
-    """Of each chat prompt, the tokens that the template did not write."""
+    """Return, per chat prompt, the tokens that come from the user's content rather than the template."""
     numbered, tools = enumerate(prompts, start=1), _read_tools(tools)
     return [
         content_token_ids(
@@ -212,7 +217,7 @@ def said_in(
 
 
 def context_length(model: ChatModel) -> int | None:
-    """Most tokens, prompt and answer together, that the model has positions for; None if it does not say."""
+    """Return the model's context length, prompt and answer together; None if its config has none."""
     length = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length is not None and length > 0 else None
 
@@ -220,11 +225,11 @@ def context_length(model: ChatModel) -> int | None:
 def _conversation(prompt: Prompt, number: int, system_prompt: str | None) -> list[Message]:
     messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not messages:
-        raise DataError(f"prompt {number} is a conversation without messages: expected at least one.")
+        raise DataError(f"prompt {number} is a conversation without messages (expected at least one).")
     read: list[Message] = []
     for i, message in enumerate(messages, start=1):
         name = f"prompt {number}, message {i}" if len(messages) > 1 else f"prompt {number}"
-        with _in_words(name):  # a role that nobody knows must not get into the template
+        with _in_words(name):  # an unknown role must not reach the template
             read += [read_message(turn, {}) for turn in read_turns([message], Cell(name), {})]
     read = with_system_prompt(read, system_prompt)
     with _in_words(f"prompt {number}"):
@@ -249,24 +254,24 @@ def _in_words(what: str) -> Iterator[None]:
 
 
 def _check_last(messages: Sequence[Message], number: int, continue_final_message: bool) -> None:
-    """Raise DataError where a second header would stand after a begun answer, or nothing is begun."""
+    """Raise DataError if the last message's role does not fit continue_final_message."""
     last = messages[-1]
     if last["role"] != "assistant":
         if continue_final_message:
             raise DataError(
-                f"prompt {number} ends with a {last['role']} message, and only an assistant's can be continued. "
-                "End it with the begun answer, or leave continue_final_message (--prefill) out."
+                f"prompt {number} ends with a {last['role']} message, but only an assistant message can be "
+                "continued. End it with the start of the answer, or remove continue_final_message (--prefill)."
             )
     elif not continue_final_message:
         raise DataError(
-            f"prompt {number} ends with an assistant message: a new answer after it would be a second one. To go "
-            "on with it, give continue_final_message=True (--prefill on the command line); else end with a user "
-            "message."
+            f"prompt {number} ends with an assistant message, so a new answer would be a second one. End with a "
+            "user message, or continue the last one with continue_final_message=True (--prefill on the command "
+            "line)."
         )
     elif last.get("tool_calls") or not str(last.get("content") or "").strip():
         raise DataError(
-            f"prompt {number} ends with an assistant message that cannot be continued: expected a text, without "
-            "tool calls."
+            f"prompt {number} ends with an assistant message that cannot be continued (expected a text without "
+            "tool calls)."
         )
 
 
@@ -280,16 +285,14 @@ def _check_plain(
     if continue_final_message:
         problems.append(
             "continue_final_message (--prefill) needs a chat template: plain text is always continued. Write the "
-            "begun answer into the prompt, or leave out --no-chat (chat=False)."
+            "start of the answer into the prompt, or remove --no-chat (chat=False)."
         )
     if system_prompt is not None:
-        problems.append("--system-prompt needs a chat template: leave out --no-chat (chat=False), or the prompt.")
+        problems.append("--system-prompt needs a chat template. Remove it, or remove --no-chat (chat=False).")
     if tools:
-        problems.append("tools need a chat template: leave out --no-chat (chat=False), or the tools.")
+        problems.append("tools need a chat template. Remove them, or remove --no-chat (chat=False).")
     if any(not isinstance(prompt, str) for prompt in prompts):
-        problems.append(
-            "a conversation needs a chat template: give a string, or leave out --no-chat (chat=False)."
-        )
+        problems.append("a conversation needs a chat template. Give a string, or remove --no-chat (chat=False).")
     if problems:
         raise ConfigError(problems)
 
@@ -298,11 +301,11 @@ def _check_length(model: ChatModel, ids: list[int], number: int) -> None:
     limit = context_length(model)
     if not ids:
         raise DataError(
-            f"prompt {number} is empty, and this model's tokenizer puts no token at the start of a text: "
-            "there is nothing to go on from. Give it at least one character."
+            f"prompt {number} is empty, and this model's tokenizer adds no token at the start of a text, so there "
+            "is nothing to continue. Give it at least one character."
         )
     if limit is not None and len(ids) >= limit:
         raise DataError(
-            f"prompt {number} has {len(ids)} tokens, and {model.name} has a context of {limit} for prompt "
+            f"prompt {number} has {len(ids)} tokens, but {model.name} has a context of {limit} tokens for prompt "
             f"and answer together. Shorten it to at most {limit - 1} tokens."
         )

@@ -1,4 +1,4 @@
-"""One answer while it is being written, and the job that it is part of."""
+"""`Request`: everything one call of `generate` works with. `Completion`: one answer while it is being written."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from handspun.models.load import ChatModel, nonfinite_weights
 
 @dataclass(frozen=True)
 class Request:
-    """All that one call of `generate` works with."""
+    """The model, options, prompts and limits of one call of `generate`."""
 
     model: ChatModel
     options: SamplingParams
@@ -29,24 +29,24 @@ class Request:
     prompts: list[list[int]]
     """Token ids of each prompt."""
     limits: list[int]
-    """Most new tokens for each prompt."""
+    """Maximum number of new tokens per prompt."""
     logprobs: bool
     with_tools: bool
     batch_size: int
     max_batch_tokens: int
     should_stop: Callable[[], bool]
     functions: tuple[Function, ...] = ()
-    """The user's own processors."""
+    """The user's custom processors."""
     penalized: list[list[int]] | None = None
-    """Tokens of each prompt that the repetition penalty counts, if not all."""
+    """Tokens of each prompt that the repetition penalty counts. None counts all."""
     explain: bool = False
     show_tree: bool = False
     on_prompt: Callable[[int, int], None] | None = None
-    """Told how many tokens of how many of a long prompt have been read."""
+    """Called with (tokens prefilled, prompt tokens) as a long prompt progresses."""
 
     @cached_property
     def processors(self) -> tuple[Processor, ...]:
-        """What the options ask to be done to logits. Raises ConfigError for a constraint that cannot be met."""
+        """The logits processors that the options ask for. Raises ConfigError if the constraint cannot be met."""
         constraint = make_constraint(self.options, self.model.tokenizer)
         return make_processors(self.options, self.functions, constraint)
 
@@ -68,30 +68,30 @@ class Completion:
 
     @classmethod
     def start(cls, job: Request, prompt_index: int, return_index: int = 0) -> "Completion":
-        """An answer that has no token yet."""
+        """Return an answer without tokens."""
         return cls(job, prompt_index, return_index, StreamingText.start(job.vocabulary, job.options.stop_strings))
 
     @property
     def prompt_token_ids(self) -> list[int]:
-        """The prompt that is answered."""
+        """Token ids of the prompt."""
         return self.job.prompts[self.prompt_index]
 
     @property
     def max_total_tokens(self) -> int:
-        """Of prompt and answer, once it is as long as it may get."""
+        """Number of prompt and answer tokens when the answer reaches its limit."""
         return len(self.prompt_token_ids) + self.job.limits[self.prompt_index]
 
     @property
     def prompt_ids_for_penalty(self) -> list[int]:
-        """Those of the prompt's tokens that the repetition penalty counts."""
+        """Prompt tokens that the repetition penalty counts."""
         return (self.job.penalized or self.job.prompts)[self.prompt_index]
 
     def copy(self) -> "Completion":
-        """The same answer, to go on from in another way."""
+        """Return an independent copy, so that a beam can branch."""
         return replace(self, text=self.text.copy(), token_ids=list(self.token_ids), logprobs=list(self.logprobs))
 
     def add(self, token_id: int, logprob: float | None = None) -> GenerationChunk:
-        """Adds a token, and ends the answer if it is at an eos, a stop string or its limit, in that order."""
+        """Add a token. End the answer at an eos, a stop string or its limit, checked in that order."""
         self.token_ids.append(token_id)
         if logprob is not None:
             self.logprobs.append(logprob)
@@ -105,7 +105,7 @@ class Completion:
         )
 
     def finish(self, reason: FinishReason, token_id: int | None = None, shown: str = "") -> GenerationChunk:
-        """Ends the answer; what was held back of its text is shown, or completes a stop string after all."""
+        """End the answer. Emit its buffered text, unless that completes a stop string."""
         shown += self.text.finish()
         self.finish_reason = "stop" if self.text.stop_string is not None else reason
         return GenerationChunk(
@@ -118,7 +118,7 @@ class Completion:
         )
 
     def result(self) -> GenerationResult:
-        """The ended answer as the user gets it."""
+        """Return the finished answer as the user gets it."""
         assert self.finish_reason is not None
         return GenerationResult(
             text=self.text.text,
@@ -137,18 +137,18 @@ class Completion:
 
 
 _CHECKED: WeakSet[nn.Module] = WeakSet()
-"""Models whose weights have been looked at: once is enough, and takes as long as a step."""
+"""Models whose weights have been checked, once per model: the check takes as long as a decoding step."""
 
 
 def check_finite(logits: Tensor, answers: Sequence[Completion], model: ChatModel) -> None:
     """Raise ModelError if any of the model's logits is NaN or infinite. logits: (answers, vocab).
 
-    Attention hides NaN in some weights behind finite logits (a NaN in its softmax counts as 0), so the weights are
-    looked at too, at the first step of a model's first answers.
+    NaN in some weights can leave the logits finite, since attention counts a NaN in its softmax as 0. So the
+    weights are checked too, at the first step of a model's first answers.
     """
-    if not bool(torch.isfinite(logits.sum())):  # one pass over them; only what is not finite is looked at again
+    if not bool(torch.isfinite(logits.sum())):  # one pass over the logits in the usual case
         wrong = (~torch.isfinite(logits)).sum(-1).tolist()
-        if any(wrong):  # or they are large, and their sum overflowed
+        if any(wrong):  # otherwise large finite logits only made the sum overflow
             row = next(i for i, count in enumerate(wrong) if count)
             what = f"{wrong[row]:,} of the model's {logits.shape[-1]:,} logits are NaN or infinite"
             raise ModelError(
@@ -156,7 +156,7 @@ def check_finite(logits: Tensor, answers: Sequence[Completion], model: ChatModel
             )
     if model.model not in _CHECKED:
         if found := nonfinite_weights(model.model):
-            what = f"the logits are finite {_where(answers[0])}, but cannot be right"
+            what = f"the logits are finite {_where(answers[0])}, but they are wrong"
             raise ModelError(f"{model.name}: {what}. {_cause(found)}")
         _CHECKED.add(model.model)
 
@@ -167,10 +167,8 @@ def _where(answer: Completion) -> str:
 
 def _cause(found: str) -> str:
     if found:
-        return (
-            f"These weights hold NaN or infinity: {found}. Use an earlier checkpoint, or download the model again."
-        )
+        return f"These weights contain NaN or infinity: {found}. Use an earlier checkpoint or a new download."
     return (
-        "All weights are finite, so a number overflowed on the way: use --weights float32, and if that is what it "
-        "is, an earlier checkpoint."
+        "All weights are finite, so a computation overflowed. Use --weights float32; if the weights are float32 "
+        "already, use an earlier checkpoint."
     )

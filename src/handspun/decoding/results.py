@@ -1,4 +1,4 @@
-"""What decoding gives back."""
+"""The results of decoding: `GenerationResult` and `GenerationChunk`."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,29 +13,29 @@ class GenerationResult:
     """One answer to one prompt."""
 
     text: str
-    """Without special tokens, cut at the stop string that fired."""
+    """The answer's text without special tokens, cut at the stop string that fired."""
     token_ids: list[int]
-    """All that was generated, up to and with the eos."""
+    """All generated tokens, eos included."""
     prompt_token_ids: list[int]
     finish_reason: FinishReason
-    """"eos"; "stop", a stop string fired; "length", max_new_tokens or the model's context is used up;
-    "cancelled", the caller asked to stop."""
+    """"eos"; "stop": a stop string fired; "length": max_new_tokens or the model's context is used up;
+    "cancelled": the caller asked to stop."""
     stop_string: str | None = None
     """The stop string that fired."""
     logprobs: list[float] | None = None
-    """On request: natural log-probability of each token, in the model's own distribution."""
+    """On request: natural log-probability of each token in the model's own distribution."""
     explanation: list[Explanation] | None = None
-    """On request: how each token came to be."""
+    """On request: how each token was chosen."""
     tree: list[TreeNode] | None = None
-    """On request, with a prompt's best answer: what its beam search looked at."""
+    """On request, with a prompt's best answer: the tree that its beam search explored."""
     drafted_tokens: int = 0
-    """With prompt_lookup_num_tokens: tokens that were drafted for the answer."""
+    """With prompt_lookup_num_tokens: number of draft tokens."""
     accepted_tokens: int = 0
-    """Those of them that were chosen. Each saved a step."""
+    """Number of draft tokens that were accepted. Each saved a step."""
     prompt_index: int = 0
-    """Which of the prompts, from 0."""
+    """Index of the prompt, from 0."""
     return_index: int = 0
-    """Which of the prompt's num_return_sequences answers, from 0; beams come with the best first."""
+    """Index among the prompt's num_return_sequences answers, from 0; with beam search the best comes first."""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     """Calls parsed from the text if tools were given:
     {"type": "function", "function": {"name": str, "arguments": dict}}."""
@@ -43,7 +43,7 @@ class GenerationResult:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationChunk:
-    """What is added to one answer. The texts of an answer's chunks, end to end, are its text."""
+    """An addition to one answer. The texts of an answer's chunks, concatenated, are its text."""
 
     prompt_index: int
     return_index: int

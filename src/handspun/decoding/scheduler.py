@@ -1,6 +1,7 @@
-"""The loop of greedy decoding and sampling: answers join, get a token a step, and leave when they have ended.
+"""The decode loop for greedy decoding and sampling: admit answers, step, sample, retire the finished ones.
 
-With a draft an answer gets several tokens in a step (speculation.py)."""
+An answer gets one token per step, or several if its draft tokens are accepted (`prompt_lookup.py`).
+"""
 
 import time
 from collections import deque
@@ -20,25 +21,25 @@ from handspun.decoding.results import GenerationChunk
 from handspun.decoding.sampling import gumbel_noise, select_tokens, stream_of
 
 _PROMPT_TOKENS = 2048
-"""Most tokens of prompts that go through in one step; a longer prompt goes in pieces."""
+"""Maximum number of prompt tokens in one forward pass. A longer prompt is prefilled in chunks."""
 _SECONDS_BETWEEN_NOTICES = 10.0
 
 
 @dataclass(frozen=True)
 class ActiveSequence:
-    """An answer that is being written, and the engine's row of it."""
+    """An unfinished answer and its row in the engine."""
 
     answer: Completion
     row: int
     place: int
-    """Of the last step's logits, that behind its newest token."""
+    """Index into the last step's logits: the position of its newest token."""
     draft: Sequence[int] = ()
-    """Tokens that were fed behind that one; each has logits too."""
+    """Draft tokens fed after the newest token. Each has logits too, at the following indices."""
 
 
 @torch.inference_mode()
 def decode(job: Request) -> Iterator[GenerationChunk]:
-    """All answers, token by token. What an answer says does not depend on the others."""
+    """Yield the chunks of all answers, token by token. An answer's text does not depend on the others."""
     engine = make_engine(job.model)
     waiting = deque(Completion.start(job, *name) for name in _answer_ids(job))
     running: list[ActiveSequence] = []
@@ -56,9 +57,9 @@ def feed_prompt(
     prompt_token_ids: Sequence[int],
     on_prompt: Callable[[int, int], None] | None = None,
 ) -> ModelInput:
-    """Return a new row's last feed of its prompt, after the pieces of a long prompt before it.
+    """Add a row, prefill all but the last chunk of its prompt, and return the input for that last chunk.
 
-    on_prompt: called after each piece, as `Job.on_prompt`.
+    on_prompt: called after each prefilled chunk, as `Request.on_prompt`.
     """
     row, start = engine.add(), 0
     while len(prompt_token_ids) - start > _PROMPT_TOKENS:
@@ -72,26 +73,26 @@ def feed_prompt(
 def prompt_progress(
     notice: Callable[[str], None], clock: Callable[[], float] = time.monotonic
 ) -> Callable[[int, int], None]:
-    """Return a `Job.on_prompt` that says where a long prompt is, every ten seconds."""
+    """Return a `Request.on_prompt` that reports progress on a long prompt every ten seconds."""
     said_at = clock()
 
     def on_prompt(done: int, total: int) -> None:
         nonlocal said_at
         if clock() - said_at >= _SECONDS_BETWEEN_NOTICES:
             said_at = clock()
-            notice(f"read {done:,} of {total:,} tokens of a prompt")
+            notice(f"prefill: {done:,} of {total:,} prompt tokens")
 
     return on_prompt
 
 
 def _answer_ids(job: Request) -> list[tuple[int, int]]:
-    """(prompt index, return index) of all answers; prompts of like length are neighbors."""
+    """Return (prompt index, return index) of all answers, sorted by prompt length."""
     order = sorted(range(len(job.prompts)), key=lambda i: len(job.prompts[i]))
     return [(prompt, back) for prompt in order for back in range(job.options.num_return_sequences)]
 
 
 def _admit(waiting: deque[Completion], running: Sequence[ActiveSequence], job: Request) -> list[Completion]:
-    """As many of the waiting answers as there is room for; one at least, if nothing is running."""
+    """Pop as many waiting answers as fit into the batch; at least one if nothing is running."""
     joining: list[Completion] = []
     held, prompts = sum(one.answer.max_total_tokens for one in running), 0
     while waiting and len(running) + len(joining) < job.batch_size:
@@ -109,8 +110,10 @@ def _admit(waiting: deque[Completion], running: Sequence[ActiveSequence], job: R
 def _step(
     engine: Engine, running: Sequence[ActiveSequence], joining: Sequence[Completion]
 ) -> tuple[Tensor, list[ActiveSequence]]:
-    """Feeds the newest token of each answer with its draft, and the prompts of those that join, each prompt once.
-    Returns logits, (tokens, vocab), and all that run now."""
+    """Run the model on each answer's newest token and draft, and on the prompts of joining answers.
+
+    A prompt with several answers is fed once. Return logits, (tokens, vocab), and all active sequences.
+    """
     feeds, place, now = list[ModelInput](), 0, list[ActiveSequence]()
     for one in running:
         drafted = draft(one.answer)
@@ -134,7 +137,10 @@ def _step(
 
 
 def _sample_step(logits: Tensor, running: Sequence[ActiveSequence], job: Request) -> Iterator[GenerationChunk]:
-    """Adds a token to each answer, and another while that was the drafted one. logits: (tokens, vocab)."""
+    """Sample a token for each answer, and further tokens as long as they match its draft.
+
+    logits: (tokens, vocab).
+    """
     going, depth = list(running), 0
     while going:
         answers = [one.answer for one in going]
@@ -151,7 +157,7 @@ def _sample_step(logits: Tensor, running: Sequence[ActiveSequence], job: Request
 
 
 def _retire_finished(engine: Engine, running: Sequence[ActiveSequence]) -> Iterator[ActiveSequence]:
-    """Those that have not ended; what was drafted wrongly is forgotten."""
+    """Free the rows of finished answers. Yield the others, with rejected draft tokens truncated."""
     for one in running:
         if one.answer.finish_reason is not None:
             engine.free(one.row)
@@ -162,14 +168,17 @@ def _retire_finished(engine: Engine, running: Sequence[ActiveSequence]) -> Itera
 
 
 def _rows(logits: Tensor, places: list[int]) -> Tensor:
-    """(tokens, vocab) -> (places, vocab), without a copy where these are all."""
+    """Select rows, (tokens, vocab) -> (places, vocab), without a copy if all are selected in order."""
     return logits if places == list(range(len(logits))) else logits[places]
 
 
 def _next_tokens(
     logits: Tensor, answers: Sequence[Completion], job: Request
 ) -> tuple[Tensor, Sequence[float | None]]:
-    """(answers, vocab) -> the next token of each answer, (answers,), and their log-probabilities if wanted."""
+    """Return the next token of each answer, (answers,), and its log-probability if requested.
+
+    logits: (answers, vocab).
+    """
     check_finite(logits, answers, job.model)
     filtered = process(logits, answers, job.processors)
     check_some_left(filtered, answers, job.processors)
@@ -182,7 +191,7 @@ def _next_tokens(
 
 
 def _explain(logits: Tensor, answers: Sequence[Completion], tokens: Tensor, job: Request) -> None:
-    """Tells each answer how its next token came to be."""
+    """Append to each answer the explanation of its next token."""
     draws, noise = _draws(answers, job), None
     if draws is not None:
         noise = torch.stack([gumbel_noise(stream, step, logits.shape[-1]) for stream, step in draws])
@@ -193,7 +202,7 @@ def _explain(logits: Tensor, answers: Sequence[Completion], tokens: Tensor, job:
 
 
 def _draws(answers: Sequence[Completion], job: Request) -> list[tuple[tuple[int, int, int], int]] | None:
-    """For each answer its stream and its step; none if nothing is drawn."""
+    """Return each answer's random stream and step, or None for greedy decoding."""
     if not job.options.do_sample:
         return None
     seed = job.options.seed

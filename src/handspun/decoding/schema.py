@@ -1,7 +1,7 @@
-"""JSON schemas that answers can be held to: what llguidance would pass over in silence is refused here, by name.
+"""Read JSON schemas for constrained decoding, and reject keywords that would not be enforced.
 
-llguidance refuses most of what it does not enforce itself (`not`, `if`, `uniqueItems`, `contains`...). But it
-passes over keywords that it does not know, so a misspelt `minimun` would bind nothing.
+llguidance rejects most of the keywords that it does not enforce (`not`, `if`, `uniqueItems`, `contains`...). But
+it silently ignores keywords that it does not know, so a misspelled `minimun` would have no effect.
 """
 
 import difflib
@@ -18,7 +18,7 @@ _ANNOTATIONS = {
     *("$schema", "$id", "id", "$anchor", "$comment", "title", "description", "default", "examples", "example"),
     *("deprecated", "readOnly", "writeOnly", "discriminator"),
 }
-"""Keywords that bind nothing, by the standard or by OpenAPI's."""
+"""Keywords without constraints, by the standard or OpenAPI."""
 _HELD = {
     *("$ref", "$defs", "definitions", "const", "enum", "type", "allOf", "anyOf", "oneOf", "properties"),
     *("patternProperties", "additionalProperties", "required", "minProperties", "maxProperties", "items"),
@@ -33,34 +33,34 @@ _NOT_HELD = {
 }
 _MAPS = {"properties", "patternProperties", "$defs", "definitions"}
 _WITHIN = _MAPS | {"allOf", "anyOf", "oneOf", "prefixItems", "items", "additionalItems", "additionalProperties"}
-"""Keywords that hold schemas: by name, in a list, or one."""
+"""Keywords that contain schemas: by name, in a list, or a single one."""
 _DRAFTS = {"draft-04": 4, "draft-06": 6, "draft-07": 7, "2019-09": 8, "2020-12": 9}
 _MOST_NAMED = 8
 _DEEPEST = 200
-"""Levels that are looked at; llguidance has a limit of its own, which is lower."""
+"""Nesting levels that are checked; llguidance's own limit is lower."""
 
 
 def read_schema(value: str | dict[str, Any]) -> str:
-    """Return the JSON text of a schema: of a dict, of text that begins as JSON does, or of a file.
+    """Return the JSON text of a schema, given as a dict, as JSON text, or as a file name.
 
-    Raises ConfigError for what is no JSON, is no object, or has a keyword that answers are not held to.
+    Raises ConfigError for anything that is not a JSON object, or that has a keyword that would not be enforced.
     """
     where, schema = "--json-schema", value
     if isinstance(value, str):
         where = where if value.lstrip().startswith("{") else f"--json-schema {value}"
         schema = _parsed(value if where == "--json-schema" else _content(value, where), where)
     if not isinstance(schema, dict):
-        raise ConfigError(f'{where} is {short(schema)}: expected an object, as {{"type": "object"}}.')
+        raise ConfigError(f'{where} is {short(schema)} (expected an object, such as {{"type": "object"}}).')
     try:
         text = json.dumps(schema, allow_nan=False, ensure_ascii=False)
         text.encode("utf-8")
     except RecursionError:
         raise ConfigError(f"{where} is nested too deeply. Make it flatter, or use $ref.") from None
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where} holds what JSON cannot: {error}.") from None
+        raise ConfigError(f"{where} contains a value that JSON cannot represent: {error}.") from None
     if problems := list(_problems(json.loads(text))):
         more = f" ({len(problems) - _MOST_NAMED} more)" if len(problems) > _MOST_NAMED else ""
-        raise ConfigError([f"{where} cannot be held to: {text}{more}" for text in problems[:_MOST_NAMED]])
+        raise ConfigError([f"{where} cannot be enforced: {text}{more}" for text in problems[:_MOST_NAMED]])
     return text
 
 
@@ -69,9 +69,9 @@ def _content(file: str, where: str) -> str:
         return read_text(Path(file))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{where} cannot be read: {error}. Expected a JSON schema ({{...}}), or a file that holds one."
+            f"{where} cannot be read: {error}. Give a JSON schema ({{...}}) or a file that contains one."
         ) from error
-    except DataError as error:  # it names the file
+    except DataError as error:  # the message names the file
         raise ConfigError(f"--json-schema {error}") from error
 
 
@@ -85,12 +85,12 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _problems(root: dict[str, Any]) -> Iterator[str]:
-    """What is not enforced, with the place in the schema."""
+    """Yield what would not be enforced, with its path in the schema."""
     draft = _DRAFTS.get(next((name for name in _DRAFTS if name in str(root.get("$schema"))), ""), 0)
     if "$schema" in root and not draft:
-        yield f"$schema {short(root['$schema'])} is no draft that is known. There are {', '.join(_DRAFTS)}."
+        yield f"$schema {short(root['$schema'])} is not a known draft. Use one of {', '.join(_DRAFTS)}."
     if "schema" in root and isinstance(root["schema"], dict) and not _HELD & root.keys():
-        yield 'the schema is wrapped in an object. Give what stands under its "schema".'
+        yield 'the schema is wrapped in an object. Give the value of its "schema" key.'
         return
     for path, schema in _schemas(root):
         for keyword in schema.keys() - _HELD - _ANNOTATIONS:
@@ -101,38 +101,38 @@ def _problems(root: dict[str, Any]) -> Iterator[str]:
 
 def _about(keyword: str) -> str:
     if keyword in _NOT_HELD:
-        return f"{short(keyword)}, which nothing here enforces. Leave it out, and check answers afterwards."
+        return f"{short(keyword)}, which is not enforced here. Remove it, and check the answers afterwards."
     if keyword.startswith("x-"):
         return ""
     near = difflib.get_close_matches(keyword, _HELD, 1)
-    hint = f"Did you mean {near[0]}?" if near else "Leave it out."
-    return f"the keyword {short(keyword)}, which there is not in JSON Schema. {hint}"
+    hint = f"Did you mean {near[0]}?" if near else "Remove it."
+    return f"the keyword {short(keyword)}, which JSON Schema does not have. {hint}"
 
 
 def _half_held(schema: dict[str, Any], draft: int) -> Iterator[str]:
-    """Keywords that are enforced, but not as they stand there."""
+    """Yield problems with keywords that are enforced in general, but not as used here."""
     types = schema.get("type", "string")
     if "format" in schema and "string" not in (types if isinstance(types, list) else [types]):
-        yield f"has the format {short(schema['format'])} of what is no string. Use minimum and maximum."
+        yield f"has the format {short(schema['format'])} on a type that is not a string. Use minimum and maximum."
     if "const" in schema and draft == 4:
         yield "has const, which draft 4 does not have. Use enum, or another $schema."
     if "prefixItems" in schema and draft in (4, 6, 7, 8):
         yield "has prefixItems, which its $schema does not have. Use a list of items, or 2020-12."
     if "additionalItems" in schema and not isinstance(schema.get("items"), list):
-        yield "has additionalItems without a list of items, where it means nothing. Use prefixItems and items."
+        yield "has additionalItems without a list of items, where it has no effect. Use prefixItems and items."
     required, fewest = schema.get("required", []), schema.get("minProperties", 0)
     if isinstance(required, list) and isinstance(fewest, int) and fewest > len(set(map(str, required))) + 1:
         yield (
-            f"has minProperties {fewest}, which the same name could make up several times. Name the properties "
-            "that are required."
+            f"has minProperties {fewest}, which one property repeated several times would meet. List the "
+            "properties under required."
         )
     for text in _texts(schema.get("const"), schema.get("enum"), list(schema.get("properties") or ())):
         if any(character < " " and character not in "\b\f\n\r\t" for character in text):
-            yield f"has the text {short(text)}, whose control character answers cannot have. Leave it out."
+            yield f"has the text {short(text)} with a control character, which answers cannot contain. Remove it."
 
 
 def _texts(*values: Any) -> Iterator[str]:
-    """All texts in some values, names of objects among them."""
+    """Yield all texts in some values, object keys included."""
     left = list(values)
     while left:
         value = left.pop()
@@ -145,11 +145,11 @@ def _texts(*values: Any) -> Iterator[str]:
 
 
 def _schemas(root: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The schema and all those in it, each with its place (`#/properties/a`)."""
+    """Yield the schema and all schemas in it, each with its path (`#/properties/a`)."""
     left: list[tuple[str, Any, int]] = [("#", root, 0)]
     while left:
         path, schema, depth = left.pop()
-        if not isinstance(schema, dict) or depth > _DEEPEST:  # true and false are schemas, and bind as they say
+        if not isinstance(schema, dict) or depth > _DEEPEST:  # true and false are schemas, and are enforced
             continue
         yield path, schema
         for name in _WITHIN & schema.keys():

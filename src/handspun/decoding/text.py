@@ -1,4 +1,4 @@
-"""From tokens to text, piece by piece, and the strings at which an answer stops."""
+"""Incremental detokenization, and stop strings."""
 
 import codecs
 from collections.abc import Callable
@@ -12,25 +12,25 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _REPLACEMENT = "\ufffd"
 _LONGEST_CHARACTER = 4
-"""Bytes in UTF-8, and so tokens that a character can be spread over."""
+"""Maximum bytes of a character in UTF-8, and so the number of tokens it can be split into."""
 
 
 class Detokenizer(Protocol):
-    """The state of one answer's decoding."""
+    """The detokenization state of one answer."""
 
     def push(self, token_id: int) -> str:
-        """The characters that this token completes."""
+        """Add a token and return the characters that it completes."""
 
     def finish(self) -> str:
-        """What is left of an unfinished character, as U+FFFD."""
+        """Return an unfinished character as U+FFFD, or an empty string."""
 
     def copy(self) -> Self:
-        """The same state, to go on from in another way."""
+        """Return an independent copy of the state."""
 
 
 @dataclass
 class ByteDetokenizer:
-    """For byte-level vocabularies: exact, and equal to decoding all ids at once."""
+    """Detokenizer for byte-level vocabularies: exactly equal to decoding all ids at once."""
 
     bytes_of: Callable[[int], bytes]
     _pending: bytes = b""
@@ -51,14 +51,14 @@ class ByteDetokenizer:
 
 @dataclass
 class WindowDetokenizer:
-    """For any other vocabulary: decodes the last tokens in the context of the ones before them."""
+    """Detokenizer for any other vocabulary: decodes the last tokens in the context of the ones before them."""
 
     decode: Callable[[list[int]], str]
     _ids: list[int] = field(default_factory=list)
     _context: int = 0
-    """Where the tokens begin that are decoded as context; their text has been given out."""
+    """Index of the first context token. The text of the context has been emitted."""
     _given: int = 0
-    """How many of the tokens have been given out."""
+    """Number of tokens whose text has been emitted."""
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
@@ -82,19 +82,19 @@ class WindowDetokenizer:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What answers need to know of a tokenizer: a fresh detokenizer, and the special tokens' texts."""
+    """A tokenizer's detokenizer factory and the texts of its special tokens."""
 
     detokenizer: Callable[[], Detokenizer]
     special: dict[int, str]
 
     def text_of(self, token_id: int) -> str:
-        """A single token as it reads, a special one by its name."""
+        """Return the text of a single token; a special token's is its name."""
         detokenizer = self.detokenizer()
         return self.special.get(token_id) or detokenizer.push(token_id) + detokenizer.finish()
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    """A tokenizer's vocabulary, made for decoding token by token."""
+    """Return a tokenizer's vocabulary for decoding token by token."""
     added = tokenizer.added_tokens_decoder
     special = {token_id: token.content for token_id, token in added.items() if token.special}
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -115,43 +115,45 @@ def _byte_lookup(backend: Tokenizer) -> Callable[[int], bytes]:
 
     def bytes_of(token_id: int) -> bytes:
         token = backend.id_to_token(token_id)
-        if token is None:  # a head padded to more rows than there are tokens
+        if token is None:  # an LM head can be padded to more rows than there are tokens
             return b""
         if all(character in byte_of for character in token):
             return bytes(byte_of[character] for character in token)
-        return token.encode()  # an added token, which is written as it reads
+        return token.encode()  # an added token is stored as plain text
 
     return bytes_of
 
 
 @dataclass
 class StreamingText:
-    """The text of one answer as it grows. Special tokens are not shown in it, but stop strings see them."""
+    """The text of one answer as it grows. Special tokens are hidden, but stop strings can match them."""
 
     vocabulary: Vocabulary
     stop_strings: tuple[str, ...]
     detokenizer: Detokenizer
     text: str = ""
-    """All that has been given out."""
+    """The text emitted so far."""
     stop_string: str | None = None
     """The stop string that fired."""
     _buffer: str = ""
-    """What may be the beginning of a stop string."""
+    """Text held back because it may be the beginning of a stop string."""
     _shown: tuple[bool, ...] = ()
-    """For each held character, whether it is part of the text (a special token's are not)."""
+    """For each buffered character, whether it is part of the text (a special token's characters are not)."""
 
     @classmethod
     def start(cls, vocabulary: Vocabulary, stop_strings: tuple[str, ...]) -> "StreamingText":
-        """The text of an answer that has no token yet."""
+        """Return the text of an answer without tokens."""
         return cls(vocabulary, stop_strings, vocabulary.detokenizer())
 
     def copy(self) -> "StreamingText":
-        """The same text, to go on from in another way."""
+        """Return an independent copy."""
         return replace(self, detokenizer=self.detokenizer.copy())
 
     def push(self, token_id: int) -> str:
-        """Adds a token; returns the text that can be shown now. `stop_string` says whether one fired, and
-        then nothing more is shown."""
+        """Add a token and return the text that can be emitted now.
+
+        If a stop string fires, `stop_string` holds it and nothing more is emitted.
+        """
         if self.stop_string is not None:
             return ""
         special = self.vocabulary.special.get(token_id)
@@ -159,7 +161,7 @@ class StreamingText:
         return self._add(new, shown=special is None)
 
     def finish(self) -> str:
-        """Ends the answer; returns the rest of its text, which had been held back."""
+        """End the answer and return the rest of its buffered text."""
         shown = "" if self.stop_string is not None else self._add(self.detokenizer.finish(), shown=True)
         return shown + self._emit(len(self._buffer))
 
@@ -176,7 +178,7 @@ class StreamingText:
         return self._emit(len(self._buffer) - self._partial_match())
 
     def _partial_match(self) -> int:
-        """Length of the longest end of the held text with which a stop string begins."""
+        """Return the length of the longest suffix of the buffer that a stop string begins with."""
         longest = max((len(stop) for stop in self.stop_strings), default=1) - 1
         for length in range(min(longest, len(self._buffer)), 0, -1):
             if any(stop.startswith(self._buffer[-length:]) for stop in self.stop_strings):

@@ -1,4 +1,4 @@
-"""Tool calls in an answer, in the form that Qwen and Hermes models write them:
+"""Parse tool calls from an answer, in the format of Qwen and Hermes models:
 
 <tool_call>
 {"name": "weather", "arguments": {"city": "Shanghai"}}
@@ -14,10 +14,10 @@ _CLOSE = re.compile(r"\s*</tool_call>")
 
 
 def parse_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """An answer's (content, tool calls), as an assistant message holds them.
+    """Return an answer's (content, tool calls), as an assistant message has them.
 
-    Each call is {"type": "function", "function": {"name": str, "arguments": dict}}. A block that is not
-    JSON, has no name or no object of arguments, or is not closed, stays in the content as it was written.
+    Each call is {"type": "function", "function": {"name": str, "arguments": dict}}. A block stays in the content
+    as it is if it is not JSON, has no name, has arguments that are not an object, or is not closed.
     """
     content, calls, position = "", [], 0
     for opening in _OPEN.finditer(text):
@@ -35,7 +35,7 @@ def parse_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 def _json_at(text: str, start: int) -> tuple[Any, int]:
-    """The JSON value that begins there, and where it ends; None if there is none."""
+    """Return the JSON value at `start` and the index after it, or (None, start) if there is none."""
     try:
         return json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Answers, conversations and previews on a terminal."""
+"""Print answers, conversations and previews on a terminal."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,7 +26,7 @@ from handspun.runs.summary import account_lines, length_lines
 
 
 def show_preview(config: DataConfig, model: str, console: Console, *, examples: int, plain: bool) -> None:
-    """Rendered examples, the length distribution, and the account of every row."""
+    """Print rendered examples, the length distribution, and the data report."""
     check_data_exists(config.data)
     source = model_source(model, say)
     tokenizer = load_tokenizer(source)
@@ -41,9 +41,9 @@ def show_preview(config: DataConfig, model: str, console: Console, *, examples: 
     )
     check_examples(made.examples, embedding_rows_of(source), tokenizer, model)
     how = "between ⟦ and ⟧" if plain else "in green"
-    console.print(f"what is learned is {how}\n", markup=False)
+    console.print(f"tokens trained on are {how}\n", markup=False)
     for example in spread(made.examples, examples):
-        title = f"{example.file}, row {example.row}: {len(example)} tokens, {example.learned_tokens} learned"
+        title = f"{example.file}, row {example.row}: {len(example)} tokens, {example.learned_tokens} trained on"
         console.print(f"--- {title}" if plain else Rule(title, align="left"), markup=False)
         text = Text(bracketed(example, tokenizer)) if plain else colored(example, tokenizer)
         console.print(text, soft_wrap=True)
@@ -67,7 +67,7 @@ def show_answers(
     explain: bool = False,
     show_tree: bool = False,
 ) -> list[GenerationResult]:
-    """Prints each answer as it is complete: the text alone if there is one answer, else under its prompt."""
+    """Print the answers: the text alone if there is only one, otherwise each under its prompt."""
     asked = list(prompts) if prefill is None else [_begun(prompt, prefill) for prompt in prompts]
     results = generate(
         model,
@@ -111,8 +111,8 @@ def _under_its_prompt(console: Console, prompt: str, result: GenerationResult) -
 def chat_loop(
     model: ChatModel, options: GenerationOptions, console: Console, *, system_prompt: str | None
 ) -> None:
-    """Reads a line, streams an answer, remembers both, until /quit or the end of the input."""
-    console.print(f"{model.name}. /reset begins anew, /quit leaves, Ctrl-C stops an answer.", markup=False)
+    """Read a line, stream an answer and remember both, until /quit or the end of the input."""
+    console.print(f"{model.name}. /reset starts over, /quit exits, Ctrl-C stops an answer.", markup=False)
     messages: list[Message] = []
     while True:
         try:
@@ -143,7 +143,7 @@ def _stream_answer(
     answer = ""
     try:
         for chunk in stream(model, [messages], options=options, system_prompt=system_prompt):
-            if chunk.return_index == 0:  # a conversation goes on from one answer
+            if chunk.return_index == 0:  # a conversation continues from one answer
                 answer += chunk.text
                 write_text(console, chunk.text, end="")
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""How the tokens of an answer came to be, as a table of 80 columns; what a beam search looked at, as a tree."""
+"""Render how an answer's tokens were chosen, as a table of 80 columns, and a beam search's tree."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,15 @@ from handspun.decoding.explain import Candidate, Effect, Explanation, TreeNode
 from handspun.display import escaped
 
 _DEEPEST = 40
-"""Columns of a tree's guides; of deeper ones the last are shown."""
+"""Maximum width of a tree's guides. Deeper trees show only the last columns."""
 
 
 def explanation_table(explanation: Sequence[Explanation]) -> Table:
-    """A row for each token. Under "processors", a line for each that did anything: how many tokens it excluded,
-    and the chosen token's probability behind it."""
+    """Return a table with one row per token.
+
+    The column "processors" has one line per processor with an effect: the number of tokens that it excluded, and
+    the chosen token's probability after it.
+    """
     is_drawn = any(step.chosen.noise is not None for step in explanation)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("", justify="right", style="dim")
@@ -36,13 +39,15 @@ def explanation_table(explanation: Sequence[Explanation]) -> Table:
             *([_noise(step.chosen)] if is_drawn else []),
             _runner_up(step.runner_up),
         ]
-        table.add_row(*map(Text, cells))  # what a model says is no markup
+        table.add_row(*map(Text, cells))  # Text, since rich would read brackets in tokens as markup
     return table
 
 
 def search_tree(nodes: Sequence[TreeNode]) -> Text:
-    """What a beam search looked at, a line for each stretch without a branch: accumulated log-probability, tokens,
-    and which answer it is, or that it went no further."""
+    """Return a beam search's tree, one line per stretch without a branch.
+
+    A line has the accumulated log-probability, the tokens, and the answer's number or the reason it ended.
+    """
     children: dict[int | None, list[int]] = {}
     for place, node in enumerate(nodes):
         children.setdefault(node.parent, []).append(place)
@@ -65,7 +70,7 @@ def search_tree(nodes: Sequence[TreeNode]) -> Text:
 
 
 def _branches(places: Sequence[int], guide: str) -> list[tuple[int, str, bool]]:
-    """Place, guide, and whether it is the last of its siblings; the last one first, as a stack takes the first."""
+    """Return (index, guide, is last sibling) of siblings, in reverse order for a stack."""
     return [(place, guide, place == places[-1]) for place in reversed(places)]
 
 
@@ -94,7 +99,7 @@ def _noise(candidate: Candidate) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A token with what cannot be printed in it, such as newlines, escaped."""
+    """Return a token in quotes, with unprintable characters such as newlines escaped."""
     return f"'{escaped(text)}'"
 
 

@@ -1,4 +1,4 @@
-"""A model's scores: a short table for people, an object for machines, a line for each row."""
+"""Render a model's scores: a short table, a JSON object, and one JSON line per row."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -10,11 +10,11 @@ from handspun.display import json_line
 from handspun.evaluation.score import RowScore, Scores
 
 _BEGINNING = 80
-"""Characters of a text that a row's line shows."""
+"""Number of characters of a text in a row's line."""
 
 
 def scores_table(scores: Scores) -> Table:
-    """What was scored, and the scores; each with what it is a share of."""
+    """Return a table of the scores, with the number of tokens or answers behind each."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True, style="dim")
     table.add_column(no_wrap=True, justify="right", style="bold")
@@ -28,7 +28,7 @@ def _lines(scores: Scores) -> Iterator[tuple[str, str, str]]:
     if scores.loss is not None:
         assert scores.perplexity is not None
         rows = sum(row.loss_sum is not None for row in scores.rows)
-        yield "loss", f"{scores.loss:.4f}", f"a learned token's mean, over {scores.tokens} in {rows} rows"
+        yield "loss", f"{scores.loss:.4f}", f"mean over {scores.tokens} target tokens in {rows} rows"
         yield "perplexity", f"{scores.perplexity:.3f}", ""
     compared = [row for row in scores.rows if row.exact_match is not None]
     if compared:
@@ -36,17 +36,17 @@ def _lines(scores: Scores) -> Iterator[tuple[str, str, str]]:
         yield (
             "exact match",
             f"{matches / len(compared):.1%}",
-            f"{matches} of {len(compared)} answers, white space aside",
+            f"{matches} of {len(compared)} answers, ignoring white space around them",
         )
     if any(row.answer for row in scores.rows):
         if cut := _cut(scores):
-            yield "cut off", str(cut), "answers that --max-new-tokens ended"
+            yield "cut off", str(cut), "answers that reached --max-new-tokens"
         if tools := sum(row.question.needs_tools for row in scores.rows):
             yield "not asked", str(tools), "rows with tools, whose answers are not evaluated"
 
 
 def scores_record(scores: Scores) -> dict[str, Any]:
-    """The scores for machines. Shares are given as counts."""
+    """Return the scores for --json. Shares are given as counts."""
     compared = [row for row in scores.rows if row.exact_match is not None]
     return {
         "model": scores.model,
@@ -62,7 +62,7 @@ def scores_record(scores: Scores) -> dict[str, Any]:
 
 
 def row_lines(rows: Iterable[RowScore]) -> Iterator[str]:
-    """One JSON object a row, in the rows' order."""
+    """Yield one JSON object per row, in row order."""
     for row in rows:
         question = row.question
         record: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What `handspun verify` has found, as a table of 80 columns or as JSON, and what it means in a line."""
+"""Render the findings of `handspun verify` as a table of 80 columns or as JSON, with a verdict in one line."""
 
 import math
 from collections import Counter
@@ -17,7 +17,7 @@ _STYLES: dict[Status, str] = {"pass": "green", "tie": "yellow", "info": "dim", "
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
-    """A row for each finding, with a line for each divergence below it."""
+    """Return a table with one row per finding, and one line per divergence below it."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("check", no_wrap=True, style="bold")
     table.add_column("case", ratio=2)
@@ -38,7 +38,7 @@ def findings_table(findings: Sequence[Finding]) -> Table:
 
 
 def findings_json(findings: Sequence[Finding], model: str) -> str:
-    """All findings as one JSON object."""
+    """Return all findings as one JSON object."""
     record = {
         "model": model,
         "passed": not failed(findings),
@@ -49,28 +49,29 @@ def findings_json(findings: Sequence[Finding], model: str) -> str:
 
 
 def failed(findings: Sequence[Finding]) -> list[Finding]:
-    """Those that found what must not be."""
+    """Return the failed findings."""
     return [finding for finding in findings if finding.status == "fail"]
 
 
 def verdict(findings: Sequence[Finding]) -> str:
-    """What all findings together mean, for people."""
+    """Return the overall result as a sentence."""
     counts = Counter(finding.status for finding in findings)
     if counts["fail"]:
         names = ", ".join(dict.fromkeys(finding.check for finding in failed(findings)))
         return (
-            f"{counts['fail']} of {len(findings)} checks failed ({names}): with this model, Handspun does not "
-            "compute what it should. Please report it, with what --json prints."
+            f"{counts['fail']} of {len(findings)} checks failed ({names}): with this model, Handspun's results "
+            "are wrong. Please report it, with the output of --json."
         )
     ties = f", {counts['tie']} with ties, where rounding decides between two tokens" if counts["tie"] else ""
     return (
-        f"{counts['pass']} checks passed{ties}: with this model, Handspun computes what transformers computes, "
-        "whatever the batch."
+        f"{counts['pass']} checks passed{ties}: with this model, Handspun computes the same as transformers, in "
+        "any batch."
     )
 
 
 def _finding_record(finding: Finding) -> dict[str, Any]:
-    """A margin without limit, as that to a token which was excluded, is null."""
+    """Return a finding as a JSON object."""
+    # JSON has no infinity, so the infinite margin to an excluded token is null.
     apart = [
         {**asdict(one), "margin": one.margin if math.isfinite(one.margin) else None, "is_tie": one.is_tie}
         for one in finding.divergences
@@ -81,6 +82,6 @@ def _finding_record(finding: Finding) -> dict[str, Any]:
 def _divergence(divergence: Divergence) -> str:
     kind = "tie" if divergence.is_tie else "too far for a tie"
     return (
-        f"prompt {divergence.prompt}, token {divergence.token}: {divergence.ours!r}, and not "
+        f"prompt {divergence.prompt}, token {divergence.token}: {divergence.ours!r} instead of "
         f"{divergence.theirs!r}; margin {divergence.margin:.1e}, rounding up to {divergence.rounding:.1e}: {kind}"
     )

@@ -1,1 +1,1 @@
-"""What computes the logits of the next token."""
+"""Engines: run the model and keep its KV cache for decoding."""

@@ -1,6 +1,6 @@
-"""The model as decoding sees it: rows of tokens that come, are fed, and go.
+"""The engine interface: a model that keeps rows of tokens with their keys and values.
 
-`FusedEngine` is the fast one, for models of Llama's kind; `TransformersEngine` serves every other architecture.
+`FusedEngine` is the fast one, for Llama-like models. `TransformersEngine` serves every other architecture.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ModelInput:
-    """Tokens that a row is fed.
+    """Tokens to append to a row.
 
-    positions: of the tokens; the next ones of the row if None. mask: (tokens, row length + tokens), bool: what
-    each of them attends to; all before it and itself if None. all_logits: of every token, not only of the last.
+    positions: position ids of the tokens; None continues the row. mask: (tokens, row length + tokens), bool, what
+    each token attends to; None is causal. all_logits: return logits of every token, not only the last.
     """
 
     row: int
@@ -26,19 +26,19 @@ class ModelInput:
 
 
 class Engine(Protocol):
-    """Rows with their keys and values."""
+    """A model with a KV cache of rows."""
 
     def add(self) -> int:
-        """A new, empty row."""
+        """Add an empty row and return its id."""
 
     def fork(self, row: int) -> int:
-        """A new row that goes on from where this one is."""
+        """Add a row that continues from this one's tokens and return its id."""
 
     def truncate(self, row: int, length: int) -> None:
-        """Forgets all but the row's first tokens. Not of a model that `truncation_unsupported_reason`."""
+        """Drop all but the row's first `length` tokens. See `truncation_unsupported_reason`."""
 
     def free(self, row: int) -> None:
-        """Forgets the row."""
+        """Delete the row."""
 
     def forward(self, feeds: Sequence[ModelInput]) -> Tensor:
-        """Feeds rows, each at most once. Returns logits in their order: (tokens asked for, vocab), float32."""
+        """Append tokens to rows, each row at most once. Return logits in that order: (tokens, vocab), float32."""

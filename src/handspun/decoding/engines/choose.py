@@ -1,4 +1,4 @@
-"""Which engine decodes a model."""
+"""Choose the engine that decodes a model."""
 
 from handspun.decoding.engines.base import Engine
 from handspun.decoding.engines.fused import FusedEngine
@@ -9,16 +9,17 @@ from handspun.models.load import ChatModel
 
 
 def fused_decoding_unsupported_reason(chat: ChatModel) -> str | None:
-    """Why a model is decoded through transformers' own forward; None if it need not be."""
+    """Return why the fused engine cannot decode a model, or None if it can."""
+    # Fusing moves weights into larger arrays, which would disturb the training that owns them.
     if chat.in_training:
-        return "its weights are being trained, and stay where they are"
+        return "its weights are being trained and must not be moved"
     if chat.fused is None and any(isinstance(module, Int8Linear) for module in chat.model.modules()):
-        return "its frozen layers are int8, and with adapters merged into them they would be float copies"
+        return "its frozen layers are int8; merging adapters into them would need float copies"
     return fusing_unsupported_reason(chat.model.config)
 
 
 def make_engine(chat: ChatModel) -> Engine:
-    """An engine without rows: the fused one where the model is of a kind that it knows."""
+    """Return an engine without rows: the fused one if it supports the model."""
     assert not chat.model.training, "decoding needs a model in eval mode"
     if chat.fused is not None:
         return FusedEngine(chat.fused)
@@ -28,7 +29,7 @@ def make_engine(chat: ChatModel) -> Engine:
 
 
 def drafting_unsupported_reason(chat: ChatModel) -> str | None:
-    """Why a draft could not be taken back from the model, or None if it could."""
+    """Return why rejected draft tokens cannot be removed from the KV cache, or None if they can."""
     return (
         None
         if fused_decoding_unsupported_reason(chat) is None

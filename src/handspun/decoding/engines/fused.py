@@ -1,8 +1,8 @@
-"""The forward pass of Llama's kind of model, over rows of any lengths laid end to end: there is no padding.
+"""The forward pass of Llama-like models over rows of any lengths, concatenated without padding.
 
-Prompts and single tokens go through together. Linear layers see all tokens at once; attention is computed row by
-row, over exactly that row's keys, so that under int8 weights a row's logits do not depend on the rows beside it.
-Tokens that are no prompts go together where there is a kernel for that: a native one, or on a GPU any.
+Prompts and single tokens share one pass. Linear layers see all tokens at once. Attention is computed row by row,
+over exactly that row's keys, so with int8 weights a row's logits do not depend on the other rows. Tokens that are
+not part of a prompt are attended in one call if there is a kernel for it: the native one, or any on a GPU.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,15 @@ from handspun.kernels.onednn import without_cudnn
 from handspun.models.fused import FusedLayer, FusedWeights
 
 _STEP = 64
-"""The longest row is rounded up to a multiple of this: kernels want aligned masks."""
+"""The longest row is rounded up to a multiple of this, since attention kernels need aligned masks."""
 
 
 @dataclass(frozen=True)
 class KVRange:
-    """What one token sees: the first `length` tokens of the row that begins at `start` in the pool, or those of
-    them where the mask, (length,), is true."""
+    """The keys that one token attends to: `length` slots of the pool from `start`, or those where mask is true.
+
+    mask: (length,), bool.
+    """
 
     start: int
     length: int
@@ -34,9 +36,9 @@ class KVRange:
 
 @dataclass(frozen=True)
 class GatheredKV:
-    """What several tokens see, for all layers.
+    """The keys that several tokens attend to, the same for all layers.
 
-    slot_mapping: (tokens, longest), slots of the pool. mask: (tokens, 1, 1, longest), 0 where a token sees and
+    slot_mapping: (tokens, longest), slots of the pool. mask: (tokens, 1, 1, longest), 0 where a token attends and
     -inf elsewhere.
     """
 
@@ -45,14 +47,17 @@ class GatheredKV:
 
 
 def gather(tokens: Sequence[KVRange], pool: Tensor) -> GatheredKV:
-    """pool: (2 * kv_heads, places, size), of any layer."""
+    """Return slots and mask for tokens that are attended in one call.
+
+    pool: (2 * kv_heads, slots, size), of any layer.
+    """
     longest = max(token.length for token in tokens)
     longest += -longest % _STEP
     reach = torch.arange(longest, device=pool.device)
     numbers = torch.tensor([[token.start, token.length] for token in tokens], device=pool.device)
     starts, lengths = numbers.split(1, dim=1)
     sees = reach < lengths
-    places = torch.where(sees, starts + reach, starts)  # behind the row may lie NaN, and 0 * NaN is NaN
+    places = torch.where(sees, starts + reach, starts)  # slots past the row may hold NaN, and 0 * NaN is NaN
     for row, token in zip(sees, tokens, strict=True):
         if token.mask is not None:
             row[: token.length] = token.mask
@@ -61,24 +66,26 @@ def gather(tokens: Sequence[KVRange], pool: Tensor) -> GatheredKV:
 
 
 def attend(queries: Tensor, pool: Tensor, gathered: GatheredKV) -> Tensor:
-    """One layer's queries, (tokens, heads, size), to (tokens, heads * size), float32."""
+    """Attend over gathered keys in one layer: (tokens, heads, size) to (tokens, heads * size), float32."""
     count, heads, size = queries.shape
     kv_heads = len(pool) // 2
     both = pool.index_select(1, gathered.slot_mapping.flatten()).view(2, kv_heads, count, -1, size).transpose(1, 2)
     grouped = queries.to(pool.dtype).view(count, kv_heads, heads // kv_heads, size)
-    with without_cudnn():  # the queries that share a head of keys are rows of one matmul
+    with without_cudnn():  # the queries that share a key head are rows of one matmul
         output = F.scaled_dot_product_attention(grouped, both[0], both[1], attn_mask=gathered.mask)
     return output.reshape(count, heads * size).float()
 
 
 _FEW = 16
-"""A row's tokens are gathered up to so many."""
+"""Maximum number of a row's tokens whose keys are gathered: each token needs its own copy of them."""
 
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """Feeds laid end to end, in numbers: tokens start to stop are fed to a row, and see its first `length` keys;
-    mask as in ModelInput, but None also where the row was empty, and plainly causal."""
+    """The tokens from start to stop of a step, all of one row, which attend to its first `length` keys.
+
+    mask: as in ModelInput, but also None for a prompt in an empty row, which is causal.
+    """
 
     row: int
     start: int
@@ -88,17 +95,17 @@ class TokenSpan:
 
     @property
     def is_prompt(self) -> bool:
-        """Several tokens, each of which sees those before it."""
+        """True for several tokens with causal attention."""
         return self.mask is None and self.stop - self.start > 1
 
 
 @dataclass(frozen=True)
 class StepLayout:
-    """All that the layers need to know of the tokens that are fed.
+    """The layout of one step's tokens, shared by all layers.
 
-    parts: attended one after another. alone: tokens that are attended in one call, what each sees; at: (alone,),
-    which they are, None if all. slot_mapping: (tokens,), the slots of their keys in the pool. rotation: cosines
-    and sines, (tokens, size) each.
+    parts: spans that are attended one after another. alone: the keys of each token that is attended in one call
+    with others. at: (alone,), indices of these tokens, None if they are all. slot_mapping: (tokens,), the slots of
+    the new keys in the pool. rotation: cosines and sines, (tokens, size) each.
     """
 
     parts: list[TokenSpan]
@@ -110,7 +117,7 @@ class StepLayout:
 
 
 class FusedEngine:
-    """A fused model with its cache."""
+    """A fused model with its KV cache."""
 
     def __init__(self, model: FusedWeights) -> None:
         self.model = model
@@ -122,24 +129,24 @@ class FusedEngine:
         self._rotations = torch.empty(2, 0, model.head_size, device=model.device)  # cosines, and sines
 
     def add(self) -> int:
-        """A new, empty row."""
+        """Add an empty row and return its id."""
         return self.cache.add()
 
     def fork(self, row: int) -> int:
-        """A new row that goes on from where this one is."""
+        """Add a row with a copy of this one's tokens and return its id."""
         return self.cache.fork(row)
 
     def truncate(self, row: int, length: int) -> None:
-        """Forgets all but the row's first tokens."""
+        """Drop all but the row's first `length` tokens."""
         self.cache.truncate(row, length)
 
     def free(self, row: int) -> None:
-        """Forgets the row."""
+        """Delete the row."""
         self.cache.free(row)
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[ModelInput]) -> Tensor:
-        """Feeds rows. Returns logits, (tokens asked for, vocab), float32, in the feeds' order."""
+        """Append tokens to rows. Return logits, (tokens requested, vocab), float32, in the order of feeds."""
         model = self.model
         layout, ids, wanted = self._lay_out(feeds)
         x = model.embedding(ids)  # (tokens, hidden)
@@ -152,7 +159,7 @@ class FusedEngine:
         return model.head.after_rms_norm(x, model.norm, model.norm_eps)
 
     def _lay_out(self, feeds: Sequence[ModelInput]) -> tuple[StepLayout, Tensor, Tensor]:
-        """(the layout, ids, the tokens whose logits are asked for)."""
+        """Return the layout, all token ids, and the indices of tokens whose logits are requested."""
         laid: list[TokenSpan] = []
         ids: list[int] = []
         positions: list[int] = []
@@ -184,7 +191,8 @@ class FusedEngine:
         )
 
     def _goes_together(self, part: TokenSpan) -> bool:
-        """Gathered, the row's keys are copied for each token."""
+        """Return whether the span's tokens are attended in one call with those of other rows."""
+        # Gathering copies the row's keys once per token, so it only pays for few tokens.
         return not part.is_prompt and (self._native or (self._gathers and part.stop - part.start <= _FEW))
 
     def _seen(self, part: TokenSpan) -> list[KVRange]:
@@ -193,9 +201,10 @@ class FusedEngine:
         return [KVRange(start, part.length, mask) for mask in masks]
 
     def _laid(self, feed: ModelInput, before: int, start: int) -> list[TokenSpan]:
-        """Under int8 the tokens of a draft are laid one by one: each is attended as it would be alone, and its
-        logits are the same, bit for bit. In float, matmuls differ already."""
+        """Return the spans of one input."""
         count = len(feed.token_ids)
+        # With int8, draft tokens are attended one by one, so that logits equal those without drafting bit for bit:
+        # SDPA over several queries rounds differently from SDPA over one. In float, the matmuls differ already.
         if self.model.is_int8 and feed.all_logits and feed.mask is None and before > 0:
             return [TokenSpan(feed.row, start + i, start + i + 1, before + i + 1, None) for i in range(count)]
         return [TokenSpan(feed.row, start, start + count, before + count, self._mask(feed, before, count))]
@@ -207,7 +216,7 @@ class FusedEngine:
         return ones.tril(before)
 
     def _attention(self, number: int, layer: FusedLayer, x: Tensor, layout: StepLayout) -> Tensor:
-        """(tokens, hidden) to (tokens, heads * head_size)."""
+        """Compute one layer's attention: (tokens, hidden) to (tokens, heads * head_size)."""
         model = self.model
         qkv = layer.qkv.after_rms_norm(x, layer.attention_norm, model.norm_eps).view(len(x), -1, model.head_size)
         if self._native:
@@ -220,7 +229,7 @@ class FusedEngine:
         return self._attended(number, queries, layout)
 
     def _rotated(self, layer: FusedLayer, qkv: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys, (tokens, heads, size) each, normed where the model does that, and rotated."""
+        """Return queries and keys, (tokens, heads, size) each, normed if the model does that, and rotated."""
         heads = self.model.heads
         both = qkv[:, : heads + self.model.kv_heads]
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -233,7 +242,7 @@ class FusedEngine:
         return turned[:, :heads], turned[:, heads:]
 
     def _attended(self, number: int, queries: Tensor, layout: StepLayout) -> Tensor:
-        """(tokens, heads, size) to (tokens, heads * size): each row over its own keys."""
+        """Attend each row over its own keys: (tokens, heads, size) to (tokens, heads * size)."""
         if layout.at is None:
             return self._attended_together(number, queries, layout)
         output = queries.new_empty(len(queries), queries.shape[1] * queries.shape[2])
@@ -244,7 +253,7 @@ class FusedEngine:
         return output
 
     def _attended_together(self, number: int, queries: Tensor, layout: StepLayout) -> Tensor:
-        """Of the tokens that are attended in one call."""
+        """Attend the tokens that go in one call."""
         pool = self.cache.layer(number)
         if layout.gathered is not None:
             return attend(queries, pool, layout.gathered)
@@ -252,7 +261,7 @@ class FusedEngine:
         return native.attend(queries, pool, starts, lengths, [seen.mask for seen in layout.alone])
 
     def _attend(self, number: int, queries: Tensor, part: TokenSpan) -> Tensor:
-        """One row's queries, (tokens, heads, size), to (tokens, heads * size)."""
+        """Attend one row's queries: (tokens, heads, size) to (tokens, heads * size)."""
         keys, values = self.cache.read(number, part.row, part.length)  # (kv_heads, length, size)
         queries = queries.to(keys.dtype)
         count, heads, size = queries.shape
@@ -261,7 +270,7 @@ class FusedEngine:
                 queries.transpose(0, 1)[None], keys[None], values[None], is_causal=True, enable_gqa=True
             )
             return output[0].transpose(0, 1).reshape(count, -1).float()
-        # The queries that share a head of keys are rows of one matmul.
+        # The queries that share a key head are rows of one matmul.
         groups = heads // len(keys)
         grouped = queries.view(count, len(keys), groups, size).permute(1, 2, 0, 3).reshape(len(keys), -1, size)
         mask = None if part.mask is None else part.mask.repeat(groups, 1)
@@ -273,8 +282,10 @@ class FusedEngine:
         return F.rms_norm(x, (x.shape[-1],), weight, self.model.norm_eps)
 
     def _rotation(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the positions: each (tokens, head_size). The sines' first half is
-        negative, as the second half of a head comes to it with a minus."""
+        """Return cosines and sines of the positions, each (tokens, head_size).
+
+        The first half of the sines is negated: rotation subtracts the second half of a head from the first.
+        """
         device = self.model.device
         needed = max(positions) + 1
         if needed > self._rotations.shape[1]:

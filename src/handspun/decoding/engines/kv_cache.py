@@ -1,7 +1,7 @@
-"""Keys and values of rows of tokens that come, grow and go.
+"""The KV cache of the fused engine.
 
-Every row has a region of one pool, twice as large each time it is full; the pool grows in the same way. Rows are
-never padded, and no row is moved when another one leaves.
+Every row has a region of one pool. A full region doubles its size, and so does the pool. Rows are never padded,
+and deleting a row moves no other.
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 _SMALLEST = 64
-"""Tokens in a new row's region, at least."""
+"""Minimum capacity of a row's region, in tokens."""
 
 
 @dataclass
 class Region:
-    """Where a row lies: tokens start to start + length, with room for `capacity`."""
+    """The slots of a row: start to start + length, with room for `capacity`."""
 
     start: int
     capacity: int
@@ -23,7 +23,7 @@ class Region:
 
 
 class KVCache:
-    """One pool for all layers: (layers, 2 * kv_heads, tokens, head_size); keys, then values."""
+    """A pool of keys, then values, for all layers: (layers, 2 * kv_heads, tokens, head_size)."""
 
     def __init__(
         self, layers: int, kv_heads: int, head_size: int, *, dtype: torch.dtype, device: torch.device
@@ -34,13 +34,13 @@ class KVCache:
         self._next_row = 0
 
     def add(self) -> int:
-        """A new, empty row."""
+        """Add an empty row and return its id."""
         row, self._next_row = self._next_row, self._next_row + 1
         self._rows[row] = Region(0, 0)
         return row
 
     def fork(self, row: int) -> int:
-        """A new row that goes on from a copy of this one."""
+        """Add a row with a copy of this one's keys and values and return its id."""
         new, length = self.add(), self.length(row)
         self._make_room(new, length)
         source, target = self._rows[row], self._rows[new]
@@ -49,27 +49,27 @@ class KVCache:
         return new
 
     def free(self, row: int) -> None:
-        """Gives the row's region up."""
+        """Free the row's region."""
         del self._rows[row]
 
     def length(self, row: int) -> int:
-        """Tokens that the row holds."""
+        """Return the number of tokens in the row."""
         return self._rows[row].length
 
     def truncate(self, row: int, length: int) -> None:
-        """Forgets all but the row's first tokens."""
+        """Drop all but the row's first `length` tokens."""
         assert length <= self._rows[row].length
         self._rows[row].length = length
 
     def keep(self, row: int, places: Tensor) -> None:
-        """Keeps these of the row's tokens, (count,), in their order: they move together."""
+        """Keep only these tokens of the row, (count,), moved together in this order."""
         region = self._rows[row]
         kept = self._pool.index_select(2, places + region.start)
         self._pool[:, :, region.start : region.start + len(places)] = kept
         region.length = len(places)
 
     def extend(self, row: int, count: int) -> range:
-        """Room for more tokens of the row: their places in the pool, to be filled by `write`."""
+        """Reserve slots for more tokens of the row. Return them, to be filled by `write`."""
         self._make_room(row, self.length(row) + count)
         region = self._rows[row]
         start = region.start + region.length
@@ -77,23 +77,23 @@ class KVCache:
         return range(start, start + count)
 
     def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Fills places, (tokens,), of the pool in one layer. keys, values: (tokens, kv_heads, head_size)."""
+        """Write keys and values, (tokens, kv_heads, head_size), to slots `places`, (tokens,), of one layer."""
         pool = self._pool[layer]
         pool[: self._kv_heads].index_copy_(1, places, keys.transpose(0, 1).to(pool.dtype))
         pool[self._kv_heads :].index_copy_(1, places, values.transpose(0, 1).to(pool.dtype))
 
     def read(self, layer: int, row: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a row's first tokens in one layer, each (kv_heads, length, head_size)."""
+        """Return keys and values of a row's first tokens in one layer, each (kv_heads, length, head_size)."""
         start = self.start(row)
         both = self._pool[layer, :, start : start + length]
         return both[: self._kv_heads], both[self._kv_heads :]
 
     def start(self, row: int) -> int:
-        """Where the row begins in a layer of the pool."""
+        """Return the row's first slot."""
         return self._rows[row].start
 
     def layer(self, layer: int) -> Tensor:
-        """All rows' keys and then values in one layer: (2 * kv_heads, places, head_size)."""
+        """Return the whole pool of one layer, keys and then values: (2 * kv_heads, slots, head_size)."""
         return self._pool[layer]
 
     def _make_room(self, row: int, length: int) -> None:
@@ -106,7 +106,7 @@ class KVCache:
         region.start, region.capacity = start, capacity
 
     def _find_gap(self, capacity: int) -> int:
-        """Where so many tokens are free; the pool grows if there is no such place."""
+        """Return the first slot of a free range of `capacity` slots. Grows the pool if there is none."""
         end = 0
         for region in sorted(self._rows.values(), key=lambda region: region.start):
             if region.start - end >= capacity:

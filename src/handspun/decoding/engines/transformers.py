@@ -1,8 +1,8 @@
-"""Decoding through transformers' own forward and its cache: for every architecture, slower than the fused engine.
+"""Decoding with transformers' own forward and cache: works for every architecture, slower than the fused engine.
 
-Rows that are first fed together are one batch for as long as they live, left-padded, since a cache of transformers
-has one length for all of its rows. Drafts are padded on the right. What is taken back of them is masked, and
-leaves the cache where no row of the batch has kept a token.
+Rows that are first fed together stay one left-padded batch, since a transformers cache has one length for all of
+its rows. Drafts are padded on the right. Rejected draft tokens are masked. They leave the cache once no row of the
+batch keeps a token in their positions.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Batch:
 
 @dataclass
 class Row:
-    """Where a row is: the place in its batch, once it has been fed."""
+    """A row's batch and its index there, once it has been fed."""
 
     batch: Batch | None = None
     place: int = 0
@@ -37,36 +37,35 @@ class Row:
 
 @dataclass
 class TransformersEngine:
-    """A model's forward behind the interface of `Engine`. Of a batch, all rows that are still there are fed at
-    once, or none."""
+    """An `Engine` around a transformers model. A call feeds either all remaining rows of a batch or none."""
 
     model: PreTrainedModel
     _rows: dict[int, Row] = field(default_factory=dict)
     _next_row: int = 0
 
     def add(self) -> int:
-        """A new, empty row."""
+        """Add an empty row and return its id."""
         return self._added(Row())
 
     def fork(self, row: int) -> int:
-        """A new row that goes on from where this one is."""
+        """Add a row that continues from this one's tokens and return its id."""
         return self._added(Row(self._rows[row].batch, self._rows[row].place))
 
     @torch.inference_mode()
     def truncate(self, row: int, length: int) -> None:
-        """Forgets all but the row's first tokens: the others are masked."""
+        """Mask all but the row's first `length` tokens."""
         batch, place = self._rows[row].batch, self._rows[row].place
         assert batch is not None
         mask = batch.attention_mask[place]
         mask[mask.cumsum(-1) > length] = 0
 
     def free(self, row: int) -> None:
-        """Forgets the row."""
+        """Delete the row."""
         del self._rows[row]
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[ModelInput]) -> Tensor:
-        """Feeds rows. Returns logits, (tokens asked for, vocab), float32, in the feeds' order."""
+        """Append tokens to rows. Return logits, (tokens requested, vocab), float32, in the order of feeds."""
         assert not any(feed.mask is not None or feed.positions is not None for feed in feeds)
         logits: dict[int, Tensor] = {}
         by_batch = sorted(feeds, key=lambda feed: id(self._rows[feed.row].batch))
@@ -81,7 +80,7 @@ class TransformersEngine:
         return number
 
     def _feed(self, feeds: Sequence[ModelInput]) -> list[Tensor]:
-        """Rows of one batch, or new ones: of each its (tokens asked for, vocab)."""
+        """Feed rows of one batch, or new rows. Return each row's logits, (tokens requested, vocab)."""
         rows = [self._rows[feed.row] for feed in feeds]
         batch = rows[0].batch
         if batch is None:
@@ -94,14 +93,14 @@ class TransformersEngine:
         return self._forward(batch, feeds)
 
     def _forget_unused(self, batch: Batch) -> None:
-        """The last places of the cache, where all rows have taken back what they had."""
+        """Crop the last positions of the cache if no row keeps a token there."""
         unused = batch.attention_mask.shape[1] - (int(batch.attention_mask.any(0).nonzero()[-1]) + 1)
         if unused:
             batch.cache.crop(-unused)
             batch.attention_mask = batch.attention_mask[:, :-unused]
 
     def _arrange(self, batch: Batch, places: list[int]) -> None:
-        """The batch becomes these of its rows, in this order; one may be there several times."""
+        """Make the batch these of its rows, in this order. A row may occur several times."""
         if places != list(range(len(batch.attention_mask))):
             chosen = torch.tensor(places, device=self.model.device)
             batch.cache.reorder_cache(chosen)  # type: ignore[arg-type]
@@ -124,14 +123,14 @@ class TransformersEngine:
         ).logits
         if batch.cache.get_seq_length() != before + longest:
             raise ModelError(
-                f"{type(self.model).__name__} does not keep its keys and values in the cache that it is "
-                "given, so it cannot be decoded from. Use a decoder-only model such as Qwen2.5, Llama or SmolLM2."
+                f"{type(self.model).__name__} does not store its keys and values in the cache passed to it, so it "
+                "cannot be decoded. Use a decoder-only model such as Qwen2.5, Llama or SmolLM2."
             )
         counts = [len(feed.token_ids) if feed.all_logits else 1 for feed in feeds]
         return [row[:count].float() for row, count in zip(logits, counts, strict=True)]
 
     def _mask_of(self, feeds: Sequence[ModelInput]) -> Tensor:
-        """(rows, longest): 0 where a feed is padded: on the left, or on the right of drafts."""
+        """Return a mask, (rows, longest), 0 where an input is padded: on the left, or on the right for drafts."""
         counts = torch.tensor([len(feed.token_ids) for feed in feeds], device=self.model.device)
         places = torch.arange(int(counts.max()), device=self.model.device)
         mask = (places < counts[:, None]).long()
@@ -139,7 +138,7 @@ class TransformersEngine:
 
 
 def truncation_unsupported_reason(config: PretrainedConfig) -> str | None:
-    """Why rows of a model cannot be cut back, or None if they can."""
+    """Return why a model's rows cannot be truncated, or None if they can."""
     layers = DynamicCache(config=config).layers
     other = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
-    return f"some of its layers keep a {', '.join(other)} in place of all keys and values" if other else None
+    return f"some of its layers keep a {', '.join(other)} instead of all keys and values" if other else None
