@@ -185,7 +185,7 @@ def test_what_is_not_llamas_kind_goes_through_transformers() -> None:
     dynamic = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
     assert (
         fusing_unsupported_reason(LlamaConfig(**SHAPES, rope_parameters=dynamic))
-        == "its positions are rotated by dynamic"
+        == "its rotary positions are of type dynamic"
     )
     assert fusing_unsupported_reason(LlamaConfig(**SHAPES, hidden_act="gelu")) == "its activation is gelu"
     model = AutoModelForCausalLM.from_config(window).eval()
@@ -337,5 +337,5 @@ def test_int8_of_another_kind_of_model_is_refused(tmp_path: Any) -> None:
     model = AutoModelForCausalLM.from_config(MistralConfig(**SHAPES, head_dim=8, sliding_window=16))
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"cannot be decoded from in int8: .* Use --weights float32\."):
+    with pytest.raises(ModelError, match=r"does not support int8 decoding: .* Use --weights float32\."):
         handspun.load(str(tmp_path), weights="int8")

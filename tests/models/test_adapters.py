@@ -91,7 +91,7 @@ def test_load_finds_a_base_next_to_the_adapter(adapter: Path, monkeypatch: pytes
 def test_load_names_the_config_of_a_base_that_has_moved(adapter: Path, named: str) -> None:
     change_config(adapter, base_model_name_or_path=named)
     with pytest.raises(
-        ModelError, match=r"its base model .*base is not there.*adapter_config\.json names it"
+        ModelError, match=r"its base model .*base does not exist\. Set .* in .*adapter_config\.json"
     ) as caught:
         handspun.load(str(adapter))
     assert named in str(caught.value)
@@ -141,9 +141,9 @@ def _reshape(weights: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (_drop, r"1 weights that its config asks for and that are not in its file \(first .*lora_B"),
-        (_rename, r"1 weights that nothing in its config or in the base takes up \(first .*layers\.7"),
-        (_reshape, r"1 weights of another shape than the base wants \(first .*of \(4, 48\) for \(4, "),
+        (_drop, r"1 weights in its config that are missing from its file \(first .*lora_B"),
+        (_rename, r"1 weights that neither its config nor the base uses \(first .*layers\.7"),
+        (_reshape, r"1 weights whose shape does not fit the base \(first .* is \(4, 48\), expected \(4, "),
     ],
 )
 def test_load_refuses_an_adapter_that_does_not_fit(
@@ -161,7 +161,7 @@ def test_load_names_settings_that_peft_does_not_know(adapter: Path) -> None:
     said: list[str] = []
     handspun.load(str(adapter), notice=said.append)
     assert len(said) == 1
-    assert "does not know and leaves out: rotate_twice. " in said[0]
+    assert "ignores settings that it does not know: rotate_twice. " in said[0]
 
 
 def test_load_of_an_adapter_whose_file_is_cut_short(adapter: Path) -> None:

@@ -51,7 +51,7 @@ def test_every_command_that_reads_rows_names_the_tokens_and_both_sizes(
     error = capsys.readouterr().err
     tokens = len(tiny_tokenizer())
     assert f"the embedding has {tokens} rows and the tokenizer {tokens + 2} tokens" in error
-    assert f"'<item>' (id {tokens}), '</item>' (id {tokens + 1}) have none" in error
+    assert f"'<item>' (id {tokens}), '</item>' (id {tokens + 1}) have no row" in error
     assert "2 of 3 examples" in error
     assert "row 2" in error
     assert "resize_token_embeddings" in error

@@ -84,7 +84,7 @@ def test_pickled_weights_alone_are_refused_with_the_remedy(model_folder: Path, m
     (model_folder / name).write_bytes(pickle.dumps(Touch(marker)))
     message = refused(model_folder, marker)
     assert f"only as pickles ({name})" in message
-    assert "save_pretrained(folder) writes safetensors" in message
+    assert "convert them to safetensors: AutoModelForCausalLM" in message
 
 
 def test_pickles_beside_weights_are_not_read(model_folder: Path, marker: Path) -> None:
@@ -105,7 +105,7 @@ def test_an_index_that_names_other_files_is_refused(model_folder: Path, marker: 
     (model_folder / "model.safetensors").rename(model_folder / "other.safetensors")
     index = {"metadata": {}, "weight_map": {"model.norm.weight": file}}
     (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert f"names {file!r}, and only *.safetensors files in the folder are read" in refused(model_folder, marker)
+    assert f"names {file!r} (expected *.safetensors files in the same folder)" in refused(model_folder, marker)
 
 
 def test_a_pickled_adapter_is_refused_with_the_remedy(adapter: Path, marker: Path) -> None:
@@ -113,14 +113,14 @@ def test_a_pickled_adapter_is_refused_with_the_remedy(adapter: Path, marker: Pat
     (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Touch(marker)))
     message = refused(adapter, marker)
     assert "only as pickles (adapter_model.bin)" in message
-    assert "PeftModel.from_pretrained(base, folder).save_pretrained(folder) writes safetensors" in message
+    assert "to safetensors: PeftModel.from_pretrained(base, folder).save_pretrained(folder)" in message
 
 
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"peft_type": "PREFIX_TUNING"}, "no LoRA adapter that can be merged"),
-        ({"megatron_config": {"a": 1}, "megatron_core": "evil"}, "no LoRA adapter that can be merged"),
+        ({"peft_type": "PREFIX_TUNING"}, "not a LoRA adapter that can be merged"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "evil"}, "not a LoRA adapter that can be merged"),
         ({"base_model_name_or_path": None}, "and the name of a base model, found 'LORA' and None"),
     ],
 )
@@ -182,8 +182,8 @@ def test_a_model_with_code_of_its_own_is_refused_and_nobody_is_asked(
 ) -> None:
     with_own_code(model_folder, marker, "config.json", OWN_MODEL)
     monkeypatch.setattr("sys.stdin", io.StringIO(answer))
-    assert "asks for Python code of its own to be run" in refused(model_folder, marker)
-    with pytest.raises(ModelError, match="of its own"):
+    assert "needs its own Python code to be run" in refused(model_folder, marker)
+    with pytest.raises(ModelError, match="its own Python code"):
         load_config(model_source(str(model_folder), str))
     assert not marker.exists()
 

@@ -91,7 +91,7 @@ def test_load_tokenizer_says_that_transformers_would_give_other_ids(tmp_path: Pa
     folder, notices = saved(byte_level(), tmp_path / "model"), list[str]()
     load_tokenizer(model_source(str(folder), str), notices.append)
     assert len(notices) == 1
-    assert "tokenizer.json is used as it stands" in notices[0]
+    assert "tokenizer.json is used as is" in notices[0]
     assert "Qwen2Tokenizer" in notices[0]
 
 

@@ -1,1 +1,1 @@
-"""Models: found, loaded, given adapters, saved."""
+"""Finding, loading, adapting, and saving models."""

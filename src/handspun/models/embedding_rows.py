@@ -1,4 +1,4 @@
-"""Whether the model's embedding has a row for every token id of rows and prompts."""
+"""Checks that the model's embedding has a row for every token id of examples and prompts."""
 
 from collections.abc import Sequence
 
@@ -14,14 +14,14 @@ _MAX_NAMED = 5
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """Return how many token ids the model has an embedding for."""
+    """Return the number of token ids that the model has an embedding for."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     return weight.shape[0]
 
 
 def embedding_rows_of(source: ModelSource) -> int | None:
-    """Return the same from the config alone; None for an adapter, which may come with an embedding of its own."""
+    """Return the same from the config alone, or None for an adapter, which may bring its own embedding."""
     if source.adapter is not None:
         return None
     size = getattr(load_config(source).get_text_config(), "vocab_size", None)
@@ -31,13 +31,13 @@ def embedding_rows_of(source: ModelSource) -> int | None:
 def check_examples(
     examples: TokenDataset, rows: int | None, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> None:
-    """Raise ModelError if the examples hold ids beyond the embedding; it names the tokens and the first row.
+    """Raise ModelError if the examples hold ids beyond the embedding, with the tokens and the first row.
 
     Args:
-        examples: of training or evaluation.
-        rows: of the embedding; None if that is not known yet.
-        tokenizer: the one the examples were made with.
-        name: of the model.
+        examples: training or evaluation examples.
+        rows: number of rows of the embedding; None if unknown so far.
+        tokenizer: the tokenizer that made the examples.
+        name: the model's name, for the message.
     """
     if rows is None or not len(examples.input_ids) or examples.input_ids.max() < rows:
         return
@@ -52,7 +52,14 @@ def check_examples(
 def check_prompt(
     ids: Sequence[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> None:
-    """Raise ModelError if a prompt holds ids beyond the model's embedding."""
+    """Raise ModelError if a prompt holds ids beyond the model's embedding.
+
+    Args:
+        ids: the prompt's token ids.
+        model: the model.
+        tokenizer: the tokenizer that made the ids.
+        where: which prompt it is, for the message.
+    """
     rows = embedding_rows(model)
     if max(ids, default=0) >= rows:
         raise _beyond(sorted({id for id in ids if id >= rows}), rows, tokenizer, "the model", where)
@@ -64,7 +71,7 @@ def _beyond(
     named = ", ".join(f"{tokenizer.convert_ids_to_tokens(id)!r} (id {id})" for id in ids[:_MAX_NAMED])
     more = f" and {len(ids) - _MAX_NAMED} more" if len(ids) > _MAX_NAMED else ""
     return ModelError(
-        f"{name}: the embedding has {rows} rows and the tokenizer {len(tokenizer)} tokens; {named}{more} have "
-        f"none, and are in {where}. Use the tokenizer that belongs to these weights, or enlarge the embedding: "
-        "model.resize_token_embeddings(len(tokenizer)) in transformers, then save both in one folder."
+        f"{name}: the embedding has {rows} rows and the tokenizer {len(tokenizer)} tokens. {named}{more} have no "
+        f"row, and are in {where}. Use the tokenizer that belongs to these weights, or enlarge the embedding: "
+        "call model.resize_token_embeddings(len(tokenizer)) in transformers, then save both in one folder."
     )

@@ -1,7 +1,7 @@
-"""The end of a turn: the token that the template writes there must be one that ends generation.
+"""The end of a turn: the token that the template writes there must also end generation.
 
-Qwen2.5-0.5B base has `<|endoftext|>` as its eos, while its template ends turns with `<|im_end|>`. After
-tuning both are eos: in generation_config, config and tokenizer.
+The base model Qwen2.5-0.5B has `<|endoftext|>` as its eos, while its template ends turns with `<|im_end|>`. After
+fine-tuning, both are eos in generation_config, config, and tokenizer.
 """
 
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -10,12 +10,12 @@ from handspun.models.load import ChatModel
 
 
 def eos_token_ids(model: PreTrainedModel) -> list[int]:
-    """The ids that end generation: the generation_config's, else the config's."""
+    """Return the ids that end generation, from the generation_config, else from the config."""
     return eos_token_ids_of(model.generation_config, model.config)
 
 
 def eos_token_ids_of(*configs: GenerationConfig | PretrainedConfig | None) -> list[int]:
-    """Those of the first config that has any."""
+    """Return the eos ids of the first config that has any."""
     for config in configs:
         eos = getattr(config, "eos_token_id", None)
         if eos is not None:
@@ -24,13 +24,12 @@ def eos_token_ids_of(*configs: GenerationConfig | PretrainedConfig | None) -> li
 
 
 def end_of_turn_is_new(chat: ChatModel) -> bool:
-    """Whether the template's end of turn is no eos of the model, whose embedding of it then may never have
-    been trained."""
+    """Return whether the template's end of turn is no eos of the model; its embedding may then be untrained."""
     return chat.template.end_of_turn_id not in eos_token_ids(chat.model)
 
 
 def make_end_of_turn_eos(chat: ChatModel) -> None:
-    """The template's end of turn becomes the first eos of the model and its tokenizer's eos; the others stay."""
+    """Make the template's end of turn the model's first eos and the tokenizer's eos. Other eos ids stay."""
     end_of_turn = chat.template.end_of_turn_id
     eos = [end_of_turn, *(id for id in eos_token_ids(chat.model) if id != end_of_turn)]
     eos_token_id = eos if len(eos) > 1 else eos[0]

@@ -1,4 +1,4 @@
-"""Checksums of what comes with a model: another one of these is another model, whatever its name."""
+"""Checksums of a model's files. A resumed run compares them, since a name may refer to other files by then."""
 
 import functools
 import hashlib
@@ -14,9 +14,9 @@ BASE_WEIGHTS = "base weights (sha256)"
 
 
 def model_fingerprints(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return sha256 of chat template, tokenizer, configurations and weights, by names for people.
+    """Return the sha256 of chat template, tokenizer, configs, and weights, by readable names.
 
-    A model of the hub has its commit in place of those of its files.
+    For a hub model, the commit replaces the checksums of its files.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
@@ -29,7 +29,7 @@ def model_fingerprints(source: ModelSource, tokenizer: PreTrainedTokenizerBase) 
 
 
 def weight_checksums(source: ModelSource) -> dict[str, str]:
-    """Return sha256 of each file of weights, those of an adapter included; none for a model of the hub."""
+    """Return the sha256 of each weights file, an adapter's included; {} for a hub model."""
     folder = Path(source.location)
     if not folder.is_dir():
         return {}
@@ -39,7 +39,7 @@ def weight_checksums(source: ModelSource) -> dict[str, str]:
 
 
 def commit_of(source: ModelSource) -> str | None:
-    """Return the commit of a model of the hub; None for a folder, or where it is not known."""
+    """Return the commit of a hub model, or None for a folder or if unknown."""
     if Path(source.location).is_dir():
         return None
     return getattr(load_config(source), "_commit_hash", None)
@@ -62,7 +62,7 @@ def _of_the_files(source: ModelSource) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=64)
 def _sha256_of(path: Path, version: tuple[int, int]) -> str:  # noqa: ARG001  (part of the cache's key)
-    """Return the checksum, read once in a process. version: size and time of change, new for a changed file."""
+    """Return the file's checksum, cached per process. version: size and modification time, so changes count."""
     return sha256_of(path)
 
 

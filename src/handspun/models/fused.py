@@ -1,7 +1,7 @@
-"""A model's weights as decoding multiplies by them: fused where one input feeds several layers, and nothing else.
+"""A model's weights laid out for decoding: layers with the same input are fused into one matrix.
 
-For the families whose layers are Llama's: RMSNorm, rotary positions, grouped queries, SwiGLU (Llama, SmolLM2,
-Qwen2/2.5, Qwen3, Mistral). Other models are decoded through transformers' own forward.
+Supports Llama's architecture (RMSNorm, rotary positions, grouped queries, SwiGLU): Llama, SmolLM2, Qwen2/2.5,
+Qwen3, Mistral. Other models are decoded through transformers' own forward.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,81 +22,81 @@ from handspun.models.lora import has_adapter, merged_weight
 
 
 class InferenceLinear(Protocol):
-    """The weights of one layer, or of several that have the same input. All arrays are (tokens, ...), float32."""
+    """The weights of one linear layer, or of several with the same input. Arrays are (tokens, ...), float32."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(tokens, in) to (tokens, out)."""
+        """Map (tokens, in) to (tokens, out)."""
 
     def after_rms_norm(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
-        """(tokens, in) to (tokens, out). norm: (in,)."""
+        """Apply RMSNorm, then the layer: (tokens, in) to (tokens, out). norm: (in,)."""
 
     def after_swiglu(self, gate_up: Tensor) -> Tensor:
-        """(tokens, 2 * in) to (tokens, out)."""
+        """Apply SwiGLU, then the layer: (tokens, 2 * in) to (tokens, out)."""
 
     def embed(self, rows: Tensor) -> Tensor:
-        """(tokens,) to (tokens, in): the same matrix as an embedding."""
+        """Look up rows of the matrix, as an embedding: (tokens,) to (tokens, in)."""
 
 
 class FloatProduct:
-    """In the weights' own type."""
+    """An `InferenceLinear` in the weights' own float type."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """weight: (out, in). bias: (out,)."""
+        """Keep the weights. weight: (out, in). bias: (out,)."""
         self.weight, self._bias = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(tokens, in) to (tokens, out)."""
+        """Map (tokens, in) to (tokens, out)."""
         return linear_padded_rows(x.to(self.weight.dtype), self.weight, self._bias).float()
 
     def after_rms_norm(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
-        """(tokens, in) to (tokens, out)."""
+        """Apply RMSNorm, then the layer."""
         return self(F.rms_norm(x, norm.shape, norm, eps))
 
     def after_swiglu(self, gate_up: Tensor) -> Tensor:
-        """(tokens, 2 * in) to (tokens, out)."""
+        """Apply SwiGLU, then the layer."""
         return self(_gated(gate_up))
 
     def embed(self, rows: Tensor) -> Tensor:
-        """(tokens,) to (tokens, in): as an embedding."""
+        """Look up rows of the matrix."""
         return F.embedding(rows, self.weight).float()
 
 
 class Int8Product:
-    """In int8, with a scale for each output channel and for each token.
+    """An `InferenceLinear` in int8, with one scale per output channel and one per token.
 
-    On a CPU the matrix is laid out once: for the native kernel, or where there is none, for oneDNN's matmul. Both
-    take unsigned rows and give the same sums. Rows are transformed and rounded by native kernels too.
+    On a CPU, the matrix is laid out once: for the native kernel, or without it for oneDNN's matmul. Both take
+    unsigned rows and give the same sums. Native kernels transform and round the rows too.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, is_embedding: bool = False) -> None:
-        """weight: (out, in), float. bias: (out,). is_embedding: keep what `embed` needs."""
+        """Quantize the weights. weight: (out, in), float. bias: (out,). is_embedding: `embed` will be called."""
         matrix, self._scale = quantize_channels(weight)
         self._bias = None if bias is None else bias.float()
         self._native = native.kernels() if weight.device.type == "cpu" else None
         self._matrix = Int8Matrix(matrix, keeps_rows=is_embedding)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(tokens, in) to (tokens, out)."""
+        """Map (tokens, in) to (tokens, out)."""
         return self._matmul(*(native.quantize(self._native, x) if self._native else _unsigned(x)))
 
     def after_rms_norm(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
-        """(tokens, in) to (tokens, out)."""
+        """Apply RMSNorm, then the layer."""
         if self._native:
             return self._matmul(*native.norm_quantize(self._native, x, norm, eps))
         return self(F.rms_norm(x, norm.shape, norm, eps))
 
     def after_swiglu(self, gate_up: Tensor) -> Tensor:
-        """(tokens, 2 * in) to (tokens, out)."""
+        """Apply SwiGLU, then the layer."""
         if self._native:
             return self._matmul(*native.gate_quantize(self._native, gate_up))
         return self(_gated(gate_up))
 
     def embed(self, rows: Tensor) -> Tensor:
-        """(tokens,) to (tokens, in): as an embedding."""
+        """Look up rows of the matrix."""
         return hadamard(self._matrix.rows(rows).float().mul_(self._scale[rows, None]))
 
     def _matmul(self, rows: Tensor, row_scale: Tensor) -> Tensor:
-        """rows: (tokens, in), unsigned, 128 in their middle. row_scale: (tokens, 1)."""
+        """Multiply quantized rows. rows: (tokens, in), bytes with zero point 128. row_scale: (tokens, 1)."""
         return self._matrix.matmul(rows, row_scale, self._scale, self._bias)
 
 
@@ -104,20 +104,24 @@ class Int8Matrix:
     """A frozen int8 matrix, (out, in), laid out for the fastest matmul that is exact on its device."""
 
     def __init__(self, weight: Tensor, *, keeps_rows: bool) -> None:
-        """weight: (out, in), int8. keeps_rows: keep what `rows` needs."""
+        """Lay out the matrix. weight: (out, in), int8. keeps_rows: `rows` will be called."""
         self._tiles = TiledInt8Weight(weight) if can_tile(weight) else None
         self._packed = _packed(weight) if self._tiles is None and weight.device.type == "cpu" else None
         is_kept = self._tiles is None and (self._packed is None or keeps_rows)
         self._weight = weight if is_kept else weight[:0].clone()
 
     def rows(self, rows: Tensor) -> Tensor:
-        """(count,) to (count, in): rows of the matrix."""
+        """Return rows of the matrix, (count, in). rows: (count,)."""
         return self._weight[rows] if self._tiles is None else self._tiles.rows(rows)
 
     def matmul(self, rows: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """Return row_scale * scale * ((rows - 128) @ weight.T) + bias: (count, out), float32.
 
-        rows: (count, in), bytes. row_scale: (count, 1). scale, bias: (out,).
+        Args:
+            rows: (count, in), bytes.
+            row_scale: (count, 1).
+            scale: (out,).
+            bias: (out,), or None.
         """
         laid_out = self._tiles or self._packed
         if laid_out is not None:
@@ -127,15 +131,18 @@ class Int8Matrix:
 
 
 def check_exact_decoding(device: torch.device) -> None:
-    """Raise ModelError if the int8 matmuls of decoding are not exact on the device, or missing.
+    """Raise ModelError if the int8 matmuls of decoding are missing on the device, or not exact.
 
-    Tries the very matmuls, with the largest values.
+    Runs these matmuls with the largest values.
     """
     check_exact([decoded_sums], device, remedy="--weights float32")
 
 
 def decoded_sums(rows: Tensor, weight: Tensor) -> Tensor:
-    """Return the sums of rows - 128, bytes, and int8 weights as decoding computes them: (count, out), float32."""
+    """Return (rows - 128) @ weight.T as decoding computes it: (count, out), float32.
+
+    rows: (count, in), bytes. weight: (out, in), int8.
+    """
     ones = torch.ones(len(weight), device=rows.device)
     row_scale = torch.ones(len(rows), 1, device=rows.device)
     return Int8Matrix(weight, keeps_rows=False).matmul(rows, row_scale, ones, None)
@@ -147,7 +154,7 @@ def _unsigned(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _packed(weight: Tensor) -> PackedInt8 | None:
-    """The matrix in oneDNN's layout; None where this PyTorch has it not."""
+    """Return the matrix in oneDNN's layout, or None if this PyTorch does not support it."""
     try:
         return packed_int8(weight)
     except (AttributeError, RuntimeError, NotImplementedError):
@@ -161,12 +168,12 @@ def _gated(gate_up: Tensor) -> Tensor:
 
 _FAMILIES = {"llama", "qwen2", "qwen3", "mistral"}
 _ROTATIONS = {"default", "linear", "llama3", "yarn"}
-"""Whose frequencies do not change with the length."""
+"""Types of rotary positions whose frequencies do not depend on the length."""
 
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """One decoder layer. qkv: queries, keys and values end to end; gate_up: gate, then up."""
+    """The weights of one decoder layer. qkv: queries, keys, and values concatenated. gate_up: gate, then up."""
 
     attention_norm: Tensor
     qkv: InferenceLinear
@@ -180,18 +187,18 @@ class FusedLayer:
 
 @dataclass(frozen=True)
 class FusedWeights:
-    """All layers, and the numbers that the forward pass needs."""
+    """The weights of all layers, and the constants of the forward pass."""
 
     heads: int
     kv_heads: int
     head_size: int
     norm_eps: float
     embedding: Callable[[Tensor], Tensor]
-    """Token ids, (tokens,), to (tokens, hidden), float32."""
+    """Maps token ids, (tokens,), to (tokens, hidden), float32."""
     frequencies: Tensor
-    """(head_size / 2,): angle of a rotation by one position."""
+    """(head_size / 2,): rotation angle per position."""
     attention_scaling: float
-    """What cosines and sines are multiplied by (YaRN)."""
+    """Factor of the cosines and sines (YaRN)."""
     layers: list[FusedLayer]
     norm: Tensor
     head: InferenceLinear
@@ -201,7 +208,7 @@ class FusedWeights:
 
 
 def fusing_unsupported_reason(config: PretrainedConfig) -> str | None:
-    """Why a model is decoded through transformers' forward; None if it need not be."""
+    """Return why a model must be decoded through transformers' forward, or None if its weights can be fused."""
     if config.model_type not in _FAMILIES:
         return f"{config.model_type} is not one of {', '.join(sorted(_FAMILIES))}"
     if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
@@ -212,17 +219,17 @@ def fusing_unsupported_reason(config: PretrainedConfig) -> str | None:
         return f"its activation is {config.hidden_act}"
     rotation = (config.rope_parameters or {}).get("rope_type", "default")
     if rotation not in _ROTATIONS:
-        return f"its positions are rotated by {rotation}"
+        return f"its rotary positions are of type {rotation}"
     return None
 
 
 @torch.inference_mode(False)  # the model's weights stay tensors that can be trained
 @torch.no_grad()
 def fused_weights(model: PreTrainedModel, *, int8: bool = False) -> FusedWeights:
-    """The model's weights for decoding; its LoRA adapters (peft's), if it has some, are merged into copies.
+    """Return the model's weights laid out for decoding. LoRA adapters (peft's) are merged into copies.
 
-    In float, fused weights replace the layers' own, which become views of them: nothing is held twice. With int8
-    they are rounded one after another, and the layers' own are given up: they are moved to the meta device.
+    In float, the layers' own weights become views of the fused ones, so nothing is stored twice. With int8, layers
+    are quantized one after another, and their float weights are moved to the meta device.
     """
     wrapped: Any = model
     base = wrapped.get_base_model() if hasattr(model, "peft_config") else wrapped
@@ -282,7 +289,7 @@ def _fused_int8(linears: Sequence[Any]) -> InferenceLinear:
     weight = torch.cat([merged_weight(linear) for linear in linears])
     matmul = Int8Product(weight, _fused_bias(linears), is_embedding=isinstance(linears[0], nn.Embedding))
     for linear in linears:
-        linear.to("meta")  # the float weights are given up
+        linear.to("meta")  # free the float weights
     return matmul
 
 
@@ -299,14 +306,14 @@ def _fused_bias(linears: Sequence[Any]) -> Tensor | None:
 
 
 def unfuse_weights(model: PreTrainedModel) -> None:
-    """Gives each weight memory of its own again, after `fused_weights` made them views of fused ones."""
+    """Give each weight its own memory again, after `fused_weights` made it a view of a fused one."""
     for weight in model.parameters():
         if weight.untyped_storage().nbytes() != weight.nbytes:
             weight.data = weight.detach().clone()
 
 
 def _fuse_in_place(weights: Sequence[nn.Parameter]) -> Tensor:
-    """One matrix with the rows of all of them, of which they become views."""
+    """Concatenate the weights' rows into one matrix, and turn the weights into views of it."""
     first, rows = weights[0].detach(), sum(len(weight) for weight in weights)
     end, apart = first.data_ptr(), False
     for weight in weights:

@@ -1,14 +1,14 @@
-"""int8 linear layers: weights with a scale for each output channel, activations with a scale for each row.
+"""int8 linear layers: weights with one scale per output channel, activations with one scale per row.
 
-The symmetric scheme of LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), with its outlier columns spread over
-their neighbors by a Hadamard transform (hadamard.py):
+The symmetric scheme of LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339). Instead of separate outlier columns, a
+Hadamard transform spreads outliers over their neighbors (kernels/int8_matmul.py):
 
     hadamard(x) = row_scale * x_int8                hadamard(w) / block = channel_scale * w_int8
     y = row_scale * channel_scale * (x_int8 @ w_int8.T)
 
-Sums of int8 matmuls are exact integers, so a row's result does not depend on the rows beside it. The backward
-pass uses the same matrix: the channels' scales are folded into the gradient before it is quantized, row by row,
-and the input's gradient is transformed back.
+Sums of int8 matmuls are exact integers, so a row's result does not depend on the other rows. Backward uses the
+same matrix: the channels' scales are folded into the gradient before it is quantized per row, and the input's
+gradient is transformed back.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,14 +26,14 @@ from handspun.kernels.int8_matmul import block_of, hadamard, has_fast_int_mm, in
 from handspun.kernels.tiles import TiledInt8Weight, can_tile
 
 _SMALLEST_SCALE = 1e-12  # rows of zeros
-_CHANNELS_AT_ONCE = 8192  # in float: an embedding has 150,000
+_CHANNELS_AT_ONCE = 8192  # bounds the memory of float copies: an embedding has 150,000
 
 
 def quantize_base(model: PreTrainedModel) -> None:
-    """Replaces the linear layers under a model's LoRA adapters (peft's) by int8 layers, one at a time.
+    """Replace the linear layers under a model's LoRA adapters (peft's) with int8 layers, one at a time.
 
-    Embedding and head stay in float: the gradient of a softmax is one large value and thousands of small ones a
-    row, and with a scale for each row the small ones would be lost.
+    Embedding and head stay float: a row of a softmax's gradient is one large value and thousands of small ones,
+    which one scale per row would lose.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer) and isinstance(module.base_layer, nn.Linear):
@@ -41,13 +41,13 @@ def quantize_base(model: PreTrainedModel) -> None:
 
 
 def int8_linear(linear: nn.Linear) -> "Int8Linear":
-    """The layer in int8; its float weights are not kept."""
+    """Return the layer in int8. It does not keep the float weights."""
     bias = None if linear.bias is None else linear.bias.detach().float()
     return Int8Linear(*quantize_channels(linear.weight), bias)
 
 
 def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, in), float, to hadamard(weight) / block in int8 and a scale for each channel, (out,)."""
+    """Return (hadamard(weight) / block in int8, (out, in); scales, (out,)). weight: (out, in), float."""
     block = block_of(weight.shape[1])
     parts = [quantize_rows(hadamard(part.float()) / block) for part in weight.detach().split(_CHANNELS_AT_ONCE)]
     rows, scales = zip(*parts, strict=True)
@@ -55,20 +55,20 @@ def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_exact_matmuls(device: torch.device) -> None:
-    """Raise ModelError if int8 training matmuls, forward or backward, are not exact on the device, or missing.
+    """Raise ModelError if the int8 matmuls of training are missing on the device, or not exact.
 
-    Tries the matmuls of `Int8Linear` themselves, with the largest values.
+    Runs forward and backward matmuls of `Int8Linear` with the largest values.
     """
     check_exact(training_matmuls(), device, remedy="--base-weights float32")
 
 
 def speed_notices(device: torch.device) -> list[str]:
-    """Return what users of int8 layers in training should know about their speed on the device."""
+    """Return messages for the user about the speed of int8 training on the device."""
     notices = [native.slower_without(device)]
     if device.type == "cpu" and not has_fast_int_mm():
         notices.append(
-            "without AVX-512 VNNI, int8 layers are computed in float32: they take a quarter of the memory, and no "
-            "less time than --base-weights float32"
+            "without AVX-512 VNNI, int8 layers are computed in float32: they take a quarter of the memory, but as "
+            "much time as --base-weights float32"
         )
     return [notice for notice in notices if notice is not None]
 
@@ -76,7 +76,7 @@ def speed_notices(device: torch.device) -> list[str]:
 def check_exact(
     matmuls: Sequence[Callable[[Tensor, Tensor], Tensor]], device: torch.device, *, remedy: str
 ) -> None:
-    """Raise ModelError, with a remedy, if a matmul (see `is_exact`) fails or is not exact on the device."""
+    """Raise ModelError, with the remedy, if a matmul (see `is_exact`) fails or is not exact on the device."""
     try:
         exact = all(is_exact(matmul, device) for matmul in matmuls)
     except (RuntimeError, NotImplementedError, AttributeError) as error:
@@ -84,13 +84,13 @@ def check_exact(
         raise ModelError(f"int8 matmuls are not available on {device}: {reason} Use {remedy}.") from error
     if not exact:
         raise ModelError(
-            f"int8 matmuls are not exact on {device} (expected exact sums, got others for the largest values). "
-            f"Use {remedy}."
+            f"int8 matmuls are not exact on {device} (expected exact sums, got different ones for the largest "
+            f"values). Use {remedy}."
         )
 
 
 def training_matmuls() -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
-    """Return the int8 matmuls of training, forward and backward, as matmuls of bytes and weights (`is_exact`)."""
+    """Return the int8 matmuls of training, forward and backward, as functions that `is_exact` takes."""
     return _sums_forward, _sums_backward
 
 
@@ -100,14 +100,16 @@ def _sums_forward(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _sums_backward(rows: Tensor, weight: Tensor) -> Tensor:
-    """The same through the gradient's matmul: of the transposed matrix, whose transpose that multiplies by."""
+    """Return the same sums from the gradient's matmul, with the transposed matrix (which it transposes again)."""
     layer = Int8Linear(weight.T.contiguous(), torch.ones(weight.shape[1], device=rows.device), None)
     return layer.transposed_matmul_of_bytes(rows, torch.ones(len(rows), 1, device=rows.device))
 
 
 def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
-    """values: (rows, width), float. Returns int8 (rows, width) and its float32 scale, (rows, 1):
-    values ≈ int8 * scale, with an error of at most scale / 2, a 254th of the row's largest value."""
+    """Return (int8, (rows, width); float32 scales, (rows, 1)). values: (rows, width), float.
+
+    values ≈ int8 * scale, with an error of at most scale / 2: 1/254 of the row's largest value.
+    """
     scale = values.abs().amax(1, keepdim=True).float().div_(127).clamp_min_(_SMALLEST_SCALE)
     return (values / scale).round_().to(torch.int8), scale
 
@@ -123,10 +125,10 @@ def int8_of(rows: Tensor) -> Tensor:
 
 
 class Int8Linear(nn.Module):
-    """A frozen linear layer in int8. Gradients flow to its input, none to its weight."""
+    """A frozen linear layer in int8. Gradients flow to its input, not to its weight."""
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        """weight: (out, in), int8. scale: (out,). bias: (out,)."""
+        """Lay out the weights. weight: (out, in), int8. scale: (out,). bias: (out,)."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.tiles = TiledInt8Weight(weight) if can_tile(weight) else None
@@ -136,18 +138,18 @@ class Int8Linear(nn.Module):
         self.quantize_activations = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in). Returns float32, (..., out)."""
+        """Return (..., out), float32. x: (..., in)."""
         apply: Any = _Int8Product.apply
         y: Tensor = apply(x.flatten(0, -2), self)
         return y.view(*x.shape[:-1], self.out_features)
 
     def float_weight(self) -> Tensor:
-        """(out, in), float32: what the rounded weights stand for."""
+        """Return the dequantized weights, (out, in), float32."""
         weight = self.weight if self.tiles is None else self.tiles.rows(torch.arange(self.out_features))
         return hadamard(weight.float().mul_(self.scale[:, None]))
 
     def matmul(self, x: Tensor) -> Tensor:
-        """(tokens, in) to float32, (tokens, out)."""
+        """Return the layer's output, (tokens, out), float32. x: (tokens, in)."""
         if not self.quantize_activations:
             return nn.functional.linear(x.float(), self.float_weight(), self.bias)
         if self.tiles is not None:
@@ -163,7 +165,7 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y.add_(self.bias)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
-        """(tokens, out) to float32, (tokens, in)."""
+        """Return the gradient of the input, (tokens, in), float32. grad: (tokens, out)."""
         if self.tiles is not None:
             in_bytes = native.scale_quantize(native.kernels(), grad.float(), self.scale)
             return hadamard(self.transposed_matmul_of_bytes(*in_bytes))
@@ -179,10 +181,10 @@ class Int8Linear(nn.Module):
 
 @contextmanager
 def float_activations(model: nn.Module) -> Iterator[None]:
-    """Inside the block, int8 layers multiply their weights by rows as they are, slowly.
+    """Within the block, do not quantize the inputs of int8 layers, which is slow.
 
-    Rounded, a sum in another order is now and then another integer, and after some layers all of them differ: two
-    ways to compute the same can only be compared without.
+    Two ways to compute the same can only be compared like this: with rounded activations, another order of
+    summation now and then changes an integer, and after some layers all of them.
     """
     layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
     for layer in layers:

@@ -1,6 +1,6 @@
-"""Models by name: a hub id, a folder, a LoRA adapter's folder, a .gguf file, or the embedded one.
+"""Loading a model by name: a hub id, a folder, a LoRA adapter's folder, a .gguf file, or the embedded model.
 
-Nothing is executed that comes with a model: weights are read from safetensors (or GGUF) files only, and
+No code that comes with a model is ever run: weights are read from safetensors or GGUF files only, and
 `trust_remote_code` stays off.
 """
 
@@ -44,8 +44,10 @@ _MOST_NAMED = 4
 
 
 def nonfinite_weights(model: nn.Module) -> str:
-    """Return the weights that hold NaN or infinity, as `norm.weight (1 of 32 values), head.weight (...)`; "" where
-    there are none. Weights that are held elsewhere (meta tensors) are left out."""
+    """Return the weights that hold NaN or infinity, as `norm.weight (1 of 32 values), head.weight (...)`.
+
+    Returns "" if there are none. Skips meta tensors.
+    """
     found = list(_nonfinite(model))
     more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
     return ", ".join(found[:_MOST_NAMED]) + more
@@ -54,7 +56,7 @@ def nonfinite_weights(model: nn.Module) -> str:
 @torch.no_grad()
 def _nonfinite(model: nn.Module) -> Iterator[str]:
     for name, weight in model.named_parameters():
-        # The sum is finite where all values are, and takes no memory: only then are they counted.
+        # The sum is finite if all values are, and needs no memory. Only if it is not, values are counted.
         if weight.is_meta or bool(torch.isfinite(weight.sum(dtype=torch.float32))):
             continue
         if count := int((~torch.isfinite(weight)).sum()):
@@ -69,8 +71,8 @@ _INDEX = "model.safetensors.index.json"
 class ChatModel:
     """A causal language model in eval mode, its tokenizer, and the name it was loaded by.
 
-    With int8 weights these are in `fused`, and the model holds shapes and configuration alone (meta tensors). The
-    weights of one that is in training are neither moved nor merged when it is decoded from.
+    fused: int8 weights; `model` then holds only shapes (meta tensors) and configuration. in_training: the model is
+    being trained, so decoding must not move or merge its weights.
     """
 
     model: PreTrainedModel
@@ -83,12 +85,12 @@ class ChatModel:
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """Raises TemplateError if the tokenizer has no chat template."""
+        """Return the chat template. Raises TemplateError if the tokenizer has none."""
         return ChatTemplate(self.tokenizer, self.template_args)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return the device that holds the weights."""
         return self.fused.device if self.fused is not None else self.model.device
 
 
@@ -101,17 +103,19 @@ def load(
     template_args: TemplateArgs | None = None,
     notice: Callable[[str], None] = say,
 ) -> ChatModel:
-    """A chat model by its name.
+    """Load a chat model by name.
 
-    name: hub id, folder, folder of a LoRA adapter (merged into its base), .gguf file, or "smollm2-135m".
-    weights: their type; "auto" is float32 on a CPU, bfloat16 on a GPU that has it. "int8" is for decoding: a scale
-        for each channel, and for each row of activations, in place of the float weights.
-    chat_template: name of one of the tokenizer's templates, or a Jinja file; if not given, its own.
-    template_args: values for the template's variables, as {"enable_thinking": False}.
-    notice: told what the user should know, such as a conversion that is done once.
+    Raises ModelError if the model does not exist, is incomplete, or does not support int8. Raises ConfigError for
+    an unknown template or template variable.
 
-    Raises ModelError if there is no such model, it is incomplete, or it cannot be had in int8; ConfigError for a
-    template or template variable that there is not.
+    Args:
+        name: hub id, folder, folder of a LoRA adapter (merged into its base), .gguf file, or "smollm2-135m".
+        weights: type of the weights. "auto" is float32 on a CPU, and bfloat16 on a GPU that supports it. "int8" is
+            for decoding, with one scale per channel and one per row of activations.
+        device: "auto" (a GPU if there is one), or a torch device such as "cpu".
+        chat_template: name of one of the tokenizer's templates, or a Jinja file; by default the tokenizer's own.
+        template_args: values for the template's variables, such as {"enable_thinking": False}.
+        notice: called with messages for the user, such as a one-time conversion.
     """
     disable_malloc_trim()
     limit_primitive_cache()
@@ -134,7 +138,18 @@ def read_model(
     template_args: TemplateArgs | None,
     notice: Callable[[str], None],
 ) -> ChatModel:
-    """Return the same without a change to the process's allocator, which a sharded run must not make."""
+    """Load a chat model as `load` does, but leave the process's allocator unchanged.
+
+    A sharded run must not change it: a rank's peak was 4.2 GB with the change and 3.4 GB without.
+
+    Args:
+        name: as for `load`.
+        weights: as for `load`.
+        device: as for `load`.
+        chat_template: as for `load`.
+        template_args: as for `load`.
+        notice: as for `load`.
+    """
     args, problems = read_template_args(template_args)
     if problems:
         raise ConfigError(problems)
@@ -151,13 +166,13 @@ def _with_template(chat: ChatModel, chat_template: str | None, template_args: di
     choose_template(chat.tokenizer, chat_template)
     chat.template_args = template_args
     if template_args:
-        _ = chat.template  # a variable that the template does not read is said at once
+        _ = chat.template  # raise now if the template does not read one of the variables
     return chat
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model's files are, in the terms of transformers' `from_pretrained`."""
+    """The location of a model's files, as arguments for transformers' `from_pretrained`."""
 
     name: str
     location: str
@@ -166,13 +181,13 @@ class ModelSource:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments that every `from_pretrained` of it needs."""
+        """Return the keyword arguments that every `from_pretrained` needs."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
 
 def model_source(name: str, notice: Callable[[str], None]) -> ModelSource:
-    """Finds a model's files; for a hub id, nothing is fetched yet. Raises ModelError."""
-    path = Path(os.path.expanduser(name))  # Path's own raises where there is no such user
+    """Locate a model's files, without downloading anything yet. Raises ModelError."""
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises if there is no such user
     if name == EMBEDDED_NAME:
         return ModelSource(name, str(embedded_folder(notice)))
     if path.is_file() and path.suffix == ".gguf":
@@ -181,24 +196,25 @@ def model_source(name: str, notice: Callable[[str], None]) -> ModelSource:
         return _folder_source(name, path, notice)
     if path.exists():
         raise ModelError(
-            f"{name} is a file: expected a model's folder, a .gguf file or a hub id such as Qwen/Qwen2.5-0.5B."
+            f"{name}: this file is not a model (expected a model folder, a .gguf file, or a hub id such as "
+            "Qwen/Qwen2.5-0.5B)."
         )
     if not _looks_like_hub_id(name):
         near = difflib.get_close_matches(path.name, _names_beside(path), 1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
         raise ModelError(
-            f"there is no model {name}: no such folder or file, and no hub id (they look like "
-            f"Qwen/Qwen2.5-0.5B). {EMBEDDED_NAME} is embedded and needs no network.{hint}"
+            f"there is no model {name}: no such folder or file, and not a hub id (such as Qwen/Qwen2.5-0.5B). "
+            f"Check the path, or use {EMBEDDED_NAME}, which is embedded and needs no network.{hint}"
         )
     stay_offline_if_unreachable(name, notice)
-    notice(f"{name}: from the hub, or its cache")
+    notice(f"{name}: loaded from the hub or its cache")
     return ModelSource(name, name)
 
 
 def load_tokenizer(source: ModelSource, notice: Callable[[str], None] | None = None) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer, or an adapter folder's own, with the ids of its tokenizer.json.
+    """Return the tokenizer of the model, or of an adapter's folder, with the ids of its tokenizer.json.
 
-    notice: told if transformers alone would have given other ids.
+    notice: called if AutoTokenizer would have given other ids.
     """
     if source.adapter is not None and (source.adapter / "tokenizer.json").exists():
         source = ModelSource(source.name, str(source.adapter))
@@ -210,16 +226,16 @@ def load_tokenizer(source: ModelSource, notice: Callable[[str], None] | None = N
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
-    """The model's config alone, without its weights."""
+    """Return the model's config, without reading its weights."""
     config: PretrainedConfig = _from_pretrained(AutoConfig, source.name, source.location, **source.arguments)
-    config.__dict__.pop("auto_map", None)  # which code of the folder to run: nothing may follow it later
+    config.__dict__.pop("auto_map", None)  # it names the folder's own code, which must never run
     if source.adapter is not None and (rows := embedding_rows(source.adapter)):
-        config.get_text_config().vocab_size = rows  # it brings tokens that its base lacks
+        config.get_text_config().vocab_size = rows  # the adapter adds tokens that its base lacks
     return config
 
 
 def load_generation_config(source: ModelSource) -> GenerationConfig | None:
-    """The model's generation_config; an adapter folder's own one where it has one; None if there is none."""
+    """Return the adapter's generation_config, else the model's; None if there is none."""
     for place in (source.adapter, source.location) if source.adapter is not None else (source.location,):
         with suppress(OSError):
             return GenerationConfig.from_pretrained(str(place))
@@ -227,7 +243,7 @@ def load_generation_config(source: ModelSource) -> GenerationConfig | None:
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" to the best device there is. Raises ModelError if the named one is not there."""
+    """Return the named device, or a GPU (if there is one) for "auto". Raises ModelError if it is not available."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -235,12 +251,12 @@ def resolve_device(device: str) -> torch.device:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"--device {device} cannot be used here ({reason}). Use cpu or auto.") from error
+        raise ModelError(f"--device {device} is not available here ({reason}). Use cpu or auto.") from error
     return found
 
 
 def resolve_dtype(dtype: Weights, device: torch.device) -> torch.dtype:
-    """ "auto" is float32 on a CPU and bfloat16 on a GPU that has it. Not for int8."""
+    """Return the torch type. "auto" is float32 on a CPU and bfloat16 on a GPU that supports it. Not for int8."""
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -248,7 +264,7 @@ def resolve_dtype(dtype: Weights, device: torch.device) -> torch.dtype:
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Most tokens that the model can read, if its config says so."""
+    """Return the model's context length in tokens, if its config has one."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else None
 
@@ -258,20 +274,20 @@ def _folder_source(name: str, path: Path, notice: Callable[[str], None]) -> Mode
         return _adapter_source(name, path, notice)
     if not (path / "config.json").exists():
         raise ModelError(
-            f"{name} is a folder without config.json: expected a transformers model folder (config.json, "
-            f"model.safetensors, tokenizer.json), found {_listing(path)}."
+            f"{name}: this is a folder without config.json (expected a transformers model folder with "
+            f"config.json, model.safetensors, and tokenizer.json; found {_listing(path)})."
         )
     if not any(path.glob("*.safetensors")):
         _check_no_pickles(name, path, "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)")
         raise ModelError(
-            f"{name} is a model folder without weights: expected *.safetensors, found {_listing(path)}."
+            f"{name}: this is a model folder without weights (expected *.safetensors, found {_listing(path)})."
         )
     if (path / _INDEX).exists():
         weight_map = _json_object(path / _INDEX).get("weight_map")
         files = {str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else {"nothing"}
         if strange := sorted(f for f in files if not f.endswith(".safetensors") or Path(f).name != f):
             raise ModelError(
-                f"{name}: {_INDEX} names {strange[0]!r}, and only *.safetensors files in the folder are read."
+                f"{name}: {_INDEX} names {strange[0]!r} (expected *.safetensors files in the same folder)."
             )
     return ModelSource(name, str(path))
 
@@ -281,56 +297,63 @@ def _adapter_source(name: str, path: Path, notice: Callable[[str], None]) -> Mod
     base, kind = config.get("base_model_name_or_path"), config.get("peft_type")
     if not isinstance(base, str) or kind != "LORA" or config.get("megatron_config"):
         raise ModelError(
-            f"{name} is no LoRA adapter that can be merged: expected an adapter_config.json with peft_type LORA "
-            f"and the name of a base model, found {kind!r} and {base!r}."
+            f"{name}: not a LoRA adapter that can be merged (expected an adapter_config.json with peft_type LORA "
+            f"and the name of a base model, found {kind!r} and {base!r})."
         )
     if not (path / "adapter_model.safetensors").exists():
         _check_no_pickles(name, path, "PeftModel.from_pretrained(base, folder).save_pretrained(folder)")
-        raise ModelError(f"{name} lacks its weights: expected adapter_model.safetensors, found {_listing(path)}.")
+        raise ModelError(
+            f"{name}: the adapter's weights are missing (expected adapter_model.safetensors, found "
+            f"{_listing(path)})."
+        )
     if unknown := unknown_settings(config):
         notice(
-            f"{path / 'adapter_config.json'} has settings that this version of peft does not know and leaves out: "
-            f"{', '.join(unknown)}. A newer one may read them."
+            f"{path / 'adapter_config.json'}: this version of peft ignores settings that it does not know: "
+            f"{', '.join(unknown)}. A newer version may read them."
         )
     base = _base_of(name, path, base)
     if (Path(base) / "adapter_config.json").exists():
         raise ModelError(
             f"{name} is an adapter whose base, {base}, is an adapter itself. Merge that one first (handspun "
-            f"export --model {base} --merge --output-dir merged), and write the merged folder's path as "
-            f"base_model_name_or_path into {path / 'adapter_config.json'}."
+            f"export --model {base} --merge --output-dir merged). Then set base_model_name_or_path in "
+            f"{path / 'adapter_config.json'} to the merged folder's path."
         )
     found = model_source(base, notice)
     return ModelSource(name, found.location, found.gguf_file, adapter=path)
 
 
 def _base_of(name: str, adapter: Path, base: str) -> str:
-    """Return the base's name so that it is found from here: a relative path counts from the working folder, as
-    peft reads it, or else from the adapter's folder."""
+    """Return the base's name, resolved.
+
+    A relative path is tried from the working folder, as peft does, and then from the adapter's folder.
+    """
     for candidate in (Path(os.path.expanduser(base)), adapter / base):
         if candidate.exists():
             return str(candidate)
     if base == EMBEDDED_NAME or _looks_like_hub_id(base):
         return base
     raise ModelError(
-        f"{name}: its base model {base} is not there. {adapter / 'adapter_config.json'} names it as "
-        "base_model_name_or_path: write its place of today there, a folder or a hub id."
+        f"{name}: its base model {base} does not exist. Set base_model_name_or_path in "
+        f"{adapter / 'adapter_config.json'} to the base's current folder or hub id."
     )
 
 
 def recorded_base(name: str) -> str:
-    """Return what an adapter's config calls its base: an absolute path for what is on this disk, so that it is
-    found from any working folder."""
+    """Return the base's name for an adapter's config.
+
+    A path on this disk is made absolute, so that it is found from any working folder.
+    """
     path = Path(os.path.expanduser(name))
     return str(path.resolve()) if name != EMBEDDED_NAME and path.exists() else name
 
 
 def check_base_is_no_adapter(source: ModelSource) -> None:
-    """Raise ModelError for an adapter under new adapters, which no tool could open afterwards."""
+    """Raise ModelError if the base of new adapters is an adapter itself, which no tool could open afterwards."""
     if source.adapter is not None:
         raise ModelError(
-            f"{source.name} is a LoRA adapter, and --lora would train adapters on top of it, which no tool can "
-            f"open. Merge it first: handspun export --model {source.name} --merge --output-dir merged, and then "
-            "--model merged. (Without --lora, the merged weights are trained.)"
+            f"{source.name} is a LoRA adapter, and no tool can open --lora adapters on top of it. Merge it first: "
+            f"handspun export --model {source.name} --merge --output-dir merged, and then --model merged. "
+            "(Without --lora, training starts from the merged weights.)"
         )
 
 
@@ -338,8 +361,8 @@ def _check_no_pickles(name: str, path: Path, remedy: str) -> None:
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in _SUFFIXES_OF_PICKLES)
     if pickles:
         raise ModelError(
-            f"{name} has its weights only as pickles ({', '.join(pickles[:3])}), which can run code when they are "
-            f"read. Convert them where you trust them: {remedy} writes safetensors."
+            f"{name} has its weights only as pickles ({', '.join(pickles[:3])}), which can run code when loaded. "
+            f"If you trust them, convert them to safetensors: {remedy}."
         )
 
 
@@ -349,7 +372,7 @@ def _json_object(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{file} is no JSON object.")
+        raise ModelError(f"{file} is not a JSON object.")
     return value
 
 
@@ -366,12 +389,12 @@ def _load_merged(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedMod
 def _load_int8(source: ModelSource, device: torch.device, notice: Callable[[str], None]) -> ChatModel:
     config = load_config(source)
     if reason := fusing_unsupported_reason(config):
-        raise ModelError(f"{source.name} cannot be decoded from in int8: {reason}. Use --weights float32.")
+        raise ModelError(f"{source.name} does not support int8 decoding: {reason}. Use --weights float32.")
     check_exact_decoding(device)
     if slower := native.slower_without(device):
         notice(slower)
-    model = _load_merged(source, "auto")  # of the files
-    if found := nonfinite_weights(model):  # rounded to int8, they would be numbers again, and wrong ones
+    model = _load_merged(source, "auto")  # the type of the files
+    if found := nonfinite_weights(model):  # rounding to int8 would turn them into wrong but finite numbers
         raise ModelError(
             f"{source.name} cannot be rounded to int8: these weights hold NaN or infinity: {found}. Use an "
             "earlier checkpoint, or download the model again."
@@ -383,7 +406,7 @@ def _load_int8(source: ModelSource, device: torch.device, notice: Callable[[str]
 
 
 def _load_weights(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedModel:
-    """Raises ModelError where transformers would fill missing weights with random ones."""
+    """Load the model's weights. Raises ModelError if transformers would fill in random ones for missing ones."""
     quantization = {}
     if source.gguf_file:
         from transformers import GgufConfig
@@ -402,30 +425,31 @@ def _load_weights(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedMo
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise ModelError(
-            f"{source.name} lacks {len(missing)} of its weights (first {missing[0]}): they would be random. The "
-            "files are incomplete, or of another architecture than config.json says."
+            f"{source.name} lacks {len(missing)} of its weights (first {missing[0]}), which would be random. Its "
+            "files are incomplete, or belong to another architecture than config.json names. Download the model "
+            "again."
         )
     return model  # type: ignore[no-any-return]
 
 
 def _from_pretrained(auto: Any, name: str, location: str, **arguments: Any) -> Any:
-    """`auto.from_pretrained`, quiet, with its failures in words for people."""
+    """Call `auto.from_pretrained` quietly. Raises ModelError with a readable reason."""
     try:
-        with quiet():  # if it is not told, transformers asks on the terminal whether to run a model's own code
+        with quiet():  # without trust_remote_code=False, transformers asks on the terminal
             return auto.from_pretrained(location, trust_remote_code=False, **arguments)
-    except Exception as error:  # whatever transformers, tokenizers or safetensors make of strange files
+    except Exception as error:  # transformers, tokenizers, and safetensors raise anything for malformed files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "trust_remote_code" in str(error):
             raise ModelError(
-                f"{name} asks for Python code of its own to be run (auto_map in its configuration), which "
-                "Handspun never does. Use a model whose architecture is in transformers."
+                f"{name} needs its own Python code to be run (auto_map in its configuration), which Handspun "
+                "never does. Use a model whose architecture is in transformers."
             ) from error
         if Path(location).exists():
             raise ModelError(f"{name} cannot be read as a model: {reason}") from error
         what = name if name == location else f"{location}, the base that {name}'s adapter_config.json names,"
         raise ModelError(
-            f"{what} cannot be had from the hub: {reason}\nCheck its spelling and the network. Without a network, "
-            f"name a folder that holds it, or use the embedded model: --model {EMBEDDED_NAME}"
+            f"{what} cannot be downloaded from the hub: {reason}\nCheck its spelling and the network. Without a "
+            f"network, use a folder that holds it, or the embedded model: --model {EMBEDDED_NAME}"
         ) from error
 
 

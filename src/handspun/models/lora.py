@@ -26,21 +26,24 @@ from handspun.models.tokenizer_file import quiet
 
 
 class FrozenLayer(Protocol):
-    """The layer under an adapter: both matmuls make a new array, to which the adapter's are added."""
+    """The layer under an adapter. Both methods return a new array, to which the adapter's result is added."""
 
     def matmul(self, x: Tensor) -> Tensor:
-        """(tokens, in) to (tokens, out)."""
+        """Return the output, (tokens, out). x: (tokens, in)."""
 
     def input_gradient(self, grad: Tensor) -> Tensor:
-        """(tokens, out) to (tokens, in)."""
+        """Return the gradient of the input, (tokens, in). grad: (tokens, out)."""
 
 
 class LoraLinear(Linear):  # type: ignore[misc]  # peft has no types
-    """peft's layer; one active adapter without dropout is computed as one operation, anything else as peft
-    does."""
+    """peft's layer, with a single active adapter without dropout computed as one operation.
+
+    The adapter's matmul is added in place to the frozen layer's, and so are their gradients: peft's own layer
+    makes three arrays of the output's size. Everything else is left to peft.
+    """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x: (..., in). Returns (..., out)."""
+        """Return (..., out). x: (..., in)."""
         adapter = self._only_adapter()
         if adapter is None or args or kwargs:
             result: Tensor = super().forward(x, *args, **kwargs)
@@ -61,7 +64,7 @@ class LoraLinear(Linear):  # type: ignore[misc]  # peft has no types
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _only_adapter(self) -> str | None:
-        """The one active adapter, if it is plain: no dropout, no variant, not merged."""
+        """Return the single active adapter if it is plain (no dropout, no variant, not merged), else None."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(names) != 1 or names[0] in self.lora_variant:
             return None
@@ -72,7 +75,7 @@ class LoraLinear(Linear):  # type: ignore[misc]  # peft has no types
 
 @dataclass(frozen=True)
 class _Frozen:
-    """A float layer's weight, (out, in), and bias."""
+    """A float layer's weight, (out, in), and bias, as a `FrozenLayer`."""
 
     weight: Tensor
     bias: Tensor | None
@@ -85,7 +88,7 @@ class _Frozen:
 
 
 class _LoraProduct(torch.autograd.Function):
-    """x: (tokens, in). a: (rank, in). b: (out, rank)."""
+    """base(x) + scaling * x @ a.T @ b.T. x: (tokens, in). a: (rank, in). b: (out, rank)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, base: FrozenLayer) -> Tensor:
@@ -99,20 +102,20 @@ class _LoraProduct(torch.autograd.Function):
         x, reduced, a, b = ctx.saved_tensors
         grad_reduced = (grad @ b).mul_(ctx.scaling)  # (tokens, rank)
         grad_b = (grad.t() @ reduced).mul_(ctx.scaling)
-        # What comes before the first adapter is frozen and wants no gradient.
+        # Everything before the first adapter is frozen and needs no gradient.
         wanted = ctx.needs_input_grad[0]
         grad_x = ctx.base.input_gradient(grad).addmm_(grad_reduced, a) if wanted else None
         return grad_x, grad_reduced.t() @ x, grad_b, None, None
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """That of autocast where it is on."""
+    """Return autocast's type if autocast is on, else the input's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 _EMBEDDINGS = {"embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings"}
-"""What architectures call their input embedding."""
+"""Names of the input embedding in different architectures."""
 
 
 def add_lora(
@@ -124,11 +127,16 @@ def add_lora(
     dropout: float,
     new_token_ids: Sequence[int] = (),
 ) -> PreTrainedModel:
-    """The model with trainable adapters; everything else is frozen.
+    """Add trainable LoRA adapters to the model and freeze everything else.
 
-    base_name: recorded in the adapter's config, so that it finds its base again.
-    new_token_ids: ids whose embedding rows are trained too, in the head as well: adapters alone cannot teach
-        a model to say a token that it never learned.
+    Args:
+        model: the base model.
+        base_name: name of the base, recorded in the adapter's config.
+        rank: rank of the LoRA matrices.
+        alpha: LoRA's scale: updates are multiplied by alpha / rank.
+        dropout: dropout on the adapters' input.
+        new_token_ids: ids whose rows of embedding and head are trained too. Adapters alone cannot teach a model to
+            write a token that it was never trained on.
     """
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -148,11 +156,10 @@ def add_lora(
 
 
 def merge_adapter(model: PreTrainedModel, adapter: Path, *, base_name: str) -> PreTrainedModel:
-    """Return the base model with an adapter folder's weights added to its own.
+    """Return the base model with an adapter folder's weights merged.
 
-    An adapter that was trained after tokens were added brings its embedding, and the base's gets as many rows.
-    Raises ModelError where the adapter's weights are not those that its config asks for on this base: some would
-    be left out, or stay random.
+    An adapter trained with added tokens brings its embedding, and the base's embedding is resized to it. Raises
+    ModelError if the adapter's weights do not match its config on this base: some would be ignored or stay random.
     """
     rows = embedding_rows(adapter)
     embedding: Any = model.get_input_embeddings()
@@ -163,7 +170,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Path, *, base_name: str) -> P
             config = LoraConfig.from_pretrained(str(adapter))
             weights = load_peft_weights(str(adapter), device="cpu")
             adapted: Any = PeftModel(model, config)
-    except Exception as error:  # whatever peft makes of a strange config
+    except Exception as error:  # peft raises anything for malformed configs
         raise ModelError(f"{adapter} cannot be read as an adapter of {base_name}: {error}") from error
     _check_weights(adapted, weights, adapter, base_name)
     with quiet():
@@ -175,9 +182,9 @@ def merge_adapter(model: PreTrainedModel, adapter: Path, *, base_name: str) -> P
 
 
 def embedding_rows(adapter: Path) -> int | None:
-    """Return the rows of the embedding that an adapter's file holds; None if it holds none.
+    """Return the number of rows of an adapter file's embedding, or None if it has no embedding.
 
-    Raises ModelError for a file that is no safetensors file.
+    Raises ModelError if it is not a safetensors file.
     """
     file = adapter / "adapter_model.safetensors"
     try:
@@ -195,7 +202,7 @@ def embedding_rows(adapter: Path) -> int | None:
 
 
 def unknown_settings(config: dict[str, Any]) -> list[str]:
-    """Return the keys of an adapter_config.json that say something, and that this peft does not know."""
+    """Return the non-empty keys of an adapter_config.json that this version of peft does not know."""
     known = {field.name for field in fields(LoraConfig)}
     return sorted(name for name, value in config.items() if name not in known and value)
 
@@ -209,27 +216,27 @@ def _untie(model: PreTrainedModel) -> None:
 
 
 def _check_weights(adapted: Any, weights: dict[str, Tensor], adapter: Path, base_name: str) -> None:
-    """Raise ModelError unless the file holds each weight that the adapter's config asks for, in its shape."""
+    """Raise ModelError unless the file holds exactly the weights that its config needs, in their shapes."""
     asked = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     with quiet():  # peft saves the whole embedding as well where it was resized
         known = get_peft_model_state_dict(adapted, save_embedding_layers=True) | asked
     there = {name: tuple(value.shape) for name, value in known.items()}
     _refuse(
         weights.keys() - there.keys(),
-        "weights that nothing in its config or in the base takes up",
+        "weights that neither its config nor the base uses",
         adapter,
         base_name,
     )
     _refuse(
         asked.keys() - weights.keys(),
-        "weights that its config asks for and that are not in its file",
+        "weights in its config that are missing from its file",
         adapter,
         base_name,
     )
     other = {name for name, value in weights.items() if tuple(value.shape) != there[name]}
     _refuse(
-        {f"{name} of {tuple(weights[name].shape)} for {there[name]}" for name in other},
-        "weights of another shape than the base wants",
+        {f"{name} is {tuple(weights[name].shape)}, expected {there[name]}" for name in other},
+        "weights whose shape does not fit the base",
         adapter,
         base_name,
     )
@@ -238,19 +245,19 @@ def _check_weights(adapted: Any, weights: dict[str, Tensor], adapter: Path, base
 def _refuse(names: Iterable[str], what: str, adapter: Path, base_name: str) -> None:
     if found := sorted(names):
         raise ModelError(
-            f"{adapter} does not fit its base {base_name}: it has {len(found)} {what} (first {found[0]}). Check "
-            f"that base_model_name_or_path in {adapter / 'adapter_config.json'} names the model it was trained on."
+            f"{adapter} does not fit its base {base_name}: it has {len(found)} {what} (first {found[0]}). Set "
+            f"base_model_name_or_path in {adapter / 'adapter_config.json'} to the model that it was trained on."
         )
 
 
 def has_adapter(module: nn.Module) -> bool:
-    """Whether peft adds something to the layer."""
+    """Return whether peft adds something to the layer."""
     return isinstance(module, LoraLayer | TrainableTokensWrapper)
 
 
 @torch.no_grad()
 def merged_weight(module: Any) -> Tensor:
-    """The layer's weight with what its active adapters add to it: a copy, if there are some."""
+    """Return the layer's weight with its active adapters merged (a copy if there are any)."""
     if isinstance(module, TrainableTokensWrapper):
         return module.token_adapter.get_merged_weights(module.token_adapter.active_adapters)  # type: ignore
     if not isinstance(module, LoraLayer):
@@ -264,7 +271,7 @@ def merged_weight(module: Any) -> Tensor:
 
 
 def _embedding_rows(model: PreTrainedModel, token_ids: Sequence[int]) -> dict[str, list[int]]:
-    """The modules that hold the rows: the input embedding and, where it is not the same tensor, the head."""
+    """Return the token ids by module that holds their rows: the input embedding and, unless tied, the head."""
     rows = {_module_name(model, model.get_input_embeddings()): list(token_ids)}
     if not model.config.get_text_config().tie_word_embeddings:
         rows[_module_name(model, model.get_output_embeddings())] = list(token_ids)

@@ -1,4 +1,4 @@
-"""Models to folders that transformers 4 and 5, peft, vLLM, CTranslate2, mlx-lm and llama.cpp's converter read."""
+"""Saving models for transformers 4 and 5, peft, vLLM, CTranslate2, mlx-lm, and llama.cpp's converter."""
 
 import copy
 import json
@@ -13,20 +13,20 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from handspun.models.tokenizer_file import quiet
 
 _AT_ONCE = 2**22
-"""Values that are rounded together: bounds the memory that it takes."""
+"""Values per piece of rounding: bounds its memory."""
 _LARGEST = torch.finfo(torch.bfloat16).max
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 values as bfloat16, each rounded up or down at random, the nearer one with the greater probability.
+    """Return float32 values as bfloat16, each rounded up or down at random, usually to the nearer one.
 
-    The mean of the result is the value (Gupta et al. 2015, arXiv:1502.02551), and what bfloat16 can hold stays as
-    it is; a finite value stays finite. Rounded to the nearest instead, a weight returns to where it came from
-    unless training moved it by a 256th of itself. generator: on the values' device.
+    The expected result is the value itself (Gupta et al. 2015, arXiv:1502.02551). Values that bfloat16 holds
+    exactly stay, and finite values stay finite. Rounded to nearest instead, a weight returns to its old value
+    unless training moved it by 1/256 of itself. generator: on the values' device.
     """
     rounded = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
     for some, into in zip(values.flatten().split(_AT_ONCE), rounded.view(-1).split(_AT_ONCE), strict=True):
-        # bfloat16 is float32's upper half: what noise in the lower half carries over is one unit of the upper.
+        # bfloat16 is float32's upper half: noise in the lower half may carry one unit into the upper half.
         noise = torch.randint(2**16, some.shape, dtype=torch.int32, device=some.device, generator=generator)
         up_or_down = ((some.contiguous().view(torch.int32) + noise) & -(2**16)).view(torch.float32)
         up_or_down.clamp_(-_LARGEST, _LARGEST)
@@ -38,7 +38,7 @@ _OF_THIS_MACHINE = {
     *("backend", "is_local", "local_files_only", "name_or_path", "tokenizer_file", "special_tokens_map_file"),
     *("cache_dir", "token", "use_auth_token", "_commit_hash"),
 }
-"""Keys of tokenizer_config.json that say how and where the base was loaded."""
+"""Keys of tokenizer_config.json about how and where the base was loaded."""
 
 
 def save_model(
@@ -49,12 +49,17 @@ def save_model(
     dtype: torch.dtype,
     state: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Weights as safetensors of the given type, config, generation_config, and the tokenizer with its template.
+    """Save weights as safetensors, config, generation_config, and the tokenizer with its template.
 
-    dtype: float32, or bfloat16, to which weights are rounded at random (the same way each time), since rounding to
-        the nearest would take back most of what a short training changed.
-    state: the weights, if they are not to be the model's own.
-    A model with LoRA adapters gives a standard adapter folder: the adapters alone.
+    A model with LoRA adapters gives a standard adapter folder, with the adapters only.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        folder: an existing folder.
+        dtype: float32, or bfloat16 with stochastic rounding (the same each time). Rounding to nearest would undo
+            most of what a short training changed.
+        state: the weights, if not the model's own.
     """
     if hasattr(model, "peft_config"):
         with quiet():
@@ -72,7 +77,7 @@ def _save_weights(
     model: PreTrainedModel, folder: Path, dtype: torch.dtype, whole: dict[str, torch.Tensor]
 ) -> None:
     generator = torch.Generator(next(iter(whole.values())).device).manual_seed(0)
-    cast: dict[int, torch.Tensor] = {}  # tied weights are one tensor, and must stay one
+    cast: dict[int, torch.Tensor] = {}  # tied weights are one tensor, and must stay so
     state = {}
     for name, tensor in whole.items():
         if tensor.data_ptr() not in cast:
@@ -80,7 +85,7 @@ def _save_weights(
             cast[tensor.data_ptr()] = round_stochastically(tensor, generator) if rounds else _as(dtype, tensor)
         state[name] = cast[tensor.data_ptr()]
     generation_config = model.generation_config
-    model.generation_config = GenerationConfig()  # the model's own one is written by `_save_generation_config`
+    model.generation_config = GenerationConfig()  # `_save_generation_config` writes the model's own
     try:
         with quiet():
             model.save_pretrained(folder, state_dict=state)
@@ -91,10 +96,10 @@ def _save_weights(
 
 
 def _save_generation_config(config: GenerationConfig, folder: Path) -> None:
-    """Write what the config says.
+    """Write the generation_config as it is.
 
-    Its own `save_pretrained` refuses what published models have, such as a temperature without do_sample, as soon
-    as an eos was added: a run would end at its first checkpoint.
+    Once an eos was added, `save_pretrained` rejects configs of published models (such as a temperature without
+    do_sample): a run would fail at its first checkpoint.
     """
     config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
 
@@ -107,8 +112,8 @@ def _rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> 
 def _with_older_keys(saved: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
     """Return a config.json with transformers 4's keys next to those of 5.
 
-    Older vLLM, CTranslate2 and mlx-lm read them too, and where there is none take a rope_theta of 10,000 without
-    a word.
+    Older versions of vLLM, CTranslate2, and mlx-lm read them, and silently take a rope_theta of 10,000 without
+    them.
     """
     for name, part in saved.items():
         if name.endswith("_config") and isinstance(part, dict):  # text and vision parts
@@ -119,14 +124,14 @@ def _with_older_keys(saved: dict[str, Any], config: PretrainedConfig) -> dict[st
     if not isinstance(rope, dict):
         return saved
     older = saved | _older_rope_keys(rope)
-    # transformers 5 reads the older keys as corrections of the new ones: none may change what it reads.
+    # transformers 5 lets older keys override new ones. Keep them only if the result is the same.
     same = type(config).from_dict(copy.deepcopy(older)).to_dict()["rope_parameters"] == rope
     return older if same else saved
 
 
 def _older_rope_keys(rope: dict[str, Any]) -> dict[str, Any]:
-    """Return transformers 4's keys for `rope_parameters`, of all layers or by kind of layer."""
-    if "rope_type" not in rope:  # by kind of layer: Gemma 3 has a second theta for its sliding windows
+    """Return transformers 4's keys for `rope_parameters`, which are for all layers or per layer type."""
+    if "rope_type" not in rope:  # per layer type: Gemma 3 has a second theta for its sliding windows
         whole, sliding = rope.get("full_attention"), rope.get("sliding_attention")
         local = {"rope_local_base_freq": sliding["rope_theta"]} if sliding else {}
         return {**(_older_rope_keys(whole) if whole else {}), **local}
@@ -136,17 +141,17 @@ def _older_rope_keys(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _portable_tokenizer_config(saved: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return a tokenizer_config.json that transformers 4 reads as well, without this machine's state."""
+    """Return a tokenizer_config.json that transformers 4 reads too, without keys about this machine."""
     config = {name: value for name, value in saved.items() if name not in _OF_THIS_MACHINE}
-    if config["tokenizer_class"] == "TokenizersBackend":  # version 5's name, which AutoTokenizer of 4 refuses
+    if config["tokenizer_class"] == "TokenizersBackend":  # version 5's name, which version 4 rejects
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     extra = config.pop("extra_special_tokens", None)
-    if isinstance(extra, list):  # version 4 wants an object under this name, and has lists under the other one
+    if isinstance(extra, list):  # version 4 expects a dict under this name, and a list under the other
         config["additional_special_tokens"] = extra
     elif extra is not None:
         config["extra_special_tokens"] = extra
     encoded = tokenizer("a", verbose=False)["input_ids"]
-    if tokenizer.bos_token_id is not None:  # Llama's class of version 4 writes one unless it is told
+    if tokenizer.bos_token_id is not None:  # version 4's Llama class adds a bos token by default
         config["add_bos_token"] = encoded[0] == tokenizer.bos_token_id
     template: Any = tokenizer.chat_template  # version 5 writes chat_template.jinja, which 4 reads since 4.51
     if isinstance(template, str):

@@ -1,7 +1,7 @@
-"""The tokenizer that a folder's own tokenizer.json describes.
+"""Loading a tokenizer exactly as the model's tokenizer.json describes it.
 
-`AutoTokenizer` may rebuild a tokenizer as the class that belongs to the architecture, with that class's normalizer
-and pre-tokenizer. The token ids are then not the ones that the model was trained with.
+`AutoTokenizer` may rebuild a tokenizer as the architecture's class, with that class's normalizer and
+pre-tokenizer. Token ids then differ from those that the model was trained with.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences transformers, peft and tqdm; exceptions pass. Everything is as it was afterwards."""
+    """Silence transformers, peft, and tqdm within the block. Exceptions pass through."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -45,7 +45,7 @@ PROBES = (
     "def f(x):\n    return x**2  # {'a': [1, 2]}",
     "snake_case camelCase HTTP/2 user@example.org https://example.org/a?b=c",
 )
-"""Texts on which tokenizers of different classes differ."""
+"""Texts that tokenizers of different classes encode differently."""
 
 _MODEL_SETTINGS = (
     "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
@@ -56,9 +56,13 @@ _MODEL_SETTINGS = (
 def as_in_tokenizer_json(
     tokenizer: PreTrainedTokenizerBase, name: str, location: str, notice: Callable[[str], None] | None = None
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, or, if it does not do what the folder's tokenizer.json says, one that does.
+    """Return the tokenizer, or one loaded from tokenizer.json if it does not behave as that file says.
 
-    location: folder or hub id it was loaded from. notice: told if the ids of a text would have been others.
+    Args:
+        tokenizer: the tokenizer that AutoTokenizer loaded.
+        name: the model's name, for the message.
+        location: folder or hub id that it was loaded from.
+        notice: called if AutoTokenizer's ids differ for some text.
     """
     file = _tokenizer_json(location)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -73,15 +77,15 @@ def as_in_tokenizer_json(
     of_file_only = _load_as_it_stands(location, tokenizer, of_file)
     if other_ids is not None and notice is not None:
         notice(
-            f"{name}: its tokenizer.json is used as it stands. transformers' AutoTokenizer rebuilds it as "
-            f"{type(tokenizer).__name__}, which gives other token ids, for example for {other_ids!r}: programs "
-            "that load this model through AutoTokenizer read such text differently"
+            f"{name}: its tokenizer.json is used as is. transformers' AutoTokenizer rebuilds it as "
+            f"{type(tokenizer).__name__}, which gives different token ids, for example for {other_ids!r}. "
+            "Programs that load this model through AutoTokenizer tokenize such text differently"
         )
     return of_file_only
 
 
 def text_with_other_ids(one: Tokenizer, other: Tokenizer) -> str | None:
-    """Return the first probe text that the two encode differently, or the word of it that does it."""
+    """Return the first probe text, or word of it, that the two encode differently; None if there is none."""
     for text in PROBES:
         for part in (*text.split(), text):
             if one.encode(part, add_special_tokens=False).ids != other.encode(part, add_special_tokens=False).ids:
@@ -90,7 +94,7 @@ def text_with_other_ids(one: Tokenizer, other: Tokenizer) -> str | None:
 
 
 def _tokenizer_json(location: str) -> Path | None:
-    """Return the file of a folder, or of a hub id whose files were just fetched."""
+    """Return the tokenizer.json of a folder, or of a hub id in the cache; None if there is none."""
     if Path(location).is_dir():
         file = Path(location) / "tokenizer.json"
         return file if file.is_file() else None
@@ -102,13 +106,13 @@ def _tokenizer_json(location: str) -> Path | None:
 
 
 def _without_dropout(backend: Tokenizer) -> None:
-    """BPE dropout draws other ids for the same text each time: nothing could be cached, compared or repeated."""
+    """Turn off BPE dropout. It gives different ids each time: nothing could be cached, compared, or repeated."""
     if getattr(backend.model, "dropout", None):
         backend.model.dropout = None
 
 
 def _same_settings(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether the two differ in nothing that ids depend on. The vocabulary is the file's own either way."""
+    """Return whether all settings that ids depend on are the same. The vocabulary is the file's either way."""
     of_other = {id: token.content for id, token in other.get_added_tokens_decoder().items()}
     of_one = {id: token.content for id, token in one.get_added_tokens_decoder().items()}
     return _settings(one) == _settings(other) and of_other.items() <= of_one.items()
@@ -123,7 +127,7 @@ def _settings(backend: Tokenizer) -> list[object]:
 def _load_as_it_stands(
     location: str, rebuilt: PreTrainedTokenizerBase, of_file: Tokenizer
 ) -> PreTrainedTokenizerBase:
-    """Return the file's tokenizer with those special tokens of the rebuilt one that the file knows."""
+    """Return the file's tokenizer, plus the rebuilt one's special tokens that the file knows."""
     with quiet():
         found: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(location)
     _without_dropout(found.backend_tokenizer)
