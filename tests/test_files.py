@@ -136,11 +136,11 @@ def test_sync_of_a_folder_that_the_file_system_cannot_sync(
     [
         (
             OSError(errno.ENOSPC, "No space left on device"),
-            "no room left on the disk .* free.*--save-dtype bfloat16",
+            "no space left on the disk .* free.*--save-dtype bfloat16",
         ),
-        (OSError(errno.EFBIG, "File too large"), r"larger than the system allows here.*ulimit -f"),
+        (OSError(errno.EFBIG, "File too large"), r"larger than the system allows.*ulimit -f"),
         (OSError(errno.ENAMETOOLONG, "File name too long"), r"File name too long\. Choose another --output-dir\."),
-        (RuntimeError("I/O error: (os error 28)"), "no room left on the disk"),
+        (RuntimeError("I/O error: (os error 28)"), "no space left on the disk"),
         (RuntimeError("I/O error: (os error 27)"), "ulimit -f"),
     ],
 )
@@ -151,7 +151,7 @@ def test_output_error_says_what_to_do(tmp_path: Path, error: Exception, said: st
 
 def test_output_error_names_the_option_that_chose_the_place(tmp_path: Path) -> None:
     error = output_error(tmp_path / "rows", OSError(errno.ENOSPC, "No space"), option="--per-row")
-    assert "Free some, or choose another --per-row." in str(error)
+    assert "Free some space, or choose another --per-row." in str(error)
     assert "--output-dir" not in str(error)
 
 

@@ -1,4 +1,4 @@
-"""Text for a terminal: printable characters, lists of names, durations, and streams that go away."""
+"""Format text for a terminal: printable characters, lists of names, durations, and streams that may close."""
 
 import errno
 import json
@@ -19,76 +19,78 @@ from handspun.errors import OutputError
 
 _INVISIBLE = [
     *range(0x80, 0xA0),  # C1 controls: U+009B alone begins an escape sequence
-    *(0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)),  # these turn the direction of text
+    *(0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)),  # change the direction of text
     *(0x180E, 0x200B, *range(0x2060, 0x2066), *range(0x206A, 0x2070), 0xFEFF),  # zero width
     *(0x2028, 0x2029, *range(0xFFF9, 0xFFFC)),  # separators and annotations
-    *range(0xD800, 0xE000),  # lone surrogates, which no encoding holds
+    *range(0xD800, 0xE000),  # lone surrogates, which no encoding supports
 ]
-# Not here: U+200C, U+200D, variation selectors and tags, which Persian, Hindi and emoji are written with.
+# Not included: U+200C, U+200D, variation selectors and tags, which Persian, Hindi and emoji need.
 
 VISIBLE = {
     **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"},
     0x7F: "\u2421",
     **{code: f"[U+{code:04X}]" for code in _INVISIBLE},
 }
-"""For `str.translate`: control characters as the pictures that Unicode has of them (␛), others by their codes."""
+"""For `str.translate`: control characters as Unicode's pictures of them (␛), others as their codes."""
 
 _OURS_IN_ASCII = str.maketrans(
     {**dict(zip("⟦⟧…→█", ("[[", "]]", "...", "->", "#"), strict=True)), **dict(zip("─└├│", "-`||", strict=True))}
 )
-"""Characters of our own messages, for a console that has no Unicode."""
+"""ASCII replacements for characters in our own messages, for a console without Unicode."""
 
 _ONE_FOR_ONE = {code: seen if len(seen) == 1 else "\ufffd" for code, seen in VISIBLE.items()}
 _ACTS = re.compile(f"[{re.escape(''.join(map(chr, VISIBLE)))}]")
 
 
 def visible(text: str) -> str:
-    """Return a text of any length with everything visible that would act on a terminal; line breaks stay."""
+    """Return the text with control characters made visible, so that they cannot act on a terminal."""
     return text.translate(VISIBLE)
 
 
 def escaped(text: str) -> str:
-    """Return the text with Python's escapes for all that is not printable, line breaks included."""
+    """Return the text with Python escapes for unprintable characters, including line breaks."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def printable(name: str, *, most: int = 60) -> str:
-    """Return a name on one line, cut after `most` characters, with escapes for what is not printable."""
+    """Return a name on one line, cut after `most` characters, with escapes for unprintable characters."""
     cut = name if len(name) <= most else f"{name[:most]}… ({len(name)} characters)"
     return escaped(cut)
 
 
 def join_names(names: Collection[str], *, most: int = 20) -> str:
-    """Return `a, b, c and 4 more`."""
+    """Return the names as a list: `a, b, c and 4 more`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(printable(name) for name in islice(names, most)) + more
 
 
 def json_line(record: Any, *, allow_nan: bool = True) -> str:
-    """Return the record as JSON on one line, with JSON's escapes for what would act on a terminal or cannot be
-    encoded. A parser reads the same values from it."""
+    """Return the record as one line of JSON that is safe to print.
+
+    Characters that would act on a terminal, or cannot be encoded, are escaped. A parser reads the same values.
+    """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     text = json.dumps(record, ensure_ascii=not is_unicode(encoding), allow_nan=allow_nan)
     return _ACTS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def is_unicode(encoding: str) -> bool:
-    """Return whether an encoding has all characters."""
+    """Return whether an encoding covers all of Unicode."""
     return encoding.lower().startswith("utf")
 
 
 class HarmlessConsole(Console):
-    """A rich console that neither obeys escapes nor interprets markup or emoji codes in what it prints."""
+    """A rich console that ignores escapes, markup and emoji codes in the text it prints."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"highlight": False, "markup": False, "emoji": False, **options})
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Return the string as a Text, with what would act visible."""
+        """Return the string as a Text with control characters made visible."""
         return super().render_str(visible(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Yield segments. A Text keeps its styles, so each character is replaced by one."""
+        """Yield segments. Each character of a Text is replaced by exactly one, so that its styles still fit."""
         if isinstance(renderable, Text) and _ACTS.search(renderable.plain):
             renderable = renderable.copy()
             renderable.plain = renderable.plain.translate(_ONE_FOR_ONE)
@@ -96,7 +98,7 @@ class HarmlessConsole(Console):
 
 
 def write_text(console: Console, text: str, *, end: str = "\n") -> None:
-    """Print what a model wrote: as it is to a file or a pipe, harmless on a terminal."""
+    """Print a model's text: unchanged to a file or a pipe, and with control characters visible on a terminal."""
     if is_terminal(console.file):
         console.print(visible(text), end=end, markup=False, emoji=False, soft_wrap=True)
     else:
@@ -105,12 +107,12 @@ def write_text(console: Console, text: str, *, end: str = "\n") -> None:
 
 
 def unfailing(stream: IO[str] | None) -> TextIO:
-    """Return the stream with failures to write to it ignored. A run's log goes on in train.log."""
+    """Return the stream with write failures ignored. A run's log continues in train.log."""
     return cast(TextIO, ProtectedStream(stream, "the output", is_ignored=True))
 
 
 def is_terminal(stream: IO[str] | None) -> bool:
-    """Return whether the stream is a terminal; a closed one is none."""
+    """Return whether the stream is an open terminal."""
     return unfailing(stream).isatty()
 
 
@@ -120,18 +122,18 @@ def say(text: str) -> None:
 
 
 class UnprintedError(OutputError):
-    """Standard output could not be written. `is_unread`: because its reader has gone, which is no fault."""
+    """Standard output could not be written. is_unread: only because its reader has closed, which is no error."""
 
     def __init__(self, name: str, error: OSError | ValueError | None) -> None:
         self.is_unread = isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ECONNRESET)
         reason = (error.strerror if isinstance(error, OSError) else str(error or "")) or "it is closed"
-        super().__init__(f"{name} cannot be written: {reason}. What was to be printed is lost.")
+        super().__init__(f"{name} cannot be written: {reason}. The output is lost.")
 
 
 class ProtectedStream:
-    """A standard stream (None if it was closed) whose failures are an UnprintedError, or are ignored.
+    """A standard stream (None if closed) whose failures raise UnprintedError, or are ignored.
 
-    Characters that the stream's encoding lacks are written as backslash escapes.
+    Characters that its encoding lacks are written as backslash escapes.
     """
 
     def __init__(self, stream: "IO[str] | ProtectedStream | None", name: str, *, is_ignored: bool) -> None:
@@ -145,7 +147,7 @@ class ProtectedStream:
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        """Write a text; return its length."""
+        """Write a text and return its length."""
         if self._stream is None:
             return self._fail(None) or len(text)
         try:
@@ -159,7 +161,7 @@ class ProtectedStream:
         return len(text)
 
     def flush(self) -> None:
-        """Write what is still in the stream's buffer."""
+        """Flush the stream's buffer."""
         if self._stream is None:
             return
         try:
@@ -168,7 +170,7 @@ class ProtectedStream:
             self._fail(error)
 
     def isatty(self) -> bool:
-        """Whether the stream is a terminal; a closed one is none."""
+        """Return whether the stream is an open terminal."""
         try:
             return self._stream is not None and self._stream.isatty()
         except (OSError, ValueError):
@@ -177,7 +179,7 @@ class ProtectedStream:
     def _fail(self, error: OSError | ValueError | None) -> int:
         if not self._is_ignored:
             raise UnprintedError(self._name, error)
-        if self._outer is not None:  # what could not be written is still in the buffer, and fails again
+        if self._outer is not None:  # the text is still in the buffer, and would fail again
             self._outer._is_ignored = True
         return 0
 
@@ -187,7 +189,7 @@ class ProtectedStream:
 
 @contextmanager
 def protected_streams() -> Iterator[None]:
-    """Make failures of standard output UnprintedErrors, and ignore those of standard error, within the block."""
+    """Within the block, raise UnprintedError for failures of standard output, and ignore standard error's."""
     output, errors = sys.stdout, sys.stderr
     guarded = ProtectedStream(output, "standard output", is_ignored=False)
     sys.stdout = cast(TextIO, guarded)
@@ -200,9 +202,9 @@ def protected_streams() -> Iterator[None]:
 
 
 def open_missing_streams() -> None:
-    """Occupy the file descriptors 0, 1 and 2 where they are closed.
+    """Occupy the file descriptors 0, 1 and 2 if they are closed.
 
-    The next file that is opened would get such a number, and what C libraries print would be written into it.
+    Otherwise the next opened file would get such a number, and C libraries would print into it.
     """
     for number in (0, 1, 2):
         try:
@@ -210,14 +212,14 @@ def open_missing_streams() -> None:
         except OSError:
             opened = os.open(
                 os.devnull, os.O_RDONLY if number else os.O_WRONLY
-            )  # writing, or reading, still fails
+            )  # writing to it (or reading from it) still fails
             os.set_inheritable(opened, True)
     if sys.stdin is None:
-        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  (as long as the process)
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  (stays open as long as the process)
 
 
 def abandon_unwritten() -> None:
-    """Drop what a full or closed stream has not taken, so that Python does not fail on it when it ends."""
+    """Drop output that a full or closed stream did not accept, so that Python does not fail on it at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -230,24 +232,24 @@ def abandon_unwritten() -> None:
 
 
 def file_name(path: Path) -> str:
-    """The path as a person would type it, whatever bytes are in it."""
+    """Return the path as a user would type it, with escapes for unprintable characters."""
     return printable(str(path), most=4096)
 
 
 def describe_type(value: Any) -> str:
-    """What a value is, in JSON's words."""
+    """Return the type of a value in JSON's terms, for messages."""
     if isinstance(value, float) and value != value:
         return "NaN (pandas writes it for a missing cell, and for the words N/A and None)"
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, int | float):
         return f"the number {printable(str(value))}"
-    names: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
+    names: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}
     return names.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def duration(seconds: float) -> str:
-    """`8s`, `3m07s`, `2h05m`."""
+    """Return a duration as `8s`, `3m07s` or `2h05m`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -1,15 +1,15 @@
 """Every error that a user can cause, as one tree.
 
 HandspunError                what went wrong, what was expected, what to do (exit code 2)
-├── ConfigError              options that are misspelt, out of range or exclude each other; lists all of them
+├── ConfigError              options that are misspelled, out of range or exclude each other; lists all of them
 ├── DataError                a file, a row or a cell; names file, row and column
 ├── TemplateError            a chat template that is missing, or cannot be used for training or prompting
 ├── ModelError               a model that is unknown, incomplete or does not fit the request
-├── TrainingError            a run that cannot go on: a loss or gradient that is not finite (names the rows), too
-│                            little memory (names what takes less), another process that died (names it)
-├── StoppedError             a run that a signal ended after a step (exit code 128 + its number)
-├── OutputError              a folder that cannot be written: exists, no permission, no room on the disk
-└── VerificationError        numbers that are not those of the reference (exit code 1)
+├── TrainingError            a run that cannot continue: a loss or gradient that is not finite (names the rows),
+too │                            little memory (names what needs less), another process that died (names it) ├──
+StoppedError             a run that a signal stopped after a step (exit code 128 + signal number) ├── OutputError
+a folder that cannot be written: it exists, no permission, no space on the disk └── VerificationError
+numbers that differ from the reference (exit code 1)
 
 `raise` is for a user's mistake; `assert` is for our own invariants.
 """
@@ -19,13 +19,13 @@ from collections.abc import Sequence
 
 
 class HandspunError(Exception):
-    """Base of all errors that are for people: printed without a traceback, exit code 2."""
+    """Base of all errors for users: printed without a traceback, exit code 2."""
 
     exit_code = 2
 
 
 class ConfigError(HandspunError):
-    """Options that cannot be used, all of them at once."""
+    """Options that cannot be used. Lists all problems at once."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -33,7 +33,7 @@ class ConfigError(HandspunError):
 
 
 class DataError(HandspunError):
-    """Data that cannot be used. `where` reads like `train.csv, row 17, column 'output'`."""
+    """Data that cannot be used. The message begins like `train.csv, row 17, column 'output'`."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class DataError(HandspunError):
 
 
 class TemplateError(HandspunError):
-    """A chat template that is missing, or that cannot serve for training or prompting."""
+    """A chat template that is missing, or cannot be used for training or prompting."""
 
 
 class ModelError(HandspunError):
@@ -64,11 +64,11 @@ class ModelError(HandspunError):
 
 
 class TrainingError(HandspunError):
-    """A run that cannot go on, such as one whose loss is not a number any more."""
+    """A run that cannot continue, for example because its loss is no longer finite."""
 
 
 class StoppedError(HandspunError):
-    """A run that a signal ended, in order, after a step."""
+    """A run that a signal stopped cleanly after a step."""
 
     def __init__(self, number: int, *, step: int, total_steps: int) -> None:
         self.exit_code = 128 + number
@@ -76,10 +76,10 @@ class StoppedError(HandspunError):
 
 
 class OutputError(HandspunError):
-    """A place that cannot be written to."""
+    """A file or folder that cannot be written."""
 
 
 class VerificationError(HandspunError):
-    """A model with which Handspun does not compute what it should."""
+    """A model for which Handspun's numbers differ from the reference."""
 
     exit_code = 1

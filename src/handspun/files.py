@@ -1,4 +1,4 @@
-"""Files written whole or not at all, their checksums, the cache folder, and disk failures as errors for people."""
+"""Write files and folders atomically, compute checksums, and turn disk failures into readable errors."""
 
 import errno
 import hashlib
@@ -17,16 +17,16 @@ from filelock import FileLock, Timeout
 from handspun.errors import OutputError
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How Rust writes an errno."""
+"""An errno in the text of a Rust error."""
 _PARTIAL = re.compile(r"\..*\.handspun-[0-9a-f]{8}\.partial", re.DOTALL)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
-"""What file systems answer that have no fsync of a folder."""
+"""Error codes of file systems that cannot fsync a folder."""
 
 
 @contextmanager
 def output_errors(path: Path, *, option: str = "--output-dir") -> Iterator[None]:
-    """Raise failures of the disk while `path` is written as an OutputError that names the option behind it."""
+    """Turn disk failures while `path` is written into an OutputError. option: the option that chose the path."""
     try:
         yield
     except OSError as error:
@@ -34,7 +34,7 @@ def output_errors(path: Path, *, option: str = "--output-dir") -> Iterator[None]
     except Exception as error:
         if isinstance(error, OutputError) or not _OS_ERROR.search(str(error)):
             raise
-        raise output_error(path, error, option=option) from error  # safetensors and tokenizers wrap the system's
+        raise output_error(path, error, option=option) from error  # safetensors and tokenizers wrap OS errors
 
 
 def output_error(path: Path, error: Exception, *, option: str = "--output-dir") -> OutputError:
@@ -42,13 +42,13 @@ def output_error(path: Path, error: Exception, *, option: str = "--output-dir") 
     wrapped = _OS_ERROR.search(str(error))
     code = int(wrapped[1]) if wrapped else getattr(error, "errno", None)
     if code in _NO_ROOM:
-        remedy = f"Free some, or choose another {option}"
+        remedy = f"Free some space, or choose another {option}"
         remedy += ", or halve the files with --save-dtype bfloat16." if option == "--output-dir" else "."
-        return OutputError(f"{path} cannot be written: no room left on the disk ({_free(path)}). {remedy}")
+        return OutputError(f"{path} cannot be written: no space left on the disk ({_free(path)}). {remedy}")
     if code == errno.EFBIG:
         return OutputError(
-            f"{path} cannot be written: the file is larger than the system allows here. Raise the "
-            f"limit (ulimit -f), or choose another {option} on a file system without it."
+            f"{path} cannot be written: the file is larger than the system allows. Raise the limit (ulimit -f), "
+            f"or choose another {option} on a file system without the limit."
         )
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return OutputError(f"{path} cannot be written: {reason}. Choose another {option}.")
@@ -56,9 +56,9 @@ def output_error(path: Path, error: Exception, *, option: str = "--output-dir") 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a new name next to `path` to write to. The file gets the name `path` at the end, synced, in one move.
+    """Yield a new file next to `path` to write to. At the end, sync it and rename it to `path`.
 
-    Nobody's file has the new name, and `is_partial` knows it again. If the block fails, `path` is as it was.
+    `is_partial` recognizes the temporary name. If the block fails, `path` is unchanged.
     """
     partial = _partial_name(path)
     partial.open("xb").close()
@@ -72,26 +72,26 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def is_partial(path: Path) -> bool:
-    """Return whether `atomic_file` made this name, so that it may go once its process is gone."""
+    """Return whether `atomic_file` made this file, so that it can be deleted after its process has died."""
     return bool(_PARTIAL.fullmatch(path.name)) and path.is_file() and not path.is_symlink()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file in one move, so that a reader never sees half of it, not even after a power cut.
+    """Replace the file atomically, so that a reader never sees half of it, not even after a power cut.
 
-    Half of a surrogate pair, which UTF-8 cannot hold, becomes a question mark.
+    A lone surrogate, which UTF-8 cannot encode, becomes a question mark.
     """
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace the file in one move by the value as JSON, readable for people."""
+    """Replace the file atomically with the value as indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json_object(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object that the file holds; None if there is no file, or anything else in it."""
+    """Return the JSON object in the file; None if there is no file, or if it contains anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -100,13 +100,13 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the checksum of a file's content."""
+    """Return the SHA-256 checksum of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Put a file's content, or a folder's list of names, on the disk before anything that follows."""
+    """Flush a file's content, or a folder's entries, to the disk."""
     is_folder = path.is_dir()
     if os.name == "nt" and is_folder:
         return  # Windows cannot open a folder
@@ -121,7 +121,7 @@ def sync(path: Path) -> None:
 
 
 def readable_size(count: float) -> str:
-    """Return a number of bytes with three digits at most: "0 bytes", "12 MB", "3.4 GB"."""
+    """Return a number of bytes with at most three digits: "0 bytes", "12 MB", "3.4 GB"."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.{1 if count < 10 * size else 0}f} {unit}"
@@ -129,7 +129,7 @@ def readable_size(count: float) -> str:
 
 
 def _partial_name(path: Path) -> Path:
-    """Return a name that nobody else has, short enough for every file system that took the file's own."""
+    """Return a unique name, short enough for any file system that accepts the file's own name."""
     stem = os.fsdecode(os.fsencode(path.name)[:200])
     return path.with_name(f".{stem}.handspun-{secrets.token_hex(4)}.partial")
 
@@ -138,22 +138,23 @@ def _free(path: Path) -> str:
     with suppress(OSError):
         there = next(parent for parent in path.absolute().parents if parent.exists())
         return f"{readable_size(shutil.disk_usage(there).free)} free"
-    return "and how much is free cannot be asked"
+    return "free space unknown"
 
 
 NO_CACHE = Path(os.devnull) / "no-home-folder"
-"""A folder that cannot be made: whatever would be kept in it is not."""
+"""A folder that cannot be created, so that nothing is cached."""
 
 
 def cache_folder() -> Path:
-    """Return $XDG_CACHE_HOME/handspun, by default ~/.cache/handspun; NO_CACHE for a user without a home.
+    """Return $XDG_CACHE_HOME/handspun, by default ~/.cache/handspun; NO_CACHE for a user without a home folder.
 
-    A relative $XDG_CACHE_HOME is ignored, as its specification says: it would be another folder in every place.
+    A relative $XDG_CACHE_HOME is ignored, as its specification says, because it would depend on the working
+    folder.
     """
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if named.is_absolute():
         return named / "handspun"
-    home = Path(os.path.expanduser("~"))  # Path.home() raises where there is neither HOME nor a user's entry
+    home = Path(os.path.expanduser("~"))  # Path.home() raises if there is neither HOME nor a user entry
     return home / ".cache" / "handspun" if home.is_absolute() else NO_CACHE
 
 
@@ -164,12 +165,12 @@ _NEW, _OLD, _DELETED = "new", "old", "deleted"
 
 
 def work_folder(path: Path) -> Path:
-    """Return the folder next to `path` for what is unfinished about it."""
+    """Return the folder next to `path` for its unfinished files."""
     return path.with_name(f".{path.name}.handspun")
 
 
 def make_work_folder(work: Path) -> None:
-    """Make a folder that `is_work_folder` knows again. Raises OutputError if a stranger's has the name."""
+    """Create a folder that `is_work_folder` recognizes. Raises OutputError if the name is taken."""
     work.mkdir(parents=True, exist_ok=True)
     if not is_work_folder(work):
         raise OutputError(f"{work} was not made by Handspun, which needs a folder of this name. Move it away.")
@@ -177,7 +178,7 @@ def make_work_folder(work: Path) -> None:
 
 
 def is_work_folder(work: Path) -> bool:
-    """Return whether the folder says that it is Handspun's. One that was just made may not say so yet."""
+    """Return whether the folder is marked as Handspun's. A new folder may not be marked yet."""
     if work.is_symlink() or not work.is_dir():
         return False
     names = set(os.listdir(work))
@@ -189,20 +190,20 @@ def is_work_folder(work: Path) -> bool:
 
 
 def remove_work_folder(work: Path) -> None:
-    """Remove the folder with what is unfinished in it, its marker last. What somebody else put in stays."""
+    """Delete the folder and its unfinished files, the marker last. Other programs' files stay."""
     for name in (_NEW, _OLD, _DELETED):
         _remove(work / name)
     if set(os.listdir(work)) <= {_MARKER}:
         (work / _MARKER).unlink(missing_ok=True)
-        with suppress(OSError):  # something was put into it just now
+        with suppress(OSError):  # another program just put a file into it
             work.rmdir()
 
 
 @contextmanager
 def exclusive(work: Path, *, busy: Callable[[str], str]) -> Iterator[None]:
-    """Hold a lock in a work folder. The system releases it if the process dies.
+    """Hold an exclusive lock in a work folder. The OS releases it if the process dies.
 
-    busy: makes a message of what is known of another process that holds it. Raises OutputError.
+    busy: returns the error message, given what is known about the process that holds the lock. Raises OutputError.
     """
     make_work_folder(work)
     lock = FileLock(work / _LOCK)
@@ -215,14 +216,14 @@ def exclusive(work: Path, *, busy: Callable[[str], str]) -> Iterator[None]:
         yield
     finally:
         (work / _OWNER).unlink(missing_ok=True)
-        with suppress(OSError):  # Windows keeps what is open
-            (work / _LOCK).unlink()  # while it is held, or the next one could lock a file that is gone
+        with suppress(OSError):  # Windows cannot delete an open file
+            (work / _LOCK).unlink()  # before the release, or the next process could lock a deleted file
         lock.release()
 
 
 @contextmanager
 def locked(path: Path, *, busy: Callable[[str], str]) -> Iterator[None]:
-    """Hold the lock of whoever makes `path`, with what a killed process has left of it put right."""
+    """Hold the lock for writing `path`, and first clean up what a killed process left."""
     with ExitStack() as stack:
         with output_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,10 +241,10 @@ def _tidy_up(work: Path) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that gets the name `path`, all at once, at the end of the block.
+    """Yield an empty folder that is renamed to `path` at the end of the block.
 
-    An earlier folder of that name goes only after that. If the block fails, `path` is as it was. The caller has
-    made sure that the earlier one may go. Raises OutputError.
+    An earlier folder of that name is deleted only after that; the caller has checked that it may be. If the block
+    fails, `path` is unchanged. Raises OutputError.
     """
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -257,14 +258,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _take_the_name(path, work)
         finally:
             if not (work / _OLD).exists() or path.exists():
-                with suppress(OSError):  # an error of its own would hide the block's; `recover` comes back to it
+                with suppress(OSError):  # an error here would hide the block's error; `recover` tries again
                     remove_work_folder(work)
 
 
 def remove_folder(path: Path, *, work: Path | None = None) -> None:
-    """Remove a folder that the caller knows to be ours. What is being deleted does not have its name any more.
+    """Delete a folder of ours. It is renamed first, so that half of it never has its name.
 
-    work: its work folder, if that is not the one next to it. Raises OutputError.
+    work: its work folder, if not the one next to it. Raises OutputError.
     """
     with output_errors(path):
         work = work or work_folder(path)
@@ -275,9 +276,9 @@ def remove_folder(path: Path, *, work: Path | None = None) -> None:
 
 
 def recover(path: Path) -> None:
-    """Put back or clear away what a killed process has left unfinished about `path`.
+    """Restore or delete what a killed process left unfinished for `path`.
 
-    Raises OutputError if somebody has made another `path` meanwhile.
+    Raises OutputError if another `path` has been created meanwhile.
     """
     work = work_folder(path)
     if not is_work_folder(work):
@@ -288,14 +289,14 @@ def recover(path: Path) -> None:
             sync(path.parent)
         elif (work / _OLD).exists() and (work / _NEW).exists():
             raise OutputError(
-                f"{path} was being replaced when the process was killed, and is in {work / _OLD}; another "
-                f"{path.name} has been made since. Move one of them away."
+                f"{path} was being replaced when the process was killed, and is now in {work / _OLD}. Another "
+                f"{path.name} has been created since. Move one of them away."
             )
         remove_work_folder(work)
 
 
 def recover_all(folder: Path, *, is_ours: Callable[[str], bool]) -> None:
-    """Do so for every name in the folder that is ours."""
+    """Call `recover` for every name in the folder that is ours."""
     for work in sorted(folder.glob(".*.handspun")):
         name = work.name.removeprefix(".").removesuffix(".handspun")
         if is_ours(name):
@@ -331,10 +332,10 @@ def _owner(work: Path) -> str:
 
 @contextmanager
 def whole_file(path: Path, *, option: str) -> Iterator[Path]:
-    """Yield a name next to `path` to write to; at the end that file takes the place of `path` in one move.
+    """Yield a file next to `path` to write to, which atomically replaces `path` at the end.
 
-    Missing folders are made, and a place that cannot be written to is found out at once. Raises OutputError, which
-    names the option that chose the place; `path` is then as it was.
+    Missing folders are created, and a path that cannot be written fails at once. Raises OutputError, which names
+    the option that chose the path; `path` is then unchanged.
     """
     with output_errors(path, option=option):
         path.parent.mkdir(parents=True, exist_ok=True)

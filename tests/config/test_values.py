@@ -107,7 +107,7 @@ def test_paths_are_taken_where_a_file_is_named(tmp_path: Path) -> None:
     assert (config.data, config.output_dir) == (str(tmp_path / "a.csv"), str(tmp_path / "o"))
     assert GenerationOptions(json_schema=tmp_path / "s.json").json_schema == str(tmp_path / "s.json")
     assert "expected text" in problems(TrainConfig, system_prompt=tmp_path)[0]
-    assert "put them into a folder" in problems(TrainConfig, data=["a.csv", "b.csv"])[0]
+    assert "put them in a folder" in problems(TrainConfig, data=["a.csv", "b.csv"])[0]
 
 
 @pytest.mark.parametrize("name", ["model", "data", "eval_data", "output_dir"])
@@ -399,8 +399,8 @@ def test_all_options_that_there_are_not_are_named_at_once(capsys: pytest.Capture
     printed = fail(capsys, "train", "--lr", "1e-4", "--packing", "--bach-size=4", "--num-epochs", "2")
     assert printed == [
         "there is no option --lr. Here it is --learning-rate.",
-        "there is no option --packing. --batching packed is the default: rows lie end to end without padding, and "
-        "do not see each other.",
+        "there is no option --packing. --batching packed is the default: rows are laid end to end without "
+        "padding, and do not see each other.",
         "there is no option --bach-size. Did you mean --batch-size?",
         "See handspun train --help for all options.",
     ]
@@ -409,5 +409,5 @@ def test_all_options_that_there_are_not_are_named_at_once(capsys: pytest.Capture
 
 def test_options_are_given_by_name() -> None:
     (problem,) = problems(lambda: TrainConfig("train.csv"))  # type: ignore[arg-type, misc, call-arg]
-    assert problem == "TrainConfig takes options by name, and 'train.csv' has none."
+    assert problem == "TrainConfig takes options by name, but 'train.csv' has no name."
     assert problems(ExportConfig) == ["--model is missing."]

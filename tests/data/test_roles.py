@@ -172,12 +172,12 @@ def test_a_role_map_may_be_given_in_several_ways(given: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        (("agent=assistent",), "'agent' is mapped to 'assistent', which is no role (expected NAME=ROLE"),
+        (("agent=assistent",), "'agent' is mapped to 'assistent', which is not a role (expected NAME=ROLE"),
         (("agent",), "'agent' maps to nothing"),
         (("=user",), "a name is empty"),
         (("a=user", "A=tool"), "'A' is mapped to two roles, user and tool"),
-        (("{",), "'{' is no JSON object"),
-        ({"a": "critic"}, "'a' is mapped to 'critic', which is no role"),
+        (("{",), "'{' is not a JSON object"),
+        ({"a": "critic"}, "'a' is mapped to 'critic', which is not a role"),
     ],
     ids=str,
 )

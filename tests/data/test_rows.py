@@ -240,7 +240,7 @@ def test_no_name_is_no_data(source: str) -> None:
         ("a.csv", "a,b\n1,2\nx\0y,3\n", "a.csv, line 3: there is a NUL character"),
         ("a.json", '[\n{"a": 1},\n{"a": }\n]', "a.json, line 3: malformed JSON at character 7 of the line"),
         ("a.json", '[{"a": 1}, 5]', "a.json, row 2: expected an object, found the number 5."),
-        ("a.json", '"text"', "a.json: expected a list of objects, found a text."),
+        ("a.json", '"text"', "a.json: expected a list of objects, found a string."),
         ("a.json", '{"x": [{}], "y": [{}]}', "a.json: the object contains several lists (x, y)"),
         (
             "a.json",

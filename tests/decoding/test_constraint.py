@@ -354,7 +354,7 @@ def test_schemas_that_are_no_json_are_one_error(schema, tmp_path):
         ("a{,3}", "repetition"),
         ("[z-a]", "invalid"),
         ("*a", "repetition"),
-        ("a\ud800", "expected text that UTF-8 can hold"),
+        ("a\ud800", "expected text that UTF-8 can encode"),
     ],
 )
 def test_what_regular_expressions_cannot_have_here_is_refused(regex, words):

@@ -219,7 +219,7 @@ def test_a_failed_export_leaves_nothing(adapter: Path, tmp_path: Path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("handspun.export.gguf_file.GGUFWriter.write_tensor_data", broken)
-    with pytest.raises(OutputError, match="no room left on the disk"):
+    with pytest.raises(OutputError, match="no space left on the disk"):
         export(ExportConfig(model=str(adapter), output_dir=str(tmp_path), gguf="f16"), notice=silent)
     assert list(tmp_path.iterdir()) == []
 
@@ -244,7 +244,7 @@ def test_an_export_of_nothing_says_what_there_is() -> None:
         ExportConfig(model="m")
     with pytest.raises(ConfigError, match="--output-dir is missing"):
         ExportConfig(model="m", merge=True)
-    with pytest.raises(ConfigError, match="add --merge or --gguf"):
+    with pytest.raises(ConfigError, match="Add --merge or --gguf"):
         ExportConfig(model="Qwen/Qwen2.5-0.5B", push="me/model")
 
 

@@ -28,16 +28,18 @@ CELLS = [
     Case(
         "a number for a text",
         jsonl(pair(), pair(output=5)),
-        "train.jsonl, row 2, column 'output': expected a text",
+        "train.jsonl, row 2, column 'output': expected a string",
     ),
-    Case("a list for a text", jsonl(pair(["a"])), "train.jsonl, row 1, column 'instruction': expected a text"),
+    Case("a list for a text", jsonl(pair(["a"])), "train.jsonl, row 1, column 'instruction': expected a string"),
     Case(
         "true for a text",
         jsonl(pair(input=True)),
-        "train.jsonl, row 1, column 'input': expected a text, found true",
+        "train.jsonl, row 1, column 'input': expected a string, found true",
     ),
     Case(
-        "NaN for a text", jsonl(pair(output=float("nan"))), "train.jsonl, row 1, column 'output': expected a text"
+        "NaN for a text",
+        jsonl(pair(output=float("nan"))),
+        "train.jsonl, row 1, column 'output': expected a string",
     ),
     Case("a row without a column", jsonl(pair(), {"instruction": "a"}), "train.jsonl, row 2, column 'output'"),
     Case("null for a text", jsonl(pair(), pair(output=None)), kept=1, dropped={2: "empty output"}),
@@ -65,12 +67,12 @@ CELLS = [
     Case(
         "bytes for a text in parquet",
         parquet(lambda: pa.table({"instruction": [b"a"], "output": ["b"]})),
-        "train.parquet, row 1, column 'instruction': expected a text, found a value of type bytes",
+        "train.parquet, row 1, column 'instruction': expected a string, found a value of type bytes",
     ),
     Case(
         "a date for a text in parquet",
         parquet(lambda: pa.table({"prompt": ["a"], "completion": [datetime(2026, 1, 1)]})),
-        "train.parquet, row 1, column 'completion': expected a text",
+        "train.parquet, row 1, column 'completion': expected a string",
     ),
 ]
 

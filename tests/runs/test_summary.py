@@ -63,8 +63,7 @@ FOUND = [
     ("rows that are dropped, empty output", 1, [(9, "")]),
     ("answers that are a placeholder", 1, [(5, "N/A")]),
     ("prompts that end in a placeholder", 1, [(6, "<noinput>")]),
-    ("answers with a field that nothing was put in", 1, [(7, "{{name}}")]),
-    ("answers that read like a refusal", 1, [(8, "I'm sorry, but I can't help")]),
+    ("answers with an unfilled field", 1, [(7, "{{name}}")]),
     ("rows that are the same as an earlier one", 1, [(2, "as row 1")]),
     ("rows that are nearly the same as an earlier one", 1, [(4, "as row 3")]),
     ("held-out rows that are trained on too", 1, [(1, "as {data} row 10")]),
@@ -88,9 +87,9 @@ def test_a_run_says_what_is_odd_and_keeps_it_in_its_record(config: handspun.Trai
     assert record["end_of_turn"]["saved"] == ["<|im_end|>", "<|endoftext|>"]
     assert record["predicted_seconds"] > 0
     logged = (Path(config.output_dir) / "train.log").read_text(encoding="utf-8")
-    assert "warnings: 9 (--strict makes an error of them)" in logged
+    assert "warnings: 8 (--strict makes an error of them)" in logged
     assert "by the first steps, those after step 2 will take " in logged
-    assert logged.index("warnings: 9") < logged.index("step 1/3")
+    assert logged.index("warnings: 8") < logged.index("step 1/3")
 
 
 def test_preflight_alone_writes_nothing(config: handspun.TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,9 +108,9 @@ def test_strict_makes_one_error_of_all_warnings(
     for command in ("preflight", "train"):
         assert main([command, *options(config), "--output-dir", config.output_dir, "--strict"]) == 2
         message = capsys.readouterr().err
-        assert "--strict refuses 8 warnings" in message
+        assert "--strict does not allow 7 warnings" in message
         assert all(what in message for what, _, _ in FOUND[1:])
-        assert "write their answers, or delete the rows" in message
+        assert "write real answers, or delete the rows" in message
     assert not list(Path(config.output_dir).glob("checkpoint-*"))
 
 

@@ -92,7 +92,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoint_and_nothing_else(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tiny_chat.tokenizer, "save_pretrained", full_disk)
-    with pytest.raises(OutputError, match="no room left on the disk"):
+    with pytest.raises(OutputError, match="no space left on the disk"):
         save_tiny(tiny_chat, folder)
     assert is_checkpoint(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-best"]
@@ -100,7 +100,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoint_and_nothing_else(
 
 def test_a_full_disk_under_safetensors_is_an_error_for_people(tmp_path: Path) -> None:
     """safetensors wraps the system's error in its own, with these words."""
-    with pytest.raises(OutputError, match="no room left on the disk"), output_errors(tmp_path / "checkpoint"):
+    with pytest.raises(OutputError, match="no space left on the disk"), output_errors(tmp_path / "checkpoint"):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
@@ -202,7 +202,7 @@ def test_what_a_killed_replacement_left_is_put_right(tiny_chat: ChatModel, tmp_p
     elif moment == "somebody made another":
         (work / "new").mkdir()
         with pytest.raises(
-            OutputError, match=r"another checkpoint-best has been made since\. Move one of them away"
+            OutputError, match=r"Another checkpoint-best has been created since\. Move one of them away"
         ):
             recover_all(tmp_path, is_ours=is_checkpoint_name)
         assert (work / "old" / "which").read_text() == "old"

@@ -1,6 +1,6 @@
-"""All options, each with its one default. The command line, YAML files and help texts are read from here.
+"""All options, each with its one default. The command line, YAML files and help texts are derived from them.
 
-`None` means "not given": the text says what is then done. Names are transformers' where it has one.
+`None` means "not given"; the help text says what happens then. Names follow transformers where it has one.
 """
 
 from handspun.config.export import ExportConfig, GgufType

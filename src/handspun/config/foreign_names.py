@@ -1,32 +1,28 @@
 # ruff: noqa: E501  (a table)
-"""What other tools call their options: transformers, TRL, LLaMA-Factory, axolotl, torchtune, peft, llama.cpp, Ollama,
-vLLM, OpenAI.
+"""Names of other tools' options, from transformers and TRL to llama.cpp, vLLM and OpenAI.
 
-Each line has names of theirs, and what to say: `{option}` alone is the name here, a sentence tells more. Of several
-lines with the same name, the first counts whose options the command at hand has.
+Each entry has their names and a note: either `{option}` (the name here) or a sentence. If several entries have the same
+name, the first one counts whose options the command has.
 """
 
 _STEPS = (
-    "{batch_size} is the rows of an optimizer step, over all processes; how they are cut to fit into memory follows "
-    "from {max_tokens}, and changes no result. So accumulated steps are part of it: give {batch_size} rows per "
-    "device x devices x accumulation steps."
+    "{batch_size} is the number of rows per optimizer step, over all processes. {max_tokens} decides how they are split "
+    "to fit in memory, which changes no result. So set {batch_size} to rows per device x devices x accumulation steps."
 )
 _PRECISION = (
-    "{dtype} says it: bfloat16, float32, or auto, which takes the faster one. There is no float16, whose matmuls "
-    "would need loss scaling."
+    "Use {dtype}: bfloat16, float32, or auto, which picks the faster one. float16 is not supported, because it would "
+    "need loss scaling."
 )
 _FOUR_BITS = (
-    "There are no 4-bit weights: {base_weights} int8 with {lora} holds the frozen weights in a quarter of float32's "
-    "memory."
+    "4-bit weights are not supported: {base_weights} int8 with {lora} keeps the frozen weights in a quarter of "
+    "float32's memory."
 )
-_TARGETS = "There is no choice of modules: LoRA adapters go on all linear layers but the head."
-_ANSWERS = "There is none: only what the assistant says is learned, always. `handspun preview` shows it."
-_COLUMNS = "There is none: columns are recognized by their names, which docs/data.md lists. Rename yours."
-_TRUST = "There is none: code that comes with a model or a data set is never run."
-_STOPS = "There is none: the epochs are run to their end, and checkpoint-best is that of the lowest held-out loss."
-_PROCESSES = (
-    "There is none: start several processes with torchrun -m handspun train; {shard} cuts the model over them."
-)
+_TARGETS = "LoRA adapters are always added to all linear layers except the head."
+_ANSWERS = "Only assistant messages are trained on. `handspun preview` shows them."
+_COLUMNS = "Columns are recognized by name (docs/data.md has the list). Rename yours."
+_TRUST = "Code that comes with a model or a data set is never run."
+_STOPS = "All epochs are run, and checkpoint-best is the one with the lowest held-out loss."
+_PROCESSES = "Start several processes with torchrun -m handspun train; {shard} splits the model across them."
 
 FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
     # training: what is trained
@@ -50,8 +46,7 @@ FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
     ("num_train_epochs epochs n_epochs epoch max_epochs num_epoch train_epochs", "{num_epochs}"),
     (
         "max_steps total_steps max_train_steps iters num_iterations max_iters num_train_steps steps_per_epoch",
-        "There is none: a run is {num_epochs} passes over the rows, and `handspun preflight` says how many steps that "
-        "is.",
+        "A run is {num_epochs} passes over the rows, and `handspun preflight` shows the number of steps.",
     ),
     ("per_device_train_batch_size per_device_batch_size train_batch_size micro_batch_size mini_batch_size", _STEPS),
     ("micro_train_batch_size global_batch_size total_batch_size per_gpu_train_batch_size b bs", _STEPS),
@@ -59,49 +54,49 @@ FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
     ("accumulate_grad_batches accumulation_steps", _STEPS),
     (
         "per_device_eval_batch_size eval_batch_size",
-        "There is none: held-out rows are computed in micro-batches of {max_tokens} tokens.",
+        "Held-out rows are evaluated in micro-batches of {max_tokens} tokens.",
     ),
     ("warmup", "{warmup_ratio}"),
     (
         "warmup_steps num_warmup_steps lr_warmup_steps warmup_iters",
-        "{warmup_ratio} is the share of all steps: give warm-up steps / steps, and `handspun preflight` says how many "
-        "steps there are.",
+        "{warmup_ratio} is a share of all steps: use warm-up steps / steps. `handspun preflight` shows the number of "
+        "steps.",
     ),
     ("lr_scheduler_type lr_scheduler scheduler lr_scheduler_name schedule lr_decay_style", "{lr_schedule}"),
-    ("optim optimizer optimizer_type optimizer_name", "The optimizer is AdamW; {optimizer_states} shortens its states."),
-    ("adam_beta1 adam_beta2 adam_epsilon beta1 beta2 betas eps", "There is none: AdamW has betas 0.9 and 0.999, eps 1e-8."),
+    ("optim optimizer optimizer_type optimizer_name", "The optimizer is AdamW; {optimizer_states} sets the precision of its states."),
+    ("adam_beta1 adam_beta2 adam_epsilon beta1 beta2 betas eps", "AdamW uses betas 0.9 and 0.999, and eps 1e-8."),
     ("wd adam_weight_decay", "{weight_decay}"),
     ("clip_grad_norm gradient_clipping gradient_clip_val grad_clip max_norm clip_grad", "{max_grad_norm}"),
     (
         "packing pack sample_packing neat_packing multipack_sampler pack_sequences",
-        "{batching} packed is the default: rows lie end to end without padding, and do not see each other.",
+        "{batching} packed is the default: rows are laid end to end without padding, and do not see each other.",
     ),
-    ("group_by_length length_column_name", "There is none: with {batching} packed nothing is padded."),
-    ("shuffle shuffle_seed data_seed random_seed rng_seed", "Rows are shuffled in every epoch, by {seed}."),
+    ("group_by_length length_column_name", "With {batching} packed, nothing is padded."),
+    ("shuffle shuffle_seed data_seed random_seed rng_seed", "Rows are shuffled in every epoch, with {seed}."),
     ("fp16 bf16 tf32 half mixed_precision precision amp torch_dtype fp16_full_eval bf16_full_eval", _PRECISION),
     ("use_bf16 use_fp16 pure_bf16 compute_dtype bnb_4bit_compute_dtype", _PRECISION),
     ("gradient_checkpointing use_gradient_checkpointing checkpoint_activations", "{activation_checkpointing}"),
     ("activation_recompute enable_activation_checkpointing", "{activation_checkpointing}"),
     # training: adapters
     ("use_lora peft use_peft lora_enable enable_lora", "{lora}"),
-    ("adapter finetuning_type peft_type tuner train_type tuner_type", "{lora} trains LoRA adapters; all weights otherwise."),
+    ("adapter finetuning_type peft_type tuner train_type tuner_type", "{lora} trains LoRA adapters; without it, all weights are trained."),
     ("qlora use_qlora load_in_4bit quantization_bit quantization bits bnb_4bit_quant_type", _FOUR_BITS),
-    ("load_in_8bit", "{base_weights} int8, with {lora}."),
+    ("load_in_8bit", "Use {base_weights} int8 with {lora}."),
     ("lora_r r rank lora_dim", "{lora_rank}"),
     ("alpha", "{lora_alpha}"),
     ("dropout lora_drop", "{lora_dropout}"),
     ("target_modules lora_target lora_target_modules lora_modules lora_target_linear", _TARGETS),
     ("modules_to_save lora_modules_to_save freeze_layers", _TARGETS),
-    ("use_rslora use_dora lora_bias bias init_lora_weights", "There is none: adapters are plain LoRA, scaled by alpha / rank."),
-    ("neftune_noise_alpha label_smoothing label_smoothing_factor", "There is none: the loss is plain cross-entropy."),
+    ("use_rslora use_dora lora_bias bias init_lora_weights", "Adapters are plain LoRA, scaled by alpha / rank."),
+    ("neftune_noise_alpha label_smoothing label_smoothing_factor", "The loss is plain cross-entropy."),
     ("train_on_inputs train_on_prompt train_on_source mask_prompt completion_only_loss", _ANSWERS),
     ("roles role_mapping roles_map role_tags user_tag assistant_tag", "{role_map} maps them, as in {role_map} agent=assistant."),
     ("assistant_only_loss train_on_responses_only mask_history roles_to_train", _ANSWERS),
     ("dataset_text_field text_column prompt_column response_column input_key output_key", _COLUMNS),
     ("prompt_field text_field columns field_messages messages_key", _COLUMNS),
-    ("stage do_train do_eval", "There is none: leave it out, as `handspun train` trains and evaluates."),
-    ("max_samples max_train_samples max_eval_samples num_samples limit", "There is none: cut the file, as in head -n 1001 train.csv > few.csv."),
-    ("streaming", "There is none: rows are read once, and kept tokenized."),
+    ("stage do_train do_eval", "Remove it: `handspun train` trains and evaluates."),
+    ("max_samples max_train_samples max_eval_samples num_samples limit", "Shorten the file instead, as in head -n 1001 train.csv > few.csv."),
+    ("streaming", "Rows are read once and kept tokenized."),
     # training: evaluation, saving, logs
     ("eval_every val_check_interval steps_per_eval validation_steps eval_interval evaluation_steps", "{eval_steps}"),
     (
@@ -114,14 +109,14 @@ FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
         "Every epoch is saved; {save_steps} and {save_minutes} add checkpoints to resume from.",
     ),
     ("save_total_limit keep_checkpoint_max max_checkpoints checkpoint_limit", "{keep_last}"),
-    ("logging_steps log_every log_interval logging_strategy", "There is none: every step is in metrics.jsonl."),
+    ("logging_steps log_every log_interval logging_strategy", "Every step is in metrics.jsonl."),
     ("report_to logger loggers tracker", "{log_to}"),
-    ("wandb_project use_wandb wandb_run_name run_name project", "{log_to} wandb, with the tracker's own environment variables."),
+    ("wandb_project use_wandb wandb_run_name run_name project", "Use {log_to} wandb, with the tracker's own environment variables."),
     ("resume_from_checkpoint resume_from auto_resume_from_checkpoints resume_from_path", "{resume}"),
     ("load_best_model_at_end metric_for_best_model greater_is_better", _STOPS),
     ("early_stopping_patience patience", _STOPS),
     ("push_to_hub hub_model_id repo_id hf_repo", "{push}"),
-    ("push_to_hub hub_model_id repo_id hf_repo", "There is none here: handspun export --push your-name/model-name sends a finished model."),
+    ("push_to_hub hub_model_id repo_id hf_repo", "Use handspun export --push your-name/model-name to upload a finished model."),
     ("hub_token hf_token use_auth_token", "{token}"),
     # training: machines
     ("deepspeed fsdp zero_stage ds_config fsdp_config", _PROCESSES),
@@ -130,11 +125,11 @@ FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
     ("num_threads n_threads cpu_threads", "{threads}"),
     (
         "dataloader_num_workers num_workers num_proc dataset_num_proc preprocessing_num_workers",
-        "There is none: rows are tokenized once, on all cores, and stay in memory.",
+        "Rows are tokenized once, on all cores, and stay in memory.",
     ),
     (
         "flash_attn attn_implementation use_flash_attention_2 flash_attention use_flash_attn xformers",
-        "There is none: the attention that fits rows and machine is taken.",
+        "The attention implementation is chosen to fit the rows and the machine.",
     ),
     ("trust_remote_code", _TRUST),
     # decoding
@@ -147,45 +142,45 @@ FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
     ("minp", "{min_p}"),
     ("typical typ_p", "{typical_p}"),
     ("repeat_penalty rep_pen repetition rep_penalty", "{repetition_penalty}"),
-    ("repeat_last_n", "There is none: {repetition_penalty} counts prompt and answer from their beginning."),
+    ("repeat_last_n", "{repetition_penalty} covers the whole prompt and answer."),
     ("no_repeat_ngram no_repeat_ngrams", "{no_repeat_ngram_size}"),
     ("stop stop_sequences stop_words stops stop_string reverse_prompt antiprompt", "{stop_strings}"),
-    ("stop_token_ids eos_token_id eos_token_ids ignore_eos", "There is none: the model names its eos. {stop_strings} may hold a special token's text."),
+    ("stop_token_ids eos_token_id eos_token_ids ignore_eos", "The model defines its eos. {stop_strings} may contain a special token's text."),
     ("random_seed rng_seed s", "{seed}"),
     ("beam_size beams beam_width n_beams use_beam_search", "{num_beams}"),
     ("n num_return num_generations best_of num_completions", "{num_return_sequences}"),
     ("sample sampling", "{do_sample}"),
-    ("greedy", "Greedy is the default: leave {do_sample} out."),
+    ("greedy", "Greedy decoding is the default: remove {do_sample}."),
     ("guided_json response_format schema json_object guided_schema", "{json_schema}"),
     ("guided_regex pattern", "{regex}"),
     ("guided_choice choices", "{choice}"),
-    ("grammar guided_grammar gbnf grammar_file", "There is none: {json_schema}, {regex} and {choice} say what form an answer has."),
+    ("grammar guided_grammar gbnf grammar_file", "Use {json_schema}, {regex} or {choice} to constrain answers."),
     ("banned_words banned_strings bad_words_list", "{bad_words}"),
     ("suppress banned_tokens suppressed_tokens", "{suppress_tokens}"),
-    ("assistant_model draft_model speculative_model num_speculative_tokens", "There is no draft model: {prompt_lookup_num_tokens} drafts from the prompt."),
+    ("assistant_model draft_model speculative_model num_speculative_tokens", "Draft models are not supported: {prompt_lookup_num_tokens} takes draft tokens from the prompt."),
     ("mirostat mirostat_tau dynatemp_range xtc_threshold tfs_z top_a penalty_alpha epsilon_cutoff eta_cutoff",
-     "There is none: {top_k}, {top_p}, {min_p} and {typical_p} say what is sampled."),
-    ("num_beam_groups diversity_penalty", "There is none: {num_beams} searches without groups."),
-    ("ctx_size n_ctx num_ctx max_model_len context_length", "There is none: the model's own context holds."),
+     "Use {top_k}, {top_p}, {min_p} or {typical_p} to control sampling."),
+    ("num_beam_groups diversity_penalty", "{num_beams} searches without groups."),
+    ("ctx_size n_ctx num_ctx max_model_len context_length", "The model's own context length applies."),
     ("prompt_file input_file prompts file f", "{prompts_file}"),
-    ("prompt p input message", "Give the prompt itself, without an option's name before it."),
-    ("raw no_chat_template plain_text", "--no-chat takes prompts as they are."),
-    ("output output_file o", "There is none: answers go to standard output, as in > answers.txt."),
+    ("prompt p input message", "Write the prompt itself, without an option name before it."),
+    ("raw no_chat_template plain_text", "Use --no-chat to take prompts as they are."),
+    ("output output_file o", "Answers go to standard output, as in > answers.txt."),
     ("output_format format", "{json}"),
     ("top_logprobs", "{explain} shows the runner-up of each token, and {logprobs} the log-probabilities."),
-    ("stream", "There is none: `handspun chat` and handspun.stream show an answer as it grows."),
+    ("stream", "`handspun chat` and handspun.stream show an answer while it is generated."),
     ("dtype torch_dtype precision fp16 bf16 half load_in_8bit quantization bits", "{weights}"),
-    ("load_in_4bit", "There are no 4-bit weights: {weights} int8 takes a third of float32's memory."),
+    ("load_in_4bit", "4-bit weights are not supported: {weights} int8 takes a third of float32's memory."),
     ("n_gpu_layers ngl gpu_layers device_map", "{device}"),
-    ("tensor_parallel_size tp gpu_memory_utilization", "There is none: a model is decoded on one device."),
+    ("tensor_parallel_size tp gpu_memory_utilization", "A model is decoded on one device."),
     ("num_threads n_threads t", "{threads}"),
     ("max_num_seqs n_parallel n_batch", "{batch_size}"),
     # export
     ("merge_lora merge_adapter merge_and_unload", "{merge}"),
     ("outtype quantize quant q quantization gguf_type", "{gguf}"),
     ("dtype torch_dtype", "{save_dtype}"),
-    ("template conversation_template chat_format chat_template_file chat_template_path", "{chat_template} takes a Jinja file or the name of one of the tokenizer's templates; without it, the tokenizer's own holds."),
-    ("template conversation_template chat_format chat_template_file chat_template_path", "There is none: the chat template is that of the model's tokenizer."),
-    ("chat_template_kwargs default_chat_template_kwargs enable_thinking thinking no_think think reasoning_effort reasoning", "{template_args} gives the template's variables their values, such as enable_thinking=false."),
-    ("chat_template_kwargs default_chat_template_kwargs enable_thinking thinking no_think think reasoning_effort reasoning", "The chat template's variables are given by name, as in template_args=dict(enable_thinking=False)."),
+    ("template conversation_template chat_format chat_template_file chat_template_path", "{chat_template} takes a Jinja file or the name of one of the tokenizer's templates; the default is the tokenizer's own."),
+    ("template conversation_template chat_format chat_template_file chat_template_path", "The chat template is the one of the model's tokenizer."),
+    ("chat_template_kwargs default_chat_template_kwargs enable_thinking thinking no_think think reasoning_effort reasoning", "{template_args} sets the template's variables, such as enable_thinking=false."),
+    ("chat_template_kwargs default_chat_template_kwargs enable_thinking thinking no_think think reasoning_effort reasoning", "Set the chat template's variables by name, as in template_args=dict(enable_thinking=False)."),
 )  # fmt: skip

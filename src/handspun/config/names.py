@@ -1,4 +1,4 @@
-"""Names of options: those that there are not, and what other tools call ours."""
+"""Check option names: report unknown ones, and translate the names of other tools."""
 
 import difflib
 import functools
@@ -15,10 +15,10 @@ Made = TypeVar("Made")
 
 
 def unknown_option(name: str, known: Collection[str], typed: Callable[[str], str]) -> str:
-    """Return what to say of an option that there is not: its name here, or why there is none.
+    """Return the error message for an unknown option: its name here, or why it does not exist.
 
-    name: with underscores; known: the names that there are, with underscores; typed: how a name is written where
-    the user is (`--batch-size` or `batch_size`).
+    name, known: names with underscores. typed: formats a name as the user writes it (`--batch-size` or
+    `batch_size`).
     """
     note = foreign_note(name, known, typed)
     if note is None:
@@ -28,8 +28,7 @@ def unknown_option(name: str, known: Collection[str], typed: Callable[[str], str
 
 
 def foreign_note(name: str, known: Collection[str], typed: Callable[[str], str]) -> str | None:
-    """Return what another tool's option is here, if it is one. Of several notes, the first whose options are known
-    where the user is."""
+    """Return a note on another tool's option, or None. The first note counts whose options are all known."""
     names = {option: typed(option) for option in known}
     for foreign, note in FOREIGN_NAMES:
         if name in foreign.split():
@@ -42,8 +41,7 @@ def foreign_note(name: str, known: Collection[str], typed: Callable[[str], str])
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def options(config: type[Made]) -> type[Made]:
-    """Make a frozen dataclass of options; names that it does not have are a ConfigError, and so is one that is
-    missing."""
+    """Make a frozen dataclass of options. An unknown or missing name raises ConfigError."""
     made = dataclass(frozen=True, kw_only=True)(config)
     init = made.__init__
 
@@ -51,7 +49,7 @@ def options(config: type[Made]) -> type[Made]:
     def checked(self: Any, *values: Any, **given: Any) -> None:
         problems = wrong_names(made, given)
         if values:
-            problems.append(f"{made.__name__} takes options by name, and {short(values[0])} has none.")
+            problems.append(f"{made.__name__} takes options by name, but {short(values[0])} has no name.")
         if problems:
             raise ConfigError(problems)
         init(self, **given)
@@ -61,7 +59,7 @@ def options(config: type[Made]) -> type[Made]:
 
 
 def wrong_names(config: type, given: Collection[str]) -> list[str]:
-    """Return what is wrong with the names of these options, as they are given in Python."""
+    """Return what is wrong with the names of these options, as written in Python."""
     known = {field.name: field for field in fields(config)}
     problems = [unknown_option(name, known, str) for name in given if name not in known]
     needed = [name for name, field in known.items() if field.default is field.default_factory is MISSING]

@@ -1,4 +1,4 @@
-"""Which values an option may have, and how an option is called."""
+"""Check the values of options against types and ranges."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -8,40 +8,40 @@ from typing import Any, get_type_hints
 from handspun.config.typed import as_type, short
 
 Ranges = dict[str, tuple[float, float, bool, bool]]
-"""By name: lowest, highest, is the lowest itself allowed, is the highest itself allowed."""
+"""By name: lowest, highest, whether the lowest is allowed, whether the highest is allowed."""
 
 PATHS = frozenset({"model", "data", "eval_data", "output_dir", "json_schema"})
-"""Options that name a file or folder: a pathlib.Path is one too."""
+"""Options that name a file or folder. They also accept a pathlib.Path."""
 _FILES_OF_ANY_NAME = frozenset({"data", "eval_data"})
-"""Only read, so their names may hold bytes that are not UTF-8, which Python gives as lone surrogates."""
+"""Files that are only read, so their names may contain bytes that are not UTF-8 (lone surrogates in Python)."""
 MOST = 10**9
-"""Of a count: more is a mistake in typing, and would fill the memory with lists."""
+"""Limit of counts. More is a typo, and would fill the memory with lists."""
 _LONGEST_NAME = 255
-"""Bytes of one name in a path, on all file systems in use."""
+"""Most bytes of one name in a path, on all common file systems."""
 _REMEDIES = {
     "top_k": "0 turns it off.",
     "top_p": "1 turns it off; --temperature 0 takes the most probable token.",
     "typical_p": "1 turns it off.",
     "repetition_penalty": "1 turns it off.",
-    "temperature": "0 takes the most probable token, and 1 leaves the distribution as it is.",
-    "max_new_tokens": "Leave it out for 512; the model's context bounds it in any case.",
+    "temperature": "0 takes the most probable token, and 1 leaves the distribution unchanged.",
+    "max_new_tokens": "Remove it for 512; the model's context limits it in any case.",
     "logit_bias": 'For example {"42": -100}.',
     "sequence_bias": 'For example {"42 7": -5}.',
-    "data": "To train on several files, put them into a folder and name that.",
-    "eval_data": "To hold out several files, put them into a folder and name that.",
+    "data": "To train on several files, put them in a folder and name the folder.",
+    "eval_data": "To hold out several files, put them in a folder and name the folder.",
 }
 
 
 def option_name(name: str) -> str:
-    """`batch_size` as it is typed: `--batch-size`."""
+    """Return an option as it is typed: `--batch-size` for `batch_size`."""
     return "--" + name.replace("_", "-")
 
 
 def wrong_values(config: Any, ranges: Ranges, read: Callable[[str, Any], Any] | None = None) -> list[str]:
-    """Give each field of a frozen dataclass its declared type, and return what is wrong with the others.
+    """Convert each field of a frozen dataclass to its declared type, and return the problems.
 
-    read: takes a field's name and value and returns the value, or raises ValueError with the whole message; if not
-    given, `read_value` with these ranges.
+    read: takes a field's name and value, and returns the value or raises ValueError with the whole message.
+    Default: `read_value` with these ranges.
     """
     problems = []
     for name, hint in type_hints(type(config)).items():
@@ -55,8 +55,16 @@ def wrong_values(config: Any, ranges: Ranges, read: Callable[[str, Any], Any] | 
 
 
 def read_value(name: str, value: Any, hint: Any, ranges: Ranges) -> Any:
-    """Return an option's value as its hint has it; None is not given, and right. Raises ValueError with what is
-    wrong and what was expected."""
+    """Return an option's value, converted to its type hint. None means "not given" and is valid.
+
+    Raises ValueError, which says what is wrong and what was expected.
+
+    Args:
+        name: the option's name.
+        value: the value to convert.
+        hint: the type hint.
+        ranges: the ranges of number options.
+    """
     try:
         typed = _path(name, value, hint) if name in PATHS else as_type(value, hint)
     except ValueError as error:
@@ -68,7 +76,14 @@ def read_value(name: str, value: Any, hint: Any, ranges: Ranges) -> Any:
 
 
 def wrong_argument(name: str, value: Any, hint: Any, low: float | None = None) -> list[str]:
-    """Return what is wrong with an argument of a function that takes options beside its dataclass."""
+    """Return what is wrong with an argument of a function that takes options besides its dataclass.
+
+    Args:
+        name: the argument's name.
+        value: its value.
+        hint: its type hint.
+        low: the lowest value allowed.
+    """
     try:
         value = as_type(value, hint)
     except ValueError as error:
@@ -79,7 +94,7 @@ def wrong_argument(name: str, value: Any, hint: Any, low: float | None = None) -
 
 
 def problem_with(name: str, value: Any, wanted: str) -> str:
-    """Return the message for an option's value, with what was expected in its place."""
+    """Return the error message for an option's value. wanted: what was expected."""
     remedy = f" {_REMEDIES[name]}" if name in _REMEDIES else ""
     return f"{option_name(name)} is {short(value)}: expected {wanted}.{remedy}"
 
@@ -91,7 +106,7 @@ def _is_in(number: float, limits: tuple[float, float, bool, bool]) -> bool:
 
 
 def _numbers_in(value: Any) -> Iterator[float]:
-    """The numbers that a value is, or holds."""
+    """Yield the numbers in a value, or the value itself if it is a number."""
     if isinstance(value, dict | tuple):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _numbers_in(item)
@@ -100,7 +115,7 @@ def _numbers_in(value: Any) -> Iterator[float]:
 
 
 def _wanted(number: float, limits: tuple[float, float, bool, bool]) -> str:
-    """What the number should have been; a limit that is only a safeguard is named where it is what is crossed."""
+    """Return the range in words. A safeguard limit is named only if the number exceeds it."""
     low, high, low_allowed, high_allowed = limits
     lowest = f"{'at least' if low_allowed else 'more than'} {_short_number(low)}"
     if high >= MOST and number <= high:
@@ -118,9 +133,9 @@ def _path(name: str, value: Any, hint: Any) -> Any:
         path = as_type(path, hint)
     if isinstance(path, str):
         if not path:
-            raise ValueError("a name, and this one is empty")
+            raise ValueError("a name that is not empty")
         if "\0" in path:
-            raise ValueError("a name without the character NUL")
+            raise ValueError("a name without NUL characters")
         is_json = name == "json_schema" and path.lstrip().startswith("{")
         if not is_json and any(len(part.encode(errors="replace")) > _LONGEST_NAME for part in path.split("/")):
             raise ValueError(f"names of at most {_LONGEST_NAME} bytes")
@@ -128,7 +143,7 @@ def _path(name: str, value: Any, hint: Any) -> Any:
 
 
 def _is_encodable(path: str) -> bool:
-    """Whether a file can have this name: of lone surrogates, those that stand for a byte."""
+    """Return whether a file can have this name. Of lone surrogates, only those that stand for a byte are valid."""
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
@@ -137,7 +152,7 @@ def _is_encodable(path: str) -> bool:
 
 
 def type_hints(config: type) -> dict[str, Any]:
-    """Return the type hints of a dataclass's fields, in their order."""
+    """Return the type hints of a dataclass's fields, in order."""
     if config not in _HINTS:
         hints = get_type_hints(config, include_extras=True)
         _HINTS[config] = {field.name: hints[field.name] for field in fields(config)}

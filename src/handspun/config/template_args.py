@@ -1,4 +1,4 @@
-"""Values for a chat template's variables, as they are given: `enable_thinking=false`, a JSON object, or a dict."""
+"""Read values for a chat template's variables: `enable_thinking=false`, a JSON object, or a dict."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -15,16 +15,16 @@ _OF_TRANSFORMERS = {
 }
 _OF_JINJA = {"range", "dict", "namespace", "lipsum", "cycler", "joiner", "loop", "self", "true", "false", "none"}
 RESERVED = frozenset(_OF_CONVERSATIONS | _OF_TRANSFORMERS | _OF_JINJA | {"True", "False", "None"})
-"""Names that a template is given by the program, or by Jinja."""
+"""Names that the program or Jinja passes to a template."""
 
 _WORDS = {"true": True, "false": False, "null": None, "none": None}
 _DOUBTFUL = ("yes", "no", "on", "off", "nan", "infinity", "-infinity")
 
 
 def read_template_args(given: TemplateArgs | None) -> tuple[dict[str, Any], list[str]]:
-    """Return the values by name, and what is wrong with them.
+    """Return the values by name, and the problems with them.
 
-    Values are JSON (`false`, `3`, `"text"`, `[1, 2]`); what is no JSON is text.
+    Values are JSON (`false`, `3`, `"text"`, `[1, 2]`). Anything that is not JSON is text.
     """
     found: dict[str, Any] = {}
     problems: list[str] = []
@@ -33,7 +33,7 @@ def read_template_args(given: TemplateArgs | None) -> tuple[dict[str, Any], list
         if problem := _problem(name, value):
             problems.append(problem)
         elif name in found and found[name] != value:
-            problems.append(f"--template-args gives {name} twice: {found[name]!r} and {value!r}. Give it once.")
+            problems.append(f"--template-args sets {name} twice: {found[name]!r} and {value!r}. Set it once.")
         else:
             found[name] = value
     return found, problems
@@ -46,7 +46,7 @@ def _pairs(texts: Iterable[str], problems: list[str]) -> Iterable[tuple[Any, Any
             try:
                 read = json.loads(text, parse_constant=_reject_constant)
             except (ValueError, RecursionError) as error:
-                problems.append(f"--template-args {text} is not JSON ({error}): expected an object.")
+                problems.append(f"--template-args {text} is not JSON ({error}). Expected an object.")
                 continue
             yield from read.items()
         elif not equals:
@@ -56,8 +56,8 @@ def _pairs(texts: Iterable[str], problems: list[str]) -> Iterable[tuple[Any, Any
             )
         elif value.strip().lower() in _DOUBTFUL:
             problems.append(
-                f"--template-args {text}: {value.strip()} could be a text or not. Write true, false or a number, "
-                f"or a text in quotes: {name}='\"{value.strip()}\"'."
+                f"--template-args {text}: {value.strip()} is ambiguous. Write true, false or a number, or text in "
+                f"quotes: {name}='\"{value.strip()}\"'."
             )
         else:
             yield name.strip(), _value(value.strip())
@@ -73,23 +73,21 @@ def _value(text: str) -> Any:
 
 
 def _reject_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a number")
 
 
 def _problem(name: Any, value: Any) -> str | None:
     if not isinstance(name, str) or not name.isidentifier():
-        return f"--template-args: {name!r} is no name of a variable. Write it as in enable_thinking=false."
+        return f"--template-args: {name!r} is not a variable name. Write it as in enable_thinking=false."
     if name in RESERVED:
-        return f"--template-args {name}: the program gives the template this one itself. Leave it out."
+        return f"--template-args {name}: the program sets this variable itself. Remove it."
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False)
         text.encode("utf-8")
     except (ValueError, TypeError, RecursionError) as error:
-        return (
-            f"--template-args {name}: {error}. Expected true, false, a finite number, a text, or a list of these."
-        )
+        return f"--template-args {name}: {error}. Expected true, false, a finite number, text, or a list of these."
     if "\ue000" in text or "\ue001" in text:
         return (
-            f"--template-args {name} holds the characters U+E000 or U+E001, which mark data here. Leave them out."
+            f"--template-args {name} contains the characters U+E000 or U+E001, which mark data here. Remove them."
         )
     return None

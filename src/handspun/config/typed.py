@@ -1,7 +1,7 @@
-"""Values of options, by the type hints of the dataclasses.
+"""Convert values of options to the type hints of the dataclasses.
 
-`as_type` takes a Python value, `read_texts` what a command line or a YAML file holds. Both take only what is the
-value that was typed: 1.5 is no whole number, "8" is no number in Python, and a list is a tuple.
+`as_type` reads a Python value, `read_texts` the text of a command line or a YAML file. Both are strict: 1.5 is not
+a whole number, "8" is not a number in Python, but a list may stand for a tuple.
 """
 
 import json
@@ -15,13 +15,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 _TRUE, _FALSE = {"true", "yes", "on", "y", "t", "1"}, {"false", "no", "off", "n", "f", "0"}
 _MOST_DIGITS = 30
-"""Whole numbers such as 1e3 are read up to so many digits: 1e999999999 would fill the memory."""
+"""Most digits of whole numbers such as 1e3: 1e999999999 would fill the memory."""
 
 
 def as_type(value: Any, hint: Any) -> Any:
-    """Return the value as the hint has it: a list becomes a tuple, a NumPy scalar a number.
+    """Return the value converted to the hint: a list becomes a tuple, a NumPy scalar a number.
 
-    Raises ValueError for any other value, with what was expected.
+    Raises ValueError for any other value, which says what was expected.
     """
     value, origin, members = _scalar(value), get_origin(hint), get_args(hint)
     if origin is Annotated:
@@ -39,7 +39,7 @@ def as_type(value: Any, hint: Any) -> Any:
 
 
 def expected(hint: Any) -> str:
-    """Return what a hint asks for, in words."""
+    """Return in words what a hint expects."""
     origin, members = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return expected(members[0])
@@ -56,17 +56,17 @@ def expected(hint: Any) -> str:
 
 
 def short(value: Any, most: int = 80) -> str:
-    """Return a value as Python writes it, on one line, cut where it is long."""
+    """Return a value's repr on one line, shortened if it is long."""
     try:
         text = " ".join(repr(value).split(" "))
-    except ValueError:  # an int of more digits than Python writes
+    except ValueError:  # an int with more digits than Python prints
         text = "a number of thousands of digits"
     text = text.replace("\n", " ")
     return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
 
 
 def read_texts(hint: Any, texts: Sequence[str]) -> Any:
-    """Return the value that texts spell; where they spell none, the texts as they are, for `as_type` to refuse."""
+    """Return the value that the texts spell, or else the texts unchanged, for `as_type` to reject."""
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     item = next((get_args(member)[0] for member in members if get_origin(member) is tuple), None)
     if item is not None and (len(texts) != 1 or len([m for m in members if m is not type(None)]) == 1):
@@ -77,13 +77,12 @@ def read_texts(hint: Any, texts: Sequence[str]) -> Any:
 
 
 def load_json(text: str) -> Any:
-    """Return what JSON text holds. Raises ValueError for text that is no JSON, and for a name that an object has
-    twice."""
+    """Return the value of JSON text. Raises ValueError if it is not JSON, or if an object repeats a name."""
     return json.loads(text, object_pairs_hook=_without_repetition, parse_constant=_no_constant)
 
 
 def _scalar(value: Any) -> Any:
-    """A NumPy scalar, or a tensor of no dimension, as the Python number that it is."""
+    """Return a NumPy scalar or zero-dimensional tensor as a Python number, and any other value unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)) else value
 
 
@@ -109,7 +108,7 @@ def _as_choice(value: Any, choices: tuple[Any, ...]) -> Any:
 
 
 def _within(hint: Any, value: Any, of: Any) -> Any:
-    """An item of a list or a mapping, as its type has it."""
+    """Return an item of a list or a mapping, converted to its type."""
     try:
         return as_type(value, of)
     except ValueError as error:
@@ -117,7 +116,7 @@ def _within(hint: Any, value: Any, of: Any) -> Any:
 
 
 def _items(value: Any, hint: Any) -> Iterable[Any]:
-    """What a tuple is made of. A text is one item, never its characters."""
+    """Return the items of a tuple. A string is one item, never its characters."""
     if isinstance(value, Mapping | bytes | bytearray) or value is None:
         raise ValueError(expected(hint))
     return value if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
@@ -167,11 +166,11 @@ def _number(value: Any) -> float:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(_SINGULARS[str])
-    text = str.__str__(value)  # an enum's member as its value
+    text = str.__str__(value)  # turns an enum member into its value
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("text that UTF-8 can hold, without lone surrogates") from None
+        raise ValueError("text that UTF-8 can encode, without lone surrogates") from None
     return text
 
 
@@ -187,7 +186,7 @@ _PLURALS: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"
 
 
 def _read_text(hint: Any, text: str) -> Any:
-    """What one text spells, or the text."""
+    """Return the value that one text spells, or else the text."""
     origin, members = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _read_text(members[0], text)
@@ -223,7 +222,7 @@ def _read_number(hint: Any, text: str) -> Any:
         return float(text) if hint is float else int(text, 0 if text.lower().lstrip("+-")[:2] in _PREFIXES else 10)
     except ValueError:
         pass
-    try:  # 1e3 and 8.0 are whole numbers too, and a Decimal rounds nothing
+    try:  # 1e3 and 8.0 are whole numbers too, and a Decimal does not round
         number = Decimal(text.strip())
         if number == number.to_integral_value() and number.adjusted() < _MOST_DIGITS:
             return int(number)
@@ -243,7 +242,7 @@ def _read_json(text: str) -> Any:
 
 
 def _read_runs(text: str) -> Sequence[Any]:
-    """Runs of token ids: JSON ([[42, 7], [5]] or [42, 7]), or one run as "42 7"."""
+    """Return sequences of token ids, from JSON ([[42, 7], [5]] or [42, 7]) or from one sequence as "42 7"."""
     if text.lstrip().startswith("["):
         read = _read_json(text)
         return read if isinstance(read, list) and any(isinstance(item, list) for item in read) else (read,)
@@ -260,4 +259,4 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON's")
+    raise ValueError(f"{name} is not a JSON number")

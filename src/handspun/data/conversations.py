@@ -138,7 +138,7 @@ def _history(row: Row) -> list[Message]:
     messages = []
     for pair in read_json_list(row.values.get("history"), cell):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise cell.expected("pairs of texts, [user, assistant]", pair)
+            raise cell.expected("pairs of strings, [user, assistant]", pair)
         messages += _turns(*pair)
     return messages
 
@@ -295,7 +295,7 @@ def _text(row: Row, column: str) -> str:
     """Return the text of a column, empty if the column is missing or null."""
     value = row.values.get(column)
     if value is not None and not isinstance(value, str):
-        raise _cell(row, column).expected("a text", value)
+        raise _cell(row, column).expected("a string", value)
     return value or ""
 
 

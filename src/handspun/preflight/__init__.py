@@ -1,1 +1,1 @@
-"""What can be known of a run before its first step: what is odd in its rows, what it will cost."""
+"""Checks before the first step of a run: problems in its rows, and its cost."""

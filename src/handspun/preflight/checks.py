@@ -1,4 +1,4 @@
-"""What is odd in the rows of a run, and in the end of its turns."""
+"""Check the rows of a run and the end of its turns before training."""
 
 import json
 import re
@@ -24,8 +24,10 @@ _MOST_NAMED = 12
 
 @dataclass(frozen=True)
 class Finding:
-    """A warning. `what` reads like `rows that are cut`; `count` of `of` rows have it, and `rows` are the first of
-    these, each with what is to be said of it. Where no rows are meant, count and of are 0."""
+    """A warning, such as `rows that are cut`. It applies to `count` of `of` rows.
+
+    rows: the first of these rows, each with a detail. If the warning is not about rows, count and of are 0.
+    """
 
     what: str
     remedy: str
@@ -35,28 +37,28 @@ class Finding:
 
 
 def finding(what: str, remedy: str, notes: Sequence[RowIssue], *, of: int) -> Iterator[Finding]:
-    """The finding of these rows; nothing without any."""
+    """Yield the finding for these rows, if there are any."""
     if notes:
         yield Finding(what, remedy, len(notes), of, list(notes[:_MOST_NAMED]))
 
 
 def check_findings(found: Sequence[Finding]) -> None:
-    """Raises ConfigError with all of them, if there are any: what --strict asks for."""
+    """Raise ConfigError that lists all findings, if there are any, as --strict demands."""
     if found:
         raise ConfigError(
-            f"--strict refuses {len(found)} warning{'s' if len(found) > 1 else ''}:\n"
+            f"--strict does not allow {len(found)} warning{'s' if len(found) > 1 else ''}:\n"
             + "\n".join(f"  {one.what}{counted(one)}: {one.remedy}" for one in found)
-            + "\nMend what they name, or leave --strict out."
+            + "\nFix what they name, or remove --strict."
         )
 
 
 def headline(one: Finding) -> str:
-    """`rows that are cut: 3 of 100 (3%)`."""
+    """Return a finding's headline: `rows that are cut: 3 of 100 (3%)`."""
     return f"{one.what}: {one.count} of {one.of} ({_percent(one.count / one.of)})" if one.of else one.what
 
 
 def rows_named(one: Finding) -> str:
-    """`rows 3 (as row 1), 17 (as row 2) and 4 more`, with the files where there are several; nothing without."""
+    """Return `rows 3 (as row 1), 17 (as row 2) and 4 more`, with file names if there are several files."""
     if not one.rows:
         return ""
     several = len({note.file for note in one.rows}) > 1
@@ -69,19 +71,22 @@ def rows_named(one: Finding) -> str:
 
 
 def _percent(share: float) -> str:
-    """Whole where that says something."""
+    """Return a percentage: whole from 10% on, else with one significant digit."""
     return f"{share:.0%}" if share >= 0.1 else f"{100 * share:.1g}%"
 
 
 def counted(one: Finding) -> str:
-    """` (3 of 100)`, or nothing where no rows are counted."""
+    """Return ` (3 of 100)`, or nothing if no rows are counted."""
     return f" ({one.count} of {one.of})" if one.of else ""
 
 
 @dataclass(frozen=True)
 class RowText:
-    """What a row says. prompts: what users and tools say, and the assistant where it is context only. answers:
-    what the assistant says, tool calls as JSON."""
+    """The texts of a row.
+
+    prompts: texts of users and tools, and assistant turns that are context only. answers: texts of the assistant,
+    with tool calls as JSON.
+    """
 
     file: str
     row: int
@@ -90,12 +95,12 @@ class RowText:
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """All texts, one per line."""
         return "\n".join([*self.prompts, *self.answers])
 
 
 def row_texts(rows: Sequence[Row], account: DataReport, config: DataConfig) -> Iterator[RowText]:
-    """That of each row which was kept."""
+    """Yield the texts of each row that was kept."""
     dropped = {(note.file, note.row) for note in account.dropped}
     for row in rows:
         if (row.file, row.number) in dropped:
@@ -104,7 +109,7 @@ def row_texts(rows: Sequence[Row], account: DataReport, config: DataConfig) -> I
             messages = to_conversation(
                 row, account.formats[row.file], system_prompt=config.system_prompt, role_map=config.roles
             ).messages
-        except DroppedRow:  # with --data that changed since the account was made
+        except DroppedRow:  # --data has changed since the report was made
             continue
         said = [message for message in messages if message["role"] == "assistant" and is_trained(message)]
         prompts = [m["content"] for m in messages if m["role"] in ("user", "tool") or not is_trained(m)]
@@ -126,7 +131,7 @@ _PLACEHOLDERS = {
 }
 _AROUND = "<>[](){}\"'`*\\. 。"
 
-# Code has {{name}} in its templates and {name} in its texts. A field is one that stands in prose, by itself.
+# Code has {{name}} in its templates and {name} in its strings. Only a name by itself in prose counts as a field.
 _FIELD = re.compile(
     r"(?<![\w{$\\}%(=\"'`])(?:\{\{ ?[A-Za-z_][\w .-]{0,40}? ?\}\}|\{[A-Za-z_]\w{2,40}\})(?![\w{}(=\"'`])"
 )
@@ -138,30 +143,30 @@ _CODE = re.compile(
 
 
 def findings_in_answers(said: Sequence[RowText]) -> Iterator[Finding]:
-    """Of the rows of one set."""
+    """Yield the findings on the answers and prompts of one set of rows."""
     yield from _those(
         said,
         placeholder_answer,
         "answers that are a placeholder",
-        "write their answers, or delete the rows: the model learns to say just this",
+        "write real answers, or delete the rows: the model would learn to say just this",
     )
     yield from _those(
         said,
         placeholder_prompt,
         "prompts that end in a placeholder",
-        "empty these inputs: the model will expect such words where there is no input",
+        "empty these inputs: the model would expect such words when there is no input",
     )
     yield from _those(
         said,
         unfilled_field,
-        "answers with a field that nothing was put in",
-        "fill the fields in, or delete the rows",
+        "answers with an unfilled field",
+        "fill in the fields, or delete the rows",
     )
     yield from _those(
         said,
         next_user,
         'answers with a line "User:", which is a stop string of chats',
-        "give --no-stop-strings to generate and chat, which would cut such answers there; eval --generate does",
+        "use --no-stop-strings with generate, chat and eval --generate, which would cut such answers there",
     )
 
 
@@ -172,18 +177,18 @@ def next_user(said: RowText) -> str | None:
 
 
 def placeholder_answer(said: RowText) -> str | None:
-    """The placeholder that one of the answers is."""
+    """Return the first answer that is only a placeholder, or None."""
     return next((answer for answer in said.answers if _is_placeholder(answer)), None)
 
 
 def placeholder_prompt(said: RowText) -> str | None:
-    """The placeholder that a prompt is, or that its last line is: an input that is none."""
+    """Return a placeholder that is a prompt's last line (an input that says there is none), or None."""
     lasts = (prompt.rstrip().rpartition("\n")[2] for prompt in said.prompts)
     return next((last for last in lasts if _is_placeholder(last)), None)
 
 
 def unfilled_field(said: RowText) -> str | None:
-    """A field such as {{name}} in an answer that is no code."""
+    """Return a field such as {{name}} in an answer that is not code, or None."""
     fields = ((_FIELD.search(answer), answer) for answer in said.answers if "{" in answer)
     return next((field[0] for field, answer in fields if field and not _CODE.search(answer)), None)
 
@@ -204,8 +209,11 @@ def _those(
 
 @dataclass(frozen=True)
 class EndOfTurn:
-    """learned: of so many examples it is the last token that is learned. is_eos: whether it ends the base model's
-    answers; if not, its embedding may never have been trained. saved: the eos of the tuned model."""
+    """The end-of-turn token of the training examples.
+
+    learned: number of examples whose last target token it is. is_eos: whether it is an eos of the base model; if
+    not, its embedding may be untrained. saved: the eos tokens of the tuned model.
+    """
 
     token: str
     learned: int
@@ -215,7 +223,7 @@ class EndOfTurn:
 
 
 def end_of_turn(template: ChatTemplate, eos_token_ids: Sequence[int], training: Dataset) -> EndOfTurn:
-    """eos_token_ids: of the base model, from its generation_config, or its config."""
+    """Return how the training examples end. eos_token_ids: the base model's."""
     examples = training.examples
     last = examples.input_ids[examples.starts[1:] - 1]
     saved = dict.fromkeys([template.end_of_turn_id, *eos_token_ids])
@@ -229,7 +237,7 @@ def end_of_turn(template: ChatTemplate, eos_token_ids: Sequence[int], training: 
 
 
 def template_lines(template: ChatTemplate) -> Iterator[str]:
-    """Say which of several templates is used, and that one cannot be protected from what only looks like turns."""
+    """Yield lines on which of several templates is used, and on role markers that cannot be protected."""
     named = template.tokenizer.chat_template
     if isinstance(named, dict):
         for_tools = "tool_use for rows with tools, else default" if "tool_use" in named else "default"
@@ -241,7 +249,7 @@ def template_lines(template: ChatTemplate) -> Iterator[str]:
 
 
 def findings_in_prompts(said: Sequence[RowText], markers: Sequence[str]) -> Iterator[Finding]:
-    """Rows in which a user or a tool writes such a marker."""
+    """Yield the finding on rows in which a user or a tool writes a role marker."""
     notes = []
     for one in said:
         text = "\n".join(one.prompts)
@@ -249,7 +257,7 @@ def findings_in_prompts(said: Sequence[RowText], markers: Sequence[str]) -> Iter
             notes.append(RowIssue(one.file, one.row, ", ".join(map(repr, found))))
     yield from finding(
         "rows in which a user or a tool writes a role marker of the template",
-        "take it out, or use a template whose markers are added tokens: to the model it begins a turn",
+        "remove it, or use a template whose markers are added tokens: to the model it begins a turn",
         notes,
         of=len(said),
     )
@@ -263,9 +271,14 @@ def check_rows(
     max_length: int,
     markers: Sequence[str] = (),
 ) -> list[Finding]:
-    """What is odd in the rows of a run, which the sets still hold.
+    """Return the findings on the rows of a run. The data sets must not have released their rows.
 
-    markers: role markers of the chat template that are ordinary text.
+    Args:
+        config: the run's options.
+        training: the training set.
+        held_out: the held-out set, if any.
+        max_length: most tokens per example.
+        markers: role markers of the chat template that are ordinary text.
     """
     said = list(row_texts(training.rows, training.account, config))
     held = list(row_texts(held_out.rows, held_out.account, config)) if held_out else []
@@ -279,7 +292,7 @@ def check_rows(
 
 def _lost(account: DataReport, max_length: int) -> Iterator[Finding]:
     for reason, notes in account.dropped_by_reason().items():
-        remedy = "fill them, or delete the rows" if reason.startswith("empty") else "mend them, or delete the rows"
+        remedy = "fill them, or delete the rows" if reason.startswith("empty") else "fix them, or delete the rows"
         yield from finding(f"rows that are dropped, {reason}", remedy, _bare(notes), of=account.rows)
     yield from finding(
         f"rows that are cut to {max_length} tokens",
@@ -290,7 +303,7 @@ def _lost(account: DataReport, max_length: int) -> Iterator[Finding]:
     for what in (CARRIAGE_RETURNS, EXCEL_ESCAPES):
         yield from finding(
             f"rows with {what} in a text",
-            "replace them by line feeds in the file, or the model learns to write them",
+            "replace them with line feeds in the file, or the model learns to write them",
             _bare([note for note in account.notes if note.text.startswith(what)]),
             of=account.rows,
         )
@@ -313,10 +326,10 @@ def _repeated(said: Sequence[RowText], held: Sequence[RowText]) -> Iterator[Find
         return [RowIssue(one.file, one.row, _like(one, earlier)) for one, earlier in pairs]
 
     for same, what in ((True, "the same as an earlier one"), (False, "nearly the same as an earlier one")):
-        remedy = "delete the later ones, unless they are meant to count more"
+        remedy = "delete the later ones, unless they should count more"
         yield from finding(f"rows that are {what}", remedy, notes(same=same, held_out=False), of=known)
     for same, what in ((True, "trained on too"), (False, "nearly the same as one that is trained on")):
-        remedy = "take them out of one of the two: on them, held-out loss says nothing of new rows"
+        remedy = "remove them from one of the two: on them, held-out loss says nothing about new rows"
         yield from finding(f"held-out rows that are {what}", remedy, notes(same=same, held_out=True), of=len(held))
 
 

@@ -1,12 +1,12 @@
-"""Rows that say the same as an earlier one, or nearly.
+"""Find rows that are duplicates or near-duplicates of an earlier row.
 
-Two texts are the same where their words are. They are near-duplicates where four fifths of the 3-grams of words
-that either has are in both (a Jaccard similarity of 0.8), and this still holds without the 3-grams that many texts
-share: a task that is put in the same words each time does not make its rows alike.
+Two texts are duplicates if their words are the same. They are near-duplicates if the Jaccard similarity of their
+word 3-grams is at least 0.8, both with and without the 3-grams that many texts share. So a task that is always
+worded the same does not make its rows near-duplicates.
 
-All near-duplicates are found, where MinHash would find most of them. If two sets are alike, the rarest fifth of
-the one has an element of the rarest fifth of the other ("prefix filtering": Chaudhuri, Ganti and Kaushik, ICDE
-2006; Bayardo, Ma and Srikant, WWW 2007), so only texts that share a rare 3-gram are compared.
+All near-duplicates are found, where MinHash would only find most. If two sets are alike, the rarest fifth of one
+shares an element with the rarest fifth of the other ("prefix filtering": Chaudhuri, Ganti and Kaushik, ICDE 2006;
+Bayardo, Ma and Srikant, WWW 2007). So only texts that share a rare 3-gram are compared.
 """
 
 import re
@@ -28,7 +28,7 @@ Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Alike:
-    """A text and the first earlier one that it is like, by their places; `same` where all words are."""
+    """A text and the first earlier text that is like it, as indices. same: all words are the same."""
 
     text: int
     earlier: int
@@ -36,19 +36,19 @@ class Alike:
 
 
 def words_of(text: str) -> list[str]:
-    """Words in lower case, single Chinese and Japanese characters, and signs other than punctuation."""
+    """Return lower-case words, single Chinese and Japanese characters, and signs other than punctuation."""
     return _WORD.findall(text.casefold())
 
 
 def most_in_common(texts: int) -> int:
-    """In so many texts a 3-gram may be; one that is in more belongs to the set's own manner of speaking."""
+    """Return how many texts may share a 3-gram. A more common one is taken as standard wording."""
     return min(max(texts // 20, 5), 50)
 
 
 def near_duplicate_rows(texts: Sequence[str], known: int) -> list[Alike]:
-    """The texts that are like an earlier one of the first `known` texts, in their order.
+    """Return the texts that are like an earlier one of the first `known` texts, in order.
 
-    So with training texts, and held-out ones behind them, `known` is the number of the former.
+    For training texts followed by held-out texts, `known` is the number of training texts.
     """
     words = _numbered_words(texts)
     first: dict[bytes, int] = {}
@@ -71,10 +71,10 @@ def _numbered_words(texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
 
 
 class _Grams:
-    """The 3-grams of texts as numbers, each text's end to end, a smaller number for one that is in fewer texts.
+    """The 3-grams of all texts as numbers, end to end. A 3-gram that is in fewer texts has a smaller number.
 
-    starts: where those of each text begin, and the end of the last; distinct: how many of each are not shared by
-    many, which are its first.
+    starts: where each text's 3-grams begin, and the end of the last. distinct: how many of a text's 3-grams are
+    not shared by many texts. These come first.
     """
 
     def __init__(self, words: Sequence[npt.NDArray[np.int32]]) -> None:
@@ -92,7 +92,7 @@ class _Grams:
         self._sets: dict[int, tuple[frozenset[int], frozenset[int]]] = {}
 
     def near_duplicates(self, known: int) -> Iterator[tuple[int, int]]:
-        """(text, the first of the known texts before it that is like it)."""
+        """Yield (text, the first known text before it that is like it)."""
         texts_with: dict[int, list[int]] = {}
         for text in range(self._texts):
             rarest = self._rarest(text)
@@ -104,8 +104,7 @@ class _Grams:
                 texts_with.setdefault(gram, []).append(text)
 
     def _rarest(self, text: int) -> list[int]:
-        """Of a text's 3-grams those of which one that is like it has at least one; without those that no other
-        text has."""
+        """Return the 3-grams of which a similar text has at least one, without those in no other text."""
         start, count = self._starts[text], self._distinct[text]
         rarest = self._grams[start : start + count - _four_fifths(count) + 1] if count else self._grams[:0]
         return [int(gram) for gram in rarest[self._in_texts[rarest] > 1]]
@@ -117,7 +116,7 @@ class _Grams:
         )
 
     def _sets_of(self, text: int) -> tuple[frozenset[int], frozenset[int]]:
-        """(those that are not shared by many, all)."""
+        """Return (the 3-grams that are not shared by many texts, all 3-grams)."""
         if text not in self._sets:
             start, end = self._starts[text], self._starts[text + 1]
             grams = self._grams[start:end].tolist()
@@ -126,14 +125,12 @@ class _Grams:
 
 
 def _grams(words: Sequence[npt.NDArray[np.int32]]) -> tuple[Array, Array]:
-    """(3-grams, numbered; the text of each). A text of one or two words is filled up to one 3-gram."""
+    """Return (numbers of 3-grams, the text of each). A text of one or two words is padded to one 3-gram."""
     filled = [text if len(text) >= _GRAM else np.pad(text, (0, _GRAM - len(text))) for text in words]
     text = np.repeat(np.arange(len(words)), [len(some) for some in filled])
     word = np.concatenate([np.zeros(0, np.int32), *filled]).astype(np.int64)
     gram = word
-    for further in range(
-        1, _GRAM
-    ):  # numbers of pairs, then of pairs with the next word: never too large for 64 bits
+    for further in range(1, _GRAM):  # numbers pairs, then pairs with the next word, so that they fit in 64 bits
         gram = gram[:-1] * (word.max(initial=0) + 1) + word[further:]
         gram = np.unique(gram, return_inverse=True)[1]
     is_within = text[: len(gram)] == text[_GRAM - 1 :]
@@ -141,7 +138,7 @@ def _grams(words: Sequence[npt.NDArray[np.int32]]) -> tuple[Array, Array]:
 
 
 def _distinct_pairs(gram: Array, text: Array) -> tuple[Array, Array]:
-    """Each 3-gram of a text once, by text and then by number."""
+    """Return each 3-gram of a text once, sorted by text and then by number."""
     grams = int(gram.max(initial=0)) + 1
     pairs = np.sort(text * grams + gram)  # np.unique hashes, which takes five times as long
     pairs = pairs[np.diff(pairs, prepend=-1) > 0]
@@ -149,5 +146,5 @@ def _distinct_pairs(gram: Array, text: Array) -> tuple[Array, Array]:
 
 
 def _four_fifths(count: int) -> int:
-    """Rounded up."""
+    """Return four fifths, rounded up."""
     return (4 * count + 4) // 5

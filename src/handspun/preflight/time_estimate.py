@@ -1,8 +1,8 @@
-"""How long a run will take: its arithmetic, over rates that were measured; then by the first two steps.
+"""Estimate how long a run will take: from its operation count and measured rates, then from its first two steps.
 
-A matmul of a token with a weight is two operations forward, two for the gradient of its input, and two for the
-weight's own gradient if it is trained. The head is applied to learned tokens alone. Attention of a row of n tokens
-is 6 n^2 times the width of all heads, a layer, forward and backward, half of its square being masked.
+Per token and weight, a matmul takes two operations forward, two for the gradient of its input, and two for the
+weight's gradient if it is trained. The head is applied to target tokens only. Attention over a row of n tokens
+takes 6 n^2 times the width of all heads per layer, forward and backward, because half of the square is masked.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,18 @@ _RATES = {
     ("lora", "bfloat16"): 99e9,
     ("lora", "int8"): 111e9,
 }
-"""Operations a second of one thread: `python benchmarks/training_rates.py`."""
+"""Operations per second per thread, from `python benchmarks/training_rates.py`."""
 
 
 def operations(model: PreTrainedModel, plan: Plan, examples: Sequence[Example], config: TrainConfig) -> float:
-    """Of an epoch. Only the shapes of the model are looked at."""
+    """Return the number of operations per epoch. Uses only the shapes of the model.
+
+    Args:
+        model: the model, which may be on the meta device.
+        plan: the run's plan.
+        examples: the training examples.
+        config: the run's options.
+    """
     embedding: Any = model.get_input_embeddings().weight
     head: Any = model.get_output_embeddings().weight
     tables = {id(embedding), id(head)}
@@ -48,9 +55,14 @@ def operations(model: PreTrainedModel, plan: Plan, examples: Sequence[Example], 
 def predicted_seconds(
     operations_of_an_epoch: float, config: TrainConfig, *, dtype: torch.dtype, device: torch.device, threads: int
 ) -> float | None:
-    """Of all steps of a run, by the table, without evaluation and saving; None for a device that is not in it.
+    """Return the seconds for all steps, without evaluation and saving; None for a device without measured rates.
 
-    threads: of all processes together.
+    Args:
+        operations_of_an_epoch: from `operations`.
+        config: the run's options.
+        dtype: type of the matmuls.
+        device: where the run computes.
+        threads: threads of all processes together.
     """
     if device.type != "cpu":
         return None
@@ -60,15 +72,17 @@ def predicted_seconds(
 
 
 class Forecast:
-    """How long the steps that are left will take, by the faster one of the first two that this process makes: the
-    first one faults memory in."""
+    """Predicts the time of the remaining steps from the faster of this process's first two steps.
+
+    The first step is usually slower because it touches its memory for the first time.
+    """
 
     def __init__(self, plan: Plan, num_epochs: int) -> None:
         self._tokens_of_a_step = plan.computed_tokens * num_epochs / plan.steps
         self._rates: list[float] = []
 
     def after(self, event: Event) -> float | None:
-        """Seconds, once, after the second step; None after any other event, and where no step is left."""
+        """Return the remaining seconds once, after the second step; None otherwise."""
         if not isinstance(event, Step) or len(self._rates) == 2:
             return None
         self._rates.append(event.computed_tokens / event.seconds)
