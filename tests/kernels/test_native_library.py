@@ -164,7 +164,7 @@ def test_a_folder_that_is_a_link_is_refused(source: Path, tmp_path: Path) -> Non
     folder_of(source).parent.mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
     folder_of(source).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(LibraryError, match=r"native is no folder but a link or a file\. Remove it"):
+    with pytest.raises(LibraryError, match=r"native is a link or a file, not a folder\. Remove it"):
         load_library(source, FLAGS)
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -173,7 +173,7 @@ def test_a_folder_that_is_a_link_is_refused(source: Path, tmp_path: Path) -> Non
 def test_a_folder_that_others_can_write_is_refused(source: Path, mode: int) -> None:
     folder_of(source).mkdir(parents=True)
     folder_of(source).chmod(mode)
-    with pytest.raises(LibraryError, match=r"native can be written by others\. Remove it"):
+    with pytest.raises(LibraryError, match=r"native is writable by others\. Remove it"):
         load_library(source, FLAGS)
     assert list(folder_of(source).iterdir()) == []
 
@@ -183,7 +183,7 @@ def test_a_folder_above_that_everyone_can_write_is_refused(source: Path) -> None
     above = source.parent / "cache"
     above.mkdir()
     above.chmod(0o777)
-    with pytest.raises(LibraryError, match="cache can be written by everyone"):
+    with pytest.raises(LibraryError, match="cache is writable by everyone"):
         load_library(source, FLAGS)
     above.chmod(0o1777)
     assert answer(source) == 42
@@ -206,7 +206,7 @@ def test_a_compiler_of_several_words_works(source: Path, tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("command", "reason"),
     [
-        ("no-such-compiler -O2", "the C compiler that CC names, no-such-compiler, is not there"),
+        ("no-such-compiler -O2", "the C compiler that CC names, no-such-compiler, does not exist"),
         ("gcc '", "CC cannot be split into words"),
     ],
 )
@@ -262,14 +262,14 @@ def test_a_library_that_cannot_be_loaded_is_one_reason(
     """As on a file system that is mounted noexec."""
     script, _ = compiler(tmp_path, 'for last; do file=$before; before=$last; done; echo nothing > "$file"')
     monkeypatch.setenv("CC", f"'{script}'")
-    with pytest.raises(LibraryError, match="cannot be loaded .*XDG_CACHE_HOME names another cache folder"):
+    with pytest.raises(LibraryError, match="cannot be loaded .*Set XDG_CACHE_HOME to another cache folder"):
         load_library(source, FLAGS)
 
 
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"CC": "no-such-compiler"}, "the C compiler that CC names, no-such-compiler, is not there"),
+        ({"CC": "no-such-compiler"}, "the C compiler that CC names, no-such-compiler, does not exist"),
         ({"ATEN_CPU_CAPABILITY": "avx2"}, "this CPU has no AVX-512 with VNNI"),
         ({"HANDSPUN_NATIVE": "0"}, None),
     ],
@@ -286,7 +286,7 @@ def test_users_of_int8_are_told_why_there_are_no_kernels(
         said = native.slower_without(torch.device("cpu"))
         if "CC" in environment and not native.cpu_flags() >= native._NEEDED:
             reason = "this CPU has no AVX-512 with VNNI"
-        assert said == (reason and f"int8 works without its native kernels, slower: {reason}")
+        assert said == (reason and f"int8 runs without its native kernels, which is slower: {reason}")
         assert native.slower_without(torch.device("cuda")) is None
     finally:
         monkeypatch.undo()

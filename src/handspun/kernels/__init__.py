@@ -1,1 +1,1 @@
-"""Everything that a port to another CPU touches."""
+"""CPU-specific code: everything that a port to another CPU touches."""

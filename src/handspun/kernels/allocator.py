@@ -1,6 +1,7 @@
-"""glibc's allocator, told to keep what is freed: a training step asks for the same large tensors every time.
+"""Settings of glibc's allocator.
 
-By default each large tensor is mapped and unmapped again, and its pages are faulted in and cleared anew.
+A training step allocates the same large tensors each time. By default, glibc maps and unmaps each of them, and the
+kernel clears its pages again. Keeping freed memory made the packed step 1.2 times as fast.
 """
 
 import ctypes
@@ -14,9 +15,9 @@ _M_MMAP_MAX = -4
 
 
 def disable_malloc_trim() -> bool:
-    """Keeps freed memory in this process and asks for huge pages; whether that was possible.
+    """Keep freed memory in this process and ask for huge pages. Return whether that worked.
 
-    To be called before the first tensor is made. Only glibc can do it; elsewhere nothing is changed.
+    Call it before the first tensor is created. Without glibc, it changes nothing.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -29,8 +30,8 @@ def disable_malloc_trim() -> bool:
 
 
 def malloc_trim() -> None:
-    """Returns what is freed by now to the system, once: after a large thing that will not be asked for again."""
-    gc.collect()  # a model holds itself, in cycles
+    """Return freed memory to the system once, for example after a large temporary allocation."""
+    gc.collect()  # models have reference cycles
     if sys.platform.startswith("linux"):
         with suppress(OSError, AttributeError):  # musl
             ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,7 +1,7 @@
-"""Instructions of this CPU that the libraries below PyTorch may use.
+"""The CPU's instruction sets that libraries may use.
 
-oneDNN and PyTorch can be held to older instructions (`ONEDNN_MAX_CPU_ISA=AVX2`, `ATEN_CPU_CAPABILITY=avx2`). Such
-a process must do what an older CPU does, or tests on a new machine would say nothing about old ones.
+oneDNN and PyTorch can be restricted to older instructions (`ONEDNN_MAX_CPU_ISA=AVX2`, `ATEN_CPU_CAPABILITY=avx2`).
+A restricted process must behave as on an older CPU, so that tests on a new machine cover old ones.
 """
 
 import os
@@ -25,16 +25,16 @@ _FORBIDDEN_BY_ONEDNN = {
     "AVX512_CORE_FP16": ("amx",),
     "AVX10_1_512": ("amx",),
 }
-"""How flags begin that each value of ONEDNN_MAX_CPU_ISA forbids; values that are not here forbid none."""
+"""Prefixes of the flags that each value of ONEDNN_MAX_CPU_ISA forbids. Other values forbid none."""
 
 _FORBIDDEN_BY_PYTORCH = {"default": ("avx2", "avx_", *_AVX512), "avx2": _AVX512}
-"""The same for ATEN_CPU_CAPABILITY, which leaves oneDNN alone: our own kernels obey both."""
+"""The same for ATEN_CPU_CAPABILITY. It does not affect oneDNN; our own kernels obey both."""
 
 
 def cpu_flags() -> frozenset[str]:
-    """Return the CPU's instruction sets, as Linux spells them, without those that the environment forbids.
+    """Return the CPU's instruction sets, in Linux's spelling, without those that the environment forbids.
 
-    Empty where the CPU does not say.
+    Returns an empty set if they are unknown.
     """
     onednn = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     forbidden = _FORBIDDEN_BY_ONEDNN.get(onednn.upper(), ())
@@ -43,7 +43,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def cpu_model() -> str:
-    """Return the CPU's name with its flags: what a measurement on it may be remembered by."""
+    """Return the CPU's name and flags, as a key for cached measurements."""
     return f"{_field('model name', 'CPU implementer')}, {' '.join(sorted(cpu_flags()))}"
 
 
@@ -58,14 +58,17 @@ def _flags_of_the_cpu() -> frozenset[str]:
 
 
 def _as_linux_spells(name: str) -> str:
-    """PyTorch writes avx512_f where Linux writes avx512f; they agree on avx512_vnni, avx512_bf16 and amx_bf16."""
+    """Return a flag in Linux's spelling.
+
+    PyTorch writes avx512_f for avx512f, but both write avx512_vnni, avx512_bf16, and amx_bf16.
+    """
     short = {"avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_cd"}
     return name.replace("_", "") if name in short else name
 
 
 @cache
 def _field(*names: str) -> str:
-    """Return the first processor's value of the first of these fields that is there; empty if none is."""
+    """Return the first processor's value of the first of these fields that exists, or ""."""
     try:
         lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,9 @@
-"""Exact int8 matmuls on any CPU, and the Hadamard rotation that comes before rounding."""
+"""Exact int8 matmuls on any CPU, and the Hadamard transform before quantization.
+
+A few values of a row are many times as large as the others, and take most of int8's 127 steps. The transform
+spreads them. It needs no calibration texts, changes no other layer, and consists of sums and differences only, so
+a row does not depend on other rows. Weights transformed before quantization undo it.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -13,22 +18,22 @@ _LARGEST_BLOCK = 64
 
 
 def block_of(width: int) -> int:
-    """Values that are mixed with each other: the largest power of two that divides a row's width, at most 64."""
+    """Return the size of a transform's block: the largest power of two that divides the width, at most 64."""
     return min(width & -width, _LARGEST_BLOCK)
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Sums and differences, not normalized, of each block of a row. x: (rows, width), float32; so is the result.
+    """Return the Hadamard transform, not normalized, of each block of each row. x: (rows, width), float32.
 
-    A block's values lie width / block apart. Each is computed by the same additions wherever its row stands, and
-    whether natively or not.
+    The values of a block are width / block apart. Results are bit-identical with and without native kernels, and
+    in any position of a row in the batch.
     """
     library = native.kernels() if x.device.type == "cpu" else None
     return native.hadamard(library, x) if library else fwht_torch(x)
 
 
 def fwht_torch(x: Tensor) -> Tensor:
-    """`hadamard` in PyTorch: log2(block) passes of sums and differences (the fast Walsh-Hadamard transform)."""
+    """Compute `hadamard` in PyTorch, by the fast Walsh-Hadamard transform: log2(block) passes of sums."""
     width = x.shape[1]
     distance = width // block_of(width)
     while distance < width:
@@ -39,12 +44,12 @@ def fwht_torch(x: Tensor) -> Tensor:
 
 
 _FLOAT32_HOLDS = 2**24
-"""All integers up to here, of either sign."""
+"""float32 holds all integers of up to this magnitude."""
 _COLUMNS = _FLOAT32_HOLDS // 128**2
 _SIGNS = ((0, 127), (-128, 0))
 
 TRIAL_SHAPES = ((1, 64, 32), (3, 33, 7), (1, 2048, 16), (32, 2048, 64), (100, 68, 20))
-"""(rows, in, out) that a matmul is tried with: libraries take other kernels for few rows and for odd sizes."""
+"""(rows, in, out) of trial matmuls: libraries use different kernels for few rows and for odd sizes."""
 
 
 def exact_sums(rows: Tensor, weight: Tensor) -> Tensor:
@@ -56,9 +61,9 @@ def exact_sums(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def extremes(count: int, width: int, channels: int) -> tuple[Tensor, Tensor]:
-    """Return bytes, (count, width), and int8 weights, (channels, width), with the largest sums that there are.
+    """Return bytes, (count, width), and int8 weights, (channels, width), that give the largest sums.
 
-    Rows are all 255, all 0 or a mixture; weights are all 127, all -127 or a mixture.
+    Rows are all 255, all 0, or a mixture. Weights are all 127, all -127, or a mixture.
     """
     generator = torch.Generator().manual_seed(width)
     rows = torch.randint(2, (count, width), generator=generator, dtype=torch.uint8) * 255
@@ -69,11 +74,11 @@ def extremes(count: int, width: int, channels: int) -> tuple[Tensor, Tensor]:
 
 
 def is_exact(sums_of: Callable[[Tensor, Tensor], Tensor], device: torch.device | None = None) -> bool:
-    """Return whether a matmul of bytes, (count, in), 128 in their middle, and int8 weights, (out, in), is exact.
+    """Return whether a matmul of bytes, (count, in), zero point 128, and int8 weights, (out, in), is exact.
 
     Args:
-        sums_of: takes both and returns the sums of rows - 128, in int32 or float32.
-        device: where to try it.
+        sums_of: takes both and returns (rows - 128) @ weight.T in int32 or float32.
+        device: where to run it.
     """
     for shape in TRIAL_SHAPES:
         rows, weight = extremes(*shape)
@@ -87,12 +92,14 @@ class PackedInt8:
     """A frozen int8 matrix, (out, in), in oneDNN's layout."""
 
     def __init__(self, weight: Tensor, *, in_halves: bool, at_once: bool) -> None:
-        """Raise RuntimeError, AttributeError or NotImplementedError where this PyTorch has no such layout.
+        """Lay out the matrix.
+
+        Raises RuntimeError, AttributeError, or NotImplementedError if this PyTorch does not support the layout.
 
         Args:
             weight: (out, in), int8.
             in_halves: split each row into two of 7 bits.
-            at_once: sum all columns at once, whether float32 holds the sums or not.
+            at_once: sum all columns at once, even if float32 does not hold the sums.
         """
         self._in_halves = in_halves
         self._columns = weight.shape[1] if at_once else _exact_columns(weight, in_halves=in_halves)
@@ -104,7 +111,11 @@ class PackedInt8:
     def matmul(self, rows: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """Return row_scale * scale * ((rows - 128) @ weight.T) + bias: (count, out), float32.
 
-        rows: (count, in), bytes. row_scale: (count, 1). scale, bias: (out,).
+        Args:
+            rows: (count, in), bytes.
+            row_scale: (count, 1).
+            scale: (out,).
+            bias: (out,), or None.
         """
         if not self._in_halves and len(self._parts) == 1:
             matmuls = self._qlinear(rows, self._parts[0], scale)
@@ -119,7 +130,7 @@ class PackedInt8:
         if self._in_halves:
             low = rows >> 1
             rows, pieces = torch.cat([low, rows - low]), 2
-        exact = [  # summands that float32 holds
+        exact = [  # each summand fits in float32
             sums
             for part, columns in zip(self._parts, rows.split(self._columns, dim=1), strict=True)
             for sums in self._qlinear(columns.contiguous(), part, self._ones).view(pieces, count, -1)
@@ -131,7 +142,7 @@ class PackedInt8:
         return rounded
 
     def _qlinear(self, rows: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-        """Return scale * ((rows - middle) @ weight.T) of some columns, float32."""
+        """Return scale * ((rows - middle) @ weight.T) for some columns, float32."""
         middle = 64 if self._in_halves else 128
         matmuls: Tensor = torch.ops.onednn.qlinear_pointwise(
             *(rows, 1.0, middle, packed, scale, self._zeros, None),
@@ -141,9 +152,9 @@ class PackedInt8:
 
 
 def packed_int8(weight: Tensor) -> PackedInt8:
-    """Return the matrix, (out, in), int8, laid out in the fastest way that is exact on this CPU.
+    """Return the matrix, (out, in), int8, in the fastest layout that is exact on this CPU.
 
-    Raise RuntimeError, AttributeError or NotImplementedError where this PyTorch has no such layout.
+    Raises RuntimeError, AttributeError, or NotImplementedError if this PyTorch supports none.
     """
     at_once = _qlinear_is_exact(in_halves=False, at_once=True)
     whole = at_once or _qlinear_is_exact(in_halves=False, at_once=False)
@@ -151,7 +162,7 @@ def packed_int8(weight: Tensor) -> PackedInt8:
 
 
 def _exact_columns(weight: Tensor, *, in_halves: bool) -> int:
-    """Return how many columns may be summed at once: float32 holds the sums, with the rows' middle and without."""
+    """Return the number of columns whose sums fit in float32, with and without the zero point."""
     largest_byte = 128 if in_halves else 256
     columns = weight.shape[1]
     while columns > _FLOAT32_HOLDS // (largest_byte * 128):
@@ -165,7 +176,7 @@ def _exact_columns(weight: Tensor, *, in_halves: bool) -> int:
 
 @cache
 def _qlinear_is_exact(*, in_halves: bool, at_once: bool) -> bool:
-    """Return whether oneDNN's sums are exact on this CPU, laid out in one of the ways of `PackedInt8`."""
+    """Return whether oneDNN's sums are exact on this CPU with these options of `PackedInt8`."""
 
     def sums_of(rows: Tensor, weight: Tensor) -> Tensor:
         packed = PackedInt8(weight, in_halves=in_halves, at_once=at_once)
@@ -175,21 +186,20 @@ def _qlinear_is_exact(*, in_halves: bool, at_once: bool) -> bool:
 
 
 def int_mm(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Return rows @ matrix as exact int32 sums. rows: (count, in), int8. matrix: (in, out), int8.
-
-    CUDA's matmul wants at least 17 rows.
-    """
+    """Return rows @ matrix as exact int32 sums. rows: (count, in), int8. matrix: (in, out), int8."""
     count = len(rows)
-    if rows.is_cuda and count < 17:
+    if rows.is_cuda and count < 17:  # CUDA's matmul needs at least 17 rows
         rows = nn.functional.pad(rows, (0, 0, 0, 17 - count))
-    if rows.device.type == "cpu" and (len(matrix) == 1 or not has_fast_int_mm()):  # of one column, oneDNN gives 0
+    if rows.device.type == "cpu" and (
+        len(matrix) == 1 or not has_fast_int_mm()
+    ):  # oneDNN returns 0 for one column
         return _int_mm_in_float(rows, matrix)
     return torch._int_mm(rows, matrix)[:count]
 
 
 @cache
 def has_fast_int_mm() -> bool:
-    """Return whether PyTorch's `_int_mm` is oneDNN's here, not a plain loop, and exact."""
+    """Return whether PyTorch's `_int_mm` uses oneDNN here, not a plain loop, and is exact."""
     if "avx512_vnni" not in cpu_flags() or not hasattr(torch, "_int_mm"):
         return False
     return is_exact(lambda rows, weight: torch._int_mm(rows.view(torch.int8) ^ -128, weight.T))
@@ -197,7 +207,7 @@ def has_fast_int_mm() -> bool:
 
 def _int_mm_in_float(rows: Tensor, matrix: Tensor) -> Tensor:
     sums = torch.zeros(len(rows), matrix.shape[1], dtype=torch.int32)
-    with torch.autocast("cpu", enabled=False):  # bfloat16 would hold integers up to 256
+    with torch.autocast("cpu", enabled=False):  # bfloat16 holds integers only up to 256
         for some, part in zip(rows.split(_COLUMNS, dim=1), matrix.split(_COLUMNS), strict=True):
             sums += (some.float() @ part.float()).int()
     return sums

@@ -1,10 +1,10 @@
-/* What a decoding step does, for x86-64 CPUs with AVX-512 and its int8 dot product (VNNI): rounding rows to int8, of
- * normed and gated inputs too, their matmuls with int8 weights, and attention of single queries. Training's int8
- * layers use `hadamard`, `quantize`, `scale_quantize` and both matmuls.
+/* Kernels of a decoding step, for x86-64 CPUs with AVX-512 and its int8 dot product (VNNI): quantizing rows (also of
+ * normalized and gated inputs), matmuls with int8 weights, and attention of single queries. Int8 layers in training use
+ * `hadamard`, `quantize`, `scale_quantize`, and both matmuls.
  *
- * Each function computes what models/fused.py and decoding/engines/fused.py compute with PyTorch, without arrays in
- * between. Every row is computed by itself, by the same instructions wherever it stands: its result does not depend on
- * the rows beside it, nor on the number of threads.
+ * Each function computes what models/fused.py and decoding/engines/fused.py compute with PyTorch, without intermediate
+ * arrays. Each row is computed separately, always by the same instructions, so its result does not depend on the other
+ * rows or on the number of threads.
  */
 #include <immintrin.h>
 #include <math.h>
@@ -13,13 +13,14 @@
 #include <stdint.h>
 #include <string.h>
 
-#define LANES 16 /* float32 in a register */
+#define LANES 16 /* float32 values per register */
 
+/* The mask of the lanes that hold one of the `left` remaining values. */
 static inline __mmask16 lanes(int64_t left) {
     return left >= LANES ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
 }
 
-/* e^x, with a relative error of 2e-7: x = n ln 2 + r, and a polynomial of r (Cephes' expf). */
+/* Return e^x with a relative error of 2e-7: x = n ln 2 + r, and a polynomial in r (Cephes' expf). */
 static inline __m512 exp512(__m512 x) {
     x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.3f));
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
@@ -35,7 +36,8 @@ static inline __m512 exp512(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-/* Sums and differences of values that lie width / block, and twice that, and so on, apart: kernels/int8_matmul.py. */
+/* Transform a row in place, by sums and differences of values that are width / block apart, then twice that, and so on
+ * (see kernels/int8_matmul.py). */
 static void hadamard_row(float *x, int64_t width) {
     int64_t block = width & -width;
     for (int64_t distance = width / (block < 64 ? block : 64); distance < width; distance *= 2)
@@ -49,7 +51,7 @@ static void hadamard_row(float *x, int64_t width) {
             }
 }
 
-/* A row of `width` values to unsigned bytes: 128 + value / scale, with the largest of them at 127 steps. */
+/* Quantize a row to unsigned bytes: 128 + value / scale, where the largest magnitude becomes 127. Return the scale. */
 static float quantize_row(const float *x, uint8_t *out, int64_t width) {
     __m512 largest = _mm512_setzero_ps();
     for (int64_t i = 0; i < width; i += LANES)
@@ -67,7 +69,7 @@ static float quantize_row(const float *x, uint8_t *out, int64_t width) {
     return scale;
 }
 
-/* x * weight / sqrt(mean(x^2) + eps) */
+/* RMSNorm of a row: x * weight / sqrt(mean(x^2) + eps). */
 static void norm_row(const float *x, const float *weight, float eps, float *out, int64_t width) {
     __m512 squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < width; i += LANES) {
@@ -82,7 +84,7 @@ static void norm_row(const float *x, const float *weight, float eps, float *out,
     }
 }
 
-/* silu(gate) * up, the two end to end in x */
+/* SwiGLU of a row: silu(gate) * up. x: gate, then up. */
 static void gate_row(const float *x, float *out, int64_t width) {
     for (int64_t i = 0; i < width; i += LANES) {
         __mmask16 mask = lanes(width - i);
@@ -93,7 +95,7 @@ static void gate_row(const float *x, float *out, int64_t width) {
     }
 }
 
-/* Rows of x, (rows, width), transformed. */
+/* Transform the rows of x, (rows, width). */
 void hadamard(const float *x, int64_t rows, int64_t width, float *out, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
@@ -102,8 +104,7 @@ void hadamard(const float *x, int64_t rows, int64_t width, float *out, int threa
     }
 }
 
-/* Rows of x, (rows, width), or what becomes of them, transformed and as unsigned bytes with their scales.
- * work: (rows, width). */
+/* Transform the rows of x, (rows, width), and quantize them. work: (rows, width). */
 void quantize(const float *x, int64_t rows, int64_t width, float *work, uint8_t *out, float *scales, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
@@ -113,7 +114,7 @@ void quantize(const float *x, int64_t rows, int64_t width, float *work, uint8_t 
     }
 }
 
-/* Rows of x, (rows, width), times weight, (width), as unsigned bytes with their scales; not transformed. */
+/* Quantize x * weight, not transformed. x: (rows, width). weight: (width). */
 void scale_quantize(const float *x, const float *weight, int64_t rows, int64_t width, float *work, uint8_t *out,
                     float *scales, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows > 1)
@@ -125,6 +126,7 @@ void scale_quantize(const float *x, const float *weight, int64_t rows, int64_t w
     }
 }
 
+/* `quantize` of RMSNorm(x). */
 void norm_quantize(const float *x, const float *weight, float eps, int64_t rows, int64_t width, float *work,
                    uint8_t *out, float *scales, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows > 1)
@@ -135,6 +137,7 @@ void norm_quantize(const float *x, const float *weight, float eps, int64_t rows,
     }
 }
 
+/* `quantize` of SwiGLU(x). x: (rows, 2 * width). */
 void gate_quantize(const float *x, int64_t rows, int64_t width, float *work, uint8_t *out, float *scales, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
@@ -144,10 +147,10 @@ void gate_quantize(const float *x, int64_t rows, int64_t width, float *work, uin
     }
 }
 
-/* The sums of up to ROWS rows of bytes with TILE channels, and what they stand for:
- * (base + x @ weight) * scale * row_scale + bias. scale, bias: null for none. left: how many of the channels there
- * are. The sums stay in registers, for which gcc needs all loops over them unrolled, and the instruction itself: its
- * intrinsic is given copies. */
+/* Compute (base + x @ weight) * scale * row_scale + bias for up to ROWS rows of bytes and the TILE channels of a tile.
+ * scale, bias: null for none. left: number of channels that exist. The sums must stay in registers. So all loops over
+ * them are unrolled, and the instruction is written as inline assembly: with its intrinsic, gcc 12 copies all sums, at
+ * half the speed. */
 #define ROWS 6
 #define TILE 64
 #define QUARTERS (TILE / LANES)
@@ -180,7 +183,7 @@ static inline __attribute__((always_inline)) void multiply(const uint8_t *x, con
     }
 }
 
-/* All rows with one tile, ROWS at a time, or as near to it as shares them out evenly. */
+/* Multiply all rows with one tile, in even groups of at most ROWS rows. */
 static void multiply_tile(const uint8_t *x, const float *row_scale, int64_t rows, int64_t width, const int8_t *weight,
                           const int32_t *base, const float *scale, const float *bias, int64_t left, float *out,
                           int64_t channels) {
@@ -198,9 +201,9 @@ static void multiply_tile(const uint8_t *x, const float *row_scale, int64_t rows
     }
 }
 
-/* The matmul of rows of bytes, 128 in their middle, (rows, width), with int8 weights, (channels, width), as float32,
- * (rows, channels). weight: in tiles of 64 channels, the last one filled up with zeros, each (width / 4, 64, 4), so
- * that it is read from end to end. base: -128 times the sums of the channels, filled up too. */
+/* Multiply rows of bytes with zero point 128, (rows, width), with int8 weights, (channels, width). out: float32,
+ * (rows, channels). weight: in tiles of 64 channels, each (width / 4, 64, 4), so memory is read sequentially; the last
+ * one is padded with zeros. base: -128 times the sums of the channels, padded too. */
 void matmul(const uint8_t *x, const float *row_scale, int64_t rows, int64_t width, const int8_t *weight,
              const int32_t *base, const float *scale, const float *bias, int64_t channels, float *out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -209,9 +212,9 @@ void matmul(const uint8_t *x, const float *row_scale, int64_t rows, int64_t widt
                       channels - c, out + c, channels);
 }
 
-/* The matmul with the transposed matrix: (rows, channels) to (rows, width). 64 columns at a time are laid out as a
- * tile is, 4 by 16 bytes an instruction, and serve all rows. base: -128 times the sums of the columns, filled up.
- * work: (threads, channels filled up, 64). */
+/* Multiply with the transposed matrix: (rows, channels) to (rows, width). 64 columns at a time are rearranged as a
+ * tile, 4 x 16 bytes per instruction, and used for all rows. base: -128 times the sums of the columns, padded.
+ * work: (threads, padded channels, 64). */
 void transposed_matmul(const uint8_t *x, const float *row_scale, int64_t rows, int64_t channels, const int8_t *weight,
                         const int32_t *base, int64_t width, float *out, int8_t *work, int threads) {
     const __m512i turned = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
@@ -235,9 +238,9 @@ void transposed_matmul(const uint8_t *x, const float *row_scale, int64_t rows, i
     }
 }
 
-/* Norms the queries and keys of qkv, (tokens, heads + 2 * kv_heads, size), where there are norms for them, (size), and
- * rotates them by their positions: queries in place, and keys, and values, into places of the pool,
- * (2 * kv_heads, pool_tokens, size). cosines, sines: (tokens, size), the sines' first half negative.
+/* Normalize (if q_norm or k_norm, (size), are given) and rotate the queries and keys of qkv,
+ * (tokens, heads + 2 * kv_heads, size). Queries stay in place. Keys and values are written to `places` of the pool,
+ * (2 * kv_heads, pool_tokens, size). cosines, sines: (tokens, size), the first half of the sines negated.
  * size: a multiple of 32. */
 void rotate(float *qkv, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size, const float *q_norm,
             const float *k_norm, float eps, const float *cosines, const float *sines, const int64_t *places,
@@ -263,7 +266,7 @@ void rotate(float *qkv, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t
         }
 }
 
-/* Attention of one head of keys: each of the `group` queries that share it over the same keys. size: 16 * chunks. */
+/* Attention of the `group` queries that share one key head, over the same keys. size: 16 * chunks. */
 static inline __attribute__((always_inline)) void attend_head(const float *queries, const float *keys,
                                                               const float *values, int64_t length, int64_t group,
                                                               int chunks, const uint8_t *seen, float scaling,
@@ -298,11 +301,10 @@ static inline __attribute__((always_inline)) void attend_head(const float *queri
     }
 }
 
-/* Attention of single queries, each over its row's keys. A job is a query token: its row's keys lie at
- * starts[job] to starts[job] + lengths[job] of the pool, (2 * kv_heads, pool_tokens, size), keys and then values;
- * masks[job] has a byte for each of them, or is null: then it sees them all. A token's queries begin stride floats after
- * those of the one before it. out: (jobs, kv_heads * group, size). work: (jobs * kv_heads, longest).
- * size: 32, 64, 96 or 128. */
+/* Attention of single queries, each over its sequence's keys. A job is a query token. Its keys are at starts[job] to
+ * starts[job] + lengths[job] of the pool, (2 * kv_heads, pool_tokens, size), keys first, then values. masks[job] has
+ * one byte per key, or is null to attend to all. stride: floats from one token's queries to the next.
+ * out: (jobs, kv_heads * group, size). work: (jobs * kv_heads, longest). size: 32, 64, 96 or 128. */
 void attend(const float *queries, int64_t stride, const float *pool, int64_t pool_tokens, int64_t kv_heads,
             int64_t group, int64_t size, int64_t jobs, const int64_t *starts, const int64_t *lengths,
             const uint8_t *const *masks, float scaling, float *work, int64_t longest, float *out, int threads) {

@@ -1,4 +1,4 @@
-"""Loading the compiled kernels, and calling them."""
+"""Compiling, loading, and calling the native kernels (kernels.c)."""
 
 import ctypes
 import hashlib
@@ -26,15 +26,15 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 _COMPILERS = ("cc", "gcc", "clang")
 _COMPILE_SECONDS = 120
 _TRIED_AGAIN_AFTER = 24 * 3600
-"""Seconds: a compiler that has failed would cost every start as long as it takes to fail."""
+"""Seconds before a failed compiler is tried again: each start would otherwise wait for it to fail."""
 
 
 class LibraryError(Exception):
-    """Why there is no library, in a few words."""
+    """The reason why there is no library, in a few words."""
 
 
 def load_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
-    """Return the library of a C file, built if it is not in the cache folder yet. Raise LibraryError."""
+    """Load the library of a C file. Build it first if it is not in the cache folder. Raises LibraryError."""
     compiler = _compiler()
     try:
         file = _library_file(source, flags, compiler)
@@ -44,14 +44,14 @@ def load_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
         raise LibraryError(f"{error.filename or cache_folder()}: {error.strerror or error}") from error
     try:
         return ctypes.CDLL(str(file))
-    except OSError as error:  # a file system that is mounted noexec
+    except OSError as error:  # for example, the file system is mounted noexec
         raise LibraryError(
-            f"{file} cannot be loaded ({error}); XDG_CACHE_HOME names another cache folder"
+            f"{file} cannot be loaded ({error}). Set XDG_CACHE_HOME to another cache folder"
         ) from error
 
 
 def _compiler() -> list[str]:
-    """Return the compiler's command: $CC, which may hold several words, or the first that is there."""
+    """Return the compiler's command: $CC, which may be several words, or the first known one that exists."""
     try:
         words = shlex.split(os.environ.get("CC", ""))
     except ValueError as error:
@@ -59,34 +59,34 @@ def _compiler() -> list[str]:
     if not words:
         words = [name for name in _COMPILERS if shutil.which(name)][:1]
         if not words:
-            raise LibraryError("there is no C compiler (gcc or clang, or the one that CC names)")
+            raise LibraryError("there is no C compiler. Install gcc or clang, or set CC")
     if not shutil.which(words[0]):
-        raise LibraryError(f"the C compiler that CC names, {words[0]}, is not there")
+        raise LibraryError(f"the C compiler that CC names, {words[0]}, does not exist")
     return words
 
 
 def _own_folder() -> Path:
-    """Return the folder of libraries, made if need be. Raise LibraryError if others can write to it."""
+    """Return the folder of libraries; create it if needed. Raises LibraryError if others can write to it."""
     folder = cache_folder().absolute() / "native"
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode):
-        raise LibraryError(f"{folder} is no folder but a link or a file. Remove it")
+        raise LibraryError(f"{folder} is a link or a file, not a folder. Remove it")
     if found.st_uid != os.geteuid():
-        raise LibraryError(f"{folder} belongs to another user. XDG_CACHE_HOME names another cache folder")
+        raise LibraryError(f"{folder} belongs to another user. Set XDG_CACHE_HOME to another cache folder")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise LibraryError(f"{folder} can be written by others. Remove it")
+        raise LibraryError(f"{folder} is writable by others. Remove it")
     folder.chmod(0o700)
     for above in folder.resolve().parents:
         mode = above.stat().st_mode
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            raise LibraryError(f"{above} can be written by everyone. XDG_CACHE_HOME names another cache folder")
+            raise LibraryError(f"{above} is writable by everyone. Set XDG_CACHE_HOME to another cache folder")
     return folder
 
 
 def _library_file(source: Path, flags: Sequence[str], compiler: Sequence[str]) -> Path:
-    """Return where the library is or will be. Its name says what it is made of, by what, and for which CPU."""
+    """Return the library's path. Its name is a hash of the source, the compiler, the flags, and the CPU."""
     programs = [Path(path).resolve() for path in map(shutil.which, compiler) if path]
     files = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in programs]
     made_from = "\0".join([source.read_text(encoding="utf-8"), *compiler, *files, cpu_model(), *flags])
@@ -94,10 +94,10 @@ def _library_file(source: Path, flags: Sequence[str], compiler: Sequence[str]) -
 
 
 def _is_whole_and_own(file: Path) -> bool:
-    """Return whether the file is a library that this user has written, to its end."""
+    """Return whether the file is a complete library that this user wrote."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:  # there is none yet, or it is a link
+    except OSError:  # it does not exist, or is a link
         return False
     with open(descriptor, "rb") as opened:
         found = os.fstat(descriptor)
@@ -110,7 +110,14 @@ def _is_whole_and_own(file: Path) -> bool:
 
 
 def _build(source: Path, flags: Sequence[str], compiler: Sequence[str], file: Path) -> None:
-    """Write the library, or the reason why the compiler failed, which stands for a day. Raise LibraryError."""
+    """Build the library. If the compiler fails, store the reason for a day and raise LibraryError.
+
+    Args:
+        source: the C file.
+        flags: compiler flags.
+        compiler: the compiler's command.
+        file: path of the library.
+    """
     failure = file.with_suffix(".failed")
     if reason := _recent_failure(failure):
         raise LibraryError(reason)
@@ -129,7 +136,7 @@ def _build(source: Path, flags: Sequence[str], compiler: Sequence[str], file: Pa
 
 
 def _failure_of(command: Sequence[str]) -> str | None:
-    """Run a compiler. Return what it said last if it failed; None if it did not."""
+    """Run a compiler. Return its first error if it failed, else None."""
     try:
         done = subprocess.run(
             command, capture_output=True, stdin=subprocess.DEVNULL, timeout=_COMPILE_SECONDS, check=False
@@ -152,7 +159,7 @@ def _recent_failure(file: Path) -> str | None:
         reason = file.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
-    return f"{reason} (tried again after a day, or when {file} is removed)" if reason else None
+    return f"{reason} (to try again before a day has passed, remove {file})" if reason else None
 
 
 def _write(content: bytes, file: Path) -> None:
@@ -187,19 +194,19 @@ _SIGNATURES = {
 
 
 def kernels() -> Any | None:
-    """The library, built if it is not there yet; None where it cannot be had, or HANDSPUN_NATIVE=0 is set."""
+    """Return the library, built if needed, or None if it is not available or HANDSPUN_NATIVE=0 is set."""
     return _kernels_or_reason()[0]
 
 
 def reason_for_none() -> str | None:
-    """Return why there are no kernels; None if there are, or if the user has switched them off."""
+    """Return why there are no kernels, or None if there are or the user turned them off."""
     return _kernels_or_reason()[1]
 
 
 def slower_without(device: torch.device) -> str | None:
-    """Return a line for users of int8 on a CPU that has no kernels; None if none is due."""
+    """Return a message for int8 users if the device is a CPU without native kernels, else None."""
     reason = reason_for_none() if device.type == "cpu" else None
-    return None if reason is None else f"int8 works without its native kernels, slower: {reason}"
+    return None if reason is None else f"int8 runs without its native kernels, which is slower: {reason}"
 
 
 @cache
@@ -207,7 +214,7 @@ def _kernels_or_reason() -> tuple[Any | None, str | None]:
     if os.environ.get("HANDSPUN_NATIVE") == "0":
         return None, None
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        return None, "they are for Linux on x86-64"
+        return None, "they need Linux on x86-64"
     if not cpu_flags() >= _NEEDED:
         return None, "this CPU has no AVX-512 with VNNI"
     try:
@@ -221,12 +228,12 @@ def _kernels_or_reason() -> tuple[Any | None, str | None]:
 
 
 def forget_kernels() -> None:
-    """Look for the kernels again at the next call of `kernels`."""
+    """Make the next call of `kernels` look for the library again."""
     _kernels_or_reason.cache_clear()
 
 
 def hadamard(library: Any, x: Tensor) -> Tensor:
-    """(rows, width), float32, transformed as in hadamard.py."""
+    """Return x, (rows, width), float32, transformed as `int8_matmul.hadamard` does."""
     x = x.contiguous()
     out = torch.empty_like(x)
     library.hadamard(x.data_ptr(), *x.shape, out.data_ptr(), torch.get_num_threads())
@@ -234,7 +241,7 @@ def hadamard(library: Any, x: Tensor) -> Tensor:
 
 
 def quantize(library: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, width), float32, to bytes, each value of hadamard(x) / scale + 128, and the scales, (rows, 1)."""
+    """Return (hadamard(x) / scale + 128 as bytes, (rows, width); scales, (rows, 1)). x: (rows, width), float32."""
     x, work = x.contiguous(), torch.empty_like(x)
     out, scale = _empty(x)
     arrays = (work.data_ptr(), out.data_ptr(), scale.data_ptr())
@@ -243,7 +250,7 @@ def quantize(library: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scale_quantize(library: Any, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """x * scale to bytes, not transformed. x: (rows, width). scale: (width,)."""
+    """Return x * scale quantized as `quantize` does, but not transformed. x: (rows, width). scale: (width,)."""
     x, work = x.contiguous(), torch.empty_like(x)
     out, row_scale = _empty(x)
     arrays = (work.data_ptr(), out.data_ptr(), row_scale.data_ptr())
@@ -252,7 +259,14 @@ def scale_quantize(library: Any, x: Tensor, scale: Tensor) -> tuple[Tensor, Tens
 
 
 def norm_quantize(library: Any, x: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`quantize` of RMSNorm(x). norm: (width,)."""
+    """Return `quantize` of RMSNorm(x).
+
+    Args:
+        library: the kernels.
+        x: (rows, width).
+        norm: (width,), weights of the norm.
+        eps: epsilon of the norm.
+    """
     x, work = x.contiguous(), torch.empty_like(x)
     out, scale = _empty(x)
     arrays = (work.data_ptr(), out.data_ptr(), scale.data_ptr())
@@ -261,7 +275,7 @@ def norm_quantize(library: Any, x: Tensor, norm: Tensor, eps: float) -> tuple[Te
 
 
 def gate_quantize(library: Any, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantize` of silu(gate) * up. gate_up: (rows, 2 * width)."""
+    """Return `quantize` of silu(gate) * up. gate_up: (rows, 2 * width)."""
     work = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
     out, scale = _empty(work)
     arrays = (work.data_ptr(), out.data_ptr(), scale.data_ptr())
@@ -270,12 +284,12 @@ def gate_quantize(library: Any, gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def can_multiply() -> bool:
-    """Whether the matmuls are there, and the fastest that there are: with AMX, oneDNN's are."""
+    """Return whether the native matmuls are available and the fastest: with AMX, oneDNN's are faster."""
     return kernels() is not None and "amx_int8" not in cpu_flags()
 
 
 def can_attend(head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `rotate` and `attend` are there for such heads."""
+    """Return whether `rotate` and `attend` support such heads."""
     is_float = dtype == torch.float32 and device.type == "cpu"
     return is_float and head_size in _HEAD_SIZES and kernels() is not None
 
@@ -290,11 +304,17 @@ def rotate(
     places: Tensor,
     pool: Tensor,
 ) -> None:
-    """Norms queries and keys, rotates queries in place, and puts rotated keys, and values, into places, (tokens,),
-    of the pool.
+    """Normalize queries and keys, rotate queries in place, and write rotated keys and values to the KV cache.
 
-    qkv: (tokens, heads + 2 * kv_heads, head_size). norms: of queries and keys, (head_size,); None for no norm.
-    cosines, sines: (tokens, head_size).
+    Args:
+        qkv: (tokens, heads + 2 * kv_heads, head_size); queries are overwritten.
+        heads: number of query heads.
+        norms: weights of the norms of queries and keys, (head_size,); None for no norm.
+        eps: epsilon of the norms.
+        cosines: (tokens, head_size).
+        sines: (tokens, head_size).
+        places: (tokens,), each token's slot in the pool.
+        pool: the KV cache, (2 * kv_heads, slots, head_size).
     """
     library: Any = kernels()
     assert qkv.is_contiguous() and pool.is_contiguous()  # noqa: PT018
@@ -308,11 +328,14 @@ def rotate(
 def attend(
     queries: Tensor, pool: Tensor, starts: Sequence[int], lengths: Sequence[int], masks: Sequence[Tensor | None]
 ) -> Tensor:
-    """Attention of single queries over their rows' keys: (tokens, heads * head_size).
+    """Return the attention of single queries over their sequences' keys: (tokens, heads * head_size).
 
-    queries: (tokens, heads, head_size), each token's contiguous. pool: (2 * kv_heads, places, head_size), keys and
-        then values. starts, lengths: where each token's keys lie in it. masks: for each token, (length,), bool,
-        which of them it sees; None for all.
+    Args:
+        queries: (tokens, heads, head_size), contiguous per token.
+        pool: the KV cache, (2 * kv_heads, slots, head_size): keys, then values.
+        starts: first slot of each token's keys.
+        lengths: number of each token's keys.
+        masks: per token, (length,), bool, the keys that it attends to; None for all.
     """
     library: Any = kernels()
     (tokens, heads, size), kv_heads, longest = queries.shape, len(pool) // 2, max(lengths)
