@@ -239,7 +239,7 @@ def start_over(first: Path, output: Path, work: Path) -> None:
 
 
 def is_kept(output: Path, before: dict[str, str]) -> bool:
-    """Whether the first run is whole, in its place, aside, or on the way; or a later one has saved."""
+    """Return whether the first run is whole, in its place, aside, or on the way; or a later one has saved or ended."""
     aside = output / ".handspun"
     in_place = contents(output)
     on_the_way = contents(aside / "replacing") if (aside / "replacing").exists() else {}
@@ -248,7 +248,11 @@ def is_kept(output: Path, before: dict[str, str]) -> bool:
         return True
     folders = [folder for folder in output.rglob("checkpoint-*") if "deleted" not in folder.parts]
     has_saved = any(is_checkpoint(folder) and is_checkpoint(folder / TRAINING_STATE) for folder in folders)
-    return has_saved or is_finished(output)
+    epochs = {
+        folder.name for folder in folders if folder.name.startswith("checkpoint-epoch-") and is_checkpoint(folder)
+    }
+    records = [place for place in (output, aside / "replacing", *aside.glob("replaced-*")) if is_finished(place)]
+    return has_saved or (bool(records) and len(epochs) == OPTIONS["num_epochs"])
 
 
 def overwrite_exports(work: Path, first: Path, kills: int, rng: random.Random) -> int:
