@@ -53,24 +53,6 @@ def test_eval_shows_a_table_or_json_and_writes_rows(
     assert scores["rows"]["kept"] == 2
 
 
-def test_eval_counts_what_it_does_not_check(
-    capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path
-) -> None:
-    file = tmp_path / "ifeval.jsonl"
-    ids = ["punctuation:no_comma", "language:response_language"]
-    record = {"prompt": "Hi.", "instruction_id_list": ids, "kwargs": [{}, {"language": "en"}]}
-    file.write_text(json.dumps(record) + "\n")
-    command = ["eval", "--model", str(tiny_folder), "--data", str(file), "--generate", "--max-new-tokens", "2"]
-    assert main(command) == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "of the 1 that are checked" in printed
-    assert "not checked 1 of kinds that are not checked here: language:response_language" in printed
-    assert "prompts, strict" not in printed  # its other instruction could fail
-    assert main([*command, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["instructions"]
-    assert (found["checked"], found["not_checked"]) == (1, 1)
-
-
 def test_a_place_that_cannot_be_written_is_said_before_the_work(
     capsys: pytest.CaptureFixture[str], held_out: Path
 ) -> None:

@@ -30,10 +30,11 @@ _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# What the tests train depends on these very texts.
 _TEXTS = [
     "Give me a brief introduction to the city. What is the sum of the first numbers?",
     "The answer is that the system and the user take turns, and the assistant ends the turn.",
-    "Tell me a joke about computers. Rewrite this sentence. List three colors: red, green, blue.",
+    "Tell me a joke about computers. Rewrite this sentence. List three colours: red, green, blue.",
     'user assistant system tool {"name": "weather", "arguments": {"city": "Shanghai"}}',
 ]
 

@@ -239,7 +239,7 @@ def start_over(first: Path, output: Path, work: Path) -> None:
 
 
 def is_kept(output: Path, before: dict[str, str]) -> bool:
-    """Return whether the first run is whole, in its place, aside, or on the way; or a later one has saved or ended."""
+    """Return whether the first run is whole, in place, aside, or on the way; or a later one has saved or ended."""
     aside = output / ".handspun"
     in_place = contents(output)
     on_the_way = contents(aside / "replacing") if (aside / "replacing").exists() else {}

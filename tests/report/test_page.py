@@ -204,7 +204,7 @@ def test_a_run_that_ends_early_has_a_report_that_says_so(
     def stopped(*_: object, **__: object) -> None:
         raise StoppedError(15, step=2, total_steps=4)
 
-    monkeypatch.setattr("handspun.runs.checkpoints.CheckpointManager.event", stopped)
+    monkeypatch.setattr("handspun.runs.checkpoints.CheckpointManager.on_event", stopped)
     with pytest.raises(StoppedError):
         train(config(tiny_folder, data, sample_prompts=("Say 3.",)), console=quiet_console())
     text = Page(data.with_name("output").joinpath("report.html").read_text(encoding="utf-8")).text

@@ -250,7 +250,9 @@ def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_read(
     monkeypatch.setattr(
         "handspun.runs.train.available_memory", lambda _: AvailableMemory(10**8, "free memory of this machine")
     )
-    monkeypatch.setattr("handspun.runs.train.read_model", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr(
+        "handspun.runs.train.load_trainable", lambda *_, **__: pytest.fail("the weights were read")
+    )
     with pytest.raises(TrainingError, match=r"predicted peak memory is 0\.6 GB, and 0\.1 GB is available"):
         train(config(tiny_folder, data), console=Console(file=io.StringIO()))
     console = Console(file=io.StringIO(), width=200)

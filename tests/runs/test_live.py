@@ -39,7 +39,7 @@ def state() -> LiveState:
     made = LiveState(total_steps=10, num_epochs=2, held_out=True, prompts=("Who are you?", "Tell me a joke."))
     made.see(Evaluation(0, 0, 2.5, 50, True))
     made.see(step(1, 4.0), memory=3_100_000_000, seconds_left=18.0)
-    made.see(step(2, 1.0, loss_mask=200), memory=3_200_000_000, seconds_left=16.0)
+    made.see(step(2, 1.0, learned=200), memory=3_200_000_000, seconds_left=16.0)
     made.see(Evaluation(2, 1, 2.25, 50, True))
     answers = [SampleAnswer("Who are you?", "greedy", "I am\n Spindle. " + "And so on. " * 20, "length")]
     made.see(Samples(2, 1, [*answers, SampleAnswer("Tell me a joke.", "greedy", "\x1b[2JNo.", "eos")], 1.0))

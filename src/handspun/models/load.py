@@ -211,6 +211,15 @@ def model_source(name: str, notice: Callable[[str], None]) -> ModelSource:
     return ModelSource(name, name)
 
 
+def load_trainable(source: ModelSource, template: ChatTemplate, device: torch.device) -> ChatModel:
+    """Load a model's weights in float32, for a tokenizer and template that are there already."""
+    model = _load_merged(source, torch.float32)
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps it and loses its types
+    chat = ChatModel(model.eval(), template.tokenizer, source.name, template_args=template.template_args)
+    chat.template = template
+    return chat
+
+
 def load_tokenizer(source: ModelSource, notice: Callable[[str], None] | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer of the model, or of an adapter's folder, with the ids of its tokenizer.json.
 

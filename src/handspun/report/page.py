@@ -42,7 +42,7 @@ def report_page(run: RunFiles) -> str:
         title=words.title(run),
         run=run,
         begun=words.when(run),
-        max_total_tokens=MAX_NEW_TOKENS,
+        most_tokens=MAX_NEW_TOKENS,
         before=run.kept.get("before", {}),
         after=run.kept.get("after", {}),
         unknown_losses=_why_losses_are_unknown(run),
@@ -76,7 +76,7 @@ def comparison_page(runs: Sequence[RunFiles]) -> str:
         warnings=sides.warnings(runs),
         curves=pictures.curves_side_by_side(runs, names),
         answers=answers(runs),
-        max_total_tokens=MAX_NEW_TOKENS,
+        most_tokens=MAX_NEW_TOKENS,
         commands=[words.how_again(run) for run in runs],
     )
 

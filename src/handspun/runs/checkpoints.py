@@ -61,7 +61,7 @@ class CheckpointManager:
             run.checkpoints[:] = [path for path in run.checkpoints if path.exists()]
             run.best_checkpoint = self._best if facts["best_checkpoint"] and self._best.exists() else None
 
-    def event(self, event: Event, state: TrainingState) -> None:
+    def on_event(self, event: Event, state: TrainingState) -> None:
         """checkpoint-best after an evaluation that is the best so far, checkpoint-epoch-N after each epoch."""
         if isinstance(event, Evaluation):
             self._run.evaluations.append(event)
@@ -94,8 +94,8 @@ class CheckpointManager:
         if self._processes.is_first:
             record(self._run, self._facts, "running")
 
-    def finish(self) -> None:
-        """What was kept to resume from goes; models stay."""
+    def cleanup(self) -> None:
+        """Remove what was kept to resume from. Models stay."""
         if not self._processes.is_first:
             return
         for folder in resumable(self._run.output_dir):

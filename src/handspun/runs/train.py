@@ -1,7 +1,11 @@
-"""One fine-tuning run, put together: data, model, loop, log, checkpoints."""
+"""One fine-tuning run in five stages: load_data -> plan_run -> check -> load_model -> fit.
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+Each stage returns what the next ones need. The loop itself is training/loop.py: it yields events, and `fit` hands
+each event to its listeners (log, incidents, sample answers, checkpoints).
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -33,14 +37,14 @@ from handspun.models.load import (
     load_config,
     load_generation_config,
     load_tokenizer,
+    load_trainable,
     model_source,
-    read_model,
     recorded_base,
     resolve_device,
     resolve_dtype,
 )
 from handspun.models.lora import add_lora
-from handspun.preflight.checks import Finding, check_rows, end_of_turn, template_lines
+from handspun.preflight.checks import EndOfTurn, Finding, check_rows, end_of_turn, template_lines
 from handspun.preflight.time_estimate import Forecast, operations, predicted_seconds
 from handspun.runs.artifacts import report_around
 from handspun.runs.checkpoints import CheckpointManager
@@ -78,22 +82,82 @@ from handspun.training.checkpoint import TRAINING_STATE, read_optimizer, read_we
 from handspun.training.distributed import Distributed, processes_of_this_run
 from handspun.training.dtype import choose_dtype, use_threads
 from handspun.training.guards import OutOfMemory, SkippedStep, Spike
-from handspun.training.loop import Loop, TrainingState, start
+from handspun.training.loop import Event, Loop, TrainingState, start
 from handspun.training.loop import train as training_events
-from handspun.training.memory import available_memory, check_fits_in_memory, make_plan
-from handspun.training.runner import select_runner
+from handspun.training.memory import Plan, available_memory, check_fits_in_memory, make_plan
+from handspun.training.runner import BatchRunner, select_runner
 
 _MANY_ROWS = 100_000
-"""To look at these takes a while in which nothing else is said."""
+"""The search for duplicates in so many rows takes a while, so it is announced."""
+
+Listener = Callable[[Event, TrainingState], None]
+"""What is done after an event of the loop."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What every stage uses: the options, this process's rank, the log, and what the output folder held before."""
+
+    config: TrainConfig
+    processes: Distributed
+    log: RunLog
+    prepared: Prepared
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """Where the model is, its chat template with the tokenizer, and the tokenized rows."""
+
+    source: ModelSource
+    template: ChatTemplate
+    max_length: int
+    training: Dataset
+    held_out: Dataset | None
+    findings: list[Finding]
+    """Warnings about the rows; on the first rank only."""
+
+    @property
+    def datasets(self) -> list[Dataset]:
+        """Return the training rows, and the held-out rows if there are any."""
+        return [self.training] if self.held_out is None else [self.training, self.held_out]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is known before the weights are loaded.
+
+    Attributes:
+        plan: steps, tokens, memory, and disk.
+        shape: the model to train, on the meta device.
+        facts: the record for run.json; later stages add to it.
+        point: the checkpoint to resume from.
+        dtype: of the matmuls.
+        ending: the end of turn that the rows teach.
+        memory_doubts: why the run may not fit into memory.
+    """
+
+    plan: Plan
+    shape: PreTrainedModel
+    facts: dict[str, Any]
+    point: ResumePoint | None
+    dtype: torch.dtype
+    ending: EndOfTurn
+    memory_doubts: list[str]
 
 
 def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
-    """Fine-tunes a model as the config says: writes checkpoints, train.log, metrics.jsonl, run.json, report.html.
+    """Fine-tune a model. Write checkpoints, train.log, metrics.jsonl, run.json, and report.html.
 
-    An unfinished run of the same options in the output folder is gone on with, and ends with the very weights that
-    it would have had undisturbed. Lines of the log also go to `console` (default: standard output). Under
-    torchrun, every process calls it, and the first one logs and saves. Raises a HandspunError for anything that
-    the user can mend: data, options, model, disk.
+    If the output folder holds an unfinished run with the same options, training resumes from its last checkpoint
+    and produces bit-identical weights. Under torchrun, every process calls this function; the first one logs and
+    saves.
+
+    Args:
+        config: the options.
+        console: also gets the lines of the log (default: standard output).
+
+    Raises:
+        HandspunError: for anything that the user can fix: data, options, model, disk.
     """
     limit_primitive_cache()
     if not config.shard:  # FSDP2 frees each layer's weights after use: kept, they took a quarter more
@@ -101,51 +165,45 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
     use_threads(config.threads)
     torch.manual_seed(config.seed)  # LoRA's initial values
     console = console or plain_console()
-    with processes_of_this_run(resolve_device(config.device), sharded=config.shard) as processes:
+    with (
+        processes_of_this_run(resolve_device(config.device), sharded=config.shard) as processes,
+        ExitStack() as stack,
+    ):
         check_same_options(config, processes)
         check_trackers_installed(config.log_to)
         check_data_exists(config.data, config.eval_data)
         console.quiet = console.quiet or not processes.is_first
         folder = Path(config.output_dir) if processes.is_first and not config.dry_run else None
-        said: list[str] = []
-        with lock_output_dir(folder) if folder else nullcontext():
-            prepared = prepare_output(folder, config, said.append) if folder else Prepared()
-            if (finished := processes.broadcast_object(prepared.finished)) is not None:
-                return _finished(config, finished, console)
-            place = pending(folder) if folder and prepared.replaces else folder
-            with RunLog(place, console, resumed_at=prepared.resumed_at) as log:
-                for text in said:
-                    log.line(text)
-                return _train(config, processes, log, prepared)
+        notes: list[str] = []
+        if folder:
+            stack.enter_context(lock_output_dir(folder))
+        prepared = prepare_output(folder, config, notes.append) if folder else Prepared()
+        if (finished := processes.broadcast_object(prepared.finished)) is not None:
+            return _finished(config, finished, console)
+        place = pending(folder) if folder and prepared.replaces else folder
+        log = stack.enter_context(RunLog(place, console, resumed_at=prepared.resumed_at))
+        for text in notes:
+            log.line(text)
+        run = RunContext(config, processes, log, prepared)
+        data = load_data(run)
+        planned = plan_run(run, data)
+        check(run, data, planned)
+        if config.dry_run:
+            log.line("a dry run: nothing was trained or written")
+            return TrainedRun(Path(config.output_dir), planned.plan)
+        return fit(run, data, planned, load_model(run, data))
 
 
-@dataclass(frozen=True)
-class RunContext:
-    """What the loop of a run needs, and what it leaves to."""
-
-    config: TrainConfig
-    training: Dataset
-    held_out: Dataset | None
-    run: TrainedRun
-    facts: dict[str, Any]
-    point: ResumePoint | None
-    processes: Distributed
-    log: RunLog
-    dtype: torch.dtype
-
-
-def _train(
-    config: TrainConfig,
-    processes: Distributed,
-    log: RunLog,
-    prepared: Prepared,
-) -> TrainedRun:
-    """prepared: what is in the output folder, on the first rank."""
-    earlier, point = prepared.earlier, prepared.point
+def load_data(run: RunContext) -> LoadedData:
+    """Read, tokenize, and describe the rows. Raise DataError, ModelError, or TemplateError."""
+    config, processes, log = run.config, run.processes, run.log
     source = model_source(config.model, log.line)
     if config.lora:
         check_base_is_no_adapter(source)
-    _check_inputs_outside(prepared.replaces, config, source)
+    inputs = [config.data, config.eval_data] if config.eval_data is not None else [config.data]
+    models = [config.model, source.location, source.adapter or config.model]
+    remedy = "Choose another --output-dir, or move it out of there first."
+    check_inputs_outside(models, inputs, run.prepared.replaces, remedy)
     max_length = resolve_max_length(config.max_length, context_length(load_config(source)))
     tokenizer = load_tokenizer(source, log.line)
     choose_template(tokenizer, config.chat_template)
@@ -161,186 +219,259 @@ def _train(
         notice=log.line,
     )
     check_same_rows(training, held_out, template, max_length, processes)
-    for some in (training, held_out) if held_out else (training,):
-        check_examples(some.examples, embedding_rows_of(source), template.tokenizer, config.model)
+    data = LoadedData(source, template, max_length, training, held_out, [])
+    for dataset in data.datasets:
+        check_examples(dataset.examples, embedding_rows_of(source), tokenizer, config.model)
     if processes.is_first:
-        show_examples(log, training.examples, template.tokenizer)
-    _log_data(log, training, held_out, max_length)
-    odd = _odd_rows(config, training, held_out, template, log, max_length) if processes.is_first else []
-    for some in (training, held_out) if held_out else (training,):
-        some.release_rows()  # before memory is measured
-    ending = end_of_turn(template, eos_token_ids_of(load_generation_config(source), load_config(source)), training)
-    new_token_ids = [] if ending.is_eos else [template.end_of_turn_id]
-    shapes_of, room = partial(shapes, source, new_token_ids=new_token_ids), available_memory(processes.device)
+        show_examples(log, training.examples, tokenizer)
+    _log_rows(log, data)
+    if processes.is_first:
+        data.findings.extend(_odd_rows(config, data, log))
+    for dataset in data.datasets:
+        dataset.release_rows()  # before memory is measured
+    return data
+
+
+def plan_run(run: RunContext, data: LoadedData) -> RunPlan:
+    """Predict what the run takes, and find out where it resumes.
+
+    Raises TrainingError if it cannot fit into memory, ConfigError if the unfinished run had other options.
+    """
+    config, processes, examples = run.config, run.processes, data.training.examples
+    eos = eos_token_ids_of(load_generation_config(data.source), load_config(data.source))
+    ending = end_of_turn(data.template, eos, data.training)
+    new_token_ids = [] if ending.is_eos else [data.template.end_of_turn_id]
+    shapes_of = partial(shapes, data.source, new_token_ids=new_token_ids)
     doubts = list[str]()
-    check_fits_in_memory(config, training.examples, shapes_of, room, processes=processes, notice=doubts.append)
-    facts = {} if config.dry_run or not processes.is_first else run_facts(config, training, held_out, max_length)
-    if facts:
-        facts["fingerprints"] = model_fingerprints(source, template.tokenizer)
-    if earlier is not None:
-        has_saved = point is not None
-        check_same_run(earlier, facts, config.output_dir, has_saved=has_saved, notice=log.line)
-        if point is not None:
-            make_way(Path(config.output_dir), point, log.line)
-        facts |= {key: earlier[key] for key in ("started", "resumed") if key in earlier}
-        facts["seconds"] = point.facts["run"]["seconds"] if point else 0.0
-    shared = processes.broadcast_object(replace(point, folder=None) if point else None)
-    point = point if processes.is_first else shared
-    dtype = _compute_dtype(config, processes, facts, point, log)
+    memory = available_memory(processes.device)
+    check_fits_in_memory(config, examples, shapes_of, memory, processes=processes, notice=doubts.append)
+    facts: dict[str, Any] = {}
+    if processes.is_first and not config.dry_run:
+        facts = run_facts(config, data.training, data.held_out, data.max_length)
+        facts["fingerprints"] = model_fingerprints(data.source, data.template.tokenizer)
+    point = _resume_point(run, facts)
+    dtype = _compute_dtype(run, facts, point)
     shape = shapes_of(config)
-    plan = make_plan(shape, training.examples, config, multiple=pad_to_multiple(processes.device))
-    if processes.is_first:
-        for line in plan_lines(plan, config, max_length):
-            log.line(line)
-        seconds = predicted_seconds(
-            operations(shape, plan, training.examples, config),
-            config,
-            dtype=dtype,
-            device=processes.device,
-            threads=torch.get_num_threads() * processes.count,
-        )
-        found = [*odd, *doubts_about_memory(doubts)]
-        for line in template_lines(template):
-            log.line(line)
-        facts["preflight"] = show_preflight(log, config, found, ending, seconds)
-    if config.dry_run:
-        log.line("a dry run: nothing was trained or written")
-        return TrainedRun(Path(config.output_dir), plan)
-    chat = _model_to_train(config, processes, log)
-    check_examples(training.examples, embedding_rows(chat.model), chat.tokenizer, config.model)
-    run = TrainedRun(Path(config.output_dir), plan, chat)
-    job = RunContext(config, training, held_out, run, facts, point, processes, log, dtype)
+    plan = make_plan(shape, examples, config, multiple=pad_to_multiple(processes.device))
+    return RunPlan(plan, shape, facts, point, dtype, ending, doubts)
+
+
+def check(run: RunContext, data: LoadedData, planned: RunPlan) -> None:
+    """Log the plan and all warnings. Raise ConfigError for warnings under --strict."""
+    config, processes, log = run.config, run.processes, run.log
     if not processes.is_first:
-        train_loop(job)
-        return run
-    check_disk_space(plan, config, prepared.replaces)
-    facts["plan"] = asdict(plan)
-    with in_place_of(prepared.replaces, run, facts, log), report_around(chat, config, training, held_out, log):
-        with track_status(run, facts, log), log.tracked(config.log_to, facts):
-            keeper = train_loop(job)
-        keeper.finish()
-    return run
+        return
+    for line in plan_lines(planned.plan, config, data.max_length):
+        log.line(line)
+    seconds = predicted_seconds(
+        operations(planned.shape, planned.plan, data.training.examples, config),
+        config,
+        dtype=planned.dtype,
+        device=processes.device,
+        threads=torch.get_num_threads() * processes.count,
+    )
+    findings = [*data.findings, *doubts_about_memory(planned.memory_doubts)]
+    for line in template_lines(data.template):
+        log.line(line)
+    planned.facts["preflight"] = show_preflight(log, config, findings, planned.ending, seconds)
+
+
+def load_model(run: RunContext, data: LoadedData) -> ChatModel:
+    """Load the weights in float32, with adapters if asked for, and with an end of turn that the model can learn.
+
+    A model that will be sharded stays on the CPU until its shares move to the ranks' devices.
+    """
+    config, processes, log = run.config, run.processes, run.log
+    device = torch.device("cpu") if processes.sharded else processes.device
+    chat = load_trainable(data.source, data.template, device)
+    check_same_weights(chat.model, processes)
+    # What is saved renders as it was trained, in every program.
+    chat.tokenizer.chat_template = with_defaults(chat.tokenizer.chat_template, chat.template_args)
+    is_new = end_of_turn_is_new(chat)
+    make_end_of_turn_eos(chat)
+    if is_new:
+        log.line(
+            f"the end of turn {chat.template.end_of_turn} was no eos of the base model; it is one of the tuned "
+            "model, in generation_config, config and tokenizer"
+        )
+    if config.lora:
+        chat.model = _with_lora(chat.model, config, [chat.template.end_of_turn_id] if is_new else [])
+        if is_new:
+            log.line("its embedding row is trained beside the adapters: they alone could not teach it")
+    if config.base_weights == "int8":
+        check_exact_matmuls(chat.device)
+        quantize_base(chat.model)
+        malloc_trim()
+        log.line("the frozen layers under the adapters are int8; embedding and head stay float32")
+    check_examples(data.training.examples, embedding_rows(chat.model), chat.tokenizer, config.model)
+    return chat
+
+
+def fit(run: RunContext, data: LoadedData, planned: RunPlan, chat: ChatModel) -> TrainedRun:
+    """Run the training loop, and hand each of its events to the listeners. Raise TrainingError or StoppedError."""
+    config, processes, log, model = run.config, run.processes, run.log, chat.model
+    trained = TrainedRun(Path(config.output_dir), planned.plan, chat)
+    with ExitStack() as around:
+        if processes.is_first:
+            check_disk_space(planned.plan, config, run.prepared.replaces)
+            planned.facts["plan"] = asdict(planned.plan)
+            around.enter_context(in_place_of(run.prepared.replaces, trained, planned.facts, log))
+            around.enter_context(report_around(chat, config, data.training, data.held_out, log))
+        with ExitStack() as inside:
+            if processes.is_first:
+                inside.enter_context(track_status(trained, planned.facts, log))
+                inside.enter_context(log.tracked(config.log_to, planned.facts))
+            if config.activation_checkpointing:
+                model.activation_checkpointing_enable({"use_reentrant": False})
+            if planned.point is not None and planned.point.folder is not None:
+                read_weights(model, planned.point.folder / TRAINING_STATE)
+            if processes.is_first and planned.point is not None:
+                log_resume(planned.point, planned, log)
+            checkpoints = CheckpointManager(trained, config, processes, planned.facts, log)
+            sampler = sampler_of(chat, config)
+            request = inside.enter_context(stop_requests(say=not log.has_terminal))
+            inside.enter_context(log.watched(_live_state(run, data, planned, sampler, request)))
+            inside.enter_context(processes.losses_explained())
+            processes.broadcast_weights(model)
+            loop = Loop(
+                config=config,
+                examples=data.training.examples,
+                held_out=data.held_out.examples if data.held_out else [],
+                runner=inside.enter_context(_runner(run, data, planned, chat)),
+                processes=processes,
+            )
+            state = start(model, config)
+            if planned.point is not None:
+                checkpoints.restore(planned.point)
+                _restore_state(planned.point, state, trained, run)
+            listeners = _listeners(run, data, loop, trained, checkpoints, sampler, request)
+            for event in training_events(loop, state):
+                for listener in listeners:
+                    listener(event, state)
+            if config.shard:
+                trained.model = None
+        if not config.shard:
+            if config.activation_checkpointing:
+                model.activation_checkpointing_disable()
+            model.eval()
+        checkpoints.cleanup()
+    return trained
+
+
+def _runner(
+    run: RunContext, data: LoadedData, planned: RunPlan, chat: ChatModel
+) -> AbstractContextManager[BatchRunner]:
+    pad_token_id = chat.tokenizer.pad_token_id
+    return select_runner(
+        chat.model,
+        run.config,
+        data.training.examples,
+        dtype=planned.dtype,
+        pad_token_id=pad_token_id if pad_token_id is not None else 0,  # masked: any id would do
+        notice=run.log.line,
+        run_on=run.processes.run_on,
+    )
+
+
+def _listeners(
+    run: RunContext,
+    data: LoadedData,
+    loop: Loop,
+    trained: TrainedRun,
+    checkpoints: CheckpointManager,
+    sampler: Sampler | None,
+    request: StopRequest,
+) -> list[Listener]:
+    """Return the listeners in the order in which they get each event."""
+    config, processes, log = run.config, run.processes, run.log
+    forecast = Forecast(trained.plan, config.num_epochs)
+
+    def log_event(event: Event, _state: TrainingState) -> None:
+        log.event(event)
+        if (left := forecast.after(event)) is not None:
+            log.line(corrected_line(left, event.step))
+
+    def keep_incidents(event: Event, _state: TrainingState) -> None:
+        if isinstance(event, SkippedStep | Spike | OutOfMemory):
+            record_incident(trained, event, config, data.training, processes, log)
+
+    def sample_answers(event: Event, _state: TrainingState) -> None:
+        if sampler and processes.is_first and sampler.is_due(event, loop):
+            log.event(sampler.after(event))  # before a checkpoint of the step: it would not come again
+
+    def save_or_stop(event: Event, state: TrainingState) -> None:
+        if not loop.ends_step(event) or event.step >= loop.total_steps:
+            return
+        number = int(processes.max(request.signal))  # all ranks stop after the same step
+        checkpoints.save_if_due(event, state, must=bool(number))
+        if number:
+            raise StoppedError(number, step=event.step, total_steps=loop.total_steps)
+
+    return [log_event, keep_incidents, sample_answers, checkpoints.on_event, save_or_stop]
 
 
 def _finished(config: TrainConfig, facts: dict[str, Any], console: Console) -> TrainedRun:
     """Say that nothing is left to do."""
-    run = finished_earlier(Path(config.output_dir), facts)
-    best = f", the best one {run.best_checkpoint.name}" if run.best_checkpoint else ""
-    count = len(run.checkpoints)
-    text = f"the run in {run.output_dir} has finished ({count} checkpoints{best}): nothing is left to do"
+    trained = finished_earlier(Path(config.output_dir), facts)
+    best = f", the best one {trained.best_checkpoint.name}" if trained.best_checkpoint else ""
+    count = len(trained.checkpoints)
+    text = f"the run in {trained.output_dir} has finished ({count} checkpoints{best}): nothing is left to do"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-    return run
+    return trained
 
 
-def _check_inputs_outside(replaces: Sequence[Path], config: TrainConfig, source: ModelSource) -> None:
-    data = [config.data, config.eval_data] if config.eval_data is not None else [config.data]
-    models = [config.model, source.location, source.adapter or config.model]
-    check_inputs_outside(models, data, replaces, "Choose another --output-dir, or move it out of there first.")
+def _resume_point(run: RunContext, facts: dict[str, Any]) -> ResumePoint | None:
+    """Return where the run resumes, the same on all ranks; on the first with the checkpoint's folder.
+
+    Adds what an unfinished run recorded to `facts`, and removes checkpoints that are newer.
+    """
+    config, processes = run.config, run.processes
+    earlier, point = run.prepared.earlier, run.prepared.point
+    if earlier is not None:
+        check_same_run(earlier, facts, config.output_dir, has_saved=point is not None, notice=run.log.line)
+        if point is not None:
+            make_way(Path(config.output_dir), point, run.log.line)
+        facts |= {key: earlier[key] for key in ("started", "resumed") if key in earlier}
+        facts["seconds"] = point.facts["run"]["seconds"] if point else 0.0
+    shared = processes.broadcast_object(replace(point, folder=None) if point else None)
+    return point if processes.is_first else shared
 
 
-def train_loop(job: RunContext) -> CheckpointManager:
-    """The loop's events, turned into lines, records and checkpoints."""
-    config, processes, run, point = job.config, job.processes, job.run, job.point
-    assert run.model is not None
-    model, pad_token_id = run.model.model, run.model.tokenizer.pad_token_id
-    if config.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    if point is not None and point.folder is not None:
-        read_weights(model, point.folder / TRAINING_STATE)
-    if processes.is_first:
-        log_resume(job)
-    keeper = CheckpointManager(run, config, processes, job.facts, job.log)
-    sampler = sampler_of(run.model, config)
-    with (
-        stop_requests(say=not job.log.has_terminal) as request,
-        job.log.watched(_live_state(job, sampler, request)),
-        processes.losses_explained(),
-    ):
-        processes.broadcast_weights(model)
-        with select_runner(
-            model,
-            config,
-            job.training.examples,
-            dtype=job.dtype,
-            pad_token_id=pad_token_id if pad_token_id is not None else 0,  # masked: any id would do
-            notice=job.log.line,
-            run_on=processes.run_on,
-        ) as runner:
-            loop = Loop(
-                config=config,
-                examples=job.training.examples,
-                held_out=job.held_out.examples if job.held_out else [],
-                runner=runner,
-                processes=processes,
-            )
-            state = start(model, config)
-            if point is not None:
-                keeper.restore(point)
-                _go_on_from(point, state, run, config, processes)
-            forecast = Forecast(run.plan, config.num_epochs)
-            for event in training_events(loop, state):
-                job.log.event(event)
-                if (left := forecast.after(event)) is not None:
-                    job.log.line(corrected_line(left, event.step))
-                if isinstance(event, SkippedStep | Spike | OutOfMemory):
-                    record_incident(run, event, config, job.training, processes, job.log)
-                if sampler and processes.is_first and sampler.is_due(event, loop):
-                    job.log.event(sampler.after(event))  # before a checkpoint of the step: it would not come again
-                keeper.event(event, state)
-                if loop.ends_step(event) and event.step < loop.total_steps:
-                    number = int(processes.max(request.signal))  # the same step is the last one of all ranks
-                    keeper.save_if_due(event, state, must=bool(number))
-                    if number:
-                        raise StoppedError(number, step=event.step, total_steps=loop.total_steps)
-    if config.shard:
-        run.model = None
-        return keeper
-    if config.activation_checkpointing:
-        model.activation_checkpointing_disable()
-    model.eval()
-    return keeper
+def _restore_state(point: ResumePoint, state: TrainingState, trained: TrainedRun, run: RunContext) -> None:
+    folder = point.folder / TRAINING_STATE if point.folder else None
+    read_optimizer(state.model, state.optimizer, folder, run.processes.device)
+    state.step = point.step
+    state.best_loss = min((evaluation.loss for evaluation in trained.evaluations), default=state.best_loss)
+    state.skipped, state.losses = point.facts["skipped"], point.facts["losses"]
+    if run.config.max_tokens == point.facts["run"]["config"]["max_tokens"]:  # else it is what the user wants now
+        state.max_tokens = point.facts["max_tokens"]
 
 
-def _live_state(job: RunContext, sampler: Sampler | None, request: StopRequest) -> LiveState:
+def log_resume(point: ResumePoint, planned: RunPlan, log: RunLog) -> None:
+    """Log the step that the run resumes after, and what has changed since; record both."""
+    changes = execution_changes(point.facts["run"], planned.facts)
+    log.line(f"goes on after step {point.step} of {planned.plan.steps}, from {point.folder}")
+    for what, (before, now) in changes.items():
+        log.line(f"  {what} was {before} and is {now}: the weights will differ in their rounding")
+    resumed = {"step": point.step, "at": datetime.now(UTC).isoformat(timespec="seconds"), "changes": changes}
+    planned.facts["resumed"] = [*planned.facts.get("resumed", []), resumed]
+
+
+def _live_state(
+    run: RunContext, data: LoadedData, planned: RunPlan, sampler: Sampler | None, request: StopRequest
+) -> LiveState:
     return LiveState(
-        total_steps=job.run.plan.steps,
-        num_epochs=job.config.num_epochs,
-        held_out=job.held_out is not None,
+        total_steps=planned.plan.steps,
+        num_epochs=run.config.num_epochs,
+        held_out=data.held_out is not None,
         prompts=sampler.prompts if sampler else (),
         stopping=lambda: bool(request.signal),
     )
 
 
-def _go_on_from(
-    point: ResumePoint, state: TrainingState, run: TrainedRun, config: TrainConfig, processes: Distributed
-) -> None:
-    folder = point.folder / TRAINING_STATE if point.folder else None
-    read_optimizer(state.model, state.optimizer, folder, processes.device)
-    state.step = point.step
-    state.best_loss = min((evaluation.loss for evaluation in run.evaluations), default=state.best_loss)
-    state.skipped, state.losses = point.facts["skipped"], point.facts["losses"]
-    if config.max_tokens == point.facts["run"]["config"]["max_tokens"]:  # else it is what the user wants now
-        state.max_tokens = point.facts["max_tokens"]
-
-
-def log_resume(job: RunContext) -> None:
-    """A run that is gone on with says from where, and what is not as it was."""
-    if job.point is None:
-        return
-    earlier = job.point.facts["run"]
-    changes = execution_changes(earlier, job.facts)
-    job.log.line(f"goes on after step {job.point.step} of {job.run.plan.steps}, from {job.point.folder}")
-    for what, (before, now) in changes.items():
-        job.log.line(f"  {what} was {before} and is {now}: the weights will differ in their rounding")
-    resumed = {"step": job.point.step, "at": datetime.now(UTC).isoformat(timespec="seconds"), "changes": changes}
-    job.facts["resumed"] = [*job.facts.get("resumed", []), resumed]
-
-
-def _compute_dtype(
-    config: TrainConfig, processes: Distributed, facts: dict[str, Any], point: ResumePoint | None, log: RunLog
-) -> torch.dtype:
-    """The type of the matrix matmuls, asked for, measured, or that of the run so far; the same on all ranks."""
-    device = processes.device
+def _compute_dtype(run: RunContext, facts: dict[str, Any], point: ResumePoint | None) -> torch.dtype:
+    """Return the type of the matmuls, the same on all ranks: given, measured, or that of the run so far."""
+    config, processes, log, device = run.config, run.processes, run.log, run.processes.device
     if config.dtype == "auto" and point is not None:
         dtype, reason = resolve_dtype(point.facts["run"]["dtype"], device), "as before"
     elif config.dtype == "auto" and config.base_weights == "int8":
@@ -351,8 +482,8 @@ def _compute_dtype(
     else:
         dtype, reason = resolve_dtype(config.dtype, device), "asked for"
     name = str(dtype).removeprefix("torch.")
-    facts["dtype"], facts["processes"], facts["threads"] = name, processes.count, torch.get_num_threads()
     threads = torch.get_num_threads()
+    facts["dtype"], facts["processes"], facts["threads"] = name, processes.count, threads
     where = f"{threads} {'thread' if threads == 1 else 'threads'}" if device.type == "cpu" else str(device)
     each = "a share of the model" if processes.sharded else "the whole model"
     several = f"{processes.count} processes with {each} each, of " if processes.count > 1 else ""
@@ -375,40 +506,6 @@ def shapes(source: ModelSource, config: TrainConfig, *, new_token_ids: Sequence[
     return model
 
 
-def _model_to_train(config: TrainConfig, processes: Distributed, log: RunLog) -> ChatModel:
-    """The model in float32, with an end of turn that it can learn, and with adapters where they are asked for. One
-    that will be cut over the ranks is moved to their devices in shares."""
-    device = "cpu" if processes.sharded else str(processes.device)
-    chat = read_model(
-        config.model,
-        weights="float32",
-        device=device,
-        chat_template=config.chat_template,
-        template_args=config.template_args,
-        notice=log.line,
-    )
-    check_same_weights(chat.model, processes)
-    # What is saved renders as it was trained, in every program.
-    chat.tokenizer.chat_template = with_defaults(chat.tokenizer.chat_template, chat.template_args)
-    is_new = end_of_turn_is_new(chat)
-    make_end_of_turn_eos(chat)
-    if is_new:
-        log.line(
-            f"the end of turn {chat.template.end_of_turn} was no eos of the base model; it is one of the tuned "
-            "model, in generation_config, config and tokenizer"
-        )
-    if config.lora:
-        chat.model = _with_lora(chat.model, config, [chat.template.end_of_turn_id] if is_new else [])
-        if is_new:
-            log.line("its embedding row is trained beside the adapters: they alone could not teach it")
-    if config.base_weights == "int8":
-        check_exact_matmuls(chat.device)
-        quantize_base(chat.model)
-        malloc_trim()
-        log.line("the frozen layers under the adapters are int8; embedding and head stay float32")
-    return chat
-
-
 def _with_lora(model: PreTrainedModel, config: TrainConfig, new_token_ids: Sequence[int]) -> PreTrainedModel:
     return add_lora(
         model,
@@ -420,25 +517,22 @@ def _with_lora(model: PreTrainedModel, config: TrainConfig, new_token_ids: Seque
     )
 
 
-def _odd_rows(
-    config: TrainConfig,
-    training: Dataset,
-    held_out: Dataset | None,
-    template: ChatTemplate,
-    log: RunLog,
-    max_length: int,
-) -> list[Finding]:
-    rows = training.account.rows + (held_out.account.rows if held_out else 0)
+def _odd_rows(config: TrainConfig, data: LoadedData, log: RunLog) -> list[Finding]:
+    rows = sum(dataset.account.rows for dataset in data.datasets)
     if rows >= _MANY_ROWS:
         log.line(f"looking for duplicates and placeholders in {rows} rows")
-    return check_rows(config, training, held_out, max_length=max_length, markers=template.plain_markers)
+    markers = data.template.plain_markers
+    return check_rows(config, data.training, data.held_out, max_length=data.max_length, markers=markers)
 
 
-def _log_data(log: RunLog, training: Dataset, held_out: Dataset | None, max_length: int) -> None:
-    for lines in (account_lines(training.account, max_length=max_length), length_lines(training.examples)):
+def _log_rows(log: RunLog, data: LoadedData) -> None:
+    for lines in (
+        account_lines(data.training.account, max_length=data.max_length),
+        length_lines(data.training.examples),
+    ):
         for line in lines:
             log.line(line)
-    if held_out is not None:
+    if data.held_out is not None:
         log.line("held out:")
-        for line in account_lines(held_out.account, max_length=max_length):
+        for line in account_lines(data.held_out.account, max_length=data.max_length):
             log.line("  " + line)
