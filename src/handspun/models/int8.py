@@ -181,7 +181,7 @@ class Int8Linear(nn.Module):
 
 @contextmanager
 def float_activations(model: nn.Module) -> Iterator[None]:
-    """Within the block, do not quantize the inputs of int8 layers, which is slow.
+    """Leave the inputs of int8 layers unquantized within the block, which is slow.
 
     Two ways to compute the same can only be compared like this: with rounded activations, another order of
     summation now and then changes an integer, and after some layers all of them.

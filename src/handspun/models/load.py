@@ -85,12 +85,12 @@ class ChatModel:
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """Return the chat template. Raises TemplateError if the tokenizer has none."""
+        """The chat template. Raises TemplateError if the tokenizer has none."""
         return ChatTemplate(self.tokenizer, self.template_args)
 
     @property
     def device(self) -> torch.device:
-        """Return the device that holds the weights."""
+        """The device that holds the weights."""
         return self.fused.device if self.fused is not None else self.model.device
 
 
@@ -181,7 +181,7 @@ class ModelSource:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments that every `from_pretrained` needs."""
+        """Keyword arguments for each `from_pretrained`."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
 

@@ -134,7 +134,7 @@ class Watch:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Within the block, turn a failure caused by a dead process into a TrainingError that names it."""
+        """Turn a failure within the block into a TrainingError, if a dead process caused it. Names the process."""
         try:
             yield
         except RuntimeError as error:
@@ -147,7 +147,7 @@ class Watch:
 
     @contextmanager
     def errors_told(self) -> Iterator[None]:
-        """Within the block, tell the other ranks of an error of this one."""
+        """Report an error within the block to the other ranks."""
         try:
             yield
         except StoppedError:  # all ranks stop
@@ -160,7 +160,7 @@ class Watch:
 
     @contextmanager
     def termination_explained(self) -> Iterator[None]:
-        """Within the block, turn a SIGTERM caused by a dead process into a TrainingError that names it.
+        """Turn a SIGTERM within the block into a TrainingError, if a dead process caused it. Names the process.
 
         torchrun stops the other ranks with SIGTERM. The loop has its own handler.
         """
@@ -284,7 +284,7 @@ class Distributed:
 
     @property
     def is_first(self) -> bool:
-        """Return whether this is rank 0, which logs and saves."""
+        """True for rank 0, which logs and saves."""
         return self.rank == 0
 
     def local_micro_batches(self, rows: Sequence[Example], cut: Cut) -> list[list[Example]]:
@@ -342,7 +342,7 @@ class Distributed:
                 dist.broadcast(tensor, src=0)
 
     def losses_explained(self) -> AbstractContextManager[None]:
-        """Within the block, turn the death of another rank into a TrainingError that names it."""
+        """Turn the death of another rank within the block into a TrainingError that names it."""
         return self.watch.explained() if self.watch else nullcontext()
 
     def broadcast_scalar(self, value: float) -> float:

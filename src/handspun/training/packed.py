@@ -278,7 +278,7 @@ class Packed:
 
 @contextmanager
 def tf32_lm_head(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """On a GPU with a body in bfloat16, compute the head's matmuls in TF32 within the block.
+    """Compute the head's matmuls in TF32 within the block, on a GPU with a body in bfloat16.
 
     TF32 has 10-bit mantissas and float32 sums. In float32, the head would take longer than the body.
     """
