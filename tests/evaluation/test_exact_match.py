@@ -125,7 +125,7 @@ def test_answers_longer_than_max_new_tokens_are_said(tmp_path: Path) -> None:
     notices = list[str]()
     config = DataConfig(data=str(tmp_path / "rows.jsonl"), cache_examples=False)
     score(CHATS["plain roles"], config, ask=True, max_new_tokens=3, notice=notices.append)
-    assert any("1 of 2 rows have an answer of more than 3 tokens" in text for text in notices)
+    assert any("1 of 2 rows expect more than 3 tokens" in text for text in notices)
 
 
 @pytest.mark.parametrize(

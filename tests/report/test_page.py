@@ -94,11 +94,11 @@ def test_what_was_known_before_the_first_step_is_in_the_page(copy: Callable[...,
     ending = {"token": "<|im_end|>", "learned": 96, "examples": 97, "is_eos": True, "saved": ["<|im_end|>"]}
     known = {"warnings": [warning, about_memory], "end_of_turn": ending, "predicted_seconds": 61.0}
     text = Page(report_page(read_run(copy(preflight=known)))).text
-    assert "Warnings before the first step" in text
+    assert "Warnings before training" in text
     assert "rows <twice>: 3 of 100 (3%). Leave them out. rows 3 (as row 1), 17 and 1 more" in text
     assert "memory is short. Give --lora." in text
-    assert "<|im_end|>, an eos of the base model; the last learned token of 96 of 97 examples" in text
-    assert "1m01s of steps predicted" in text
+    assert "<|im_end|>, an eos of the base model; the last target token of 96 of 97 examples" in text
+    assert "1m01s predicted for the steps" in text
 
 
 def test_a_run_without_preflight_has_a_page(copy: Callable[..., Path]) -> None:
@@ -191,7 +191,7 @@ def test_a_large_set_is_looked_at_at_even_distances(tiny_folder: Path, tmp_path:
     found = json.loads((output / "report_data.json").read_text(encoding="utf-8"))["row_losses"]["train"]
     assert sorted(row["row"] for row in [*found["worst"], *found["best"]]) == [1, 6, 11, 16]
     text = Page((output / "report.html").read_text(encoding="utf-8")).text
-    assert "Of 4 rows at even distances among 20" in text
+    assert "4 rows, evenly spaced among 20" in text
     assert "There are no answers before training: they were not asked for (--no-sample-answers)." in text
 
 
@@ -208,9 +208,9 @@ def test_a_run_that_ends_early_has_a_report_that_says_so(
     with pytest.raises(StoppedError):
         train(config(tiny_folder, data, sample_prompts=("Say 3.",)), console=quiet_console())
     text = Page(data.with_name("output").joinpath("report.html").read_text(encoding="utf-8")).text
-    assert "The run was stopped before its end." in text
-    assert "There are no answers after training: the run has not come to its end." in text
-    assert "They are not known: the run has not come to its end." in text
+    assert "The run was stopped before it finished." in text
+    assert "There are no answers after training: the run did not finish." in text
+    assert "Not available: the run did not finish." in text
 
 
 @pytest.mark.slow
@@ -264,7 +264,7 @@ def test_a_model_in_shares_gives_no_answers_and_says_why(copy: Callable[..., Pat
     text = Page(report_page(read_run(folder))).text
     for beginning in ("There are no answers before training", "There are no answers after training"):
         assert f"{beginning}: the model is in shares on several processes." in text
-    assert "They are not known: the model is in shares on several processes." in text
+    assert "Not available: the model is in shares on several processes." in text
 
 
 def test_without_held_out_rows_the_training_loss_is_told(copy: Callable[..., Path]) -> None:
@@ -297,7 +297,7 @@ def test_a_run_of_hardly_any_step_has_a_report(copy: Callable[..., Path], steps:
     keep_events(folder, lambda event: event["event"] == "step" and event["step"] <= steps)
     without(folder, "before", "after", "row_losses")
     page = report_page(read_run(folder))
-    assert "The run failed before its end" in Page(page).text
+    assert "The run failed." in Page(page).text
     assert ('aria-label="Loss' in page) == (steps == 1)
 
 

@@ -26,7 +26,7 @@ def test_a_run_that_is_killed_twice_is_compared_with_one_that_is_not(tiny_folder
     assert list(compared.undisturbed) == [f"checkpoint-epoch-{n}/model.safetensors" for n in (1, 2)]
     assert compared.kills
     assert all(step >= 1 for step in compared.kills)
-    assert said[0] == "undisturbed: 10 steps"
+    assert said[0] == "uninterrupted run: 10 steps"
     assert not (tmp_path / "output").exists()
 
 
@@ -35,7 +35,7 @@ def test_a_run_that_fails_by_itself_is_said_with_its_last_words(tmp_path: Path) 
     (tmp_path / "train.csv").write_text(ROWS, encoding="utf-8")
     config = handspun.TrainConfig(model=str(tmp_path / "nothing"), data=str(tmp_path / "train.csv"))
     with pytest.raises(
-        TrainingError, match=r"ended by itself with exit code 2\. It said last:\nerror: there is no model"
+        TrainingError, match=r"failed by itself with exit code 2\. Its last output:\nerror: there is no model"
     ):
         kill_and_compare(config, steps=4, kills=1, notice=str, rng=random.Random(0))
 

@@ -369,4 +369,4 @@ def test_one_wrong_int8_sum_fails() -> None:
         return sums
 
     finding = compared_sums("decoding", wrong, torch.device("cpu"))
-    assert (finding.status, finding.found) == ("fail", "1 of 19506 sums are not the exact ones")
+    assert (finding.status, finding.found) == ("fail", "1 of 19506 sums are not exact")

@@ -1,1 +1,1 @@
-"""The demonstration: 330 training rows and 40 held-out ones, written for this project, and what it shows."""
+"""The demonstration, with its 330 training rows and 40 held-out rows, written for this project."""

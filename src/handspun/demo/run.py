@@ -1,4 +1,4 @@
-"""The whole job on the embedded model and data: ask, train, ask again, and decode in three ways."""
+"""Run the demonstration on the embedded model and data: ask, train, ask again, and decode in three ways."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ BEFORE_AND_AFTER = [
 def demo_config(
     output_dir: str, *, num_epochs: int = 3, threads: int | None = None, overwrite: bool = False
 ) -> TrainConfig:
-    """The run of the demonstration."""
+    """Return the options of the demonstration's run."""
     return TrainConfig(
         model=EMBEDDED_NAME,
         data=_as_typed(DEMO_DATA),
@@ -47,21 +47,21 @@ def demo_config(
 
 
 def _as_typed(path: Path) -> str:
-    """Relative to the working folder, if it is inside it: the path stands in the log and in run.json."""
+    """Return the path relative to the working folder if it is inside, since the log and run.json show it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def run_demo(
     output_dir: str, *, num_epochs: int = 3, threads: int | None = None, overwrite: bool = False
 ) -> TrainedRun:
-    """Trains the demonstration and shows its answers before and after, then the three decodings."""
+    """Train the demonstration and show its answers before and after, then the three kinds of decoding."""
     disable_malloc_trim()
     console = plain_console()
     console.file = unfailing(console.file)
     config = demo_config(output_dir, num_epochs=num_epochs, threads=threads, overwrite=overwrite)
     if threads is not None:
         torch.set_num_threads(threads)
-    _say(console, "asking the model as it is")
+    _say(console, "asking the model before training")
     before = _answers(load(EMBEDDED_NAME, notice=lambda text: _say(console, text)))
     malloc_trim()
     run = train(config, console=console)
@@ -73,7 +73,7 @@ def run_demo(
 
 
 def show_three_decodings(model: ChatModel, console: Console, *, max_new_tokens: int = 256) -> None:
-    """Greedy, sampling three times, and beam search, each on its prompt."""
+    """Show greedy decoding, three samples, and beam search, each on its own prompt."""
 
     def show(title: str, prompt: str, **options: Any) -> None:
         console.print(f"\n{title}", style="bold", markup=False)

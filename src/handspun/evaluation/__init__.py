@@ -1,1 +1,1 @@
-"""How good a model is on rows that it did not learn: losses and answers."""
+"""Evaluate a model on held-out rows: losses and answers."""

@@ -1,4 +1,4 @@
-"""Greedy answers to what rows ask, held against what the rows answer."""
+"""Answer the prompts of rows greedily and compare with the rows' outputs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +19,12 @@ _END_OF_THINKING = "</think>"
 
 @dataclass(frozen=True)
 class Question:
-    """What a row asks: the conversation up to its last answer, that answer, and whether it needs tools.
+    """A row's conversation up to its last answer, that answer, and whether the row needs tools.
 
     Rows that need tools are not evaluated.
 
-    trained: what a model says that has learned the row to the last token, think block and all that the template
-    writes around the answer included; trained_tokens: how many tokens that takes.
+    trained: the text that training on this row teaches, including the think block and anything else that the
+    template writes around the answer. trained_tokens: its number of tokens.
     """
 
     file: str
@@ -37,7 +37,7 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """What the user said last."""
+        """The last user message."""
         return next((str(m["content"]) for m in reversed(self.messages) if m["role"] == "user"), "")
 
 
@@ -49,7 +49,15 @@ def question_of(
     role_map: Mapping[str, str] | None = None,
     chat: ChatModel | None = None,
 ) -> Question:
-    """What a row asks that training would not drop. formats: of each file. chat: to say what would be learned."""
+    """Return the question of a row that training would not drop.
+
+    Args:
+        row: The row.
+        formats: Format of each file, by name.
+        system_prompt: System message for conversations without one.
+        role_map: Additional spellings of roles.
+        chat: The model, to fill in `trained` and `trained_tokens`.
+    """
     conversation = to_conversation(row, formats[row.file], system_prompt=system_prompt, role_map=role_map)
     *asked, last = conversation.messages
     needs_tools = bool(conversation.tools or last.get("tool_calls"))
@@ -61,7 +69,7 @@ def question_of(
 
 
 def trained_answer_ids(chat: ChatModel, messages: Sequence[Message]) -> list[int]:
-    """Return the token ids that are learned of a conversation's last answer, its end of turn included."""
+    """Return the target token ids of a conversation's last answer, its end of turn included."""
     unmarked = cast("list[Message]", [{key: m[key] for key in m if key != "train"} for m in messages])
     example = chat.template.encode(unmarked)[0]  # the one with the whole conversation
     start = len(chat.template.encode_prompt(unmarked[:-1]))
@@ -70,7 +78,7 @@ def trained_answer_ids(chat: ChatModel, messages: Sequence[Message]) -> list[int
 
 
 def text_of_answer(chat: ChatModel, ids: Sequence[int]) -> str:
-    """Return the text that `generate` gives for an answer of these tokens: without the end of turn at its end."""
+    """Return the text that `generate` returns for an answer of these tokens, without the final end of turn."""
     text = StreamingText.start(vocabulary(chat.tokenizer), ())
     for id in ids[:-1] if ids and ids[-1] == chat.template.end_of_turn_id else ids:
         text.push(id)
@@ -87,13 +95,13 @@ def greedy_answers(
     batch_size: int,
     notice: Callable[[str], None],
 ) -> list[GenerationResult]:
-    """One answer to each question. A stop string that a right answer holds does not end answers."""
+    """Return one greedy answer per question. A stop string that occurs in an expected answer is not used."""
     stop_strings = resolve(GenerationOptions(), chat, chat=True)[0].stop_strings
     harmless = tuple(s for s in stop_strings if not any(s in (question.trained or "") for question in questions))
     if too_long := sum(question.trained_tokens > max_new_tokens for question in questions):
         notice(
-            f"{too_long} of {len(questions)} rows have an answer of more than {max_new_tokens} tokens, which no "
-            "answer can match: raise --max-new-tokens"
+            f"{too_long} of {len(questions)} rows expect more than {max_new_tokens} tokens and cannot match: "
+            "raise --max-new-tokens"
         )
     return generate(
         chat,
@@ -108,8 +116,11 @@ def greedy_answers(
 
 
 def is_exact_match(answer: str, expected: str) -> bool:
-    """Whether the two are the same but for white space: each run of it counts as one space, at the ends as none.
-    Case and punctuation count. What an answer thinks before </think> does not, unless the expected one has it."""
+    """Return whether two answers are equal, ignoring differences in white space.
+
+    Any white space counts as one space, and none at the ends. Case and punctuation count. Text before </think> is
+    ignored, unless the expected answer has it too.
+    """
     if _END_OF_THINKING in answer and _END_OF_THINKING not in expected:
         answer = answer.rpartition(_END_OF_THINKING)[2]
     return answer.split() == expected.split()

@@ -1,4 +1,4 @@
-"""The same prompts to several models, one after the other, so that memory holds one of them."""
+"""Ask several models the same prompts, one model at a time, so that only one is in memory."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from handspun.models.load import ChatModel
 
 @dataclass(frozen=True)
 class Comparison:
-    """What each model answers: answers[model][prompt] are its num_return_sequences results."""
+    """The answers of each model: answers[model][prompt] is a list of num_return_sequences results."""
 
     models: list[str]
     prompts: list[str]
@@ -33,7 +33,18 @@ def compare(
     batch_size: int = 8,
     notice: Callable[[str], None],
 ) -> Comparison:
-    """Every model's answers to every prompt. A model is let go before the next one is loaded."""
+    """Return every model's answers to every prompt. A model is freed before the next one is loaded.
+
+    Args:
+        models: Names of the models.
+        prompts: User messages, or plain texts with chat=False.
+        load: Loads a model by name.
+        options: Generation options, the same for all models.
+        chat: Put the prompts into each model's chat template.
+        system_prompt: System message of every prompt.
+        batch_size: Number of answers decoded together.
+        notice: Receives messages, prefixed with the model's name.
+    """
     answers = []
     for name in models:
         results = generate(

@@ -1,4 +1,4 @@
-"""The loss of every held-out row, as a sum and a count, so that a mean over tokens can be made of any of them."""
+"""Compute every row's loss, as a sum and a count, so that means over tokens can be taken over any set of rows."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,19 +16,19 @@ from handspun.training.packed import LOGITS_CHUNK_BYTES
 from handspun.training.runner import select_runner
 
 _MAX_TOKENS = TrainConfig.max_tokens
-"""Of a micro-batch that is computed at a time, as in training."""
+"""Maximum number of tokens in a micro-batch, as in training."""
 
 RowKey = tuple[str, int]
-"""The file and the number of a row."""
+"""(file, row number)."""
 
 
 def row_losses(
     chat: ChatModel, examples: Sequence[Example], *, batch_size: int, notice: Callable[[str], None]
 ) -> dict[RowKey, tuple[float, int]]:
-    """(loss summed over the row's learned tokens, their number) of every row.
+    """Return (loss summed over target tokens, number of target tokens) of every row.
 
-    By the executions of training where the weights are float32, as the held-out losses of a run are; by the engine
-    that decodes where they are not, int8 among them. A NaN stays a NaN.
+    float32 weights use the runners of training, so the result equals a run's held-out loss. Other weights, such as
+    int8, use the decoding engine. NaN stays NaN.
     """
     is_float32 = chat.fused is None and chat.model.dtype == torch.float32
     losses_of = _by_execution if is_float32 else _by_engine
@@ -54,7 +54,7 @@ def _by_execution(
         TrainConfig(),
         examples,
         dtype=torch.float32,
-        pad_token_id=pad_token_id if pad_token_id is not None else 0,  # masked: any id would do
+        pad_token_id=pad_token_id if pad_token_id is not None else 0,  # padding is masked, so any id works
         notice=notice,
     ) as runner:
 
@@ -75,10 +75,10 @@ def _by_engine(
 
 
 def _answer_loss(engine: Engine, example: Example, at_once: int) -> float:
-    """The loss summed over the example's learned tokens, with logits for `at_once` positions at a time."""
+    """Return the loss summed over the example's target tokens, with logits for `at_once` positions at a time."""
     row, first = engine.add(), example.loss_mask.index(True)
     if first > 1:
-        engine.forward([ModelInput(row, example.input_ids[: first - 1])])  # what is only read
+        engine.forward([ModelInput(row, example.input_ids[: first - 1])])  # the prompt, which needs no logits
     total = 0.0
     for start in range(first - 1, len(example) - 1, at_once):
         stop = min(start + at_once, len(example) - 1)

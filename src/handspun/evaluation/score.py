@@ -1,4 +1,4 @@
-"""A model's scores on rows: loss and perplexity, exact matches."""
+"""Score a model on rows: loss, perplexity, exact matches."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +19,11 @@ from handspun.models.load import ChatModel, context_length
 
 @dataclass(frozen=True)
 class RowScore:
-    """One row: the loss summed over its learned tokens (None if it has no answer to learn), and what the model
-    answered (None if it was not asked)."""
+    """The score of one row.
+
+    loss_sum: loss summed over its target tokens; None if it has none. answer: the model's answer; None if the
+    model was not asked.
+    """
 
     question: Question
     loss_sum: float | None
@@ -29,12 +32,12 @@ class RowScore:
 
     @property
     def loss(self) -> float | None:
-        """A learned token's mean."""
+        """Mean loss per target token."""
         return None if self.loss_sum is None else self.loss_sum / self.tokens
 
     @property
     def exact_match(self) -> bool | None:
-        """Whether the answer is the row's own, or what is learned of the row; None if the model was not asked."""
+        """True if the answer matches the row's output or its trained text; None if the model was not asked."""
         if self.answer is None:
             return None
         right = {self.question.expected, self.question.trained or self.question.expected}
@@ -43,7 +46,7 @@ class RowScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """A model's scores on the rows of a set. account: what became of the rows."""
+    """A model's scores on a set of rows. account: the rows read, kept and dropped."""
 
     model: str
     data: str
@@ -54,12 +57,12 @@ class Scores:
 
     @property
     def tokens(self) -> int:
-        """Learned tokens that the loss is a mean over."""
+        """Number of target tokens that the loss is a mean over."""
         return sum(row.tokens for row in self.rows)
 
     @property
     def loss(self) -> float | None:
-        """A learned token's mean over all rows: not a mean of rows' or of batches' means."""
+        """Mean loss per target token over all rows (not a mean of per-row or per-batch means)."""
         if not self.tokens:
             return None
         return math.fsum(row.loss_sum for row in self.rows if row.loss_sum is not None) / self.tokens
@@ -81,10 +84,17 @@ def score(
     max_new_tokens: int = 512,
     notice: Callable[[str], None],
 ) -> Scores:
-    """The scores of a model on the rows that `config` names.
+    """Return a model's scores on the rows of `config.data`.
 
-    ask: also have it answer, greedily, with at most `max_new_tokens`. batch_size: rows computed together, which
-    changes no score. Raises DataError for rows that cannot be used, ConfigError if there is nothing to score.
+    Args:
+        chat: The model.
+        config: The rows and how to read them.
+        batch_size: Rows computed together. It does not change the scores.
+        ask: Also answer every prompt greedily and compare.
+        max_new_tokens: Maximum number of tokens per answer.
+        notice: Receives messages.
+
+    Raises DataError for rows that cannot be used, and ConfigError if there is nothing to score.
     """
     if batch_size < 1:
         raise ConfigError(f"--batch-size is {batch_size}: expected at least 1.")
@@ -123,7 +133,7 @@ def score(
 def _questions(
     rows: Sequence[Row], account: DataReport, config: DataConfig, chat: ChatModel | None
 ) -> list[Question]:
-    """What the rows ask that were not dropped. chat: to be asked."""
+    """Return the questions of the rows that were kept. chat: the model that will answer, if any."""
     dropped = {(note.file, note.row) for note in account.dropped}
     kept = [row for row in rows if (row.file, row.number) not in dropped]
     return [

@@ -1,1 +1,1 @@
-"""What a run, its rows and its examples look like to a person."""
+"""HTML pages: the report of a run, and comparisons of runs and models."""

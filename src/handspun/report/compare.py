@@ -1,4 +1,4 @@
-"""Answers of models side by side: on a terminal, and as one HTML file that needs nothing else."""
+"""Show answers of models side by side, on a terminal and as one self-contained HTML file."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
@@ -16,7 +16,7 @@ from handspun.evaluation.compare import Comparison
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Each prompt, and under it a column of answers for each model."""
+    """Print each prompt, and under it one column of answers per model."""
     for number, prompt in enumerate(comparison.prompts):
         console.print(Text(visible(f"> {prompt}"), style="bold", overflow="fold"))
         table = Table(box=box.SIMPLE_HEAD, expand=True, show_edge=False, padding=(0, 1), pad_edge=False)
@@ -30,14 +30,14 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 
 def _cell(result: GenerationResult) -> Text:
-    text = Text(visible(result.text.strip()), overflow="fold")  # what a model says is no markup
+    text = Text(visible(result.text.strip()), overflow="fold")  # Text, so that rich does not read it as markup
     if result.finish_reason == "length":
         text.append(" [cut off]", style="dim")
     return text
 
 
 def comparison_html(comparison: Comparison, options: GenerationOptions) -> str:
-    """The same as a page. Everything that a model or a user wrote is escaped."""
+    """Return the comparison as an HTML page. Texts of models and users are escaped."""
     environment = Environment(
         loader=PackageLoader("handspun.report", "."),
         autoescape=True,
@@ -56,7 +56,7 @@ def comparison_html(comparison: Comparison, options: GenerationOptions) -> str:
 
 
 def _blocks(comparison: Comparison) -> Iterator[tuple[str, list[list[GenerationResult]], bool]]:
-    """Prompt, each model's answers, and whether they are all the same."""
+    """Yield (prompt, each model's answers, whether they are all the same)."""
     for number, prompt in enumerate(comparison.prompts):
         answers = [of_model[number] for of_model in comparison.answers]
         texts = [[result.text for result in results] for results in answers]
@@ -64,7 +64,7 @@ def _blocks(comparison: Comparison) -> Iterator[tuple[str, list[list[GenerationR
 
 
 def _short_names(models: Sequence[str]) -> list[str]:
-    """As few of the last parts of their paths as tell them apart."""
+    """Return the shortest endings of the models' paths that tell them apart."""
     parts = [PurePath(name).parts for name in models]
     longest = max(map(len, parts))
     for count in range(1, longest + 1):
@@ -75,5 +75,5 @@ def _short_names(models: Sequence[str]) -> list[str]:
 
 
 def _given(options: GenerationOptions) -> dict[str, object]:
-    """The options that the user gave."""
+    """Return the options that the user gave."""
     return {name: value for name, value in vars(options).items() if value is not None}

@@ -1,4 +1,4 @@
-"""From a run's files to report.html, and from several runs' to one page that lays them side by side."""
+"""Build report.html from a run's files, and comparison.html from those of several runs."""
 
 import os
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from handspun.runs.sample_answers import MAX_NEW_TOKENS
 
 
 def write_report(folder: Path) -> Path:
-    """Write the report of a run's folder into it.
+    """Write the report of a run into its folder and return its path.
 
-    Raises OutputError if it is none, cannot be written, or holds somebody else's page of that name.
+    Raises OutputError if the folder is not a run's, if the file cannot be written, or if report.html is not ours.
     """
     page = report_page(read_run(folder))
     if os.path.lexists(folder / REPORT) and not is_report(folder / REPORT):
@@ -29,20 +29,20 @@ def write_report(folder: Path) -> Path:
 
 
 def write_page(page: str, file: Path) -> Path:
-    """Replaces the file in one move."""
+    """Replace the file atomically."""
     with output_errors(file):
         write_text(file, page)
     return file
 
 
 def report_page(run: RunFiles) -> str:
-    """The whole story of one run."""
+    """Return the report of one run as HTML."""
     return _render(
         "report.html.j2",
         title=words.title(run),
         run=run,
         begun=words.when(run),
-        most_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=MAX_NEW_TOKENS,
         before=run.kept.get("before", {}),
         after=run.kept.get("after", {}),
         unknown_losses=_why_losses_are_unknown(run),
@@ -65,7 +65,7 @@ def report_page(run: RunFiles) -> str:
 
 
 def comparison_page(runs: Sequence[RunFiles]) -> str:
-    """Several runs side by side: what is different, their curves in one picture, their answers."""
+    """Return a page that compares several runs: differences, curves, answers."""
     names = sides.distinct_names(runs)
     return _render(
         "comparison.html.j2",
@@ -76,14 +76,17 @@ def comparison_page(runs: Sequence[RunFiles]) -> str:
         warnings=sides.warnings(runs),
         curves=pictures.curves_side_by_side(runs, names),
         answers=answers(runs),
-        most_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=MAX_NEW_TOKENS,
         commands=[words.how_again(run) for run in runs],
     )
 
 
 def answers(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
-    """Prompt by prompt: {"prompt", "decodings": [{"name", "cells"}]}. One run has two cells, before and after;
-    each of several has one, after. A cell is an answer, or None."""
+    """Return the answers prompt by prompt: {"prompt", "decodings": [{"name", "cells"}]}.
+
+    With one run, the two cells are the answers before and after training. With several, there is one cell per run,
+    after training. A cell is an answer or None.
+    """
     columns = [runs[0].kept.get("before"), runs[0].kept.get("after")] if len(runs) == 1 else []
     columns = columns or [run.kept.get("after") for run in runs]
     by_place = [
@@ -117,17 +120,17 @@ def _row_losses(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def _why_losses_are_unknown(run: RunFiles) -> str:
-    return str((run.kept.get("row_losses") or {}).get("missing", "the run has not come to its end"))
+    return str((run.kept.get("row_losses") or {}).get("missing", "the run did not finish"))
 
 
 def _headed(row: dict[str, Any], *, several: bool) -> dict[str, Any]:
-    """The row with what stands above its text: where it is from, and what it teaches."""
+    """Return the row with its heading: file and number, and the text that is trained on."""
     where = f"{row['file']}, row {row['row']}" if several else f"row {row['row']}"
     return {**row, "where": where, "taught": " ".join(text for text, learned in row["runs"] if learned)}
 
 
 def _render(template: str, **context: Any) -> str:
-    """The template with everything escaped; what no file can hold, or no one can see, by what stands for it."""
+    """Return the rendered template: everything escaped, and invisible or unencodable characters made visible."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

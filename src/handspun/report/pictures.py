@@ -1,4 +1,4 @@
-"""Lines and bars as SVG, by matplotlib, in colors that the page gives them."""
+"""Draw line and bar plots as SVG with matplotlib, in colors that the page defines."""
 
 import io
 import logging
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# matplotlib writes colors out; a page that is light or dark names them. These stand for the names meanwhile.
+# A page that can be light or dark refers to colors by CSS variables, but matplotlib only writes literal colors. So
+# these placeholders are drawn, and replaced by the variables in the SVG.
 _COLORS = {f"#0{i}0{i}0{i}": f"var(--line-{i})" for i in range(1, 7)}
 _INK, _MUTED, _GRID = "#0a0a0a", "#0b0b0b", "#0c0c0c"
 _NAMES = {**_COLORS, _INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)"}
@@ -49,11 +50,11 @@ _SETTINGS: dict[Any, Any] = {
     "grid.color": _GRID,
     "legend.frameon": False,
     "legend.labelcolor": _INK,
-    "path.simplify": False,  # every point that is asked for is there
-    "svg.fonttype": "none",  # text stays text
+    "path.simplify": False,  # draw every point
+    "svg.fonttype": "none",  # keep text as text
     "svg.hashsalt": "handspun",
     "text.color": _INK,
-    "text.parse_math": False,  # a run may be called $a$
+    "text.parse_math": False,  # a run may be named $a$
     "xtick.color": _MUTED,
     "ytick.color": _MUTED,
 }
@@ -70,11 +71,17 @@ def line_plot(
     smooth: bool = False,
     from_zero: bool = False,
 ) -> str:
-    """An SVG element with the lines over the steps.
+    """Return an SVG element with lines over optimizer steps.
 
-    name: what its ids begin with, unlike those of the page's other plots. label: what it shows, for those who do
-    not see it. marked: lines of few points, which are drawn. epochs: steps at which a vertical line stands.
-    smooth: draw long lines faintly behind their means. from_zero: y begins at 0.
+    Args:
+        name: Prefix of the element's ids, unique on the page.
+        lines: Lines to draw.
+        y: Label of the y axis.
+        label: Description for screen readers.
+        marked: Lines with few points, whose points are marked.
+        epochs: Steps with a vertical line.
+        smooth: Draw long lines faintly, with their running means on top.
+        from_zero: Start the y axis at 0.
     """
     with _settings():
         figure, axes = _axes("optimizer step", y)
@@ -101,7 +108,16 @@ def line_plot(
 def bar_plot(
     name: str, edges: Sequence[float], counts: Sequence[int], *, x: str, label: str, log: bool = False
 ) -> str:
-    """An SVG element with a bar of `counts` rows between every two `edges`."""
+    """Return an SVG histogram: bars of `counts` rows between `edges`.
+
+    Args:
+        name: Prefix of the element's ids, unique on the page.
+        edges: Edges of the bars, one more than counts.
+        counts: Rows per bar.
+        x: Label of the x axis.
+        label: Description for screen readers.
+        log: Use a logarithmic x axis.
+    """
     with _settings():
         figure, axes = _axes(x, "rows")
         widths = [high - low for low, high in pairwise(edges)]
@@ -116,18 +132,18 @@ def bar_plot(
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    log = logging.getLogger("matplotlib")  # says where it keeps its fonts, which is no news of a run
+    log = logging.getLogger("matplotlib")  # logs about its font cache, which does not belong in a run's log
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        import matplotlib  # takes a moment, and only a report needs it
+        import matplotlib  # slow to import, and only reports need it
 
         with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
-            # Text stays text in the SVG, and the reader's browser has the glyphs.
+            # Text stays text in the SVG, so the reader's browser needs the glyphs, not matplotlib.
             warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
             yield
     except OSError as error:
-        raise OutputError(f"no picture can be drawn: {error}. Set MPLCONFIGDIR to a folder for files.") from error
+        raise OutputError(f"plots cannot be drawn: {error}. Set MPLCONFIGDIR to a writable folder.") from error
     finally:
         log.setLevel(level)
 
@@ -138,7 +154,7 @@ def _axes(x: str, y: str) -> tuple["Figure", "Axes"]:
     figure = Figure(figsize=(4.6, 2.7))
     axes = figure.add_axes(
         (0.17, 0.17, 0.81, 0.79)
-    )  # fitted to the labels, each picture would take twice the time
+    )  # fixed, since fitting the axes to their labels would double the time per plot
     axes.set(xlabel=x, ylabel=y)
     return figure, axes
 
@@ -154,14 +170,14 @@ def _color(place: int) -> str:
 
 
 def _draw(axes: "Axes", line: Line, **style: Any) -> None:
-    """A line; one point alone is a dot."""
+    """Draw a line; a single point as a dot."""
     if len(line.x) == 1:
         style["marker"] = "o"
     axes.plot(line.x, line.y, label=line.name, gid=f"line-{line.name}", **{"linewidth": 1.5, **style})
 
 
 def _svg(figure: "Figure", name: str, label: str) -> str:
-    """The figure as an element of a page: in the page's size and colors, with ids of its own."""
+    """Return the figure as an SVG element with the page's size and colors, and with unique ids."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
@@ -180,13 +196,13 @@ def _svg(figure: "Figure", name: str, label: str) -> str:
 SET_NAMES = {"train": "trained on", "held_out": "held out"}
 """As in "rows trained on"."""
 
-_LOSS = "loss a learned token"
+_LOSS = "loss per target token"
 _BARS = 30
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot as an SVG element, with what stands above and below it."""
+    """A plot as an SVG element, with its title and caption."""
 
     title: str
     svg: str
@@ -194,53 +210,56 @@ class Picture:
 
 
 def curves(run: RunFiles) -> list[Picture]:
-    """What a run's steps have recorded; what they have not is left out."""
+    """Return plots of what a run's steps recorded."""
     metrics = run.metrics
-    kinds = [("computed_tokens", "computed"), ("tokens", "real"), ("learned_tokens", "learned")]
+    kinds = [("computed_tokens", "computed"), ("tokens", "real"), ("learned_tokens", "target")]
     rates = [rate_line(metrics, key, name) for key, name in kinds]
-    loss = (
-        "Mean over the learned tokens of each batch, before its update; held-out loss is over all held-out rows."
-    )
+    loss = "Mean over the target tokens of each batch, before its update. Held-out loss is over all held-out rows."
     norm = f"Before clipping to {run.facts['config']['max_grad_norm']:g}."
-    speed = "Real tokens are those of the rows; padding is computed too, and a shared prefix only once."
-    memory = "What the process held in memory after each step."
+    speed = "Real tokens are those of the rows. Computed tokens include padding, and count a shared prefix once."
+    memory = "Memory of the process after each step."
     marked, epochs = [held_out_line(metrics)], epoch_ends(metrics)
     return [
         *_lines("loss", "Loss", loss, [loss_line(metrics)], y=_LOSS, marked=marked, epochs=epochs, smooth=True),
         *_lines(
-            "rate", "Learning rate", "Of each step's update.", [_rate(metrics)], y="learning rate", epochs=epochs
+            "rate",
+            "Learning rate",
+            "Used for each step's update.",
+            [_rate(metrics)],
+            y="learning rate",
+            epochs=epochs,
         ),
         *_lines("norm", "Gradient norm", norm, [_norm(metrics)], y="norm", epochs=epochs, smooth=True),
-        *_lines("speed", "Throughput", speed, rates, y="tokens a second", epochs=epochs, from_zero=True),
+        *_lines("speed", "Throughput", speed, rates, y="tokens per second", epochs=epochs, from_zero=True),
         *_lines("memory", "Memory", memory, [_memory(metrics)], y="GB", epochs=epochs, from_zero=True),
     ]
 
 
 def curves_side_by_side(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Picture]:
-    """The same of several runs, a line for each in every picture."""
+    """Return the same plots for several runs, with one line per run in each plot."""
 
     def of_each(line_of: Callable[[Metrics], Line]) -> list[Line]:
         lines = [line_of(run.metrics) for run in runs]
         return [Line(name, line.x, line.y) for name, line in zip(names, lines, strict=True)]
 
     def learned(metrics: Metrics) -> Line:
-        return rate_line(metrics, "learned_tokens", "learned")
+        return rate_line(metrics, "learned_tokens", "target")
 
-    held_out, memory = of_each(held_out_line), "What each process held in memory after each step."
+    held_out, memory = of_each(held_out_line), "Memory of each process after each step."
     return [
         *_lines("loss", "Training loss", "Of each batch.", of_each(loss_line), y=_LOSS, smooth=True),
         *_lines("held-out", "Held-out loss", "Over all held-out rows.", [], y=_LOSS, marked=held_out),
-        *_lines("rate", "Learning rate", "Of each step's update.", of_each(_rate), y="learning rate"),
+        *_lines("rate", "Learning rate", "Used for each step's update.", of_each(_rate), y="learning rate"),
         *_lines("norm", "Gradient norm", "Before clipping.", of_each(_norm), y="norm", smooth=True),
         *_lines(
-            "speed", "Throughput", "Of each step.", of_each(learned), y="learned tokens a second", from_zero=True
+            "speed", "Throughput", "Of each step.", of_each(learned), y="target tokens per second", from_zero=True
         ),
         *_lines("memory", "Memory", memory, of_each(_memory), y="GB", from_zero=True),
     ]
 
 
 def lengths(run: RunFiles) -> list[Picture]:
-    """Histograms of the lengths of examples, with bars that grow with the length."""
+    """Return histograms of example lengths, on a logarithmic axis."""
     pictures = []
     for name, some in run.kept.get("lengths", {}).items():
         title = f"Lengths of the rows {SET_NAMES[name]}"
@@ -253,17 +272,17 @@ def lengths(run: RunFiles) -> list[Picture]:
 
 
 def losses(run: RunFiles) -> list[Picture]:
-    """Histograms of the losses of rows."""
+    """Return histograms of row losses."""
     pictures = []
     for name, some in (run.kept.get("row_losses") or {}).items():
-        if name not in SET_NAMES:  # why there are none
+        if name not in SET_NAMES:  # "missing": the reason why there are none
             continue
         title = f"Losses of the rows {SET_NAMES[name]}"
         found = np.sort(some["losses"])
         median = found[(len(found) - 1) // 2]
         caption = (
             f"From {found[0]:.3f} to {found[-1]:.3f}, half of them at most {median:.3f}; the mean over all their "
-            f"learned tokens is {some['mean']:.3f}."
+            f"target tokens is {some['mean']:.3f}."
         )
         counts, edges = np.histogram(found, _BARS)
         svg = bar_plot(f"losses-{name}", edges.tolist(), counts.tolist(), x=_LOSS, label=f"{title}. {caption}")
@@ -281,7 +300,7 @@ def _lines(
     marked: Sequence[Line] = (),
     **style: Any,
 ) -> list[Picture]:
-    """One picture of those lines that have points; none if none has."""
+    """Return one plot of the lines that have points, or no plot if none has."""
     lines, marked = ([line for line in some if line.x] for some in (lines, marked))
     if not lines and not marked:
         return []
@@ -290,7 +309,7 @@ def _lines(
 
 
 def _ends(line: Line) -> str:
-    """What a line comes to, for those who do not see it."""
+    """Return a line's first and last value in words, for screen readers."""
     return f"{line.name}: from {line.y[0]:.4g} at step {line.x[0]:g} to {line.y[-1]:.4g} at step {line.x[-1]:g}."
 
 

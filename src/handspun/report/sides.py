@@ -1,4 +1,4 @@
-"""Several runs side by side, in words and figures."""
+"""The table that compares several runs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,13 +10,13 @@ from handspun.runs.metrics import RunFiles
 
 
 def side_by_side(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
-    """(what, its value in each run): what came of them, what went in, each option that one of them was given."""
+    """Return (name, value in each run): outcomes, inputs, and every option that any of the runs was given."""
     given = dict.fromkeys(name for run in runs for name in run.facts.get("given", {}))
     return [
         ("Status", [run.facts["status"] for run in runs]),
         *_outcomes(runs),
         *_of_sets(runs),
-        ("Model's fingerprint", [_fingerprints(run) for run in runs]),
+        ("Model fingerprint", [_fingerprints(run) for run in runs]),
         ("Trained", [words.parameters(run.facts["plan"]["trainable"]) for run in runs]),
         *((option_name(name), [words.shown(run.facts["config"].get(name)) for run in runs]) for name in given),
         ("Machine", [run.facts["environment"]["machine"] for run in runs]),
@@ -25,15 +25,15 @@ def side_by_side(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
 
 
 def warnings(runs: Sequence[RunFiles]) -> list[str]:
-    """What a reader must know before comparing the figures."""
+    """Return warnings about figures that cannot be compared."""
     held_out = {_fingerprint(run, "held_out") for run in runs}
     if len(held_out) == 1:
         return []
-    return ["The runs do not have the same held-out rows: their held-out losses cannot be compared."]
+    return ["The runs have different held-out rows, so their held-out losses cannot be compared."]
 
 
 def distinct_names(runs: Sequence[RunFiles]) -> list[str]:
-    """The folders' own names, or their whole paths where two are called the same."""
+    """Return the folders' names, or their full paths if two have the same name."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
 

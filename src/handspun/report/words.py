@@ -1,4 +1,4 @@
-"""A run's facts in the words and figures of its report."""
+"""Turn a run's record into the texts and figures of its report."""
 
 import shlex
 from collections import Counter
@@ -15,33 +15,33 @@ from handspun.runs.metrics import RunFiles
 from handspun.runs.record import command
 
 Fact = tuple[str, str, list[str]]
-"""What, which, and small print below it."""
+"""(name, value, lines of small print)."""
 
 _LINKED = 50
-"""Rows of one reason that are named, and linked where their text was kept."""
+"""Maximum number of rows named per reason. They are links if their text was kept."""
 
 ENDS = {
     "finished": "The run finished.",
-    "running": "The run was still going on, or was killed, when this was written.",
-    "stopped": "The run was stopped before its end.",
-    "interrupted": "The run was interrupted before its end.",
-    "failed": "The run failed before its end; train.log says why.",
+    "running": "The run was still running, or had been killed, when this was written.",
+    "stopped": "The run was stopped before it finished.",
+    "interrupted": "The run was interrupted before it finished.",
+    "failed": "The run failed. See train.log for the reason.",
 }
 
 
 def title(run: RunFiles) -> str:
-    """`SmolLM2-135M on train.csv`."""
+    """Return the report's title, such as `SmolLM2-135M on train.csv`."""
     config = run.facts["config"]
     return f"{_last_part(config['model'])} on {_last_part(config['data'])}"
 
 
 def outcome(run: RunFiles) -> list[tuple[str, str, str]]:
-    """What came of it in three figures: (name, figure, what is behind it)."""
+    """Return the outcome as three figures: (name, figure, explanation)."""
     return [_loss_figure(run), _time_figure(run), _memory_figure(run)]
 
 
 def about(run: RunFiles) -> list[Fact]:
-    """What was trained on what."""
+    """Return the section "Model and data"."""
     facts, config, plan = run.facts, run.facts["config"], run.facts["plan"]
     how = f"LoRA adapters of rank {config['lora_rank']}" if config["lora"] else "all weights"
     files = [f"{name}: {value}" for name, value in run.kept.get("model", {}).items()]
@@ -68,19 +68,19 @@ def about(run: RunFiles) -> list[Fact]:
 
 
 def parameters(number: int) -> str:
-    """`134.5M parameters`."""
+    """Return a number of parameters, such as `134.5M parameters`."""
     return f"{number / 1e6:.1f}M parameters" if number >= 1e5 else f"{number:,} parameters"
 
 
 def _about_rows(name: str, some: dict[str, Any] | None) -> Fact:
     if some is None:
-        return f"Rows {name}", "none, so that only the training loss is known (--eval-ratio, --eval-data)", []
+        return f"Rows {name}", "none, so only the training loss is known (--eval-ratio, --eval-data)", []
     files = ", ".join(f"{file} ({form})" for file, form in some["rows"]["formats"].items())
     share = some["learned_tokens"] / max(some["tokens"], 1)
     return (
         f"Rows {name}",
         f"{files}: {some['rows']['rows']:,} read, {some['rows']['kept']:,} kept; {some['tokens']:,} tokens, "
-        f"{some['learned_tokens']:,} of them learned ({share:.0%})",
+        f"{some['learned_tokens']:,} of them target tokens ({share:.0%})",
         [f"sha256 of the rows: {some['sha256']}"],
     )
 
@@ -88,13 +88,13 @@ def _about_rows(name: str, some: dict[str, Any] | None) -> Fact:
 def _about_end_of_turn(found: dict[str, Any] | None) -> list[Fact]:
     if found is None:
         return []
-    known = "an eos of the base model" if found["is_eos"] else "no eos of the base model"
-    learned = f"the last learned token of {found['learned']:,} of {found['examples']:,} examples"
+    known = "an eos of the base model" if found["is_eos"] else "not an eos of the base model"
+    learned = f"the last target token of {found['learned']:,} of {found['examples']:,} examples"
     return [("End of turn", f"{found['token']}, {known}; {learned}", [])]
 
 
 def options(run: RunFiles) -> list[tuple[str, str, str]]:
-    """The options that differ from their defaults: (name, value, default)."""
+    """Return the options that the user gave: (name, value, default)."""
     defaults = {field.name: field.default for field in fields(TrainConfig)}
     return [
         (option_name(name), shown(value), shown(defaults.get(name)))
@@ -103,7 +103,7 @@ def options(run: RunFiles) -> list[tuple[str, str, str]]:
 
 
 def how_again(run: RunFiles) -> str:
-    """The command that makes the run again, with its seed, type of matmuls and threads said outright."""
+    """Return the command that reproduces the run, with seed, dtype and threads made explicit."""
     facts, config = run.facts, run.facts["config"]
     always = {name: config[name] for name in ("model", "data", "output_dir", "seed")}
     measured = {"dtype": facts.get("dtype"), "threads": facts.get("threads")}
@@ -112,7 +112,7 @@ def how_again(run: RunFiles) -> str:
 
 
 def environment(run: RunFiles) -> list[Fact]:
-    """The machine and the process."""
+    """Return facts about the machine and the processes."""
     found, facts = run.facts["environment"], run.facts
     memory = found.get("memory_bytes")
     return [
@@ -123,25 +123,25 @@ def environment(run: RunFiles) -> list[Fact]:
         ),
         ("System", found["system"], []),
         ("Processes, threads", f"{facts.get('processes', 1)}, with {facts.get('threads', 'unknown')} each", []),
-        ("Begun", when(run), []),
-        ("Begun as", shlex.join(found["command"]), []),
+        ("Started", when(run), []),
+        ("Command", shlex.join(found["command"]), []),
     ]
 
 
 def when(run: RunFiles) -> str:
-    """When the run began."""
+    """Return when the run started."""
     return str(run.facts.get("started", "unknown")).replace("T", " ").replace("+00:00", " UTC")
 
 
 def requirements(run: RunFiles) -> str:
-    """Versions as pip reads them."""
+    """Return package versions in pip's requirements format."""
     found = run.facts["environment"]
     lines = [f"{name}=={version}" for name, version in found["versions"].items()]
     return "\n".join([f"# Python {found['python']}", *lines])
 
 
 def account(run: RunFiles) -> list[dict[str, Any]]:
-    """Of each set what became of its rows: {"name", "read", "kept", "reasons": [{"text", "count", "rows"}]}."""
+    """Return the data report of each set: {"name", "read", "kept", "reasons": [{"text", "count", "rows"}]}."""
     return [
         {
             "name": SET_NAMES[name],
@@ -157,7 +157,7 @@ def account(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def warnings(run: RunFiles) -> list[Fact]:
-    """What was odd before the first step: what and how often, the remedy, and the rows in small print."""
+    """Return the preflight warnings: what and how often, the remedy, and the rows in small print."""
     found = [
         Finding(**{**one, "rows": [RowIssue(**note) for note in one["rows"]]})
         for one in run.facts.get("preflight", {}).get("warnings", [])
@@ -166,7 +166,7 @@ def warnings(run: RunFiles) -> list[Fact]:
 
 
 def accounted_rows(run: RunFiles) -> list[dict[str, Any]]:
-    """The rows whose text was kept, for the appendix: {"id", "set", "file", "row", "why", "values"}."""
+    """Return the rows whose text was kept, for the appendix: {"id", "set", "file", "row", "why", "values"}."""
     found = []
     for name, rows in run.kept.get("accounted", {}).items():
         why: dict[tuple[str, int], list[str]] = {}
@@ -214,7 +214,8 @@ def _reason(kind: str, note: dict[str, Any], run: RunFiles) -> str:
 
 
 def _anchor(name: str, file: str, row: int, run: RunFiles) -> str:
-    """An id for a row, whatever its file is called."""
+    """Return an HTML id for a row."""
+    # The file's index instead of its name, which may contain anything.
     files = list(run.facts["data"][name]["rows"]["formats"])
     place = files.index(file) if file in files else len(files)
     return f"row-{name}-{place}-{row}"
@@ -229,11 +230,11 @@ def _loss_figure(run: RunFiles) -> tuple[str, str, str]:
             "Held-out loss",
             f"{first:.4f} → {last:.4f}",
             f"{(last - first) / first:+.0%}".replace("-", "−")
-            + ("" if best is found[-1] else f"; the best, {best['loss']:.4f}, at step {best['step']}"),
+            + ("" if best is found[-1] else f"; best {best['loss']:.4f} at step {best['step']}"),
         )
     steps = run.metrics.steps
     if not steps:
-        return "Training loss", "none", "no step was made"
+        return "Training loss", "none", "no steps"
     return (
         "Training loss",
         f"{steps[0]['loss']:.4f} → {steps[-1]['loss']:.4f}",
@@ -244,11 +245,11 @@ def _loss_figure(run: RunFiles) -> tuple[str, str, str]:
 def _time_figure(run: RunFiles) -> tuple[str, str, str]:
     steps, seconds = run.metrics.steps, run.facts.get("seconds")
     in_steps = sum(step["seconds"] for step in steps)
-    rate = f"{sum(step['learned_tokens'] for step in steps) / in_steps:,.0f} learned tokens/s" if in_steps else ""
+    rate = f"{sum(step['learned_tokens'] for step in steps) / in_steps:,.0f} target tokens/s" if in_steps else ""
     whole = seconds if seconds is not None else in_steps
     predicted = run.facts.get("preflight", {}).get("predicted_seconds")
-    guess = f"; {duration(predicted)} of steps predicted" if predicted is not None else ""
-    return "Time", duration(whole), f"{_count(len(steps), 'step')}, {rate}{guess}" if rate else "no step was made"
+    guess = f"; {duration(predicted)} predicted for the steps" if predicted is not None else ""
+    return "Time", duration(whole), f"{_count(len(steps), 'step')}, {rate}{guess}" if rate else "no steps"
 
 
 def _memory_figure(run: RunFiles) -> tuple[str, str, str]:
@@ -265,7 +266,7 @@ def _last_part(name: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """An option's value for people."""
+    """Return an option's value as text."""
     if value is None:
         return "not given"
     if isinstance(value, bool):

@@ -1,1 +1,1 @@
-"""Equality with the references on a model of the user's own: the one place that calls transformers' `generate`."""
+"""Verify Handspun against transformers on the user's model. Only this package calls transformers' `generate`."""

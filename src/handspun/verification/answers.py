@@ -1,4 +1,4 @@
-"""Answers compared: greedy, sampled, and beams with transformers', alone and in batches."""
+"""Compare answers: greedy and beam search with transformers, all kinds of decoding alone and in batches."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -33,19 +33,19 @@ _BEAMS: tuple[dict[str, Any], ...] = (
     {"num_beams": 3, "length_penalty": 2.0, "early_stopping": "never", "num_return_sequences": 1},
 )
 _FEW = 2
-"""Prompts that the beam searches behind the first are tried on."""
+"""Number of prompts for the second and third beam search."""
 
 
 def check_logits(material: Reference) -> Finding:
-    """The engine's logits at every step of transformers' greedy answers: all prompts, then token by token."""
+    """Compare the engine's logits at every step of transformers' greedy answers."""
     steps = sum(len(logits) for logits in material.logits)
     reason = fusing_unsupported_reason(material.chat.model.config)
-    engine = "the engine" if reason is None else f"through transformers' forward ({reason})"
+    engine = "the engine" if reason is None else f"with transformers' forward ({reason})"
     return within("logits", f"{engine}, {steps} steps", material.largest_difference, material.tolerance)
 
 
 def check_greedy(material: Reference) -> Iterator[Finding]:
-    """Token for token, without processors and with some."""
+    """Compare greedy answers token by token, without processors and with some."""
     yield _greedy(material, "plain", material.answers)
     limits, model = material.limits, material.chat.model
     options = {**_PENALTIES, "min_new_tokens": min(12, *limits)}
@@ -69,11 +69,11 @@ def _greedy(material: Reference, case: str, expected: Sequence[ReferenceAnswer],
                 )
             )
     tokens = sum(len(answer.token_ids) for answer in expected)
-    return compared("greedy", case, f"{len(found)} answers, {tokens} tokens the same", divergences)
+    return compared("greedy", case, f"{len(found)} answers, {tokens} identical tokens", divergences)
 
 
 def _margin(theirs: ReferenceAnswer, place: int, ours: Sequence[int]) -> float:
-    """By how much transformers' processed logits prefer its own token."""
+    """Return by how much transformers' processed logits prefer its own token over ours."""
     if place >= min(len(ours), len(theirs.token_ids)):
         return math.inf
     logits = theirs.processed[place]
@@ -82,14 +82,14 @@ def _margin(theirs: ReferenceAnswer, place: int, ours: Sequence[int]) -> float:
 
 
 def check_beams(material: Reference) -> Iterator[Finding]:
-    """Beam searches: ids, and scores."""
+    """Compare the ids and scores of beam searches."""
     for options in _BEAMS:
         prompts = range(len(material.prompts)) if options is _BEAMS[0] else range(len(material.prompts))[:_FEW]
         yield _beams(material, prompts, options)
 
 
 def _beams(material: Reference, prompts: Sequence[int], options: dict[str, Any]) -> Finding:
-    """Searches of some prompts (their indices)."""
+    """Compare searches for some prompts, given by index."""
     found = answer_all(material.job(prompts, show_tree=True, **options))
     several, penalty = options["num_return_sequences"], options["length_penalty"]
     divergences, difference = list[Divergence](), 0.0
@@ -115,9 +115,9 @@ def _beams(material: Reference, prompts: Sequence[int], options: dict[str, Any])
             )
     case = f"{options['num_beams']} beams, early_stopping {options['early_stopping']}, {len(prompts)} prompts"
     if not difference <= material.rounding:
-        what = "same tokens, but log-probabilities a token differ by"
+        what = "same tokens, but log-probabilities per token differ by"
         return within("beams", case, difference, material.rounding, what=what)
-    same = f"{len(found)} answers the same, log-probabilities a token to {difference:.0e}"
+    same = f"{len(found)} identical answers, log-probabilities per token to {difference:.0e}"
     return compared("beams", case, same, divergences)
 
 
@@ -140,21 +140,23 @@ def _parted(
     expected: Sequence[float],
     beams: int,
 ) -> Divergence | None:
-    """The first of a prompt's answers that differs, with the closest decision of the search as its margin."""
+    """Return the first of a prompt's answers that differs, with the search's closest decision as its margin."""
     pairs = zip([answer.token_ids for answer in ours], theirs, scores, expected, strict=True)
     for mine, other, score, wanted in pairs:
         place = first_difference(mine, other)
         if place is not None:
             gap = closest_decision(material, prompt, ours[0].tree or [], beams=beams)
             margin = min(gap, abs(score - wanted))
-            rounding = material.rounding * len(other)  # scores are sums over so many tokens
+            rounding = material.rounding * len(other)  # scores are sums over this many tokens
             return material.divergence(prompt, place, mine, other, margin=margin, rounding=rounding)
     return None
 
 
 def closest_decision(material: Reference, prompt: int, tree: Sequence[TreeNode], *, beams: int) -> float:
-    """By how little, in log-probability as transformers has it, a search preferred what it kept to what it gave
-    up: if that is not below rounding at any step, another course is no rounding's."""
+    """Return the smallest margin, in transformers' log-probabilities, between a kept and a dropped candidate.
+
+    If the margin exceeds rounding at every step, rounding cannot explain a different search.
+    """
     paths: dict[int | None, list[int]] = {None: []}
     gaps, eos = [], material.eos_token_ids
     level: list[tuple[int | None, float]] = [(None, 0.0)]
@@ -180,10 +182,10 @@ _SEED = 1000
 
 
 def check_batches(material: Reference, chat: ChatModel, name: str, *, exact: bool) -> Iterator[Finding]:
-    """Logits, greedy tokens, and tokens drawn with a seed for each prompt.
+    """Compare logits, greedy tokens and sampled tokens (one seed per prompt) between batches.
 
-    exact: whether they are to be the same bit for bit, as in int8; else logits may differ by what is tolerated,
-    and tokens where rounding explains it.
+    exact: require bit-identical results, as for int8. Otherwise logits may differ within the tolerance, and tokens
+    where rounding explains it.
     """
     yield _logits(material, chat, name, exact=exact)
     for case, options in (("greedy", {}), ("sampled", _SAMPLING)):
@@ -200,12 +202,12 @@ def _logits(material: Reference, chat: ChatModel, name: str, *, exact: bool) -> 
     difference = max(_difference(alone, together), _difference(alone, reverse))
     case = f"{name}, logits"
     if exact and difference == 0:
-        return Finding(check="batches", case=case, status="pass", found="the same, bit for bit")
+        return Finding(check="batches", case=case, status="pass", found="bit-identical")
     return within("batches", case, difference, 0.0 if exact else material.tolerance)
 
 
 def _difference(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    """NaN is never the same."""
+    """Return the largest absolute difference; infinity if there is a NaN."""
     largest = torch.stack([(one - other).abs().max() for one, other in zip(some, others, strict=True)]).max()
     return math.inf if bool(largest.isnan()) else float(largest)
 
@@ -230,12 +232,14 @@ def _tokens(material: Reference, chat: ChatModel, case: str, rounding: float, op
                     )
                 )
     tokens = sum(len(answer.token_ids) for answer in alone)
-    return compared("batches", case, f"{tokens} tokens the same alone, together, reversed", divergences)
+    return compared("batches", case, f"{tokens} identical tokens alone, together, reversed", divergences)
 
 
 def _preference_margin(alone: GenerationResult, place: int, ours: Sequence[int]) -> float:
-    """By how much the answer alone preferred its token to the other, noise of the draw included; without limit if
-    the other was not the next best."""
+    """Return by how much the answer computed alone preferred its token to ours, noise of the draw included.
+
+    The margin is infinite if our token was not the runner-up.
+    """
     if place >= min(len(alone.token_ids), len(ours)) or alone.explanation is None:
         return math.inf
     step = alone.explanation[place]

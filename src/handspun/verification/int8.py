@@ -1,4 +1,4 @@
-"""Sums of int8 matmuls as this machine computes them, against exact ones: every sum, no tolerance."""
+"""Compare this machine's int8 matmuls with exact sums: every sum, without tolerance."""
 
 from collections.abc import Callable, Iterator
 
@@ -17,7 +17,7 @@ Matmul = Callable[[Tensor, Tensor], Tensor]
 
 
 def check_int8(device: torch.device) -> Iterator[Finding]:
-    """Compare the int8 matmuls of decoding and training with exact sums, of random and of the largest values."""
+    """Compare the int8 matmuls of decoding and training with exact sums, for random and extreme values."""
     forward, backward = training_matmuls()
     yield compared_sums("decoding", decoded_sums, device)
     yield compared_sums("training, forward", forward, device)
@@ -25,7 +25,7 @@ def check_int8(device: torch.device) -> Iterator[Finding]:
 
 
 def compared_sums(case: str, matmul: Matmul, device: torch.device) -> Finding:
-    """Return how many sums of a matmul of bytes and int8 weights differ from the exact ones."""
+    """Count the sums of a uint8 x int8 matmul that differ from the exact ones."""
     wrong, total = 0, 0
     try:
         for shape in SHAPES:
@@ -37,9 +37,7 @@ def compared_sums(case: str, matmul: Matmul, device: torch.device) -> Finding:
         reason = str(error).splitlines()[0]
         return Finding(check="int8", case=case, status="info", found=f"not available on {device}: {reason}")
     if wrong:
-        return Finding(
-            check="int8", case=case, status="fail", found=f"{wrong} of {total} sums are not the exact ones"
-        )
+        return Finding(check="int8", case=case, status="fail", found=f"{wrong} of {total} sums are not exact")
     return Finding(check="int8", case=case, status="pass", found=f"{total} sums, all exact")
 
 

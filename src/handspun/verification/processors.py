@@ -1,4 +1,4 @@
-"""Processors and draws compared with transformers' and with their definitions."""
+"""Compare processors with those of transformers, and sampled tokens with their distribution."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -29,13 +29,13 @@ from handspun.decoding.sampling import RngKey, select_tokens
 from handspun.verification.reference import Finding, Reference, Status, reference_answer, within
 
 _ROUNDING = 1e-6
-"""Relative: between two ways of computing the same number in float32."""
+"""Relative difference between two ways of computing the same number in float32."""
 _WITHOUT = ("presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A place in an answer. logits: (1, vocab), the model's. best: the tokens that they prefer, the best first."""
+    """A step of an answer. logits: (1, vocab), of the model. best: the most probable tokens, best first."""
 
     prompt: list[int]
     answer: list[int]
@@ -45,12 +45,12 @@ class Step:
 
     @property
     def last(self) -> int:
-        """The token before."""
+        """The previous token."""
         return (self.prompt + self.answer)[-1]
 
 
 class Case(NamedTuple):
-    """One processor with values: as options of ours, and as transformers' object."""
+    """One processor with values: as our options, and as transformers' object."""
 
     name: str
     ours: Callable[[Step], dict[str, Any]]
@@ -58,7 +58,7 @@ class Case(NamedTuple):
 
 
 def _with(name: str, value: Any, make: Callable[[Any], LogitsProcessor]) -> Case:
-    """One whose value is the same everywhere."""
+    """Return a case with the same value at every step."""
     return Case(name, lambda _: {name: value}, lambda _: make(value))
 
 
@@ -122,7 +122,7 @@ _CASES = (
 
 
 def check_processors(material: Reference) -> Iterator[Finding]:
-    """Each processor on the first, the middle and the last step of transformers' greedy answers."""
+    """Compare each processor on the first, middle and last step of transformers' greedy answers."""
     steps = list(_steps(material))
     for case in _CASES:
         yield _compared(case, steps)
@@ -139,7 +139,7 @@ def _steps(material: Reference) -> Iterator[Step]:
 
 
 def _compared(case: Case, steps: Sequence[Step]) -> Finding:
-    """Excluded tokens are to be the same, and all other logits to rounding."""
+    """Require the same excluded tokens, and equal other logits up to rounding."""
     changed, excluded, difference = 0, 0, 0.0
     for step in steps:
         options = SamplingParams(do_sample=True, eos_token_ids=step.eos_token_ids, **case.ours(step))
@@ -152,12 +152,10 @@ def _compared(case: Case, steps: Sequence[Step]) -> Finding:
         relative = (ours - theirs).masked_fill(out, 0.0).abs() / theirs.masked_fill(out, 0.0).abs().clamp_min(1.0)
         difference = max(difference, float(relative.max()))
     if excluded or not difference <= _ROUNDING:
-        found = f"{excluded} tokens excluded by one alone; other logits differ by {difference:.1e} of their value"
+        found = f"{excluded} tokens excluded by only one side; other logits differ by {difference:.1e} (relative)"
         return Finding(check="processors", case=case.name, status="fail", found=found)
     if not changed:
-        return Finding(
-            check="processors", case=case.name, status="info", found="it had nothing to do on these prompts"
-        )
+        return Finding(check="processors", case=case.name, status="info", found="no effect on these prompts")
     how = "equal" if difference == 0 else f"equal to {difference:.0e}"
     found = f"{len(steps)} rows {how}, {changed} changed"
     return Finding(check="processors", case=case.name, status="pass", found=found)
@@ -170,19 +168,18 @@ _SETTINGS: tuple[dict[str, Any], ...] = (
     {"typical_p": 0.9},
 )
 _CLOSE = 1e-4
-"""Between probabilities behind the processors, where logits differ by rounding."""
+"""Limit for differences of probabilities after the processors, if the logits differ by rounding."""
 _EQUAL = 1e-6
-"""The same where they come from equal logits."""
+"""The same limit for equal logits."""
 _DRAWS = 1000
 _IMPROBABLE = 1e-4
-"""A right sampler gives a smaller p-value once in 10,000 times."""
+"""A correct sampler has a smaller p-value once in 10,000 times."""
 _FEWEST = 5
-"""Draws that are expected in a bin of the test, at least."""
+"""Minimum expected number of draws per bin of the test."""
 
 
 def check_distributions(material: Reference) -> Iterator[Finding]:
-    """The distribution of each answer's first token, by transformers' `generate` and by the engine with our
-    processors."""
+    """Compare the distribution of each answer's first token: transformers' `generate` against our processors."""
     for options in _SETTINGS:
         yield _distribution(material, options)
 
@@ -192,7 +189,7 @@ def _distribution(material: Reference, options: dict[str, Any]) -> Finding:
     processors, asked = make_processors(own), {"top_k": 0, **options}  # transformers' default is 50
     largest, on_equal_logits = 0.0, 0.0
     for prompt, logits in zip(material.prompts, material.logits, strict=True):
-        with torch.random.fork_rng():  # transformers draws a token from it
+        with torch.random.fork_rng():  # transformers samples a token, which advances the global generator
             reference = reference_answer(
                 material.chat.model, prompt, eos_token_ids=(), max_new_tokens=1, do_sample=True, **asked
             )
@@ -211,8 +208,10 @@ def _distribution(material: Reference, options: dict[str, Any]) -> Finding:
 
 
 def check_draws(material: Reference) -> Iterator[Finding]:
-    """Pearson's chi-squared of draws from the least certain step of the answers. Noise is named by seed, prompt,
-    answer and step: along each of them it has to be as good as independent."""
+    """Test draws at the answers' least certain step with Pearson's chi-squared.
+
+    Noise is keyed by seed, prompt, answer and step. Draws must be independent along each of them.
+    """
     logits = torch.cat([answer.logits for answer in material.answers])
     logprobs = logits.log_softmax(-1)
     probabilities = logprobs[(-(logprobs.exp() * logprobs).sum(-1)).argmax()].exp()
@@ -233,10 +232,11 @@ def check_draws(material: Reference) -> Iterator[Finding]:
 
 
 def goodness_of_fit(tokens: Tensor, probabilities: Tensor) -> tuple[float, int]:
-    """(p-value, bins) of Pearson's test: how probable draws as far from the distribution as these are, or farther.
+    """Return (p-value, number of bins) of Pearson's chi-squared test.
 
-    tokens: the draws, (draws,); probabilities: (vocab,). Tokens of which fewer than 5 are expected share a bin.
-    The p-value is 0 if an impossible token was drawn.
+    The p-value is the probability of draws at least as far from the distribution as these. It is 0 if an
+    impossible token was drawn. tokens: the draws, (draws,). probabilities: (vocab,). Tokens with fewer than 5
+    expected draws share a bin.
     """
     probabilities = probabilities.double().cpu()
     counts = tokens.cpu().bincount(minlength=len(probabilities)).double()
@@ -246,7 +246,7 @@ def goodness_of_fit(tokens: Tensor, probabilities: Tensor) -> tuple[float, int]:
     alone = expected >= _FEWEST
     expected = torch.cat([expected[alone], expected[~alone].sum()[None]])
     counts = torch.cat([counts[alone], counts[~alone].sum()[None]])
-    if expected[-1] < _FEWEST and len(expected) > 1:  # the shared bin joins the last of the others
+    if expected[-1] < _FEWEST and len(expected) > 1:  # merge a shared bin that is too small into the one before
         expected = torch.cat([expected[:-2], expected[-2:].sum()[None]])
         counts = torch.cat([counts[:-2], counts[-2:].sum()[None]])
     statistic = ((counts - expected) ** 2 / expected).sum()

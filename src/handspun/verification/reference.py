@@ -1,4 +1,4 @@
-"""What is compared with transformers: its models and answers, made once, and the findings of a comparison."""
+"""The reference: transformers' answers to the prompts, computed once, and the findings of a comparison."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,29 +22,29 @@ from handspun.models.load import ChatModel
 from handspun.models.tokenizer_file import quiet
 
 Status = Literal["pass", "tie", "info", "fail"]
-"""A tie: the outputs differ where the numbers behind them are so close that the order of a sum decides. Info:
-there is nothing that it could be compared with, or nothing that was promised."""
+"""Tie: outputs differ, but the numbers behind them are so close that the order of a sum decides. Info: there is no
+counterpart to compare with, or no equality is promised."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """The first place at which two answers to a prompt part."""
+    """The first token at which two answers to a prompt differ."""
 
     prompt: int
-    """Its number, from 1."""
+    """Number of the prompt, from 1."""
     token: int
-    """Its number in the answer, from 1."""
+    """Number of the token in the answer, from 1."""
     ours: str
     theirs: str
-    """The two tokens as they read; empty where an answer has ended."""
+    """Texts of the two tokens; empty if an answer has ended."""
     margin: float
-    """By which the reference prefers its own token, in logits; of beams, in log-probability."""
+    """How much the reference prefers its own token: in logits, or in log-probability for beams."""
     rounding: float
     """The largest margin that rounding explains."""
 
     @property
     def is_tie(self) -> bool:
-        """Whether rounding explains it."""
+        """True if rounding explains the difference."""
         return self.margin <= self.rounding
 
 
@@ -57,28 +57,31 @@ class Finding:
     """What was compared."""
     status: Status
     found: str
-    """What came of it, in words and numbers."""
+    """The result in words and numbers."""
     divergences: tuple[Divergence, ...] = ()
 
 
 def within(check: str, case: str, value: float, limit: float, *, what: str = "difference") -> Finding:
-    """A number and what it may be at most. NaN is too much."""
+    """Return a finding that passes if value <= limit. NaN fails."""
     status: Status = "pass" if value <= limit else "fail"
     return Finding(check=check, case=case, status=status, found=f"{what} {value:.1e}, at most {limit:.1e}")
 
 
 def compared(check: str, case: str, same: str, divergences: Sequence[Divergence]) -> Finding:
-    """Answers: `same` says what is the same if nothing diverges; ties alone are a tie."""
+    """Return a finding about answers: passed without divergences, a tie if all of them are ties, otherwise failed.
+
+    same: text for a pass.
+    """
     if not divergences:
         return Finding(check=check, case=case, status="pass", found=same)
     status: Status = "tie" if all(divergence.is_tie for divergence in divergences) else "fail"
     count = len(divergences)
-    found = f"{count} answer{'s' if count > 1 else ''} part{'' if count > 1 else 's'} from the reference"
+    found = f"{count} answer{'s' if count > 1 else ''} differ{'' if count > 1 else 's'} from the reference"
     return Finding(check=check, case=case, status=status, found=found, divergences=tuple(divergences))
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """The index of the first token that differs, or at which one of them has ended; None if they are the same."""
+    """Return the index of the first token that differs or is missing on one side; None if there is none."""
     if list(ours) == list(theirs):
         return None
     shorter = min(len(ours), len(theirs))
@@ -87,8 +90,11 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
 
 @dataclass(frozen=True)
 class ReferenceAnswer:
-    """token_ids: up to and with the eos. logits, processed: (steps, vocab), float32: what each token was chosen
-    from, before and behind the processors."""
+    """An answer of transformers.
+
+    token_ids: the answer, eos included. logits, processed: (steps, vocab), float32, before and after the
+    processors.
+    """
 
     token_ids: list[int]
     logits: Tensor
@@ -98,8 +104,10 @@ class ReferenceAnswer:
 def reference_answer(
     model: PreTrainedModel, prompt: Sequence[int], *, eos_token_ids: Sequence[int], **options: Any
 ) -> ReferenceAnswer:
-    """transformers' answer to one prompt, greedy unless the options, which are transformers', say otherwise.
-    Nothing comes from the model's generation_config."""
+    """Return transformers' answer to one prompt, greedy by default. options: those of transformers' `generate`.
+
+    The model's generation_config is not used.
+    """
     output = _generated(model, prompt, eos_token_ids, output_logits=True, **options)
     logits, processed = (torch.cat(steps).float() for steps in (output.logits, output.scores))
     [token_ids] = _cut(output.sequences, prompt, eos_token_ids)
@@ -109,14 +117,14 @@ def reference_answer(
 def reference_beams(
     model: PreTrainedModel, prompt: Sequence[int], *, eos_token_ids: Sequence[int], **options: Any
 ) -> tuple[list[list[int]], list[float]]:
-    """The answers of transformers' beam search, the best first, and their scores."""
+    """Return the answers of transformers' beam search, best first, and their scores."""
     output = _generated(model, prompt, eos_token_ids, **options)
     return _cut(output.sequences, prompt, eos_token_ids), output.sequences_scores.tolist()
 
 
 @torch.no_grad()
 def next_logprobs(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
-    """(vocab,): transformers' log-probabilities of what follows."""
+    """Return transformers' log-probabilities of the next token: (vocab,)."""
     ids = torch.tensor([token_ids], device=model.device)
     logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
     return logits[0, -1].float().log_softmax(-1)
@@ -130,7 +138,7 @@ def _generated(model: PreTrainedModel, prompt: Sequence[int], eos_token_ids: Seq
             ids,
             attention_mask=torch.ones_like(ids),
             eos_token_id=list(eos_token_ids) or None,
-            pad_token_id=eos_token_ids[0] if eos_token_ids else 0,  # only behind an eos, where answers are cut
+            pad_token_id=eos_token_ids[0] if eos_token_ids else 0,  # only after an eos, where answers are cut
             return_dict_in_generate=True,
             output_scores=True,
             **{"do_sample": False, **options},
@@ -139,8 +147,8 @@ def _generated(model: PreTrainedModel, prompt: Sequence[int], eos_token_ids: Seq
 
 @contextmanager
 def _without_settings(model: PreTrainedModel) -> Iterator[None]:
-    """`generate` fills up what it is not given from the model's generation_config."""
-    own = model.generation_config
+    """Remove the model's generation_config inside the block."""
+    own = model.generation_config  # `generate` would take missing options from it
     model.generation_config = GenerationConfig()
     try:
         yield
@@ -155,17 +163,17 @@ def _cut(sequences: Tensor, prompt: Sequence[int], eos_token_ids: Sequence[int])
 
 
 TOLERANCE = 1e-4
-"""Of logits in float32, by the largest of them (or by 1): what sums in another order may differ by."""
+"""How much float32 logits may differ when sums run in another order, relative to the largest (at least 1)."""
 _MOST_PROMPTS = 32
-"""Each is decoded some thirty times, and the logits of every step are kept."""
+"""Maximum number of prompts: each is decoded about thirty times, and the logits of every step are kept."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A model in float32 with its prompts.
+    """A model in float32 with prompts and transformers' answers.
 
-    prompts: token ids. limits: most new tokens of each. answers: transformers', greedy. logits: the engine's, for
-    each prompt (steps, vocab), from which the tokens of transformers' answer would have been chosen.
+    prompts: token ids. limits: maximum number of new tokens per prompt. answers: transformers' greedy answers.
+    logits: the engine's logits along these answers, (steps, vocab) per prompt.
     """
 
     chat: ChatModel
@@ -179,12 +187,12 @@ class Reference:
 
     @property
     def tolerance(self) -> float:
-        """Most that two logits may differ by."""
+        """Maximum allowed difference of two logits."""
         return TOLERANCE * max(1.0, *(float(answer.logits.abs().max()) for answer in self.answers))
 
     @property
     def largest_difference(self) -> float:
-        """Of the engine's logits from transformers'."""
+        """Largest difference of the engine's logits from transformers'."""
         pairs = zip(self.logits, self.answers, strict=True)
         return float(torch.stack([(ours - answer.logits).abs().max() for ours, answer in pairs]).max())
 
@@ -195,7 +203,7 @@ class Reference:
         return min(self.tolerance, max(4 * self.largest_difference, 0.01 * self.tolerance))
 
     def text_of(self, token_ids: Sequence[int], place: int) -> str:
-        """One token as it reads; nothing behind the last."""
+        """Return the text of one token; empty after the last."""
         return vocabulary(self.chat.tokenizer).text_of(token_ids[place]) if place < len(token_ids) else ""
 
     def divergence(
@@ -208,7 +216,7 @@ class Reference:
         margin: float,
         rounding: float,
     ) -> Divergence:
-        """Of two answers to a prompt (its index), at a token (its index)."""
+        """Return the divergence of two answers to prompt `prompt` at token `place` (both indices)."""
         return Divergence(
             prompt=prompt + 1,
             token=place + 1,
@@ -221,10 +229,9 @@ class Reference:
     def job(
         self, prompts: Iterable[int] | None = None, *, chat: ChatModel | None = None, **options: Any
     ) -> Request:
-        """What `generate` would make of some of the prompts (their indices; all if not given) under exactly these
-        options, in one batch.
+        """Return a request for some prompts under exactly these options, in one batch.
 
-        chat: decoded in place of the model in float32.
+        prompts: indices of the prompts; all if not given. chat: model to use instead of the float32 model.
         """
         chosen = range(len(self.prompts)) if prompts is None else list(prompts)
         of_job = {name: options.pop(name) for name in ("logprobs", "explain", "show_tree") if name in options}
@@ -244,13 +251,13 @@ class Reference:
 
 
 def build_reference(chat: ChatModel, texts: Sequence[str], *, is_chat: bool, max_new_tokens: int) -> Reference:
-    """Asks transformers first: making an engine lays the model's weights out anew.
+    """Return the reference: transformers' answers to the prompts, and the engine's logits along them.
 
-    Raises DataError, TemplateError, ConfigError for prompts and options that cannot be decoded.
+    Raises DataError, TemplateError or ConfigError for prompts and options that cannot be decoded.
     """
     if len(texts) > _MOST_PROMPTS:
         raise ConfigError(
-            f"there are {len(texts)} prompts, and each is decoded some thirty times. "
+            f"there are {len(texts)} prompts, and each is decoded about thirty times. "
             f"Give at most {_MOST_PROMPTS}, of the different kinds that matter to you."
         )
     prompts = encode_prompts(chat, list(texts), chat=is_chat, system_prompt=None, tools=None)
@@ -258,6 +265,7 @@ def build_reference(chat: ChatModel, texts: Sequence[str], *, is_chat: bool, max
     eos = resolve(options, chat, chat=is_chat)[0].eos_token_ids
     context = context_length(chat)
     limits = [max_new_tokens if context is None else min(max_new_tokens, context - len(ids)) for ids in prompts]
+    # transformers first: making an engine moves the model's weights into the fused layout.
     answers = [
         reference_answer(chat.model, ids, eos_token_ids=eos, max_new_tokens=limit)
         for ids, limit in zip(prompts, limits, strict=True)
@@ -267,8 +275,10 @@ def build_reference(chat: ChatModel, texts: Sequence[str], *, is_chat: bool, max
 
 
 def engine_logits(chat: ChatModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[Tensor]:
-    """The engine's logits for each token of the answers, (steps, vocab): all prompts, then a token of each at a
-    time; an answer that is over leaves."""
+    """Return the engine's logits for each token of the answers, (steps, vocab) per prompt.
+
+    All prompts are prefilled together, then each step feeds one token per answer. Finished answers leave.
+    """
     engine = make_engine(chat)
     feeds = [feed_prompt(engine, prompt) for prompt in prompts]
     found: list[list[Tensor]] = [[] for _ in prompts]

@@ -1,4 +1,4 @@
-"""Kill and compare: a run that is killed and gone on with, and one that is not, on the user's own set-up."""
+"""Compare a run that is killed and resumed with an uninterrupted one, on the user's own setup."""
 
 import json
 import random
@@ -24,7 +24,7 @@ from handspun.files import sha256_of
 
 @dataclass(frozen=True)
 class Comparison:
-    """After which steps the kills came, and sha256 of each file of weights, by checkpoint and name."""
+    """The steps after which the run was killed, and the sha256 of each weights file, by checkpoint and name."""
 
     kills: list[int]
     undisturbed: dict[str, str]
@@ -32,29 +32,36 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Whether all weights are the same bits."""
+        """True if all weights are bit-identical."""
         return self.undisturbed == self.killed
 
 
 def kill_and_compare(
     config: TrainConfig, *, steps: int, kills: int, notice: Callable[[str], None], rng: random.Random
 ) -> Comparison:
-    """Trains `steps` optimizer steps in two epochs on the first rows of the data, twice: left alone, and killed by
-    SIGKILL `kills` times at random moments and started again by the same command. Each run is its own process.
+    """Train `steps` optimizer steps on the first rows twice: uninterrupted, and killed `kills` times and resumed.
 
-    Raises TrainingError, with what the run said, if one fails by itself.
+    A run has two epochs and its own process. It is killed by SIGKILL at random moments and restarted with the same
+    command. Raises TrainingError, with the run's last output, if a run fails by itself.
+
+    Args:
+        config: Options of the run.
+        steps: Optimizer steps.
+        kills: Number of kills.
+        notice: Receives messages.
+        rng: Chooses the moments of the kills.
     """
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         made = _config(config, work, steps)
-        notice(f"undisturbed: {steps} steps")
+        notice(f"uninterrupted run: {steps} steps")
         _train(replace(made, output_dir=str(work / "undisturbed")), work)
         again = replace(made, output_dir=str(work / "killed"))
         seconds = _seconds_of_a_step(work / "undisturbed")
         found = []
         for after in sorted(rng.sample(range(1, steps), min(kills, steps - 1))):
             if not _train(again, work, kill_after=(after, rng.uniform(0, 2 * seconds))):
-                notice("it was finished before the next kill came")
+                notice("the run finished before the next kill")
                 break
             found.append(_last_step(work / "killed"))
             notice(f"killed after step {found[-1]}")
@@ -64,7 +71,7 @@ def kill_and_compare(
 
 
 def _config(config: TrainConfig, work: Path, steps: int) -> TrainConfig:
-    """Two epochs of half the steps, on as many rows, with a checkpoint every few steps."""
+    """Return options for two epochs of half the steps each, on just enough rows, with frequent checkpoints."""
     rows = read_rows(config.data)[: max(steps // 2, 1) * config.batch_size]
     data = work / "rows.jsonl"
     data.write_text("".join(json.dumps(row.values, default=str) + "\n" for row in rows), encoding="utf-8")
@@ -82,8 +89,10 @@ def _config(config: TrainConfig, work: Path, steps: int) -> TrainConfig:
 
 
 def _train(config: TrainConfig, work: Path, *, kill_after: tuple[int, float] | None = None) -> int:
-    """`handspun train` in a process of its own; `kill_after` a step and so many seconds, which reach into the next
-    steps or into a save. Returns its exit code."""
+    """Run `handspun train` in its own process and return its exit code.
+
+    kill_after: (step, seconds); kill the process that many seconds after the step, during later steps or a save.
+    """
     options = work / "options.yaml"
     given = {name: value for name, value in asdict(config).items() if value is not None}
     options.write_text(yaml.safe_dump(given), encoding="utf-8")
@@ -102,7 +111,7 @@ def _train(config: TrainConfig, work: Path, *, kill_after: tuple[int, float] | N
             process.kill()
     if code and code != -signal.SIGKILL:
         last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
-        raise TrainingError(f"the run ended by itself with exit code {code}. It said last:\n{last}")
+        raise TrainingError(f"the run failed by itself with exit code {code}. Its last output:\n{last}")
     return code
 
 
@@ -123,7 +132,7 @@ def _events(output: Path) -> list[dict[str, Any]]:
     file = output / "metrics.jsonl"
     events = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        with suppress(ValueError):  # cut by the kill
+        with suppress(ValueError):  # a line truncated by the kill
             events.append(json.loads(line))
     return events
 

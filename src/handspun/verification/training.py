@@ -1,4 +1,4 @@
-"""What is trained: losses and gradients packed against padded, and prompts against the ids that are learned."""
+"""Verify training: packed against padded losses and gradients, and prompts against training examples."""
 
 import math
 from collections.abc import Iterator
@@ -18,16 +18,13 @@ from handspun.training.runner import BatchRunner, select_runner
 from handspun.verification.reference import Finding, Reference, within
 
 _LOSS_LIMIT, _GRADIENT_LIMIT = 1e-5, 1e-4
-"""Relative differences. Rounding to float32 alone moves a gradient by 1e-6 to 2e-5 of its length."""
+"""Relative differences. Rounding to float32 alone changes a gradient by 1e-6 to 2e-5 of its norm."""
 
 
 def check_packed(material: Reference) -> Iterator[Finding]:
-    """Loss and gradients of the prompts with transformers' answers as what is learned, packed in float32 against
-    padded in float64.
-
-    In float32 the reference would be the less exact of the two: torch's cross-entropy over 49,152 logits puts the
-    loss 8e-6 off, and its gradient 5e-5.
-    """
+    """Compare loss and gradients, packed in float32 against padded in float64. Targets: transformers' answers."""
+    # A float32 reference would be the less exact of the two: torch's cross-entropy over 49,152 logits is off by
+    # 8e-6 in the loss and 5e-5 in the gradient.
     model, said = material.chat.model, list[str]()
     pairs = zip(material.prompts, (answer.token_ids for answer in material.answers), strict=True)
     examples = [
@@ -45,7 +42,7 @@ def check_packed(material: Reference) -> Iterator[Finding]:
         with _in_float64(model):
             padded = PaddedRunner(
                 model, torch.float32, pad_token_id=0
-            )  # no autocast; and any id would do: it is masked
+            )  # no autocast; padding is masked, so any id works
             expected, wanted = _backward(model, padded, examples)
     case, what = f"{len(examples)} rows", "relative"
     yield within("packed", f"loss of {case}", abs(loss - expected) / abs(expected), _LOSS_LIMIT, what=what)
@@ -65,7 +62,7 @@ def _backward(
 
 
 def _relative_difference(gradients: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """Of the gradient of all weights as one vector."""
+    """Return the relative difference of the gradients of all weights as one vector."""
     if gradients.keys() != wanted.keys():
         return math.inf
     norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
@@ -74,7 +71,8 @@ def _relative_difference(gradients: dict[str, Tensor], wanted: dict[str, Tensor]
 
 @contextmanager
 def _all_trained(model: PreTrainedModel) -> Iterator[None]:
-    """Every weight asks for a gradient inside the block; merged adapters leave frozen ones behind."""
+    """Require gradients of every weight inside the block."""
+    # Merged adapters leave frozen weights.
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in before:
@@ -88,7 +86,7 @@ def _all_trained(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _in_float64(model: PreTrainedModel) -> Iterator[None]:
-    """Twice the memory inside the block; afterwards the float32 weights that were there, to the bit."""
+    """Convert the model to float64 inside the block, and back to bit-identical float32 weights afterwards."""
     model.double()
     try:
         yield
@@ -97,8 +95,8 @@ def _in_float64(model: PreTrainedModel) -> Iterator[None]:
 
 
 def check_prefix(material: Reference) -> Finding:
-    """A prompt's ids begin the ids that are trained for it and its answer, and the first learned id comes next."""
-    check, case = "prompts", "a prefix of what is trained"
+    """Check that a prompt's ids are a prefix of its training example, followed by the first target token."""
+    check, case = "prompts", "prefix of the training example"
     if not material.is_chat:
         return Finding(check=check, case=case, status="info", found="plain text has no template")
     template, wrong = material.chat.template, list[int]()
@@ -112,13 +110,13 @@ def check_prefix(material: Reference) -> Finding:
         try:
             [*_, trained] = template.encode(messages)
         except TemplateError as error:
-            return Finding(check=check, case=case, status="info", found=f"not to be trained with: {error}")
+            return Finding(check=check, case=case, status="info", found=f"cannot be trained on: {error}")
         length = len(prompt)
         is_prefix = trained.input_ids[:length] == prompt
         if not (is_prefix and trained.loss_mask[: length + 1] == [False] * length + [True]):
             wrong.append(number)
     if wrong:
-        found = f"not those of prompts {', '.join(map(str, wrong))}"
+        found = f"not for prompts {', '.join(map(str, wrong))}"
         return Finding(check=check, case=case, status="fail", found=found)
     tokens = sum(len(prompt) for prompt in material.prompts)
     return Finding(check=check, case=case, status="pass", found=f"{tokens} ids of {len(material.prompts)} prompts")

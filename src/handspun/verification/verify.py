@@ -1,4 +1,4 @@
-"""All checks in their order."""
+"""Run all checks of `handspun verify` in order."""
 
 from collections.abc import Iterator, Sequence
 
@@ -29,7 +29,7 @@ DEFAULT_PROMPTS = (
     "spindle by a cord, and so one hand became free, and the thread more even. In 1764 James Hargreaves, a weaver "
     "from Lancashire, put eight spindles into one frame, and a single wheel turned them all.",
 )
-"""Prompts for `handspun verify`."""
+"""Default prompts of `handspun verify`."""
 
 
 def verify(
@@ -41,13 +41,17 @@ def verify(
     is_chat: bool = True,
     max_new_tokens: int = 16,
 ) -> Iterator[Finding]:
-    """Compares what Handspun computes with transformers, and with itself in other batches, check by check.
+    """Compare Handspun with transformers, and with itself in other batches. Yield the findings of each check.
 
-    chat: the model in float32, with which the equality holds.
-    rounded, rounded_name: the same model in other weights, if these are to be used, and what they are called.
-    prompts: user messages; with is_chat=False, plain text.
+    Args:
+        chat: The model in float32. Equality with transformers holds for float32 only.
+        prompts: User messages, or plain texts with is_chat=False.
+        rounded: The same model with other weights, to report how often they agree.
+        rounded_name: Name of these weights, such as "int8".
+        is_chat: Put the prompts into the chat template.
+        max_new_tokens: Tokens per answer.
 
-    Raises DataError, TemplateError, ConfigError for prompts that cannot be decoded.
+    Raises DataError, TemplateError or ConfigError for prompts that cannot be decoded.
     """
     material = build_reference(chat, prompts, is_chat=is_chat, max_new_tokens=max_new_tokens)
     yield check_logits(material)
@@ -66,13 +70,13 @@ def verify(
 
 
 def agreement(material: Reference, rounded: ChatModel, name: str) -> Finding:
-    """How often rounded weights choose what transformers chose in float32, along its answers: told, not judged."""
+    """Report how often rounded weights choose the same tokens as transformers in float32. It cannot fail."""
     logits = engine_logits(rounded, material.prompts, [answer.token_ids for answer in material.answers])
     chosen = torch.cat(logits).argmax(-1).tolist()
     expected = [token for answer in material.answers for token in answer.token_ids]
     same = sum(token == wanted for token, wanted in zip(chosen, expected, strict=True))
     found = f"{same} of {len(expected)} greedy choices as in float32 ({same / len(expected):.1%})"
-    return Finding(check=name, case="beside float32", status="info", found=found)
+    return Finding(check=name, case="compared with float32", status="info", found=found)
 
 
 def _is_int8(chat: ChatModel) -> bool:
