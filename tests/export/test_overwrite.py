@@ -85,7 +85,7 @@ def test_what_is_not_ours_is_refused_by_name(
 ) -> None:
     change(merged)
     before = snapshot(merged)
-    with pytest.raises(OutputError, match=rf"did not write, or what has been changed since: .*{named}"):
+    with pytest.raises(OutputError, match=rf"did not write, or that have changed since: .*{named}"):
         again(tiny_folder, merged)
     assert snapshot(merged) == before
     assert os.listdir(merged.parent) == ["merged"]
@@ -94,7 +94,7 @@ def test_what_is_not_ours_is_refused_by_name(
 def test_a_gguf_file_of_another_program_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "tiny-qwen2-f32.gguf"
     file.write_bytes(b"GGUF of another")
-    with pytest.raises(OutputError, match="does not say that Handspun wrote it"):
+    with pytest.raises(OutputError, match="was not written by Handspun"):
         again(tiny_folder, tmp_path, merge=False)
     assert file.read_bytes() == b"GGUF of another"
     assert os.listdir(tmp_path) == [file.name]

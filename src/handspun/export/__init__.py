@@ -1,1 +1,1 @@
-"""A checkpoint in the forms that others take: one merged folder, a GGUF file, a repository on the hub."""
+"""Export checkpoints: a merged folder, a GGUF file, a repository on the Hugging Face hub."""

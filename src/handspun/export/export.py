@@ -1,4 +1,4 @@
-"""Exports of a checkpoint, put together."""
+"""`handspun export`: merge, write GGUF, push."""
 
 import glob
 import json
@@ -22,12 +22,13 @@ from handspun.training.checkpoint import MANIFEST, edited_files, save_checkpoint
 
 
 def export(wanted: ExportConfig, *, notice: Callable[[str], None]) -> None:
-    """Make what is wanted, and tell what was made. Raises a HandspunError before anything is done in vain.
+    """Make the requested exports and report each one.
 
-    What is there already is replaced when the new is whole, and only if Handspun wrote it.
+    Existing output is replaced only if Handspun wrote it, and only once the new output is complete. Raises a
+    HandspunError, before any work that would be in vain.
     """
     api = hub(wanted.token) if wanted.push else None
-    folder = Path(os.path.realpath(wanted.folder))  # a link stays one, and `.` has a name
+    folder = Path(os.path.realpath(wanted.folder))  # keeps a symbolic link in place, and gives `.` a name
     if wanted.push and not wanted.makes:
         check_base_on_hub(folder)
     if wanted.makes:
@@ -40,17 +41,17 @@ def export(wanted: ExportConfig, *, notice: Callable[[str], None]) -> None:
         else:
             _write_file(wanted, folder, notice)
     if wanted.push and api is not None:
-        kind = "private, if it is new" if wanted.private else "public, if it is new"
+        kind = "private if new" if wanted.private else "public if new"
         address = push_folder(folder, wanted.push, api, private=wanted.private)
         notice(f"pushed to {address} ({kind})")
 
 
 def _busy(folder: Path, owner: str) -> str:
-    return f"another export is writing {folder}{owner}: wait for its end, or choose another --output-dir."
+    return f"another export is writing {folder}{owner}. Wait until it finishes, or choose another --output-dir."
 
 
 def _write_folder(wanted: ExportConfig, folder: Path, notice: Callable[[str], None]) -> None:
-    """Write the merged model, and a GGUF file in the same folder if one is wanted too."""
+    """Write the merged model, and a GGUF file in the same folder if requested."""
     chat = _load(wanted, notice)
     card = _merged_card(Path(wanted.model))
     save_checkpoint(
@@ -64,7 +65,7 @@ def _write_folder(wanted: ExportConfig, folder: Path, notice: Callable[[str], No
     )
     notice(f"merged: {wanted.folder} ({wanted.save_dtype})")
     if card is None:
-        notice(f"no model card: {wanted.model} is not a checkpoint beside its run's run.json")
+        notice(f"no model card: {wanted.model} is not a checkpoint next to its run's run.json")
     if wanted.gguf:
         _say_gguf(wanted, notice)
 
@@ -74,12 +75,11 @@ def _write_file(wanted: ExportConfig, folder: Path, notice: Callable[[str], None
     with locked(file, busy=lambda owner: _busy(file, owner)):
         if file.exists() and not wanted.overwrite:
             raise OutputError(
-                f"{file} is there already: choose another --output-dir, or replace it with --overwrite."
+                f"{file} already exists. Choose another --output-dir, or replace it with --overwrite."
             )
         if os.path.lexists(file) and not is_written_here(file):
             raise OutputError(
-                f"{file} does not say that Handspun wrote it, so it is not replaced. Move it away, or choose "
-                "another "
+                f"{file} was not written by Handspun, so it is not replaced. Move it away, or choose another "
                 "--output-dir."
             )
         chat = _load(wanted, notice)
@@ -106,7 +106,7 @@ def _load(wanted: ExportConfig, notice: Callable[[str], None]) -> ChatModel:
 
 
 def gguf_file(wanted: ExportConfig, folder: Path) -> Path:
-    """`checkpoint-best-f16.gguf`."""
+    """Return the path of the GGUF file, such as `checkpoint-best-f16.gguf` in the folder."""
     return folder / f"{Path(wanted.model).name.removesuffix('.gguf')}-{wanted.gguf}.gguf"
 
 
@@ -119,25 +119,23 @@ def _check_inputs_outside(wanted: ExportConfig, folder: Path, source: ModelSourc
 
 
 def _check_replaceable(wanted: ExportConfig, folder: Path) -> None:
-    """Raise OutputError if there is something, and it may not go."""
+    """Raise OutputError if the folder exists and may not be replaced."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir() or not wanted.overwrite:
         raise OutputError(
-            f"{wanted.folder} is there already: choose another --output-dir, or replace all of it with "
-            "--overwrite."
+            f"{wanted.folder} already exists. Choose another --output-dir, or replace all of it with --overwrite."
         )
     files = [*unknown_files(folder), *edited_files(folder)]
     if strangers := [str(path.relative_to(folder)) for path in files if not is_written_here(path)]:
         raise OutputError(
-            f"{wanted.folder} holds what Handspun did not write, or what has been changed since: "
-            f"{join_names(strangers)}. "
-            "Move it away, or choose another --output-dir."
+            f"{wanted.folder} contains files that Handspun did not write, or that have changed since: "
+            f"{join_names(strangers)}. Move them away, or choose another --output-dir."
         )
 
 
 def _merged_card(checkpoint: Path) -> str | None:
-    """The card that the checkpoint's run would write; None where its records are not there."""
+    """Return the model card for the merged checkpoint, or None if its run's records are missing."""
     try:
         facts: dict[str, Any] = json.loads((checkpoint.parent / "run.json").read_text(encoding="utf-8"))
         manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))

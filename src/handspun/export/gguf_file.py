@@ -1,7 +1,7 @@
-"""A model as a GGUF file, which llama.cpp and what is built on it open.
+"""Write a model as a GGUF file, which llama.cpp and the tools built on it open.
 
-Names of tensors and metadata are llama.cpp's, through its own package `gguf`. Llama's rows of q and k are written
-in the order of its rotation, pairs beside each other, where transformers has a head's halves one behind the other.
+Names of tensors and metadata come from llama.cpp's own package `gguf`. For Llama, rows of q and k are reordered:
+llama.cpp rotates adjacent pairs, while transformers rotates the first half of a head with the second.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,16 +32,16 @@ _FILE_TYPES = {
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
 _WRITTEN_BY = "handspun.version"
-"""The key by which `is_written_here` knows a file again."""
+"""The metadata key by which `is_written_here` recognizes our files."""
 _BLOCK = 32
-"""Values that share a scale in q8_0."""
+"""Number of values that share a scale in q8_0."""
 
 
 def write_gguf(chat: ChatModel, path: Path, kind: GgufType, *, notice: Callable[[str], None]) -> None:
-    """Writes the file. Matrices are of the given type, vectors float32.
+    """Write the file, with matrices in the given type and vectors in float32.
 
-    A tensor is converted when it is written, so that there is one copy of one tensor beside the model. Raises
-    ModelError for a model that llama.cpp would not compute in the same way.
+    Tensors are converted one at a time, so memory holds the model and one extra tensor. Raises ModelError for a
+    model that llama.cpp would compute differently.
     """
     architecture = _architecture(chat)
     tensors = list(_tensors(chat, architecture, kind, notice))
@@ -65,15 +65,15 @@ def write_gguf(chat: ChatModel, path: Path, kind: GgufType, *, notice: Callable[
 
 
 def is_written_here(path: Path) -> bool:
-    """Return whether a file says in its metadata that `write_gguf` wrote it."""
+    """Return whether a file's metadata says that `write_gguf` wrote it."""
     try:
         return path.is_file() and not path.is_symlink() and _WRITTEN_BY in gguf.GGUFReader(path).fields
-    except Exception:  # whatever the reader makes of other bytes
+    except Exception:  # the reader may raise anything on a file of another kind
         return False
 
 
 def _architecture(chat: ChatModel) -> MODEL_ARCH:
-    """Raises ModelError for what is not known to come out right."""
+    """Return llama.cpp's architecture. Raises ModelError for a model that llama.cpp may compute differently."""
     config = chat.model.config
     rope = getattr(config, "rope_parameters", None) or {}
     reason = None
@@ -88,7 +88,7 @@ def _architecture(chat: ChatModel) -> MODEL_ARCH:
     elif config.hidden_act != "silu":
         reason = f"its activation is {config.hidden_act}"
     if reason:
-        raise ModelError(f"{chat.name} cannot be written as GGUF here: {reason}. {ANOTHER_WAY}")
+        raise ModelError(f"{chat.name} cannot be exported as GGUF: {reason}. {ANOTHER_WAY}")
     return _ARCHITECTURES[config.model_type]
 
 
@@ -121,7 +121,7 @@ _Written = tuple[str, Tensor, GGMLQuantizationType]
 def _tensors(
     chat: ChatModel, architecture: MODEL_ARCH, kind: GgufType, notice: Callable[[str], None]
 ) -> Iterator[_Written]:
-    """GGUF's name, the tensor as the model has it, and the type that it is written in."""
+    """Yield each tensor's GGUF name, the model's tensor, and the type to write."""
     names = gguf.get_tensor_name_map(architecture, chat.model.config.num_hidden_layers)
     not_cut = []
     for name, tensor in chat.model.state_dict().items():
@@ -129,18 +129,18 @@ def _tensors(
             continue
         written = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if written is None:
-            raise ModelError(f"{chat.name} has a tensor that llama.cpp has no name for: {name}.")
+            raise ModelError(f"{chat.name} has a tensor that llama.cpp does not know: {name}. {ANOTHER_WAY}")
         dtype = GGMLQuantizationType.F32 if tensor.dim() == 1 else GGMLQuantizationType[kind.upper()]
         if dtype == GGMLQuantizationType.Q8_0 and tensor.shape[-1] % _BLOCK:
             dtype = GGMLQuantizationType.F16
             not_cut.append(written)
         yield written, tensor, dtype
     if not_cut:
-        notice(f"f16 in place of q8_0, as rows of their length are not blocks of {_BLOCK}: {', '.join(not_cut)}")
+        notice(f"f16 instead of q8_0, since row lengths are not multiples of {_BLOCK}: {', '.join(not_cut)}")
 
 
 def _layout(tensor: Tensor, dtype: GGMLQuantizationType) -> tuple[tuple[int, ...], Any]:
-    """Shape and type of the array that is written."""
+    """Return shape and type of the written array."""
     if dtype == GGMLQuantizationType.Q8_0:
         return tuple(gguf.quant_shape_to_byte_shape(tuple(tensor.shape), dtype)), np.uint8
     return tuple(tensor.shape), np.float16 if dtype == GGMLQuantizationType.F16 else np.float32
@@ -152,13 +152,13 @@ def _values(name: str, tensor: Tensor, dtype: GGMLQuantizationType) -> Any:
         return gguf.quants.quantize(values, dtype)
     if dtype == GGMLQuantizationType.F16:
         if np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
-            raise ModelError(f"{name} holds values that float16 cannot hold: use --gguf f32.")
+            raise ModelError(f"{name} has values beyond float16's range. Use --gguf f32.")
         return values.astype(np.float16)
     return values
 
 
 def _in_order(name: str, tensor: Tensor, chat: ChatModel) -> Tensor:
-    """Llama's q and k with each head's halves interleaved; anything else as it is."""
+    """Return Llama's q and k with each head's halves interleaved, and any other tensor unchanged."""
     config = chat.model.config
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2])
     if heads is None or _ARCHITECTURES[config.model_type] != MODEL_ARCH.LLAMA:

@@ -1,7 +1,8 @@
-"""A byte-level BPE tokenizer in GGUF's terms, as llama.cpp reads it.
+"""Write a byte-level BPE tokenizer to GGUF, as llama.cpp reads it.
 
-The names are those of llama.cpp's convert_hf_to_gguf.py. There, a tokenizer is recognized by a hash of what it
-makes of a sample text; here, by the rules that its pre-tokenizer states.
+The names are those of llama.cpp's convert_hf_to_gguf.py. That script recognizes a tokenizer by a hash of its
+output on a sample text, with one table entry per model. Here, the rules of the pre-tokenizer decide, and unknown
+rules are rejected.
 """
 
 import json
@@ -14,7 +15,9 @@ from handspun.errors import ModelError
 from handspun.models.end_of_turn import eos_token_ids
 from handspun.models.load import ChatModel
 
-ANOTHER_WAY = "llama.cpp's convert_hf_to_gguf.py knows more: run it on the folder that --merge writes."
+ANOTHER_WAY = (
+    "Run llama.cpp's convert_hf_to_gguf.py, which supports more models, on the folder that --merge writes."
+)
 _SAMPLING = (
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "num_beams"),
     *("repetition_penalty", "no_repeat_ngram_size", "length_penalty", "max_new_tokens", "max_length"),
@@ -29,15 +32,15 @@ _PRE_TOKENIZERS: dict[tuple[str | None, ...], str] = {
     (_WORDS % "", "bytes"): "qwen2",
     (_WORDS % "{1,3}", "bytes"): "llama-bpe",
 }
-"""The parts of a pre-tokenizer, and llama.cpp's name for what they do together: splitting by a regular expression
-(by GPT-2's own, in "ByteLevel"), single digits, and bytes for characters."""
+"""llama.cpp's name for each known list of pre-tokenizer parts: splitting by a regular expression ("ByteLevel" has
+that of GPT-2), splitting single digits, and mapping bytes to characters."""
 
 
 def write_tokenizer(writer: GGUFWriter, chat: ChatModel, vocab_size: int) -> None:
-    """Adds tokens, merges, special ids and chat template.
+    """Write tokens, merges, special ids and the chat template.
 
-    vocab_size: rows of the embedding; those without a token are padding. Raises ModelError for a tokenizer of
-    another kind than byte-level BPE.
+    vocab_size: rows of the embedding; ids without a token are padding. Raises ModelError for a tokenizer that is
+    not byte-level BPE.
     """
     tokenizer = chat.tokenizer
     spec = _specification(tokenizer, chat.name)
@@ -57,26 +60,26 @@ def write_tokenizer(writer: GGUFWriter, chat: ChatModel, vocab_size: int) -> Non
 
 
 def left_out(chat: ChatModel) -> list[str]:
-    """Return what the model's folder says and a GGUF file does not, a sentence each."""
+    """Return notes about what a GGUF file cannot express, one per setting of the model's folder."""
     tokenizer = chat.tokenizer
     notes = []
     if not tokenizer.chat_template:
-        notes.append("no chat template: the model has none, so llama.cpp takes one of its own")
+        notes.append("no chat template: the model has none, so llama.cpp uses its default")
     normalizer = json.loads(tokenizer.backend_tokenizer.to_str())["normalizer"]
     if normalizer is not None:
         kinds = [part["type"] for part in normalizer.get("normalizers", [normalizer])]
         notes.append(
-            f"its tokenizer normalizes text first ({', '.join(kinds)}), which llama.cpp does not: such texts may "
-            "come out as other tokens there"
+            f"its tokenizer normalizes text first ({', '.join(kinds)}), which llama.cpp does not do: such texts "
+            "may get different tokens there"
         )
     written = {tokenizer.eos_token_id, chat.template.end_of_turn_id if tokenizer.chat_template else None}
     if others := [id for id in eos_token_ids(chat.model) if id not in written]:
         texts = ", ".join(str(text) for text in tokenizer.convert_ids_to_tokens(others))
-        notes.append(f"a GGUF file names one end and one end of turn: {texts} ends generation here as well")
+        notes.append(f"a GGUF file names one end and one end of turn, but here {texts} ends generation too")
     if chat.model.generation_config is not None:
         config = chat.model.generation_config.to_diff_dict()
         if defaults := [f"{name} {config[name]}" for name in _SAMPLING if name in config]:
-            notes.append(f"generation_config's defaults: {', '.join(defaults)}. Give them where the file is run")
+            notes.append(f"generation_config's defaults: {', '.join(defaults)}. Set them where you run the file")
     return notes
 
 
@@ -87,8 +90,8 @@ def _specification(tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, A
     if model.get("type") != "BPE" or model.get("byte_fallback") or not spec.get("pre_tokenizer"):
         kind = model.get("type", type(tokenizer).__name__)
         raise ModelError(
-            f"{name} has a tokenizer of another kind ({kind}) than --gguf writes: expected byte-level BPE, as "
-            f"Llama 3, Qwen and SmolLM have. {ANOTHER_WAY}"
+            f"{name} has a tokenizer that --gguf does not support (expected byte-level BPE, as in Llama 3, Qwen "
+            f"and SmolLM, got {kind}). {ANOTHER_WAY}"
         )
     return spec
 
@@ -99,8 +102,8 @@ def _pre_tokenizer_name(spec: dict[str, Any], name: str) -> str:
     if found is None:
         kinds = " and ".join(part["type"] for part in parts)
         raise ModelError(
-            f"{name} splits text by rules ({kinds}) for which --gguf has no name in llama.cpp: expected those of "
-            f"GPT-2, SmolLM, Qwen or Llama 3. {ANOTHER_WAY}"
+            f"{name} splits text by rules that --gguf does not support (expected those of GPT-2, SmolLM, Qwen or "
+            f"Llama 3, got {kinds}). {ANOTHER_WAY}"
         )
     return found
 
@@ -117,10 +120,13 @@ def _part(part: dict[str, Any]) -> str | None:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int, name: str) -> tuple[list[str], list[TokenType]]:
-    """The text of every id, and its kind. Where the tokenizer has no token, there is one that is never used."""
+    """Return the text and type of every id. An id without a token becomes an unused padding token."""
     of_id = {id: text for text, id in tokenizer.get_vocab().items()}
     if max(of_id) >= vocab_size:
-        raise ModelError(f"{name} has {max(of_id) + 1} tokens and an embedding of {vocab_size}: it is incomplete.")
+        raise ModelError(
+            f"{name} is incomplete: its tokenizer has {max(of_id) + 1} tokens, but its embedding has "
+            f"{vocab_size} rows. Download or save it again."
+        )
     added = tokenizer.added_tokens_decoder
     tokens, types = [], []
     for id in range(vocab_size):
@@ -135,7 +141,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int, name: str) -> t
 
 
 def _write_special_ids(writer: GGUFWriter, chat: ChatModel) -> None:
-    """bos, eos, pad, unk, the end of a turn; and whether the tokenizer puts a bos before a text."""
+    """Write the ids of bos, eos, pad, unk and end of turn, and whether the tokenizer adds bos and eos."""
     tokenizer = chat.tokenizer
     eos = eos_token_ids(chat.model)
     eos_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(eos), None)

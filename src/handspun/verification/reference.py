@@ -198,8 +198,9 @@ class Reference:
 
     @property
     def rounding(self) -> float:
-        """The largest margin between two tokens that rounding explains: each logit may move by what was found,
-        doubled for places that were not looked at, and by no more than is tolerated."""
+        """The largest margin between two tokens that rounding explains."""
+        # Sums in another order move both tokens' logits by the difference found on this model: twice that for the
+        # two logits, and twice again for steps that were not compared. A larger margin is a bug, not a tie.
         return min(self.tolerance, max(4 * self.largest_difference, 0.01 * self.tolerance))
 
     def text_of(self, token_ids: Sequence[int], place: int) -> str:
