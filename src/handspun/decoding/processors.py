@@ -41,7 +41,7 @@ class Row(Protocol):
 
 @dataclass(frozen=True)
 class History:
-    """A row for processors without an answer behind it: just its tokens."""
+    """A row that is not a `Completion`: just its tokens."""
 
     prompt_token_ids: list[int]
     token_ids: list[int] = field(default_factory=list)

@@ -168,7 +168,14 @@ def encode_prompts(
 def unencodable_notice(
     model: ChatModel, prompts: list[Prompt], encoded: Sequence[list[int]], *, system_prompt: str | None
 ) -> Iterator[str]:
-    """Yield notices about prompts whose text the tokenizer cannot represent. encoded: their ids."""
+    """Yield notices about prompts whose text the tokenizer cannot represent.
+
+    Args:
+        model: The model, with its tokenizer.
+        prompts: Texts or conversations.
+        encoded: Their token ids.
+        system_prompt: System message of every prompt.
+    """
     loss = TextLoss(model.tokenizer.backend_tokenizer, model.tokenizer.unk_token_id)
     found: dict[str, list[int]] = {}
     for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True), start=1):
@@ -203,7 +210,15 @@ def said_in(
     tools: list[dict[str, Any]] | None,
     continue_final_message: bool = False,
 ) -> list[list[int]]:
-    """Return, per chat prompt, the tokens that come from the user's content rather than the template."""
+    """Return, per chat prompt, the tokens that come from the user's content rather than the template.
+
+    Args:
+        model: The model, with its chat template.
+        prompts: Texts or conversations.
+        system_prompt: System message of every prompt.
+        tools: Tool definitions for the chat template.
+        continue_final_message: As in `encode_prompts`.
+    """
     numbered, tools = enumerate(prompts, start=1), _read_tools(tools)
     return [
         content_token_ids(

@@ -95,7 +95,16 @@ def greedy_answers(
     batch_size: int,
     notice: Callable[[str], None],
 ) -> list[GenerationResult]:
-    """Return one greedy answer per question. A stop string that occurs in an expected answer is not used."""
+    """Return one greedy answer per question. A stop string that occurs in an expected answer is not used.
+
+    Args:
+        chat: The model.
+        questions: Questions to answer.
+        system_prompt: System message for conversations without one.
+        max_new_tokens: Maximum number of tokens per answer.
+        batch_size: Number of answers decoded together.
+        notice: Receives messages.
+    """
     stop_strings = resolve(GenerationOptions(), chat, chat=True)[0].stop_strings
     harmless = tuple(s for s in stop_strings if not any(s in (question.trained or "") for question in questions))
     if too_long := sum(question.trained_tokens > max_new_tokens for question in questions):

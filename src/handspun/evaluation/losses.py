@@ -29,6 +29,12 @@ def row_losses(
 
     float32 weights use the runners of training, so the result equals a run's held-out loss. Other weights, such as
     int8, use the decoding engine. NaN stays NaN.
+
+    Args:
+        chat: The model.
+        examples: Tokenized examples; a row may have several.
+        batch_size: Examples computed together.
+        notice: Receives messages.
     """
     is_float32 = chat.fused is None and chat.model.dtype == torch.float32
     losses_of = _by_execution if is_float32 else _by_engine

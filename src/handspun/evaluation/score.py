@@ -69,7 +69,7 @@ class Scores:
 
     @property
     def perplexity(self) -> float | None:
-        """exp(loss)."""
+        """Perplexity, exp(loss)."""
         if self.loss is None:
             return None
         return math.inf if self.loss > 700 else math.exp(self.loss)

@@ -40,8 +40,15 @@ _BLOCK = 32
 def write_gguf(chat: ChatModel, path: Path, kind: GgufType, *, notice: Callable[[str], None]) -> None:
     """Write the file, with matrices in the given type and vectors in float32.
 
-    Tensors are converted one at a time, so memory holds the model and one extra tensor. Raises ModelError for a
-    model that llama.cpp would compute differently.
+    Tensors are converted one at a time, so memory holds the model and one extra tensor.
+
+    Args:
+        chat: The model, in float32.
+        path: File to write.
+        kind: Type of the matrices.
+        notice: Receives what the file cannot express.
+
+    Raises ModelError for a model that llama.cpp would compute differently.
     """
     architecture = _architecture(chat)
     tensors = list(_tensors(chat, architecture, kind, notice))

@@ -34,14 +34,21 @@ def check_base_on_hub(folder: Path) -> None:
     if base.startswith(("/", ".", "~")) or "\\" in base or Path(base).exists():
         raise OutputError(
             f"{folder / 'adapter_config.json'} refers to its base model by a local path, {base}, which nobody "
-            "else has. Push the merged model (--merge --output-dir FOLDER), or write the base's hub id into that file."
+            "else has. Push the merged model (--merge --output-dir FOLDER), or write the base's hub id into that "
+            "file."
         )
 
 
 def push_folder(folder: Path, repo: str, api: HfApi, *, private: bool) -> str:
     """Upload a folder in one commit, creating the repository if needed, and return its URL.
 
-    private: make a new repository private. An existing one keeps its visibility. Raises OutputError.
+    Args:
+        folder: Folder to upload.
+        repo: Repository, as in your-name/model-name.
+        api: The hub's API, with the user's token.
+        private: Make a new repository private. An existing one keeps its visibility.
+
+    Raises OutputError.
     """
     try:
         address = api.create_repo(repo, private=private, exist_ok=True)

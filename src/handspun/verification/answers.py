@@ -156,6 +156,12 @@ def closest_decision(material: Reference, prompt: int, tree: Sequence[TreeNode],
     """Return the smallest margin, in transformers' log-probabilities, between a kept and a dropped candidate.
 
     If the margin exceeds rounding at every step, rounding cannot explain a different search.
+
+    Args:
+        material: The reference.
+        prompt: Index of the prompt.
+        tree: The tree of our search.
+        beams: Number of beams.
     """
     paths: dict[int | None, list[int]] = {None: []}
     gaps, eos = [], material.eos_token_ids
@@ -184,8 +190,12 @@ _SEED = 1000
 def check_batches(material: Reference, chat: ChatModel, name: str, *, exact: bool) -> Iterator[Finding]:
     """Compare logits, greedy tokens and sampled tokens (one seed per prompt) between batches.
 
-    exact: require bit-identical results, as for int8. Otherwise logits may differ within the tolerance, and tokens
-    where rounding explains it.
+    Args:
+        material: The reference, with prompts and answers.
+        chat: The model to check.
+        name: Name of its weights.
+        exact: Require bit-identical results, as for int8. Otherwise logits may differ within the tolerance, and
+            tokens where rounding explains it.
     """
     yield _logits(material, chat, name, exact=exact)
     for case, options in (("greedy", {}), ("sampled", _SAMPLING)):

@@ -62,7 +62,15 @@ class Finding:
 
 
 def within(check: str, case: str, value: float, limit: float, *, what: str = "difference") -> Finding:
-    """Return a finding that passes if value <= limit. NaN fails."""
+    """Return a finding that passes if value <= limit. NaN fails.
+
+    Args:
+        check: Name of the check.
+        case: What was compared.
+        value: The measured value.
+        limit: Its maximum.
+        what: Name of the value in the text.
+    """
     status: Status = "pass" if value <= limit else "fail"
     return Finding(check=check, case=case, status=status, found=f"{what} {value:.1e}, at most {limit:.1e}")
 
@@ -70,7 +78,11 @@ def within(check: str, case: str, value: float, limit: float, *, what: str = "di
 def compared(check: str, case: str, same: str, divergences: Sequence[Divergence]) -> Finding:
     """Return a finding about answers: passed without divergences, a tie if all of them are ties, otherwise failed.
 
-    same: text for a pass.
+    Args:
+        check: Name of the check.
+        case: What was compared.
+        same: Text for a pass.
+        divergences: The differences found.
     """
     if not divergences:
         return Finding(check=check, case=case, status="pass", found=same)
@@ -217,7 +229,16 @@ class Reference:
         margin: float,
         rounding: float,
     ) -> Divergence:
-        """Return the divergence of two answers to prompt `prompt` at token `place` (both indices)."""
+        """Return the divergence of two answers to a prompt.
+
+        Args:
+            prompt: Index of the prompt.
+            place: Index of the first different token.
+            ours: Our token ids.
+            theirs: The reference's token ids.
+            margin: How much the reference prefers its own token.
+            rounding: The largest margin that rounding explains.
+        """
         return Divergence(
             prompt=prompt + 1,
             token=place + 1,
@@ -253,6 +274,12 @@ class Reference:
 
 def build_reference(chat: ChatModel, texts: Sequence[str], *, is_chat: bool, max_new_tokens: int) -> Reference:
     """Return the reference: transformers' answers to the prompts, and the engine's logits along them.
+
+    Args:
+        chat: The model in float32.
+        texts: User messages, or plain texts with is_chat=False.
+        is_chat: Put the prompts into the chat template.
+        max_new_tokens: Maximum number of tokens per answer.
 
     Raises DataError, TemplateError or ConfigError for prompts and options that cannot be decoded.
     """

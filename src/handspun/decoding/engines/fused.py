@@ -125,6 +125,8 @@ class FusedEngine:
             len(model.layers), model.kv_heads, model.head_size, dtype=model.cache_dtype, device=model.device
         )
         self._native = model.is_int8 and native.can_attend(model.head_size, model.cache_dtype, model.device)
+        # On a GPU a call costs more than its work: one call over gathered keys decodes 32 rows at 2,090 tokens per
+        # second instead of 552. On a CPU, padding to the longest row would cost more than it saves.
         self._gathers = not model.is_int8 and model.device.type == "cuda"
         self._rotations = torch.empty(2, 0, model.head_size, device=model.device)  # cosines, and sines
 

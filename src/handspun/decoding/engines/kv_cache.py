@@ -77,7 +77,14 @@ class KVCache:
         return range(start, start + count)
 
     def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write keys and values, (tokens, kv_heads, head_size), to slots `places`, (tokens,), of one layer."""
+        """Write keys and values of tokens to one layer of the pool.
+
+        Args:
+            layer: Index of the layer.
+            places: Slots of the tokens in the pool, (tokens,).
+            keys: (tokens, kv_heads, head_size).
+            values: (tokens, kv_heads, head_size).
+        """
         pool = self._pool[layer]
         pool[: self._kv_heads].index_copy_(1, places, keys.transpose(0, 1).to(pool.dtype))
         pool[self._kv_heads :].index_copy_(1, places, values.transpose(0, 1).to(pool.dtype))
