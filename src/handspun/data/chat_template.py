@@ -269,7 +269,8 @@ class ChatTemplate:
     def _frame(self, rendered: str, turns: list[tuple[int, int]], *, is_begun: bool = False) -> Frame:
         """Split the rendered text of a shape into spans, and tokenize the spans that contain no placeholder."""
         # Once per shape is enough. A placeholder stands for text that neither begins nor ends with white space, so
-        # data does not move the edges of spans unless it contains an added token.
+        # data does not move the edges of spans unless it contains an added token. Such a row is split by itself
+        # (`_filled`).
         times = Counter(match[2] for match in SENTINEL.finditer(rendered)).most_common(1)
         if times and times[0][1] > _MAX_REPEATS:
             raise TemplateError(

@@ -34,7 +34,10 @@ _ABANDONED = 24 * 60 * 60
 
 @dataclass(frozen=True)
 class ExampleCache:
-    """A folder of tokenized data sets, looked up by a hash of their content."""
+    """A folder of tokenized data sets, looked up by a hash of their content.
+
+    An entry is renamed into place when it is complete, and its checksums are compared when it is read.
+    """
 
     folder: Path
     most_bytes: int = MOST_BYTES

@@ -5,6 +5,7 @@ The sandbox keeps a template from files and from Python's internals. It does not
 
 # No timer stops a template: a thread that raises an exception in the rendering thread (PyThreadState_SetAsyncExc)
 # leaves a flag set in Python 3.11's evaluation loop. Every later call is slower, and the first traced one hangs.
+# So only the length of the output is limited.
 
 import json
 import re

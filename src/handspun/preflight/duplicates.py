@@ -9,6 +9,8 @@ shares an element with the rarest fifth of the other ("prefix filtering": Chaudh
 Bayardo, Ma and Srikant, WWW 2007). So only texts that share a rare 3-gram are compared.
 """
 
+# Not datasketch, whose MinHash runs in Python, text by text, nor rensa, which is fast but has a single maintainer.
+
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

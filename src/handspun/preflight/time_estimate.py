@@ -25,7 +25,10 @@ _RATES = {
     ("lora", "bfloat16"): 99e9,
     ("lora", "int8"): 111e9,
 }
-"""Operations per second per thread, from `python benchmarks/training_rates.py`."""
+"""Operations per second per thread, from `python benchmarks/training_rates.py`.
+
+On another machine they are a guess, and the log says so until the first two steps correct it.
+"""
 
 
 def operations(model: PreTrainedModel, plan: Plan, examples: Sequence[Example], config: TrainConfig) -> float:
