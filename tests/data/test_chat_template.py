@@ -140,7 +140,7 @@ def test_rows_put_into_a_frame_are_cut_as_if_each_had_been_cut_alone(texts: list
     hidden = Placeholders(TINY._markers, TINY._any_added)
     rendering = TINY._render_examples(hidden, *hidden.conversation(messages, tools))
     plain = [
-        Layout(TINY._runs(frame.segments, lambda slot: TINY._data(slot, hidden))) for frame in rendering.frames
+        Layout(TINY._spans(frame.segments, lambda slot: TINY._data(slot, hidden))) for frame in rendering.frames
     ]
     assert TINY.encode(messages, tools) == TINY.tokenize(plain)
 

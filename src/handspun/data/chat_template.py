@@ -80,7 +80,7 @@ class Frame:
     """One example of a conversation shape: its segments, and its spans if no data contains an added token."""
 
     segments: list[TurnText]
-    runs: list[tuple[Span, list[str | Placeholder]]]
+    spans: list[tuple[Span, list[str | Placeholder]]]
     """Spans that are not tokenized yet come with their parts, because their text contains placeholders."""
 
 
@@ -96,7 +96,7 @@ class Rendering:
 class Layout:
     """An example whose text is not tokenized yet."""
 
-    runs: list[Span]
+    spans: list[Span]
     note: str | None = None
     is_cut: bool = False
 
@@ -126,7 +126,7 @@ class ChatTemplate:
         added = list(tokenizer.added_tokens_decoder.items())
         self._added = {token.content: (id, token) for id, token in added if token.content}
         self._any_added = alternatives(self._added)
-        self._first_run, self._later_run = _without_added_tokens(tokenizer.backend_tokenizer)
+        self._first_tokenizer, self._later_tokenizer = _without_added_tokens(tokenizer.backend_tokenizer)
         self.text_loss = TextLoss(tokenizer.backend_tokenizer, tokenizer.unk_token_id)
         self._rendered: dict[str, Rendering] = {}
         source = tokenizer.chat_template
@@ -138,9 +138,9 @@ class ChatTemplate:
         check_template_args(source, self.template_args)
         source = "\n".join(source.values()) if isinstance(source, dict) else source
         self.end_of_turn_id, of_turns = self._find_tokens_of_turns()
-        said = {text for text, (_, token) in self._added.items() if not token.special and text not in of_turns}
-        self._may_be_said = alternatives(said)
-        self._markers = self._find_markers(source, said)
+        writable = {text for text, (_, token) in self._added.items() if not token.special and text not in of_turns}
+        self._writable_tokens = alternatives(writable)
+        self._markers = self._find_markers(source, writable)
         self.end_of_turn: str = tokenizer.added_tokens_decoder[self.end_of_turn_id].content
         self.plain_markers = self._find_plain_markers()
         self._any_turn_marker = alternatives([*of_turns, *self.plain_markers])
@@ -277,35 +277,37 @@ class ChatTemplate:
                 f"the chat template writes the same text of a message {times[0][1]:,} times. Use another template."
             )
         segments = self._segments(rendered, turns, is_begun=is_begun)
-        runs = self._runs(segments, lambda slot: (slot.sentinel, []))
-        of_template = [run for run in runs if run.token_ids is None and not SENTINEL.search(run.text)]
+        spans = self._spans(segments, lambda slot: (slot.sentinel, []))
+        of_template = [span for span in spans if span.token_ids is None and not SENTINEL.search(span.text)]
         ids = self._ids_of(of_template)
-        runs = [run._replace(token_ids=ids[run.text, run.first]) if run in of_template else run for run in runs]
-        return Frame(segments, [(run, _parts(run)) for run in _joined_where_known(runs)])
+        spans = [
+            span._replace(token_ids=ids[span.text, span.first]) if span in of_template else span for span in spans
+        ]
+        return Frame(segments, [(span, _parts(span)) for span in _joined_where_known(spans)])
 
     def _filled(self, frame: Frame, hidden: Placeholders) -> list[Span]:
         """Return the spans of a frame with the data filled in."""
-        runs: list[Span] = []
-        for run, parts in frame.runs:
+        spans: list[Span] = []
+        for span, parts in frame.spans:
             if not parts:
-                runs.append(run)
+                spans.append(span)
                 continue
             text = ""
             for part in parts:
                 if isinstance(part, Placeholder):
                     new, added = self._data(part, hidden)
                     if added:
-                        return self._runs(frame.segments, lambda slot: self._data(slot, hidden))
+                        return self._spans(frame.segments, lambda slot: self._data(slot, hidden))
                     text += new
                 else:
                     text += part
-            runs.append(Span(text, run.loss_mask, None, run.first))
-        return runs
+            spans.append(Span(text, span.loss_mask, None, span.first))
+        return spans
 
     def _data(self, slot: Placeholder, hidden: Placeholders) -> tuple[str, list[tuple[int, int]]]:
         """Return a placeholder's text, and the positions of the added tokens that it may contain."""
         text, owner = hidden.data_of(slot)
-        return text, [] if owner == "data" else _places(self._may_be_said, text)
+        return text, [] if owner == "data" else _matches(self._writable_tokens, text)
 
     def _segments(self, rendered: str, turns: list[tuple[int, int]], *, is_begun: bool) -> list[TurnText]:
         """Split rendered text with placeholders where the trained turns begin and end."""
@@ -313,7 +315,7 @@ class ChatTemplate:
         return [
             TurnText(
                 [
-                    part if isinstance(part, Placeholder) else (part, _places(self._any_added, part))
+                    part if isinstance(part, Placeholder) else (part, _matches(self._any_added, part))
                     for part in cut_at_sentinels(rendered[start:end])
                 ],
                 is_turn=(start, end) in turns and not is_begun,
@@ -322,7 +324,7 @@ class ChatTemplate:
             for start, end in pairwise(edges)
         ]
 
-    def _runs(
+    def _spans(
         self, segments: Sequence[TurnText], data_of: Callable[[Placeholder], tuple[str, list[tuple[int, int]]]]
     ) -> list[Span]:
         """Fill the data into the segments and split them at added tokens and where a trained turn begins."""
@@ -342,27 +344,27 @@ class ChatTemplate:
         return self._split_into_spans(text, cuts, edges)
 
     def _split_into_spans(self, text: str, cuts: list[tuple[int, int, bool]], edges: list[int]) -> list[Span]:
-        runs: list[Span] = []
+        spans: list[Span] = []
 
-        def add(run: str, at: int, token_id: int | None = None) -> None:
+        def add(piece: str, at: int, token_id: int | None = None) -> None:
             is_target = bisect_right(edges, at) % 2 == 1
-            runs.append(Span(run, is_target, None if token_id is None else [token_id], first=not runs))
+            spans.append(Span(piece, is_target, None if token_id is None else [token_id], first=not spans))
 
         position, strip_next = 0, False
         for start, end, is_added in [*cuts, (len(text), len(text), False)]:
-            run = text[position:start]
+            piece = text[position:start]
             token_id, token = self._added[text[start:end]] if is_added else (None, None)
             if strip_next:
-                run = run.lstrip()
+                piece = piece.lstrip()
             if token is not None and token.lstrip:
-                run = run.rstrip()
-            if run:
-                add(run, position)
+                piece = piece.rstrip()
+            if piece:
+                add(piece, position)
             if token is not None:
                 add(token.content, start, token_id)
             strip_next = token is not None and token.rstrip
             position = end
-        return runs
+        return spans
 
     def tokenize(self, layouts: Sequence[Layout]) -> list[TokenizedExample]:
         """Tokenize many examples at once.
@@ -370,12 +372,12 @@ class ChatTemplate:
         Text that several examples share, such as a system prompt, is tokenized once. The `tokenizers` library uses
         all cores.
         """
-        ids = self._ids_of(run for layout in layouts for run in layout.runs if run.token_ids is None)
+        ids = self._ids_of(span for layout in layouts for span in layout.spans if span.token_ids is None)
         return [_joined(layout, ids) for layout in layouts]
 
-    def _ids_of(self, runs: Iterable[Span]) -> dict[tuple[str, bool], list[int]]:
-        ids: dict[tuple[str, bool], list[int]] = {(run.text, run.first): [] for run in runs}
-        for tokenizer, first in ((self._first_run, True), (self._later_run, False)):
+    def _ids_of(self, spans: Iterable[Span]) -> dict[tuple[str, bool], list[int]]:
+        ids: dict[tuple[str, bool], list[int]] = {(span.text, span.first): [] for span in spans}
+        for tokenizer, first in ((self._first_tokenizer, True), (self._later_tokenizer, False)):
             texts = [text for text, is_first in ids if is_first == first]
             encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             ids.update(((text, first), found.ids) for text, found in zip(texts, encodings, strict=True))
@@ -403,13 +405,13 @@ class ChatTemplate:
                 roles = " ".join(message["role"] for message in messages)
                 raise TemplateError(f"the chat template leaves out {value.what} of this conversation ({roles}).")
 
-    def _find_markers(self, source: str, said: set[str]) -> re.Pattern[str]:
+    def _find_markers(self, source: str, writable: set[str]) -> re.Pattern[str]:
         """Return a pattern of the strings, such as `</think>`, that the template looks for in an assistant's text.
 
         Placeholders leave these strings in place, so that the template treats them as usual.
         """
         found = set(re.findall(r"""['"](?:\\n)*(</?\w+>)(?:\\n)*['"]""", source))
-        return alternatives([marker for marker in found if marker not in self._added or marker in said])
+        return alternatives([marker for marker in found if marker not in self._added or marker in writable])
 
     def turn_markers_in(self, text: str) -> list[str]:
         """Return the turn markers in a text: strings that the template writes around turns."""
@@ -422,16 +424,16 @@ class ChatTemplate:
         from the template's.
         """
         hidden = Placeholders(alternatives([]), self._any_added)
-        said = [("user", "question"), ("assistant", "answer"), ("user", "another")]
-        probe, _ = hidden.conversation([{"role": role, "content": text} for role, text in said], None)
+        turns = [("user", "question"), ("assistant", "answer"), ("user", "another")]
+        probe, _ = hidden.conversation([{"role": role, "content": text} for role, text in turns], None)
         try:
             rendered = self._render(probe, None, generation_prompt=True)
         except TemplateError:
             return []
-        places = [match.span() for match in SENTINEL.finditer(rendered)]
-        if len(places) != len(said):
+        found = [match.span() for match in SENTINEL.finditer(rendered)]
+        if len(found) != len(turns):
             return []
-        before_user, before_assistant = rendered[places[1][1] : places[2][0]], rendered[places[2][1] :]
+        before_user, before_assistant = rendered[found[1][1] : found[2][0]], rendered[found[2][1] :]
         markers = [text.replace(self.end_of_turn, "").strip() for text in (before_user, before_assistant)]
         return [text for text in dict.fromkeys(markers) if text and not self._any_added.search(text)]
 
@@ -464,21 +466,21 @@ def _without_marks(messages: list[Message]) -> tuple[list[Message], set[int]]:
     return [{key: m[key] for key in m if key != "train"} for m in messages], context
 
 
-def _places(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
+def _matches(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
     return [match.span() for match in pattern.finditer(text)]
 
 
-def _parts(run: Span) -> list[str | Placeholder]:
-    return list(cut_at_sentinels(run.text)) if run.token_ids is None else []
+def _parts(span: Span) -> list[str | Placeholder]:
+    return list(cut_at_sentinels(span.text)) if span.token_ids is None else []
 
 
-def _joined_where_known(runs: list[Span]) -> Iterator[Span]:
+def _joined_where_known(spans: list[Span]) -> Iterator[Span]:
     """Merge neighboring spans whose ids are known and whose loss mask is the same."""
-    for (is_known, loss_mask), some in groupby(runs, lambda run: (run.token_ids is not None, run.loss_mask)):
+    for (is_known, loss_mask), some in groupby(spans, lambda span: (span.token_ids is not None, span.loss_mask)):
         if is_known:
             together = list(some)
-            ids = [id for run in together for id in run.token_ids or []]
-            yield Span("".join(run.text for run in together), loss_mask, ids, together[0].first)
+            ids = [id for span in together for id in span.token_ids or []]
+            yield Span("".join(span.text for span in together), loss_mask, ids, together[0].first)
         else:
             yield from some
 
@@ -487,10 +489,10 @@ def _joined(layout: Layout, ids: dict[tuple[str, bool], list[int]]) -> Tokenized
     """Build ids and loss mask together, span by span."""
     input_ids: list[int] = []
     loss_mask: list[bool] = []
-    for run in layout.runs:
-        new = ids[run.text, run.first] if run.token_ids is None else run.token_ids
+    for span in layout.spans:
+        new = ids[span.text, span.first] if span.token_ids is None else span.token_ids
         input_ids += new
-        loss_mask += [run.loss_mask] * len(new)
+        loss_mask += [span.loss_mask] * len(new)
     return TokenizedExample(input_ids, loss_mask, layout.note, layout.is_cut)
 
 
@@ -528,14 +530,14 @@ def content_token_ids(
         text += new
         is_content += [isinstance(part, Placeholder)] * len(new)
     ids, position = list[int](), 0
-    for run in template._runs(frame.segments, lambda slot: template._data(slot, hidden)):
-        position = text.index(run.text, position)  # a span may have lost the space around it
-        if run.token_ids is not None:  # an added token
-            offsets = [(run.token_ids[0], (0, len(run.text)))]
+    for span in template._spans(frame.segments, lambda slot: template._data(slot, hidden)):
+        position = text.index(span.text, position)  # a span may have lost the space around it
+        if span.token_ids is not None:  # an added token
+            offsets = [(span.token_ids[0], (0, len(span.text)))]
         else:
-            tokenizer = template._first_run if run.first else template._later_run
-            encoding = tokenizer.encode(run.text, add_special_tokens=False)
+            tokenizer = template._first_tokenizer if span.first else template._later_tokenizer
+            encoding = tokenizer.encode(span.text, add_special_tokens=False)
             offsets = list(zip(encoding.ids, encoding.offsets, strict=True))
         ids += [id for id, (start, end) in offsets if any(is_content[position + start : position + end])]
-        position += len(run.text)
+        position += len(span.text)
     return ids

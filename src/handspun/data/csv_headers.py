@@ -31,20 +31,20 @@ class Record(NamedTuple):
 class Columns:
     """The columns that have a name.
 
-    places: the indices of their cells in a record.
+    indices: the indices of their cells in a record.
     least, most: how many cells a record may have. Cells beyond the last name are empty.
     """
 
     names: list[str]
-    places: list[int]
+    indices: list[int]
     least: int
     most: int
 
     def row(self, cells: Sequence[str]) -> dict[str, str]:
         """Return the cells by column name."""
-        if len(self.places) == self.least:  # no column is skipped before the last one
+        if len(self.indices) == self.least:  # no column is skipped before the last one
             return dict(zip(self.names, cells, strict=False))
-        return {name: cells[place] for name, place in zip(self.names, self.places, strict=True)}
+        return {name: cells[index] for name, index in zip(self.names, self.indices, strict=True)}
 
 
 def find_separator(text: str, usual: str, notes: list[str]) -> tuple[str, int]:
@@ -116,41 +116,41 @@ def named_columns(header: Record, body: list[Record], file: str, notes: list[str
 
     Raises DataError for a column that has values but no name, and for a repeated name.
     """
-    unnamed = [place for place, name in enumerate(header.cells) if not name.strip()]
-    places = [place for place, name in enumerate(header.cells) if name.strip()]
-    _check_unique([header.cells[place] for place in places], places, header.line, file)
-    least, most = places[-1] + 1, len(header.cells)
-    for place in unnamed:
-        if place < least:
-            notes.append(_note_of_unnamed(place, header, body, file))
+    unnamed = [index for index, name in enumerate(header.cells) if not name.strip()]
+    indices = [index for index, name in enumerate(header.cells) if name.strip()]
+    _check_unique([header.cells[index] for index in indices], indices, header.line, file)
+    least, most = indices[-1] + 1, len(header.cells)
+    for index in unnamed:
+        if index < least:
+            notes.append(_note_of_unnamed(index, header, body, file))
     trailing = most - least
     surplus = min((len(record.cells) for record in body), default=0) - most
     if trailing or surplus > 0:
         used = next((r for r in body if len(r.cells) <= most + surplus and not is_empty(r.cells[least:])), None)
         if used is not None and trailing:
-            place = next(i for i, cell in enumerate(used.cells) if i >= least and cell.strip())
-            raise _unnamed(place, used, file, header.line)
+            index = next(i for i, cell in enumerate(used.cells) if i >= least and cell.strip())
+            raise _unnamed(index, used, file, header.line)
         if used is None:
             more = "" if trailing + max(surplus, 0) == 1 else "s"
             where = "at the end of the header" if trailing else "at the end of each line"
             notes.append(f"separator{more} {where} with nothing after, ignored")
-    return Columns([header.cells[place] for place in places], places, least, most + max(surplus, 0))
+    return Columns([header.cells[index] for index in indices], indices, least, most + max(surplus, 0))
 
 
-def _note_of_unnamed(place: int, header: Record, body: list[Record], file: str) -> str:
+def _note_of_unnamed(index: int, header: Record, body: list[Record], file: str) -> str:
     """Return a note on a nameless column that comes before a named one. Raises DataError if it has values."""
-    cells = [record.cells[place] for record in body if place < len(record.cells)]
+    cells = [record.cells[index] for record in body if index < len(record.cells)]
     if is_empty(cells):
-        return f"column {place + 1} has no name and is empty, ignored"
-    if place == 0 and all(cell.isascii() and cell.isdecimal() for cell in cells):
+        return f"column {index + 1} has no name and is empty, ignored"
+    if index == 0 and all(cell.isascii() and cell.isdecimal() for cell in cells):
         return "column 1 has no name and numbers the rows (as pandas does), ignored"
-    used = next(record for record in body if place < len(record.cells) and record.cells[place].strip())
-    raise _unnamed(place, used, file, header.line)
+    used = next(record for record in body if index < len(record.cells) and record.cells[index].strip())
+    raise _unnamed(index, used, file, header.line)
 
 
-def _unnamed(place: int, used: Record, file: str, line: int) -> DataError:
+def _unnamed(index: int, used: Record, file: str, line: int) -> DataError:
     return DataError(
-        f"column {place + 1} of the header has no name, but line {used.line} has '{printable(used.cells[place])}' "
+        f"column {index + 1} of the header has no name, but line {used.line} has '{printable(used.cells[index])}' "
         "in it. Name the column or remove it (for pandas' index: to_csv(..., index=False)). If the value is the "
         "rest of a text that contains a separator, put that text in double quotes.",
         file=file,
@@ -158,13 +158,13 @@ def _unnamed(place: int, used: Record, file: str, line: int) -> DataError:
     )
 
 
-def _check_unique(names: list[str], places: list[int], line: int, file: str) -> None:
+def _check_unique(names: list[str], indices: list[int], line: int, file: str) -> None:
     first: dict[str, int] = {}
-    for name, place in zip(names, places, strict=True):
-        earlier = first.setdefault(name, place)
-        if earlier != place:
+    for name, index in zip(names, indices, strict=True):
+        earlier = first.setdefault(name, index)
+        if earlier != index:
             raise DataError(
-                f"columns {earlier + 1} and {place + 1} are both named '{printable(name)}' (expected each name "
+                f"columns {earlier + 1} and {index + 1} are both named '{printable(name)}' (expected each name "
                 "once). Rename or remove one.",
                 file=file,
                 line=line,

@@ -320,19 +320,21 @@ def _add_unread_keys(account: DataReport, file: str, keys: Iterable[str]) -> Non
 
 
 def _changed(layouts: Sequence[Layout], template: ChatTemplate) -> list[str]:
-    return template.text_loss.notes(run.text for layout in layouts for run in layout.runs if run.token_ids is None)
+    return template.text_loss.notes(
+        span.text for layout in layouts for span in layout.spans if span.token_ids is None
+    )
 
 
 def _tokenizable(layout: Layout, max_length: int) -> Layout:
     """Cut off text that is certainly beyond `max_length`: a cell of 100 MB would take minutes and gigabytes."""
     left = (max_length + 1) * _CHARACTERS_OF_A_TOKEN
-    runs: list[Span] = []
-    for run in layout.runs:
-        if len(run.text) > left and run.token_ids is None:
-            runs.append(run._replace(text=run.text[:left]))
-            return replace(layout, runs=runs, is_cut=True)
-        runs.append(run)
-        left -= len(run.text)
+    spans: list[Span] = []
+    for span in layout.spans:
+        if len(span.text) > left and span.token_ids is None:
+            spans.append(span._replace(text=span.text[:left]))
+            return replace(layout, spans=spans, is_cut=True)
+        spans.append(span)
+        left -= len(span.text)
     return layout
 
 

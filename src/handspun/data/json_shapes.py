@@ -29,12 +29,12 @@ _BEYOND = {"undefined", "nan", "inf", "-inf", "-nan"}
 
 def remedy(error: json.JSONDecodeError) -> str:
     """Return a sentence on how to fix the syntax error."""
-    text, place = error.doc, error.pos
-    at, before = text[place : place + 1], text[:place].rstrip()[-1:]
-    rest = text[place : place + 20]
+    text, position = error.doc, error.pos
+    at, before = text[position : position + 1], text[:position].rstrip()[-1:]
+    rest = text[position : position + 20]
     if error.msg.startswith("Illegal trailing comma") or (at in ("]", "}") and before == ","):
         return "Remove the comma before the closing bracket."
-    if not text[place:].strip() or error.msg.startswith("Unterminated string"):
+    if not text[position:].strip() or error.msg.startswith("Unterminated string"):
         return "The text ends before the value does: it may be cut short. Write or download it again."
     if at == "'" or _PYTHON.match(rest):
         return "This is Python's notation (str() or repr()); write it with json.dumps."

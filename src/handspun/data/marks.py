@@ -81,13 +81,13 @@ def turn_mark(turn: Mapping[str, Any], role: str) -> tuple[bool | None, list[str
     if role != "assistant":
         return None, list(_notes_of_others(turn, role))
     _check_nested(turn)
-    said = {key: mark for key, value in turn.items() if (mark := _mark_of_turn(key, value)) is not None}
-    if len(set(said.values())) > 1:
-        raise DroppedRow(f"contradictory marks on one message ({', '.join(map(printable, said))})")
-    train = next(iter(said.values()), None)
+    marks = {key: mark for key, value in turn.items() if (mark := _mark_of_turn(key, value)) is not None}
+    if len(set(marks.values())) > 1:
+        raise DroppedRow(f"contradictory marks on one message ({', '.join(map(printable, marks))})")
+    train = next(iter(marks.values()), None)
     if train is not False:
         return train, []
-    return False, [f"turns marked {_as_written(key, turn[key])} are context, not trained on" for key in said]
+    return False, [f"turns marked {_as_written(key, turn[key])} are context, not trained on" for key in marks]
 
 
 def check_parts(parts: Any) -> None:

@@ -138,9 +138,9 @@ class Cell:
 
     def expected(self, what: str, found: Any, *, at: str = "") -> DataError:
         """Return the error for a value that is not `what`. at: where in the cell the value is."""
-        place = f"{at}: " if at else ""
+        where = f"{at}: " if at else ""
         remedy = "" if self.row is None else " Fix or remove the row."
-        return self.error(f"{place}expected {what}, found {describe_type(found)}.{remedy}")
+        return self.error(f"{where}expected {what}, found {describe_type(found)}.{remedy}")
 
     def error(self, message: str) -> DataError:
         """Return a DataError for this location."""

@@ -146,8 +146,8 @@ def end_of_content(rendered: str, content: str) -> int | None:
     found = list(SENTINEL.finditer(content))
     if not found:  # only markers that the template looks for
         core = content.strip()
-        place = rendered.rfind(core) if core else -1
-        return None if place < 0 else place + len(core)
+        position = rendered.rfind(core) if core else -1
+        return None if position < 0 else position + len(core)
     ends = [match.end() for match in SENTINEL.finditer(rendered) if match[2] == found[-1][2]]
     if not ends:
         return None

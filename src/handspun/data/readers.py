@@ -438,18 +438,18 @@ _OTHER_SUFFIXES = {
 def _about_the_suffix(path: Path) -> str:
     """Return the error message for a file that cannot be read, judging by its suffix or its text."""
     suffix, name = path.suffix.lower(), file_name(path)
-    said = f"the suffix {path.suffix or '(none)'} is not one of {', '.join(SUFFIXES)}"
+    problem = f"the suffix {path.suffix or '(none)'} is not one of {', '.join(SUFFIXES)}"
     if suffix in _OTHER_SUFFIXES:
-        return f"{said}: {_OTHER_SUFFIXES[suffix].format(name=name)}"
+        return f"{problem}: {_OTHER_SUFFIXES[suffix].format(name=name)}"
     text = read_text(path).lstrip()
     first = next(split_lines(text), "")
     if text.startswith(("{", "[")):
         better = path.with_suffix(".jsonl" if first.rstrip().endswith(("}", "]")) else ".json")
-        return f"{said}; it looks like JSON. Rename it to {file_name(better)}."
+        return f"{problem}; it looks like JSON. Rename it to {file_name(better)}."
     for separator, better_suffix in ((",", ".csv"), ("\t", ".tsv"), (";", ".csv"), ("|", ".csv")):
         if fits_a_format(first.strip().replace('"', "").split(separator)):
-            return f"{said}; it looks like a table. Rename it to {file_name(path.with_suffix(better_suffix))}."
-    return f"{said}, so the format is unknown. Convert it to one of these, or rename it if it already is one."
+            return f"{problem}; it looks like a table. Rename it to {file_name(path.with_suffix(better_suffix))}."
+    return f"{problem}, so the format is unknown. Convert it to one of these, or rename it if it already is one."
 
 
 _READERS: dict[str, Callable[[Path, list[str]], list[Values]]] = {

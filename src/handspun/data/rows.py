@@ -143,14 +143,16 @@ def _file_rows(path: Path, notes: FileNotes) -> list[Row]:
 
 
 def _folder_files(folder: Path, notes: FileNotes) -> list[Path]:
-    for place in (folder, folder / "train", folder / "data"):
-        files = _data_files(place) if place.is_dir() else []
+    for candidate in (folder, folder / "train", folder / "data"):
+        files = _data_files(candidate) if candidate.is_dir() else []
         if files:
-            _check_splits(files, place)
+            _check_splits(files, candidate)
             _check_links(files, folder)
-            others = sorted(entry.name + "/" * entry.is_dir() for entry in place.iterdir() if entry not in files)
+            others = sorted(
+                entry.name + "/" * entry.is_dir() for entry in candidate.iterdir() if entry not in files
+            )
             if others := [name for name in others if not name.startswith(".")]:
-                notes.setdefault(file_name(place), []).append(f"not read in this folder: {join_names(others)}")
+                notes.setdefault(file_name(candidate), []).append(f"not read in this folder: {join_names(others)}")
             return files
     found = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
     raise DataError(
@@ -188,10 +190,10 @@ def _check_links(files: list[Path], folder: Path) -> None:
     # A downloaded folder must not name files of this machine.
     root = folder.resolve()
     # The hub's cache consists of links from `snapshots` to its `blobs`.
-    blobs = [place.with_name("blobs") for place in root.parents if place.name == "snapshots"]
+    blobs = [parent.with_name("blobs") for parent in root.parents if parent.name == "snapshots"]
     for file in files:
         target = Path(os.path.realpath(file))  # works for a loop too
-        if not any(target.is_relative_to(place) for place in (root, *blobs)):
+        if not any(target.is_relative_to(allowed) for allowed in (root, *blobs)):
             raise DataError(
                 f"it is a link to {file_name(target)}, which is not in this folder. To use its rows, name that "
                 "file, or copy it here.",

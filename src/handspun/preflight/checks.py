@@ -111,9 +111,9 @@ def row_texts(rows: Sequence[Row], account: DataReport, config: DataConfig) -> I
             ).messages
         except DroppedRow:  # --data has changed since the report was made
             continue
-        said = [message for message in messages if message["role"] == "assistant" and is_trained(message)]
+        trained = [message for message in messages if message["role"] == "assistant" and is_trained(message)]
         prompts = [m["content"] for m in messages if m["role"] in ("user", "tool") or not is_trained(m)]
-        answers = [part for message in said for part in _answered(message)]
+        answers = [part for message in trained for part in _answered(message)]
         yield RowText(row.file, row.number, prompts, answers)
 
 
@@ -142,54 +142,54 @@ _CODE = re.compile(
 )
 
 
-def findings_in_answers(said: Sequence[RowText]) -> Iterator[Finding]:
+def findings_in_answers(texts: Sequence[RowText]) -> Iterator[Finding]:
     """Yield the findings on the answers and prompts of one set of rows."""
     yield from _those(
-        said,
+        texts,
         placeholder_answer,
         "answers that are a placeholder",
         "write real answers, or delete the rows: the model would learn to say just this",
     )
     yield from _those(
-        said,
+        texts,
         placeholder_prompt,
         "prompts that end in a placeholder",
         "empty these inputs: the model would expect such words when there is no input",
     )
     yield from _those(
-        said,
+        texts,
         unfilled_field,
         "answers with an unfilled field",
         "fill in the fields, or delete the rows",
     )
     yield from _those(
-        said,
+        texts,
         next_user,
         'answers with a line "User:", which is a stop string of chats',
         "use --no-stop-strings with generate, chat and eval --generate, which would cut such answers there",
     )
 
 
-def next_user(said: RowText) -> str | None:
+def next_user(row: RowText) -> str | None:
     """Return the line of an answer at which decoding would cut it."""
-    lines = (answer.partition(NEXT_USER)[1:] for answer in said.answers)
+    lines = (answer.partition(NEXT_USER)[1:] for answer in row.answers)
     return next((f"{stop.strip()}{rest}".split("\n")[0] for stop, rest in lines if stop), None)
 
 
-def placeholder_answer(said: RowText) -> str | None:
+def placeholder_answer(row: RowText) -> str | None:
     """Return the first answer that is only a placeholder, or None."""
-    return next((answer for answer in said.answers if _is_placeholder(answer)), None)
+    return next((answer for answer in row.answers if _is_placeholder(answer)), None)
 
 
-def placeholder_prompt(said: RowText) -> str | None:
+def placeholder_prompt(row: RowText) -> str | None:
     """Return a placeholder that is a prompt's last line (an input that says there is none), or None."""
-    lasts = (prompt.rstrip().rpartition("\n")[2] for prompt in said.prompts)
+    lasts = (prompt.rstrip().rpartition("\n")[2] for prompt in row.prompts)
     return next((last for last in lasts if _is_placeholder(last)), None)
 
 
-def unfilled_field(said: RowText) -> str | None:
+def unfilled_field(row: RowText) -> str | None:
     """Return a field such as {{name}} in an answer that is not code, or None."""
-    fields = ((_FIELD.search(answer), answer) for answer in said.answers if "{" in answer)
+    fields = ((_FIELD.search(answer), answer) for answer in row.answers if "{" in answer)
     return next((field[0] for field, answer in fields if field and not _CODE.search(answer)), None)
 
 
@@ -201,10 +201,12 @@ def _is_placeholder(text: str) -> bool:
 
 
 def _those(
-    said: Sequence[RowText], found_in: Callable[[RowText], str | None], what: str, remedy: str
+    texts: Sequence[RowText], found_in: Callable[[RowText], str | None], what: str, remedy: str
 ) -> Iterator[Finding]:
-    notes = [RowIssue(one.file, one.row, printable(found)) for one in said if (found := found_in(one)) is not None]
-    yield from finding(what, remedy, notes, of=len(said))
+    notes = [
+        RowIssue(one.file, one.row, printable(found)) for one in texts if (found := found_in(one)) is not None
+    ]
+    yield from finding(what, remedy, notes, of=len(texts))
 
 
 @dataclass(frozen=True)
@@ -248,10 +250,10 @@ def template_lines(template: ChatTemplate) -> Iterator[str]:
         yield "  a user who types them begins what looks like a turn (docs/data.md, Role markers)"
 
 
-def findings_in_prompts(said: Sequence[RowText], markers: Sequence[str]) -> Iterator[Finding]:
+def findings_in_prompts(texts: Sequence[RowText], markers: Sequence[str]) -> Iterator[Finding]:
     """Yield the finding on rows in which a user or a tool writes a role marker."""
     notes = []
-    for one in said:
+    for one in texts:
         text = "\n".join(one.prompts)
         if found := [marker for marker in markers if marker in text]:
             notes.append(RowIssue(one.file, one.row, ", ".join(map(repr, found))))
@@ -259,7 +261,7 @@ def findings_in_prompts(said: Sequence[RowText], markers: Sequence[str]) -> Iter
         "rows in which a user or a tool writes a role marker of the template",
         "remove it, or use a template whose markers are added tokens: to the model it begins a turn",
         notes,
-        of=len(said),
+        of=len(texts),
     )
 
 
@@ -280,14 +282,14 @@ def check_rows(
         max_length: most tokens per example.
         markers: role markers of the chat template that are ordinary text.
     """
-    said = list(row_texts(training.rows, training.account, config))
+    texts = list(row_texts(training.rows, training.account, config))
     held = list(row_texts(held_out.rows, held_out.account, config)) if held_out else []
-    found = [*_lost(training.account, max_length), *findings_in_answers(said)]
-    found += findings_in_prompts([*said, *held], markers)
+    found = [*_lost(training.account, max_length), *findings_in_answers(texts)]
+    found += findings_in_prompts([*texts, *held], markers)
     if held_out:
         of_held_out = [*_lost(held_out.account, max_length), *findings_in_answers(held)]
         found += [replace(one, what=f"held out: {one.what}") for one in of_held_out]
-    return [*found, *_repeated(said, held)]
+    return [*found, *_repeated(texts, held)]
 
 
 def _lost(account: DataReport, max_length: int) -> Iterator[Finding]:
@@ -313,8 +315,8 @@ def _bare(notes: Sequence[RowIssue]) -> list[RowIssue]:
     return [RowIssue(note.file, note.row, "") for note in notes]
 
 
-def _repeated(said: Sequence[RowText], held: Sequence[RowText]) -> Iterator[Finding]:
-    everything, known = [*said, *held], len(said)
+def _repeated(texts: Sequence[RowText], held: Sequence[RowText]) -> Iterator[Finding]:
+    everything, known = [*texts, *held], len(texts)
     found = near_duplicate_rows([one.text for one in everything], known)
 
     def notes(*, same: bool, held_out: bool) -> list[RowIssue]:

@@ -55,14 +55,14 @@ def near_duplicate_rows(texts: Sequence[str], known: int) -> list[Alike]:
     words = _numbered_words(texts)
     first: dict[bytes, int] = {}
     same, others = [], []
-    for place, text in enumerate(words):
-        earlier = first.setdefault(text.tobytes(), place) if place < known else first.get(text.tobytes(), place)
-        if earlier != place:
-            same.append(Alike(place, earlier, same=True))
+    for index, text in enumerate(words):
+        earlier = first.setdefault(text.tobytes(), index) if index < known else first.get(text.tobytes(), index)
+        if earlier != index:
+            same.append(Alike(index, earlier, same=True))
         elif len(text):
-            others.append(place)
-    grams = _Grams([words[place] for place in others])
-    near = grams.near_duplicates(sum(place < known for place in others))
+            others.append(index)
+    grams = _Grams([words[index] for index in others])
+    near = grams.near_duplicates(sum(index < known for index in others))
     found = [Alike(others[text], others[earlier], same=False) for text, earlier in near]
     return sorted([*same, *found], key=lambda one: one.text)
 
