@@ -13,8 +13,11 @@ Weights = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 @options
 class GenerationOptions:
-    """How to decode. An option that is not given comes from the model's generation_config, or else has the default
-    named here. Options taken from generation_config are printed."""
+    """How to decode.
+
+    An option that is not given comes from the model's generation_config, or else has the default named here.
+    Options taken from generation_config are printed.
+    """
 
     max_new_tokens: int | None = None
     """Maximum number of tokens to generate (default 512)."""

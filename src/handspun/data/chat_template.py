@@ -522,7 +522,14 @@ def content_token_ids(
     *,
     continue_final_message: bool = False,
 ) -> list[int]:
-    """Return the token ids of a prompt that come from the user's content rather than from the template."""
+    """Return the token ids of a prompt that come from the user's content rather than from the template.
+
+    Args:
+        template: renders and tokenizes the prompt.
+        messages: the prompt's messages.
+        tools: tools as JSON schemas.
+        continue_final_message: as for `ChatTemplate.encode_prompt`.
+    """
     hidden, frame = template.prompt_frame(messages, tools, continue_final_message=continue_final_message)
     text, is_content = "", list[bool]()
     for part in (part for segment in frame.segments for part in segment.parts):

@@ -90,10 +90,16 @@ class _Read:
 def to_conversation(
     row: Row, data_format: str, *, system_prompt: str | None, role_map: Mapping[str, str] | None = None
 ) -> Conversation:
-    """Return the row's conversation, its texts unchanged. `system_prompt` is added if it has no system message.
+    """Return the row's conversation, with its texts unchanged.
 
     It ends with an assistant turn that is trained on. Anything after that is cut off, and noted. Raises DroppedRow
     for a row with nothing to train on, and DataError for a row that does not match the format.
+
+    Args:
+        row: the row to read.
+        data_format: its format.
+        system_prompt: added if the conversation has no system message.
+        role_map: more names of roles, each with the role that it stands for.
     """
     read = _Read(role_map or {})
     _refuse(row, data_format, read)

@@ -115,6 +115,12 @@ def named_columns(header: Record, body: list[Record], file: str, notes: list[str
     """Return the columns that have a name. Note and skip nameless columns that are empty or number the rows.
 
     Raises DataError for a column that has values but no name, and for a repeated name.
+
+    Args:
+        header: the header's record.
+        body: the records after it.
+        file: the file's name in messages.
+        notes: filled with what was skipped.
     """
     unnamed = [index for index, name in enumerate(header.cells) if not name.strip()]
     indices = [index for index, name in enumerate(header.cells) if name.strip()]

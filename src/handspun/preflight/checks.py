@@ -37,7 +37,14 @@ class Finding:
 
 
 def finding(what: str, remedy: str, notes: Sequence[RowIssue], *, of: int) -> Iterator[Finding]:
-    """Yield the finding for these rows, if there are any."""
+    """Yield the finding for these rows, if there are any.
+
+    Args:
+        what: the warning.
+        remedy: what to do about it.
+        notes: the rows, each with a detail.
+        of: number of rows checked.
+    """
     if notes:
         yield Finding(what, remedy, len(notes), of, list(notes[:_MOST_NAMED]))
 
