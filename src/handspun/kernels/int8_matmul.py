@@ -43,9 +43,9 @@ def fwht_torch(x: Tensor) -> Tensor:
     return x
 
 
-_FLOAT32_HOLDS = 2**24
+_MAX_EXACT_FLOAT32 = 2**24
 """float32 holds all integers of up to this magnitude."""
-_COLUMNS = _FLOAT32_HOLDS // 128**2
+_COLUMNS = _MAX_EXACT_FLOAT32 // 128**2
 _SIGNS = ((0, 127), (-128, 0))
 
 TRIAL_SHAPES = ((1, 64, 32), (3, 33, 7), (1, 2048, 16), (32, 2048, 64), (100, 68, 20))
@@ -165,10 +165,10 @@ def _exact_columns(weight: Tensor, *, in_halves: bool) -> int:
     """Return the number of columns whose sums fit in float32, with and without the zero point."""
     largest_byte = 128 if in_halves else 256
     columns = weight.shape[1]
-    while columns > _FLOAT32_HOLDS // (largest_byte * 128):
+    while columns > _MAX_EXACT_FLOAT32 // (largest_byte * 128):
         parts = [part.int() for part in weight.split(columns, dim=1)]
         sums = [part.clamp(sign_low, sign_high).sum(1).abs() for part in parts for sign_low, sign_high in _SIGNS]
-        if largest_byte * max(int(some.max()) for some in sums) <= _FLOAT32_HOLDS:
+        if largest_byte * max(int(some.max()) for some in sums) <= _MAX_EXACT_FLOAT32:
             break
         columns = -(-columns // 2)
     return columns
@@ -190,9 +190,8 @@ def int_mm(rows: Tensor, matrix: Tensor) -> Tensor:
     count = len(rows)
     if rows.is_cuda and count < 17:  # CUDA's matmul needs at least 17 rows
         rows = nn.functional.pad(rows, (0, 0, 0, 17 - count))
-    if rows.device.type == "cpu" and (
-        len(matrix) == 1 or not has_fast_int_mm()
-    ):  # oneDNN returns 0 for one column
+    # oneDNN returns 0 for a matrix with one row.
+    if rows.device.type == "cpu" and (len(matrix) == 1 or not has_fast_int_mm()):
         return _int_mm_in_float(rows, matrix)
     return torch._int_mm(rows, matrix)[:count]
 

@@ -25,7 +25,7 @@ from handspun.kernels.cpu import cpu_flags, cpu_model
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _COMPILERS = ("cc", "gcc", "clang")
 _COMPILE_SECONDS = 120
-_TRIED_AGAIN_AFTER = 24 * 3600
+_RETRY_AFTER = 24 * 3600
 """Seconds before a failed compiler is tried again: each start would otherwise wait for it to fail."""
 
 
@@ -124,7 +124,7 @@ def _build(source: Path, flags: Sequence[str], compiler: Sequence[str], file: Pa
     with tempfile.TemporaryDirectory(prefix="building.", dir=file.parent) as work:
         made = Path(work) / "library.so"
         command = [*compiler, *flags, str(source), "-o", str(made), "-lm"]
-        reason = _failure_of(command)
+        reason = _run_compiler(command)
         if reason is None and not made.is_file():
             reason = "it wrote no library"
         if reason is not None:
@@ -135,7 +135,7 @@ def _build(source: Path, flags: Sequence[str], compiler: Sequence[str], file: Pa
         _write(library + hashlib.sha256(library).digest(), file)
 
 
-def _failure_of(command: Sequence[str]) -> str | None:
+def _run_compiler(command: Sequence[str]) -> str | None:
     """Run a compiler. Return its first error if it failed, else None."""
     try:
         done = subprocess.run(
@@ -154,7 +154,7 @@ def _failure_of(command: Sequence[str]) -> str | None:
 
 def _recent_failure(file: Path) -> str | None:
     try:
-        if time.time() - file.stat().st_mtime > _TRIED_AGAIN_AFTER:
+        if time.time() - file.stat().st_mtime > _RETRY_AFTER:
             return None
         reason = file.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

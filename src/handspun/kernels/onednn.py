@@ -29,13 +29,13 @@ def limit_primitive_cache() -> None:
 
 
 @cache
-def _is_there() -> bool:
+def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _takes(weight: Tensor) -> bool:
+def _uses_onednn(weight: Tensor) -> bool:
     """Return whether oneDNN is used for this matrix: float32 on a CPU."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and _is_there()
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and _has_onednn()
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -45,7 +45,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     x: (tokens, in). weight: (out, in). bias: (out,).
     """
-    if not _takes(weight):
+    if not _uses_onednn(weight):
         return F.linear(x, weight, bias)
     # F.linear would use MKL, which is slower: all matrices of a 0.5B model take 76 ms instead of 136 for one row,
     # 117 instead of 241 for 8, and 222 instead of 387 for 32. Weights laid out for oneDNN in advance would take 80
@@ -60,7 +60,7 @@ def linear_padded_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     oneDNN compiles a kernel, in milliseconds, for each number of rows, and decoding has many.
     """
     count = len(x)
-    if _takes(weight) and (more := rounded_up(count) - count):
+    if _uses_onednn(weight) and (more := rounded_up(count) - count):
         x = F.pad(x, (0, 0, 0, more))
     return matmul(x, weight, bias)[:count]
 

@@ -46,7 +46,9 @@ def check_examples(
     of_examples = np.unique(np.searchsorted(examples.starts, positions, side="right"))
     where = f"{examples.file_names[examples.files[first]]}, row {examples.rows[first]}"
     ids = np.unique(examples.input_ids[positions]).tolist()
-    raise _beyond(ids, rows, tokenizer, name, f"{len(of_examples)} of {len(examples)} examples, first {where}")
+    raise _beyond_embedding(
+        ids, rows, tokenizer, name, f"{len(of_examples)} of {len(examples)} examples, first {where}"
+    )
 
 
 def check_prompt(
@@ -62,10 +64,10 @@ def check_prompt(
     """
     rows = embedding_rows(model)
     if max(ids, default=0) >= rows:
-        raise _beyond(sorted({id for id in ids if id >= rows}), rows, tokenizer, "the model", where)
+        raise _beyond_embedding(sorted({id for id in ids if id >= rows}), rows, tokenizer, "the model", where)
 
 
-def _beyond(
+def _beyond_embedding(
     ids: Sequence[int], rows: int, tokenizer: PreTrainedTokenizerBase, name: str, where: str
 ) -> ModelError:
     named = ", ".join(f"{tokenizer.convert_ids_to_tokens(id)!r} (id {id})" for id in ids[:_MAX_NAMED])

@@ -24,7 +24,7 @@ def model_fingerprints(source: ModelSource, tokenizer: PreTrainedTokenizerBase) 
     return {
         "chat template (sha256)": _sha256(json.dumps(tokenizer.chat_template, sort_keys=True)),
         "tokenizer (sha256)": _sha256(rules + special),
-        **_of_the_files(source),
+        **_file_fingerprints(source),
     }
 
 
@@ -45,7 +45,7 @@ def commit_of(source: ModelSource) -> str | None:
     return getattr(load_config(source), "_commit_hash", None)
 
 
-def _of_the_files(source: ModelSource) -> dict[str, str]:
+def _file_fingerprints(source: ModelSource) -> dict[str, str]:
     if commit := commit_of(source):
         return {"model's commit on the hub": commit}
     names = [("model's config", "config.json"), ("generation config", "generation_config.json")]

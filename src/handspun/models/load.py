@@ -40,7 +40,7 @@ from handspun.models.fused import FusedWeights, check_exact_decoding, fused_weig
 from handspun.models.lora import embedding_rows, merge_adapter, unknown_settings
 from handspun.models.tokenizer_file import as_in_tokenizer_json, quiet
 
-_MOST_NAMED = 4
+_MAX_NAMED = 4
 
 
 def nonfinite_weights(model: nn.Module) -> str:
@@ -49,8 +49,8 @@ def nonfinite_weights(model: nn.Module) -> str:
     Returns "" if there are none. Skips meta tensors.
     """
     found = list(_nonfinite(model))
-    more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
-    return ", ".join(found[:_MOST_NAMED]) + more
+    more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
+    return ", ".join(found[:_MAX_NAMED]) + more
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def _nonfinite(model: nn.Module) -> Iterator[str]:
             yield f"{name} ({count:,} of {weight.numel():,} values)"
 
 
-_SUFFIXES_OF_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -200,7 +200,7 @@ def model_source(name: str, notice: Callable[[str], None]) -> ModelSource:
             "Qwen/Qwen2.5-0.5B)."
         )
     if not _looks_like_hub_id(name):
-        near = difflib.get_close_matches(path.name, _names_beside(path), 1)
+        near = difflib.get_close_matches(path.name, _sibling_names(path), 1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
         raise ModelError(
             f"there is no model {name}: no such folder or file, and not a hub id (such as Qwen/Qwen2.5-0.5B). "
@@ -212,7 +212,7 @@ def model_source(name: str, notice: Callable[[str], None]) -> ModelSource:
 
 
 def load_trainable(source: ModelSource, template: ChatTemplate, device: torch.device) -> ChatModel:
-    """Load a model's weights in float32, for a tokenizer and template that are there already."""
+    """Load a model's weights in float32, with the given template and its tokenizer."""
     model = _load_merged(source, torch.float32)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it and loses its types
     chat = ChatModel(model.eval(), template.tokenizer, source.name, template_args=template.template_args)
@@ -367,7 +367,7 @@ def check_base_is_no_adapter(source: ModelSource) -> None:
 
 
 def _check_no_pickles(name: str, path: Path, remedy: str) -> None:
-    pickles = sorted(file.name for file in path.iterdir() if file.suffix in _SUFFIXES_OF_PICKLES)
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
     if pickles:
         raise ModelError(
             f"{name} has its weights only as pickles ({', '.join(pickles[:3])}), which can run code when loaded. "
@@ -466,7 +466,7 @@ def _looks_like_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not name.endswith((".gguf", "/"))
 
 
-def _names_beside(path: Path) -> list[str]:
+def _sibling_names(path: Path) -> list[str]:
     return [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
 
 

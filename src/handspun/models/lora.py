@@ -221,20 +221,20 @@ def _check_weights(adapted: Any, weights: dict[str, Tensor], adapter: Path, base
     with quiet():  # peft saves the whole embedding as well where it was resized
         known = get_peft_model_state_dict(adapted, save_embedding_layers=True) | asked
     there = {name: tuple(value.shape) for name, value in known.items()}
-    _refuse(
+    _raise_if_any(
         weights.keys() - there.keys(),
         "weights that neither its config nor the base uses",
         adapter,
         base_name,
     )
-    _refuse(
+    _raise_if_any(
         asked.keys() - weights.keys(),
         "weights in its config that are missing from its file",
         adapter,
         base_name,
     )
     other = {name for name, value in weights.items() if tuple(value.shape) != there[name]}
-    _refuse(
+    _raise_if_any(
         {f"{name} is {tuple(weights[name].shape)}, expected {there[name]}" for name in other},
         "weights whose shape does not fit the base",
         adapter,
@@ -242,7 +242,7 @@ def _check_weights(adapted: Any, weights: dict[str, Tensor], adapter: Path, base
     )
 
 
-def _refuse(names: Iterable[str], what: str, adapter: Path, base_name: str) -> None:
+def _raise_if_any(names: Iterable[str], what: str, adapter: Path, base_name: str) -> None:
     if found := sorted(names):
         raise ModelError(
             f"{adapter} does not fit its base {base_name}: it has {len(found)} {what} (first {found[0]}). Set "

@@ -37,7 +37,7 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     return rounded
 
 
-_OF_THIS_MACHINE = {
+_MACHINE_KEYS = {
     *("backend", "is_local", "local_files_only", "name_or_path", "tokenizer_file", "special_tokens_map_file"),
     *("cache_dir", "token", "use_auth_token", "_commit_hash"),
 }
@@ -85,7 +85,7 @@ def _save_weights(
     for name, tensor in whole.items():
         if tensor.data_ptr() not in cast:
             rounds = dtype == torch.bfloat16 and tensor.dtype == torch.float32
-            cast[tensor.data_ptr()] = round_stochastically(tensor, generator) if rounds else _as(dtype, tensor)
+            cast[tensor.data_ptr()] = round_stochastically(tensor, generator) if rounds else _cast(dtype, tensor)
         state[name] = cast[tensor.data_ptr()]
     generation_config = model.generation_config
     model.generation_config = GenerationConfig()  # `_save_generation_config` writes the model's own
@@ -145,7 +145,7 @@ def _older_rope_keys(rope: dict[str, Any]) -> dict[str, Any]:
 
 def _portable_tokenizer_config(saved: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return a tokenizer_config.json that transformers 4 reads too, without keys about this machine."""
-    config = {name: value for name, value in saved.items() if name not in _OF_THIS_MACHINE}
+    config = {name: value for name, value in saved.items() if name not in _MACHINE_KEYS}
     if config["tokenizer_class"] == "TokenizersBackend":  # version 5's name, which version 4 rejects
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     extra = config.pop("extra_special_tokens", None)
@@ -164,5 +164,5 @@ def _portable_tokenizer_config(saved: dict[str, Any], tokenizer: PreTrainedToken
     return dict(sorted(config.items()))
 
 
-def _as(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
+def _cast(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -70,11 +70,11 @@ def as_in_tokenizer_json(
         return tokenizer
     of_file = Tokenizer.from_file(str(file))
     for made in (backend, of_file):
-        _without_dropout(made)
+        _turn_off_dropout(made)
     other_ids = text_with_other_ids(backend, of_file)
     if other_ids is None and _same_settings(backend, of_file):
         return tokenizer
-    of_file_only = _load_as_it_stands(location, tokenizer, of_file)
+    of_file_only = _load_from_file(location, tokenizer, of_file)
     if other_ids is not None and notice is not None:
         notice(
             f"{name}: its tokenizer.json is used as is. transformers' AutoTokenizer rebuilds it as "
@@ -105,7 +105,7 @@ def _tokenizer_json(location: str) -> Path | None:
     return Path(found) if found else None
 
 
-def _without_dropout(backend: Tokenizer) -> None:
+def _turn_off_dropout(backend: Tokenizer) -> None:
     """Turn off BPE dropout. It gives different ids each time: nothing could be cached, compared, or repeated."""
     if getattr(backend.model, "dropout", None):
         backend.model.dropout = None
@@ -124,13 +124,13 @@ def _settings(backend: Tokenizer) -> list[object]:
     return [type(backend.model), *(part and part.__getstate__() for part in parts), *of_model]
 
 
-def _load_as_it_stands(
+def _load_from_file(
     location: str, rebuilt: PreTrainedTokenizerBase, of_file: Tokenizer
 ) -> PreTrainedTokenizerBase:
     """Return the file's tokenizer, plus the rebuilt one's special tokens that the file knows."""
     with quiet():
         found: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(location)
-    _without_dropout(found.backend_tokenizer)
+    _turn_off_dropout(found.backend_tokenizer)
     defaults: dict[str, Any] = {
         key: token
         for key, token in rebuilt.special_tokens_map.items()

@@ -58,7 +58,7 @@ def collect_state(
 
 def write_state(folder: Path, gathered: dict[str, dict[str, Tensor]], facts: Mapping[str, Any]) -> None:
     """Write the training state. If the checkpoint's model file holds the same weights, it is hard-linked."""
-    if not _linked(folder.parent / _MODEL, folder / _WEIGHTS, gathered[_WEIGHTS]):
+    if not _try_link(folder.parent / _MODEL, folder / _WEIGHTS, gathered[_WEIGHTS]):
         save_file(gathered[_WEIGHTS], folder / _WEIGHTS)
     save_file(gathered[_OPTIMIZER], folder / _OPTIMIZER)
     text = json.dumps({"version": _VERSION, **facts}, indent=2)
@@ -128,7 +128,7 @@ def _whole_tensor(tensor: Tensor, *, keep: bool) -> Tensor:
     return full.detach().cpu().contiguous() if keep else torch.empty(0)
 
 
-def _linked(model_file: Path, weights_file: Path, weights: dict[str, Tensor]) -> bool:
+def _try_link(model_file: Path, weights_file: Path, weights: dict[str, Tensor]) -> bool:
     """Return whether the checkpoint's model file holds these float32 weights and could be linked."""
     try:
         with safe_open(model_file, framework="pt") as file:

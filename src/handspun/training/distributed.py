@@ -78,10 +78,10 @@ def whole_state(model: PreTrainedModel, *, keep: bool) -> dict[str, Tensor]:
     return state if keep else {}
 
 
-_GRACE = 20.0
+_GRACE_SECONDS = 20.0
 """Seconds that a rank has to notice another's death and exit cleanly; it may be saving."""
 
-_ELSEWHERE = (
+_CONNECTION_LOST = (
     "the connection to another rank was lost, so this run stops. See torchrun's report for the failed rank and "
     "its exit status. Saved checkpoints are intact."
 )
@@ -138,7 +138,7 @@ class Watch:
         try:
             yield
         except RuntimeError as error:
-            lost = self.lost(within=1.0) or (_ELSEWHERE if _is_of_the_connection(error) else None)
+            lost = self.lost(within=1.0) or (_CONNECTION_LOST if _is_connection_error(error) else None)
             if lost is None:
                 raise
             with suppress(ValueError):  # not in the main thread
@@ -153,7 +153,7 @@ class Watch:
         except StoppedError:  # all ranks stop
             raise
         except Exception as error:
-            if self._board is not None and not _is_of_the_connection(error):
+            if self._board is not None and not _is_connection_error(error):
                 name = "" if isinstance(error, HandspunError) else f"{type(error).__name__}: "
                 self._board.write(f"{name}{error}")
             raise
@@ -215,12 +215,12 @@ class Watch:
             return
         self._lost = describe(rank, process, code)
         self._died.set()
-        if code is not None and not self._over.wait(_GRACE):
+        if code is not None and not self._over.wait(_GRACE_SECONDS):
             say(f"error on rank {os.environ['RANK']}: {self._lost}")
-            os._exit(TrainingError.exit_code)  # the main thread waits in a collective for the dead
+            os._exit(TrainingError.exit_code)  # the main thread hangs in a collective with the dead rank
 
 
-def _is_of_the_connection(error: Exception) -> bool:
+def _is_connection_error(error: Exception) -> bool:
     """Return whether another rank's end has caused the error."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
@@ -260,7 +260,7 @@ def local_processes(rank: int) -> dict[int, int]:
     return {other: process for other, process in here.items() if other != rank}
 
 
-_BUCKET = 2**24
+_BUCKET_VALUES = 2**24
 """Most gradient values per all-reduce."""
 
 EMPTY_EXAMPLE = Example([0], [False], "", 0)
@@ -431,7 +431,7 @@ def partition_by_tokens(rows: Sequence[Example], count: int) -> list[list[Exampl
 def _buckets(gradients: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     buckets: list[list[torch.Tensor]] = [[]]
     for gradient in gradients:
-        if buckets[-1] and sum(g.numel() for g in buckets[-1]) + gradient.numel() > _BUCKET:
+        if buckets[-1] and sum(g.numel() for g in buckets[-1]) + gradient.numel() > _BUCKET_VALUES:
             buckets.append([])
         buckets[-1].append(gradient)
     return buckets

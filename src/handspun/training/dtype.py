@@ -37,9 +37,9 @@ def physical_cores() -> int:
     return len({path.read_text() if path.exists() else str(path) for path in siblings})
 
 
-_WORTH = 1.2
+_MIN_SPEEDUP = 1.2
 """Least speedup that makes bfloat16's rounding worth it."""
-_HOPELESS = 0.5
+_CLEARLY_SLOWER = 0.5
 """A speedup below this decides at any size: without bfloat16 instructions it is 0.01."""
 _SIZES = ((8, 256), (64, 512), (256, 1024))
 """(tokens, width) of the timed matmuls, smallest first. The last decides: it is like a small model's."""
@@ -54,20 +54,20 @@ def choose_dtype(device: torch.device, clock: Callable[[], float] = time.perf_co
 
     This is the type of autocast. Weights, optimizer, head, and evaluation stay float32.
     """
-    reason = _without_bfloat16(device)
+    reason = _reason_against_bfloat16(device)
     if reason is not None:
         return torch.float32, reason
     if device.type != "cpu":
-        return _chosen(_measured_gain(device, clock))
-    file = _remembered_file()
-    gain = _remembered_gain(file)
+        return _choose(_measure_gain(device, clock))
+    file = _cache_file()
+    gain = _cached_gain(file)
     if gain is None:
-        gain = _measured_gain(device, clock)
-        _remember(file, gain)
-    return _chosen(gain)
+        gain = _measure_gain(device, clock)
+        _cache_gain(file, gain)
+    return _choose(gain)
 
 
-def _without_bfloat16(device: torch.device) -> str | None:
+def _reason_against_bfloat16(device: torch.device) -> str | None:
     """Return why bfloat16 cannot be faster on the device, or None if it may be."""
     if device.type == "cuda":
         return None if torch.cuda.is_bf16_supported() else "this GPU does not support bfloat16"
@@ -85,20 +85,20 @@ def _onednn_has_bfloat16() -> bool:
     return True if ask is None else bool(ask())
 
 
-def _chosen(gain: float) -> tuple[torch.dtype, str]:
-    if gain < _WORTH:
+def _choose(gain: float) -> tuple[torch.dtype, str]:
+    if gain < _MIN_SPEEDUP:
         return torch.float32, f"bfloat16 matmuls are {gain:.1f} times as fast as float32 here"
     return torch.bfloat16, f"bfloat16 matmuls are {gain:.1f} times as fast as float32 here"
 
 
-def _measured_gain(device: torch.device, clock: Callable[[], float]) -> float:
+def _measure_gain(device: torch.device, clock: Callable[[], float]) -> float:
     """Return bfloat16's speedup over float32, from matmuls of growing size."""
     began, gain = clock(), 0.0
     for tokens, width in _SIZES:
         gain = _seconds(device, torch.float32, tokens, width, clock) / _seconds(
             device, torch.bfloat16, tokens, width, clock
         )
-        if gain < _HOPELESS or clock() - began > _SECONDS:
+        if gain < _CLEARLY_SLOWER or clock() - began > _SECONDS:
             break
     return gain
 
@@ -118,7 +118,7 @@ def _seconds(
     return max(best, 1e-9)  # a coarse clock
 
 
-def _remembered_file() -> Path:
+def _cache_file() -> Path:
     """Return the cache file for this CPU, PyTorch version, and number of threads."""
     limits = [
         os.environ.get(name, "") for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
@@ -127,7 +127,7 @@ def _remembered_file() -> Path:
     return cache_folder() / f"dtype-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
 
 
-def _remembered_gain(file: Path) -> float | None:
+def _cached_gain(file: Path) -> float | None:
     """Return the cached speedup, or None if there is no valid one."""
     found = files.read_json_object(file) or {}
     gain = found.get("bfloat16_gain")
@@ -136,7 +136,7 @@ def _remembered_gain(file: Path) -> float | None:
     return gain if found == _record(gain) else None
 
 
-def _remember(file: Path, gain: float) -> None:
+def _cache_gain(file: Path, gain: float) -> None:
     """Cache the speedup if the cache folder is writable. If not, only the probe runs again."""
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -65,11 +65,11 @@ def raise_if_fatal(skipped: SkippedStep, config: TrainConfig) -> None:
 WINDOW = 50
 """Number of recent losses that a new one is compared with."""
 
-_WARM_UP = 20
+_MIN_LOSSES = 20
 """Number of losses needed before any can be called a spike."""
 
 _FACTOR = 15
-_LEAST = 0.5
+_MIN_EXCESS = 0.5
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ def spike_in(
         batch: file and number of each row of this step.
     """
     recent = losses[-WINDOW:]
-    if len(recent) < _WARM_UP:
+    if len(recent) < _MIN_LOSSES:
         return None
     usual = median(recent)
     deviation = median(abs(earlier - usual) for earlier in recent)
-    limit = usual + max(_FACTOR * deviation, _LEAST)
+    limit = usual + max(_FACTOR * deviation, _MIN_EXCESS)
     return Spike(step, epoch, loss, usual, limit, batch) if loss > limit else None
 
 

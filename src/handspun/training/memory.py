@@ -54,14 +54,14 @@ def room_here(*, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgrou
         return None
     own = _numbers(proc / "self" / "status").get("RssAnon", 0) * 1024
     free = [AvailableMemory(meminfo["MemAvailable"] * 1024 + own, "free memory of this machine")]
-    for folder in _groups_of_this_process(proc, cgroups):
-        if (left := _left_in(folder)) is not None:
+    for folder in _memory_cgroups(proc, cgroups):
+        if (left := _cgroup_limit(folder)) is not None:
             limit, unused = left
             free.append(AvailableMemory(unused + own, f"{limit / 1e9:.1f} GB limit of the control group {folder}"))
     return min(free, key=lambda room: room.available)
 
 
-def _groups_of_this_process(proc: Path, cgroups: Path) -> Iterator[Path]:
+def _memory_cgroups(proc: Path, cgroups: Path) -> Iterator[Path]:
     """Yield the folders of the memory cgroups that this process belongs to.
 
     In a container, the named folder may exist only outside of it. Its own cgroup is then the topmost folder.
@@ -79,7 +79,7 @@ def _groups_of_this_process(proc: Path, cgroups: Path) -> Iterator[Path]:
         yield from (group for group in (folder, *folder.parents) if group.is_relative_to(top))
 
 
-def _left_in(group: Path) -> tuple[int, int] | None:
+def _cgroup_limit(group: Path) -> tuple[int, int] | None:
     """Return (limit, available bytes below it) of a cgroup; None without a limit. Cached files count."""
     limit = _number(group / "memory.max", group / "memory.limit_in_bytes")
     used = _number(group / "memory.current", group / "memory.usage_in_bytes")
@@ -140,7 +140,7 @@ def predict_memory(
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     held = weights + _STATES[config.optimizer_states] * sum(trained)
     gradients = _FLOAT * sum(trained)
-    first = _FLOAT * sum(table.numel() for table in _tables(model) if packed and table.requires_grad)
+    first = _FLOAT * sum(table.numel() for table in _embedding_and_head(model) if packed and table.requires_grad)
     forward = 0.0
     for batch in batches:
         for before, micro_batch in enumerate(batch):
@@ -151,7 +151,7 @@ def predict_memory(
             forward = max(forward, kept + (gradients if before else first))
     if resolve_device(config.device).type == "cuda":  # Python and the files read are not in GPU memory
         return int(held + max(forward, gradients))
-    return int(_BASELINE_BYTES + max(_loading(model), held + max(forward, gradients)))
+    return int(_BASELINE_BYTES + max(_loading_bytes(model), held + max(forward, gradients)))
 
 
 def weights_of(model: PreTrainedModel) -> list[Tensor]:
@@ -160,14 +160,14 @@ def weights_of(model: PreTrainedModel) -> list[Tensor]:
     return [*model.parameters(), *(layer.tiles.weight if layer.tiles else layer.weight for layer in int8)]
 
 
-def _tables(model: PreTrainedModel) -> list[Tensor]:
+def _embedding_and_head(model: PreTrainedModel) -> list[Tensor]:
     """Return the embedding and head (once if tied). Their gradients exist before all others."""
     embedding: Any = model.get_input_embeddings().weight
     head: Any = model.get_output_embeddings().weight
     return [embedding] if embedding is head else [embedding, head]
 
 
-def _loading(model: PreTrainedModel) -> int:
+def _loading_bytes(model: PreTrainedModel) -> int:
     """Return the peak bytes while loading.
 
     The file, usually bfloat16, stays mapped while its weights are converted. int8 layers are made from float ones.
@@ -182,11 +182,13 @@ def _activation_bytes(tokens: int, model: PreTrainedModel, config: TrainConfig) 
     """
     dtype = "float32" if config.base_weights == "int8" and config.dtype == "auto" else config.dtype
     return max(
-        _kept_in(kind, tokens, model, config) for kind in ("float32", "bfloat16") if dtype in (kind, "auto")
+        _activation_bytes_for(kind, tokens, model, config)
+        for kind in ("float32", "bfloat16")
+        if dtype in (kind, "auto")
     )
 
 
-def _kept_in(dtype: str, tokens: int, model: PreTrainedModel, config: TrainConfig) -> int:
+def _activation_bytes_for(dtype: str, tokens: int, model: PreTrainedModel, config: TrainConfig) -> int:
     """Return `_activation_bytes` for one type of matmuls.
 
     A layer keeps the inputs and outputs of its norms, queries, keys, values, the attention's output, and four
@@ -262,7 +264,7 @@ def make_plan(
         config: options of the run.
         multiple: packs are filled up to a multiple of this many tokens.
     """
-    packed, share_prefix = _execution_of(model, config)
+    packed, share_prefix = _packing_of(model, config)
     order = epoch_order(len(examples), seed=config.seed, epoch=1)
     parameters = sum(weight.numel() for weight in weights_of(model))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -296,12 +298,12 @@ def predicted_peak(
     model: PreTrainedModel, optimizer_batches: Iterable[Sequence[Example]], config: TrainConfig
 ) -> int:
     """Return the predicted peak bytes of the process over these batches."""
-    packed, share_prefix = _execution_of(model, config)
+    packed, share_prefix = _packing_of(model, config)
     cut = (_cut(batch, config, packed) for batch in optimizer_batches)
     return predict_memory(model, cut, config, packed=packed, share_prefix=share_prefix)
 
 
-def _execution_of(model: PreTrainedModel, config: TrainConfig) -> tuple[bool, bool]:
+def _packing_of(model: PreTrainedModel, config: TrainConfig) -> tuple[bool, bool]:
     """Return (whether batches are packed, whether the prefix is shared)."""
     packed = config.batching == "packed" and packing_unsupported_reason(model.config) is None
     return packed, packed and shares_prefix(model.config, config)
@@ -342,7 +344,7 @@ _MARGIN = 0.2
 """Relative error of predictions (docs/results.md). A run is rejected if not even four fifths of its predicted peak
 fit, and doubtful if six fifths do not."""
 
-_HEAVIEST = 16
+_HEAVIEST_BATCHES = 16
 
 Shapes = Callable[[TrainConfig], PreTrainedModel]
 """Returns the model that a config trains, on the meta device."""
@@ -373,15 +375,15 @@ def check_fits_in_memory(
     if room is None:
         processes.max(0.0)  # other ranks may know theirs
         return
-    heaviest = _heaviest(examples, config)
+    heaviest = _heaviest_batches(examples, config)
     predicted = predicted_peak(shapes_of(config), heaviest, config)
     available = room.available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     taken = processes.max(predicted / max(available, 1))
     if taken * (1 + _MARGIN) <= 1:
         return
     lines = [
-        f"predicted peak memory is {predicted / 1e9:.1f} GB{_each(processes)}, and {available / 1e9:.1f} GB is "
-        f"available ({room.bound}).",
+        f"predicted peak memory is {predicted / 1e9:.1f} GB{_per_process(processes)}, and "
+        f"{available / 1e9:.1f} GB is available ({room.bound}).",
         *_remedies(config, heaviest, shapes_of, available),
     ]
     if taken * (1 - _MARGIN) <= 1:
@@ -392,18 +394,18 @@ def check_fits_in_memory(
         raise TrainingError("this run will not fit in memory: " + "\n".join(lines))
 
 
-def _each(processes: Distributed) -> str:
+def _per_process(processes: Distributed) -> str:
     if processes.sharded:
         return " per process, without --shard"
     return " per process" if processes.count > 1 else ""
 
 
-def _heaviest(examples: Sequence[Example], config: TrainConfig) -> list[list[Example]]:
+def _heaviest_batches(examples: Sequence[Example], config: TrainConfig) -> list[list[Example]]:
     """Return the first epoch's batches with the most tokens, and those with the longest rows."""
     lengths, order = lengths_of(examples), epoch_order(len(examples), seed=config.seed, epoch=1)
     indices = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
-    largest = sorted(indices, key=lambda batch: int(lengths[batch].sum()), reverse=True)[:_HEAVIEST]
-    longest = sorted(indices, key=lambda batch: int(lengths[batch].max()), reverse=True)[:_HEAVIEST]
+    largest = sorted(indices, key=lambda batch: int(lengths[batch].sum()), reverse=True)[:_HEAVIEST_BATCHES]
+    longest = sorted(indices, key=lambda batch: int(lengths[batch].max()), reverse=True)[:_HEAVIEST_BATCHES]
     return [[examples[i] for i in batch] for batch in largest + longest]
 
 
@@ -425,7 +427,7 @@ def _remedies(
         except HandspunError:  # int8 matmuls that are not exact on this machine
             continue
         if peak * (1 + _MARGIN) <= available:
-            named = " ".join(_typed(name, value) for name, value in changes.items())
+            named = " ".join(_as_option(name, value) for name, value in changes.items())
             fitting[frozenset(changes)] = f"  {named}: {peak / 1e9:.1f} GB"
     if not fitting:
         yield "No option that was tried makes it fit. Use a smaller model, or free some memory."
@@ -456,5 +458,5 @@ def _changes(config: TrainConfig, longest: int) -> list[dict[str, Any]]:
     return sorted([*({"max_tokens": less} for less in halves), *together[1:]], key=len)
 
 
-def _typed(name: str, value: object) -> str:
+def _as_option(name: str, value: object) -> str:
     return option_name(name) if value is True else f"{option_name(name)} {value}"

@@ -150,14 +150,14 @@ def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, dropout: float
 ) -> Tensor:
     if query.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-        return _attention_of(query, key, value, mask, scaling, dropout)
+        return _sdpa_call(query, key, value, mask, scaling, dropout)
     # On a CPU, attention is slower in bfloat16 than in float32; backward takes three times as long.
     with torch.autocast("cpu", enabled=False):
-        output = _attention_of(query.float(), key.float(), value.float(), mask, scaling, dropout)
+        output = _sdpa_call(query.float(), key.float(), value.float(), mask, scaling, dropout)
     return output.to(value.dtype)
 
 
-def _attention_of(
+def _sdpa_call(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, dropout: float
 ) -> Tensor:
     return F.scaled_dot_product_attention(
