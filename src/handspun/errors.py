@@ -5,17 +5,17 @@ HandspunError                what went wrong, what was expected, what to do (exi
 ├── DataError                a file, a row or a cell; names file, row and column
 ├── TemplateError            a chat template that is missing, or cannot be used for training or prompting
 ├── ModelError               a model that is unknown, incomplete or does not fit the request
-├── TrainingError            a run that cannot continue: a loss or gradient that is not finite (names the rows),
-too │                            little memory (names what needs less), another process that died (names it) ├──
-StoppedError             a run that a signal stopped after a step (exit code 128 + signal number) ├── OutputError
-a folder that cannot be written: it exists, no permission, no space on the disk └── VerificationError
-numbers that differ from the reference (exit code 1)
+├── TrainingError            a run that cannot continue: a loss that is not finite, too little memory
+├── StoppedError             a run that a signal stopped after a step (exit code 128 + signal number)
+├── OutputError              a folder that cannot be written: it exists, no permission, no space on the disk
+└── VerificationError        numbers that differ from the reference (exit code 1)
 
 `raise` is for a user's mistake; `assert` is for our own invariants.
 """
 
 import signal
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 
 class HandspunError(Exception):
@@ -83,3 +83,12 @@ class VerificationError(HandspunError):
     """A model for which Handspun's numbers differ from the reference."""
 
     exit_code = 1
+
+
+def check_installed(package: str, extra: str, what: str) -> None:
+    """Raise ConfigError if a package of an extra is not installed. what: needs it, as a user would say it."""
+    if find_spec(package) is None:
+        raise ConfigError(
+            f"{what} needs the package {package}, which is not installed. Install it: "
+            f"pip install 'handspun[{extra}]' (or 'handspun[all]')."
+        )

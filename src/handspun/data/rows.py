@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from handspun.data.readers import SUFFIXES, read_file, with_known_names, without_nulls
 from handspun.display import file_name, join_names, printable, say
-from handspun.errors import DataError
+from handspun.errors import DataError, check_installed
 
 
 class DroppedRow(Exception):  # noqa: N818
@@ -230,6 +230,7 @@ def _is_loop(link: Path) -> bool:
 
 def _hub_rows(source: str, hub: re.Match[str], notes: FileNotes) -> list[Row]:
     """Return the rows of a hub dataset as `datasets` reads them. It turns csv cells into numbers if it can."""
+    check_installed("datasets", "hub", f"{source}: a hub dataset")
     import datasets
 
     name, config, split = hub["name"], hub["config"], hub["split"] or "train"

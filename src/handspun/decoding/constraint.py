@@ -8,19 +8,20 @@ a beam that branches or a rejected draft needs no bookkeeping.
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer
-from llguidance.hf import from_tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from handspun.config import option_name
 from handspun.decoding.options import SamplingParams
 from handspun.display import printable
-from handspun.errors import ConfigError
+from handspun.errors import ConfigError, check_installed
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 _WHITESPACE = r"\n?[ ]{0,24}"
 """White space between the parts of a JSON answer. If it were unbounded, small models would emit it forever."""
@@ -33,14 +34,14 @@ but llguidance treats it as a different property and would not enforce the type 
 class _State(NamedTuple):
     """The grammar's state after some tokens, and the tokens allowed next: (tokenizer's vocabulary,), bool."""
 
-    matcher: LLMatcher
+    matcher: "LLMatcher"
     allowed: Tensor
 
 
 class Constraint:
     """The grammar that answers must match, with a cache of the states of recent steps."""
 
-    def __init__(self, name: str, start: LLMatcher, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, name: str, start: "LLMatcher", eos_token_ids: tuple[int, ...]) -> None:
         self.name = name
         self._eos = list(eos_token_ids)
         self._start = self._state(start)
@@ -79,7 +80,7 @@ class Constraint:
         self._states[tokens] = state  # the newest last
         return state
 
-    def _state(self, matcher: LLMatcher) -> _State:
+    def _state(self, matcher: "LLMatcher") -> _State:
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")).bool()
         allowed[self._eos] = matcher.is_accepting()
@@ -105,6 +106,9 @@ def make_constraint(options: SamplingParams, tokenizer: PreTrainedTokenizerBase)
         name, given = "choice", ", ".join(options.choice)
     else:
         return None
+    check_installed("llguidance", "constraints", option_name(name))
+    from llguidance import LLMatcher  # here: decoding without constraints does not need it
+
     what = f"{option_name(name)} {printable(given, most=200)} cannot be used"
     try:
         grammar = _grammar(options)
@@ -123,6 +127,8 @@ def make_constraint(options: SamplingParams, tokenizer: PreTrainedTokenizerBase)
 
 def _grammar(options: SamplingParams) -> str:
     """Return the options' llguidance grammar. Raises ValueError for a schema that is nested too deeply."""
+    from llguidance import LLMatcher
+
     if options.json_schema is not None:
         overrides: Any = {"whitespace_pattern": _WHITESPACE, "json_allowed_escapes": _ESCAPES}
         return LLMatcher.grammar_from_json_schema(options.json_schema, overrides=overrides)
@@ -147,6 +153,8 @@ def _check(name: str, eos_token_ids: tuple[int, ...], tokenizer: PreTrainedToken
 
 
 @lru_cache(maxsize=1)
-def _token_table(tokenizer: PreTrainedTokenizerFast, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
+def _token_table(tokenizer: PreTrainedTokenizerFast, eos_token_ids: tuple[int, ...]) -> "LLTokenizer":
     """Return llguidance's tokenizer. Qwen's takes seconds to build, hence the cache."""
+    from llguidance.hf import from_tokenizer
+
     return from_tokenizer(tokenizer, eos_token=list(eos_token_ids))

@@ -4,6 +4,7 @@ import glob
 import json
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ import torch
 
 from handspun.config import ExportConfig
 from handspun.display import join_names
-from handspun.errors import OutputError
-from handspun.export.gguf_file import is_written_here, write_gguf
+from handspun.errors import OutputError, check_installed
 from handspun.export.hub import check_base_on_hub, hub, push_folder
 from handspun.files import is_partial, locked, whole_file
 from handspun.models.load import ChatModel, ModelSource, load, model_source
@@ -27,6 +27,8 @@ def export(wanted: ExportConfig, *, notice: Callable[[str], None]) -> None:
     Existing output is replaced only if Handspun wrote it, and only once the new output is complete. Raises a
     HandspunError, before any work that would be in vain.
     """
+    if wanted.gguf:
+        check_installed("gguf", "gguf", "--gguf")
     api = hub(wanted.token) if wanted.push else None
     folder = Path(os.path.realpath(wanted.folder))  # keeps a symbolic link in place, and gives `.` a name
     if wanted.push and not wanted.makes:
@@ -77,7 +79,7 @@ def _write_file(wanted: ExportConfig, folder: Path, notice: Callable[[str], None
             raise OutputError(
                 f"{file} already exists. Choose another --output-dir, or replace it with --overwrite."
             )
-        if os.path.lexists(file) and not is_written_here(file):
+        if os.path.lexists(file) and not _is_our_gguf(file):
             raise OutputError(
                 f"{file} was not written by Handspun, so it is not replaced. Move it away, or choose another "
                 "--output-dir."
@@ -92,8 +94,19 @@ def _write_file(wanted: ExportConfig, folder: Path, notice: Callable[[str], None
 
 
 def _write_gguf(chat: ChatModel, wanted: ExportConfig, path: Path, notice: Callable[[str], None]) -> None:
+    from handspun.export.gguf_file import write_gguf  # here: it needs an extra
+
     assert wanted.gguf is not None
     write_gguf(chat, path, wanted.gguf, notice=notice)
+
+
+def _is_our_gguf(path: Path) -> bool:
+    """Return whether `write_gguf` wrote a file. Without the package that reads it, no file counts as ours."""
+    if find_spec("gguf") is None:
+        return False
+    from handspun.export.gguf_file import is_written_here
+
+    return is_written_here(path)
 
 
 def _say_gguf(wanted: ExportConfig, notice: Callable[[str], None]) -> None:
@@ -127,7 +140,7 @@ def _check_replaceable(wanted: ExportConfig, folder: Path) -> None:
             f"{wanted.folder} already exists. Choose another --output-dir, or replace all of it with --overwrite."
         )
     files = [*unknown_files(folder), *edited_files(folder)]
-    if strangers := [str(path.relative_to(folder)) for path in files if not is_written_here(path)]:
+    if strangers := [str(path.relative_to(folder)) for path in files if not _is_our_gguf(path)]:
         raise OutputError(
             f"{wanted.folder} contains files that Handspun did not write, or that have changed since: "
             f"{join_names(strangers)}. Move them away, or choose another --output-dir."

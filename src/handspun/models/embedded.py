@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from handspun.errors import ModelError, OutputError
+from handspun.errors import ModelError, OutputError, check_installed
 from handspun.files import NO_CACHE, cache_folder, sha256_of
 from handspun.models.tokenizer_file import quiet
 
@@ -32,6 +32,7 @@ def embedded_folder(notice: Callable[[str], None]) -> Path:
     if folder.is_dir():  # it is renamed to this only when complete
         return folder
     gguf = embedded_gguf()
+    check_installed("gguf", "gguf", f"{EMBEDDED_NAME}: unpacking the embedded model")
     if folder.parent == NO_CACHE:
         raise OutputError(
             f"{EMBEDDED_NAME}: there is no home folder to unpack the embedded model in. Set XDG_CACHE_HOME to the "

@@ -31,7 +31,7 @@ from handspun.data.chat_template import ChatTemplate
 from handspun.data.rendering import choose_template
 from handspun.data.rows import stay_offline_if_unreachable
 from handspun.display import say
-from handspun.errors import ConfigError, ModelError
+from handspun.errors import ConfigError, ModelError, check_installed
 from handspun.kernels import native
 from handspun.kernels.allocator import disable_malloc_trim, malloc_trim
 from handspun.kernels.onednn import limit_primitive_cache
@@ -191,6 +191,7 @@ def model_source(name: str, notice: Callable[[str], None]) -> ModelSource:
     if name == EMBEDDED_NAME:
         return ModelSource(name, str(embedded_folder(notice)))
     if path.is_file() and path.suffix == ".gguf":
+        check_installed("gguf", "gguf", f"{name}: a GGUF file")
         return ModelSource(name, str(path.parent), gguf_file=path.name)
     if path.is_dir():
         return _folder_source(name, path, notice)

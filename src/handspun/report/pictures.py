@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from handspun.errors import OutputError
+from handspun.errors import OutputError, check_installed
 from handspun.runs.metrics import (
     Line,
     Metrics,
@@ -132,6 +132,7 @@ def bar_plot(
 
 @contextmanager
 def _settings() -> Iterator[None]:
+    check_installed("matplotlib", "report", "a report with pictures")
     log = logging.getLogger("matplotlib")  # logs about its font cache, which does not belong in a run's log
     level = log.level
     log.setLevel(logging.ERROR)
