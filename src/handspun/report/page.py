@@ -1,4 +1,8 @@
-"""Build report.html from a run's files, and comparison.html from those of several runs."""
+"""Build report.html from a run's files, and comparison.html from those of several runs.
+
+Everything comes from run.json, metrics.jsonl and report_data.json. So the page written at the end of a run is the
+one that `handspun report` writes, and a run that was killed has a report too.
+"""
 
 import os
 from collections.abc import Sequence

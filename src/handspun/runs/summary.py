@@ -119,9 +119,9 @@ _MOST_CHARACTERS = 600
 
 def show_examples(log: RunLog, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
     """Three rendered examples from the whole of the set, with what is learned in color, or between brackets."""
-    log.styled(Text("what is learned is green"), "what is learned is between ⟦ and ⟧")
+    log.styled(Text("tokens trained on are green"), "tokens trained on are between ⟦ and ⟧")
     for example in spread(examples, _EXAMPLES):
-        title = f"{example.file}, row {example.row}: {len(example)} tokens, {example.learned_tokens} learned"
+        title = f"{example.file}, row {example.row}: {len(example)} tokens, {example.learned_tokens} trained on"
         log.styled(Text(f"─── {title}"), f"--- {title}")
         shown = colored(example, tokenizer, most=_MOST_CHARACTERS)
         log.styled(shown, bracketed(example, tokenizer, most=_MOST_CHARACTERS))

@@ -155,7 +155,7 @@ def _parted(
 def closest_decision(material: Reference, prompt: int, tree: Sequence[TreeNode], *, beams: int) -> float:
     """Return the smallest margin, in transformers' log-probabilities, between a kept and a dropped candidate.
 
-    If the margin exceeds rounding at every step, rounding cannot explain a different search.
+    A search that takes another course because of rounding has some decision this close.
 
     Args:
         material: The reference.

@@ -206,7 +206,8 @@ class FusedEngine:
         """Return the spans of one input."""
         count = len(feed.token_ids)
         # With int8, draft tokens are attended one by one, so that logits equal those without drafting bit for bit:
-        # SDPA over several queries rounds differently from SDPA over one. In float, the matmuls differ already.
+        # SDPA over several queries rounds differently from SDPA over one, and quantization can amplify the
+        # difference. In float, the matmuls differ already.
         if self.model.is_int8 and feed.all_logits and feed.mask is None and before > 0:
             return [TokenSpan(feed.row, start + i, start + i + 1, before + i + 1, None) for i in range(count)]
         return [TokenSpan(feed.row, start, start + count, before + count, self._mask(feed, before, count))]
