@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
         with protected_streams():
             return _run(tokens, with_traceback="--traceback" in arguments)
     except UnprintedError as unprinted:
-        return _unprinted(unprinted)
+        return _output_error_code(unprinted)
 
 
 def _run(tokens: list[str], *, with_traceback: bool) -> int:
@@ -42,17 +42,17 @@ def _run(tokens: list[str], *, with_traceback: bool) -> int:
     except UnprintedError:
         raise
     except cyclopts.UnknownOptionError as error:
-        return _say(errors, "\n".join(_unknown_options(error, tokens)), _help_of(tokens))
+        return _print_error(errors, "\n".join(_unknown_options(error, tokens)), _help_hint(tokens))
     except cyclopts.ValidationError as error:
-        return _say(errors, _refused(error), _help_of(tokens))
+        return _print_error(errors, _validation_message(error), _help_hint(tokens))
     except cyclopts.CycloptsError as error:
-        return _say(errors, f"{error}", _help_of(tokens))
+        return _print_error(errors, f"{error}", _help_hint(tokens))
     except StoppedError as stopped:  # already logged
         return stopped.exit_code
     except HandspunError as error:
         if with_traceback:
             errors.print_exception()
-        _say(errors, str(error))
+        _print_error(errors, str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -61,7 +61,7 @@ def _run(tokens: list[str], *, with_traceback: bool) -> int:
     return 0
 
 
-def _unprinted(error: UnprintedError) -> int:
+def _output_error_code(error: UnprintedError) -> int:
     """Return the exit code for output that could not be written."""
     if error.is_unread:  # the reader of a pipe has closed it, as `head` does
         return 0
@@ -78,7 +78,7 @@ def console_script() -> None:
         abandon_unwritten()
 
 
-def _say(errors: HarmlessConsole, message: str, hint: str = "") -> int:
+def _print_error(errors: HarmlessConsole, message: str, hint: str = "") -> int:
     rank = os.environ.get("RANK", "0")
     errors.print("error:" if rank == "0" else f"error on rank {rank}:", style="bold red", end=" ")
     errors.print(message, soft_wrap=True)
@@ -107,13 +107,13 @@ def _take_config(tokens: list[str]) -> tuple[list[str], tuple[Any, ...]]:
     return rest, tuple(configs)
 
 
-def _refused(error: cyclopts.ValidationError) -> str:
+def _validation_message(error: cyclopts.ValidationError) -> str:
     if error.argument is None or not error.argument.tokens:
         return str(error)
     return f"{error.argument.name} is {error.argument.tokens[0].value}: {error.exception_message}"
 
 
-def _help_of(tokens: list[str]) -> str:
+def _help_hint(tokens: list[str]) -> str:
     command = f"{tokens[0]} " if tokens and tokens[0] in app else ""
     return f"See handspun {command}--help for all options."
 

@@ -100,10 +100,10 @@ _NEVER_EXCLUDE = {"repetition_penalty", "presence_penalty", "frequency_penalty",
 def agreed(answers: Sequence[Completion]) -> tuple[str, list[int]]:
     """Return the text prefix and the token prefix that all answers share. Texts may agree where tokens differ."""
     texts, ids = [answer.text.text for answer in answers], [answer.token_ids for answer in answers]
-    return texts[0][: _shared_length(texts)], ids[0][: _shared_length(ids)]
+    return texts[0][: _shared_prefix_length(texts)], ids[0][: _shared_prefix_length(ids)]
 
 
-def _shared_length(sequences: Sequence[Sequence[Any]]) -> int:
+def _shared_prefix_length(sequences: Sequence[Sequence[Any]]) -> int:
     """Return the length of the prefix that all sequences share."""
     # The least and the greatest sequence differ first where any two do.
     first, last = min(sequences), max(sequences)  # type: ignore[type-var]
@@ -292,7 +292,7 @@ def beam_search(job: Request, make_beams: Callable[..., Beams] | None = None) ->
             going.append(waiting.popleft())
             going[-1].join(engine, make_beams)
         logits = engine.forward([feed for search in going for feed in search.feeds])
-        _advance(going, _a_row_for_each_beam(logits, going))
+        _advance(going, _repeat_for_beams(logits, going))
         yield from [chunk for search in going for chunk in search.chunks()]
         going = [search for search in going if not search.done]
 
@@ -303,7 +303,7 @@ def _has_room(going: Sequence[BeamState], search: BeamState) -> bool:
     return not going or ((len(going) + 1) * beams <= job.batch_size and tokens <= job.max_batch_tokens)
 
 
-def _a_row_for_each_beam(logits: Tensor, searches: Sequence[BeamState]) -> Tensor:
+def _repeat_for_beams(logits: Tensor, searches: Sequence[BeamState]) -> Tensor:
     """Repeat the logits of freshly read prompts once per beam, so that there are (prompts * beams, vocab)."""
     n, places, start = searches[0].job.options.num_beams, list[int](), 0
     for search in searches:

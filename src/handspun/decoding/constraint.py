@@ -53,7 +53,7 @@ class Constraint:
 
         (rows, vocab) -> (rows, vocab).
         """
-        allowed = torch.stack([self._after(tuple(tokens)).allowed for tokens in generated]).to(logits.device)
+        allowed = torch.stack([self._state_after(tuple(tokens)).allowed for tokens in generated]).to(logits.device)
         missing = (
             logits.shape[-1] - allowed.shape[-1]
         )  # an LM head may have more rows than the tokenizer, or fewer
@@ -61,14 +61,14 @@ class Constraint:
             allowed = torch.nn.functional.pad(allowed, (0, missing))
         # Draft tokens bring further calls within a step with fewer rows, so the cache keeps the largest size seen.
         self._most_rows = max(self._most_rows, len(generated))
-        self._forget(2 * self._most_rows)
+        self._evict(2 * self._most_rows)
         return logits.masked_fill(~allowed[:, : logits.shape[-1]], -torch.inf)
 
     def can_begin(self) -> bool:
         """Return whether any answer can match."""
         return bool(self._start.allowed.any())
 
-    def _after(self, tokens: tuple[int, ...]) -> _State:
+    def _state_after(self, tokens: tuple[int, ...]) -> _State:
         if not tokens:
             return self._start
         state = self._states.pop(tokens, None)
@@ -88,7 +88,7 @@ class Constraint:
             allowed[:] = False
         return _State(matcher, allowed)
 
-    def _forget(self, keep: int) -> None:
+    def _evict(self, keep: int) -> None:
         for tokens in list(self._states)[:-keep]:
             del self._states[tokens]
 

@@ -161,7 +161,7 @@ def explain(
     left, shares = before > -math.inf, before.softmax(-1)
     scores = before if noise is None else before + noise.to(before.device)
     others = scores.scatter(-1, tokens[:, None], -math.inf).max(-1)  # the best of the rest
-    ranks = (logits > _of(logits, tokens)[:, None]).sum(-1) + 1
+    ranks = (logits > _gather_tokens(logits, tokens)[:, None]).sum(-1) + 1
 
     def candidate(row: int, token: int) -> Candidate:
         drawn = None if noise is None else float(noise[row, token])
@@ -186,7 +186,7 @@ def _effects(name: str, before: Tensor, after: Tensor, tokens: Tensor) -> list[E
     gone = (before > -math.inf) & (after == -math.inf)
     removed, changed = gone.sum(-1), ((before != after) & ~gone).sum(-1)
     mass = before.softmax(-1).masked_fill(~gone, 0.0).sum(-1)
-    probability = _of(after.softmax(-1), tokens)
+    probability = _gather_tokens(after.softmax(-1), tokens)
     columns = zip(*(column.tolist() for column in (removed, mass, changed, probability)), strict=True)
     return [
         Effect(processor=name, removed=int(r), removed_mass=m, changed=int(c), probability=p)
@@ -194,5 +194,5 @@ def _effects(name: str, before: Tensor, after: Tensor, tokens: Tensor) -> list[E
     ]
 
 
-def _of(table: Tensor, tokens: Tensor) -> Tensor:
+def _gather_tokens(table: Tensor, tokens: Tensor) -> Tensor:
     return torch.gather(table, -1, tokens[:, None])[:, 0]

@@ -14,9 +14,9 @@ from torch import Tensor
 Bias = tuple[tuple[int, ...], float]
 """A sequence of token ids, and what is added to its last token's logit after the other tokens."""
 
-_FEW = 1024
+_MAX_UNSORTED = 1024
 """Number of best tokens that top_p considers before it falls back to sorting the vocabulary."""
-_ROUNDING = 1e-5
+_ROUNDING_MARGIN = 1e-5
 """Upper bound on the float32 rounding difference between two sums of a vocabulary's probabilities."""
 
 
@@ -25,21 +25,21 @@ def repetition_penalty(logits: Tensor, seen: Sequence[Iterable[int]], penalty: f
 
     From CTRL, https://arxiv.org/abs/1909.05858.
     """
-    places = _places(logits, [set(tokens) for tokens in seen])
+    places = _token_indices(logits, [set(tokens) for tokens in seen])
     values = logits[places]
     return logits.index_put(places, torch.where(values < 0, values * penalty, values / penalty))
 
 
 def presence_penalty(logits: Tensor, generated: Sequence[Iterable[int]], penalty: float) -> Tensor:
     """Subtract the penalty from the logits of tokens that each row has generated (as OpenAI's API and vLLM)."""
-    places = _places(logits, [set(tokens) for tokens in generated])
+    places = _token_indices(logits, [set(tokens) for tokens in generated])
     return logits.index_put(places, logits[places] - penalty)
 
 
 def frequency_penalty(logits: Tensor, generated: Sequence[Iterable[int]], penalty: float) -> Tensor:
     """Subtract the penalty from a token's logit per occurrence in the row's output (as OpenAI's API and vLLM)."""
     counts = [Counter(tokens) for tokens in generated]
-    places = _places(logits, counts)
+    places = _token_indices(logits, counts)
     times = [n for row in counts for token, n in row.items() if token < logits.shape[-1]]
     return logits.index_put(places, logits[places] - penalty * logits.new_tensor(times))
 
@@ -56,19 +56,19 @@ def sequence_bias(logits: Tensor, histories: Sequence[list[int]], biases: Iterab
             if not before or history[-len(before) :] == before:
                 row[last] = row.get(last, 0.0) + bias
         added.append(row)
-    places = _places(logits, added)
+    places = _token_indices(logits, added)
     values = [bias for row in added for token, bias in row.items() if token < logits.shape[-1]]
     return logits.index_put(places, logits[places] + logits.new_tensor(values))
 
 
 def no_repeat_ngram(logits: Tensor, histories: Sequence[list[int]], size: int) -> Tensor:
     """Exclude every token that would repeat an n-gram of `size` tokens from its row's history."""
-    return _forbidden(logits, [_completions(history, size) for history in histories])
+    return _exclude(logits, [_completions(history, size) for history in histories])
 
 
 def mask_tokens(logits: Tensor, token_ids: Collection[int], where: Sequence[bool]) -> Tensor:
     """Exclude these tokens in the rows for which `where` is true."""
-    return _forbidden(logits, [token_ids if here else () for here in where]) if any(where) else logits
+    return _exclude(logits, [token_ids if here else () for here in where]) if any(where) else logits
 
 
 def temperature(logits: Tensor, value: float) -> Tensor:
@@ -88,15 +88,15 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     At least one token is kept. The result equals `top_p_by_sorting`. The whole vocabulary is sorted only if the
     kept tokens may not be among the best few, or if rounding could decide.
     """
-    if logits.shape[-1] <= _FEW:
+    if logits.shape[-1] <= _MAX_UNSORTED:
         return top_p_by_sorting(logits, p)
-    best, index = logits.topk(_FEW)  # (rows, few), the best first
+    best, index = logits.topk(_MAX_UNSORTED)  # (rows, few), the best first
     mass = logits.softmax(-1).gather(-1, index).double()
     rest = 1 - mass.cumsum(-1) + mass  # probability of each of them and everything after it
     kept = (rest > 1 - p).sum(-1, keepdim=True).clamp(min=1)
-    last, next_one = best.gather(-1, kept - 1), best.gather(-1, kept.clamp(max=_FEW - 1))
+    last, next_one = best.gather(-1, kept - 1), best.gather(-1, kept.clamp(max=_MAX_UNSORTED - 1))
     # If all of the best few are kept, next_one is last, and more tokens might have to be kept.
-    unclear = (last == next_one) | ((rest - (1 - p)).abs() < _ROUNDING).any(-1, keepdim=True)
+    unclear = (last == next_one) | ((rest - (1 - p)).abs() < _ROUNDING_MARGIN).any(-1, keepdim=True)
     filtered = logits.masked_fill(logits < last, -math.inf)
     again = unclear[:, 0].nonzero()[:, 0]
     return filtered.index_copy(0, again, top_p_by_sorting(logits[again], p)) if len(again) else filtered
@@ -139,11 +139,11 @@ def _completions(history: list[int], size: int) -> set[int]:
     return {history[i + size - 1] for i in places if history[i : i + size - 1] == start}
 
 
-def _forbidden(logits: Tensor, tokens: Sequence[Collection[int]]) -> Tensor:
-    return logits.index_put(_places(logits, tokens), logits.new_tensor(-math.inf))
+def _exclude(logits: Tensor, tokens: Sequence[Collection[int]]) -> Tensor:
+    return logits.index_put(_token_indices(logits, tokens), logits.new_tensor(-math.inf))
 
 
-def _places(logits: Tensor, tokens: Sequence[Collection[int]]) -> tuple[Tensor, Tensor]:
+def _token_indices(logits: Tensor, tokens: Sequence[Collection[int]]) -> tuple[Tensor, Tensor]:
     """Return (row, token) indices of each row's tokens, without ids outside the LM head."""
     vocab = logits.shape[-1]
     known = [[token for token in several if token < vocab] for several in tokens]

@@ -83,7 +83,7 @@ def generate(
 
     Raises ConfigError, DataError, TemplateError.
     """
-    job = _job(
+    job = _make_request(
         model, prompts, options, given, chat=chat, system_prompt=system_prompt, tools=tools,
         template_args=template_args, continue_final_message=continue_final_message,
         processors=processors, logprobs=logprobs, explain=explain, show_tree=show_tree, batch_size=batch_size,
@@ -91,7 +91,7 @@ def generate(
     )  # fmt: skip
     answers = answer_all(job)
     if job.options.prompt_lookup_num_tokens:
-        notice(_drafted(answers))
+        notice(_draft_summary(answers))
     return answers
 
 
@@ -124,7 +124,7 @@ def stream(
 
     Raises the same errors as `generate`, when it is called rather than at the first chunk.
     """
-    job = _job(
+    job = _make_request(
         model, prompts, options, given, chat=chat, system_prompt=system_prompt, tools=tools,
         template_args=template_args, continue_final_message=continue_final_message,
         processors=processors, logprobs=logprobs, explain=explain, show_tree=False, batch_size=batch_size,
@@ -133,7 +133,7 @@ def stream(
     return _chunks(job)
 
 
-def _job(
+def _make_request(
     model: ChatModel,
     prompts: Prompt | Sequence[Prompt],
     options: GenerationOptions | None,
@@ -163,7 +163,7 @@ def _job(
     if problems:
         raise ConfigError(problems)
     model = _with_template_args(model, template_args)
-    resolved, notices = resolve(_with_given(options, given), model, chat=chat)
+    resolved, notices = resolve(_with_overrides(options, given), model, chat=chat)
     if explain and resolved.num_beams > 1:
         raise ConfigError(
             f"--explain shows how each token was chosen, but --num-beams {resolved.num_beams} chooses among whole "
@@ -184,7 +184,7 @@ def _job(
     )  # fmt: skip
     notices += unencodable_notice(model, several, encoded, system_prompt=system_prompt)
     notices += rendered_already(model, several, chat=chat)
-    limits = _limits(model, encoded, resolved.max_new_tokens, notices)
+    limits = _new_token_limits(model, encoded, resolved.max_new_tokens, notices)
     spares = chat and resolved.repetition_penalty_exempt == "template"
     job = Request(
         model=model,
@@ -227,7 +227,7 @@ def _with_template_args(model: ChatModel, given: TemplateArgs | None) -> ChatMod
     return replace(model, template_args={**model.template_args, **args}) if args else model
 
 
-def _drafted(answers: Sequence[GenerationResult]) -> str:
+def _draft_summary(answers: Sequence[GenerationResult]) -> str:
     drafted = sum(answer.drafted_tokens for answer in answers)
     accepted = sum(answer.accepted_tokens for answer in answers)
     tokens = sum(len(answer.token_ids) for answer in answers)
@@ -236,7 +236,7 @@ def _drafted(answers: Sequence[GenerationResult]) -> str:
     )
 
 
-def _with_given(options: GenerationOptions | None, given: dict[str, Any]) -> GenerationOptions:
+def _with_overrides(options: GenerationOptions | None, given: dict[str, Any]) -> GenerationOptions:
     """Return the options, overridden by those given by name. Raises ConfigError for an unknown name."""
     if options is not None and not isinstance(options, GenerationOptions):
         raise ConfigError(f"options is {short(options)}: expected a handspun.GenerationOptions instance.")
@@ -252,7 +252,9 @@ def _check_seeds(options: SamplingParams, prompts: int) -> None:
         )
 
 
-def _limits(model: ChatModel, prompts: list[list[int]], max_new_tokens: int, notices: list[str]) -> list[int]:
+def _new_token_limits(
+    model: ChatModel, prompts: list[list[int]], max_new_tokens: int, notices: list[str]
+) -> list[int]:
     """Return the maximum number of new tokens per prompt. Adds a notice if the context limits it."""
     context = context_length(model)
     if context is None:

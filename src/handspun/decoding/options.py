@@ -101,13 +101,13 @@ class SamplingParams:
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(SamplingParams)}
 _BEAMS = ("length_penalty", "early_stopping")
-_ANY = (
+_ALWAYS_USED = (
     "max_new_tokens", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "sequence_bias",
     "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "stop_strings",
 )  # fmt: skip
 # Settings of a generation_config that change what transformers generates and that have no counterpart here, each
 # with the value that disables it.
-_NOT_TAKEN: dict[str, Any] = {
+_UNSUPPORTED: dict[str, Any] = {
     "diversity_penalty": 0.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
@@ -130,15 +130,17 @@ def resolve(given: GenerationOptions, model: ChatModel, *, chat: bool) -> tuple[
     """
     chosen = {field.name: getattr(given, field.name) for field in fields(given)}
     chosen = normalize({name: value for name, value in chosen.items() if value is not None}, model.tokenizer)
-    own, unreadable = _settings_of(
-        model, (*_ANY, *SAMPLING_OPTIONS, *_BEAMS, "do_sample", "num_beams", "num_return_sequences")
+    own, unreadable = _model_settings(
+        model, (*_ALWAYS_USED, *SAMPLING_OPTIONS, *_BEAMS, "do_sample", "num_beams", "num_return_sequences")
     )
     vocabulary = embedding_rows(model.model)
     if problems := check_vocabulary(chosen, vocabulary):
         raise ConfigError(problems)
-    taken = {name: value for name, value in _taken(chosen, own).items() if value != _DEFAULTS[name]}
-    needed = _taken(chosen, {**own, **{name: _DEFAULTS[name] for name in unreadable}}).keys() & unreadable.keys()
-    _check_taken(taken, _strategy(chosen, own), [unreadable[name] for name in sorted(needed)], vocabulary)
+    taken = {name: value for name, value in _inherited(chosen, own).items() if value != _DEFAULTS[name]}
+    needed = (
+        _inherited(chosen, {**own, **{name: _DEFAULTS[name] for name in unreadable}}).keys() & unreadable.keys()
+    )
+    _check_inherited(taken, _strategy(chosen, own), [unreadable[name] for name in sorted(needed)], vocabulary)
     constrained = any(name in chosen for name in CONSTRAINTS)
     defaults = {"stop_strings": _default_stop_strings(model) if chat and not constrained else ()}
     options = SamplingParams(
@@ -151,7 +153,7 @@ def resolve(given: GenerationOptions, model: ChatModel, *, chat: bool) -> tuple[
     return options, _notices(taken, model, options)
 
 
-def _settings_of(model: ChatModel, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+def _model_settings(model: ChatModel, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the settings of the model's generation_config, and the problems of those that cannot be read."""
     # transformers' global defaults (such as top_k 50) are None in the config, and so are not included.
     config = model.model.generation_config
@@ -181,10 +183,10 @@ def _strategy(chosen: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return {"do_sample": False, "num_beams": chosen.get("num_beams", own.get("num_beams", 1))}
 
 
-def _taken(chosen: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def _inherited(chosen: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Return the settings inherited from the model: those that the user did not give and that have an effect."""
     strategy = _strategy(chosen, own)
-    names: tuple[str, ...] = (*_ANY, "do_sample", "num_beams")
+    names: tuple[str, ...] = (*_ALWAYS_USED, "do_sample", "num_beams")
     names += SAMPLING_OPTIONS if strategy["do_sample"] else ()
     if chosen.get("do_sample", own.get("do_sample")) and own.get("temperature") == 0:
         names += ("temperature",)  # so that the notice shows why nothing is sampled
@@ -195,7 +197,9 @@ def _taken(chosen: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in names if name in own and name not in chosen}
 
 
-def _check_taken(taken: dict[str, Any], strategy: dict[str, Any], unreadable: list[str], vocabulary: int) -> None:
+def _check_inherited(
+    taken: dict[str, Any], strategy: dict[str, Any], unreadable: list[str], vocabulary: int
+) -> None:
     problems = unreadable + check_vocabulary(taken, vocabulary)
     if not problems:
         options = {name: value for name, value in taken.items() if not name.endswith("_bias")}
@@ -250,8 +254,8 @@ def _notices(taken: dict[str, Any], model: ChatModel, options: SamplingParams) -
         greedy = ", which is greedy decoding" if taken.get("temperature") == 0 else ""
         notices.append(f"from the model's generation_config: {values}{greedy}")
     config = model.model.generation_config
-    settings = {name: getattr(config, name, None) for name in _NOT_TAKEN}
-    other = {name: value for name, value in settings.items() if value is not None and value != _NOT_TAKEN[name]}
+    settings = {name: getattr(config, name, None) for name in _UNSUPPORTED}
+    other = {name: value for name, value in settings.items() if value is not None and value != _UNSUPPORTED[name]}
     if other:
         values = ", ".join(f"{name} {value}" for name, value in sorted(other.items()))
         notices.append(f"ignored settings of the model's generation_config (not supported here): {values}")

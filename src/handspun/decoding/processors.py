@@ -97,11 +97,11 @@ def make_processors(
     own = [Processor(_name_of(function), _row_by_row(function)) for function in functions]
     if constraint is not None:
         own.append(Processor(constraint.name, lambda logits, rows: constraint.apply(logits, _generated(rows))))
-    return (*_asked_for(found, options), *own, *_asked_for(warpers, options))
+    return (*_enabled(found, options), *own, *_enabled(warpers, options))
 
 
-def _asked_for(processors: list[Processor], options: SamplingParams) -> list[Processor]:
-    return [made for made in processors if getattr(options, made.name) != getattr(_OFF, made.name)]
+def _enabled(processors: list[Processor], options: SamplingParams) -> list[Processor]:
+    return [made for made in processors if getattr(options, made.name) != getattr(_DISABLED, made.name)]
 
 
 def _penalties(options: SamplingParams) -> list[Processor]:
@@ -200,14 +200,14 @@ def _row_by_row(function: Function) -> Callable[[Tensor, Sequence[Row]], Tensor]
                     f"the processor {_name_of(function)} returned {found} (expected the logits of one row, a "
                     f"tensor of shape {tuple(row.shape)})."
                 )
-            _check_own(function, new, ids)
+            _check_custom(function, new, ids)
             made.append(new)
         return torch.stack(made).to(logits)
 
     return apply
 
 
-def _check_own(function: Function, logits: Tensor, token_ids: list[int]) -> None:
+def _check_custom(function: Function, logits: Tensor, token_ids: list[int]) -> None:
     """Raise ConfigError if a custom processor returned logits from which no token can be chosen."""
     highest = float(logits.max())  # NaN if any of them is
     if math.isnan(highest) or highest == math.inf:
@@ -223,5 +223,5 @@ def _check_own(function: Function, logits: Tensor, token_ids: list[int]) -> None
         )
 
 
-_OFF = SamplingParams()
+_DISABLED = SamplingParams()
 """Every option at the value that disables it."""

@@ -35,7 +35,7 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     tokenizer appends is removed, since the model must continue the prompt.
     """
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    head, own, _ = _parts(tokenizer, text, ids)
+    head, own, _ = _split_special_tokens(tokenizer, text, ids)
     return own if head and own[: len(head)] == head else head + own
 
 
@@ -45,7 +45,7 @@ def notices_about_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
     tail = list[int]()
     head = list[int]()
     for number, text in enumerate(texts, start=1):
-        before, own, after = _parts(tokenizer, text, tokenizer(text, verbose=False)["input_ids"])
+        before, own, after = _split_special_tokens(tokenizer, text, tokenizer(text, verbose=False)["input_ids"])
         if before and own[: len(before)] == before:
             doubled.append(number)
             head = before
@@ -54,10 +54,10 @@ def notices_about_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
             tail = after
     if doubled:
         names = " ".join(map(str, tokenizer.convert_ids_to_tokens(head)))
-        yield (f"{_named(doubled)}: begins with {names} (bos), which this tokenizer also adds; only one is kept")
+        yield (f"{_prompts(doubled)}: begins with {names} (bos), which this tokenizer also adds; only one is kept")
     if ended:
         names = " ".join(map(str, tokenizer.convert_ids_to_tokens(tail)))
-        yield f"{_named(ended)}: the tokenizer appends {names}, which is removed so that the model can continue"
+        yield f"{_prompts(ended)}: the tokenizer appends {names}, which is removed so that the model can continue"
 
 
 def notices_about_chat(template: ChatTemplate, conversations: Sequence[Sequence[Message]]) -> Iterator[str]:
@@ -75,12 +75,12 @@ def notices_about_chat(template: ChatTemplate, conversations: Sequence[Sequence[
             else "the model may take them for a turn"
         )
         yield (
-            f"{_named(numbers)}: contains {', '.join(map(repr, markers))}, which the chat template writes around "
-            f"turns; {kind}. If a prompt is already rendered, use --no-chat (chat=False)"
+            f"{_prompts(numbers)}: contains {', '.join(map(repr, markers))}, which the chat template writes "
+            f"around turns; {kind}. If a prompt is already rendered, use --no-chat (chat=False)"
         )
 
 
-def _parts(
+def _split_special_tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]
 ) -> tuple[list[int], list[int], list[int]]:
     """Return the tokens that the tokenizer adds before the text, the text's own, and those it adds after it."""
@@ -93,7 +93,7 @@ def _parts(
     return [], ids, []
 
 
-def _named(numbers: Sequence[int]) -> str:
+def _prompts(numbers: Sequence[int]) -> str:
     more = f" and {len(numbers) - _MAX_NAMED} more" if len(numbers) > _MAX_NAMED else ""
     return f"prompt{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:_MAX_NAMED]))}{more}"
 
@@ -156,7 +156,7 @@ def encode_prompts(
             _check_last(messages, number, continue_final_message)
             ids = model.template.encode_prompt(messages, tools, continue_final_message=continue_final_message)
         else:
-            with _in_words(f"prompt {number}"):
+            with _dropped_as_data_error(f"prompt {number}"):
                 check_writable(prompt)
             ids = plain_ids(model.tokenizer, str(prompt))
         _check_length(model, ids, number)
@@ -244,23 +244,23 @@ def _conversation(prompt: Prompt, number: int, system_prompt: str | None) -> lis
     read: list[Message] = []
     for i, message in enumerate(messages, start=1):
         name = f"prompt {number}, message {i}" if len(messages) > 1 else f"prompt {number}"
-        with _in_words(name):  # an unknown role must not reach the template
+        with _dropped_as_data_error(name):  # an unknown role must not reach the template
             read += [read_message(turn, {}) for turn in read_turns([message], Cell(name), {})]
     read = with_system_prompt(read, system_prompt)
-    with _in_words(f"prompt {number}"):
+    with _dropped_as_data_error(f"prompt {number}"):
         check_writable(read)
     return read
 
 
 def _read_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    with _in_words("the tools"):
+    with _dropped_as_data_error("the tools"):
         read = read_tools(tools, Cell("the tools"))
         check_writable(read)
     return read
 
 
 @contextmanager
-def _in_words(what: str) -> Iterator[None]:
+def _dropped_as_data_error(what: str) -> Iterator[None]:
     try:
         yield
     except DroppedRow as reason:

@@ -152,12 +152,12 @@ def check_finite(logits: Tensor, answers: Sequence[Completion], model: ChatModel
             row = next(i for i, count in enumerate(wrong) if count)
             what = f"{wrong[row]:,} of the model's {logits.shape[-1]:,} logits are NaN or infinite"
             raise ModelError(
-                f"{model.name}: {what}, {_where(answers[row])}. {_cause(nonfinite_weights(model.model))}"
+                f"{model.name}: {what}, {_where(answers[row])}. {_remedy(nonfinite_weights(model.model))}"
             )
     if model.model not in _CHECKED:
         if found := nonfinite_weights(model.model):
             what = f"the logits are finite {_where(answers[0])}, but they are wrong"
-            raise ModelError(f"{model.name}: {what}. {_cause(found)}")
+            raise ModelError(f"{model.name}: {what}. {_remedy(found)}")
         _CHECKED.add(model.model)
 
 
@@ -165,7 +165,7 @@ def _where(answer: Completion) -> str:
     return f"at token {len(answer.token_ids) + 1} of the answer to prompt {answer.prompt_index + 1}"
 
 
-def _cause(found: str) -> str:
+def _remedy(found: str) -> str:
     if found:
         return f"These weights contain NaN or infinity: {found}. Use an earlier checkpoint or a new download."
     return (

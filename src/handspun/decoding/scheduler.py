@@ -144,7 +144,7 @@ def _sample_step(logits: Tensor, running: Sequence[ActiveSequence], job: Request
     going, depth = list(running), 0
     while going:
         answers = [one.answer for one in going]
-        own = _rows(logits, [one.place + depth for one in going])
+        own = _select_rows(logits, [one.place + depth for one in going])
         tokens, logprobs = _next_tokens(own, answers, job)
         right = []
         for one, token, logprob in zip(going, tokens.tolist(), logprobs, strict=True):
@@ -167,7 +167,7 @@ def _retire_finished(engine: Engine, running: Sequence[ActiveSequence]) -> Itera
         yield one
 
 
-def _rows(logits: Tensor, places: list[int]) -> Tensor:
+def _select_rows(logits: Tensor, places: list[int]) -> Tensor:
     """Select rows, (tokens, vocab) -> (places, vocab), without a copy if all are selected in order."""
     return logits if places == list(range(len(logits))) else logits[places]
 
@@ -182,17 +182,17 @@ def _next_tokens(
     check_finite(logits, answers, job.model)
     filtered = process(logits, answers, job.processors)
     check_some_left(filtered, answers, job.processors)
-    tokens = select_tokens(filtered, draws=_draws(answers, job))
+    tokens = select_tokens(filtered, draws=_random_streams(answers, job))
     if job.explain:
-        _explain(logits, answers, tokens, job)
+        _append_explanations(logits, answers, tokens, job)
     if not job.logprobs:
         return tokens, [None] * len(answers)
     return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].tolist()
 
 
-def _explain(logits: Tensor, answers: Sequence[Completion], tokens: Tensor, job: Request) -> None:
+def _append_explanations(logits: Tensor, answers: Sequence[Completion], tokens: Tensor, job: Request) -> None:
     """Append to each answer the explanation of its next token."""
-    draws, noise = _draws(answers, job), None
+    draws, noise = _random_streams(answers, job), None
     if draws is not None:
         noise = torch.stack([gumbel_noise(stream, step, logits.shape[-1]) for stream, step in draws])
     text_of = job.vocabulary.text_of
@@ -201,7 +201,7 @@ def _explain(logits: Tensor, answers: Sequence[Completion], tokens: Tensor, job:
         answer.explanation.append(explanation)
 
 
-def _draws(answers: Sequence[Completion], job: Request) -> list[tuple[tuple[int, int, int], int]] | None:
+def _random_streams(answers: Sequence[Completion], job: Request) -> list[tuple[tuple[int, int, int], int]] | None:
     """Return each answer's random stream and step, or None for greedy decoding."""
     if not job.options.do_sample:
         return None

@@ -19,24 +19,32 @@ _ANNOTATIONS = {
     *("deprecated", "readOnly", "writeOnly", "discriminator"),
 }
 """Keywords without constraints, by the standard or OpenAPI."""
-_HELD = {
+_ENFORCED = {
     *("$ref", "$defs", "definitions", "const", "enum", "type", "allOf", "anyOf", "oneOf", "properties"),
     *("patternProperties", "additionalProperties", "required", "minProperties", "maxProperties", "items"),
     *("prefixItems", "additionalItems", "minItems", "maxItems", "minLength", "maxLength", "pattern", "format"),
     *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
 }
-_NOT_HELD = {
+_UNENFORCED = {
     *("not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "propertyNames"),
     *("uniqueItems", "contains", "minContains", "maxContains", "unevaluatedItems", "unevaluatedProperties"),
     *("$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor", "$vocabulary"),
     *("contentEncoding", "contentMediaType", "contentSchema", "nullable", "x-guidance"),
 }
 _MAPS = {"properties", "patternProperties", "$defs", "definitions"}
-_WITHIN = _MAPS | {"allOf", "anyOf", "oneOf", "prefixItems", "items", "additionalItems", "additionalProperties"}
+_SUBSCHEMAS = _MAPS | {
+    "allOf",
+    "anyOf",
+    "oneOf",
+    "prefixItems",
+    "items",
+    "additionalItems",
+    "additionalProperties",
+}
 """Keywords that contain schemas: by name, in a list, or a single one."""
 _DRAFTS = {"draft-04": 4, "draft-06": 6, "draft-07": 7, "2019-09": 8, "2020-12": 9}
 _MOST_NAMED = 8
-_DEEPEST = 200
+_MAX_DEPTH = 200
 """Nesting levels that are checked; llguidance's own limit is lower."""
 
 
@@ -89,27 +97,27 @@ def _problems(root: dict[str, Any]) -> Iterator[str]:
     draft = _DRAFTS.get(next((name for name in _DRAFTS if name in str(root.get("$schema"))), ""), 0)
     if "$schema" in root and not draft:
         yield f"$schema {short(root['$schema'])} is not a known draft. Use one of {', '.join(_DRAFTS)}."
-    if "schema" in root and isinstance(root["schema"], dict) and not _HELD & root.keys():
+    if "schema" in root and isinstance(root["schema"], dict) and not _ENFORCED & root.keys():
         yield 'the schema is wrapped in an object. Give the value of its "schema" key.'
         return
     for path, schema in _schemas(root):
-        for keyword in schema.keys() - _HELD - _ANNOTATIONS:
-            if problem := _about(keyword):
+        for keyword in schema.keys() - _ENFORCED - _ANNOTATIONS:
+            if problem := _keyword_problem(keyword):
                 yield f"{path} has {problem}"
-        yield from (f"{path} {problem}" for problem in _half_held(schema, draft))
+        yield from (f"{path} {problem}" for problem in _misused_keywords(schema, draft))
 
 
-def _about(keyword: str) -> str:
-    if keyword in _NOT_HELD:
+def _keyword_problem(keyword: str) -> str:
+    if keyword in _UNENFORCED:
         return f"{short(keyword)}, which is not enforced here. Remove it, and check the answers afterwards."
     if keyword.startswith("x-"):
         return ""
-    near = difflib.get_close_matches(keyword, _HELD, 1)
+    near = difflib.get_close_matches(keyword, _ENFORCED, 1)
     hint = f"Did you mean {near[0]}?" if near else "Remove it."
     return f"the keyword {short(keyword)}, which JSON Schema does not have. {hint}"
 
 
-def _half_held(schema: dict[str, Any], draft: int) -> Iterator[str]:
+def _misused_keywords(schema: dict[str, Any], draft: int) -> Iterator[str]:
     """Yield problems with keywords that are enforced in general, but not as used here."""
     types = schema.get("type", "string")
     if "format" in schema and "string" not in (types if isinstance(types, list) else [types]):
@@ -149,10 +157,10 @@ def _schemas(root: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     left: list[tuple[str, Any, int]] = [("#", root, 0)]
     while left:
         path, schema, depth = left.pop()
-        if not isinstance(schema, dict) or depth > _DEEPEST:  # true and false are schemas, and are enforced
+        if not isinstance(schema, dict) or depth > _MAX_DEPTH:  # true and false are schemas, and are enforced
             continue
         yield path, schema
-        for name in _WITHIN & schema.keys():
+        for name in _SUBSCHEMAS & schema.keys():
             inner = schema[name]
             if isinstance(inner, dict) and name in _MAPS:
                 left += [(f"{path}/{name}/{key}", one, depth + 1) for key, one in inner.items()]

@@ -35,8 +35,8 @@ def demo_config(
     """Return the options of the demonstration's run."""
     return TrainConfig(
         model=EMBEDDED_NAME,
-        data=_as_typed(DEMO_DATA),
-        eval_data=_as_typed(HELD_OUT_DATA),
+        data=_relative_path(DEMO_DATA),
+        eval_data=_relative_path(HELD_OUT_DATA),
         output_dir=output_dir,
         num_epochs=num_epochs,
         learning_rate=5e-5,
@@ -46,7 +46,7 @@ def demo_config(
     )
 
 
-def _as_typed(path: Path) -> str:
+def _relative_path(path: Path) -> str:
     """Return the path relative to the working folder if it is inside, since the log and run.json show it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 

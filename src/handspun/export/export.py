@@ -69,7 +69,7 @@ def _write_folder(wanted: ExportConfig, folder: Path, notice: Callable[[str], No
     if card is None:
         notice(f"no model card: {wanted.model} is not a checkpoint next to its run's run.json")
     if wanted.gguf:
-        _say_gguf(wanted, notice)
+        _report_gguf(wanted, notice)
 
 
 def _write_file(wanted: ExportConfig, folder: Path, notice: Callable[[str], None]) -> None:
@@ -90,7 +90,7 @@ def _write_file(wanted: ExportConfig, folder: Path, notice: Callable[[str], None
                 leftover.unlink()
         with whole_file(file, option="--output-dir") as partial:
             _write_gguf(chat, wanted, partial, notice)
-    _say_gguf(wanted, notice)
+    _report_gguf(wanted, notice)
 
 
 def _write_gguf(chat: ChatModel, wanted: ExportConfig, path: Path, notice: Callable[[str], None]) -> None:
@@ -109,7 +109,7 @@ def _is_our_gguf(path: Path) -> bool:
     return is_written_here(path)
 
 
-def _say_gguf(wanted: ExportConfig, notice: Callable[[str], None]) -> None:
+def _report_gguf(wanted: ExportConfig, notice: Callable[[str], None]) -> None:
     file = gguf_file(wanted, wanted.folder)
     notice(f"{wanted.gguf} GGUF: {file} ({file.stat().st_size / 1e6:.0f} MB)")
 

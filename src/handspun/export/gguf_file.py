@@ -66,7 +66,7 @@ def write_gguf(chat: ChatModel, path: Path, kind: GgufType, *, notice: Callable[
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, tensor, dtype in tensors:
-            writer.write_tensor_data(_values(name, _in_order(name, tensor, chat), dtype))
+            writer.write_tensor_data(_values(name, _reorder(name, tensor, chat), dtype))
     finally:
         writer.close()
 
@@ -164,7 +164,7 @@ def _values(name: str, tensor: Tensor, dtype: GGMLQuantizationType) -> Any:
     return values
 
 
-def _in_order(name: str, tensor: Tensor, chat: ChatModel) -> Tensor:
+def _reorder(name: str, tensor: Tensor, chat: ChatModel) -> Tensor:
     """Return Llama's q and k with each head's halves interleaved, and any other tensor unchanged."""
     config = chat.model.config
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2])

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 
 from handspun.errors import ConfigError, OutputError
 
-_NOT_SENT = ["training_state/**", ".*"]
+_NOT_UPLOADED = ["training_state/**", ".*"]
 """Files that are not uploaded: the state for resuming, and partial files."""
 
 
@@ -56,7 +56,7 @@ def push_folder(folder: Path, repo: str, api: HfApi, *, private: bool) -> str:
             repo_id=repo,
             folder_path=folder,
             commit_message="Upload from Handspun",
-            ignore_patterns=_NOT_SENT,
+            ignore_patterns=_NOT_UPLOADED,
         )
     except Exception as error:  # the network, the hub and invalid names raise many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -50,7 +50,7 @@ def comparison_html(comparison: Comparison, options: GenerationOptions) -> str:
         models=comparison.models,
         short_names=_short_names(comparison.models),
         blocks=list(_blocks(comparison)),
-        options=_given(options),
+        options=_set_options(options),
     )
     return visible(page)
 
@@ -74,6 +74,6 @@ def _short_names(models: Sequence[str]) -> list[str]:
     return list(models)
 
 
-def _given(options: GenerationOptions) -> dict[str, object]:
+def _set_options(options: GenerationOptions) -> dict[str, object]:
     """Return the options that the user gave."""
     return {name: value for name, value in vars(options).items() if value is not None}

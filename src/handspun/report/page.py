@@ -49,7 +49,7 @@ def report_page(run: RunFiles) -> str:
         max_new_tokens=MAX_NEW_TOKENS,
         before=run.kept.get("before", {}),
         after=run.kept.get("after", {}),
-        unknown_losses=_why_losses_are_unknown(run),
+        unknown_losses=_missing_losses_reason(run),
         end=words.ENDS.get(run.facts["status"], run.facts["status"]),
         outcome=words.outcome(run),
         about=words.about(run),
@@ -118,16 +118,16 @@ def _row_losses(run: RunFiles) -> list[dict[str, Any]]:
     sets = []
     for name, some in found.items():
         several = len(run.facts["data"][name]["rows"]["formats"]) > 1
-        worst, best = ([_headed(row, several=several) for row in some[key]] for key in ("worst", "best"))
+        worst, best = ([_with_heading(row, several=several) for row in some[key]] for key in ("worst", "best"))
         sets.append({**some, "name": SET_NAMES[name], "worst": worst, "best": best})
     return sets
 
 
-def _why_losses_are_unknown(run: RunFiles) -> str:
+def _missing_losses_reason(run: RunFiles) -> str:
     return str((run.kept.get("row_losses") or {}).get("missing", "the run did not finish"))
 
 
-def _headed(row: dict[str, Any], *, several: bool) -> dict[str, Any]:
+def _with_heading(row: dict[str, Any], *, several: bool) -> dict[str, Any]:
     """Return the row with its heading: file and number, and the text that is trained on."""
     where = f"{row['file']}, row {row['row']}" if several else f"row {row['row']}"
     return {**row, "where": where, "taught": " ".join(text for text, learned in row["runs"] if learned)}

@@ -32,7 +32,7 @@ _BEAMS: tuple[dict[str, Any], ...] = (
     {"num_beams": 3, "length_penalty": 0.6, "early_stopping": True, "num_return_sequences": 3},
     {"num_beams": 3, "length_penalty": 2.0, "early_stopping": "never", "num_return_sequences": 1},
 )
-_FEW = 2
+_FEWER_PROMPTS = 2
 """Number of prompts for the second and third beam search."""
 
 
@@ -84,7 +84,9 @@ def _margin(theirs: ReferenceAnswer, place: int, ours: Sequence[int]) -> float:
 def check_beams(material: Reference) -> Iterator[Finding]:
     """Compare the ids and scores of beam searches."""
     for options in _BEAMS:
-        prompts = range(len(material.prompts)) if options is _BEAMS[0] else range(len(material.prompts))[:_FEW]
+        prompts = (
+            range(len(material.prompts)) if options is _BEAMS[0] else range(len(material.prompts))[:_FEWER_PROMPTS]
+        )
         yield _beams(material, prompts, options)
 
 
@@ -103,7 +105,7 @@ def _beams(material: Reference, prompts: Sequence[int], options: dict[str, Any])
             **options,
         )
         scores = _scores(ours, penalty)
-        apart = _parted(
+        apart = _first_divergence(
             material, prompt, ours, theirs, scores=scores, expected=expected, beams=options["num_beams"]
         )
         if apart is not None:
@@ -130,7 +132,7 @@ def _scores(answers: Sequence[GenerationResult], length_penalty: float) -> list[
     ]
 
 
-def _parted(
+def _first_divergence(
     material: Reference,
     prompt: int,
     ours: Sequence[GenerationResult],

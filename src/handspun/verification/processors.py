@@ -30,7 +30,7 @@ from handspun.verification.reference import Finding, Reference, Status, referenc
 
 _ROUNDING = 1e-6
 """Relative difference between two ways of computing the same number in float32."""
-_WITHOUT = ("presence_penalty", "frequency_penalty")
+_NO_COUNTERPART = ("presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def check_processors(material: Reference) -> Iterator[Finding]:
     steps = list(_steps(material))
     for case in _CASES:
         yield _compared(case, steps)
-    names = ", ".join(_WITHOUT)
+    names = ", ".join(_NO_COUNTERPART)
     yield Finding(check="processors", case=names, status="info", found="no counterpart in transformers")
 
 
@@ -167,14 +167,14 @@ _SETTINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.3, "min_p": 0.05, "repetition_penalty": 1.2},
     {"typical_p": 0.9},
 )
-_CLOSE = 1e-4
+_MAX_DIFFERENCE = 1e-4
 """Limit for differences of probabilities after the processors, if the logits differ by rounding."""
-_EQUAL = 1e-6
+_MAX_DIFFERENCE_EQUAL_LOGITS = 1e-6
 """The same limit for equal logits."""
-_DRAWS = 1000
-_IMPROBABLE = 1e-4
+_NUM_DRAWS = 1000
+_MIN_P_VALUE = 1e-4
 """A correct sampler has a smaller p-value once in 10,000 times."""
-_FEWEST = 5
+_MIN_EXPECTED = 5
 """Minimum expected number of draws per bin of the test."""
 
 
@@ -199,12 +199,22 @@ def _distribution(material: Reference, options: dict[str, Any]) -> Finding:
         largest = max(largest, float(differences[0]))
         on_equal_logits = max(on_equal_logits, float(differences[1]))
     case = ", ".join(f"{name} {value}" for name, value in options.items())
-    if on_equal_logits <= _EQUAL and not largest <= _CLOSE and material.largest_difference <= material.tolerance:
+    if (
+        on_equal_logits <= _MAX_DIFFERENCE_EQUAL_LOGITS
+        and not largest <= _MAX_DIFFERENCE
+        and material.largest_difference <= material.tolerance
+    ):
         found = f"a token at a filter's edge: probabilities differ by {largest:.1e}, on equal logits by "
         return Finding(check="sampling", case=case, status="tie", found=f"{found}{on_equal_logits:.1e}")
-    if not on_equal_logits <= _EQUAL:
-        return within("sampling", case, on_equal_logits, _EQUAL, what="probabilities from equal logits differ by")
-    return within("sampling", case, largest, _CLOSE, what="difference")
+    if not on_equal_logits <= _MAX_DIFFERENCE_EQUAL_LOGITS:
+        return within(
+            "sampling",
+            case,
+            on_equal_logits,
+            _MAX_DIFFERENCE_EQUAL_LOGITS,
+            what="probabilities from equal logits differ by",
+        )
+    return within("sampling", case, largest, _MAX_DIFFERENCE, what="difference")
 
 
 def check_draws(material: Reference) -> Iterator[Finding]:
@@ -216,19 +226,19 @@ def check_draws(material: Reference) -> Iterator[Finding]:
     logprobs = logits.log_softmax(-1)
     probabilities = logprobs[(-(logprobs.exp() * logprobs).sum(-1)).argmax()].exp()
     streams: dict[str, list[tuple[RngKey, int]]] = {
-        "seeds": [((i, 0, 0), 0) for i in range(_DRAWS)],
-        "prompts": [((0, i, 0), 0) for i in range(_DRAWS)],
-        "answers": [((0, 0, i), 0) for i in range(_DRAWS)],
-        "steps": [((0, 0, 0), i) for i in range(_DRAWS)],
+        "seeds": [((i, 0, 0), 0) for i in range(_NUM_DRAWS)],
+        "prompts": [((0, i, 0), 0) for i in range(_NUM_DRAWS)],
+        "answers": [((0, 0, i), 0) for i in range(_NUM_DRAWS)],
+        "steps": [((0, 0, 0), i) for i in range(_NUM_DRAWS)],
     }
     for name, draws in streams.items():
-        tokens = select_tokens(probabilities.log().expand(_DRAWS, -1), draws=draws)
+        tokens = select_tokens(probabilities.log().expand(_NUM_DRAWS, -1), draws=draws)
         p, bins = goodness_of_fit(tokens, probabilities)
-        status: Status = "pass" if p >= _IMPROBABLE else "fail"
+        status: Status = "pass" if p >= _MIN_P_VALUE else "fail"
         if bins < 2:
             status = "info"
-        found = f"p = {p:.2g} ({bins} bins), at least {_IMPROBABLE:.0e}"
-        yield Finding(check="draws", case=f"{_DRAWS:,} {name}", status=status, found=found)
+        found = f"p = {p:.2g} ({bins} bins), at least {_MIN_P_VALUE:.0e}"
+        yield Finding(check="draws", case=f"{_NUM_DRAWS:,} {name}", status=status, found=found)
 
 
 def goodness_of_fit(tokens: Tensor, probabilities: Tensor) -> tuple[float, int]:
@@ -243,10 +253,12 @@ def goodness_of_fit(tokens: Tensor, probabilities: Tensor) -> tuple[float, int]:
     if bool((counts[probabilities == 0] > 0).any()):
         return 0.0, len(counts)
     expected = probabilities * len(tokens)
-    alone = expected >= _FEWEST
+    alone = expected >= _MIN_EXPECTED
     expected = torch.cat([expected[alone], expected[~alone].sum()[None]])
     counts = torch.cat([counts[alone], counts[~alone].sum()[None]])
-    if expected[-1] < _FEWEST and len(expected) > 1:  # merge a shared bin that is too small into the one before
+    if (
+        expected[-1] < _MIN_EXPECTED and len(expected) > 1
+    ):  # merge a shared bin that is too small into the one before
         expected = torch.cat([expected[:-2], expected[-2:].sum()[None]])
         counts = torch.cat([counts[:-2], counts[-2:].sum()[None]])
     statistic = ((counts - expected) ** 2 / expected).sum()

@@ -31,7 +31,7 @@ def check_packed(material: Reference) -> Iterator[Finding]:
         Example(prompt + answer, [False] * len(prompt) + [True] * len(answer), "prompts", number)
         for number, (prompt, answer) in enumerate(pairs, start=1)
     ]
-    with _all_trained(model):
+    with _all_trainable(model):
         with select_runner(
             model, TrainConfig(), examples, dtype=torch.float32, pad_token_id=0, notice=said.append
         ) as runner:
@@ -70,7 +70,7 @@ def _relative_difference(gradients: dict[str, Tensor], wanted: dict[str, Tensor]
 
 
 @contextmanager
-def _all_trained(model: PreTrainedModel) -> Iterator[None]:
+def _all_trainable(model: PreTrainedModel) -> Iterator[None]:
     """Require gradients of every weight inside the block."""
     # Merged adapters leave frozen weights.
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

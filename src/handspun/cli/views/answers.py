@@ -68,7 +68,7 @@ def show_answers(
     show_tree: bool = False,
 ) -> list[GenerationResult]:
     """Print the answers: the text alone if there is only one, otherwise each under its prompt."""
-    asked = list(prompts) if prefill is None else [_begun(prompt, prefill) for prompt in prompts]
+    asked = list(prompts) if prefill is None else [_with_prefill(prompt, prefill) for prompt in prompts]
     results = generate(
         model,
         asked,
@@ -89,7 +89,7 @@ def show_answers(
         if len(results) == 1:
             write_text(console, result.text)
         else:
-            _under_its_prompt(console, prompts[result.prompt_index], result)
+            _print_with_prompt(console, prompts[result.prompt_index], result)
         if result.explanation is not None:
             console.print(explanation_table(result.explanation))
         if result.tree is not None:
@@ -97,11 +97,11 @@ def show_answers(
     return results
 
 
-def _begun(prompt: str, prefill: str) -> list[Message]:
+def _with_prefill(prompt: str, prefill: str) -> list[Message]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": prefill}]
 
 
-def _under_its_prompt(console: Console, prompt: str, result: GenerationResult) -> None:
+def _print_with_prompt(console: Console, prompt: str, result: GenerationResult) -> None:
     if result.return_index == 0:
         console.print(f"> {prompt}", style="bold", markup=False, soft_wrap=True)
     write_text(console, result.text)

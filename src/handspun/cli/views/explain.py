@@ -9,7 +9,7 @@ from rich.text import Text
 from handspun.decoding.explain import Candidate, Effect, Explanation, TreeNode
 from handspun.display import escaped
 
-_DEEPEST = 40
+_MAX_GUIDE_WIDTH = 40
 """Maximum width of a tree's guides. Deeper trees show only the last columns."""
 
 
@@ -61,9 +61,9 @@ def search_tree(nodes: Sequence[TreeNode]) -> Text:
             text += nodes[place].text
         drawn = guide + ("└ " if is_last else "├ ")
         line = Text(f"{nodes[place].score:8.2f} ", style="dim")
-        line.append(drawn if len(drawn) <= _DEEPEST else "…" + drawn[1 - _DEEPEST :])
+        line.append(drawn if len(drawn) <= _MAX_GUIDE_WIDTH else "…" + drawn[1 - _MAX_GUIDE_WIDTH :])
         line.append(_quoted(text), style="not dim bold" if nodes[place].return_index is not None else "not dim")
-        line.append(_fate(nodes[place], place in children))
+        line.append(_ending(nodes[place], place in children))
         lines.append(line)
         branches += _branches(children.get(place, []), guide + ("  " if is_last else "│ "))
     return Text("\n").join(lines)
@@ -74,7 +74,7 @@ def _branches(places: Sequence[int], guide: str) -> list[tuple[int, str, bool]]:
     return [(place, guide, place == places[-1]) for place in reversed(places)]
 
 
-def _fate(node: TreeNode, goes_on: bool) -> str:
+def _ending(node: TreeNode, goes_on: bool) -> str:
     if node.return_index is not None:
         return f"  answer {node.return_index + 1}"
     if goes_on:

@@ -9,7 +9,7 @@ from rich.table import Table
 from handspun.display import json_line
 from handspun.evaluation.score import RowScore, Scores
 
-_BEGINNING = 80
+_MAX_TEXT = 80
 """Number of characters of a text in a row's line."""
 
 
@@ -39,7 +39,7 @@ def _lines(scores: Scores) -> Iterator[tuple[str, str, str]]:
             f"{matches} of {len(compared)} answers, ignoring white space around them",
         )
     if any(row.answer for row in scores.rows):
-        if cut := _cut(scores):
+        if cut := _count_cut_off(scores):
             yield "cut off", str(cut), "answers that reached --max-new-tokens"
         if tools := sum(row.question.needs_tools for row in scores.rows):
             yield "not asked", str(tools), "rows with tools, whose answers are not evaluated"
@@ -57,7 +57,7 @@ def scores_record(scores: Scores) -> dict[str, Any]:
         "learned_tokens": scores.tokens,
         "exact_match": {"matches": sum(bool(row.exact_match) for row in compared), "compared": len(compared)},
         "answers": sum(row.answer is not None for row in scores.rows),
-        "cut_off": _cut(scores),
+        "cut_off": _count_cut_off(scores),
     }
 
 
@@ -70,8 +70,8 @@ def row_lines(rows: Iterable[RowScore]) -> Iterator[str]:
             "row": question.row,
             "loss": row.loss,
             "tokens": row.tokens,
-            "prompt": question.prompt[:_BEGINNING],
-            "expected": question.expected[:_BEGINNING],
+            "prompt": question.prompt[:_MAX_TEXT],
+            "expected": question.expected[:_MAX_TEXT],
         }
         if row.answer is not None:
             record |= {
@@ -82,5 +82,5 @@ def row_lines(rows: Iterable[RowScore]) -> Iterator[str]:
         yield json_line(record)
 
 
-def _cut(scores: Scores) -> int:
+def _count_cut_off(scores: Scores) -> int:
     return sum(row.answer is not None and row.answer.finish_reason == "length" for row in scores.rows)

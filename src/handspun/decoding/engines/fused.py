@@ -18,7 +18,7 @@ from handspun.kernels import native
 from handspun.kernels.onednn import without_cudnn
 from handspun.models.fused import FusedLayer, FusedWeights
 
-_STEP = 64
+_MASK_MULTIPLE = 64
 """The longest row is rounded up to a multiple of this, since attention kernels need aligned masks."""
 
 
@@ -52,7 +52,7 @@ def gather(tokens: Sequence[KVRange], pool: Tensor) -> GatheredKV:
     pool: (2 * kv_heads, slots, size), of any layer.
     """
     longest = max(token.length for token in tokens)
-    longest += -longest % _STEP
+    longest += -longest % _MASK_MULTIPLE
     reach = torch.arange(longest, device=pool.device)
     numbers = torch.tensor([[token.start, token.length] for token in tokens], device=pool.device)
     starts, lengths = numbers.split(1, dim=1)
@@ -76,7 +76,7 @@ def attend(queries: Tensor, pool: Tensor, gathered: GatheredKV) -> Tensor:
     return output.reshape(count, heads * size).float()
 
 
-_FEW = 16
+_MAX_GATHERED_TOKENS = 16
 """Maximum number of a row's tokens whose keys are gathered: each token needs its own copy of them."""
 
 
@@ -173,18 +173,18 @@ class FusedEngine:
             positions += range(before, before + count) if feed.positions is None else feed.positions
             places += self.cache.extend(feed.row, count)
             wanted += range(start if feed.all_logits else len(ids) - 1, len(ids))
-            laid += self._laid(feed, before, start)
+            laid += self._spans(feed, before, start)
         device = self.model.device
         layout = self._layout(laid, positions, torch.tensor(places, device=device))
         return layout, torch.tensor(ids, device=device), torch.tensor(wanted, device=device)
 
     def _layout(self, laid: Sequence[TokenSpan], positions: Sequence[int], places: Tensor) -> StepLayout:
-        together = [part for part in laid if self._goes_together(part)]
-        alone = [token for part in together for token in self._seen(part)]
+        together = [part for part in laid if self._is_attended_jointly(part)]
+        alone = [token for part in together for token in self._kv_ranges(part)]
         numbers = [i for part in together for i in range(part.start, part.stop)]
         at = None if len(together) == len(laid) else torch.tensor(numbers, dtype=torch.long, device=places.device)
         return StepLayout(
-            parts=[part for part in laid if not self._goes_together(part)],
+            parts=[part for part in laid if not self._is_attended_jointly(part)],
             alone=alone,
             at=at,
             gathered=gather(alone, self.cache.layer(0)) if alone and self._gathers else None,
@@ -192,17 +192,19 @@ class FusedEngine:
             rotation=self._rotation(positions),
         )
 
-    def _goes_together(self, part: TokenSpan) -> bool:
+    def _is_attended_jointly(self, part: TokenSpan) -> bool:
         """Return whether the span's tokens are attended in one call with those of other rows."""
         # Gathering copies the row's keys once per token, so it only pays for few tokens.
-        return not part.is_prompt and (self._native or (self._gathers and part.stop - part.start <= _FEW))
+        return not part.is_prompt and (
+            self._native or (self._gathers and part.stop - part.start <= _MAX_GATHERED_TOKENS)
+        )
 
-    def _seen(self, part: TokenSpan) -> list[KVRange]:
+    def _kv_ranges(self, part: TokenSpan) -> list[KVRange]:
         count, start = part.stop - part.start, self.cache.start(part.row)
         masks = [None] * count if part.mask is None else part.mask.unbind()
         return [KVRange(start, part.length, mask) for mask in masks]
 
-    def _laid(self, feed: ModelInput, before: int, start: int) -> list[TokenSpan]:
+    def _spans(self, feed: ModelInput, before: int, start: int) -> list[TokenSpan]:
         """Return the spans of one input."""
         count = len(feed.token_ids)
         # With int8, draft tokens are attended one by one, so that logits equal those without drafting bit for bit:
@@ -227,11 +229,11 @@ class FusedEngine:
             native.rotate(qkv, model.heads, norms, model.norm_eps, *layout.rotation, layout.slot_mapping, pool)
             queries = qkv[:, : model.heads]
         else:
-            queries, keys = self._rotated(layer, qkv, *layout.rotation)
+            queries, keys = self._rotate(layer, qkv, *layout.rotation)
             self.cache.write(number, layout.slot_mapping, keys, qkv[:, model.heads + model.kv_heads :])
-        return self._attended(number, queries, layout)
+        return self._attend_all(number, queries, layout)
 
-    def _rotated(self, layer: FusedLayer, qkv: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotate(self, layer: FusedLayer, qkv: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys, (tokens, heads, size) each, normed if the model does that, and rotated."""
         heads = self.model.heads
         both = qkv[:, : heads + self.model.kv_heads]
@@ -244,18 +246,18 @@ class FusedEngine:
         turned = both * cosines[:, None] + both.roll(self.model.head_size // 2, -1) * sines[:, None]
         return turned[:, :heads], turned[:, heads:]
 
-    def _attended(self, number: int, queries: Tensor, layout: StepLayout) -> Tensor:
+    def _attend_all(self, number: int, queries: Tensor, layout: StepLayout) -> Tensor:
         """Attend each row over its own keys: (tokens, heads, size) to (tokens, heads * size)."""
         if layout.at is None:
-            return self._attended_together(number, queries, layout)
+            return self._attend_jointly(number, queries, layout)
         output = queries.new_empty(len(queries), queries.shape[1] * queries.shape[2])
         if layout.alone:
-            output[layout.at] = self._attended_together(number, queries[layout.at], layout)
+            output[layout.at] = self._attend_jointly(number, queries[layout.at], layout)
         for part in layout.parts:
-            output[part.start : part.stop] = self._attend(number, queries[part.start : part.stop], part)
+            output[part.start : part.stop] = self._attend_span(number, queries[part.start : part.stop], part)
         return output
 
-    def _attended_together(self, number: int, queries: Tensor, layout: StepLayout) -> Tensor:
+    def _attend_jointly(self, number: int, queries: Tensor, layout: StepLayout) -> Tensor:
         """Attend the tokens that go in one call."""
         pool = self.cache.layer(number)
         if layout.gathered is not None:
@@ -263,7 +265,7 @@ class FusedEngine:
         starts, lengths = [seen.start for seen in layout.alone], [seen.length for seen in layout.alone]
         return native.attend(queries, pool, starts, lengths, [seen.mask for seen in layout.alone])
 
-    def _attend(self, number: int, queries: Tensor, part: TokenSpan) -> Tensor:
+    def _attend_span(self, number: int, queries: Tensor, part: TokenSpan) -> Tensor:
         """Attend one row's queries: (tokens, heads, size) to (tokens, heads * size)."""
         keys, values = self.cache.read(number, part.row, part.length)  # (kv_heads, length, size)
         queries = queries.to(keys.dtype)

@@ -45,11 +45,11 @@ class TransformersEngine:
 
     def add(self) -> int:
         """Add an empty row and return its id."""
-        return self._added(Row())
+        return self._register(Row())
 
     def fork(self, row: int) -> int:
         """Add a row that continues from this one's tokens and return its id."""
-        return self._added(Row(self._rows[row].batch, self._rows[row].place))
+        return self._register(Row(self._rows[row].batch, self._rows[row].place))
 
     @torch.inference_mode()
     def truncate(self, row: int, length: int) -> None:
@@ -74,7 +74,7 @@ class TransformersEngine:
             logits |= zip((feed.row for feed in together), self._feed(together), strict=True)
         return torch.cat([logits[feed.row] for feed in feeds])
 
-    def _added(self, row: Row) -> int:
+    def _register(self, row: Row) -> int:
         number, self._next_row = self._next_row, self._next_row + 1
         self._rows[number] = row
         return number
@@ -84,15 +84,15 @@ class TransformersEngine:
         rows = [self._rows[feed.row] for feed in feeds]
         batch = rows[0].batch
         if batch is None:
-            batch = Batch(DynamicCache(config=self.model.config), self._mask_of(feeds)[:, :0])
+            batch = Batch(DynamicCache(config=self.model.config), self._padding_mask(feeds)[:, :0])
         else:
-            self._forget_unused(batch)
+            self._crop_unused(batch)
             self._arrange(batch, [row.place for row in rows])
         for place, row in enumerate(rows):
             row.batch, row.place = batch, place
         return self._forward(batch, feeds)
 
-    def _forget_unused(self, batch: Batch) -> None:
+    def _crop_unused(self, batch: Batch) -> None:
         """Crop the last positions of the cache if no row keeps a token there."""
         unused = batch.attention_mask.shape[1] - (int(batch.attention_mask.any(0).nonzero()[-1]) + 1)
         if unused:
@@ -107,7 +107,7 @@ class TransformersEngine:
             batch.attention_mask = batch.attention_mask[chosen]
 
     def _forward(self, batch: Batch, feeds: Sequence[ModelInput]) -> list[Tensor]:
-        mask = self._mask_of(feeds)
+        mask = self._padding_mask(feeds)
         before, longest = batch.attention_mask.shape[1], mask.shape[1]
         ids = torch.zeros_like(mask)
         ids[mask.bool()] = torch.tensor([token for feed in feeds for token in feed.token_ids], device=ids.device)
@@ -129,7 +129,7 @@ class TransformersEngine:
         counts = [len(feed.token_ids) if feed.all_logits else 1 for feed in feeds]
         return [row[:count].float() for row, count in zip(logits, counts, strict=True)]
 
-    def _mask_of(self, feeds: Sequence[ModelInput]) -> Tensor:
+    def _padding_mask(self, feeds: Sequence[ModelInput]) -> Tensor:
         """Return a mask, (rows, longest), 0 where an input is padded: on the left, or on the right for drafts."""
         counts = torch.tensor([len(feed.token_ids) for feed in feeds], device=self.model.device)
         places = torch.arange(int(counts.max()), device=self.model.device)
