@@ -134,4 +134,4 @@ def test_the_page_escapes_and_needs_nothing_else() -> None:
 
 def test_the_page_says_where_the_models_agree() -> None:
     found = Comparison(["a", "b"], ["1", "2"], [[[result("x")], [result("x")]], [[result("x")], [result("y")]]])
-    assert comparison_html(found, GenerationOptions()).count("The same answer.") == 1
+    assert comparison_html(found, GenerationOptions()).count("Identical answers.") == 1

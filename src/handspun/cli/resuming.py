@@ -18,8 +18,7 @@ def verify_resume(
 ) -> None:
     """Kill a short run at random moments, resume it, and compare its weights with an uninterrupted run's.
 
-    Takes the options of train; --output-dir and --num-epochs are not used. The exit code is 1 if a single bit
-    differs.
+    Takes the options of train, but ignores --output-dir and --num-epochs. Exits with 1 if a single bit differs.
 
     Parameters
     ----------

@@ -21,8 +21,9 @@ def verify(
 ) -> None:
     """Compare Handspun's results with those of transformers on your own model.
 
-    It checks logits, tokens, beams, processors, draws, losses, gradients, and answers in different batches. Both
-    sides compute in float32; other --weights are shown for information. The exit code is 1 if a check fails.
+    It checks logits, tokens, beams, processors, draws, losses, gradients, and answers in different batches.
+
+    Both sides compute in float32; other --weights are reported, but cannot fail. Exits with 1 if a check fails.
 
     Parameters
     ----------
