@@ -283,24 +283,24 @@ def beam_search(job: Request, make_beams: Callable[..., Beams] | None = None) ->
     engine = make_engine(job.model)
     make_beams = make_beams or (TreeBeamCache if isinstance(engine, FusedEngine) else CopyingBeamCache)
     order = sorted(range(len(job.prompts)), key=lambda i: len(job.prompts[i]))
-    waiting, going = deque(BeamState.of(job, i) for i in order), list[BeamState]()
-    while waiting or going:
+    waiting, active = deque(BeamState.of(job, i) for i in order), list[BeamState]()
+    while waiting or active:
         if job.should_stop():
-            yield from [chunk for search in (*going, *waiting) for chunk in search.cancel()]
+            yield from [chunk for search in (*active, *waiting) for chunk in search.cancel()]
             return
-        while waiting and _has_room(going, waiting[0]):
-            going.append(waiting.popleft())
-            going[-1].join(engine, make_beams)
-        logits = engine.forward([feed for search in going for feed in search.feeds])
-        _advance(going, _repeat_for_beams(logits, going))
-        yield from [chunk for search in going for chunk in search.chunks()]
-        going = [search for search in going if not search.done]
+        while waiting and _has_room(active, waiting[0]):
+            active.append(waiting.popleft())
+            active[-1].join(engine, make_beams)
+        logits = engine.forward([feed for search in active for feed in search.feeds])
+        _advance(active, _repeat_for_beams(logits, active))
+        yield from [chunk for search in active for chunk in search.chunks()]
+        active = [search for search in active if not search.done]
 
 
-def _has_room(going: Sequence[BeamState], search: BeamState) -> bool:
+def _has_room(active: Sequence[BeamState], search: BeamState) -> bool:
     job, beams = search.job, len(search.beams)
-    tokens = beams * sum(one.beams[0].max_total_tokens for one in (*going, search))
-    return not going or ((len(going) + 1) * beams <= job.batch_size and tokens <= job.max_batch_tokens)
+    tokens = beams * sum(one.beams[0].max_total_tokens for one in (*active, search))
+    return not active or ((len(active) + 1) * beams <= job.batch_size and tokens <= job.max_batch_tokens)
 
 
 def _repeat_for_beams(logits: Tensor, searches: Sequence[BeamState]) -> Tensor:

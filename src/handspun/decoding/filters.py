@@ -146,7 +146,7 @@ def _exclude(logits: Tensor, tokens: Sequence[Collection[int]]) -> Tensor:
 def _token_indices(logits: Tensor, tokens: Sequence[Collection[int]]) -> tuple[Tensor, Tensor]:
     """Return (row, token) indices of each row's tokens, without ids outside the LM head."""
     vocab = logits.shape[-1]
-    known = [[token for token in several if token < vocab] for several in tokens]
-    counts = torch.tensor([len(several) for several in known], device=logits.device)
-    columns = torch.tensor([token for several in known for token in several], dtype=torch.long)
+    known = [[token for token in row if token < vocab] for row in tokens]
+    counts = torch.tensor([len(row) for row in known], device=logits.device)
+    columns = torch.tensor([token for row in known for token in row], dtype=torch.long)
     return torch.arange(len(known), device=logits.device).repeat_interleave(counts), columns.to(logits.device)

@@ -176,14 +176,14 @@ def _make_request(
             f"--prompt-lookup-num-tokens must undo rejected draft tokens, which this model does not support: "
             f"{reason}. Remove the option."
         )
-    several = as_prompts(prompts)
-    _check_seeds(resolved, len(several))
+    prompt_list = as_prompts(prompts)
+    _check_seeds(resolved, len(prompt_list))
     encoded = encode_prompts(
-        model, several, chat=chat, system_prompt=system_prompt, tools=tools,
+        model, prompt_list, chat=chat, system_prompt=system_prompt, tools=tools,
         continue_final_message=continue_final_message,
     )  # fmt: skip
-    notices += unencodable_notice(model, several, encoded, system_prompt=system_prompt)
-    notices += rendered_already(model, several, chat=chat)
+    notices += unencodable_notice(model, prompt_list, encoded, system_prompt=system_prompt)
+    notices += rendered_already(model, prompt_list, chat=chat)
     limits = _new_token_limits(model, encoded, resolved.max_new_tokens, notices)
     spares = chat and resolved.repetition_penalty_exempt == "template"
     job = Request(
@@ -203,7 +203,7 @@ def _make_request(
         on_prompt=prompt_progress(notice),
         penalized=said_in(
             model,
-            several,
+            prompt_list,
             system_prompt=system_prompt,
             tools=tools,
             continue_final_message=continue_final_message,

@@ -64,8 +64,8 @@ def notices_about_chat(template: ChatTemplate, conversations: Sequence[Sequence[
     """Yield a notice about prompts that contain the template's turn markers, as if already rendered."""
     numbers, markers = list[int](), dict[str, None]()
     for number, messages in enumerate(conversations, start=1):
-        said = "\n".join(str(m.get("content") or "") for m in messages if m["role"] != "assistant")
-        if found := template.turn_markers_in(said):
+        user_text = "\n".join(str(m.get("content") or "") for m in messages if m["role"] != "assistant")
+        if found := template.turn_markers_in(user_text):
             numbers.append(number)
             markers.update(dict.fromkeys(found))
     if numbers:
@@ -111,17 +111,17 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         raise ConfigError(
             f"the prompts are {short(prompts)} (expected a text, a conversation, or a list of them)."
         )
-    several = list(prompts)
-    if several and all(isinstance(item, dict) for item in several):
-        return [several]  # type: ignore[list-item]  # dicts are messages, so this is one conversation
+    prompt_list = list(prompts)
+    if prompt_list and all(isinstance(item, dict) for item in prompt_list):
+        return [prompt_list]  # type: ignore[list-item]  # dicts are messages, so this is one conversation
     problems = [
         f"prompt {number} is {short(prompt)} (expected a text or a list of messages)."
-        for number, prompt in enumerate(several, start=1)
+        for number, prompt in enumerate(prompt_list, start=1)
         if isinstance(prompt, Mapping | bytes | bytearray) or not isinstance(prompt, Sequence)
     ]
     if problems:
         raise ConfigError(problems[:_MOST_NAMED])
-    return several  # type: ignore[return-value]
+    return prompt_list  # type: ignore[return-value]
 
 
 def encode_prompts(

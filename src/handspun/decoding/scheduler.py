@@ -141,19 +141,19 @@ def _sample_step(logits: Tensor, running: Sequence[ActiveSequence], job: Request
 
     logits: (tokens, vocab).
     """
-    going, depth = list(running), 0
-    while going:
-        answers = [one.answer for one in going]
-        own = _select_rows(logits, [one.place + depth for one in going])
+    active, depth = list(running), 0
+    while active:
+        answers = [one.answer for one in active]
+        own = _select_rows(logits, [one.place + depth for one in active])
         tokens, logprobs = _next_tokens(own, answers, job)
-        right = []
-        for one, token, logprob in zip(going, tokens.tolist(), logprobs, strict=True):
+        accepted = []
+        for one, token, logprob in zip(active, tokens.tolist(), logprobs, strict=True):
             is_right = depth < len(one.draft) and one.draft[depth] == token
             one.answer.accepted_tokens += is_right
             yield one.answer.add(token, logprob)
             if is_right and one.answer.finish_reason is None:
-                right.append(one)
-        going, depth = right, depth + 1
+                accepted.append(one)
+        active, depth = accepted, depth + 1
 
 
 def _retire_finished(engine: Engine, running: Sequence[ActiveSequence]) -> Iterator[ActiveSequence]:

@@ -117,8 +117,10 @@ def _row_losses(run: RunFiles) -> list[dict[str, Any]]:
         return []
     sets = []
     for name, some in found.items():
-        several = len(run.facts["data"][name]["rows"]["formats"]) > 1
-        worst, best = ([_with_heading(row, several=several) for row in some[key]] for key in ("worst", "best"))
+        several_files = len(run.facts["data"][name]["rows"]["formats"]) > 1
+        worst, best = (
+            [_with_heading(row, several_files=several_files) for row in some[key]] for key in ("worst", "best")
+        )
         sets.append({**some, "name": SET_NAMES[name], "worst": worst, "best": best})
     return sets
 
@@ -127,9 +129,9 @@ def _missing_losses_reason(run: RunFiles) -> str:
     return str((run.kept.get("row_losses") or {}).get("missing", "the run did not finish"))
 
 
-def _with_heading(row: dict[str, Any], *, several: bool) -> dict[str, Any]:
+def _with_heading(row: dict[str, Any], *, several_files: bool) -> dict[str, Any]:
     """Return the row with its heading: file and number, and the text that is trained on."""
-    where = f"{row['file']}, row {row['row']}" if several else f"row {row['row']}"
+    where = f"{row['file']}, row {row['row']}" if several_files else f"row {row['row']}"
     return {**row, "where": where, "taught": " ".join(text for text, learned in row["runs"] if learned)}
 
 

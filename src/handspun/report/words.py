@@ -185,13 +185,13 @@ def accounted_rows(run: RunFiles) -> list[dict[str, Any]]:
 
 def _reasons(run: RunFiles, name: str, rows: dict[str, Any]) -> list[dict[str, Any]]:
     with_text = {(row["file"], row["row"]) for row in run.kept.get("accounted", {}).get(name, [])}
-    several = len(rows["formats"]) > 1
+    several_files = len(rows["formats"]) > 1
     reasons: dict[str, list[dict[str, Any]]] = {}
     for kind, notes in _notes(rows):
         for note in notes:
             place = note["file"], note["row"]
             link = {
-                "text": f"{note['file']} {note['row']}" if several else str(note["row"]),
+                "text": f"{note['file']} {note['row']}" if several_files else str(note["row"]),
                 "href": f"#{_anchor(name, *place, run)}" if place in with_text else None,
             }
             reasons.setdefault(_reason(kind, note, run), []).append(link)

@@ -93,10 +93,10 @@ def check_beams(material: Reference) -> Iterator[Finding]:
 def _beams(material: Reference, prompts: Sequence[int], options: dict[str, Any]) -> Finding:
     """Compare searches for some prompts, given by index."""
     found = answer_all(material.job(prompts, show_tree=True, **options))
-    several, penalty = options["num_return_sequences"], options["length_penalty"]
+    per_prompt, penalty = options["num_return_sequences"], options["length_penalty"]
     divergences, difference = list[Divergence](), 0.0
     for number, prompt in enumerate(prompts):
-        ours = found[number * several : (number + 1) * several]
+        ours = found[number * per_prompt : (number + 1) * per_prompt]
         theirs, expected = reference_beams(
             material.chat.model,
             material.prompts[prompt],

@@ -96,10 +96,10 @@ def _train(config: TrainConfig, work: Path, *, kill_after: tuple[int, float] | N
     options = work / "options.yaml"
     given = {name: value for name, value in asdict(config).items() if value is not None}
     options.write_text(yaml.safe_dump(given), encoding="utf-8")
-    log = work / "said.txt"
-    with log.open("w", encoding="utf-8") as said:
+    log = work / "output.txt"
+    with log.open("w", encoding="utf-8") as output:
         command = [sys.executable, "-m", "handspun", "train", "--config", str(options)]
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         try:
             if kill_after is not None:
                 step, seconds = kill_after

@@ -25,7 +25,7 @@ def check_packed(material: Reference) -> Iterator[Finding]:
     """Compare loss and gradients, packed in float32 against padded in float64. Targets: transformers' answers."""
     # A float32 reference would be the less exact of the two: torch's cross-entropy over 49,152 logits is off by
     # 8e-6 in the loss and 5e-5 in the gradient.
-    model, said = material.chat.model, list[str]()
+    model, notices = material.chat.model, list[str]()
     pairs = zip(material.prompts, (answer.token_ids for answer in material.answers), strict=True)
     examples = [
         Example(prompt + answer, [False] * len(prompt) + [True] * len(answer), "prompts", number)
@@ -33,10 +33,10 @@ def check_packed(material: Reference) -> Iterator[Finding]:
     ]
     with _all_trainable(model):
         with select_runner(
-            model, TrainConfig(), examples, dtype=torch.float32, pad_token_id=0, notice=said.append
+            model, TrainConfig(), examples, dtype=torch.float32, pad_token_id=0, notice=notices.append
         ) as runner:
             if not isinstance(runner, Packed):
-                yield Finding(check="packed", case="loss and gradients", status="info", found="; ".join(said))
+                yield Finding(check="packed", case="loss and gradients", status="info", found="; ".join(notices))
                 return
             loss, gradients = _backward(model, runner, examples)
         with _in_float64(model):
@@ -102,10 +102,10 @@ def check_prefix(material: Reference) -> Finding:
     template, wrong = material.chat.template, list[int]()
     tokenizer = material.chat.tokenizer
     for number, (text, prompt) in enumerate(zip(material.texts, material.prompts, strict=True), start=1):
-        said = tokenizer.decode(material.answers[number - 1].token_ids, skip_special_tokens=True)
+        answer = tokenizer.decode(material.answers[number - 1].token_ids, skip_special_tokens=True)
         messages: list[dict[str, Any]] = [
             {"role": "user", "content": text},
-            {"role": "assistant", "content": said},
+            {"role": "assistant", "content": answer},
         ]
         try:
             [*_, trained] = template.encode(messages)

@@ -116,19 +116,19 @@ def chat_loop(
     messages: list[Message] = []
     while True:
         try:
-            said = console.input("[bold green]you:[/] ", markup=True).strip()
+            line = console.input("[bold green]you:[/] ", markup=True).strip()
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
         except UnicodeDecodeError as error:
             raise DataError(f"standard input cannot be read: {error}") from error
-        if said == "/quit":
+        if line == "/quit":
             return
-        if said == "/reset":
+        if line == "/reset":
             messages = []
             continue
-        if said:
-            messages = [*messages, {"role": "user", "content": said}]
+        if line:
+            messages = [*messages, {"role": "user", "content": line}]
             answer = _stream_answer(model, messages, options, console, system_prompt)
             messages = [*messages, {"role": "assistant", "content": answer}]
 
