@@ -1,4 +1,4 @@
-"""What a report needs besides run.json and metrics.jsonl, kept while it is at hand."""
+"""What a report needs besides run.json and metrics.jsonl, collected while it is at hand."""
 
 import json
 import time
@@ -29,10 +29,10 @@ from handspun.runs.sample_answers import prompts_of, sample_answers
 from handspun.training.runner import BatchRunner, select_runner
 
 SHOWN = 10
-"""Worst and best rows that are shown with their text."""
+"""How many of the worst and of the best rows are shown with their text."""
 
 MOST_CHARACTERS = 4000
-"""Of one text."""
+"""Longest text that is kept of one cell."""
 
 
 def losses_by_row(
@@ -77,7 +77,7 @@ def losses_by_row(
 
 
 def texts_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows as they stand in their files: {"file", "row", "values": column -> text}."""
+    """Return rows as they are in their files: {"file", "row", "values": column -> text}."""
     return [
         {"file": row.file, "row": row.number, "values": {name: cut(_text(v)) for name, v in row.values.items()}}
         for row in rows
@@ -85,7 +85,7 @@ def texts_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def cut(text: str) -> str:
-    """The text, or its beginning and how much more there is."""
+    """Return the text, or its beginning and how much more there is."""
     if len(text) <= MOST_CHARACTERS:
         return text
     return f"{text[:MOST_CHARACTERS]} … ({len(text) - MOST_CHARACTERS} more characters)"
@@ -96,17 +96,18 @@ def _text(value: Any) -> str:
 
 
 _BARS = 30
-"""Of the histogram of lengths, at most."""
+"""Most bars of the histogram of lengths."""
 
 
 @contextmanager
 def report_around(
     chat: ChatModel, config: TrainConfig, training: Dataset, held_out: Dataset | None, log: RunLog
 ) -> Iterator[None]:
-    """Around a run's loop: answers before and after it, losses of rows, and report.html, however it ended.
+    """Collect answers before and after the loop and the losses of rows, and write report.html however the run
+    ends.
 
-    A resumed run keeps the answers of its beginning. What cannot be had is left out, and the report says why. No
-    report is worth a run: what goes wrong with it is a line in the log.
+    A resumed run keeps the answers from its beginning. What cannot be collected is left out, and the report says
+    why. A failed report never ends a run: it is a line in the log.
     """
     folder = Path(config.output_dir)
     kept = read_kept(folder) or _at_the_start(chat, config, training, held_out, log)
@@ -150,7 +151,7 @@ def _at_the_start(
 
 
 def model_fingerprints(name: str, chat: ChatModel) -> dict[str, str]:
-    """The model's weights by their fingerprints: its files' sha256, or its commit on the hub."""
+    """Return fingerprints of the model's weights: the sha256 of its files, or its commit on the hub."""
     source = model_source(name, lambda _: None)
     if not Path(source.location).is_dir():
         commit = getattr(chat.model.config, "_commit_hash", None)
@@ -159,7 +160,9 @@ def model_fingerprints(name: str, chat: ChatModel) -> dict[str, str]:
 
 
 def length_histogram(some: Dataset) -> dict[str, Any]:
-    """Examples by length: edges of bars that grow with it, in tokens, the last one exclusive; counts; median."""
+    """Return examples by length: edges of bars in tokens (growing, the last one exclusive), counts, and the
+    median.
+    """
     lengths = lengths_of(some.examples)
     edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, _BARS + 1).round().astype(int))
     counts, _ = np.histogram(lengths, edges)
@@ -167,7 +170,7 @@ def length_histogram(some: Dataset) -> dict[str, Any]:
 
 
 def _answers(chat: ChatModel, config: TrainConfig, prompts: Any, log: RunLog, when: str) -> dict[str, Any]:
-    """{"answers", "notes"}, or {"missing": why}."""
+    """Return {"answers", "notes"}, or {"missing": why}."""
     if not config.sample_answers or not prompts:
         return {"missing": "they were not asked for (--no-sample-answers)"}
     if config.shard:
@@ -186,7 +189,7 @@ def _answers(chat: ChatModel, config: TrainConfig, prompts: Any, log: RunLog, wh
 def _row_losses(
     chat: ChatModel, config: TrainConfig, training: Dataset, held_out: Dataset | None, log: RunLog
 ) -> dict[str, Any]:
-    """Of each set what `losses_by_row` gives, or {"missing": why}."""
+    """Return what `losses_by_row` gives for each set, or {"missing": why}."""
     if not config.report_rows:
         return {"missing": "they were not asked for (--report-rows 0)"}
     if config.shard:

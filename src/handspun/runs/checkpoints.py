@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps: the best, one an epoch, and the last few to resume from."""
+"""Which checkpoints a run keeps: the best, one per epoch, and the last few to resume from."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ from handspun.training.loop import EpochEnd, Evaluation, Event, TrainingState
 
 
 class CheckpointManager:
-    """Saves what the loop's events ask for. All ranks call it alike, and the first one writes."""
+    """Saves checkpoints after the loop's events. All ranks call it alike; the first one writes."""
 
     def __init__(
         self,
@@ -41,14 +41,14 @@ class CheckpointManager:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """facts: of the run, as in run.json; they go into what is resumed from."""
+        """Start the clock. facts: the run's record; it goes into what a run resumes from."""
         self._run, self._config, self._processes, self._facts, self._log = run, config, processes, facts, log
         self._clock = clock
         self._began = self._saved_at = clock()
         self._seconds_before = float(facts.get("seconds", 0.0))
 
     def restore(self, point: ResumePoint) -> None:
-        """What the run had when the checkpoint was saved."""
+        """Restore what the run had when the checkpoint was saved."""
         run, facts = self._run, point.facts
         if self._processes.is_first:
             between = [path for path in resumable(run.output_dir) if path.name.startswith("checkpoint-step-")]
@@ -62,7 +62,7 @@ class CheckpointManager:
             run.best_checkpoint = self._best if facts["best_checkpoint"] and self._best.exists() else None
 
     def on_event(self, event: Event, state: TrainingState) -> None:
-        """checkpoint-best after an evaluation that is the best so far, checkpoint-epoch-N after each epoch."""
+        """Save checkpoint-best after the best evaluation so far, checkpoint-epoch-N after each epoch."""
         if isinstance(event, Evaluation):
             self._run.evaluations.append(event)
             if event.best and event.step:
@@ -76,9 +76,9 @@ class CheckpointManager:
             record(self._run, self._facts, "running")
 
     def save_if_due(self, event: Event, state: TrainingState, *, must: bool = False) -> None:
-        """checkpoint-step-N, every so many steps or minutes, or because the run `must` end here.
+        """Save checkpoint-step-N if it is due by steps or minutes, or because the run `must` end here.
 
-        Called once all that belongs to the step is done.
+        Called once everything that belongs to the step is done.
         """
         config, now = self._config, self._clock()
         minutes_over = bool(config.save_minutes) and now - self._saved_at >= 60 * config.save_minutes
@@ -124,7 +124,7 @@ class CheckpointManager:
         self._saved(folder)
 
     def _training_state(self, event: Event, state: TrainingState) -> WriteFiles:
-        """What resuming after this step needs, gathered on all ranks and written by the first."""
+        """Return what resuming after this step needs, collected on all ranks and written by the first."""
         run = self._run
         gathered = collect_state(state.model, state.optimizer, keep=self._processes.is_first)
         facts = {
@@ -142,7 +142,7 @@ class CheckpointManager:
 
     @property
     def seconds(self) -> float:
-        """Of the run so far, those before it was resumed included."""
+        """Seconds of the run so far, including those before it was resumed."""
         return self._seconds_before + self._clock() - self._began
 
     def _save(self, folder: Path, facts: Mapping[str, object], training_state: WriteFiles | None = None) -> None:
@@ -171,7 +171,7 @@ class CheckpointManager:
         )
 
     def _saved(self, folder: Path) -> None:
-        """Says so, and lets the oldest ones to resume from go."""
+        """Log that a checkpoint was saved, and delete the oldest ones to resume from."""
         self._saved_at = self._clock()
         self._log.line(f"saved {folder}")
         if not self._processes.is_first:

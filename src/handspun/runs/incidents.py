@@ -1,4 +1,4 @@
-"""What went wrong in a run that went on, in a line; and the rows of a batch that no step could be made of."""
+"""Incidents that a run survived, as lines, and the rows of a batch that no update could be made from."""
 
 import math
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from handspun.training.guards import OutOfMemory, SkippedStep, Spike
 
 Incident = SkippedStep | Spike | OutOfMemory
 _EVENTS: dict[type[Incident], str] = {SkippedStep: "skipped", Spike: "spike", OutOfMemory: "outofmemory"}
-"""Their names in metrics.jsonl and run.json."""
+"""Names of the incidents in metrics.jsonl and run.json."""
 
 
 def incident_facts(incident: Incident) -> dict[str, Any]:
-    """An incident as JSON has it: "nan", "inf" and "-inf" are texts, which JSON has no numbers for."""
+    """Return an incident as JSON holds it: NaN and infinities are texts, since JSON has no numbers for them."""
     facts = {"event": _EVENTS[type(incident)], **asdict(incident)}
     return {
         name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
@@ -30,7 +30,7 @@ def incident_facts(incident: Incident) -> dict[str, Any]:
 
 
 def incident_from(facts: dict[str, Any]) -> Incident:
-    """The incident that `incident_facts` wrote."""
+    """Return the incident that `incident_facts` wrote."""
     values = {name: value for name, value in facts.items() if name != "event"}
     if facts["event"] == "outofmemory":
         return OutOfMemory(**values)
@@ -41,7 +41,7 @@ def incident_from(facts: dict[str, Any]) -> Incident:
 
 
 def incident_line(incident: Incident) -> str:
-    """What happened, with the rows that it happened on."""
+    """Return what happened, with the rows that it happened on."""
     if isinstance(incident, OutOfMemory):
         return (
             f"step {incident.step}: memory does not suffice for a micro-batch of {incident.tokens} tokens; from "
@@ -59,17 +59,16 @@ def incident_line(incident: Incident) -> str:
 
 
 def named(batch: Sequence[tuple[str, int]]) -> str:
-    """`train.csv rows 3, 17; other.csv row 2`."""
+    """Return rows by file: `train.csv rows 3, 17; other.csv row 2`."""
     of_file = groupby(sorted(batch), key=lambda row: row[0])
     return "; ".join(_rows(file, [number for _, number in rows]) for file, rows in of_file)
 
 
 def write_batch(skipped: SkippedStep, config: TrainConfig, training: Dataset) -> str:
-    """Writes the batch's rows to the output folder, and says so in a line for the log.
+    """Write the batch's rows to the output folder, and return a line for the log.
 
-    They are read again from the data by file and number, and written as messages: what the chat template got,
-    whatever format the row has. Each carries its file and number. Rows that are no longer those of the run are not
-    written.
+    The rows are read again by file and number, and written as messages: what the chat template got, whatever the
+    row's format. Each one carries its file and number. Rows that have changed since the run began are not written.
     """
     path = Path(config.output_dir) / f"nonfinite-step-{skipped.step}.jsonl"
     try:

@@ -23,28 +23,28 @@ from handspun.runs.sample_answers import Samples
 from handspun.training.loop import Evaluation, Step
 
 _RECENT = 20
-"""Steps that the loss and the rates are means of."""
+"""Steps over which the loss and the rates are averaged."""
 
 _CELLS = 512
-"""Of a trace, at most: more than a terminal has columns."""
+"""Most cells of a trace: more than a terminal has columns."""
 
 _DRAWN_A_SECOND = 2
 
 _BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 _NAMES = 15
-"""Columns of the names, and the gap behind them."""
+"""Columns of the names, and the gap after them."""
 
 
 @dataclass
 class Trace:
-    """A series of any length in less than 512 cells, each the mean of as many neighbors."""
+    """A series of any length in fewer than 512 cells, each the mean of equally many neighbors."""
 
     cells: list[float] = field(default_factory=list)
     size: int = 1
     _waiting: list[float] = field(default_factory=list)
 
     def add(self, value: float) -> None:
-        """One more value; a full trace becomes half as fine."""
+        """Add a value. A full trace becomes half as fine."""
         self._waiting.append(value)
         if len(self._waiting) < self.size:
             return
@@ -57,7 +57,12 @@ class Trace:
 
 @dataclass
 class LiveState:
-    """What is seen of a run. held_out: whether there will be evaluations; prompts: those that will be answered."""
+    """What the panel shows of a run.
+
+    Attributes:
+        held_out: whether there will be evaluations.
+        prompts: the sample prompts that will be answered.
+    """
 
     total_steps: int
     num_epochs: int
@@ -74,7 +79,7 @@ class LiveState:
     stopping: Callable[[], bool] = lambda: False
 
     def see(self, event: object, *, memory: int | None = None, seconds_left: float | None = None) -> None:
-        """Takes in an event of the run; memory and the time that is left go with a step."""
+        """Update from an event of the run. Memory and the time left come with a step."""
         if isinstance(event, Step):
             self.step, self.epoch, self.memory, self.seconds_left = event.step, event.epoch, memory, seconds_left
             self.recent.append(event)
@@ -86,18 +91,18 @@ class LiveState:
 
     @property
     def loss(self) -> float:
-        """The mean over the learned tokens of the last 20 steps."""
+        """Mean loss over the target tokens of the last 20 steps."""
         learned = sum(step.learned_tokens for step in self.recent)
         return sum(step.loss * step.learned_tokens for step in self.recent) / learned
 
     def rate(self, tokens: Callable[[Step], int]) -> float:
-        """Tokens a second over the last 20 steps."""
+        """Return tokens per second over the last 20 steps."""
         return sum(map(tokens, self.recent)) / sum(step.seconds for step in self.recent)
 
 
 @contextmanager
 def shown(state: LiveState, console: Console, *, clock: Callable[[], float] = time.perf_counter) -> Iterator[None]:
-    """Inside of the block the panel stands below what is printed; afterwards its last state stays.
+    """Show the panel below what is printed; its last state stays.
 
     The cursor is not hidden: a process that is killed could not bring it back.
     """
@@ -115,8 +120,11 @@ def shown(state: LiveState, console: Console, *, clock: Callable[[], float] = ti
 def panel(
     state: LiveState, *, width: int, height: int = 24, encoding: str = "utf-8", elapsed: float = 0.0
 ) -> RenderableType:
-    """The panel, of the same height all along: in less than 12 lines the bar and the loss alone, in 32 or more the
-    answers to three prompts in place of one. elapsed: seconds since it was first drawn."""
+    """Return the panel, of the same height throughout the run.
+
+    With fewer than 12 lines it has the bar and the loss alone; with 32 or more, three answers instead of one.
+    elapsed: seconds since it was first drawn.
+    """
     inner = max(width - 4, 20)  # without border and margin
     rows: list[RenderableType] = [_bar(state, elapsed), _loss(state, inner, encoding)]
     if height >= 12:
@@ -175,7 +183,7 @@ def _figures(state: LiveState) -> RenderableType:
 
 
 def _answers(state: LiveState, inner: int, encoding: str, *, most: int) -> list[RenderableType]:
-    """Of each prompt a line, and its answer in two."""
+    """Return one line per prompt, and its answer in two."""
     width, rows = inner - _NAMES, list[RenderableType]()
     texts = [answer.text for answer in state.answered.answers] if state.answered else []
     for number, prompt in enumerate(state.prompts[:most]):
@@ -196,7 +204,7 @@ def _named(name: str, value: str | Text) -> RenderableType:
 
 
 def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) -> str:
-    """The values between their least and their largest, in at most `width` columns; equal ones lie low."""
+    """Return the values between their minimum and maximum, in at most `width` columns. Equal ones are low."""
     blocks = _ASCII_BLOCKS if ascii_only else _BLOCKS
     columns = max(min(width, len(values)), 0)
     edges = [place * len(values) // max(columns, 1) for place in range(columns + 1)]
@@ -207,13 +215,13 @@ def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) 
 
 
 def one_line(text: str, encoding: str = "utf-8") -> str:
-    """What a model said, on one line, harmless to a terminal, with "?" for what it cannot show."""
+    """Return what a model said on one line, harmless to a terminal, with "?" for what it cannot show."""
     seen = visible(" ".join(text.split()))
     return seen.encode(encoding, "replace").decode(encoding) or "(nothing)"
 
 
 def wrapped(text: str, width: int, most: int) -> list[str]:
-    """The text in at most `most` lines of at most `width` columns; "..." where it goes on."""
+    """Return the text in at most `most` lines of at most `width` columns; "..." marks the cut."""
     lines = [""]
     for word in text.split(" "):
         for piece in chop_cells(word, width):

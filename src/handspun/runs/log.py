@@ -1,7 +1,7 @@
-"""A run as it goes: plain lines in train.log, one JSON object an event in metrics.jsonl, and the terminal.
+"""The log of a run: plain lines in train.log, one JSON object per event in metrics.jsonl, and the terminal.
 
-On a terminal there is one panel below the lines (live.py); anywhere else the lines alone, with nothing that moves
-the cursor, so that a file they are sent to reads well.
+On a terminal there is one panel below the lines (live.py). Anywhere else there are only lines, and nothing moves
+the cursor, so a file that receives them reads well.
 """
 
 import json
@@ -32,27 +32,30 @@ from handspun.training.guards import OutOfMemory, SkippedStep, Spike
 from handspun.training.loop import EpochEnd, Evaluation, Event, Step
 
 _LEAST_SECONDS_BETWEEN_STEPS = 1.0
-"""In train.log and on the terminal; metrics.jsonl has every step."""
+"""For train.log and the terminal; metrics.jsonl has every step."""
 
 _WIDTH = 84
-"""Columns of a prompt or an answer: with what stands before it a line is shorter than 100."""
+"""Columns of a prompt or an answer: with its prefix, a line is shorter than 100."""
 
 _LINES_OF_AN_ANSWER = 3
-"""At most; metrics.jsonl has all of it."""
+"""Most lines of an answer; metrics.jsonl has all of it."""
 
 _Kind = TypeVar("_Kind", Step, Evaluation)
 
 
 def plain_console() -> Console:
-    """Standard output without highlighting, and in a notebook plain text like anywhere else. FORCE_COLOR, by which
-    rich takes a file for a terminal, gives it colors and no panel."""
+    """Return standard output without highlighting; in a notebook, plain text as anywhere else.
+
+    FORCE_COLOR, by which rich treats a file as a terminal, adds colors and no panel.
+    """
     return HarmlessConsole(force_jupyter=False, force_interactive=None if is_terminal(sys.stdout) else False)
 
 
 class RunLog:
-    """Where a run's lines and events go. A folder of None (a dry run) writes no files.
+    """Writes a run's lines and events. With a folder of None (a dry run) it writes no files.
 
-    resumed_at: the step that a run goes on after; what metrics.jsonl has of later ones will be written again.
+    resumed_at: the step that the run resumes after. Events of later steps are removed from metrics.jsonl, since
+    they will be written again.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class RunLog:
         return self._steps
 
     def move_to(self, folder: Path) -> None:
-        """Go on in another folder, which the files are moved into."""
+        """Continue in another folder, and move the files into it."""
         moved = []
         for file in (self._log, self._metrics):
             assert file is not None
@@ -108,12 +111,12 @@ class RunLog:
 
     @property
     def has_terminal(self) -> bool:
-        """Whether the run is watched on a terminal that a panel can be kept on; of several ranks, the first's."""
+        """Whether a terminal shows the panel; true on the first rank only."""
         return self._console.is_interactive and not self._console.quiet
 
     @contextmanager
     def watched(self, state: LiveState) -> Iterator[None]:
-        """Inside of the block a terminal has the panel, below the lines. What a resumed run has done is in it."""
+        """Show the panel on a terminal. It includes what a resumed run has done before."""
         if not self.has_terminal:
             yield
             return
@@ -131,7 +134,7 @@ class RunLog:
 
     @contextmanager
     def tracked(self, trackers: Sequence[Tracker], facts: Mapping[str, Any]) -> Iterator[None]:
-        """Inside of the block the trackers get the figures too; facts: those of run.json. Raises ConfigError."""
+        """Send the figures to the trackers too. facts: the run's record. Raises ConfigError."""
         assert self._folder is not None
         options = {**facts["config"], "dtype": facts["dtype"]}
         run = TrackedRun(self._folder, facts["started"], options, self._resumed_at)
@@ -142,24 +145,24 @@ class RunLog:
                 self._send = None
 
     def line(self, text: str) -> None:
-        """One line (or several), with the time of day in train.log."""
+        """Print one line or several; train.log adds the time of day."""
         self.only_in_file(text)
         for part in visible(text).split("\n"):
             self._print(part)
 
     def styled(self, text: Text, plain: str) -> None:
-        """A text for terminals that have colors; its plain form for the others, for pipes and for train.log."""
+        """Print a styled text on terminals that have colors, and its plain form in pipes and train.log."""
         self.only_in_file(plain)
         is_seen = self._console.is_terminal and not self._console.no_color
         self._console.print(text if is_seen else Text(plain), soft_wrap=not self._console.is_interactive)
 
     def only_in_file(self, text: str) -> None:
-        """The same for what is shown by others, such as the error that ends the run."""
+        """Write to train.log what is shown elsewhere, such as the error that ends the run."""
         for part in visible(text).split("\n"):
             _write(self._log, f"{datetime.now():%H:%M:%S} {part}\n")
 
     def event(self, event: Event | Samples) -> None:
-        """One event of the loop, or answers behind a step, as lines and as a record."""
+        """Log one event of the loop, or sample answers after a step, as lines and as a record."""
         measured = {"memory_bytes": current_memory()} if isinstance(event, Step) else {}
         record = {**_facts(event), **measured}
         _write(self._metrics, json.dumps(record) + "\n")
@@ -194,7 +197,7 @@ class RunLog:
             self._print(text)
 
     def _samples(self, samples: Samples) -> None:
-        """All answers, each on some lines of its own; on a terminal the panel has them."""
+        """Log all answers, each on its own lines; on a terminal the panel has them."""
         lines = [f"answers after step {samples.step}, in {duration(samples.seconds)}:"]
         for answer in samples.answers:
             lines.append("  > " + wrapped(one_line(answer.prompt), _WIDTH, 1)[0])
@@ -206,17 +209,17 @@ class RunLog:
         self.only_in_file(text) if self._live is not None else self.line(text)
 
     def _seconds_left(self, step: Step) -> float:
-        """By the mean of all steps so far; evaluation and saving are not in it."""
+        """Return the seconds left by the mean of all steps so far, without evaluation and saving."""
         return (step.total_steps - step.step) * self._seconds / self._steps
 
     def _print(self, text: str) -> None:
-        """On a terminal, cut between words; in a file a line stays one."""
+        """Print a line, wrapped between words on a terminal and whole in a file."""
         wraps = self._console.is_interactive
         self._console.print(text, markup=False, highlight=False, soft_wrap=not wraps)
 
 
 def _step_line(step: Step) -> str:
-    """In columns: numbers of the usual sizes stand below each other."""
+    """Return a step in columns, so that numbers of the usual sizes line up."""
     width = len(str(step.total_steps))
     return (
         f"step {step.step:>{width}}/{step.total_steps}  epoch {step.epoch}  loss {step.loss:.4f}  "
@@ -226,7 +229,7 @@ def _step_line(step: Step) -> str:
 
 
 def _from_facts(kind: type[_Kind], facts: dict[str, Any]) -> _Kind:
-    """The event that `_facts` made a record of."""
+    """Return the event that `_facts` made a record of."""
     return kind(**{one.name: facts[one.name] for one in fields(kind)})
 
 
@@ -244,14 +247,14 @@ def _open(folder: Path | None, name: str, mode: str) -> TextIO | None:
 
 
 def _forget_events_after(path: Path, step: int) -> None:
-    """Keep whole events up to the step; a kill may have cut the last one. After step 0 all are made again."""
+    """Keep whole events up to the step: a kill may have cut the last one. After step 0, keep none."""
     with output_errors(path):
         events = read_events(path) if step else iter(())
         write_text(path, "".join(json.dumps(event) + "\n" for event in events if event["step"] <= step))
 
 
 def _write(file: TextIO | None, text: str) -> None:
-    """A line is in the file when this returns: `tail -f` shows it live."""
+    """Write and flush, so that `tail -f` shows each line at once."""
     if file is not None:
         with output_errors(Path(file.name)):
             file.write(text)

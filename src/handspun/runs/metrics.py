@@ -1,4 +1,4 @@
-"""metrics.jsonl as series, and a run's folder read back."""
+"""metrics.jsonl as series, and a finished run's folder read back."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from handspun.errors import OutputError
 from handspun.files import read_json_object
 
 MOST_POINTS = 400
-"""Of a line: more cannot be told apart on a page."""
+"""Most points of a line: more cannot be told apart on a page."""
 
 _NUMBERS = {
     "step": (
@@ -22,7 +22,7 @@ _NUMBERS = {
 }
 
 _SMOOTHED_FROM = 20
-"""Steps from which a smoothed line is worth drawing."""
+"""Fewest steps for which a smoothed line is drawn."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Line:
-    """What is plotted: (x, y) pairs under a name."""
+    """A plotted line: (x, y) pairs under a name."""
 
     name: str
     x: list[float]
@@ -44,10 +44,10 @@ class Line:
 
 
 def read_metrics(file: Path) -> Metrics:
-    """The events of a run's metrics.jsonl; none if there is no such file.
+    """Return the events of a run's metrics.jsonl; none if there is no such file.
 
-    A run that was killed and resumed may have made a step twice: the later line is what the weights were made by.
-    A line that is damaged, as a kill or a power cut leaves one, is passed over.
+    A run that was killed and resumed may have logged a step twice; the later line belongs to the weights. Damaged
+    lines, as a kill or a power cut leaves them, are skipped.
     """
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
@@ -63,7 +63,7 @@ def read_metrics(file: Path) -> Metrics:
 
 
 def read_events(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield what stands in whole lines of a metrics.jsonl, as far as a run writes such lines."""
+    """Yield the whole lines of a metrics.jsonl, as far as a run writes such lines."""
     text = file.read_bytes().decode("utf-8", "replace") if file.is_file() else ""
     for line in text.splitlines():
         try:
@@ -75,41 +75,41 @@ def read_events(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _is_whole(event: dict[str, Any]) -> bool:
-    """Return whether the event has the numbers that plots are made of."""
+    """Return whether the event has the numbers that plots need."""
     names = _NUMBERS.get(str(event.get("event")), ())
     return isinstance(event.get("event"), str) and all(isinstance(event.get(name), int | float) for name in names)
 
 
 def thinned(steps: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The steps in at most 400 groups of neighbors; each becomes a point of a line."""
+    """Return the steps in at most 400 groups of neighbors; each group becomes one point of a line."""
     size = max(-(-len(steps) // MOST_POINTS), 1)
     return [list(steps[start : start + size]) for start in range(0, len(steps), size)]
 
 
 def loss_line(metrics: Metrics) -> Line:
-    """Training loss: of a group, the mean over its learned tokens."""
+    """Return the training loss: per group, the mean over its target tokens."""
     return _line("training", metrics, lambda group: _ratio(group, _loss_sum, _learned))
 
 
 def held_out_line(metrics: Metrics) -> Line:
-    """Held-out loss, as it was evaluated."""
+    """Return the held-out loss of each evaluation."""
     found = metrics.evaluations
     return Line("held out", [event["step"] for event in found], [event["loss"] for event in found])
 
 
 def value_line(metrics: Metrics, key: str, name: str, *, scale: float = 1.0) -> Line:
-    """A value of the steps, in a group its largest, times `scale`. No points where it was not recorded."""
+    """Return a value of the steps times `scale`: per group, the largest. No points where it was not recorded."""
     known = Metrics([step for step in metrics.steps if step.get(key) is not None])
     return _line(name, known, lambda group: max(step[key] for step in group) * scale)
 
 
 def rate_line(metrics: Metrics, key: str, name: str) -> Line:
-    """A count a second: in a group, all that it counted over all the seconds that it took."""
+    """Return a count per second: per group, its sum divided by the group's seconds."""
     return _line(name, metrics, lambda group: _ratio(group, lambda step: step[key], lambda step: step["seconds"]))
 
 
 def smoothed(line: Line) -> Line | None:
-    """The mean over a window of a twentieth of the line around each point; None for a short line."""
+    """Return the mean over a window of a twentieth of the line around each point; None for a short line."""
     if len(line.y) < _SMOOTHED_FROM:
         return None
     reach = max(len(line.y) // 40, 1)
@@ -118,7 +118,7 @@ def smoothed(line: Line) -> Line | None:
 
 
 def epoch_ends(metrics: Metrics) -> list[int]:
-    """The last step of each epoch but the last one."""
+    """Return the last step of each epoch but the last one."""
     pairs = zip(metrics.steps, metrics.steps[1:], strict=False)
     return [step["step"] for step, following in pairs if step["epoch"] != following["epoch"]]
 
@@ -142,12 +142,12 @@ def _learned(step: dict[str, Any]) -> float:
 
 REPORT = "report.html"
 KEPT = "report_data.json"
-"""What a report needs besides: answers, lengths, texts and losses of rows, fingerprints of the model."""
+"""What else a report needs: answers, lengths, texts and losses of rows, fingerprints of the model."""
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run left, as it stands in its files. kept: of report_data.json, {} where there is none."""
+    """A run's files, read back. kept: the content of report_data.json; {} if there is none."""
 
     folder: Path
     facts: dict[str, Any]
@@ -169,7 +169,7 @@ def is_report(file: Path) -> bool:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """The files of a run's folder. Raises OutputError if it is none."""
+    """Return the files of a run's folder. Raises OutputError if it is not one."""
     facts = _read(folder / "run.json")
     if facts is None:
         raise OutputError(
@@ -185,7 +185,7 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def read_kept(folder: Path) -> dict[str, Any]:
-    """Return what has been kept for the report so far; {} where it is damaged, since it can be had again."""
+    """Return what was collected for the report so far; {} if it is damaged, since it can be collected again."""
     kept = read_json_object(folder / KEPT) or {}
     kinds = {"model": dict, "lengths": dict, "accounted": dict, "prompts": list, "before": dict}
     is_whole = all(isinstance(kept.get(name), kind) for name, kind in kinds.items())

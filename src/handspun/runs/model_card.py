@@ -1,4 +1,4 @@
-"""The model card of a checkpoint, README.md in the hub's format, from the facts of its run."""
+"""The model card of a checkpoint, README.md in the hub's format, from the run's record."""
 
 import math
 import os
@@ -16,7 +16,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PLACES = ("model", "output_dir", "data", "eval_data", "overwrite", "dry_run", "device", "threads", "strict",
            "cache_examples")  # fmt: skip
-"""Options that say where things were, and not what was done."""
+"""Options that say where things were, not what was done."""
 
 
 def model_card(
@@ -27,11 +27,16 @@ def model_card(
     license: str | None = None,
     merged: bool = False,
 ) -> str:
-    """The card: front matter, what was trained on what, held-out losses, use, options, environment.
+    """Return the card: front matter, model and data, held-out losses, use, options, environment.
 
-    facts: what run.json holds. checkpoint: step and epoch of this one. evaluations: the run's until then.
-    license: the base model's, if it is known. merged: adapters are in the weights.
-    Folders of the machine that trained are left out: a card is read by others.
+    Folders of the training machine are left out: others read the card.
+
+    Args:
+        facts: the run's record.
+        checkpoint: step and epoch of this one.
+        evaluations: of the run so far.
+        license: of the base model, if it is known.
+        merged: whether adapters are merged into the weights.
     """
     config = facts["config"]
     adapter = bool(config["lora"]) and not merged
@@ -49,7 +54,7 @@ def model_card(
 
 
 def license_of(model: str) -> str | None:
-    """The license that the base model's own card names, in its folder or in the hub's cache; None if unknown."""
+    """Return the license that the base model's card names, in its folder or the hub's cache; None if unknown."""
     if model == EMBEDDED_NAME:
         return "apache-2.0"
     card: Any = Path(os.path.expanduser(model)) / "README.md"
@@ -65,7 +70,7 @@ def license_of(model: str) -> str | None:
 
 
 def hub_id(model: str) -> str | None:
-    """The base model's id on the hub, as front matter needs it; None for a folder or a file."""
+    """Return the base model's hub id, as front matter needs it; None for a folder or a file."""
     if model == EMBEDDED_NAME:
         return _EMBEDDED_HUB_ID
     is_id = _HUB_ID.fullmatch(model) and not model.endswith(".gguf") and not Path(model).exists()
@@ -108,7 +113,7 @@ def _trained(facts: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> Iterato
 
 
 def base_name(model: str) -> str:
-    """A model as a card names it: an id in whole, a folder by its last part."""
+    """Return a model as a card names it: a whole id, or the last part of a folder."""
     return hub_id(model) or PurePath(model).name
 
 

@@ -1,4 +1,4 @@
-"""A run's output folder: whose it is, what may be replaced in it, and how the run is recorded."""
+"""A run's output folder: its lock, what may be replaced in it, and the run's record."""
 
 import os
 import shutil
@@ -47,17 +47,19 @@ from handspun.training.memory import Plan, disk_at_most
 
 @dataclass
 class TrainedRun:
-    """What a run left: its folder, its checkpoints in order, the best one, held-out losses, what went wrong on the
-    way, and the model (None after a dry run, a run that had finished earlier, and a sharded one, whose model is in
-    no process)."""
+    """The result of a run: its folder, checkpoints, held-out losses, incidents, and the model.
+
+    The model is None after a dry run, after a run that had finished earlier, and after a sharded run, whose model
+    is in no single process.
+    """
 
     output_dir: Path
     plan: Plan
     model: ChatModel | None = None
     checkpoints: list[Path] = field(default_factory=list)
-    """One an epoch."""
+    """One per epoch."""
     step_checkpoints: list[Path] = field(default_factory=list)
-    """Between them, to resume from."""
+    """Between epochs, to resume from."""
     best_checkpoint: Path | None = None
     evaluations: list[Evaluation] = field(default_factory=list)
     incidents: list[Incident] = field(default_factory=list)
@@ -65,10 +67,13 @@ class TrainedRun:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What an output folder means for the run that is to begin in it.
+    """What an output folder means for the run that is about to start in it.
 
-    earlier, point: facts of the unfinished run that goes on, and where; replaces: files of an earlier run that
-    this one takes the place of; finished: facts of a run that has nothing left to do.
+    Attributes:
+        earlier: the record of the unfinished run that resumes.
+        point: the checkpoint that it resumes from.
+        replaces: files of an earlier run that this one replaces.
+        finished: the record of a run that has nothing left to do.
     """
 
     earlier: dict[str, Any] | None = None
@@ -78,15 +83,15 @@ class Prepared:
 
     @property
     def resumed_at(self) -> int | None:
-        """The step that the run goes on after; None for a new one."""
+        """The step that the run resumes after; None for a new run."""
         return None if self.earlier is None else self.point.step if self.point else 0
 
 
 @contextmanager
 def lock_output_dir(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the output folder. The system releases it if the process dies.
+    """Hold an exclusive lock on the output folder. The OS releases it if the process dies.
 
-    Raises OutputError if another run has it, or there can be no such folder.
+    Raises OutputError if another run has it, or if there can be no such folder.
     """
     with ExitStack() as stack:
         with output_errors(folder):
@@ -120,9 +125,9 @@ def _leave(folder: Path, *, is_new: bool) -> None:
 
 
 def prepare_output(folder: Path, config: TrainConfig, notice: Callable[[str], None]) -> Prepared:
-    """Find out what is in the output folder, and what that means. Nothing is removed yet but leftovers.
+    """Return what the output folder means for this run. Nothing is removed yet but leftovers.
 
-    Raises OutputError if an earlier run may not go, or something else is in the way.
+    Raises OutputError if an earlier run may not be replaced, or if something else is in the way.
     """
     tidy(folder, notice)
     begins_again = f"the run in {folder} was ended before its first checkpoint: it begins again"
@@ -160,7 +165,7 @@ def prepare_output(folder: Path, config: TrainConfig, notice: Callable[[str], No
 
 
 def finished_earlier(folder: Path, facts: dict[str, Any]) -> TrainedRun:
-    """Return what a run left that has finished before, without its model. Raises OutputError."""
+    """Return the result of a run that finished before, without its model. Raises OutputError."""
     try:
         best = facts["best_checkpoint"]
         return TrainedRun(
@@ -181,7 +186,7 @@ def finished_earlier(folder: Path, facts: dict[str, Any]) -> TrainedRun:
 def in_place_of(replaces: list[Path], run: TrainedRun, facts: dict[str, Any], log: RunLog) -> Iterator[None]:
     """Move an earlier run aside for this one; `drop_replaced` removes it once this one has saved.
 
-    It comes back if this one ends, by whatever error, before its first step.
+    It comes back if this run ends before its first step, whatever the error.
     """
     folder = run.output_dir
     if not replaces:
@@ -203,7 +208,7 @@ def in_place_of(replaces: list[Path], run: TrainedRun, facts: dict[str, Any], lo
 def check_disk_space(plan: Plan, config: TrainConfig, replaces: Sequence[Path] = ()) -> None:
     """Raise OutputError before the first step rather than after the first epoch.
 
-    replaces: what goes once a first checkpoint is saved.
+    replaces: files that are removed once a first checkpoint is saved.
     """
     needed = disk_at_most(plan, config)
     free = shutil.disk_usage(config.output_dir).free
@@ -220,14 +225,14 @@ def check_disk_space(plan: Plan, config: TrainConfig, replaces: Sequence[Path] =
 
 
 def _size_of(paths: Sequence[Path]) -> int:
-    """Return bytes on the disk; a file under several names counts once."""
+    """Return bytes on the disk; a file with several names counts once."""
     files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
     return sum({(status.st_dev, status.st_ino): status.st_size for status in map(os.stat, files)}.values())
 
 
 @contextmanager
 def track_status(run: TrainedRun, facts: dict[str, Any], log: RunLog) -> Iterator[None]:
-    """run.json says how the run ended, whatever ended it; the log, what came of it."""
+    """Record in run.json how the run ended, whatever ended it, and log the outcome."""
     began = time.perf_counter()
     record(run, facts, "running")
     status = "failed"
@@ -253,7 +258,7 @@ def track_status(run: TrainedRun, facts: dict[str, Any], log: RunLog) -> Iterato
 
 
 def record(run: TrainedRun, facts: dict[str, Any], status: str) -> None:
-    """Writes run.json as things stand."""
+    """Write run.json as things stand."""
     outcome = {
         "status": status,
         "evaluations": [asdict(evaluation) for evaluation in run.evaluations],
@@ -272,7 +277,7 @@ def record_incident(
     processes: Distributed,
     log: RunLog,
 ) -> None:
-    """Keeps what went wrong for the record; the rows that no step could be made of, in a file."""
+    """Record an incident. Write the rows of a step that was skipped to a file."""
     run.incidents.append(incident)
     if isinstance(incident, SkippedStep) and processes.is_first:
         log.line(write_batch(incident, config, training))

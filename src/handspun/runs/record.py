@@ -21,7 +21,7 @@ _PACKAGES = ["handspun", "torch", "transformers", "tokenizers", "peft", "dataset
 
 
 def environment() -> dict[str, object]:
-    """Facts that a reader of the run's numbers needs."""
+    """Return facts that a reader of the run's numbers needs."""
     return {
         "machine": ", ".join([cpu_name(), *gpu_names()]),
         "cores": os.cpu_count(),
@@ -41,7 +41,7 @@ def _version(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """`AMD EPYC 7B13`, or what the system calls its processor."""
+    """Return the processor's name, such as `AMD EPYC 7B13`."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():
@@ -51,22 +51,21 @@ def cpu_name() -> str:
 
 
 def gpu_names() -> list[str]:
-    """Those that PyTorch can use."""
+    """Return the names of the GPUs that PyTorch can use."""
     import torch  # here: what only reads a run's record needs none of it
 
     return [torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count())]
 
 
 def total_memory() -> int | None:
-    """Bytes of memory in the machine, where the system says it."""
+    """Return bytes of memory in the machine; None if the system does not say."""
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None
 
 
 def current_memory() -> int | None:
-    """Bytes that this process holds in memory, or on the GPU that it uses; None where the system does not say it
-    in a file (Linux does)."""
+    """Return bytes that this process holds in memory, or on its GPU; None if the system does not say (Linux does)."""
     if (gpu := _gpu_in_use()) is not None:
         return int(gpu.memory_reserved())
     try:
@@ -77,7 +76,7 @@ def current_memory() -> int | None:
 
 
 def peak_memory() -> int | None:
-    """Most bytes that this process has held in memory, or on the GPU that it uses, where the system says it."""
+    """Return the most bytes that this process has held in memory, or on its GPU; None if the system does not say."""
     if (gpu := _gpu_in_use()) is not None:
         return int(gpu.max_memory_reserved())
     try:
@@ -89,17 +88,17 @@ def peak_memory() -> int | None:
 
 
 def _gpu_in_use() -> Any:
-    """PyTorch's module for GPUs once it has begun to use one; else None."""
+    """Return torch.cuda once PyTorch uses a GPU; else None."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 _OF_THE_FOLDER = {"overwrite", "dry_run", "resume"}
-"""They say what is done with an earlier run, and nothing of this one."""
+"""Options about an earlier run, not about this one."""
 
 
 def options_given(config: TrainConfig) -> dict[str, Any]:
-    """The options that differ from their defaults, in the order of config.py."""
+    """Return the options that differ from their defaults, in the order of config/training.py."""
     return {
         field.name: getattr(config, field.name)
         for field in fields(config)
@@ -108,7 +107,7 @@ def options_given(config: TrainConfig) -> dict[str, Any]:
 
 
 def command(given: Mapping[str, Any], *, processes: int = 1) -> str:
-    """`handspun train ...` with these options, one a line, for a shell; several processes are torchrun's."""
+    """Return `handspun train ...` with these options, one per line, for a shell; torchrun for several processes."""
     start = "handspun train"
     if processes > 1:
         start = f"torchrun --standalone --nproc-per-node {processes} -m {start}"
@@ -133,7 +132,7 @@ RUN_FILE = "run.json"
 
 
 def run_facts(config: TrainConfig, training: Dataset, held_out: Dataset | None, max_length: int) -> dict[str, Any]:
-    """What is known before the model is."""
+    """Return what is known before the model is loaded."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": {

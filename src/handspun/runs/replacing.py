@@ -1,13 +1,4 @@
-"""What a new run may take the place of: what an earlier one wrote, and can be shown to have written.
-
-The earlier run is moved aside before the new one begins, into the output folder's work folder, and goes once the
-new one has saved a checkpoint that it can be resumed from:
-
-    replacing/     is being moved aside, or back: the new run has not begun
-    replaced-N/    an earlier run, whole; the new one is in its place, and has not saved yet
-    deleted/       is being deleted
-    pending/       log of a run that is going to replace another
-"""
+"""What a new run may replace: files that an earlier run wrote, and that can be shown to be its own."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Where an unfinished run goes on, and whether it is the same run."""
+"""Where an unfinished run resumes, and whether it is the same run."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -27,13 +27,13 @@ _IGNORED_ON_RESUME = {
     *("output_dir", "overwrite", "resume", "dry_run", "save_steps", "save_minutes", "keep_last"),
     *("sample_answers", "sample_prompts", "sample_every", "report_rows", "strict", "log_to"),
 }
-"""Options that no weight depends on."""
+"""Options that do not affect the weights."""
 _CHANGEABLE_ON_RESUME = {"on_nonfinite", "max_skipped_steps"}
-"""Options that the steps which are done did not meet: a run that stopped may go on with others."""
+"""Options that may change on resume: they did not affect the steps that are done."""
 _AFFECTS_ROUNDING = {"threads", "max_tokens", "device", "batching", "activation_checkpointing", "shard"}
-"""Options that change nothing but the rounding: a change of one is said and recorded."""
+"""Options that affect only the rounding: a change is logged and recorded."""
 _PATH_OPTIONS = {"data", "eval_data"}
-"""Where rows lie; that they are the same is known from their content."""
+"""Where rows are; their content shows whether they are the same."""
 
 _DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
 
@@ -42,8 +42,7 @@ BEST = "checkpoint-best"
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint to go on from, and what was known when it was saved. Only the first of several ranks has the
-    folder."""
+    """A checkpoint to resume from, and the facts that were saved with it. Only the first rank has the folder."""
 
     facts: dict[str, Any]
     folder: Path | None = None
@@ -95,12 +94,10 @@ def finished_run(output_dir: Path) -> dict[str, Any] | None:
 def unfinished_run(
     output_dir: Path, notice: Callable[[str], None]
 ) -> tuple[dict[str, Any], ResumePoint | None] | None:
-    """Return the facts of a run that has not come to its end, as in run.json, and where it goes on, if it has
-    saved.
+    """Return the record of an unfinished run, and where it resumes, if it has saved.
 
-    Where run.json is missing or damaged, the checkpoint's copy of them is used. None if there is no run, a
-    finished one, or one that left neither facts nor checkpoints. Raises OutputError if no checkpoint of it can be
-    used.
+    If run.json is missing or damaged, the checkpoint's copy is used. None if there is no run, if it has finished,
+    or if it left neither facts nor checkpoints. Raises OutputError if none of its checkpoints can be used.
     """
     if finished_run(output_dir) is not None:
         return None
@@ -129,10 +126,10 @@ def unfinished_run(
 
 
 def make_way(output_dir: Path, point: ResumePoint, notice: Callable[[str], None]) -> None:
-    """Look after the checkpoints that the run has besides the one that it goes on from.
+    """Handle the checkpoints that the run has besides the one that it resumes from.
 
-    Those of later steps go: their steps are made again. One that is damaged, or was not saved by this run, is
-    renamed. Raises OutputError if a damaged one could not be made again.
+    Checkpoints of later steps are deleted: their steps are computed again. A checkpoint that is damaged, or that
+    this run did not save, is renamed. Raises OutputError if a damaged one could not be made again.
     """
     assert point.folder is not None
     _check_undamaged(output_dir, point, notice)
@@ -183,10 +180,10 @@ def check_same_run(
     has_saved: bool = True,
     notice: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Raise ConfigError with all that is different, if these are not the facts of the same run.
+    """Raise ConfigError with all differences if these are not the facts of the same run.
 
-    has_saved: whether there is a checkpoint. That of full fine-tuning holds all weights, so the base's no longer
-        count.
+    has_saved: whether there is a checkpoint. A checkpoint of full fine-tuning holds all weights, so the base
+    model's no longer matter.
     """
     different = [
         f"  {what}: {before} then, {now} now"
@@ -209,7 +206,7 @@ def check_same_run(
 
 
 def check_options_apply(finished: Mapping[str, Any], config: TrainConfig) -> None:
-    """Raise ConfigError if the finished run had other options, as far as they tell without data and model."""
+    """Raise ConfigError if the finished run had other options, as far as options tell without data and model."""
     before = finished.get("config")
     now = {**asdict(config), "learning_rate": config.peak_learning_rate}
     if config.max_length is None:
@@ -229,7 +226,7 @@ def check_options_apply(finished: Mapping[str, Any], config: TrainConfig) -> Non
 
 
 def execution_changes(earlier: dict[str, Any], facts: dict[str, Any]) -> dict[str, list[Any]]:
-    """What can change the rounding, by name: before and now. Without any, the weights will be the same bits."""
+    """Return what may change the rounding, by name: before and now. If empty, the weights will be bit-identical."""
     changes: dict[str, list[Any]] = {
         what: [before, now]
         for what, before, now in _differences(earlier, facts)
@@ -246,7 +243,7 @@ def execution_changes(earlier: dict[str, Any], facts: dict[str, Any]) -> dict[st
 
 
 def record_problem(facts: Mapping[str, Any] | None) -> str | None:
-    """Return what is wrong with the facts of run.json, in words; None if a run can go on with them."""
+    """Return what is wrong with a run.json, in words; None if a run can resume with it."""
     if facts is None:
         return "holds no JSON object"
     for name, kind in (("config", dict), ("data", dict), ("environment", dict), ("started", str)):

@@ -23,16 +23,16 @@ DECODINGS: dict[str, dict[str, Any]] = {
     "sampling": {"do_sample": True, "temperature": 0.7, "seed": 0},
     "beam search": {"num_beams": 4},
 }
-"""What a reader sees of each prompt, with the options of `generate`."""
+"""The decodings of each prompt, with the options of `generate`."""
 
 MAX_NEW_TOKENS = 64
 SECONDS = 60.0
-"""For all answers before training, and for all after it."""
+"""Time limit for all answers before training, and again after it."""
 
 
 @dataclass(frozen=True)
 class SampleAnswer:
-    """One answer; finish_reason is `generate`'s, "cancelled" where the time was up."""
+    """One answer. finish_reason is `generate`'s; "cancelled" if the time was up."""
 
     prompt: str
     decoding: str
@@ -42,14 +42,14 @@ class SampleAnswer:
 
 @dataclass(frozen=True)
 class SampleAnswers:
-    """Prompt by prompt within each decoding, and what was taken over from the model's generation_config."""
+    """Answers, prompt by prompt within each decoding, and notes on defaults taken from generation_config."""
 
     answers: list[SampleAnswer]
     notes: list[str] = field(default_factory=list)
 
 
 def prompts_of(config: TrainConfig) -> tuple[str, ...]:
-    """The prompts that a run answers."""
+    """Return the prompts that a run answers."""
     return DEMONSTRATION_PROMPTS if config.sample_prompts is None else tuple(config.sample_prompts)
 
 
@@ -61,9 +61,9 @@ def sample_answers(
     seconds: float = SECONDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> SampleAnswers:
-    """Answers of at most 64 tokens. Each decoding has an equal share of the time that is left to it.
+    """Return answers of at most 64 tokens. Each decoding gets an equal share of the time left.
 
-    The model's weights are afterwards as they were, in memory of their own. Raises what `generate` raises.
+    Afterwards the model's weights are as before, in their own memory. Raises what `generate` raises.
     """
     answers: list[SampleAnswer] = []
     notes: dict[str, None] = {}
@@ -88,12 +88,12 @@ def sample_answers(
 
 
 _SECONDS = 30.0
-"""For all answers behind one step."""
+"""Time limit for all answers after one step."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Greedy answers by the weights behind a step, prompt by prompt."""
+    """Greedy answers by the weights after a step, prompt by prompt."""
 
     step: int
     epoch: int
@@ -103,9 +103,9 @@ class Samples:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Answers prompts in the middle of a run, and leaves the model to it as it was: weights, mode and attention.
+    """Answers prompts during a run, and leaves the model as it was: weights, mode, and attention.
 
-    attention: the model's own, which it does not have inside of a packed runner.
+    attention: the model's own, which a packed runner replaces.
     """
 
     chat: ChatModel
@@ -116,11 +116,11 @@ class Sampler:
     clock: Callable[[], float] = time.perf_counter
 
     def is_due(self, event: Event, loop: Loop) -> bool:
-        """Whether the event is the last one of a step that answers are wanted after."""
+        """Return whether the event is the last one of a step after which answers are wanted."""
         return loop.ends_step(event) and event.step > 0 and event.step % self.every == 0
 
     def after(self, event: Event) -> Samples:
-        """Answers of at most 64 tokens; "cancelled" where half a minute is over."""
+        """Return answers of at most 64 tokens; "cancelled" after half a minute."""
         model, began = self.chat.model, self.clock()
         was_training = model.training
         model.eval()
@@ -143,7 +143,8 @@ class Sampler:
 
 
 def sampler_of(chat: ChatModel, config: TrainConfig) -> Sampler | None:
-    """The sampler that the config asks for, made before the runner, which changes the model's attention.
+    """Return the sampler that the config asks for. It is made before the runner, which changes the model's
+    attention.
 
     Raises DataError or TemplateError for a prompt that cannot be answered.
     """

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and the end of the terminal (SIGHUP), kept until the step is finished."""
+"""Ctrl-C, SIGTERM, and the end of the terminal (SIGHUP) stop a run after the current step."""
 
 import os
 import signal
@@ -13,20 +13,19 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 
 @dataclass
 class StopRequest:
-    """The signal that asked the run to stop; 0 while none has."""
+    """The signal that asked the run to stop; 0 if none has."""
 
     signal: int = 0
 
 
 @contextmanager
 def stop_requests(*, say: bool = True) -> Iterator[StopRequest]:
-    """Inside of the block the first SIGINT, SIGTERM or SIGHUP is noted and said; a second one does what it always
-    does. SIGHUP is left alone where it is ignored (nohup), and is ignored after the first signal: shell and system
-    both send one when a terminal goes away.
+    """Catch the first SIGINT, SIGTERM, or SIGHUP and announce it; a second one acts as usual.
 
-    say: on standard error, unless the caller shows it by the request.
+    SIGHUP is left alone if it is ignored (nohup), and ignored after the first signal: shell and system both send
+    one when a terminal goes away. Outside of the main thread, where Python takes no signals, nothing changes.
 
-    Outside of the main thread, where Python takes no signals, nothing is changed.
+    say: announce on standard error, unless the caller shows the request.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

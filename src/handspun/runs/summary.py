@@ -1,4 +1,4 @@
-"""What a run says before its first step: the account of rows, the plan, warnings, and the time it will take."""
+"""The lines before a run's first step: the account of rows, the plan, warnings, and the predicted time."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ _MOST_REASONS = 30
 
 
 def account_lines(account: DataReport, *, max_length: int) -> list[str]:
-    """Kept, truncated, dropped and why, with row numbers."""
+    """Return lines on rows kept, truncated, and dropped, with reasons and row numbers."""
     lines = [f"{file}: {name} format" for file, name in account.formats.items()]
     lines += [f"{file}: {note}" for file, notes in account.file_notes.items() for note in notes]
     for file, columns in account.unused_columns.items():
@@ -48,7 +48,7 @@ def account_lines(account: DataReport, *, max_length: int) -> list[str]:
 
 
 def row_numbers(notes: Sequence[RowIssue]) -> str:
-    """`rows 3, 17 and 4 more`, with the file where there are several."""
+    """Return `rows 3, 17 and 4 more`, with the file if there are several."""
     files = dict.fromkeys(note.file for note in notes)
     if len(files) > 1:
         return "; ".join(f"{file} {row_numbers([n for n in notes if n.file == file])}" for file in files)
@@ -58,7 +58,7 @@ def row_numbers(notes: Sequence[RowIssue]) -> str:
 
 
 def length_lines(examples: Sequence[Example]) -> list[str]:
-    """Quantiles of the lengths, a small histogram, and the learned share of tokens."""
+    """Return quantiles of the lengths, a small histogram, and the share of target tokens."""
     lengths: list[int] = np.sort(lengths_of(examples)).tolist()
     learned = learned_tokens_of(examples)
     quantiles = "  ".join(f"{name} {_quantile(lengths, q)}" for name, q in _QUANTILES)
@@ -73,12 +73,12 @@ _QUANTILES = [("least", 0.0), ("median", 0.5), ("90 %", 0.9), ("99 %", 0.99), ("
 
 
 def _quantile(ordered: Sequence[int], q: float) -> int:
-    """The smallest length that at least a share q of the examples does not exceed."""
+    """Return the smallest length that at least a share q of the examples does not exceed."""
     return ordered[max(-int(-q * len(ordered) // 1) - 1, 0)]
 
 
 def _histogram(ordered: Sequence[int], width: int = 40) -> list[str]:
-    """One line for each doubling of the length."""
+    """Return one line per doubling of the length."""
     bounds = [0, 16]
     while bounds[-1] < ordered[-1]:
         bounds.append(bounds[-1] * 2)
@@ -92,7 +92,7 @@ def _histogram(ordered: Sequence[int], width: int = 40) -> list[str]:
 
 
 def plan_lines(plan: Plan, config: TrainConfig, max_length: int) -> list[str]:
-    """Steps, tokens, memory and disk."""
+    """Return lines on steps, tokens, memory, and disk."""
     what = f"LoRA rank {config.lora_rank}, " if config.lora else ""
     return [
         f"model {config.model}: {plan.parameters / 1e6:.1f}M parameters, {what}"
@@ -114,11 +114,11 @@ def plan_lines(plan: Plan, config: TrainConfig, max_length: int) -> list[str]:
 _WIDTH = 80
 _EXAMPLES = 3
 _MOST_CHARACTERS = 600
-"""Of a run of tokens that are all learned, or all not: `handspun preview` shows them whole."""
+"""Longest shown stretch of tokens that are all targets, or all not; `handspun preview` shows it whole."""
 
 
 def show_examples(log: RunLog, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Three rendered examples from the whole of the set, with what is learned in color, or between brackets."""
+    """Print three rendered examples from across the set, with target tokens in color or between brackets."""
     log.styled(Text("tokens trained on are green"), "tokens trained on are between ⟦ and ⟧")
     for example in spread(examples, _EXAMPLES):
         title = f"{example.file}, row {example.row}: {len(example)} tokens, {example.learned_tokens} trained on"
@@ -131,8 +131,10 @@ def show_examples(log: RunLog, examples: Sequence[Example], tokenizer: PreTraine
 def show_preflight(
     log: RunLog, config: TrainConfig, found: Sequence[Finding], ending: EndOfTurn, seconds: float | None
 ) -> dict[str, Any]:
-    """The end of turn, the time, the warnings; and all of that for run.json. Raises ConfigError under --strict, if
-    there is a warning."""
+    """Print the end of turn, the time, and the warnings; return all of them for run.json.
+
+    Raises ConfigError under --strict if there is a warning.
+    """
     for line in (*time_lines(seconds), *end_of_turn_lines(ending, config), *warning_lines(found)):
         log.line(line)
     if config.strict:
@@ -145,7 +147,7 @@ def show_preflight(
 
 
 def doubts_about_memory(doubts: Sequence[str]) -> list[Finding]:
-    """What was said of memory, its first line what it is about and the others the remedies."""
+    """Return memory warnings as findings: the first line says what it is about, the others are remedies."""
     parts = [doubt.partition("\n") for doubt in doubts]
     return [
         Finding(what.rstrip("."), rest.replace("\n  ", " ", 1).replace("\n  ", "; ")) for what, _, rest in parts
@@ -153,7 +155,7 @@ def doubts_about_memory(doubts: Sequence[str]) -> list[Finding]:
 
 
 def end_of_turn_lines(found: EndOfTurn, config: TrainConfig) -> Iterator[str]:
-    """Where the end of turn is, and where it will be."""
+    """Yield what the end of turn is, and where it will be saved."""
     known = "an eos of the base model" if found.is_eos else "no eos of the base model, which may never have met it"
     yield f"end of turn {found.token}: {known};"
     yield f"  the last learned token of {found.learned} of {found.examples} examples;"
@@ -163,7 +165,7 @@ def end_of_turn_lines(found: EndOfTurn, config: TrainConfig) -> Iterator[str]:
 
 
 def time_lines(seconds: float | None) -> Iterator[str]:
-    """The predicted time, and what it is worth."""
+    """Yield the predicted time, and how reliable it is."""
     if seconds is None:
         yield "predicted time: known after two steps (no rates were measured on this device)"
         return
@@ -172,12 +174,12 @@ def time_lines(seconds: float | None) -> Iterator[str]:
 
 
 def corrected_line(left: float, step: int) -> str:
-    """What the first steps say."""
+    """Return the time left as the first steps predict it."""
     return f"by the first steps, those after step {step} will take {duration(left)}"
 
 
 def warning_lines(found: Sequence[Finding]) -> Iterator[str]:
-    """Each with its rows and its remedy, in lines of at most 80 characters."""
+    """Yield each warning with its rows and its remedy, in lines of at most 80 characters."""
     if not found:
         yield "warnings: none"
         return

@@ -1,8 +1,4 @@
-"""The figures of a run in TensorBoard, Weights & Biases or trackio too; each package is an extra.
-
-They get the numbers of metrics.jsonl, under the names that transformers' Trainer gives them, so that runs of both
-lie over each other. Weights & Biases writes to the disk alone, for `wandb sync`, unless WANDB_MODE says otherwise.
-"""
+"""A run's figures in TensorBoard, Weights & Biases, or trackio; each package is an extra."""
 
 import os
 import re
@@ -19,33 +15,35 @@ from handspun.config import Tracker
 from handspun.errors import ConfigError
 
 TRACKERS = "trackers"
-"""The folder of their files in an output folder: `--overwrite` may remove it, and nobody else's `wandb`."""
+"""The trackers' folder in an output folder: `--overwrite` may remove it, but nobody else's `wandb`."""
 
 _PROJECT = "handspun"
 
 Figures = Mapping[str, float]
 Send = Callable[[Figures, int], None]
-"""Takes figures, and the optimizer steps that were done when they were measured."""
+"""Takes figures, and the number of optimizer steps at which they were measured."""
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run. resumed_at: the step that it goes on after, as in RunLog."""
+    """What a tracker knows of a run. resumed_at: the step that it resumes after, as in RunLog."""
 
     folder: Path
-    """Its output folder; trackers that write files have theirs in `trackers` below it."""
+    """The output folder; trackers that write files use `trackers` in it."""
     started: str
     options: Mapping[str, Any]
     resumed_at: int | None = None
 
     @property
     def name(self) -> str:
-        """Of its folder and the second it began, so that it stays; without signs that W&B refuses."""
+        """The folder's name and the second it began, so that it stays the same, without characters that W&B
+        rejects.
+        """
         return re.sub(r"[^\w.-]+", "-", f"{self.folder.resolve().name}-{self.started.removesuffix('+00:00')}")
 
 
 def check_trackers_installed(trackers: Sequence[Tracker]) -> None:
-    """Raises ConfigError if the package of a tracker is not installed."""
+    """Raise ConfigError if the package of a tracker is not installed."""
     missing = [name for name in dict.fromkeys(trackers) if find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -57,10 +55,10 @@ def check_trackers_installed(trackers: Sequence[Tracker]) -> None:
 def tracked(
     trackers: Sequence[Tracker], run: TrackedRun, notice: Callable[[str], None]
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Inside of the block, a function that sends the records of metrics.jsonl on.
+    """Yield a function that sends records of metrics.jsonl to the trackers.
 
-    Raises ConfigError if a tracker cannot begin. One that fails later is left out from there, and `notice` is
-    told: it is worth no run.
+    Raises ConfigError if a tracker cannot start. A tracker that fails later is dropped, and `notice` is told: it
+    must not end a run.
     """
     senders: dict[Tracker, Send] = {}
 
@@ -87,7 +85,7 @@ def tracked(
 def _leaving(
     name: Tracker, opened: AbstractContextManager[Send], notice: Callable[[str], None]
 ) -> Callable[[type[BaseException] | None, BaseException | None, TracebackType | None], None]:
-    """Closes a tracker, and says so where that fails: the run ends as it would have without."""
+    """Close a tracker, and report a failure to: the run ends as it would have without it."""
 
     def leave(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
@@ -99,7 +97,7 @@ def _leaving(
 
 
 def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a record of metrics.jsonl; none of one that is neither a step nor an evaluation."""
+    """Return the figures of a record of metrics.jsonl; none if it is neither a step nor an evaluation."""
     if record["event"] == "evaluation":
         return {"eval/loss": record["loss"]}
     if record["event"] != "step":
@@ -127,7 +125,7 @@ def _opened(name: Tracker, run: TrackedRun, notice: Callable[[str], None]) -> Ab
 
 @contextmanager
 def _tensorboard(run: TrackedRun, notice: Callable[[str], None]) -> Iterator[Send]:
-    """Steps that will be made again are purged from the pictures."""
+    """Open TensorBoard's writer. Steps that will be computed again are purged from the plots."""
     from torch.utils.tensorboard import SummaryWriter
 
     folder = run.folder / TRACKERS / "tensorboard"
@@ -146,7 +144,7 @@ def _tensorboard(run: TrackedRun, notice: Callable[[str], None]) -> Iterator[Sen
 
 @contextmanager
 def _wandb(run: TrackedRun, notice: Callable[[str], None]) -> Iterator[Send]:
-    """A resumed run has a folder more, of the same id, as W&B resumes runs."""
+    """Open a run of W&B. A resumed run gets one more folder with the same id, as W&B resumes runs."""
     import wandb
 
     folder = run.folder / TRACKERS
@@ -173,7 +171,7 @@ def _wandb(run: TrackedRun, notice: Callable[[str], None]) -> Iterator[Send]:
 
 @contextmanager
 def _trackio(run: TrackedRun, notice: Callable[[str], None]) -> Iterator[Send]:
-    """Where trackio keeps everything, which its own variables say (TRACKIO_DIR); it is shown by project."""
+    """Open a run of trackio, in the place that its own variables name (TRACKIO_DIR); it is shown by project."""
     import trackio
 
     with redirect_stdout(None):  # it prints in colors, to a file too

@@ -495,7 +495,7 @@ def _compute_dtype(run: RunContext, facts: dict[str, Any], point: ResumePoint | 
 
 
 def shapes(source: ModelSource, config: TrainConfig, *, new_token_ids: Sequence[int] = ()) -> PreTrainedModel:
-    """The model that is trained, on the meta device. new_token_ids: as those of LoRA."""
+    """Return the model to train, on the meta device. new_token_ids: as in LoRA."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(source), dtype=torch.float32)
         if config.lora:
