@@ -104,7 +104,7 @@ def test_a_run_that_skips_goes_on_to_its_end_and_says_what_it_left_out(
     record = json.loads((made.output_dir / "run.json").read_text(encoding="utf-8"))
     assert record["status"] == "finished"
     assert record["incidents"] == [left_out]
-    assert f"step {left_out['step']} was not made: its loss is nan" in (made.output_dir / "train.log").read_text()
+    assert f"step {left_out['step']} was skipped: loss is nan" in (made.output_dir / "train.log").read_text()
     assert list(made.output_dir.glob("nonfinite*"))
     monkeypatch.undo()
     train(config(tiny_folder, data, overwrite=True, num_epochs=1), console=Console(file=io.StringIO()))
@@ -116,7 +116,7 @@ def test_a_run_that_skips_goes_on_to_its_end_and_says_what_it_left_out(
 def test_a_run_that_stopped_meets_the_same_step_again_and_passes_it_only_when_told_to(
     tiny_folder: Path, data: Path
 ) -> None:
-    """It saves after every step, and still not after the one that was not made."""
+    """It saves after every step, and still not after the skipped one."""
     stopping = config(tiny_folder, data, save_steps=1)
     for _ in range(2):
         with pytest.raises(TrainingError, match=r"step \d+ was skipped"):
@@ -218,11 +218,9 @@ def test_lines_name_rows_by_file() -> None:
     rows = [("b.csv", 4), ("a.csv", 9), ("b.csv", 1)]
     spike = incident_line(Spike(30, 1, 9.0, 2.0, 3.0, rows))
     assert spike == (
-        "step 30: a loss of 9.0000, where 2.0000 is usual and above 3.0000 a spike: a.csv row 9; b.csv rows 1, 4"
+        "step 30: loss 9.0000 is a spike (usual 2.0000, limit 3.0000): a.csv row 9; b.csv rows 1, 4"
     )
-    assert "step 2: memory does not suffice for a micro-batch of 900 tokens" in incident_line(
-        OutOfMemory(2, 1, 900, 400)
-    )
+    assert "step 2: out of memory for a micro-batch of 900 tokens" in incident_line(OutOfMemory(2, 1, 900, 400))
 
 
 def test_a_run_that_met_the_end_of_memory_records_what_it_went_on_with(

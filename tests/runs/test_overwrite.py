@@ -209,7 +209,7 @@ def test_the_earlier_run_goes_when_the_new_one_has_saved(
         train(made)
     assert not kept.exists()
     crash_after(4)
-    assert "goes on after step 2 of 4" in train(made)
+    assert "resuming after step 2 of 4" in train(made)
     assert sorted(path.name for path in output.iterdir() if path.is_dir()) == [
         "checkpoint-epoch-1",
         "checkpoint-epoch-2",
@@ -282,7 +282,7 @@ def test_files_of_others_that_are_called_like_ours_stay(
         train(config(tiny_folder, place, save_steps=1, log_to=("tensorboard",), overwrite=True))
     assert are_there()
     crash_after(4)
-    assert "goes on after step 3 of 4" in train(made)
+    assert "resuming after step 3 of 4" in train(made)
     assert are_there()
 
 

@@ -52,7 +52,7 @@ def test_the_weights_are_those_of_a_run_that_nobody_disturbed(
     crash_after(15)
     said = train(again)
     whole, output = data.with_name("whole"), data.with_name("again")
-    assert "goes on after step 12 of 15" in said
+    assert "resuming after step 12 of 15" in said
     assert weights(output) == weights(whole)
     assert events(output) == events(whole)
     records = [json.loads((folder / "run.json").read_text()) for folder in (whole, output)]
@@ -106,7 +106,7 @@ def test_a_checkpoint_with_a_changed_byte_is_named_and_the_one_before_it_is_used
     assert (
         f"{damaged} is not as it was saved: checkpoint-step-12 is not used, but the checkpoint before it" in said
     )
-    assert "goes on after step 10 of 15" in said
+    assert "resuming after step 10 of 15" in said
     expected = weights(data.with_name("whole"))
     found = weights(data.with_name("again"))
     assert {key: found[key] for key in expected} == expected
@@ -121,7 +121,7 @@ def test_without_a_checkpoint_it_begins_again(
     crash_after(3)
     crash(made)
     crash_after(15)
-    assert "was ended before its first checkpoint: it begins again" in train(made)
+    assert "was ended before its first checkpoint: it starts over" in train(made)
     assert weights(data.with_name("again")) == weights(data.with_name("whole"))
     assert events(data.with_name("again")) == events(data.with_name("whole"))
 
@@ -132,7 +132,7 @@ def test_another_configuration_is_an_error_that_lists_all_differences(
     crash_after(7)
     crash(config(tiny_folder, data, "output"))
     data.write_text(ROWS.replace("It is 7", "It was 7"), encoding="utf-8")
-    with pytest.raises(ConfigError, match="holds an unfinished run, and this is another one") as raised:
+    with pytest.raises(ConfigError, match="holds an unfinished run, but this run differs") as raised:
         train(config(tiny_folder, data, "output", learning_rate=2e-3, batch_size=2, max_tokens=64))
     message = str(raised.value)
     assert "--learning-rate: 0.001 then, 0.002 now" in message
@@ -162,7 +162,7 @@ def test_another_cut_of_the_batches_is_said_and_changes_only_the_rounding(
 
 
 def test_resume_and_its_opposites(tiny_folder: Path, data: Path, crash_after: Callable[[int], None]) -> None:
-    with pytest.raises(OutputError, match="holds no unfinished run to go on with"):
+    with pytest.raises(OutputError, match="holds no unfinished run to resume"):
         train(config(tiny_folder, data, "output", resume=True))
     crash_after(7)
     crash(config(tiny_folder, data, "output"))
@@ -173,7 +173,7 @@ def test_resume_and_its_opposites(tiny_folder: Path, data: Path, crash_after: Ca
     said = train(config(tiny_folder, data, "output", resume=True))
     assert "output has finished (3 checkpoints, the best one checkpoint-best): nothing is left to do" in said
     with pytest.raises(
-        ConfigError, match=r"holds a finished run, and this is another one:\n  --num-epochs: 3 then, 4"
+        ConfigError, match=r"holds a finished run, but this run differs:\n  --num-epochs: 3 then, 4"
     ):
         train(config(tiny_folder, data, "output", resume=True, num_epochs=4))
     with pytest.raises(ConfigError, match="--resume and --overwrite exclude each other"):
@@ -197,7 +197,7 @@ def test_resume_of_a_run_that_had_not_saved_begins_again(
         (output / "run.json").write_bytes(b"")
     crash_after(15)
     said = train(config(tiny_folder, data, "output", eval_ratio=0.0, resume=True))
-    assert "was ended before its first checkpoint: it begins again" in said
+    assert "was ended before its first checkpoint: it starts over" in said
     assert [event["step"] for event in events(output) if event["event"] == "step"] == list(range(1, 16))
     assert json.loads((output / "run.json").read_text())["status"] == "finished"
 
@@ -324,9 +324,9 @@ def test_another_model_under_the_same_name_is_not_gone_on_with(
     change(model)
     crash_after(15)
     if named is None:
-        assert "goes on after step 5" in train(made)
+        assert "resuming after step 5" in train(made)
         return
-    with pytest.raises(ConfigError, match="this is another one") as raised:
+    with pytest.raises(ConfigError, match="this run differs") as raised:
         train(made)
     assert re.search(named, str(raised.value))
     assert (data.with_name("output") / "checkpoint-epoch-1" / TRAINING_STATE).exists()
@@ -345,7 +345,7 @@ def test_a_run_of_an_earlier_version_has_no_fingerprints_and_goes_on_with_a_line
     crash_after(15)
     said = train(made)
     assert "no fingerprints of model, tokenizer and chat template" in said
-    assert "goes on after step 5 of 15" in said
+    assert "resuming after step 5 of 15" in said
 
 
 @pytest.mark.slow
@@ -407,7 +407,7 @@ def test_ranks_resume_to_the_same_bits_and_on_another_number_of_them(tiny_folder
         runs += [options(f"{name}-whole", **how), options(f"{name}-again", **how, crash_after=7)]
         runs += [options(f"{name}-again", **how), options(f"{name}-other", **how, crash_after=7)]
     said = ranks(2, runs, data.parent)
-    assert said.count("goes on after step 5 of 15") == 2
+    assert said.count("resuming after step 5 of 15") == 2
     for name in held:
         assert weights(data.with_name(f"{name}-again")) == weights(data.with_name(f"{name}-whole"))
     said = ranks(3, [options("replicated-other", shard=True), options("sharded-other")], data.parent)

@@ -134,7 +134,7 @@ def test_a_damaged_file_ends_in_the_same_bits_or_in_one_error(
     folder = output / name.split("/")[0]
     if folder.name != "checkpoint-step-5" and "training_state" not in name:
         before = weights(output)
-        with pytest.raises(HandspunError, match=f"Move {folder} away to go on without it"):
+        with pytest.raises(HandspunError, match=f"Move {folder} away to continue without it"):
             train(tiny_folder, place)
         assert weights(output) == before
         folder.rename(place / "away")
@@ -155,15 +155,15 @@ def test_a_damaged_record_never_ends_a_run(tiny_folder: Path, place: Path, name:
     """What it held is in the checkpoint, or can be had again, or is worth no run."""
     damage(place / "output" / name, how)
     said = train(tiny_folder, place)
-    assert "goes on after step 5 of 6" in said
-    assert ("what it held is taken from checkpoint-step-5" in said) == (name == "run.json")
+    assert "resuming after step 5 of 6" in said
+    assert ("its content is taken from checkpoint-step-5" in said) == (name == "run.json")
     assert weights(place / "output") == weights(place / "whole")
 
 
 def test_everything_of_the_record_is_gone_at_once(tiny_folder: Path, place: Path) -> None:
     for name in RECORDS:
         (place / "output" / name).unlink(missing_ok=True)
-    assert "goes on after step 5 of 6" in train(tiny_folder, place)
+    assert "resuming after step 5 of 6" in train(tiny_folder, place)
     assert weights(place / "output") == weights(place / "whole")
     record = json.loads((place / "output" / "run.json").read_text())
     whole = json.loads((place / "whole" / "run.json").read_text())
@@ -175,7 +175,7 @@ def test_no_checkpoint_is_whole(tiny_folder: Path, place: Path) -> None:
     folders = list((place / "output").glob("checkpoint-*/training_state"))
     for folder in folders:
         damage(folder / "state.json", "cut")
-    with pytest.raises(OutputError, match="no checkpoint of it is whole") as raised:
+    with pytest.raises(OutputError, match="none of its checkpoints is intact") as raised:
         train(tiny_folder, place)
     assert len(folders) == 2
     assert all(str(folder / "state.json") in str(raised.value) for folder in folders)
@@ -195,7 +195,7 @@ def test_a_training_state_of_a_newer_version_is_one_error(tiny_folder: Path, pla
 def test_a_checkpoint_that_the_user_removed_is_not_missed(tiny_folder: Path, place: Path) -> None:
     shutil.rmtree(place / "output" / "checkpoint-epoch-1")
     said = train(tiny_folder, place)
-    assert "checkpoint-epoch-1 is not there any more: the run goes on without it" in said
+    assert "checkpoint-epoch-1 no longer exists: the run continues without it" in said
     record = json.loads((place / "output" / "run.json").read_text())
     assert record["checkpoints"] == ["checkpoint-epoch-2", "checkpoint-epoch-3"]
 

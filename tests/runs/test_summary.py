@@ -97,7 +97,7 @@ def test_preflight_alone_writes_nothing(config: handspun.TrainConfig, capsys: py
     printed = capsys.readouterr().out
     assert not Path(config.output_dir).exists()
     assert "⟦It is one.<|im_end|>⟧" in printed
-    assert "end of turn <|im_end|>: no eos of the base model" in printed
+    assert "end of turn <|im_end|>: not an eos of the base model" in printed
     assert re.search(r"predicted time \d+s of steps", printed)
 
 

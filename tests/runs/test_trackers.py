@@ -157,8 +157,8 @@ def test_a_tracker_that_fails_costs_its_figures_and_not_the_run(
     monkeypatch.setattr(trackers, "_opened", failing)
     said = train(config(tiny_folder, data, "output", log_to=NAMES))
     assert taken == [0, 1, 2, 2]  # the held-out losses of 0 and 2 are with them
-    assert said.count("takes no more figures") == 1
-    assert "wandb takes no more figures (the service is gone): the run goes on without it" in said
+    assert said.count("accepts no more figures") == 1
+    assert "wandb accepts no more figures (the service is gone): the run continues without it" in said
     assert weights(data.with_name("output")) == weights(data.with_name("without"))
 
 

@@ -67,8 +67,8 @@ def test_the_log_is_plain_lines_in_file_and_output(tiny_folder: Path, data: Path
 def test_a_base_models_new_end_of_turn_is_said_and_saved(tiny_folder: Path, data: Path) -> None:
     run = train(config(tiny_folder, data, lora=True), console=quiet_console())
     logged = (data.with_name("output") / "train.log").read_text(encoding="utf-8")
-    assert "the end of turn <|im_end|> was no eos of the base model" in logged
-    assert "its embedding row is trained beside the adapters" in logged
+    assert "the end of turn <|im_end|> was not an eos of the base model" in logged
+    assert "its embedding row is trained along with the adapters" in logged
     adapter = json.loads((run.checkpoints[-1] / "adapter_config.json").read_text())
     assert adapter["trainable_token_indices"]
     generation = json.loads((run.checkpoints[-1] / "generation_config.json").read_text())

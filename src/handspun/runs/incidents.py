@@ -44,16 +44,16 @@ def incident_line(incident: Incident) -> str:
     """Return what happened, with the rows that it happened on."""
     if isinstance(incident, OutOfMemory):
         return (
-            f"step {incident.step}: memory does not suffice for a micro-batch of {incident.tokens} tokens; from "
+            f"step {incident.step}: out of memory for a micro-batch of {incident.tokens} tokens; from "
             f"here on they have at most {incident.max_tokens} (--max-tokens), which does not change the result"
         )
     if isinstance(incident, Spike):
         return (
-            f"step {incident.step}: a loss of {incident.loss:.4f}, where {incident.usual:.4f} is usual and above "
-            f"{incident.limit:.4f} a spike: {named(incident.batch)}"
+            f"step {incident.step}: loss {incident.loss:.4f} is a spike (usual {incident.usual:.4f}, limit "
+            f"{incident.limit:.4f}): {named(incident.batch)}"
         )
     return (
-        f"step {incident.step} was not made: its loss is {incident.loss:.4g} and its gradient's norm "
+        f"step {incident.step} was skipped: loss is {incident.loss:.4g}, gradient norm is "
         f"{incident.grad_norm:.4g}: {named(incident.batch)}"
     )
 

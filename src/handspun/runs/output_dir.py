@@ -130,7 +130,7 @@ def prepare_output(folder: Path, config: TrainConfig, notice: Callable[[str], No
     Raises OutputError if an earlier run may not be replaced, or if something else is in the way.
     """
     tidy(folder, notice)
-    begins_again = f"the run in {folder} was ended before its first checkpoint: it begins again"
+    begins_again = f"the run in {folder} was ended before its first checkpoint: it starts over"
     if not config.overwrite and config.resume is not False:
         found = unfinished_run(folder, notice)
         if found is not None:
@@ -147,9 +147,9 @@ def prepare_output(folder: Path, config: TrainConfig, notice: Callable[[str], No
     has_begun = bool(earlier) and finished is None and not checkpoints_in(folder)
     if config.resume and not has_begun:
         raise OutputError(
-            f"{folder} holds no unfinished run to go on with. Leave --resume out to begin one (the same "
+            f"{folder} holds no unfinished run to resume. Leave --resume out to begin one (the same "
             "command then "
-            "goes on with it by itself), or name the run's --output-dir."
+            "resumes it by itself), or name the run's --output-dir."
         )
     # Log and answers alone are left by a run that never began: its data or its model could not be used.
     kept = sorted(path.name for path in earlier if path.name not in (LOG, METRICS, KEPT))
@@ -241,7 +241,7 @@ def track_status(run: TrainedRun, facts: dict[str, Any], log: RunLog) -> Iterato
         status = "finished"
     except StoppedError as stopped:
         status = "stopped"
-        log.line(f"{stopped}; {_left(run)}. The same command goes on from there.")
+        log.line(f"{stopped}; {_left(run)}. The same command resumes from there.")
         raise
     except TrainingError as error:
         log.only_in_file(str(error))

@@ -65,7 +65,7 @@ def total_memory() -> int | None:
 
 
 def current_memory() -> int | None:
-    """Return bytes that this process holds in memory, or on its GPU; None if the system does not say (Linux does)."""
+    """Return bytes that this process holds in memory or on its GPU; None if it is unknown."""
     if (gpu := _gpu_in_use()) is not None:
         return int(gpu.memory_reserved())
     try:
@@ -76,7 +76,7 @@ def current_memory() -> int | None:
 
 
 def peak_memory() -> int | None:
-    """Return the most bytes that this process has held in memory, or on its GPU; None if the system does not say."""
+    """Return the most bytes that this process has held in memory or on its GPU; None if it is unknown."""
     if (gpu := _gpu_in_use()) is not None:
         return int(gpu.max_memory_reserved())
     try:
@@ -107,7 +107,7 @@ def options_given(config: TrainConfig) -> dict[str, Any]:
 
 
 def command(given: Mapping[str, Any], *, processes: int = 1) -> str:
-    """Return `handspun train ...` with these options, one per line, for a shell; torchrun for several processes."""
+    """Return `handspun train ...` with these options, one per line for a shell; torchrun for several processes."""
     start = "handspun train"
     if processes > 1:
         start = f"torchrun --standalone --nproc-per-node {processes} -m {start}"

@@ -109,7 +109,7 @@ def unfinished_run(
     if point is None:
         if problems:
             raise OutputError(
-                f"{output_dir} holds an unfinished run, and no checkpoint of it is whole:\n  "
+                f"{output_dir} holds an unfinished run, but none of its checkpoints is intact:\n  "
                 + "\n  ".join(problems)
                 + f"\nMove its {'checkpoint' if len(problems) == 1 else 'checkpoints'} away to begin again, "
                 "or choose "
@@ -121,7 +121,7 @@ def unfinished_run(
     if facts is not None and not reason:
         return facts, point
     assert point.folder is not None
-    notice(f"{file} {reason}: what it held is taken from {point.folder.name}")
+    notice(f"{file} {reason}: its content is taken from {point.folder.name}")
     return dict(point.facts["run"]), point
 
 
@@ -141,7 +141,7 @@ def make_way(output_dir: Path, point: ResumePoint, notice: Callable[[str], None]
         states = [folder, folder / TRAINING_STATE] if (folder / TRAINING_STATE).exists() else [folder]
         if unknown_files(folder) or any(map(find_corruption, states)):
             place = keep_aside(folder, "damaged")
-            notice(f"{folder} is not whole, or not of this run: it is {place.name} now")
+            notice(f"{folder} is damaged or from another run: it is now {place.name}")
         else:
             remove_checkpoint(folder)
 
@@ -151,14 +151,14 @@ def _check_undamaged(output_dir: Path, point: ResumePoint, notice: Callable[[str
     for folder in (output_dir / name for name in names):
         problem = find_corruption(folder)
         if not folder.exists():
-            notice(f"{folder} is not there any more: the run goes on without it")
+            notice(f"{folder} no longer exists: the run continues without it")
         elif problem and folder.name == BEST and _is_made_again(output_dir, point):
             notice(f"{problem}: it is {keep_aside(folder, 'damaged').name} now, and is made again")
         elif problem:
             raise OutputError(
                 f"{problem}. It was saved before step {point.step}, where the run goes on, so it is not made "
                 "again. "
-                f"Move {folder} away to go on without it."
+                f"Move {folder} away to continue without it."
             )
 
 
@@ -193,8 +193,8 @@ def check_same_run(
     ]
     if different:
         raise ConfigError(
-            f"{output_dir} holds an unfinished run, and this is another one:\n" + "\n".join(different) + "\n"
-            "To go on with it, give what was given then; to begin anew, choose another --output-dir, or give "
+            f"{output_dir} holds an unfinished run, but this run differs:\n" + "\n".join(different) + "\n"
+            "To resume it, give the options from then; to start over, choose another --output-dir, or give "
             "--overwrite."
         )
     if "fingerprints" not in earlier:
@@ -217,16 +217,16 @@ def check_options_apply(finished: Mapping[str, Any], config: TrainConfig) -> Non
         if what not in map(option_name, _AFFECTS_ROUNDING)
     ]:
         raise ConfigError(
-            f"{config.output_dir} holds a finished run, and this is another one:\n"
+            f"{config.output_dir} holds a finished run, but this run differs:\n"
             + "\n".join(f"  {what}: {then} then, {is_now} now" for what, then, is_now in different)
-            + "\nA finished run cannot go on. Choose another --output-dir; to train its model further, begin "
+            + "\nA finished run cannot be resumed. Choose another --output-dir; to train its model further, begin "
             "a new run "
             "with one of its checkpoints as --model."
         )
 
 
 def execution_changes(earlier: dict[str, Any], facts: dict[str, Any]) -> dict[str, list[Any]]:
-    """Return what may change the rounding, by name: before and now. If empty, the weights will be bit-identical."""
+    """Return what may change the rounding, by name: before and now. Without any, weights are bit-identical."""
     changes: dict[str, list[Any]] = {
         what: [before, now]
         for what, before, now in _differences(earlier, facts)

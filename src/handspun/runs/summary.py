@@ -119,6 +119,7 @@ _MOST_CHARACTERS = 600
 
 def show_examples(log: RunLog, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
     """Print three rendered examples from across the set, with target tokens in color or between brackets."""
+    """Print three rendered examples from across the set, with target tokens in color or between brackets."""
     log.styled(Text("tokens trained on are green"), "tokens trained on are between ⟦ and ⟧")
     for example in spread(examples, _EXAMPLES):
         title = f"{example.file}, row {example.row}: {len(example)} tokens, {example.learned_tokens} trained on"
@@ -156,11 +157,11 @@ def doubts_about_memory(doubts: Sequence[str]) -> list[Finding]:
 
 def end_of_turn_lines(found: EndOfTurn, config: TrainConfig) -> Iterator[str]:
     """Yield what the end of turn is, and where it will be saved."""
-    known = "an eos of the base model" if found.is_eos else "no eos of the base model, which may never have met it"
+    known = "an eos of the base model" if found.is_eos else "not an eos of the base model, which may not know it"
     yield f"end of turn {found.token}: {known};"
     yield f"  the last learned token of {found.learned} of {found.examples} examples;"
     if config.lora and not found.is_eos:
-        yield "  its embedding is trained beside the adapters, which alone could not teach it;"
+        yield "  its embedding is trained along with the adapters, which alone could not teach it;"
     yield f"  eos of what is saved, in generation_config too: {' '.join(found.saved)}"
 
 

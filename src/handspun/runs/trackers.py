@@ -69,7 +69,7 @@ def tracked(
                 senders[name](figures, record["step"])
             except Exception as error:
                 del senders[name]
-                notice(f"{name} takes no more figures ({error}): the run goes on without it")
+                notice(f"{name} accepts no more figures ({error}): the run continues without it")
 
     with ExitStack() as stack:
         for name in dict.fromkeys(trackers):
@@ -77,7 +77,7 @@ def tracked(
             try:
                 senders[name] = opened.__enter__()
             except Exception as error:
-                raise ConfigError(f"--log-to {name}: {error}. Mend it, or leave {name} out.") from error
+                raise ConfigError(f"--log-to {name}: {error}. Fix it, or leave {name} out.") from error
             stack.push(_leaving(name, opened, notice))
         yield send
 

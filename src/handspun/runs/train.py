@@ -291,13 +291,13 @@ def load_model(run: RunContext, data: LoadedData) -> ChatModel:
     make_end_of_turn_eos(chat)
     if is_new:
         log.line(
-            f"the end of turn {chat.template.end_of_turn} was no eos of the base model; it is one of the tuned "
-            "model, in generation_config, config and tokenizer"
+            f"the end of turn {chat.template.end_of_turn} was not an eos of the base model; it is one of the "
+            "tuned model, in generation_config, config and tokenizer"
         )
     if config.lora:
         chat.model = _with_lora(chat.model, config, [chat.template.end_of_turn_id] if is_new else [])
         if is_new:
-            log.line("its embedding row is trained beside the adapters: they alone could not teach it")
+            log.line("its embedding row is trained along with the adapters: they alone could not teach it")
     if config.base_weights == "int8":
         check_exact_matmuls(chat.device)
         quantize_base(chat.model)
@@ -450,7 +450,7 @@ def _restore_state(point: ResumePoint, state: TrainingState, trained: TrainedRun
 def log_resume(point: ResumePoint, planned: RunPlan, log: RunLog) -> None:
     """Log the step that the run resumes after, and what has changed since; record both."""
     changes = execution_changes(point.facts["run"], planned.facts)
-    log.line(f"goes on after step {point.step} of {planned.plan.steps}, from {point.folder}")
+    log.line(f"resuming after step {point.step} of {planned.plan.steps}, from {point.folder}")
     for what, (before, now) in changes.items():
         log.line(f"  {what} was {before} and is {now}: the weights will differ in their rounding")
     resumed = {"step": point.step, "at": datetime.now(UTC).isoformat(timespec="seconds"), "changes": changes}
