@@ -217,9 +217,7 @@ def test_a_written_batch_has_the_very_tokens_whatever_the_rows_formats_were(
 def test_lines_name_rows_by_file() -> None:
     rows = [("b.csv", 4), ("a.csv", 9), ("b.csv", 1)]
     spike = incident_line(Spike(30, 1, 9.0, 2.0, 3.0, rows))
-    assert spike == (
-        "step 30: loss 9.0000 is a spike (usual 2.0000, limit 3.0000): a.csv row 9; b.csv rows 1, 4"
-    )
+    assert spike == ("step 30: loss 9.0000 is a spike (usual 2.0000, limit 3.0000): a.csv row 9; b.csv rows 1, 4")
     assert "step 2: out of memory for a micro-batch of 900 tokens" in incident_line(OutOfMemory(2, 1, 900, 400))
 
 
