@@ -66,6 +66,7 @@ measures: $(VENV)/.installed-dev
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/codespell src docs README.md CHANGELOG.md
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_house.py
 

@@ -45,7 +45,8 @@ def preview(
     ----------
     model
         Model whose tokenizer and chat template are used. Its weights are not read.
-    examples
+
+    Examples:
         Number of rendered examples to show.
     plain
         Mark target tokens with brackets instead of color (also without a terminal, or with NO_COLOR).

@@ -1,4 +1,4 @@
-"""Beam search with exactly the rules of transformers (`_beam_search` in generation/utils.py, 5.23):
+"""Beam search with exactly the rules of transformers (`_beam_search` in generation/utils.py, 5.23).
 
 - Each step considers the max(2, 1 + eos ids) * num_beams best continuations of all of a prompt's beams.
 - A continuation among the best num_beams that ends becomes a hypothesis. Its score is its accumulated

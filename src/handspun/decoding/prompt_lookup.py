@@ -1,5 +1,4 @@
-"""Prompt-lookup speculative decoding: draft the tokens that followed an earlier occurrence of the answer's last
-tokens.
+"""Prompt lookup: draft the tokens that followed an earlier occurrence of the answer's last tokens.
 
 Answers that summarize, correct or rewrite their prompt repeat parts of it. A forward pass over several tokens
 reads the same weights as one over a single token. So the draft is fed after the newest token, and each position

@@ -36,16 +36,19 @@ class ByteDetokenizer:
     _pending: bytes = b""
 
     def push(self, token_id: int) -> str:
+        """Return the new text that a token completes."""
         data = self._pending + self.bytes_of(token_id)
         text, used = codecs.utf_8_decode(data, "replace", False)
         self._pending = data[used:]
         return text
 
     def finish(self) -> str:
+        """Return what is left, with a replacement character for an incomplete one."""
         text, self._pending = self._pending.decode("utf-8", "replace"), b""
         return text
 
     def copy(self) -> "ByteDetokenizer":
+        """Return an independent copy."""
         return replace(self)
 
 
@@ -61,6 +64,7 @@ class WindowDetokenizer:
     """Number of tokens whose text has been emitted."""
 
     def push(self, token_id: int) -> str:
+        """Return the new text that a token completes."""
         self._ids.append(token_id)
         text = self._new_text()
         if text.endswith(_REPLACEMENT) and len(self._ids) - self._given < _LONGEST_CHARACTER:
@@ -69,10 +73,12 @@ class WindowDetokenizer:
         return text
 
     def finish(self) -> str:
+        """Return what is left."""
         text, self._given = self._new_text(), len(self._ids)
         return text
 
     def copy(self) -> "WindowDetokenizer":
+        """Return an independent copy."""
         return replace(self, _ids=list(self._ids))
 
     def _new_text(self) -> str:

@@ -1,4 +1,4 @@
-"""Parse tool calls from an answer, in the format of Qwen and Hermes models:
+"""Parse tool calls from an answer, in the format of Qwen and Hermes models.
 
 <tool_call>
 {"name": "weather", "arguments": {"city": "Shanghai"}}

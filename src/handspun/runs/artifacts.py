@@ -103,10 +103,9 @@ _BARS = 30
 def report_around(
     chat: ChatModel, config: TrainConfig, training: Dataset, held_out: Dataset | None, log: RunLog
 ) -> Iterator[None]:
-    """Collect answers before and after the loop and the losses of rows, and write report.html however the run
-    ends.
+    """Collect what the report needs around the loop, and write report.html however the run ends.
 
-    A resumed run keeps the answers from its beginning. What cannot be collected is left out, and the report says
+    That is answers before and after it, and the losses of rows. A resumed run keeps the answers from its beginning. What cannot be collected is left out, and the report says
     why. A failed report never ends a run: it is a line in the log.
     """
     folder = Path(config.output_dir)
@@ -160,9 +159,7 @@ def model_fingerprints(name: str, chat: ChatModel) -> dict[str, str]:
 
 
 def length_histogram(some: Dataset) -> dict[str, Any]:
-    """Return examples by length: edges of bars in tokens (growing, the last one exclusive), counts, and the
-    median.
-    """
+    """Return examples by length: edges of bars (growing, the last one exclusive), counts, and the median."""
     lengths = lengths_of(some.examples)
     edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, _BARS + 1).round().astype(int))
     counts, _ = np.histogram(lengths, edges)

@@ -36,9 +36,7 @@ class TrackedRun:
 
     @property
     def name(self) -> str:
-        """The folder's name and the second it began, so that it stays the same, without characters that W&B
-        rejects.
-        """
+        """The folder's name and the second it began, without characters that W&B rejects."""
         return re.sub(r"[^\w.-]+", "-", f"{self.folder.resolve().name}-{self.started.removesuffix('+00:00')}")
 
 
