@@ -105,8 +105,9 @@ def report_around(
 ) -> Iterator[None]:
     """Collect what the report needs around the loop, and write report.html however the run ends.
 
-    That is answers before and after it, and the losses of rows. A resumed run keeps the answers from its beginning. What cannot be collected is left out, and the report says
-    why. A failed report never ends a run: it is a line in the log.
+    That is answers before and after it, and the losses of rows. A resumed run keeps the answers from its
+    beginning. What cannot be collected is left out, and the report says why. A failed report never ends a run: it
+    is a line in the log.
     """
     folder = Path(config.output_dir)
     kept = read_kept(folder) or _at_the_start(chat, config, training, held_out, log)

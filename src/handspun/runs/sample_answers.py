@@ -145,7 +145,8 @@ class Sampler:
 def sampler_of(chat: ChatModel, config: TrainConfig) -> Sampler | None:
     """Return the sampler that the config asks for.
 
-    It is made before the runner, which changes the model's attention. Raises DataError or TemplateError for a prompt that cannot be answered.
+    It is made before the runner, which changes the model's attention. Raises DataError or TemplateError for a
+    prompt that cannot be answered.
     """
     prompts = prompts_of(config)
     if config.sample_every is None or not prompts:
