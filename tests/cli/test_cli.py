@@ -181,6 +181,13 @@ def test_generate_prints_text_or_json(capsys: pytest.CaptureFixture[str], tiny_f
     assert "> Hi\n" in capsys.readouterr().out
 
 
+def test_a_wrong_value_does_not_hide_an_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = fail(capsys, "train", "--lr", "1e-4", "--num-epochs", "1.5")
+    assert "--num-epochs is '1.5': expected a whole number" in printed
+    assert "there is no option --lr" in printed
+    assert "--learning-rate" in printed
+
+
 def test_chat_remembers_and_ends(
     capsys: pytest.CaptureFixture[str], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

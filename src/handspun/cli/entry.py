@@ -18,7 +18,7 @@ from handspun.display import (
     protected_streams,
     say,
 )
-from handspun.errors import HandspunError, StoppedError
+from handspun.errors import ConfigError, HandspunError, StoppedError
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,15 +44,16 @@ def _run(tokens: list[str], *, with_traceback: bool) -> int:
     except cyclopts.UnknownOptionError as error:
         return _print_error(errors, "\n".join(_unknown_options(error, tokens)), _help_hint(tokens))
     except cyclopts.ValidationError as error:
-        return _print_error(errors, _validation_message(error), _help_hint(tokens))
+        return _print_error(errors, _with_unknown_options(_validation_message(error), tokens), _help_hint(tokens))
     except cyclopts.CycloptsError as error:
-        return _print_error(errors, f"{error}", _help_hint(tokens))
+        return _print_error(errors, _with_unknown_options(f"{error}", tokens), _help_hint(tokens))
     except StoppedError as stopped:  # already logged
         return stopped.exit_code
     except HandspunError as error:
         if with_traceback:
             errors.print_exception()
-        _print_error(errors, str(error))
+        wrong_value = isinstance(error, ConfigError)  # it may have ended the parsing before an unknown option
+        _print_error(errors, _with_unknown_options(str(error), tokens) if wrong_value else str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -120,15 +121,25 @@ def _help_hint(tokens: list[str]) -> str:
 
 def _unknown_options(error: cyclopts.UnknownOptionError, tokens: list[str]) -> list[str]:
     """Return one message per unknown option, from the config file or the command line."""
-    known = {name.lstrip("-").replace("-", "_") for one in error.argument_collection for name in one.names}
     if error.token.source == "cli":
-        given, where = [token for token in tokens if token.startswith("-") and token.strip("-")], ""
-    else:
-        config = next(config for config in app.config if config.source == error.token.source)
-        given, where = list(config.config), f"--config {error.token.source}: "
-    names = [re.split("[=.]", name.lstrip("-"))[0].replace("-", "_") for name in given]
-    unknown = [
-        name for name in dict.fromkeys(names) if name not in known and name.removeprefix("no_") not in known
-    ]
-    found = [unknown_option(name, known, option_name) for name in unknown if not name[:1].isdigit()]
+        return _unknown_in(tokens, error.argument_collection) or [f"{error}"]
+    config = next(config for config in app.config if config.source == error.token.source)
+    where = f"--config {error.token.source}: "
+    found = _unknown_in([f"--{name}" for name in config.config], error.argument_collection)
     return [f"{where}{text}" for text in found] or [f"{error}"]
+
+
+def _with_unknown_options(message: str, tokens: list[str]) -> str:
+    """Return the message about a wrong value, and one line per unknown option, which the parser reports later."""
+    if not tokens or tokens[0] not in app:
+        return message
+    known = app[tokens[0]].assemble_argument_collection(parse_docstring=False)
+    return "\n".join([message, *_unknown_in(tokens[1:], known)])
+
+
+def _unknown_in(tokens: list[str], arguments: cyclopts.ArgumentCollection) -> list[str]:
+    known = {name.lstrip("-").replace("-", "_") for one in arguments for name in one.names}
+    given = [token.lstrip("-") for token in tokens if token.startswith("-") and token.strip("-")]
+    names = dict.fromkeys(re.split("[=.]", name)[0].replace("-", "_") for name in given)
+    unknown = [name for name in names if name not in known and name.removeprefix("no_") not in known]
+    return [unknown_option(name, known, option_name) for name in unknown if not name[:1].isdigit()]

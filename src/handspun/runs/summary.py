@@ -14,6 +14,7 @@ from handspun.config import TrainConfig
 from handspun.data.examples import DataReport, Example, RowIssue, learned_tokens_of, lengths_of, notes_by_text
 from handspun.data.preview import bracketed, colored, spread
 from handspun.display import duration, join_names
+from handspun.files import readable_size
 from handspun.preflight.checks import EndOfTurn, Finding, check_findings, headline, rows_named
 from handspun.preflight.time_estimate import MEASURED_ON
 from handspun.runs.log import RunLog
@@ -99,15 +100,15 @@ def plan_lines(plan: Plan, config: TrainConfig, max_length: int) -> list[str]:
         f"{plan.trainable / 1e6:.1f}M trained",
         f"plan: {plan.examples} examples x {config.num_epochs} epochs in batches of {config.batch_size}: "
         f"{plan.steps} steps",
-        f"tokens in an epoch: {plan.tokens}, {plan.learned_tokens} of them learned,",
+        f"tokens per epoch: {plan.tokens}, {plan.learned_tokens} of them targets,",
         f"  {plan.computed_tokens} computed ({plan.batching}); rows of at most {max_length}",
         f"  in {plan.micro_batches} micro-batches of at most {config.max_tokens}",
         f"learning rate {config.peak_learning_rate:g}, {config.lr_schedule} after "
         f"{config.warmup_ratio:.0%} warm-up; seed {config.seed}",
         f"predicted peak memory {plan.peak_memory / 1e9:.1f} GB{' without --shard' if config.shard else ''}",
-        f"disk: each checkpoint {plan.checkpoint_size / 1e9:.2f} GB, the last {config.keep_last} with "
-        f"{plan.training_state_size / 1e9:.2f} GB to resume from;",
-        f"  at most {disk_at_most(plan, config) / 1e9:.2f} GB in all",
+        f"disk: each checkpoint {readable_size(plan.checkpoint_size)}, the last {config.keep_last} with "
+        f"{readable_size(plan.training_state_size)} to resume from;",
+        f"  at most {readable_size(disk_at_most(plan, config))} in all",
     ]
 
 
