@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
 TEXTS = ["Tell me a joke about computers.", "It's 1,234.5\n\n  user 12", "<|im_start|>user\nHi<|im_end|>"]
 IDS = torch.arange(1, 61).view(1, -1) * 7 % 320
 
