@@ -121,9 +121,10 @@ def compare(
     threads
         CPU threads. If not given, PyTorch's default (one per physical core).
     """
+    from handspun.cli.views.comparison import print_comparison
     from handspun.evaluation.compare import compare as compare_models
     from handspun.files import whole_file
-    from handspun.report.compare import comparison_html, print_comparison
+    from handspun.report.compare import comparison_html
 
     def load(name: str) -> "ChatModel":
         return load_model(ModelOptions(model=name, device=device, weights=weights, threads=threads), template)

@@ -41,7 +41,7 @@ def write_page(page: str, file: Path) -> Path:
 
 def report_page(run: RunFiles) -> str:
     """Return the report of one run as HTML."""
-    return _render(
+    return render(
         "report.html.j2",
         title=words.title(run),
         run=run,
@@ -71,7 +71,7 @@ def report_page(run: RunFiles) -> str:
 def comparison_page(runs: Sequence[RunFiles]) -> str:
     """Return a page that compares several runs: differences, curves, answers."""
     names = sides.distinct_names(runs)
-    return _render(
+    return render(
         "comparison.html.j2",
         title=" and ".join(names) if len(names) == 2 else f"{len(names)} runs side by side",
         names=names,
@@ -135,7 +135,7 @@ def _with_heading(row: dict[str, Any], *, several_files: bool) -> dict[str, Any]
     return {**row, "where": where, "taught": " ".join(text for text, learned in row["runs"] if learned)}
 
 
-def _render(template: str, **context: Any) -> str:
+def render(template: str, **context: Any) -> str:
     """Return the rendered template: everything escaped, and invisible or unencodable characters made visible."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
