@@ -1,7 +1,7 @@
 """What can go wrong in a step: non-finite losses, loss spikes, out of memory."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -132,20 +132,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def none_on_oom(compute: Callable[..., float], *arguments: object) -> float | None:
-    """Return `compute(*arguments)`, or None if it ran out of memory.
-
-    In that case its memory is returned to the system, so smaller micro-batches can fit.
-    """
-    try:
-        return compute(*arguments)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-    malloc_trim()  # outside the except block: the error's frames no longer hold their tensors
+def free_memory() -> None:
+    """Give memory that nothing holds any more back to the system, so that smaller micro-batches find room."""
+    malloc_trim()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return None
 
 
 def halved_max_tokens(micro_batch: Sequence[Example], max_tokens: int) -> int:

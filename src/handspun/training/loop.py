@@ -17,10 +17,11 @@ from handspun.training.guards import (
     OutOfMemory,
     SkippedStep,
     Spike,
+    free_memory,
     halved_max_tokens,
     is_fatal,
     is_finite,
-    none_on_oom,
+    is_out_of_memory,
     raise_if_fatal,
     raise_if_unsplittable,
     row_ids,
@@ -240,8 +241,14 @@ def _gradients(
     for micro_batch in loop.processes.local_micro_batches(
         batch, lambda rows: loop.runner.cut(rows, state.max_tokens)
     ):
-        loss_sum = none_on_oom(loop.runner.backward, micro_batch, learned_tokens)
-        if loss_sum is None:
+        loss_sum = None
+        try:
+            loss_sum = loop.runner.backward(micro_batch, learned_tokens)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if loss_sum is None:  # the error is gone here, and with it what its frames held
+            free_memory()
             state.optimizer.zero_grad(set_to_none=True)
             raise_if_unsplittable(micro_batch, state.step + 1, loop.config, processes=loop.processes.count)
             state.max_tokens = halved_max_tokens(micro_batch, state.max_tokens)
