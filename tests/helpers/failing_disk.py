@@ -69,8 +69,8 @@ def keeper_of(output: Path) -> tuple[CheckpointManager, TrainingState]:
 def save(keeper: CheckpointManager, state: TrainingState, *, epoch: int) -> None:
     """The end of an epoch whose evaluation is the best so far."""
     state.step = epoch
-    keeper.event(Evaluation(state.step, epoch, 1 / epoch, 10, best=True), state)
-    keeper.event(EpochEnd(state.step, epoch), state)
+    keeper.on_event(Evaluation(state.step, epoch, 1 / epoch, 10, best=True), state)
+    keeper.on_event(EpochEnd(state.step, epoch), state)
 
 
 def count(disk: ctypes.CDLL, keeper: CheckpointManager, state: TrainingState, work: Path) -> int:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,8 +186,10 @@ def computed() -> dict[str, Any]:
 @pytest.mark.parametrize("name", RESTRICTIONS)
 def test_older_cpus_have_the_same_bits(name: str) -> None:
     """The real matmuls in a process that is held to older instructions. Without VNNI, whole bytes saturate."""
-    code = "import json, test_models_int8_matmul as t; print(json.dumps(t.computed()))"
-    environment = os.environ | RESTRICTIONS[name] | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    code = "import json, test_int8_matmul as t; print(json.dumps(t.computed()))"
+    environment = (
+        os.environ | RESTRICTIONS[name] | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment, check=False
     )

@@ -76,7 +76,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with (
-        pytest.raises(ConfigError, match="started 2 processes here, and there are 1 GPUs: each needs one"),
+        pytest.raises(ConfigError, match="started 2 processes, but this machine has 1 GPUs"),
         processes_of_this_run(torch.device("cuda")),
     ):
         pass

@@ -305,7 +305,7 @@ def test_the_command_prints_a_table_or_json_and_ends_with_zero(
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines()[:-1])) <= 80
-    assert "Handspun computes what transformers computes" in printed
+    assert "Handspun computes the same as transformers" in printed
     assert ("int8, greedy" in " ".join(printed.split())) == (weights == "int8")
     assert main([*command, "--json", "--no-chat"]) == 0
     record = json.loads(capsys.readouterr().out)
