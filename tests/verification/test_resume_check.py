@@ -1,5 +1,6 @@
 """`handspun verify-resume`: kills that come, weights that are compared, and a difference that is said."""
 
+import json
 import random
 from pathlib import Path
 
@@ -28,6 +29,31 @@ def test_a_run_that_is_killed_twice_is_compared_with_one_that_is_not(tiny_folder
     assert all(step >= 1 for step in compared.kills)
     assert said[0] == "uninterrupted run: 10 steps"
     assert not (tmp_path / "output").exists()
+
+
+def test_a_run_that_is_killed_while_it_writes_its_report_has_finished(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started again it would be refused: its weights are there to be compared."""
+    (tmp_path / "train.csv").write_text(ROWS, encoding="utf-8")
+    config = handspun.TrainConfig(model=str(tiny_folder), data=str(tmp_path / "train.csv"), batch_size=4)
+    started: list[str] = []
+
+    def train(made: handspun.TrainConfig, _work: Path, *, kill_after: object = None) -> int:
+        started.append(made.output_dir)
+        Path(made.output_dir).mkdir()
+        event = {"event": "step", "step": 3, "seconds": 0.01}
+        (Path(made.output_dir) / "metrics.jsonl").write_text(json.dumps(event) + "\n")
+        (Path(made.output_dir) / "run.json").write_text('{"status": "finished"}')
+        return -9 if kill_after else 0
+
+    monkeypatch.setattr(killed, "_train", train)
+    said: list[str] = []
+    compared = kill_and_compare(config, steps=4, kills=2, notice=said.append, rng=random.Random(0))
+    assert compared.same
+    assert compared.kills == []
+    assert said[-1] == "the run finished before the next kill"
+    assert [Path(name).name for name in started] == ["undisturbed", "killed"]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import yaml
 from handspun.config import TrainConfig
 from handspun.data.rows import read_rows
 from handspun.errors import TrainingError
-from handspun.files import sha256_of
+from handspun.files import read_json_object, sha256_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def kill_and_compare(
         seconds = _seconds_of_a_step(work / "undisturbed")
         found = []
         for after in sorted(rng.sample(range(1, steps), min(kills, steps - 1))):
-            if not _train(again, work, kill_after=(after, rng.uniform(0, 2 * seconds))):
+            code = _train(again, work, kill_after=(after, rng.uniform(0, 2 * seconds)))
+            if not code or _has_finished(work / "killed"):  # a kill may come while it writes its report
                 notice("the run finished before the next kill")
                 break
             found.append(_last_step(work / "killed"))
@@ -118,6 +119,10 @@ def _train(config: TrainConfig, work: Path, *, kill_after: tuple[int, float] | N
 def _wait_for_step(output: Path, step: int, process: "subprocess.Popen[bytes]") -> None:
     while process.poll() is None and _last_step(output) < step:
         time.sleep(0.01)
+
+
+def _has_finished(output: Path) -> bool:
+    return (read_json_object(output / "run.json") or {}).get("status") == "finished"
 
 
 def _last_step(output: Path) -> int:
