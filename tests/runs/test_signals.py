@@ -47,41 +47,42 @@ def test_the_first_signal_is_noted_and_the_second_leaves_at_once() -> None:
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+@contextmanager
+def hangups(handler: signal.Handlers) -> Iterator[None]:
+    """SIGHUP is handled so before; afterwards it is as it was."""
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_the_end_of_a_terminal_is_noted_once() -> None:
     """Shell and system both send a SIGHUP; the second one must not end the process."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
+    with hangups(signal.SIG_DFL):
         with stop_requests() as request:
             signal.raise_signal(signal.SIGHUP)
             assert request.signal == signal.SIGHUP
             signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGHUP)
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_hangup_after_another_signal_does_not_end_the_process() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
+    with hangups(signal.SIG_DFL):
         with stop_requests() as request:
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGHUP)
             assert request.signal == signal.SIGTERM
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_hangup_that_is_ignored_stays_so() -> None:
     """As under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
+    with hangups(signal.SIG_IGN):
         with stop_requests() as request:
             signal.raise_signal(signal.SIGHUP)
             assert not request.signal
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 @linux
