@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ _CHAT = ChatModel(tiny_model("qwen2", eos_token_id=322), tiny_tokenizer(), "tiny
 _NUMBERS = [0, 1, -1, 2, 0.5, 1e-6, 1e-300, 1e6, 1e300, -1e300, math.inf, math.nan, 10**9, 10**30, "5", True, None]
 _TEXTS = ["", "a", " ", "<|im_end|>", "\nUser:", "\ud800", "\0", "色", b"a", ["a", ""], [], [5], "a" * 300]
 _IDS = [0, 329, 330, -1, [5, 7], [], ["5"], 10**30, 1.5]
-_OTHERS = {
+_OTHERS: dict[str, list[Any]] = {
     "do_sample": [True, False, 1, "yes"],
     "early_stopping": [True, "never", "no"],
     "repetition_penalty_exempt": ["template", "none", True],
@@ -36,7 +37,9 @@ _OTHERS = {
     "regex": [*_TEXTS, "a{1000}", "(", "a|b", "[^a]*"],
     "json_schema": [*_TEXTS, "{}", {}, {"type": "integer"}, {"minimun": 1}, {"a": math.nan}, {"enum": []}],
 }
-_VALUES = {field.name: st.sampled_from(_OTHERS.get(field.name, _NUMBERS)) for field in fields(GenerationOptions)}
+_VALUES: dict[str, st.SearchStrategy[Any]] = {
+    field.name: st.sampled_from(_OTHERS.get(field.name, _NUMBERS)) for field in fields(GenerationOptions)
+}
 
 
 @settings(max_examples=150, deadline=None)
@@ -44,7 +47,7 @@ _VALUES = {field.name: st.sampled_from(_OTHERS.get(field.name, _NUMBERS)) for fi
 def test_any_options_give_answers_or_one_config_error(names: dict[str, None], data: st.DataObject) -> None:
     options = {name: data.draw(_VALUES[name], label=name) for name in names}
     try:
-        answers = generate(_CHAT, "Hi", notice=str, **{"max_new_tokens": 2, **options})
+        answers = generate(_CHAT, "Hi", **{"max_new_tokens": 2, **options})
     except ConfigError:
         return
     assert len(answers) >= 1
@@ -54,10 +57,10 @@ def test_any_options_give_answers_or_one_config_error(names: dict[str, None], da
 
 @pytest.mark.parametrize("name", list(_OTHERS))
 def test_each_value_of_an_option_by_itself_is_an_answer_or_one_config_error(name: str) -> None:
-    outcomes = []
+    outcomes: list[Any] = []
     for value in _OTHERS[name]:
         try:
-            outcomes.append(generate(_CHAT, "Hi", notice=str, **{"max_new_tokens": 2, name: value}))
+            outcomes.append(generate(_CHAT, "Hi", **{"max_new_tokens": 2, name: value}))
         except ConfigError as error:
             outcomes.append(error.problems)
     assert all(outcomes)
@@ -76,10 +79,10 @@ def test_each_value_of_an_option_by_itself_is_an_answer_or_one_config_error(name
     ids=lambda value: ascii(value)[:40],
 )  # fmt: skip
 @pytest.mark.parametrize("chat", [True, False])
-def test_what_is_no_prompt_is_one_error(prompts: object, chat: bool) -> None:
+def test_what_is_no_prompt_is_one_error(prompts: Any, chat: bool) -> None:
     for answer in (generate, stream):
         with pytest.raises((ConfigError, DataError), match="prompt|a conversation needs a chat template"):
-            answer(_CHAT, prompts, chat=chat, notice=str, max_new_tokens=1)
+            answer(_CHAT, prompts, chat=chat, max_new_tokens=1)
 
 
 @pytest.mark.parametrize(
@@ -91,14 +94,16 @@ def test_what_is_no_prompt_is_one_error(prompts: object, chat: bool) -> None:
         ("tools", 5), ("tools", "weather"), ("tools", [5]),
     ],
 )  # fmt: skip
-def test_arguments_beside_the_options_are_checked_too(name: str, value: object) -> None:
+def test_arguments_beside_the_options_are_checked_too(name: str, value: Any) -> None:
     with pytest.raises(HandspunError):
-        generate(_CHAT, "Hi", notice=str, **{"max_new_tokens": 1, name: value})
+        generate(_CHAT, "Hi", **{"max_new_tokens": 1, name: value})
 
 
 def test_values_of_numpy_are_taken() -> None:
-    [answer] = generate(
-        _CHAT, np.array(["Hi"]), notice=str, max_new_tokens=np.int64(2), batch_size=np.int32(4),
-        suppress_tokens=np.array([5, 7]), do_sample=np.bool_(True), temperature=np.float32(0.5),
-    )  # fmt: skip
+    prompts: Any = np.array(["Hi"])
+    options: dict[str, Any] = {
+        "max_new_tokens": np.int64(2), "batch_size": np.int32(4), "suppress_tokens": np.array([5, 7]),
+        "do_sample": np.bool_(True), "temperature": np.float32(0.5),
+    }  # fmt: skip
+    [answer] = generate(_CHAT, prompts, **options)
     assert len(answer.token_ids) <= 2

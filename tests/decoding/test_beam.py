@@ -1,9 +1,11 @@
 """Beam search: transformers' token ids, and rules of our own where transformers has none."""
 
 from itertools import product
+from typing import Any, Literal
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from handspun.decoding.beam import BeamState
 from handspun.decoding.generate import generate
@@ -19,7 +21,7 @@ _TOKENIZER = tiny_tokenizer()
 
 
 @pytest.fixture(scope="module", params=["qwen2", "llama"])
-def model(request: pytest.FixtureRequest):
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_model(request.param, vocab_size=24, pad_token_id=1)
 
 
@@ -28,8 +30,10 @@ _GRID = list(product((2, 4, 5), (0.6, 1.0, 2.0), (True, False, "never"), ([3], [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("beams", "length_penalty", "early_stopping", "eos"), _GRID, ids=str)
-def test_beams_are_those_of_transformers(model, beams, length_penalty, early_stopping, eos):
-    options = {
+def test_beams_are_those_of_transformers(
+    model: PreTrainedModel, beams: int, length_penalty: float, early_stopping: bool | str, eos: list[int]
+) -> None:
+    options: dict[str, Any] = {
         "num_beams": beams,
         "length_penalty": length_penalty,
         "early_stopping": early_stopping,
@@ -40,9 +44,14 @@ def test_beams_are_those_of_transformers(model, beams, length_penalty, early_sto
     assert_same_as_transformers(model, _TOKENIZER, _PROMPTS[2:], eos_token_ids=eos, **options)
 
 
-def test_the_compared_searches_end_in_all_ways(model):
+def test_the_compared_searches_end_in_all_ways(model: PreTrainedModel) -> None:
     """Otherwise the comparison above would say nothing about finished hypotheses."""
-    options = {"num_beams": 5, "length_penalty": 0.6, "max_new_tokens": 12, "num_return_sequences": 5}
+    options: dict[str, Any] = {
+        "num_beams": 5,
+        "length_penalty": 0.6,
+        "max_new_tokens": 12,
+        "num_return_sequences": 5,
+    }
     answers = assert_same_as_transformers(model, _TOKENIZER, _PROMPTS, eos_token_ids=[3, 7], **options)
     answers += assert_same_as_transformers(model, _TOKENIZER, _PROMPTS, eos_token_ids=[3], **options)
     assert {answer.finish_reason for answer in answers} == {"eos", "length"}
@@ -61,28 +70,38 @@ def test_the_compared_searches_end_in_all_ways(model):
     ],
     ids=str,
 )
-def test_beams_with_processors_are_those_of_transformers(model, options):
+def test_beams_with_processors_are_those_of_transformers(model: PreTrainedModel, options: dict[str, Any]) -> None:
     # the pad id, 1, is in no prompt: n-grams there see the padding
     beams = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 10}
     assert_same_as_transformers(model, _TOKENIZER, _PROMPTS, eos_token_ids=[3, 7], **beams, **options)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_two_eos_ids_make_three_candidates_a_beam(seed):
+def test_two_eos_ids_make_three_candidates_a_beam(seed: int) -> None:
     """The two eos ids are probable throughout, so that more than half of the best 2 * num_beams candidates end."""
     model = tiny_model("llama", seed=seed, vocab_size=16, pad_token_id=1, initializer_range=0.2)
     with torch.no_grad():  # the first feature is there at every position, and speaks for the eos ids
         model.model.embed_tokens.weight[:, 0] = 3.0
         model.lm_head.weight[:, 0] = 0.0
         model.lm_head.weight[[3, 7], 0] = 0.3
-    options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 8, "early_stopping": "never"}
+    options: dict[str, Any] = {
+        "num_beams": 3,
+        "num_return_sequences": 3,
+        "max_new_tokens": 8,
+        "early_stopping": "never",
+    }
     assert_same_as_transformers(model, _TOKENIZER, [[5, 9, 4], [8]], eos_token_ids=[3, 7], **options)
 
 
 @pytest.mark.parametrize("stops", [("$",), ("%", "&"), ("*.", "-")], ids=str)
-def test_beams_with_stop_strings_are_those_of_transformers(model, stops):
+def test_beams_with_stop_strings_are_those_of_transformers(model: PreTrainedModel, stops: tuple[str, ...]) -> None:
     """The first ids of the tokenizer are single characters: 3 is "$", 4 is "%"."""
-    options = {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 10, "stop_strings": stops}
+    options: dict[str, Any] = {
+        "num_beams": 4,
+        "num_return_sequences": 2,
+        "max_new_tokens": 10,
+        "stop_strings": stops,
+    }
     answers = assert_same_as_transformers(model, _TOKENIZER, _PROMPTS, eos_token_ids=[23], **options)
     for answer in answers:
         assert not any(stop in answer.text for stop in stops)
@@ -91,16 +110,16 @@ def test_beams_with_stop_strings_are_those_of_transformers(model, stops):
             assert _TOKENIZER.decode(answer.token_ids) == answer.text + answer.stop_string
 
 
-def test_stop_strings_do_end_beams(model):
-    options = {"num_beams": 4, "max_new_tokens": 10, "stop_strings": ("$", "%", "&")}
+def test_stop_strings_do_end_beams(model: PreTrainedModel) -> None:
+    options: dict[str, Any] = {"num_beams": 4, "max_new_tokens": 10, "stop_strings": ("$", "%", "&")}
     chat = ChatModel(model, _TOKENIZER, "tiny")
     assert "stop" in {answer.finish_reason for answer in answers_to(chat, _PROMPTS, **options)}
 
 
-def test_a_prompt_s_beams_do_not_depend_on_its_batch_mates(model):
+def test_a_prompt_s_beams_do_not_depend_on_its_batch_mates(model: PreTrainedModel) -> None:
     chat = ChatModel(model, _TOKENIZER, "tiny")
     model.generation_config.eos_token_id = [3, 7]
-    options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 12}
+    options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 12}
     together = answers_to(chat, _PROMPTS, logprobs=True, batch_size=64, **options)
     alone = answers_to(chat, _PROMPTS, logprobs=True, batch_size=1, **options)
     assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
@@ -109,7 +128,7 @@ def test_a_prompt_s_beams_do_not_depend_on_its_batch_mates(model):
     assert [(a.prompt_index, a.return_index) for a in together] == list(product(range(3), range(3)))
 
 
-def test_beams_come_best_first_by_the_model_s_own_log_probabilities(model):
+def test_beams_come_best_first_by_the_model_s_own_log_probabilities(model: PreTrainedModel) -> None:
     chat = ChatModel(model, _TOKENIZER, "tiny")
     model.generation_config.eos_token_id = [3]
     answers = answers_to(
@@ -130,13 +149,13 @@ def test_beams_come_best_first_by_the_model_s_own_log_probabilities(model):
         assert answer.logprobs == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_pad_id_of_0_is_a_pad_id(model):
+def test_a_pad_id_of_0_is_a_pad_id(model: PreTrainedModel) -> None:
     """transformers takes 0 for "none" there and fills with the eos; what comes before is the same."""
-    options = {"num_beams": 3, "max_new_tokens": 8}
+    options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 8}
     assert_same_as_transformers(model, _TOKENIZER, _PROMPTS, eos_token_ids=[3], pad_token_id=0, **options)
 
 
-def _search(early_stopping, length_penalty, hypotheses):
+def _search(early_stopping: Literal["never"] | bool, length_penalty: float, hypotheses: list[float]) -> BeamState:
     options = SamplingParams(num_beams=2, early_stopping=early_stopping, length_penalty=length_penalty)
     job = Request(None, options, vocabulary(_TOKENIZER), [[5]], [10], False, False, 1, 100, lambda: False)
     answer = Completion.start(job, 0)
@@ -162,12 +181,18 @@ def _search(early_stopping, length_penalty, hypotheses):
         ("never", -1.0, [-1.0, -8.0], -2.1, True),  # -2.1 * 4 = -8.4
     ],
 )
-def test_when_a_search_ends(early_stopping, length_penalty, hypotheses, best_score, ends):
+def test_when_a_search_ends(
+    early_stopping: Literal["never"] | bool,
+    length_penalty: float,
+    hypotheses: list[float],
+    best_score: float,
+    ends: bool,
+) -> None:
     search = _search(early_stopping, length_penalty, hypotheses)
     assert search.has_ended(best_score, 4) is ends
 
 
-def test_a_cancelled_search_gives_what_it_has(model):
+def test_a_cancelled_search_gives_what_it_has(model: PreTrainedModel) -> None:
     chat, calls = ChatModel(model, _TOKENIZER, "tiny"), iter([False, False, False, True])
     model.generation_config.eos_token_id = []
     answers = generate(
@@ -177,7 +202,6 @@ def test_a_cancelled_search_gives_what_it_has(model):
         num_beams=2,
         num_return_sequences=2,
         should_stop=lambda: next(calls, True),
-        notice=str,
     )
     assert [(a.finish_reason, len(a.token_ids)) for a in answers] == [("cancelled", 3)] * 2
     assert answers[0].token_ids != answers[1].token_ids

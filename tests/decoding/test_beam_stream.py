@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,9 @@ def _answer(text: str, *, stops: tuple[str, ...] = (), ended: bool = False) -> C
 
 def _put_together(chunks: Iterable[GenerationChunk]) -> tuple[list[GenerationResult], list[str]]:
     """The results, each checked to be what its chunks say end to end; and the texts that came before the ends."""
-    texts, ids, results, early = {}, {}, {}, []
+    texts: dict[tuple[int, int], str] = {}
+    ids: dict[tuple[int, int], list[int]] = {}
+    results, early = {}, []
     for chunk in chunks:
         name = (chunk.prompt_index, chunk.return_index)
         assert name not in results, "a chunk behind the last one"
@@ -45,21 +48,21 @@ def _put_together(chunks: Iterable[GenerationChunk]) -> tuple[list[GenerationRes
     return [results[name] for name in sorted(results)], early
 
 
-def test_answers_agree_on_what_all_of_them_begin_with():
+def test_answers_agree_on_what_all_of_them_begin_with() -> None:
     assert agreed([_answer("the cat"), _answer("the car"), _answer("the cab")])[0] == "the ca"
     assert agreed([_answer("the cat"), _answer("")]) == ("", [])
     [alone] = [_answer("the cat")]
     assert agreed([alone]) == ("the cat", alone.token_ids)
 
 
-def test_what_may_become_a_stop_string_or_is_no_character_yet_is_not_agreed_on():
+def test_what_may_become_a_stop_string_or_is_no_character_yet_is_not_agreed_on() -> None:
     assert agreed([_answer("the ca", stops=("a!",)), _answer("the cab", stops=("a!",))])[0] == "the c"
     half = _answer("好")
     half.add(_TOKENIZER("好")["input_ids"][0])
     assert agreed([half, _answer("好好")])[0] == "好"
 
 
-def test_texts_agree_where_tokens_do_not():
+def test_texts_agree_where_tokens_do_not() -> None:
     job, ids = _answer("").job, _TOKENIZER(" the")["input_ids"]
     letters = [_TOKENIZER(letter)["input_ids"][0] for letter in " the"]
     whole, spelled = Completion.start(job, 0), Completion.start(job, 0)
@@ -70,7 +73,7 @@ def test_texts_agree_where_tokens_do_not():
     assert agreed([whole, spelled]) == (" the", [])
 
 
-def test_only_what_may_still_be_returned_counts():
+def test_only_what_may_still_be_returned_counts() -> None:
     """Not a beam without a chance, and not the second hypothesis where one is asked for."""
     beams = [_answer("the cat"), _answer("the car"), _answer("dog")]
     hypotheses = [(-1.0, _answer("the cab", ended=True)), (-2.0, _answer("a", ended=True))]
@@ -89,7 +92,7 @@ def test_only_what_may_still_be_returned_counts():
 @pytest.mark.slow
 @pytest.mark.parametrize("make_beams", [TreeBeamCache, CopyingBeamCache])
 @pytest.mark.parametrize("seed", range(25))
-def test_streamed_texts_end_to_end_are_the_answers(seed, make_beams):
+def test_streamed_texts_end_to_end_are_the_answers(seed: int, make_beams: Any) -> None:
     """Random models and options; tokens are bytes of characters, words, and special ones."""
     choose = random.Random(seed)
     model = tiny_model(
@@ -97,7 +100,7 @@ def test_streamed_texts_end_to_end_are_the_answers(seed, make_beams):
         eos_token_id=choose.sample(range(330), choose.randint(0, 40)) or None,
     )  # fmt: skip
     beams = choose.randint(2, 6)
-    options = {
+    options: dict[str, Any] = {
         "num_beams": beams,
         "num_return_sequences": choose.randint(1, beams),
         "length_penalty": choose.choice([-1.0, 0.0, 0.6, 1.0, 2.0]),
@@ -120,9 +123,14 @@ def test_streamed_texts_end_to_end_are_the_answers(seed, make_beams):
         ]
 
 
-def test_all_of_a_prompts_answers_get_what_they_share_before_they_end():
-    options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 40, "min_new_tokens": 40}
-    chunks = list(stream(_CHAT, ["Hi", "Tell me a joke."], notice=str, **options))
+def test_all_of_a_prompts_answers_get_what_they_share_before_they_end() -> None:
+    options: dict[str, Any] = {
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "max_new_tokens": 40,
+        "min_new_tokens": 40,
+    }
+    chunks = list(stream(_CHAT, ["Hi", "Tell me a joke."], **options))
     results, early = _put_together(chunks)
     shared = [_shared(results[2 * prompt : 2 * prompt + 2], chunks, prompt) for prompt in range(2)]
     assert any(shared)
@@ -139,17 +147,21 @@ def _shared(results: list[GenerationResult], chunks: list[GenerationChunk], prom
 
 
 @pytest.mark.parametrize("answers", [1, 3])
-def test_the_beginning_that_a_form_fixes_is_shown_before_the_end(answers):
+def test_the_beginning_that_a_form_fixes_is_shown_before_the_end(answers: int) -> None:
     """However its beams spell it; and once, for under a constraint only the best answer is sure to be there."""
-    options = {"num_beams": 4, "num_return_sequences": answers, "regex": "The answer is (yes|no)[.]"}
-    results, early = _put_together(stream(_CHAT, "Hi", notice=str, max_new_tokens=40, **options))
+    options: dict[str, Any] = {
+        "num_beams": 4,
+        "num_return_sequences": answers,
+        "regex": "The answer is (yes|no)[.]",
+    }
+    results, early = _put_together(stream(_CHAT, "Hi", max_new_tokens=40, **options))
     assert len(results) == answers
     assert "".join(early) == "The answer is "
     assert {result.text for result in results} <= {"The answer is yes.", "The answer is no."}
 
 
-def test_an_answer_that_may_not_exist_is_not_streamed():
-    options = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 9}
+def test_an_answer_that_may_not_exist_is_not_streamed() -> None:
+    options: dict[str, Any] = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 9}
     assert sure_answers(job_of(_CHAT, [[5]], **options)) == 4
     assert sure_answers(job_of(_CHAT, [[5]], repetition_penalty=1.1, **options)) == 4
     assert sure_answers(job_of(_CHAT, [[5]], no_repeat_ngram_size=2, **options)) == 1
@@ -158,10 +170,10 @@ def test_an_answer_that_may_not_exist_is_not_streamed():
 
 
 @pytest.mark.parametrize("steps", range(8))
-def test_a_search_that_is_cancelled_takes_nothing_back(steps):
+def test_a_search_that_is_cancelled_takes_nothing_back(steps: int) -> None:
     calls = iter([False] * steps)
-    options = {"num_beams": 3, "num_return_sequences": 3, "should_stop": lambda: next(calls, True)}
-    results, _ = _put_together(stream(_CHAT, ["Hi", "joke"], notice=str, min_new_tokens=9, **options))
+    options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 3, "should_stop": lambda: next(calls, True)}
+    results, _ = _put_together(stream(_CHAT, ["Hi", "joke"], min_new_tokens=9, **options))
     assert [(r.prompt_index, r.return_index, r.finish_reason) for r in results] == [
         (prompt, number, "cancelled") for prompt in range(2) for number in range(3)
     ]

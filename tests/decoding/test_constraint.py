@@ -2,6 +2,8 @@
 
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -13,6 +15,7 @@ from handspun.config import GenerationOptions
 from handspun.decoding.constraint import make_constraint
 from handspun.decoding.generate import generate, stream
 from handspun.decoding.options import SamplingParams, resolve
+from handspun.decoding.results import GenerationResult
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
 from tiny import tiny_model, tiny_tokenizer
@@ -21,15 +24,19 @@ _TOKENIZER = tiny_tokenizer()  # 325 tokens, of which a head of 330 rows has fiv
 _EOS = 322
 _CHAT = ChatModel(tiny_model("qwen2", eos_token_id=_EOS), _TOKENIZER, "tiny")
 _PROMPTS = ["Hi", "Tell me a joke.", "What is the sum of the first numbers?"]
-_MODES = [{}, {"do_sample": True, "temperature": 3.0}, {"num_beams": 3, "num_return_sequences": 2}]
+_MODES: list[dict[str, Any]] = [
+    {},
+    {"do_sample": True, "temperature": 3.0},
+    {"num_beams": 3, "num_return_sequences": 2},
+]
 
 
-def _answers(prompts=_PROMPTS, **options):
-    return generate(_CHAT, prompts, notice=str, **{"max_new_tokens": 200, **options})
+def _answers(prompts: Any = _PROMPTS, **options: Any) -> list[GenerationResult]:
+    return generate(_CHAT, prompts, **{"max_new_tokens": 200, **options})
 
 
 @st.composite
-def _schemas(draw: st.DrawFn, depth: int = 2) -> dict:
+def _schemas(draw: st.DrawFn, depth: int = 2) -> dict[str, Any]:
     """Schemas whose every answer is short."""
     kinds = ["boolean", "null", "integer", "string", "enum"] + (["array", "object"] if depth else [])
     kind = draw(st.sampled_from(kinds))
@@ -55,7 +62,7 @@ def _schemas(draw: st.DrawFn, depth: int = 2) -> dict:
 
 @settings(max_examples=25, deadline=None)
 @given(_schemas(), st.sampled_from(_MODES), st.integers(0, 100))
-def test_answers_are_json_of_the_schema(schema, mode, seed):
+def test_answers_are_json_of_the_schema(schema: Any, mode: dict[str, Any], seed: int) -> None:
     answers = _answers(json_schema=schema, seed=seed, max_new_tokens=400, **mode)
     assert answers
     for answer in answers:
@@ -77,7 +84,7 @@ _REGEXES = st.recursive(
 
 @settings(max_examples=40, deadline=None)
 @given(_REGEXES, st.sampled_from(_MODES), st.integers(0, 100))
-def test_answers_match_the_regular_expression(regex, mode, seed):
+def test_answers_match_the_regular_expression(regex: str, mode: dict[str, Any], seed: int) -> None:
     answers = _answers(_PROMPTS[:2], regex=regex, seed=seed, **mode)
     assert len(answers) >= 2
     for answer in answers:
@@ -87,12 +94,12 @@ def test_answers_match_the_regular_expression(regex, mode, seed):
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.text("ab$^.*/\\\"' \n-#&~|{([", min_size=1, max_size=5), min_size=1, unique=True))
-def test_answers_are_one_of_the_choices_whatever_these_hold(choices):
+def test_answers_are_one_of_the_choices_whatever_these_hold(choices: list[str]) -> None:
     for mode in ({}, {"num_beams": 2}):
         assert _answers(_PROMPTS[:1], choice=tuple(choices), **mode)[0].text in choices
 
 
-def test_the_choice_is_the_most_probable_one_in_a_beam_search_over_all():
+def test_the_choice_is_the_most_probable_one_in_a_beam_search_over_all() -> None:
     choices = ("red", "blue", "green")
     [best, *_] = _answers(_PROMPTS[:1], choice=choices, num_beams=8, length_penalty=0.0, logprobs=True)
     prompt = best.prompt_token_ids
@@ -104,7 +111,7 @@ def test_the_choice_is_the_most_probable_one_in_a_beam_search_over_all():
     assert sum(best.logprobs) >= max(scores.values()) - 1e-4  # other ways to spell one may be as probable
 
 
-def test_fewer_answers_than_beams_are_found_only_once():
+def test_fewer_answers_than_beams_are_found_only_once() -> None:
     answers = _answers(_PROMPTS, choice=("yes", "no"), num_beams=6, num_return_sequences=4)
     for prompt in range(3):
         spelled = [tuple(answer.token_ids) for answer in answers if answer.prompt_index == prompt]
@@ -112,19 +119,19 @@ def test_fewer_answers_than_beams_are_found_only_once():
     assert {answer.text for answer in answers} == {"yes", "no"}
 
 
-def test_an_answer_that_is_cut_off_says_so():
+def test_an_answer_that_is_cut_off_says_so() -> None:
     [answer] = _answers(_PROMPTS[:1], regex="a{50}", max_new_tokens=5)
     assert (answer.finish_reason, len(answer.token_ids)) == ("length", 5)
     assert re.fullmatch("a+", answer.text)
 
 
-def test_stop_strings_of_chats_do_not_cut_what_has_a_form():
+def test_stop_strings_of_chats_do_not_cut_what_has_a_form() -> None:
     assert _answers(_PROMPTS[:1], choice=("x\nUser: y",))[0].text == "x\nUser: y"
     [cut] = _answers(_PROMPTS[:1], choice=("x\nUser: y",), stop_strings=("User",))
     assert (cut.text, cut.finish_reason) == ("x\n", "stop")
 
 
-def test_rows_at_different_steps_have_their_own_states_and_lost_ones_are_made_again():
+def test_rows_at_different_steps_have_their_own_states_and_lost_ones_are_made_again() -> None:
     constraint = make_constraint(SamplingParams(regex="ab*c", eos_token_ids=(_EOS,)), _TOKENIZER)
     a, b, c = (_TOKENIZER(letter)["input_ids"][0] for letter in "abc")
     logits = torch.zeros(4, 330)
@@ -138,7 +145,7 @@ def test_rows_at_different_steps_have_their_own_states_and_lost_ones_are_made_ag
     assert constraint.apply(torch.zeros(1, 300), [[a]]).shape == (1, 300)  # a head smaller than the vocabulary
 
 
-def test_an_eos_is_allowed_only_where_the_answer_is_complete():
+def test_an_eos_is_allowed_only_where_the_answer_is_complete() -> None:
     constraint = make_constraint(SamplingParams(regex="a|aba", eos_token_ids=(_EOS, 320)), _TOKENIZER)
     a, b = (_TOKENIZER(letter)["input_ids"][0] for letter in "ab")
     for tokens, complete in ([], False), ([a], True), ([a, b], False), ([a, b, a], True):
@@ -164,29 +171,29 @@ def test_an_eos_is_allowed_only_where_the_answer_is_complete():
     ],
     ids=str,
 )
-def test_a_form_that_cannot_be_had_is_an_error_in_words(option, words):
+def test_a_form_that_cannot_be_had_is_an_error_in_words(option: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=f"(?s){words}"):
         _answers(_PROMPTS[:1], **option)
 
 
-def test_a_schema_can_be_a_file(tmp_path):
+def test_a_schema_can_be_a_file(tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text('{"enum": [7]}')
     assert _answers(_PROMPTS[:1], json_schema=str(tmp_path / "schema.json"))[0].text == "7"
 
 
-def test_errors_of_a_stream_come_at_once():
+def test_errors_of_a_stream_come_at_once() -> None:
     with pytest.raises(ConfigError, match="unclosed group"):
-        stream(_CHAT, "Hi", regex="a(b", notice=str)
+        stream(_CHAT, "Hi", regex="a(b")
 
 
-def test_without_an_eos_nothing_could_end_the_answer():
+def test_without_an_eos_nothing_could_end_the_answer() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="--regex needs an end-of-sequence token"):
-        generate(ChatModel(tiny_model("qwen2"), tokenizer, "tiny"), "a", chat=False, regex="a", notice=str)
+        generate(ChatModel(tiny_model("qwen2"), tokenizer, "tiny"), "a", chat=False, regex="a")
 
 
-def _allows(schema, text):
+def _allows(schema: Any, text: str) -> bool:
     """Whether an answer may be this text, token by token."""
     options, _ = resolve(GenerationOptions(json_schema=schema), _CHAT, chat=False)
     constraint = make_constraint(options, _TOKENIZER)
@@ -242,7 +249,7 @@ _HELD = [
 
 
 @pytest.mark.parametrize(("schema", "right", "wrong"), _HELD, ids=lambda value: json.dumps(value)[:60])
-def test_a_keyword_that_is_taken_is_held_to(schema, right, wrong):
+def test_a_keyword_that_is_taken_is_held_to(schema: Any, right: str, wrong: str) -> None:
     assert _allows(schema, right)
     assert not _allows(schema, wrong)
 
@@ -287,13 +294,13 @@ _NOT_HELD = [
 
 
 @pytest.mark.parametrize(("schema", "words"), _NOT_HELD, ids=lambda value: json.dumps(value)[:60])
-def test_a_keyword_that_would_not_be_held_to_is_refused_by_name(schema, words):
+def test_a_keyword_that_would_not_be_held_to_is_refused_by_name(schema: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=f"(?s)--json-schema .*{words}"):
         _answers(_PROMPTS[:1], json_schema=schema)
 
 
-def _nested(levels, kind):
-    schema = {"type": "integer"}
+def _nested(levels: int, kind: str) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "integer"}
     for _ in range(levels):
         schema = {"type": "array", "items": schema} if kind == "array" else {"enum": [[schema]]}
     return schema
@@ -301,7 +308,7 @@ def _nested(levels, kind):
 
 @pytest.mark.parametrize("levels", [100, 300, 5_000])
 @pytest.mark.parametrize("kind", ["array", "enum"])
-def test_schemas_that_are_nested_deeply_are_one_error_or_held_to(levels, kind):
+def test_schemas_that_are_nested_deeply_are_one_error_or_held_to(levels: int, kind: str) -> None:
     schema = _nested(levels, kind)
     texts = [schema] if levels == 5_000 else [schema, json.dumps(schema)]
     for form in texts:
@@ -333,7 +340,7 @@ def test_schemas_that_are_nested_deeply_are_one_error_or_held_to(levels, kind):
     ],
     ids=str,
 )
-def test_schemas_that_are_no_json_are_one_error(schema, tmp_path):
+def test_schemas_that_are_no_json_are_one_error(schema: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--json-schema"):
         _answers(_PROMPTS[:1], json_schema=schema)
     if isinstance(schema, str):
@@ -357,7 +364,7 @@ def test_schemas_that_are_no_json_are_one_error(schema, tmp_path):
         ("a\ud800", "expected text that UTF-8 can encode"),
     ],
 )
-def test_what_regular_expressions_cannot_have_here_is_refused(regex, words):
+def test_what_regular_expressions_cannot_have_here_is_refused(regex: str, words: str) -> None:
     with pytest.raises(ConfigError, match=f"(?s)--regex .*{words}"):
         _answers(_PROMPTS[:1], regex=regex)
 
@@ -366,7 +373,7 @@ def test_what_regular_expressions_cannot_have_here_is_refused(regex, words):
     ("regex", "right"),
     [("^a$", "a"), ("a+?", "aa"), (r"\d{2}", "07"), (r"\p{Han}", "色"), ("(?i)yes", "YES"), (r"\Aab\z", "ab")],
 )
-def test_what_regular_expressions_may_have(regex, right):
+def test_what_regular_expressions_may_have(regex: str, right: str) -> None:
     constraint = make_constraint(SamplingParams(regex=regex, eos_token_ids=(_EOS,)), _TOKENIZER)
     ids = [*_TOKENIZER(right)["input_ids"], _EOS]
     for place, token in enumerate(ids):

@@ -1,33 +1,36 @@
 """Many prompts, empty ones, no room, nothing said, more beams than tokens: an answer, or a clear error."""
 
+from typing import Any
+
 import pytest
 
 from handspun.decoding import scheduler as decode
 from handspun.decoding.engines.choose import make_engine
 from handspun.decoding.generate import generate
+from handspun.decoding.results import GenerationResult
 from handspun.models.load import ChatModel
 from parity import assert_same_as_transformers
 from tiny import tiny_model, tiny_tokenizer
 
 _TOKENIZER = tiny_tokenizer()
-_MODES = [{}, {"do_sample": True, "seed": 1}, {"num_beams": 3}]
+_MODES: list[dict[str, Any]] = [{}, {"do_sample": True, "seed": 1}, {"num_beams": 3}]
 
 
 @pytest.fixture(scope="module")
-def chat():
+def chat() -> ChatModel:
     return ChatModel(tiny_model("qwen2", eos_token_id=list(range(40, 90))), _TOKENIZER, "tiny")
 
 
-def _generate(model, prompts, **options):
-    return generate(model, prompts, **{"notice": str, "max_new_tokens": 6, **options})
+def _generate(model: ChatModel, prompts: Any, **options: Any) -> list[GenerationResult]:
+    return generate(model, prompts, **{"max_new_tokens": 6, **options})
 
 
-def test_a_batch_is_full_while_prompts_are_waiting(chat, monkeypatch):
+def test_a_batch_is_full_while_prompts_are_waiting(chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """805 prompts whose answers end at different steps: batch_size rows are under way until none waits."""
-    rows = []
+    rows: list[int] = []
 
-    def watched(model):
-        engine = make_engine(model)
+    def watched(model: ChatModel) -> Any:
+        engine: Any = make_engine(model)
         forward = engine.forward
         engine.forward = lambda feeds: rows.append(len(feeds)) or forward(feeds)
         return engine
@@ -43,7 +46,7 @@ def test_a_batch_is_full_while_prompts_are_waiting(chat, monkeypatch):
     assert emptying == sorted(emptying, reverse=True)
 
 
-def test_a_thousand_prompts_are_answered_as_each_alone(chat):
+def test_a_thousand_prompts_are_answered_as_each_alone(chat: ChatModel) -> None:
     prompts = [f"{'Tell me a joke. ' * (n % 3)}{n}" for n in range(1000)]
     answers = _generate(chat, prompts, max_new_tokens=3)
     assert [answer.prompt_index for answer in answers] == list(range(1000))
@@ -51,7 +54,7 @@ def test_a_thousand_prompts_are_answered_as_each_alone(chat):
         assert answers[n].token_ids == _generate(chat, prompts[n], max_new_tokens=3)[0].token_ids
 
 
-def test_one_prompt_a_hundred_times(chat):
+def test_one_prompt_a_hundred_times(chat: ChatModel) -> None:
     """The same answer each time if nothing is drawn, and under one seed draws of their own."""
     for mode in ({}, {"num_beams": 3}):
         assert (
@@ -63,7 +66,7 @@ def test_one_prompt_a_hundred_times(chat):
 
 
 @pytest.mark.parametrize("mode", _MODES, ids=str)
-def test_an_eos_as_the_first_token_is_an_answer_that_says_nothing(chat, mode):
+def test_an_eos_as_the_first_token_is_an_answer_that_says_nothing(chat: ChatModel, mode: dict[str, Any]) -> None:
     eos = _TOKENIZER.eos_token_id
     answers = _generate(chat, ["Hi", "Tell me a joke."], logit_bias={eos: 1000.0}, **mode)
     assert [(a.text, a.token_ids, a.finish_reason) for a in answers] == [("", [eos], "eos")] * 2
@@ -71,28 +74,28 @@ def test_an_eos_as_the_first_token_is_an_answer_that_says_nothing(chat, mode):
 
 @pytest.mark.parametrize("mode", _MODES, ids=str)
 @pytest.mark.parametrize("prompt", ["", [{"role": "user", "content": ""}]], ids=["text", "message"])
-def test_an_empty_message_is_still_a_turn(chat, mode, prompt):
+def test_an_empty_message_is_still_a_turn(chat: ChatModel, mode: dict[str, Any], prompt: Any) -> None:
     [answer] = _generate(chat, [prompt], **mode)
-    rendered = _TOKENIZER.apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True)
+    rendered: Any = _TOKENIZER.apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True)
     assert answer.prompt_token_ids == rendered["input_ids"]
     assert answer.token_ids
 
 
 @pytest.mark.parametrize("mode", _MODES, ids=str)
-def test_a_prompt_that_leaves_room_for_one_token_gets_it(mode):
+def test_a_prompt_that_leaves_room_for_one_token_gets_it(mode: dict[str, Any]) -> None:
     short = ChatModel(tiny_model("llama", max_position_embeddings=24), _TOKENIZER, "short")
     [answer] = _generate(short, ["b" * 23], chat=False, **mode)
     assert (len(answer.token_ids), answer.finish_reason) == (1, "length")
 
 
-def test_there_may_be_more_beams_than_tokens():
+def test_there_may_be_more_beams_than_tokens() -> None:
     model = tiny_model("llama", vocab_size=24, pad_token_id=1)
     prompts = [[5, 9, 13, 4], [8]]
     for options in ({"max_new_tokens": 4, "num_return_sequences": 5}, {"max_new_tokens": 1}):
         assert_same_as_transformers(model, _TOKENIZER, prompts, eos_token_ids=[3], num_beams=40, **options)
 
 
-def test_a_search_has_no_more_answers_than_there_are():
+def test_a_search_has_no_more_answers_than_there_are() -> None:
     """Of one token each there are as many as tokens, each once, the most probable first."""
     few = ChatModel(tiny_model("llama", vocab_size=24, pad_token_id=1, eos_token_id=3), _TOKENIZER, "few")
     answers = _generate(

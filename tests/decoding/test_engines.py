@@ -94,7 +94,8 @@ def test_rows_attended_in_one_call_as_on_a_gpu(
     """Prompts, tokens, a few tokens at once, a tree of tokens, and what no kernel may read: NaN in the pool."""
     mask = torch.ones(3, len(PROMPTS[0]) + 1 + 3, dtype=torch.bool)
     mask[1, -3:], mask[2, -3:] = torch.tensor([[False, True, False], [True, False, True]])
-    model, found = fused_weights(model_of(name).to(dtype)), []
+    weights: Any = model_of(name)
+    model, found = fused_weights(weights.to(dtype)), []
     for gathers in (False, True):
         engine = FusedEngine(model)
         monkeypatch.setattr(engine, "_gathers", gathers)
@@ -201,7 +202,7 @@ def test_what_is_not_llamas_kind_goes_through_transformers() -> None:
 @pytest.mark.parametrize("options", [{"num_beams": 4}, {"num_beams": 3, "repetition_penalty": 1.3}])
 def test_a_tree_of_beams_gives_what_rows_of_beams_give(family: Any, options: dict[str, Any]) -> None:
     """Sixty steps, so that the tree is compacted many times; three prompts of different lengths."""
-    chat = ChatModel(tiny_model(family), tiny_tokenizer(), "tiny")
+    chat: Any = ChatModel(tiny_model(family), tiny_tokenizer(), "tiny")
     job = job_of(chat, PROMPTS[:3], max_new_tokens=60, num_return_sequences=2, **options)
     tree, plain = found_by(job, TreeBeamCache), found_by(job, CopyingBeamCache)
     assert tree == plain
@@ -234,7 +235,7 @@ def test_int8_answers_do_not_depend_on_batch_mates(is_native: bool, monkeypatch:
     def answers(chosen: list[int], **more: Any) -> dict[int, tuple[list[int], list[float] | None]]:
         seeds = tuple(100 + n for n in chosen)
         texts = [prompts[n] for n in chosen]
-        found = handspun.generate(chat, texts, seed=seeds, logprobs=True, notice=str, **options, **more)
+        found = handspun.generate(chat, texts, seed=seeds, logprobs=True, **options, **more)
         return {n: (answer.token_ids, answer.logprobs) for n, answer in zip(chosen, found, strict=True)}
 
     alone = {n: answers([n])[n] for n in range(12)}
@@ -315,13 +316,11 @@ def test_int8_weights_take_the_place_of_the_float_ones() -> None:
         "meta"
     }
     assert chat.device.type == "cpu"
-    assert handspun.generate(chat, "Say 3.", max_new_tokens=3, notice=str)[0].token_ids
+    assert handspun.generate(chat, "Say 3.", max_new_tokens=3)[0].token_ids
 
 
 def test_int8_is_near_float(tiny_folder: Any) -> None:
-    exact, rounded = (
-        handspun.load(str(tiny_folder), weights=weights, notice=str) for weights in ("float32", "int8")
-    )
+    exact, rounded = (handspun.load(str(tiny_folder), weights=weights) for weights in ("float32", "int8"))
     ids = [5, 9, 13, 4, 7, 7, 100]
     logits = [_logits(chat, ids) for chat in (exact, rounded)]
     difference = (logits[0] - logits[1]).norm() / logits[0].norm()

@@ -1,7 +1,9 @@
 """NaN and infinity in a model, or from a processor, are one error that names the token and what to look at."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,8 @@ _MODES = [
 def _broken(
     name: str, value: float, *, dtype: torch.dtype = torch.float32, in_training: bool = False
 ) -> ChatModel:
-    model = tiny_model("qwen2", eos_token_id=322).to(dtype)
+    model: Any = tiny_model("qwen2", eos_token_id=322)
+    model.to(dtype)
     weight = model.get_parameter(name)
     with torch.no_grad():
         weight.view(-1)[1] = value
@@ -35,16 +38,16 @@ def _broken(
 
 @pytest.mark.parametrize("mode", _MODES, ids=str)
 @pytest.mark.parametrize("in_training", [False, True], ids=["fused engine", "transformers engine"])
-def test_a_model_of_nan_is_an_error_in_every_way_of_decoding(mode: dict, in_training: bool) -> None:
+def test_a_model_of_nan_is_an_error_in_every_way_of_decoding(mode: dict[str, Any], in_training: bool) -> None:
     model = _broken("model.norm.weight", math.nan, in_training=in_training)
     message = (
         r"tiny: 330 of the model's 330 logits are NaN or infinite, at token 1 of the answer to prompt 1. These "
         r"weights contain NaN or infinity: model.norm.weight \(1 of 32 values\)"
     )
     with pytest.raises(ModelError, match=message):
-        generate(model, ["Hi", "Tell me a joke."], max_new_tokens=4, notice=str, **mode)
+        generate(model, ["Hi", "Tell me a joke."], max_new_tokens=4, **mode)
     with pytest.raises(ModelError, match=message):
-        list(stream(model, "Hi", max_new_tokens=4, notice=str, **mode))
+        list(stream(model, "Hi", max_new_tokens=4, **mode))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -56,33 +59,31 @@ def test_a_model_of_nan_is_an_error_in_every_way_of_decoding(mode: dict, in_trai
 def test_a_single_value_that_is_no_number_is_named(name: str, dtype: torch.dtype, value: float) -> None:
     model = _broken(name, value, dtype=dtype)
     with pytest.raises(ModelError, match=rf"NaN or infinite.*{name} \(1 of"):
-        generate(model, "Hi", max_new_tokens=4, notice=str)
+        generate(model, "Hi", max_new_tokens=4)
 
 
 def test_the_token_and_the_prompt_are_those_that_meet_it() -> None:
     """The embedding of one token: a prompt without it is answered until the model says it."""
-    model = _broken("model.norm.weight", 1.0)
-    [answer] = generate(
-        model, "Hi", chat=False, max_new_tokens=6, notice=str
-    )  # its weights are not looked at again
+    model: Any = _broken("model.norm.weight", 1.0)
+    [answer] = generate(model, "Hi", chat=False, max_new_tokens=6)  # its weights are not looked at again
     third = answer.token_ids[2]
     assert third not in answer.token_ids[:2] + answer.prompt_token_ids
     with torch.no_grad():
         model.model.get_input_embeddings().weight[third] = math.nan
     with pytest.raises(ModelError, match=r"at token 4 of the answer to prompt 1\. These weights.*\(32 of 10,560"):
-        generate(model, "Hi", chat=False, max_new_tokens=6, notice=str)
+        generate(model, "Hi", chat=False, max_new_tokens=6)
     with torch.no_grad():
         model.model.get_input_embeddings().weight[third] = 1.0
         model.model.get_input_embeddings().weight[68] = math.nan
     with pytest.raises(ModelError, match="at token 1 of the answer to prompt 2"):  # 68 is "e"
-        generate(model, ["Hi", "e"], chat=False, max_new_tokens=2, notice=str)
+        generate(model, ["Hi", "e"], chat=False, max_new_tokens=2)
 
 
 def test_weights_that_attention_hides_are_found_at_the_first_token() -> None:
     for name in ("q_proj", "k_proj"):
         model = _broken(f"model.layers.0.self_attn.{name}.weight", math.nan)
         with pytest.raises(ModelError, match=rf"token 1 of the answer to prompt 1.*{name}.weight \(1 of"):
-            generate(model, "Hi", max_new_tokens=4, notice=str)
+            generate(model, "Hi", max_new_tokens=4)
 
 
 def test_an_overflow_of_finite_weights_is_told_from_them() -> None:
@@ -90,7 +91,7 @@ def test_an_overflow_of_finite_weights_is_told_from_them() -> None:
     with torch.no_grad():
         model.model.lm_head.weight.fill_(6e4)
     with pytest.raises(ModelError, match="All weights are finite, so a computation overflowed"):
-        generate(model, "Hi", max_new_tokens=4, notice=str)
+        generate(model, "Hi", max_new_tokens=4)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_infinities_and_nans_are_counted_and_large_sums_are_not() -> None:
     assert nonfinite_weights(module) == "weight (2 of 8 values)"
 
 
-def _returns(value: float, where: slice):
+def _returns(value: float, where: slice) -> Callable[[torch.Tensor, list[int]], torch.Tensor]:
     def spoil(logits: torch.Tensor, _: list[int]) -> torch.Tensor:
         logits[where] = value
         return logits
@@ -131,7 +132,9 @@ def _returns(value: float, where: slice):
     ],
 )
 @pytest.mark.parametrize("mode", [{}, {"do_sample": True}, {"num_beams": 2}], ids=str)
-def test_a_processor_of_the_user_s_that_spoils_logits_is_named(mode: dict, value: float, where: slice, words: str):
+def test_a_processor_of_the_user_s_that_spoils_logits_is_named(
+    mode: dict[str, Any], value: float, where: slice, words: str
+) -> None:
     model = _broken("model.norm.weight", 1.0)
     with pytest.raises(ConfigError, match=f"the processor spoil {words}"):
-        generate(model, "Hi", processors=[_returns(value, where)], notice=str, max_new_tokens=3, **mode)
+        generate(model, "Hi", processors=[_returns(value, where)], max_new_tokens=3, **mode)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -58,19 +59,21 @@ def _by_transformers(processor: LogitsProcessor, logits: Tensor, input_ids: Tens
 
 
 @given(_logits(), _histories(), st.floats(0.25, 4.0))
-def test_repetition_penalty_is_that_of_transformers(logits, histories, penalty):
+def test_repetition_penalty_is_that_of_transformers(
+    logits: Tensor, histories: list[list[int]], penalty: float
+) -> None:
     ours = filters.repetition_penalty(logits, histories, penalty)
     assert torch.equal(ours, _row_by_row(RepetitionPenaltyLogitsProcessor(penalty), logits, histories))
 
 
 @given(_logits(), _histories(), st.integers(1, 5))
-def test_no_repeat_ngram_is_that_of_transformers(logits, histories, size):
+def test_no_repeat_ngram_is_that_of_transformers(logits: Tensor, histories: list[list[int]], size: int) -> None:
     ours = filters.no_repeat_ngram(logits, histories, size)
     assert torch.equal(ours, _row_by_row(NoRepeatNGramLogitsProcessor(size), logits, histories))
 
 
 @given(_logits(), st.lists(st.integers(0, 4), min_size=3, max_size=3), st.integers(1, 4))
-def test_min_new_tokens_is_that_of_transformers(logits, generated, wanted):
+def test_min_new_tokens_is_that_of_transformers(logits: Tensor, generated: list[int], wanted: int) -> None:
     rows = [History([1, 2], [0] * n) for n in generated]
     theirs = MinNewTokensLengthLogitsProcessor(2, wanted, torch.tensor([3, 7]))
     ours = process(logits, rows, make_processors(SamplingParams(min_new_tokens=wanted, eos_token_ids=(3, 7))))
@@ -79,25 +82,25 @@ def test_min_new_tokens_is_that_of_transformers(logits, generated, wanted):
 
 
 @given(_logits(), st.floats(0.05, 10.0))
-def test_temperature_is_that_of_transformers(logits, value):
+def test_temperature_is_that_of_transformers(logits: Tensor, value: Any) -> None:
     assert torch.equal(
         filters.temperature(logits, value), _by_transformers(TemperatureLogitsWarper(value), logits)
     )
 
 
 @given(_logits(), st.integers(1, 20))
-def test_top_k_is_that_of_transformers(logits, k):
+def test_top_k_is_that_of_transformers(logits: Tensor, k: int) -> None:
     assert torch.equal(filters.top_k(logits, k), _by_transformers(TopKLogitsWarper(k), logits))
 
 
 @given(_logits(), st.floats(0.01, 1.0, exclude_max=True))
-def test_top_p_is_that_of_transformers(logits, p):
+def test_top_p_is_that_of_transformers(logits: Tensor, p: float) -> None:
     assert torch.equal(filters.top_p(logits, p), _by_transformers(TopPLogitsWarper(p), logits))
 
 
 @given(st.integers(0, 2**32), st.sampled_from([0.05, 0.5, 0.9, 0.99, 0.999999]), st.sampled_from([0.1, 1.0, 6.0]))
 @settings(max_examples=40)
-def test_top_p_without_sorting_is_top_p_by_sorting(seed, p, spread):
+def test_top_p_without_sorting_is_top_p_by_sorting(seed: int, p: float, spread: float) -> None:
     """A vocabulary larger than the few tokens that it looks at first; rounded values, so that many tie."""
     logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(seed)) * spread
     logits[1] = (logits[1] * 2).round() / 2
@@ -105,9 +108,10 @@ def test_top_p_without_sorting_is_top_p_by_sorting(seed, p, spread):
     assert torch.equal(filters.top_p(logits, p), filters.top_p_by_sorting(logits, p))
 
 
-def test_most_rows_of_a_peaked_distribution_are_not_sorted(monkeypatch):
+def test_most_rows_of_a_peaked_distribution_are_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(50, 5000, generator=torch.Generator().manual_seed(0)) * 4
-    expected, again = filters.top_p_by_sorting(logits, 0.9), []
+    expected = filters.top_p_by_sorting(logits, 0.9)
+    again: list[int] = []
     monkeypatch.setattr(
         filters, "top_p_by_sorting", lambda rows, _: again.append(len(rows)) or torch.full_like(rows, -_INF)
     )
@@ -118,7 +122,7 @@ def test_most_rows_of_a_peaked_distribution_are_not_sorted(monkeypatch):
 
 
 @given(_logits(), st.floats(0.01, 1.0, exclude_max=True))
-def test_typical_p_is_that_of_transformers(logits, mass):
+def test_typical_p_is_that_of_transformers(logits: Tensor, mass: float) -> None:
     assert torch.equal(filters.typical_p(logits, mass), _by_transformers(TypicalLogitsWarper(mass), logits))
 
 
@@ -126,14 +130,19 @@ _RUNS = st.lists(st.integers(0, 4), min_size=1, max_size=3).map(tuple)
 
 
 @given(_logits(), _histories(), st.dictionaries(_RUNS, st.floats(-5, 5), min_size=1))
-def test_sequence_bias_is_that_of_transformers(logits, histories, biases):
+def test_sequence_bias_is_that_of_transformers(
+    logits: Tensor, histories: list[list[int]], biases: dict[tuple[int, ...], float]
+) -> None:
     ours = filters.sequence_bias(logits, histories, biases.items())
-    theirs = _row_by_row(SequenceBiasLogitsProcessor(biases), logits, histories)
+    listed: list[Any] = [[list(run), bias] for run, bias in biases.items()]
+    theirs = _row_by_row(SequenceBiasLogitsProcessor(listed), logits, histories)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)  # several biases are added up in another order
 
 
 @given(_logits(), _histories(), st.lists(_RUNS, min_size=1, unique=True))
-def test_bad_words_are_those_of_transformers_which_spare_a_single_eos(logits, histories, runs):
+def test_bad_words_are_those_of_transformers_which_spare_a_single_eos(
+    logits: Tensor, histories: list[list[int]], runs: list[tuple[int, ...]]
+) -> None:
     options = SamplingParams(bad_words_ids=tuple(runs), eos_token_ids=(3,))
     ours = process(logits, [History(ids) for ids in histories], make_processors(options))
     theirs = NoBadWordsLogitsProcessor([list(run) for run in runs], eos_token_id=[3])
@@ -144,7 +153,9 @@ def test_bad_words_are_those_of_transformers_which_spare_a_single_eos(logits, hi
 
 
 @given(_logits(), st.lists(st.integers(0, 2), min_size=3, max_size=3), st.lists(st.integers(0, 11), min_size=1))
-def test_suppressed_tokens_are_those_of_transformers(logits, generated, tokens):
+def test_suppressed_tokens_are_those_of_transformers(
+    logits: Tensor, generated: list[int], tokens: list[int]
+) -> None:
     rows = [History([1, 2], [0] * n) for n in generated]
     histories = [row.prompt_token_ids + row.token_ids for row in rows]
     always = make_processors(SamplingParams(suppress_tokens=tuple(tokens)))
@@ -157,7 +168,7 @@ def test_suppressed_tokens_are_those_of_transformers(logits, generated, tokens):
 
 
 @given(_logits(), st.floats(0.0, 1.0))
-def test_min_p_is_that_of_transformers(logits, share):
+def test_min_p_is_that_of_transformers(logits: Tensor, share: float) -> None:
     assert torch.equal(filters.min_p(logits, share), _by_transformers(MinPLogitsWarper(share), logits))
 
 
@@ -167,7 +178,7 @@ def _row_by_row(processor: LogitsProcessor, logits: Tensor, histories: list[list
     return torch.cat([_by_transformers(processor, row, torch.tensor([ids])) for row, ids in pairs])
 
 
-_MODEL = tiny_model("llama", vocab_size=_VOCAB)
+_MODEL: Any = tiny_model("llama", vocab_size=_VOCAB)
 
 
 @settings(max_examples=50)
@@ -192,7 +203,9 @@ _MODEL = tiny_model("llama", vocab_size=_VOCAB)
         }
     ),
 )
-def test_all_together_come_in_the_order_of_transformers(logits, histories, options):
+def test_all_together_come_in_the_order_of_transformers(
+    logits: Tensor, histories: list[list[int]], options: dict[str, Any]
+) -> None:
     config = GenerationConfig(**options)
     config._eos_token_tensor = torch.tensor([3, 7])
     values = {name: value for name, value in options.items() if value is not None}
@@ -206,13 +219,13 @@ def test_all_together_come_in_the_order_of_transformers(logits, histories, optio
         torch.testing.assert_close(ours[row : row + 1], expected, equal_nan=True)
 
 
-def test_repetition_penalty_lowers_both_signs_of_seen_tokens_only():
+def test_repetition_penalty_lowers_both_signs_of_seen_tokens_only() -> None:
     logits = torch.tensor([[2.0, -2.0, 2.0, -2.0]])
     processed = filters.repetition_penalty(logits, [[0, 1, 0]], 2.0)
     assert processed.tolist() == [[1.0, -4.0, 2.0, -2.0]]
 
 
-def test_no_repeat_ngram_forbids_what_followed_before():
+def test_no_repeat_ngram_forbids_what_followed_before() -> None:
     processed = filters.no_repeat_ngram(torch.zeros(1, 5), [[1, 2, 3, 1, 2]], 3)  # 1 2 has been followed by 3
     assert processed.tolist() == [[0, 0, 0, -_INF, 0]]
 
@@ -225,7 +238,7 @@ def _kept(logits: Tensor) -> list[int]:
     return (logits[0] > -_INF).nonzero()[:, 0].tolist()
 
 
-def test_the_numbers_that_others_test_their_processors_with():
+def test_the_numbers_that_others_test_their_processors_with() -> None:
     assert _kept(filters.top_p(_probable(0.3, 0.1, 0.1, 0.5), 0.8)) == [0, 3]
     assert _kept(filters.min_p(_probable(0.9, 0.0274, 0.047, 0.0274), 0.05)) == [0, 2]
     assert _kept(filters.typical_p(_probable(0.97, 0.01, 0.01, 0.01), 0.5)) == [0]
@@ -234,7 +247,7 @@ def test_the_numbers_that_others_test_their_processors_with():
     assert filters.no_repeat_ngram(torch.zeros(1, 4), [[1, 1, 2, 1]], 2).tolist() == [[0, -_INF, -_INF, 0]]
 
 
-def test_presence_counts_a_token_once_and_frequency_every_time():
+def test_presence_counts_a_token_once_and_frequency_every_time() -> None:
     logits, generated = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]), [[1, 1, 2], []]
     assert filters.presence_penalty(logits, generated, 0.5).tolist() == [[1.0, 0.5, 0.5], [1.0, 1.0, 1.0]]
     assert filters.frequency_penalty(logits, generated, 0.5).tolist() == [[1.0, 0.0, 0.5], [1.0, 1.0, 1.0]]
@@ -242,20 +255,20 @@ def test_presence_counts_a_token_once_and_frequency_every_time():
     assert process(logits[:1], [History([0, 0], [1, 1])], made).tolist() == [[1.0, 0.0, 1.0]]  # not the prompt's
 
 
-def test_a_bias_waits_for_what_comes_before_it():
+def test_a_bias_waits_for_what_comes_before_it() -> None:
     biases = [((2,), 1.0), ((0, 1), 0.5), ((1,), 0.25)]
     assert filters.sequence_bias(torch.zeros(2, 3), [[2, 0], [2]], biases).tolist() == [[0, 0.75, 1], [0, 0.25, 1]]
 
 
-def test_the_repetition_penalty_can_spare_tokens():
+def test_the_repetition_penalty_can_spare_tokens() -> None:
     made = make_processors(SamplingParams(repetition_penalty=2.0, unpenalized_ids=frozenset({1})))
     assert process(torch.ones(1, 4), [History([0, 1], [1, 2])], made).tolist() == [[0.5, 1.0, 0.5, 1.0]]
 
 
-def test_a_function_of_one_s_own_sees_each_row_and_comes_before_sampling():
+def test_a_function_of_one_s_own_sees_each_row_and_comes_before_sampling() -> None:
     seen = []
 
-    def only_even(logits, token_ids):
+    def only_even(logits: Tensor, token_ids: list[int]) -> Tensor:
         seen.append(token_ids)
         logits[1::2] = -_INF  # in place, which may not reach the model's own logits
         return logits
@@ -270,15 +283,15 @@ def test_a_function_of_one_s_own_sees_each_row_and_comes_before_sampling():
 
 
 @pytest.mark.parametrize("returned", [None, torch.zeros(2)], ids=["None", "shape"])
-def test_a_function_that_returns_something_else_is_named(returned):
-    def broken(*_):
+def test_a_function_that_returns_something_else_is_named(returned: Tensor | None) -> None:
+    def broken(*_: Any) -> Any:
         return returned
 
     with pytest.raises(ConfigError, match=r"the processor broken returned .* \(expected the logits of one row"):
         process(torch.zeros(1, 3), [History([1])], make_processors(SamplingParams(), [broken]))
 
 
-def test_excluding_everything_is_an_error_that_names_the_options():
+def test_excluding_everything_is_an_error_that_names_the_options() -> None:
     made = make_processors(SamplingParams(suppress_tokens=(0, 1), eos_token_ids=(2,), min_new_tokens=2))
     rows = [History([0], [1, 1]), History([0], [1])]
     filtered = process(torch.zeros(2, 3), rows, made)
@@ -290,7 +303,7 @@ def test_excluding_everything_is_an_error_that_names_the_options():
 
 
 @pytest.mark.parametrize("beyond", [3, 4, 7])
-def test_ids_that_the_head_cannot_give_are_passed_over(beyond):
+def test_ids_that_the_head_cannot_give_are_passed_over(beyond: int) -> None:
     """The head gives 0, 1 and 2; a tokenizer may have more ids."""
     ones = torch.ones(1, 3)
     assert filters.repetition_penalty(ones, [[1, beyond]], 2.0).tolist() == [[1.0, 0.5, 1.0]]
@@ -302,11 +315,11 @@ def test_ids_that_the_head_cannot_give_are_passed_over(beyond):
     assert filters.no_repeat_ngram(ones, [[0, beyond, 0]], 2).tolist() == [[1.0, 1.0, 1.0]]
 
 
-def test_top_k_keeps_ties():
+def test_top_k_keeps_ties() -> None:
     assert filters.top_k(torch.tensor([[3.0, 2.0, 2.0, 1.0]]), 2).tolist() == [[3.0, 2.0, 2.0, -_INF]]
 
 
-def test_top_p_keeps_the_token_that_reaches_it_and_at_least_one():
+def test_top_p_keeps_the_token_that_reaches_it_and_at_least_one() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
     assert (filters.top_p(logits, 0.6) > -_INF).tolist() == [[True, True, False]]
     assert (filters.top_p(logits, 1e-9) > -_INF).tolist() == [[True, False, False]]
@@ -322,11 +335,13 @@ def test_top_p_keeps_the_token_that_reaches_it_and_at_least_one():
         ((0.5, 0.5), 0.5, [1]),
     ],
 )
-def test_top_p_at_equality_keeps_no_more_than_reach_it(probabilities, p, kept):
+def test_top_p_at_equality_keeps_no_more_than_reach_it(
+    probabilities: tuple[float, ...], p: float, kept: list[int]
+) -> None:
     assert _kept(filters.top_p(_probable(*probabilities), p)) == kept
 
 
-def test_typical_p_at_equality_keeps_no_more_than_reach_it():
+def test_typical_p_at_equality_keeps_no_more_than_reach_it() -> None:
     """The entropy is 1.21, and the surprises are 0.69, 1.39 and twice 2.08: the second token comes first."""
     logits = _probable(0.5, 0.25, 0.125, 0.125)
     assert _kept(filters.typical_p(logits, 0.2)) == [1]
@@ -340,11 +355,13 @@ def test_typical_p_at_equality_keeps_no_more_than_reach_it():
     ("probabilities", "share", "kept"),
     [((0.5, 0.25, 0.125, 0.125), 0.5, [0, 1]), ((0.5, 0.25, 0.125, 0.125), 0.51, [0])],
 )
-def test_min_p_at_equality_keeps_the_token(probabilities, share, kept):
+def test_min_p_at_equality_keeps_the_token(
+    probabilities: tuple[float, ...], share: float, kept: list[int]
+) -> None:
     assert _kept(filters.min_p(_probable(*probabilities), share)) == kept
 
 
-def test_processors_leave_their_input_as_it_was():
+def test_processors_leave_their_input_as_it_was() -> None:
     logits = torch.tensor([[3.0, 2.0, 2.0, 1.0]])
     options = SamplingParams(
         do_sample=True, temperature=0.5, top_k=2, top_p=0.5, min_p=0.1, repetition_penalty=1.2,
@@ -354,12 +371,12 @@ def test_processors_leave_their_input_as_it_was():
     assert logits.tolist() == [[3.0, 2.0, 2.0, 1.0]]
 
 
-def test_without_processors_the_very_same_logits_come_back():
+def test_without_processors_the_very_same_logits_come_back() -> None:
     logits = torch.tensor([[3.0, 2.0]])
     assert process(logits, [History([1])], make_processors(SamplingParams())) is logits
 
 
-def test_sampling_filters_do_nothing_to_greedy_logits():
+def test_sampling_filters_do_nothing_to_greedy_logits() -> None:
     options = SamplingParams(temperature=0.5, top_k=1)
     assert make_processors(options) == ()
     sampled = process(
@@ -368,7 +385,7 @@ def test_sampling_filters_do_nothing_to_greedy_logits():
     assert sampled.tolist() == [[6.0, -_INF]]
 
 
-def test_draws_follow_the_softmax():
+def test_draws_follow_the_softmax() -> None:
     """Pearson's chi-squared of 4,000 draws over 5 tokens; 4 degrees of freedom, 18.5 at 1 in 1,000."""
     probabilities, draws = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]), 4000
     streams = [(0, i, 0) for i in range(draws)]
@@ -377,7 +394,7 @@ def test_draws_follow_the_softmax():
     assert ((tokens.bincount(minlength=5) - expected) ** 2 / expected).sum() < 18.5
 
 
-def test_noise_is_a_function_of_seed_prompt_answer_and_step():
+def test_noise_is_a_function_of_seed_prompt_answer_and_step() -> None:
     names = [((0, 0, 0), 0), ((1, 0, 0), 0), ((0, 1, 0), 0), ((0, 0, 1), 0), ((0, 0, 0), 1)]
     noises = [gumbel_noise(stream, step, 8) for stream, step in names]
     assert all(not torch.equal(a, b) for i, a in enumerate(noises) for b in noises[i + 1 :])
@@ -385,22 +402,22 @@ def test_noise_is_a_function_of_seed_prompt_answer_and_step():
     assert torch.equal(gumbel_noise((0, 0, 0), 0, 5), noises[0][:5])
 
 
-def test_large_and_negative_seeds_are_not_rounded():
+def test_large_and_negative_seeds_are_not_rounded() -> None:
     assert gumbel_noise((-1, 0, 0), 0, 100_000).isfinite().all()
     assert not torch.equal(gumbel_noise((2**60, 1, 0), 0, 8), gumbel_noise((2**60 + 1, 1, 0), 0, 8))
     assert not torch.equal(gumbel_noise((2**60, 1, 0), 0, 8), gumbel_noise((2**60, 1, 1), 0, 8))
 
 
-def test_noise_is_the_same_on_every_machine_and_version():
+def test_noise_is_the_same_on_every_machine_and_version() -> None:
     noise = gumbel_noise((7, 2, 1), 5, 3)
     assert noise.tolist() == pytest.approx([1.0427676, -0.2876433, -0.7914059], abs=1e-6)
 
 
-def test_a_seed_for_each_prompt_goes_with_its_prompt():
+def test_a_seed_for_each_prompt_goes_with_its_prompt() -> None:
     assert stream_of((5, 9), 1, 2) == (9, 0, 2)
     assert stream_of(5, 1, 2) == (5, 1, 2)
 
 
-def test_forbidden_tokens_are_never_drawn():
+def test_forbidden_tokens_are_never_drawn() -> None:
     logits = torch.tensor([-_INF, 0.0, -_INF]).expand(200, 3)
     assert set(select_tokens(logits, draws=[((0, i, 0), 0) for i in range(200)]).tolist()) == {1}

@@ -53,7 +53,7 @@ def test_drafts_are_those_of_transformers() -> None:
         theirs = PromptLookupCandidateGenerator(
             num_output_tokens=num_tokens, max_matching_ngram_size=size, max_length=1000
         )
-        ids, _ = theirs.get_candidates(torch.tensor([tokens]))
+        ids, _ = theirs.get_candidates(torch.LongTensor([tokens]))
         assert looked_up(tokens, num_tokens, size) == ids[0].tolist()[len(tokens) :]
 
 
@@ -136,10 +136,10 @@ def test_answers_are_those_without_speculation(
 @pytest.mark.cpu
 def test_explanations_are_those_without_speculation() -> None:
     options = {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "max_new_tokens": 30, "seed": 2}
-    said: dict[str, Any] = {"chat": False, "explain": True, "notice": str, **options}
+    said: dict[str, Any] = {"chat": False, "explain": True, **options}
     plain, found = (
-        handspun.generate(int8_speaker(), ["a a a a", "b"], **said, **more)
-        for more in ({}, {"prompt_lookup_num_tokens": 5})
+        handspun.generate(int8_speaker(), ["a a a a", "b"], **said, prompt_lookup_num_tokens=drafted)
+        for drafted in (0, 5)
     )
     assert [answer.explanation for answer in found] == [answer.explanation for answer in plain]
     assert sum(answer.accepted_tokens for answer in found) > 0
@@ -156,11 +156,10 @@ def int8_speaker() -> ChatModel:
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True}], ids=str)
 def test_constrained_answers_are_those_without_speculation(form: Any, sampling: Any) -> None:
     """A draft that leaves the form is no error: nothing is asked of the constraint behind a wrong token."""
-    said: dict[str, Any] = {"chat": False, "notice": str, "max_new_tokens": 40, **form, **sampling}
+    said: dict[str, Any] = {"chat": False, "max_new_tokens": 40, **form, **sampling}
     prompts = ["abacabacacab", "abcabcabd", "abab"]
     plain, found = (
-        handspun.generate(int8_speaker(), prompts, **said, **more)
-        for more in ({}, {"prompt_lookup_num_tokens": 4})
+        handspun.generate(int8_speaker(), prompts, **said, prompt_lookup_num_tokens=drafted) for drafted in (0, 4)
     )
     assert [answer.token_ids for answer in found] == [answer.token_ids for answer in plain]
     assert sum(answer.accepted_tokens for answer in found) > 0
@@ -191,7 +190,7 @@ def test_streamed_chunks_are_those_without_speculation(tiny_chat: ChatModel) -> 
     def chunks(**more: Any) -> dict[int, list[tuple[str, list[int], bool]]]:
         found: dict[int, list[tuple[str, list[int], bool]]] = {}
         options = {"do_sample": True, "temperature": 0.2, "max_new_tokens": 30, "stop_strings": ("z",), **more}
-        for chunk in stream(tiny_chat, ["the the the the", "Hi"], chat=False, notice=str, **options):
+        for chunk in stream(tiny_chat, ["the the the the", "Hi"], chat=False, **options):
             shown = (chunk.text, chunk.token_ids, chunk.result is not None)
             found.setdefault(chunk.prompt_index, []).append(shown)
         return found

@@ -28,7 +28,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 def chat_of(engine: str) -> ChatModel:
     """Under the name of another kind, the same weights are decoded by transformers."""
-    model = tiny_model("qwen2", vocab_size=24, pad_token_id=1)
+    model: Any = tiny_model("qwen2", vocab_size=24, pad_token_id=1)
     model.generation_config.eos_token_id = [3, 7]
     if engine == "transformers":
         model.config.model_type = "other"
@@ -81,7 +81,7 @@ class Watch:
         engine.add, engine.fork, engine.free, engine.truncate, engine.forward = (
             watched_add, watched_fork, watched_free, watched_truncate, watched_forward,
         )  # fmt: skip
-        return engine  # type: ignore[no-any-return]
+        return engine
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, watch: Watch) -> Watch:

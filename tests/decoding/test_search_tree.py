@@ -1,6 +1,8 @@
 """The tree that is shown is the search that was made."""
 
 from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -13,18 +15,18 @@ from handspun.models.load import ChatModel
 from tiny import tiny_model, tiny_tokenizer
 
 _CHAT = ChatModel(tiny_model("qwen2", eos_token_id=[3, 7]), tiny_tokenizer(), "tiny")
-_OPTIONS = {"notice": str, "num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 12}
+_OPTIONS: dict[str, Any] = {"num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 12}
 
 
-def _path(nodes, place):
-    ids = []
+def _path(nodes: list[TreeNode], place: int | None) -> list[int]:
+    ids: list[int] = []
     while place is not None:
         ids.insert(0, nodes[place].token_id)
         place = nodes[place].parent
     return ids
 
 
-def test_a_search_of_two_steps_worked_out_by_hand():
+def test_a_search_of_two_steps_worked_out_by_hand() -> None:
     tree = BeamTrace(2, str)
     tree.grow([0, 0, 1], [5, 6, 5], [-1.0, -2.0, -1e9], ended=[], beams=[0, 1])
     tree.grow([1, 0], [7, 8], [-2.5, -3.0], ended=[0], beams=[1, None])
@@ -41,7 +43,7 @@ def test_a_search_of_two_steps_worked_out_by_hand():
 
 
 @pytest.mark.parametrize("options", [{}, {"min_new_tokens": 4}, {"choice": ("yes", "no")}], ids=str)
-def test_the_answers_are_paths_of_the_tree_with_their_log_probabilities(options):
+def test_the_answers_are_paths_of_the_tree_with_their_log_probabilities(options: dict[str, Any]) -> None:
     prompts = ["Hi", "Tell me a joke."]
     answers = generate(_CHAT, prompts, show_tree=True, logprobs=True, **_OPTIONS, **options)
     plain = generate(_CHAT, prompts, **_OPTIONS, **options)
@@ -58,7 +60,7 @@ def test_the_answers_are_paths_of_the_tree_with_their_log_probabilities(options)
                 assert nodes[ends[answer.return_index]].score == pytest.approx(sum(answer.logprobs), abs=1e-3)
 
 
-def test_nodes_are_only_of_real_beams_and_each_is_there_once():
+def test_nodes_are_only_of_real_beams_and_each_is_there_once() -> None:
     [best, *_] = generate(_CHAT, "Hi", show_tree=True, **_OPTIONS)
     places = [(node.parent, node.token_id) for node in best.tree]
     assert len(set(places)) == len(places)
@@ -67,12 +69,10 @@ def test_nodes_are_only_of_real_beams_and_each_is_there_once():
     assert asdict(best)["tree"][0]["parent"] is None
 
 
-def test_a_cancelled_search_has_its_tree_too():
+def test_a_cancelled_search_has_its_tree_too() -> None:
     for steps in range(3):
         calls = iter([False] * steps)
-        answers = generate(
-            _CHAT, "Hi", show_tree=True, should_stop=lambda calls=calls: next(calls, True), **_OPTIONS
-        )
+        answers = generate(_CHAT, "Hi", show_tree=True, should_stop=partial(next, calls, True), **_OPTIONS)
         assert {answer.finish_reason for answer in answers} == {"cancelled"}
         assert len(answers[0].token_ids) == steps
         assert (answers[0].tree == []) == (steps == 0)
@@ -83,7 +83,7 @@ def test_a_cancelled_search_has_its_tree_too():
     [([5], [0]), ([6], [1]), ([5, 8], [2]), ([9], []), ([9, 8], []), ([5, 9], []), ([5, 8, 9], []), ([], [])],
     ids=str,
 )
-def test_the_last_node_of_an_answer_is_marked_and_none_of_one_that_was_no_beam(answer, marked):
+def test_the_last_node_of_an_answer_is_marked_and_none_of_one_that_was_no_beam(answer: Any, marked: Any) -> None:
     tree = BeamTrace(2, str)
     tree.grow([0, 0], [5, 6], [-1.0, -2.0], ended=[], beams=[0, 1])
     tree.grow([0, 1], [8, 8], [-2.0, -3.0], ended=[], beams=[0, 1])
@@ -91,6 +91,6 @@ def test_the_last_node_of_an_answer_is_marked_and_none_of_one_that_was_no_beam(a
     assert [i for i, node in enumerate(nodes) if node.return_index is not None] == marked
 
 
-def test_a_tree_without_beams_is_an_error():
+def test_a_tree_without_beams_is_an_error() -> None:
     with pytest.raises(ConfigError, match="--show-tree needs a beam search"):
-        generate(_CHAT, "Hi", show_tree=True, notice=str)
+        generate(_CHAT, "Hi", show_tree=True)

@@ -28,37 +28,37 @@ def _written(pieces: list[str], stops: tuple[str, ...]) -> tuple[list[str], Stre
 
 
 @given(st.lists(st.integers(0, len(_TOKENIZER) - 1), max_size=30))
-def test_streamed_text_is_the_decoded_text_for_any_tokens(ids):
+def test_streamed_text_is_the_decoded_text_for_any_tokens(ids: list[int]) -> None:
     answer = StreamingText.start(_WORDS, ())
     streamed = "".join([*map(answer.push, ids), answer.finish()])
     assert streamed == answer.text == _TOKENIZER.decode(ids, skip_special_tokens=True)
 
 
 @given(st.text(max_size=30))
-def test_streamed_text_is_the_text_that_was_encoded(text):
+def test_streamed_text_is_the_text_that_was_encoded(text: str) -> None:
     answer = StreamingText.start(_WORDS, ("never in it \x00",))
     assert "".join([*map(answer.push, _ids(text)), answer.finish()]) == _TOKENIZER.decode(_ids(text))
 
 
-def test_an_unfinished_character_is_held_back_and_nothing_else():
+def test_an_unfinished_character_is_held_back_and_nothing_else() -> None:
     table = [b"a\xe4", b"\xbd", b"\xa0b", b"\xff", b"c"]  # 你 is e4 bd a0; ff is in no character
     detokenizer = ByteDetokenizer(table.__getitem__)
     assert [detokenizer.push(i) for i in range(5)] == ["a", "", "你b", "\ufffd", "c"]
     assert detokenizer.finish() == ""
 
 
-def test_a_character_that_is_never_finished_is_shown_at_the_end():
+def test_a_character_that_is_never_finished_is_shown_at_the_end() -> None:
     detokenizer = ByteDetokenizer([b"a\xe4\xbd"].__getitem__)
     assert (detokenizer.push(0), detokenizer.finish()) == ("a", "\ufffd")
 
 
-def test_a_stop_string_fires_across_token_boundaries_and_is_cut():
+def test_a_stop_string_fires_across_token_boundaries_and_is_cut() -> None:
     deltas, answer = _written(["Hello", "\nU", "se", "r: more"], ("\nUser:",))
     assert deltas == ["Hello", "", "", "", ""]
     assert (answer.text, answer.stop_string) == ("Hello", "\nUser:")
 
 
-def test_a_stop_string_fires_inside_a_character_that_several_tokens_make():
+def test_a_stop_string_fires_inside_a_character_that_several_tokens_make() -> None:
     text = "好的。再见，朋友"
     answer = StreamingText.start(_WORDS, ("再见",))
     for token in _ids(text):
@@ -68,24 +68,26 @@ def test_a_stop_string_fires_inside_a_character_that_several_tokens_make():
     assert (answer.text, answer.stop_string) == ("好的。", "再见")
 
 
-def test_only_a_partial_match_is_held_back():
+def test_only_a_partial_match_is_held_back() -> None:
     deltas, answer = _written(["one\n", "Us", "ual", "\n", "two"], ("\nUser:",))
     assert deltas == ["one", "", "\nUsual", "", "\ntwo", ""]
     assert answer.stop_string is None
 
 
-def test_a_partial_match_at_the_end_is_shown_in_the_end():
+def test_a_partial_match_at_the_end_is_shown_in_the_end() -> None:
     deltas, answer = _written(["one\nUse"], ("\nUser:",))
     assert (deltas, answer.stop_string) == (["one", "\nUse"], None)
 
 
-def test_the_stop_string_that_is_complete_first_fires_and_of_those_the_longest():
+def test_the_stop_string_that_is_complete_first_fires_and_of_those_the_longest() -> None:
     assert _written(["xabcd"], ("abcd", "b"))[1].stop_string == "b"
     assert _written(["xabcd"], ("bc", "abc"))[1].stop_string == "abc"
 
 
 @given(st.text("ab\n", max_size=12), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3), st.data())
-def test_how_text_is_cut_into_tokens_changes_nothing(text, stops, data):
+def test_how_text_is_cut_into_tokens_changes_nothing(
+    text: str, stops: tuple[str, ...], data: st.DataObject
+) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     deltas, answer = _written(pieces, tuple(stops))
@@ -100,35 +102,35 @@ def test_how_text_is_cut_into_tokens_changes_nothing(text, stops, data):
         assert len(answer.text + answer.stop_string) == min(ends)
 
 
-def test_special_tokens_are_not_shown_but_stop_strings_see_them():
+def test_special_tokens_are_not_shown_but_stop_strings_see_them() -> None:
     answer = StreamingText.start(_WORDS, ("<|im_end|>\n",))
     shown = [answer.push(token) for token in [*_ids("Hi"), _IM_END, *_ids("\n")]]
     assert "".join(shown) == answer.text == "Hi"
     assert answer.stop_string == "<|im_end|>\n"
 
 
-def test_a_special_token_that_is_no_stop_leaves_no_trace():
+def test_a_special_token_that_is_no_stop_leaves_no_trace() -> None:
     answer = StreamingText.start(_WORDS, ("<|im_end|>!",))
     ids = [*_ids("a"), _IM_END, *_ids("b")]
     assert "".join([*map(answer.push, ids), answer.finish()]) == "ab"
 
 
-def test_added_tokens_that_are_not_special_are_shown():
+def test_added_tokens_that_are_not_special_are_shown() -> None:
     answer = StreamingText.start(_WORDS, ())
     assert answer.push(_TOOL_CALL) == "<tool_call>"
 
 
-def test_the_template_s_end_typed_as_plain_text_is_a_stop_string():
+def test_the_template_s_end_typed_as_plain_text_is_a_stop_string() -> None:
     table = list("<|im_end|>")
     assert _written(["Hi", *table], ("<|im_end|>",))[1].text == "Hi"
 
 
-def test_nothing_is_shown_behind_a_stop_string():
+def test_nothing_is_shown_behind_a_stop_string() -> None:
     _, answer = _written(["a.b", "c"], (".",))
     assert (answer.push(1), answer.finish(), answer.text) == ("", "", "a")
 
 
-def test_a_copy_goes_its_own_way():
+def test_a_copy_goes_its_own_way() -> None:
     answer = StreamingText.start(_WORDS, ("ab",))
     answer.push(_ids("a")[0])
     other = answer.copy()
@@ -149,7 +151,9 @@ def sentence_piece_like() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-def test_other_vocabularies_are_decoded_in_the_context_of_the_last_tokens(sentence_piece_like):
+def test_other_vocabularies_are_decoded_in_the_context_of_the_last_tokens(
+    sentence_piece_like: PreTrainedTokenizerFast,
+) -> None:
     answer = StreamingText.start(vocabulary(sentence_piece_like), ())
     assert isinstance(answer.detokenizer, WindowDetokenizer)
     ids = [1, 2, *(4 + byte for byte in "你".encode()), 3]
@@ -157,14 +161,18 @@ def test_other_vocabularies_are_decoded_in_the_context_of_the_last_tokens(senten
     assert answer.text == sentence_piece_like.decode(ids)
 
 
-def test_other_vocabularies_give_up_on_bytes_that_are_no_character(sentence_piece_like):
+def test_other_vocabularies_give_up_on_bytes_that_are_no_character(
+    sentence_piece_like: PreTrainedTokenizerFast,
+) -> None:
     answer = StreamingText.start(vocabulary(sentence_piece_like), ())
     deltas = [answer.push(4 + 0x80) for _ in range(6)]
     assert "".join([*deltas, answer.finish()]) == "\ufffd" * 6
     assert any(deltas)
 
 
-def test_a_copy_of_another_vocabulary_s_text_goes_its_own_way(sentence_piece_like):
+def test_a_copy_of_another_vocabulary_s_text_goes_its_own_way(
+    sentence_piece_like: PreTrainedTokenizerFast,
+) -> None:
     answer = StreamingText.start(vocabulary(sentence_piece_like), ())
     answer.push(1)
     other = answer.copy()

@@ -58,7 +58,7 @@ def job_of(
 
 
 def transformers_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts_ids: list[list[int]], **options: Any
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts_ids: list[list[int]], **options: Any
 ) -> list[list[int]]:
     """transformers' answers to all prompts in one batch, each cut behind its eos or stop string."""
     length = max(map(len, prompts_ids))
@@ -72,7 +72,7 @@ def transformers_answers(
         options |= {"stop_strings": list(stops), "tokenizer": tokenizer}
     output = model.generate(ids, attention_mask=mask, **options)[:, length:].tolist()
     eos = eos if isinstance(eos, list) else [eos]
-    return [_cut_behind_end(row, eos, lambda ids: tokenizer.decode(ids), stops) for row in output]
+    return [_cut_behind_end(row, eos, lambda ids: str(tokenizer.decode(ids)), stops) for row in output]
 
 
 def _cut_behind_end(

@@ -101,5 +101,8 @@ def tiny_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if family == "qwen2":
-            return Qwen2ForCausalLM(Qwen2Config(**values)).eval()
-        return LlamaForCausalLM(LlamaConfig(**values)).eval()
+            model: PreTrainedModel = Qwen2ForCausalLM(Qwen2Config(**values))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**values))
+    model.eval()
+    return model
