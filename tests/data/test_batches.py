@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handspun.data.examples import Example
-from handspun.training.batching import batches, collate, epoch_order, micro_batches
+from handspun.training.batching import Batching, batches, collate, epoch_order
 
 
 def example(length: int, row: int = 1) -> Example:
@@ -28,7 +28,7 @@ def test_the_last_shorter_batch_is_trained_on() -> None:
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=20), st.integers(1, 100))
 def test_micro_batches_hold_every_row_once_and_keep_to_max_tokens(lengths: list[int], max_tokens: int) -> None:
     rows = [example(length, row) for row, length in enumerate(lengths)]
-    parts = list(micro_batches(rows, max_tokens))
+    parts = list(Batching("padded").split(rows, max_tokens))
     assert sorted(e.row for part in parts for e in part) == list(range(len(rows)))
     for part in parts:
         assert len(part) == 1 or len(part) * max(len(e) for e in part) <= max_tokens
@@ -47,7 +47,7 @@ def test_micro_batches_hold_every_row_once_and_keep_to_max_tokens(lengths: list[
     ],
 )
 def test_micro_batches_by_hand(lengths: list[int], max_tokens: int, parts: list[list[int]]) -> None:
-    made = micro_batches([example(length) for length in lengths], max_tokens)
+    made = Batching("padded").split([example(length) for length in lengths], max_tokens)
     assert [[len(e) for e in part] for part in made] == parts
 
 

@@ -17,6 +17,7 @@ import handspun
 from handspun.data.examples import Example
 from handspun.errors import ConfigError
 from handspun.models.lora import add_lora
+from handspun.training.batching import Batching
 from handspun.training.distributed import EMPTY_EXAMPLE, Distributed, partition_by_tokens, processes_of_this_run
 from handspun.training.runner import BatchRunner, select_runner
 from tiny import tiny_model
@@ -56,17 +57,16 @@ def test_a_deal_balances_tokens_and_loses_no_row() -> None:
 
 def test_one_process_keeps_the_order() -> None:
     rows = [example(length, row) for row, length in enumerate([2, 9, 3])]
-    assert Distributed().local_micro_batches(rows, lambda own: [list(own)]) == [rows]
+    assert Distributed().local_micro_batches(rows, Batching("packed"), 100) == [rows]
 
 
 def test_sharded_ranks_have_equally_many_micro_batches_some_of_them_empty() -> None:
     rows = [example(9, 0), example(8, 1), example(3, 2)]
 
-    def one_by_one(own: Any) -> list[list[Example]]:
-        return [[row] for row in own]
-
     for sharded, counts in ((False, [1, 1, 1, 0]), (True, [1, 1, 1, 1])):
-        made = [Distributed(rank, 4, sharded).local_micro_batches(rows, one_by_one) for rank in range(4)]
+        made = [
+            Distributed(rank, 4, sharded).local_micro_batches(rows, Batching("packed"), 1) for rank in range(4)
+        ]
         assert list(map(len, made)) == counts
     assert made[3] == [[EMPTY_EXAMPLE]]
 

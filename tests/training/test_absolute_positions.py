@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.models.load import ChatModel
+from handspun.training.batching import Batching
 from handspun.training.objectives import PaddedRunner
 from handspun.training.packed import Packed, packed_attention
 from handspun.training.runner import select_runner, shares_prefix
@@ -64,7 +65,7 @@ def test_losses_and_gradients_are_those_of_rows_alone(runner: str) -> None:
         found = padded.backward(rows(), 1)
     else:
         with packed_attention(model):
-            found = Packed(model, torch.float32, share_prefix="shared" in runner).backward(rows(), 1)
+            found = Packed(model, torch.float32, Batching("packed", "shared" in runner)).backward(rows(), 1)
     assert found == pytest.approx(expected, rel=1e-6)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

@@ -17,6 +17,7 @@ from handspun.data.examples import Example
 from handspun.models.int8 import quantize_base
 from handspun.models.load import ChatModel
 from handspun.models.lora import add_lora
+from handspun.training.batching import Batching
 from handspun.training.distributed import shard
 from handspun.training.objectives import PaddedRunner
 from handspun.training.packed import Packed, packed_attention
@@ -25,6 +26,7 @@ from tiny import tiny_model, tiny_tokenizer
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 # Wide enough for int8 matmuls, which come in multiples of 16.
+SHARED = Batching("packed", share_prefix=True)
 SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1, "vocab_size": 336}
 ROWS = [
     {"instruction": f"Say {word}.", "input": "", "output": f"It is {word}, and nothing else."}
@@ -62,7 +64,7 @@ def step(model: PreTrainedModel, dtype: torch.dtype, batching: str) -> tuple[flo
         loss = PaddedRunner(model, dtype, 0).backward(examples(6), 7)
     else:
         with packed_attention(model):
-            loss = Packed(model, dtype, True).backward(examples(6), 7)
+            loss = Packed(model, dtype, SHARED).backward(examples(6), 7)
     return loss, {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -146,7 +148,7 @@ def test_a_model_cut_over_the_ranks_has_the_same_gradients() -> None:
     model = model_on("cpu")
     root = shard(model, torch.device("cuda"))
     with packed_attention(model):
-        loss = Packed(model, torch.float32, True, root).backward(examples(6), 7)
+        loss = Packed(model, torch.float32, SHARED, root).backward(examples(6), 7)
     found = {}
     for name, parameter in model.named_parameters():
         assert isinstance(parameter.grad, DTensor)

@@ -15,6 +15,7 @@ from handspun.decoding.generate import generate
 from handspun.errors import TrainingError
 from handspun.models.end_of_turn import make_end_of_turn_eos
 from handspun.models.load import ChatModel
+from handspun.training.batching import Batching
 from handspun.training.guards import OutOfMemory, SkippedStep, Spike
 from handspun.training.loop import EpochEnd, Evaluation, Event, Loop, Step, evaluate, start, train
 from handspun.training.objectives import PaddedRunner
@@ -134,18 +135,20 @@ def test_without_held_out_rows_there_is_no_evaluation(eval_steps: int | None) ->
     assert [type(event).__name__ for event in events] == ["Step", "Step", "EpochEnd"]
 
 
+class Whole(Batching):
+    """A batch is one micro-batch."""
+
+    def split(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
+        assert max_tokens == 77  # that of the state, which memory may have made smaller than what was asked for
+        yield list(batch)
+
+
 class Scripted:
     """An runner whose held-out losses are written down, and whose steps learn nothing."""
 
     def __init__(self, losses: list[float]) -> None:
         self.losses = iter(losses)
-
-    def cut(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
-        assert max_tokens == 77  # that of the state, which memory may have made smaller than what was asked for
-        yield list(batch)
-
-    def computed_tokens(self, part: Sequence[Example]) -> int:
-        return sum(map(len, part))
+        self.batching = Whole("packed")
 
     def loss(self, part: Sequence[Example]) -> float:
         return next(self.losses) * sum(example.learned_tokens for example in part)

@@ -10,10 +10,12 @@ from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.models.lora import add_lora
 from handspun.training import memory
-from handspun.training.batching import packed_tokens
-from handspun.training.memory import predict_memory
+from handspun.training.batching import Batching
+from handspun.training.memory import predicted_peak
 from handspun.training.packed import Packed, packed_attention
 from tiny import tiny_model
+
+SHARED = Batching("packed", share_prefix=True)
 
 
 def a_model(*, lora: bool = False) -> PreTrainedModel:
@@ -38,7 +40,7 @@ def kept_by_autograd(model: PreTrainedModel, part: list[Example], dtype: torch.d
         return tensor
 
     with packed_attention(model), torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-        Packed(model, dtype, True).backward(part, 1)
+        Packed(model, dtype, SHARED).backward(part, 1)
     return sum(kept.values())
 
 
@@ -46,7 +48,7 @@ def kept_by_autograd(model: PreTrainedModel, part: list[Example], dtype: torch.d
 def test_what_a_micro_batch_keeps(lora: bool) -> None:
     model, part = a_model(lora=lora), rows(8)
     config = TrainConfig(lora=lora, lora_rank=4, dtype="float32")
-    predicted = memory._activation_bytes(packed_tokens(part, share_prefix=True), model, config)
+    predicted = memory._activation_bytes(SHARED.computed_tokens(part), model, config)
     assert predicted == pytest.approx(kept_by_autograd(model, part, torch.float32), rel=0.1)
 
 
@@ -59,13 +61,13 @@ def test_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = 4 * 2 * 330 * 64
     logits = 4 * 30 * 330
 
-    def beside_fixed(config: TrainConfig, batch: list[list[Example]]) -> int:
-        return predict_memory(model, [batch], config, packed=True, share_prefix=True) - memory._BASELINE_BYTES
+    def beside_fixed(config: TrainConfig, batch: list[Example]) -> int:
+        return predicted_peak(model, [batch], config) - memory._BASELINE_BYTES
 
-    config = TrainConfig()
-    assert beside_fixed(config, [part]) == 3 * weights + tables + logits + 10_000_000
-    assert beside_fixed(config, [part, part]) == 4 * weights + logits + 10_000_000
+    config = TrainConfig(max_tokens=60)  # a row for each part
+    assert beside_fixed(config, part) == 3 * weights + tables + logits + 10_000_000
+    assert beside_fixed(config, part + part) == 4 * weights + logits + 10_000_000
     halved = replace(config, optimizer_states="bfloat16")
-    assert beside_fixed(halved, [part]) == 2 * weights + tables + logits + 10_000_000
+    assert beside_fixed(halved, part) == 2 * weights + tables + logits + 10_000_000
     monkeypatch.setattr(memory, "_activation_bytes", lambda *_: 0)
-    assert beside_fixed(config, [part]) == 4 * weights
+    assert beside_fixed(config, part) == 4 * weights

@@ -1,6 +1,6 @@
 """A micro-batch that does not fit is cut, and nothing else changes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.errors import TrainingError
+from handspun.training.batching import Batching
 from handspun.training.distributed import Distributed
 from handspun.training.guards import OutOfMemory, halved_max_tokens, is_out_of_memory
 from handspun.training.loop import Event, Loop, Step, start, train
@@ -42,11 +43,9 @@ class Small:
     room: int
     error: BaseException
 
-    def cut(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
-        return self.whole.cut(batch, max_tokens)
-
-    def computed_tokens(self, part: Sequence[Example]) -> int:
-        return self.whole.computed_tokens(part)
+    @property
+    def batching(self) -> Batching:
+        return self.whole.batching
 
     def loss(self, part: Sequence[Example]) -> float:
         return self.whole.loss(part)

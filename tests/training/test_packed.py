@@ -16,18 +16,15 @@ from handspun.models import int8
 from handspun.models.int8 import quantize_base
 from handspun.models.lora import add_lora
 from handspun.training import packed as packed_module
-from handspun.training.batching import (
-    pack,
-    packed_micro_batches,
-    packed_tokens,
-    shared_prefix,
-)
+from handspun.training.batching import Batching, shared_prefix
 from handspun.training.loop import Loop, Step, start, train
 from handspun.training.objectives import PaddedRunner
 from handspun.training.packed import Masks, Packed, masks_of, packed_attention, whole_mask
 from handspun.training.runner import packing_unsupported_reason, select_runner
 from tiny import tiny_model
 
+CPU = torch.device("cpu")
+SHARED = Batching("packed", share_prefix=True)
 SMALL = {
     "vocab_size": 330,
     "hidden_size": 32,
@@ -81,7 +78,7 @@ def test_loss_and_gradients_are_those_of_padded_rows(family: str, share_prefix: 
     expected = PaddedRunner(model, torch.float32, 0).backward(batch, 7)
     wanted = gradients(model)
     with packed_attention(model):
-        packed = Packed(model, torch.float32, share_prefix)
+        packed = Packed(model, torch.float32, Batching("packed", share_prefix))
         assert packed.backward(batch, 7) == pytest.approx(expected, rel=1e-6)
         assert packed.loss(batch) == pytest.approx(expected, rel=1e-6)
     found = gradients(model)
@@ -99,7 +96,7 @@ def test_all_sequences_at_once_as_on_a_gpu(
     with packed_attention(model):
         for mask in (masks_of, lambda made, dtype: Masks([], whole_mask(made, dtype))):
             monkeypatch.setattr(packed_module, "masks_of", mask)
-            loss = Packed(model, torch.float32, share_prefix).backward(batch, 7)
+            loss = Packed(model, torch.float32, Batching("packed", share_prefix)).backward(batch, 7)
             found.append((loss, gradients(model)))
     (expected, wanted), (loss, made) = found
     assert loss == pytest.approx(expected, rel=1e-6)
@@ -112,7 +109,7 @@ def test_one_mask_for_all_sequences_by_hand() -> None:
         Example([1, 2, 3, 4], [False, False, False, True], "a", 1),
         Example([1, 5, 6], [False, False, True], "a", 2),
     ]
-    made = pack(batch, share_prefix=True, device=torch.device("cpu"))  # 1 | 2 3 4 | 5 6
+    made = SHARED.pack(batch, CPU)  # 1 | 2 3 4 | 5 6
     attends = (whole_mask(made, torch.float32) == 0).int().tolist()
     assert attends == [
         [1, 0, 0, 0, 0, 0],
@@ -139,7 +136,7 @@ def test_a_pack_by_hand() -> None:
         Example([1, 2, 3, 4, 5], [False, False, False, True, True], "a", 1),
         Example([1, 2, 6, 7], [False, False, False, True], "a", 2),
     ]
-    made = pack(batch, share_prefix=True, device=torch.device("cpu"))
+    made = SHARED.pack(batch, CPU)
     assert made.shared_prefix_length == 2
     assert made.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
     assert made.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3]]
@@ -152,34 +149,33 @@ def test_a_pack_by_hand() -> None:
 
 
 def test_a_pack_of_which_nothing_is_learned_can_still_be_indexed() -> None:
-    made = pack([Example([1, 2], [False, False], "a", 1)], share_prefix=False, device=torch.device("cpu"))
+    made = Batching("packed").pack([Example([1, 2], [False, False], "a", 1)], CPU)
     assert made.target_positions.dtype == made.targets.dtype == torch.long
     assert made.input_ids[0, made.target_positions].tolist() == made.targets.tolist() == []
 
 
 def test_a_pack_filled_up_by_hand() -> None:
     batch = [Example([1, 2, 3, 4], [False, False, True, True], "a", 1), Example([1, 5], [False, True], "a", 2)]
-    made = pack(batch, share_prefix=False, device=torch.device("cpu"), multiple=8)
+    made = Batching("packed", multiple=8).pack(batch, CPU)
     assert made.input_ids.tolist() == [[1, 2, 3, 4, 1, 5, 1, 1]]
     assert made.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1]]
     assert made.sequence_bounds == [(0, 4), (4, 6), (6, 8)]
     assert made.target_positions.tolist() == [1, 2, 4]
     for multiple, tokens in ((6, 6), (7, 7), (8, 8), (4, 8)):
-        assert packed_tokens(batch, share_prefix=False, multiple=multiple) == tokens
+        assert Batching("packed", multiple=multiple).computed_tokens(batch) == tokens
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_what_fills_a_pack_up_changes_nothing(monkeypatch: pytest.MonkeyPatch, lora: bool) -> None:
+def test_what_fills_a_pack_up_changes_nothing(lora: bool) -> None:
     model, batch = model_of("tied"), rows(5)
     model = add_lora(model, "tiny", rank=4, alpha=8, dropout=0.0) if lora else model
     found = []
     for multiple in (1, 64):
-        monkeypatch.setattr(packed_module, "pad_to_multiple", lambda *_, multiple=multiple: multiple)
         with packed_attention(model):
-            packed = Packed(model, torch.float32, True)
+            packed = Packed(model, torch.float32, replace(SHARED, multiple=multiple))
             loss = packed.backward(batch, 7)
             assert packed.loss(batch) == pytest.approx(loss, rel=1e-6)
-            assert packed.computed_tokens(batch) % multiple == 0
+            assert packed.batching.computed_tokens(batch) % multiple == 0
         found.append((loss, gradients(model)))
     (plain, wanted), (filled, gradients_filled) = found
     assert filled == pytest.approx(plain, rel=1e-6)
@@ -209,7 +205,7 @@ def test_every_label_is_predicted_once_whatever_the_rows(
     for row, (same, prompt, answer) in enumerate(shapes):
         ids = [9] * same + [row + 20] * prompt + [row + 50] * answer
         batch.append(Example(ids, [i >= same + prompt for i in range(len(ids))], "a", row))
-    made = pack(batch, share_prefix=share_prefix, device=torch.device("cpu"))
+    made = Batching("packed", share_prefix).pack(batch, CPU)
     assert sorted(made.targets.tolist()) == sorted(
         row + 50 for row, (*_, answer) in enumerate(shapes) for _ in range(answer)
     )
@@ -222,7 +218,7 @@ def test_every_label_is_predicted_once_whatever_the_rows(
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=20), st.integers(1, 100))
 def test_micro_batches_keep_order_and_max_tokens(lengths: list[int], max_tokens: int) -> None:
     batch = [Example([1] * n, [False] + [True] * (n - 1), "a", i) for i, n in enumerate(lengths)]
-    parts = list(packed_micro_batches(batch, max_tokens))
+    parts = list(SHARED.split(batch, max_tokens))
     assert [e.row for part in parts for e in part] == list(range(len(batch)))
     assert all(len(part) == 1 or sum(map(len, part)) <= max_tokens for part in parts)
 
@@ -239,7 +235,7 @@ def test_micro_batches_keep_order_and_max_tokens(lengths: list[int], max_tokens:
 )
 def test_packed_micro_batches_by_hand(lengths: list[int], max_tokens: int, parts: list[list[int]]) -> None:
     batch = [Example([1] * n, [False] + [True] * (n - 1), "a", i) for i, n in enumerate(lengths)]
-    assert [[len(e) for e in part] for part in packed_micro_batches(batch, max_tokens)] == parts
+    assert [[len(e) for e in part] for part in SHARED.split(batch, max_tokens)] == parts
 
 
 def run(config: TrainConfig, examples: list[Example], notices: list[str] | None = None) -> list[Step]:
@@ -269,7 +265,7 @@ def test_fifty_steps_agree_whatever_the_batching_and_the_cut(lora: bool) -> None
 def test_chunks_of_the_head_do_not_change_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = model_of("llama"), rows(8)
     with packed_attention(model):
-        packed = Packed(model, torch.float32, True)
+        packed = Packed(model, torch.float32, SHARED)
         whole = packed.backward(batch, 5)
         wanted = gradients(model)
         monkeypatch.setattr(packed_module, "LOGITS_CHUNK_BYTES", 4 * 330 * 16)
@@ -284,7 +280,7 @@ def test_gradients_of_head_and_embedding_are_added_where_they_are(family: str) -
     model = model_of(family)
     tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
     with packed_attention(model):
-        packed = Packed(model, torch.float32, True)
+        packed = Packed(model, torch.float32, SHARED)
         packed.backward(rows(4), 5)
         before = [(table.grad, table.grad.layout) for table in tables]
         packed.backward(rows(4, seed=1), 5)
@@ -295,7 +291,7 @@ def test_gradients_of_head_and_embedding_are_added_where_they_are(family: str) -
 def test_a_frozen_head_gets_no_weight_gradient() -> None:
     model = add_lora(model_of("qwen2"), "tiny", rank=4, alpha=8, dropout=0.0)
     with packed_attention(model):
-        Packed(model, torch.float32, True).backward(rows(4), 3)
+        Packed(model, torch.float32, SHARED).backward(rows(4), 3)
     assert model.get_base_model().lm_head.weight.grad is None
 
 
@@ -303,7 +299,7 @@ def test_neighbors_do_not_see_each_other() -> None:
     """Changing one row changes nothing of another's loss."""
     model, batch = model_of("llama"), rows(3)
     with packed_attention(model):
-        packed = Packed(model, torch.float32, True)
+        packed = Packed(model, torch.float32, SHARED)
         alone = [packed.loss([example]) for example in batch]
         assert packed.loss(batch) == pytest.approx(sum(alone), rel=1e-5)
 
@@ -373,7 +369,7 @@ def test_padded_on_request_and_dropout_are_said() -> None:
 def test_held_out_loss_is_computed_in_float32_whatever_the_products_of_training_are() -> None:
     model, batch = model_of("llama"), rows(4)
     with packed_attention(model):
-        losses = [Packed(model, dtype, True).loss(batch) for dtype in (torch.float32, torch.bfloat16)]
+        losses = [Packed(model, dtype, SHARED).loss(batch) for dtype in (torch.float32, torch.bfloat16)]
     padded = [PaddedRunner(model, dtype, pad_token_id=0).loss(batch) for dtype in (torch.float32, torch.bfloat16)]
     assert losses[0] == losses[1]
     assert padded[0] == padded[1]
@@ -382,9 +378,9 @@ def test_held_out_loss_is_computed_in_float32_whatever_the_products_of_training_
 def test_bfloat16_products_stay_near_float32() -> None:
     model, batch = model_of("llama"), rows(8)
     with packed_attention(model):
-        exact = Packed(model, torch.float32, True).backward(batch, 5)
+        exact = Packed(model, torch.float32, SHARED).backward(batch, 5)
         wanted = gradients(model)
-        rounded = Packed(model, torch.bfloat16, True).backward(batch, 5)
+        rounded = Packed(model, torch.bfloat16, SHARED).backward(batch, 5)
     assert rounded == pytest.approx(exact, rel=1e-2)
     assert rounded != exact
     for name, gradient in gradients(model).items():

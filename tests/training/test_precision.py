@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from handspun.data.examples import Example
-from handspun.training.batching import collate, pack
+from handspun.training.batching import Batching, collate
 from handspun.training.objectives import PaddedRunner, cross_entropy_sum, padded_loss
 from handspun.training.packed import Packed, packed_attention
 from tiny import tiny_model
@@ -33,8 +33,8 @@ def test_the_heads_product_and_its_gradient_are_in_float32(tied: bool) -> None:
     states: list[torch.Tensor] = []
     model.model.register_forward_hook(lambda *seen: states.append(seen[-1].last_hidden_state))
     with packed_attention(model):
-        found = Packed(model, torch.bfloat16, share_prefix=False).backward(rows(), 10)
-    laid = pack(rows(), share_prefix=False, device=torch.device("cpu"))
+        found = Packed(model, torch.bfloat16, Batching("packed")).backward(rows(), 10)
+    laid = Batching("packed").pack(rows(), torch.device("cpu"))
     hidden = states[0][0, laid.target_positions].detach().float()
     weight = model.lm_head.weight.detach().clone().requires_grad_()
     expected = F.cross_entropy(F.linear(hidden, weight), laid.targets, reduction="sum")
@@ -43,7 +43,7 @@ def test_the_heads_product_and_its_gradient_are_in_float32(tied: bool) -> None:
         (wanted,) = torch.autograd.grad(expected / 10, weight)
         torch.testing.assert_close(model.lm_head.weight.grad, wanted, rtol=1e-5, atol=1e-6)
     with packed_attention(model), torch.no_grad():
-        in_float32 = Packed(model, torch.float32, share_prefix=False).loss(rows())
+        in_float32 = Packed(model, torch.float32, Batching("packed")).loss(rows())
     assert abs(found - in_float32) > 1e-5 * in_float32  # the body's were in bfloat16
 
 
@@ -82,7 +82,7 @@ def test_gradients_of_bfloat16_products_are_near_in_direction_and_size(batching:
         model = tiny_model("llama", initializer_range=0.05)
         if batching == "packed":
             with packed_attention(model):
-                Packed(model, dtype, share_prefix=True).backward(rows(), 10)
+                Packed(model, dtype, Batching("packed", share_prefix=True)).backward(rows(), 10)
         else:
             PaddedRunner(model, dtype, 0).backward(rows(), 10)
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})

@@ -65,7 +65,7 @@ def _by_execution(
     ) as runner:
 
         def compute(batch: list[Example]) -> Iterator[tuple[Example, float]]:
-            for micro_batch in runner.cut(batch, _MAX_TOKENS):
+            for micro_batch in runner.batching.split(batch, _MAX_TOKENS):
                 yield from zip(micro_batch, runner.row_losses(micro_batch), strict=True)
 
         yield compute

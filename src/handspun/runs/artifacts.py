@@ -57,7 +57,7 @@ def losses_by_row(
     """
     rows = spread(examples, most)
     by_row: dict[int, float] = {}
-    for micro_batch in runner.cut(rows, max_tokens):
+    for micro_batch in runner.batching.split(rows, max_tokens):
         by_row.update(zip(map(id, micro_batch), runner.row_losses(micro_batch), strict=True))
     sums = [by_row[id(row)] for row in rows]
     losses = [total / row.learned_tokens for total, row in zip(sums, rows, strict=True)]

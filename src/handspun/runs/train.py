@@ -77,7 +77,6 @@ from handspun.runs.summary import (
 )
 from handspun.runs.trackers import check_trackers_installed
 from handspun.training.agreement import check_same_options, check_same_rows, check_same_weights
-from handspun.training.batching import pad_to_multiple
 from handspun.training.checkpoint import TRAINING_STATE, read_optimizer, read_weights
 from handspun.training.distributed import Distributed, processes_of_this_run
 from handspun.training.dtype import choose_dtype, use_threads
@@ -252,7 +251,7 @@ def plan_run(run: RunContext, data: LoadedData) -> RunPlan:
     point = _resume_point(run, facts)
     dtype = _compute_dtype(run, facts, point)
     shape = shapes_of(config)
-    plan = make_plan(shape, examples, config, multiple=pad_to_multiple(processes.device))
+    plan = make_plan(shape, examples, config)
     return RunPlan(plan, shape, facts, point, dtype, ending, doubts)
 
 

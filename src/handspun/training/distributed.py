@@ -6,7 +6,7 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from handspun.data.examples import Example
 from handspun.display import say
 from handspun.errors import ConfigError, HandspunError, StoppedError, TrainingError
+from handspun.training.batching import Batching
 from handspun.training.objectives import CallInForward, call_directly
 
 _Result = TypeVar("_Result")
@@ -268,9 +269,6 @@ EMPTY_EXAMPLE = Example([0], [False], "", 0)
 
 _Value = TypeVar("_Value")
 
-Cut = Callable[[Sequence[Example]], Iterable[list[Example]]]
-"""Splits a rank's rows into its micro-batches."""
-
 
 @dataclass(frozen=True)
 class Distributed:
@@ -287,15 +285,17 @@ class Distributed:
         """True for rank 0, which logs and saves."""
         return self.rank == 0
 
-    def local_micro_batches(self, rows: Sequence[Example], cut: Cut) -> list[list[Example]]:
+    def local_micro_batches(
+        self, rows: Sequence[Example], batching: Batching, max_tokens: int
+    ) -> list[list[Example]]:
         """Return this rank's micro-batches of the rows. Every rank computes the same partition.
 
         Sharded, all ranks get the same number, since each takes part in gathering every layer. Ranks with fewer
         micro-batches get dummy ones, whose loss and gradient are zero.
         """
         if self.count == 1:
-            return list(cut(rows))
-        shares = [list(cut(share)) for share in partition_by_tokens(rows, self.count)]
+            return list(batching.split(rows, max_tokens))
+        shares = [list(batching.split(share, max_tokens)) for share in partition_by_tokens(rows, self.count)]
         most = max(map(len, shares)) if self.sharded else 0
         own = shares[self.rank]
         return own + [[EMPTY_EXAMPLE]] * (most - len(own))

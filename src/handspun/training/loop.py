@@ -50,7 +50,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    micro_batches = processes.local_micro_batches(examples, lambda rows: runner.cut(rows, max_tokens))
+    micro_batches = processes.local_micro_batches(examples, runner.batching, max_tokens)
     loss_sum = processes.sum(sum(runner.loss(micro_batch) for micro_batch in micro_batches))
     model.train(was_training)
     learned_tokens = learned_tokens_of(examples)
@@ -238,9 +238,7 @@ def _gradients(
     # memory and speed.
     learned_tokens = learned_tokens_of(batch)
     loss, computed_tokens = 0.0, 0
-    for micro_batch in loop.processes.local_micro_batches(
-        batch, lambda rows: loop.runner.cut(rows, state.max_tokens)
-    ):
+    for micro_batch in loop.processes.local_micro_batches(batch, loop.runner.batching, state.max_tokens):
         loss_sum = None
         try:
             loss_sum = loop.runner.backward(micro_batch, learned_tokens)
@@ -252,9 +250,11 @@ def _gradients(
             state.optimizer.zero_grad(set_to_none=True)
             raise_if_unsplittable(micro_batch, state.step + 1, loop.config, processes=loop.processes.count)
             state.max_tokens = halved_max_tokens(micro_batch, state.max_tokens)
-            return OutOfMemory(state.step + 1, epoch, loop.runner.computed_tokens(micro_batch), state.max_tokens)
+            return OutOfMemory(
+                state.step + 1, epoch, loop.runner.batching.computed_tokens(micro_batch), state.max_tokens
+            )
         loss += loss_sum / learned_tokens
-        computed_tokens += loop.runner.computed_tokens(micro_batch)
+        computed_tokens += loop.runner.batching.computed_tokens(micro_batch)
     loss, computed_tokens = loop.processes.sum(loss), int(loop.processes.sum(computed_tokens))
     loop.processes.sum_gradients(state.model)
     return loss, computed_tokens

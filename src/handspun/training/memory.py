@@ -16,12 +16,11 @@ from handspun.data.examples import Example, learned_tokens_of, lengths_of
 from handspun.errors import HandspunError, TrainingError
 from handspun.models.int8 import Int8Linear
 from handspun.models.load import resolve_device
-from handspun.training.batching import batches, epoch_order, micro_batches, packed_micro_batches, packed_tokens
+from handspun.training.batching import Batching, batches, epoch_order
 from handspun.training.distributed import Distributed
-from handspun.training.objectives import padded_tokens
 from handspun.training.optim import BLOCK
 from handspun.training.packed import LOGITS_CHUNK_BYTES
-from handspun.training.runner import packing_unsupported_reason, shares_prefix
+from handspun.training.runner import batching_for
 
 
 @dataclass(frozen=True)
@@ -119,35 +118,26 @@ _STATES = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2 + 4 / BLOCK}
 """Bytes of AdamW's states per trained weight."""
 
 
-def predict_memory(
-    model: PreTrainedModel,
-    batches: Iterable[Sequence[Sequence[Example]]],
-    config: TrainConfig,
-    *,
-    packed: bool,
-    share_prefix: bool,
+def predicted_peak(
+    model: PreTrainedModel, optimizer_batches: Iterable[Sequence[Example]], config: TrainConfig
 ) -> int:
-    """Return the predicted peak bytes of the process, or of the GPU that it uses.
+    """Return the predicted peak bytes of the process, or of the GPU that it uses, over these batches.
 
-    Args:
-        model: the model; only its shapes matter, so it may be on the meta device.
-        batches: batches of optimizer steps, each as its micro-batches.
-        config: options of the run.
-        packed: whether micro-batches are packed.
-        share_prefix: whether packs store a common prefix once.
+    Only the shapes of the model matter, so it may be on the meta device.
     """
+    batching = batching_for(model.config, config, resolve_device(config.device))
     weights = sum(weight.nbytes for weight in weights_of(model))
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     held = weights + _STATES[config.optimizer_states] * sum(trained)
     gradients = _FLOAT * sum(trained)
-    first = _FLOAT * sum(table.numel() for table in _embedding_and_head(model) if packed and table.requires_grad)
+    first = 0
+    if batching.kind == "packed":
+        first = _FLOAT * sum(table.numel() for table in _embedding_and_head(model) if table.requires_grad)
     forward = 0.0
-    for batch in batches:
-        for before, micro_batch in enumerate(batch):
-            tokens = (
-                packed_tokens(micro_batch, share_prefix=share_prefix) if packed else padded_tokens(micro_batch)
-            )
-            kept = _FRAGMENTATION * _activation_bytes(tokens, model, config) + _logits(micro_batch, model, packed)
+    for batch in optimizer_batches:
+        for before, micro_batch in enumerate(batching.split(batch, config.max_tokens)):
+            activations = _activation_bytes(batching.computed_tokens(micro_batch), model, config)
+            kept = _FRAGMENTATION * activations + _logits_bytes(micro_batch, model, batching)
             forward = max(forward, kept + (gradients if before else first))
     if resolve_device(config.device).type == "cuda":  # Python and the files read are not in GPU memory
         return int(held + max(forward, gradients))
@@ -217,7 +207,7 @@ def _linear_weights(model: PreTrainedModel) -> int:
     return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
 
 
-def _logits(micro_batch: Sequence[Example], model: PreTrainedModel, packed: bool) -> int:
+def _logits_bytes(micro_batch: Sequence[Example], model: PreTrainedModel, batching: Batching) -> int:
     """Return the bytes of a micro-batch's logits.
 
     Packed: one chunk. Padded: the logits and their gradient where some row has a target, and the logits, softmax,
@@ -225,7 +215,7 @@ def _logits(micro_batch: Sequence[Example], model: PreTrainedModel, packed: bool
     """
     vocabulary = model.config.get_text_config().vocab_size
     learned_tokens = sum(example.learned_tokens for example in micro_batch)
-    if packed:
+    if batching.kind == "packed":
         return int(min(_FLOAT * learned_tokens * vocabulary, LOGITS_CHUNK_BYTES))
     positions = {i for example in micro_batch for i, is_learned in enumerate(example.loss_mask) if is_learned}
     return int(_FLOAT * (2 * len(micro_batch) * len(positions) + 3 * learned_tokens) * vocabulary)
@@ -253,18 +243,9 @@ class Plan:
     """Bytes of a checkpoint's training state, which resuming needs."""
 
 
-def make_plan(
-    model: PreTrainedModel, examples: Sequence[Example], config: TrainConfig, *, multiple: int = 1
-) -> Plan:
-    """Return the plan of a run.
-
-    Args:
-        model: the model; only its shapes matter, so it may be on the meta device.
-        examples: the training examples.
-        config: options of the run.
-        multiple: packs are filled up to a multiple of this many tokens.
-    """
-    packed, share_prefix = _packing_of(model, config)
+def make_plan(model: PreTrainedModel, examples: Sequence[Example], config: TrainConfig) -> Plan:
+    """Return the plan of a run. Only the shapes of the model matter, so it may be on the meta device."""
+    batching = batching_for(model.config, config, resolve_device(config.device))
     order = epoch_order(len(examples), seed=config.seed, epoch=1)
     parameters = sum(weight.numel() for weight in weights_of(model))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -274,12 +255,12 @@ def make_plan(
         return batches(examples, order, config.batch_size)
 
     computed = [
-        _computed(micro_batch, packed, share_prefix, multiple)
+        batching.computed_tokens(micro_batch)
         for batch in optimizer_batches()
-        for micro_batch in _cut(batch, config, packed)
+        for micro_batch in batching.split(batch, config.max_tokens)
     ]
     return Plan(
-        batching="packed" if packed else "padded",
+        batching=batching.kind,
         examples=len(examples),
         steps=-(-len(examples) // config.batch_size) * config.num_epochs,
         micro_batches=len(computed),
@@ -292,31 +273,6 @@ def make_plan(
         checkpoint_size=_checkpoint_size(parameters, trainable, config),
         training_state_size=_training_state_size(trainable, config),
     )
-
-
-def predicted_peak(
-    model: PreTrainedModel, optimizer_batches: Iterable[Sequence[Example]], config: TrainConfig
-) -> int:
-    """Return the predicted peak bytes of the process over these batches."""
-    packed, share_prefix = _packing_of(model, config)
-    cut = (_cut(batch, config, packed) for batch in optimizer_batches)
-    return predict_memory(model, cut, config, packed=packed, share_prefix=share_prefix)
-
-
-def _packing_of(model: PreTrainedModel, config: TrainConfig) -> tuple[bool, bool]:
-    """Return (whether batches are packed, whether the prefix is shared)."""
-    packed = config.batching == "packed" and packing_unsupported_reason(model.config) is None
-    return packed, packed and shares_prefix(model.config, config)
-
-
-def _cut(batch: Sequence[Example], config: TrainConfig, packed: bool) -> list[list[Example]]:
-    return list((packed_micro_batches if packed else micro_batches)(batch, config.max_tokens))
-
-
-def _computed(micro_batch: Sequence[Example], packed: bool, share_prefix: bool, multiple: int) -> int:
-    if not packed:
-        return padded_tokens(micro_batch)
-    return packed_tokens(micro_batch, share_prefix=share_prefix, multiple=multiple)
 
 
 def _checkpoint_size(parameters: int, trainable: int, config: TrainConfig) -> int:

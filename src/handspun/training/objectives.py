@@ -1,6 +1,6 @@
 """The loss: cross-entropy summed over target tokens, and the LM head's part of it, forward and backward."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from handspun.data.examples import Example
 from handspun.kernels.onednn import matmul, without_cudnn
-from handspun.training.batching import IGNORED, collate, micro_batches
+from handspun.training.batching import IGNORED, Batching, collate
 
 
 def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -45,13 +45,10 @@ class PaddedRunner:
     pad_token_id: int
     run: CallInForward = call_directly
 
-    def cut(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
-        """Split the batch into micro-batches of at most `max_tokens` tokens, padding included."""
-        return micro_batches(batch, max_tokens)
-
-    def computed_tokens(self, micro_batch: Sequence[Example]) -> int:
-        """Return the number of tokens that run through the model, padding included."""
-        return padded_tokens(micro_batch)
+    @property
+    def batching(self) -> Batching:
+        """How to split a batch for this runner."""
+        return Batching("padded")
 
     def loss(self, micro_batch: Sequence[Example]) -> float:
         """Return the loss summed over the micro-batch's target tokens, without a gradient, in float32."""
@@ -78,11 +75,6 @@ class PaddedRunner:
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
         rows: list[float] = losses.view(targets.shape).double().sum(dim=1).tolist()
         return rows
-
-
-def padded_tokens(micro_batch: Sequence[Example]) -> int:
-    """Return the number of tokens in the padded micro-batch."""
-    return len(micro_batch) * max(len(example) for example in micro_batch)
 
 
 def padded_loss(

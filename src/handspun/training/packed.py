@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from handspun.data.examples import Example
 from handspun.kernels.onednn import without_cudnn
-from handspun.training.batching import Pack, pack, packed_micro_batches, packed_tokens, pad_to_multiple
+from handspun.training.batching import Batching, Pack
 from handspun.training.objectives import (
     CallInForward,
     call_directly,
@@ -182,17 +182,8 @@ class Packed:
 
     model: PreTrainedModel
     dtype: torch.dtype
-    share_prefix: bool
+    batching: Batching
     run: CallInForward = call_directly
-
-    def cut(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
-        """Split the batch into micro-batches of at most `max_tokens` tokens."""
-        return packed_micro_batches(batch, max_tokens)
-
-    def computed_tokens(self, micro_batch: Sequence[Example]) -> int:
-        """Return the tokens that run through the model: a shared prefix counts once, fill tokens count."""
-        multiple = pad_to_multiple(self.model.device)
-        return packed_tokens(micro_batch, share_prefix=self.share_prefix, multiple=multiple)
 
     def loss(self, micro_batch: Sequence[Example]) -> float:
         """Return the loss summed over the micro-batch's target tokens, without a gradient, in float32."""
@@ -217,13 +208,13 @@ class Packed:
         return total
 
     def _loss(self, micro_batch: Sequence[Example]) -> float:
-        packed = self._pack(micro_batch)
+        packed = self.batching.pack(micro_batch, self.model.device)
         hidden = self._hidden_states(packed, torch.float32)
         chunks = _chunks(hidden, packed.targets, self._vocabulary)
         return sum(linear_cross_entropy(self._head, some, targets).item() for some, targets in chunks)
 
     def _row_losses(self, micro_batch: Sequence[Example]) -> list[float]:
-        packed = self._pack(micro_batch)
+        packed = self.batching.pack(micro_batch, self.model.device)
         hidden = self._hidden_states(packed, torch.float32)
         chunks = _chunks(hidden, packed.targets, self._vocabulary)
         losses = [
@@ -234,17 +225,13 @@ class Packed:
 
     def _lm_head_backward(self, micro_batch: Sequence[Example], divisor: int) -> tuple[Tensor, Tensor, float]:
         """Run the first stage. Return (hidden states at target positions, their gradient, loss sum)."""
-        packed = self._pack(micro_batch)
+        packed = self.batching.pack(micro_batch, self.model.device)
         hidden = self._hidden_states(packed, self.dtype)
         chunks = _chunks(hidden, packed.targets, self._vocabulary)
         with tf32_lm_head(self.dtype, self.model.device):
             done = [linear_cross_entropy_backward(self._head, some, targets, divisor) for some, targets in chunks]
         gradient = torch.cat([gradient for _, gradient in done]).to(hidden.dtype)
         return hidden, gradient, sum(loss for loss, _ in done)
-
-    def _pack(self, micro_batch: Sequence[Example]) -> Pack:
-        device = self.model.device
-        return pack(micro_batch, share_prefix=self.share_prefix, device=device, multiple=pad_to_multiple(device))
 
     def _hidden_states(self, packed: Pack, dtype: torch.dtype) -> Tensor:
         """Return the body's output, (targets, hidden size), at the positions that predict a target token."""

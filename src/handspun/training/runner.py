@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from handspun.config import TrainConfig
 from handspun.data.examples import Example, lengths_of
 from handspun.models.int8 import float_activations
+from handspun.training.batching import Batching
 from handspun.training.objectives import CallInForward, PaddedRunner, call_directly
 from handspun.training.packed import Packed, packed_attention
 
@@ -22,11 +23,9 @@ _TOLERANCE = 1e-3
 class BatchRunner(Protocol):
     """Computes losses and gradients of micro-batches, as sums over target tokens that the caller divides."""
 
-    def cut(self, batch: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
-        """Split the batch into micro-batches of at most `max_tokens` tokens; a longer row is one by itself."""
-
-    def computed_tokens(self, micro_batch: Sequence[Example]) -> int:
-        """Return the tokens that run through the model: padding counts, a shared prefix counts once."""
+    @property
+    def batching(self) -> Batching:
+        """How to split a batch for this runner."""
 
     def loss(self, micro_batch: Sequence[Example]) -> float:
         """Return the loss summed over the micro-batch's target tokens, without a gradient, in float32.
@@ -73,10 +72,19 @@ def select_runner(
         notice(f"batching: padded ({reason})")
         yield replace(padded, run=run_on(model))
         return
-    share_prefix = shares_prefix(model.config, config)
-    notice("batching: packed" + ("" if share_prefix else "; prefixes are not shared, because of dropout"))
+    shared = shares_prefix(model.config, config)
+    notice("batching: packed" + ("" if shared else "; prefixes are not shared, because of dropout"))
     with packed_attention(model):
-        yield Packed(model, dtype, share_prefix, run_on(model))
+        run = run_on(model)  # it may move the model to another device
+        yield Packed(model, dtype, batching_for(model.config, config, model.device), run)
+
+
+def batching_for(model_config: PreTrainedConfig, config: TrainConfig, device: torch.device) -> Batching:
+    """Return how a run's rows are batched, if the model computes packed rows as its config says."""
+    if config.batching == "padded" or packing_unsupported_reason(model_config) is not None:
+        return Batching("padded")
+    multiple = 16 if device.type == "cuda" else 1  # a GPU's attention kernels need the rows of a mask aligned
+    return Batching("packed", shares_prefix(model_config, config), multiple)
 
 
 def packing_unsupported_reason(config: PreTrainedConfig) -> str | None:
@@ -102,7 +110,7 @@ def _differs(model: PreTrainedModel, padded: PaddedRunner, examples: Sequence[Ex
         with float_activations(model):
             expected = PaddedRunner(model, torch.float32, padded.pad_token_id).loss(shortest)
             with packed_attention(model):
-                found = Packed(model, torch.float32, share_prefix=True).loss(shortest)
+                found = Packed(model, torch.float32, Batching("packed", share_prefix=True)).loss(shortest)
     except (TypeError, ValueError, NotImplementedError) as error:
         return f"{model.config.model_type} does not accept packed rows: {str(error).splitlines()[0]}"
     finally:

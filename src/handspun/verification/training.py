@@ -13,7 +13,6 @@ from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.errors import TemplateError
 from handspun.training.objectives import PaddedRunner
-from handspun.training.packed import Packed
 from handspun.training.runner import BatchRunner, select_runner
 from handspun.verification.reference import Finding, Reference, within
 
@@ -35,7 +34,7 @@ def check_packed(material: Reference) -> Iterator[Finding]:
         with select_runner(
             model, TrainConfig(), examples, dtype=torch.float32, pad_token_id=0, notice=notices.append
         ) as runner:
-            if not isinstance(runner, Packed):
+            if runner.batching.kind != "packed":
                 yield Finding(check="packed", case="loss and gradients", status="info", found="; ".join(notices))
                 return
             loss, gradients = _backward(model, runner, examples)
