@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import handspun
+from handspun.display import LineHandler, log_to
 from handspun.models.embedded import embedded_folder
 from handspun.models.load import ChatModel
 from tiny import tiny_model, tiny_tokenizer
@@ -25,6 +26,14 @@ def cache_folder_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Itera
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = users
+
+
+@pytest.fixture
+def log_lines() -> Iterator[list[str]]:
+    """The lines of the log, which are not printed then."""
+    lines: list[str] = []
+    with log_to(LineHandler(lines.append)):
+        yield lines
 
 
 @pytest.fixture(scope="session")

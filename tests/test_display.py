@@ -4,7 +4,9 @@ import io
 import json
 import os
 import pty
+import subprocess
 import sys
+import threading
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +24,15 @@ from rich.text import Text
 from handspun import display
 from handspun.display import (
     HarmlessConsole,
+    LineHandler,
     ProtectedStream,
     UnprintedError,
+    captured_log,
     escaped,
     join_names,
     json_line,
+    log_to,
+    logger,
     printable,
     protected_streams,
     say,
@@ -221,3 +227,54 @@ def test_protected_streams_are_put_back(failing: TextIO | None, monkeypatch: pyt
     with pytest.raises(UnprintedError), protected_streams():
         print("a")
     assert sys.stdout is failing
+
+
+def test_log_lines_appear_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    logger.info("5 %s rows\x1b[2J")
+    assert capsys.readouterr() == ("", "5 %s rows␛[2J\n")
+
+
+def test_log_lines_appear_once_if_a_program_shows_them_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    lines: list[str] = []
+    with log_to(LineHandler(lines.append)):
+        logger.info("a")
+    logger.info("b")
+    assert (lines, capsys.readouterr().err) == (["a"], "b\n")
+
+
+def test_log_lines_that_cannot_be_printed_end_nothing(
+    failing: TextIO | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", failing)
+    logger.info("a")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("before", "shown"),
+    [
+        ("", "info\nwarning\n"),
+        ("logging.basicConfig()", "info\nwarning\n"),
+        ("logging.getLogger('handspun').setLevel(logging.WARNING)", "warning\n"),
+        ("logging.getLogger('handspun').addHandler(logging.NullHandler())", ""),
+    ],
+)
+@pytest.mark.parametrize("is_before_the_import", [True, False])
+def test_a_program_that_configures_the_log_has_its_way(
+    before: str, shown: str, is_before_the_import: bool
+) -> None:
+    steps = [before, "from handspun.display import logger"]
+    lines = ["import logging", *(steps if is_before_the_import else reversed(steps))]
+    code = "\n".join([*lines, "logger.info('info')", "logger.warning('warning')"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", shown)
+
+
+def test_captured_log_has_the_lines_of_its_own_thread(capsys: pytest.CaptureFixture[str]) -> None:
+    with captured_log() as lines:
+        logger.info("here")
+        other = threading.Thread(target=logger.info, args=("there",))
+        other.start()
+        other.join()
+    logger.info("later")
+    assert (lines, capsys.readouterr().err) == (["here"], "there\nlater\n")

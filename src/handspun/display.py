@@ -1,11 +1,13 @@
-"""Format text for a terminal: printable characters, lists of names, durations, and streams that may close."""
+"""Text for a terminal: printable characters, lists of names, durations, the log, and streams that may close."""
 
 import errno
 import json
+import logging
 import os
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -117,8 +119,67 @@ def is_terminal(stream: IO[str] | None) -> bool:
 
 
 def say(text: str) -> None:
-    """Print a notice on standard error. A failure to print it is ignored."""
+    """Print a line on standard error. A failure to print it is ignored."""
     print(visible(text), file=unfailing(sys.stderr), flush=True)
+
+
+logger = logging.getLogger("handspun")
+"""The log. Its lines appear on standard error, unless it has other handlers: a run's, or a user's own."""
+
+
+class _StandardErrorHandler(logging.Handler):
+    """Prints the log's lines on standard error while the log has no other handler."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if logger.handlers == [self]:
+            say(record.getMessage())
+
+
+if not logger.handlers:  # else the user's own handlers are enough
+    logger.addHandler(_StandardErrorHandler())
+    logger.propagate = False  # a handler of the root logger would print each line again
+if logger.level == logging.NOTSET:
+    logger.setLevel(logging.INFO)  # the root logger's level would hide all but warnings
+
+
+class LineHandler(logging.Handler):
+    """Calls a function with each line of the log."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        super().__init__()
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Call the function with the record's text."""
+        self._show(record.getMessage())
+
+
+@contextmanager
+def log_to(handler: logging.Handler) -> Iterator[None]:
+    """Give the log a handler within the block."""
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextmanager
+def captured_log() -> Iterator[list[str]]:
+    """Within the block, collect this thread's log lines instead of showing them."""
+    thread, lines = threading.get_ident(), list[str]()
+
+    def capture(record: logging.LogRecord) -> bool:
+        if record.thread != thread:
+            return True
+        lines.append(record.getMessage())
+        return False
+
+    logger.addFilter(capture)
+    try:
+        yield lines
+    finally:
+        logger.removeFilter(capture)
 
 
 class UnprintedError(OutputError):

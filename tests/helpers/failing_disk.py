@@ -10,7 +10,6 @@ must be one; and the last one to resume from is that of epoch 2 if it was saved,
 import ctypes
 import errno
 import functools
-import io
 import os
 import shutil
 import sys
@@ -25,7 +24,6 @@ from handspun.files import recover_all
 from handspun.models.load import ChatModel
 from handspun.runs import checkpoints as keeping
 from handspun.runs.checkpoints import CheckpointManager
-from handspun.runs.log import RunLog, plain_console
 from handspun.runs.output_dir import TrainedRun
 from handspun.runs.resume import find_resume_point
 from handspun.training.checkpoint import is_checkpoint, is_checkpoint_name
@@ -53,17 +51,15 @@ def main(library: str, work: Path) -> None:
 
 
 def keeper_of(output: Path) -> tuple[CheckpointManager, TrainingState]:
-    """Of a run that has not begun; its log is thrown away."""
+    """Of a run that has not begun."""
     output.mkdir(exist_ok=True)
     config = TrainConfig(output_dir=str(output))
     chat = ChatModel(tiny_model("qwen2", tie_word_embeddings=True), tiny_tokenizer(), "tiny")
     run = TrainedRun(output, make_plan(chat.model, [], config), chat)
     keeping.model_card = lambda *_, **__: "what it says is tried elsewhere"
-    console = plain_console()
-    console.file = io.StringIO()
     facts: dict[str, Any] = {"started": "now", "config": {}, "environment": {"versions": {}}, "dtype": "float32"}
     facts["data"] = {"train": {"sha256": "of the rows"}, "held_out": None}
-    return CheckpointManager(run, config, Distributed(), facts, RunLog(None, console)), start(chat.model, config)
+    return CheckpointManager(run, config, Distributed(), facts), start(chat.model, config)
 
 
 def save(keeper: CheckpointManager, state: TrainingState, *, epoch: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from handspun.display import logger
 from handspun.runs.live import LiveState, Trace, one_line, panel, sparkline, wrapped
 from handspun.runs.log import RunLog
 from handspun.runs.sample_answers import SampleAnswer, Samples
@@ -126,7 +127,7 @@ def test_on_a_terminal_lines_stand_above_the_panel_and_the_cursor_comes_back(tmp
     state = LiveState(total_steps=10, num_epochs=1)
     with suppress(KeyboardInterrupt), RunLog(tmp_path, console) as log, log.watched(state):
         log.event(step(1, 2.0))
-        log.line("saved output/checkpoint-epoch-1")
+        logger.info("saved output/checkpoint-epoch-1")
         raise KeyboardInterrupt
     assert isinstance(console.file, io.StringIO)
     printed = console.file.getvalue()

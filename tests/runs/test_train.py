@@ -50,7 +50,7 @@ def test_it_leaves_checkpoints_a_log_metrics_and_a_record(tiny_folder: Path, dat
     assert handspun.generate(handspun.load(str(run.checkpoints[-1])), "Say 3.", max_new_tokens=5)[0].token_ids
 
 
-def test_the_log_is_plain_lines_in_file_and_output(tiny_folder: Path, data: Path) -> None:
+def test_the_log_is_plain_lines_in_file_and_output(tiny_folder: Path, data: Path, log_lines: list[str]) -> None:
     console = quiet_console()
     train(config(tiny_folder, data), console=console)
     printed = printed_to(console)
@@ -62,6 +62,7 @@ def test_the_log_is_plain_lines_in_file_and_output(tiny_folder: Path, data: Path
         assert re.search(r"step 1/4  epoch 1  loss \d\.\d{4}  lr 1\.00e-03  grad ", text)
         assert re.search(r"held-out loss \d\.\d{4} before, \d\.\d{4} after; best", text)
     assert re.sub(r"^\d\d:\d\d:\d\d ", "", logged, flags=re.MULTILINE) == printed
+    assert "".join(f"{line}\n" for line in log_lines) == printed
 
 
 def test_a_base_models_new_end_of_turn_is_said_and_saved(tiny_folder: Path, data: Path) -> None:

@@ -17,13 +17,12 @@ from handspun.data.dataset import Dataset
 from handspun.data.examples import Example, lengths_of
 from handspun.data.preview import learned_runs, spread
 from handspun.data.rows import Row
-from handspun.display import duration
+from handspun.display import captured_log, duration, logger
 from handspun.errors import HandspunError
 from handspun.files import output_errors, write_json
 from handspun.models.fingerprints import weight_checksums
 from handspun.models.load import ChatModel, model_source
 from handspun.report.page import write_report
-from handspun.runs.log import RunLog
 from handspun.runs.metrics import KEPT, read_kept
 from handspun.runs.sample_answers import prompts_of, sample_answers
 from handspun.training.runner import BatchRunner, select_runner
@@ -101,7 +100,7 @@ _BARS = 30
 
 @contextmanager
 def report_around(
-    chat: ChatModel, config: TrainConfig, training: Dataset, held_out: Dataset | None, log: RunLog
+    chat: ChatModel, config: TrainConfig, training: Dataset, held_out: Dataset | None
 ) -> Iterator[None]:
     """Collect what the report needs around the loop, and write report.html however the run ends.
 
@@ -110,25 +109,25 @@ def report_around(
     is a line in the log.
     """
     folder = Path(config.output_dir)
-    kept = read_kept(folder) or _at_the_start(chat, config, training, held_out, log)
-    with _never_the_end(log):
+    kept = read_kept(folder) or _at_the_start(chat, config, training, held_out)
+    with _never_the_end():
         _write_kept(folder, kept)
     try:
         yield
-        kept["after"] = _answers(chat, config, kept["prompts"], log, "after")
-        kept["row_losses"] = _row_losses(chat, config, training, held_out, log)
+        kept["after"] = _answers(chat, config, kept["prompts"], "after")
+        kept["row_losses"] = _row_losses(chat, config, training, held_out)
     finally:  # the run's own error is the one to be told
-        with _never_the_end(log):
+        with _never_the_end():
             _write_kept(folder, kept)
-            log.line(f"report: {write_report(folder)}")
+            logger.info(f"report: {write_report(folder)}")
 
 
 @contextmanager
-def _never_the_end(log: RunLog) -> Iterator[None]:
+def _never_the_end() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever a page cannot be made of: the weights are saved
-        log.line(f"no report: {error or type(error).__name__}")
+        logger.info(f"no report: {error or type(error).__name__}")
 
 
 def _write_kept(folder: Path, kept: dict[str, Any]) -> None:
@@ -137,7 +136,7 @@ def _write_kept(folder: Path, kept: dict[str, Any]) -> None:
 
 
 def _at_the_start(
-    chat: ChatModel, config: TrainConfig, training: Dataset, held_out: Dataset | None, log: RunLog
+    chat: ChatModel, config: TrainConfig, training: Dataset, held_out: Dataset | None
 ) -> dict[str, Any]:
     prompts = prompts_of(config)
     sets = {"train": training, "held_out": held_out}
@@ -146,13 +145,14 @@ def _at_the_start(
         "lengths": {name: length_histogram(some) for name, some in sets.items() if some},
         "accounted": {name: texts_of(some.accounted) for name, some in sets.items() if some},
         "prompts": list(prompts),
-        "before": _answers(chat, config, prompts, log, "before"),
+        "before": _answers(chat, config, prompts, "before"),
     }
 
 
 def model_fingerprints(name: str, chat: ChatModel) -> dict[str, str]:
     """Return fingerprints of the model's weights: the sha256 of its files, or its commit on the hub."""
-    source = model_source(name, lambda _: None)
+    with captured_log():  # it was logged when the model was loaded
+        source = model_source(name, lambda _: None)
     if not Path(source.location).is_dir():
         commit = getattr(chat.model.config, "_commit_hash", None)
         return {"commit on the hub": commit} if commit else {}
@@ -167,7 +167,7 @@ def length_histogram(some: Dataset) -> dict[str, Any]:
     return {"edges": edges.tolist(), "counts": counts.tolist(), "median": int(np.median(lengths))}
 
 
-def _answers(chat: ChatModel, config: TrainConfig, prompts: Any, log: RunLog, when: str) -> dict[str, Any]:
+def _answers(chat: ChatModel, config: TrainConfig, prompts: Any, when: str) -> dict[str, Any]:
     """Return {"answers", "notes"}, or {"missing": why}."""
     if not config.sample_answers or not prompts:
         return {"missing": "they were not asked for (--no-sample-answers)"}
@@ -178,14 +178,16 @@ def _answers(chat: ChatModel, config: TrainConfig, prompts: Any, log: RunLog, wh
     try:
         made = asdict(sample_answers(chat, prompts, system_prompt=config.system_prompt))
     except HandspunError as error:
-        log.line(f"no sample answers {when} training: {error}")
+        logger.info(f"no sample answers {when} training: {error}")
         return {"missing": str(error)}
-    log.line(f"{len(made['answers'])} sample answers {when} training in {duration(time.perf_counter() - began)}")
+    logger.info(
+        f"{len(made['answers'])} sample answers {when} training in {duration(time.perf_counter() - began)}"
+    )
     return made
 
 
 def _row_losses(
-    chat: ChatModel, config: TrainConfig, training: Dataset, held_out: Dataset | None, log: RunLog
+    chat: ChatModel, config: TrainConfig, training: Dataset, held_out: Dataset | None
 ) -> dict[str, Any]:
     """Return what `losses_by_row` gives for each set, or {"missing": why}."""
     if not config.report_rows:
@@ -210,5 +212,5 @@ def _row_losses(
             if some is not None
         }
     rows = sum(len(some["losses"]) for some in found.values())
-    log.line(f"losses of {rows} rows by the final weights in {duration(time.perf_counter() - began)}")
+    logger.info(f"losses of {rows} rows by the final weights in {duration(time.perf_counter() - began)}")
     return found

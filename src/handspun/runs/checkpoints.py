@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from handspun.config import TrainConfig
+from handspun.display import logger
 from handspun.runs.incidents import incident_facts, incident_from
-from handspun.runs.log import RunLog
 from handspun.runs.model_card import license_of, model_card
 from handspun.runs.output_dir import TrainedRun, record
 from handspun.runs.replacing import drop_replaced
@@ -37,12 +37,11 @@ class CheckpointManager:
         config: TrainConfig,
         processes: Distributed,
         facts: dict[str, Any],
-        log: RunLog,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the clock. facts: the run's record; it goes into what a run resumes from."""
-        self._run, self._config, self._processes, self._facts, self._log = run, config, processes, facts, log
+        self._run, self._config, self._processes, self._facts = run, config, processes, facts
         self._clock = clock
         self._began = self._saved_at = clock()
         self._seconds_before = float(facts.get("seconds", 0.0))
@@ -173,7 +172,7 @@ class CheckpointManager:
     def _saved(self, folder: Path) -> None:
         """Log that a checkpoint was saved, and delete the oldest ones to resume from."""
         self._saved_at = self._clock()
-        self._log.line(f"saved {folder}")
+        logger.info(f"saved {folder}")
         if not self._processes.is_first:
             return
         drop_replaced(self._run.output_dir)

@@ -5,6 +5,7 @@ the cursor, so a file that receives them reads well.
 """
 
 import json
+import logging
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from handspun.config import Tracker
-from handspun.display import HarmlessConsole, duration, is_terminal, unfailing, visible
+from handspun.display import HarmlessConsole, duration, is_terminal, logger, unfailing, visible
 from handspun.files import output_errors, write_text
 from handspun.runs.incidents import incident_facts, incident_line
 from handspun.runs.live import LiveState, one_line, shown, wrapped
@@ -51,8 +52,11 @@ def plain_console() -> Console:
     return HarmlessConsole(force_jupyter=False, force_interactive=None if is_terminal(sys.stdout) else False)
 
 
-class RunLog:
-    """Writes a run's lines and events. With a folder of None (a dry run) it writes no files.
+class RunLog(logging.Handler):
+    """Shows and writes the lines of the log, and a run's events, within a block.
+
+    A record may have `only_in_file`: it is shown elsewhere, such as the error that ends the run; or `styled`: a
+    rich text to show on terminals that have colors. With a folder of None (a dry run) no files are written.
 
     resumed_at: the step that the run resumes after. Events of later steps are removed from metrics.jsonl, since
     they will be written again.
@@ -66,6 +70,7 @@ class RunLog:
         resumed_at: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        super().__init__()
         self._folder, self._resumed_at = folder, resumed_at
         self._console, self._file = console, console.file
         if folder is not None:  # a dry run is there to be printed; a run goes on in train.log
@@ -82,11 +87,13 @@ class RunLog:
         self._last_step_line = -_LEAST_SECONDS_BETWEEN_STEPS
 
     def __enter__(self) -> Self:
+        logger.addHandler(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        logger.removeHandler(self)
         self._console.file = self._file
         for file in (self._log, self._metrics):
             if file is not None:
@@ -138,28 +145,28 @@ class RunLog:
         assert self._folder is not None
         options = {**facts["config"], "dtype": facts["dtype"]}
         run = TrackedRun(self._folder, facts["started"], options, self._resumed_at)
-        with tracked(trackers, run, self.line) as self._send:
+        with tracked(trackers, run, logger.info) as self._send:
             try:
                 yield
             finally:
                 self._send = None
 
-    def line(self, text: str) -> None:
-        """Print one line or several; train.log adds the time of day."""
-        self.only_in_file(text)
-        for part in visible(text).split("\n"):
-            self._print(part)
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record's lines to train.log with the time of day, and print them.
 
-    def styled(self, text: Text, plain: str) -> None:
-        """Print a styled text on terminals that have colors, and its plain form in pipes and train.log."""
-        self.only_in_file(plain)
-        is_seen = self._console.is_terminal and not self._console.no_color
-        self._console.print(text if is_seen else Text(plain), soft_wrap=not self._console.is_interactive)
-
-    def only_in_file(self, text: str) -> None:
-        """Write to train.log what is shown elsewhere, such as the error that ends the run."""
-        for part in visible(text).split("\n"):
-            _write(self._log, f"{datetime.now():%H:%M:%S} {part}\n")
+        Raises OutputError if train.log cannot be written: unlike the terminal, it is one of the run's results.
+        """
+        lines = visible(record.getMessage()).split("\n")
+        for line in lines:
+            _write(self._log, f"{datetime.fromtimestamp(record.created):%H:%M:%S} {line}\n")
+        if getattr(record, "only_in_file", False):
+            return
+        styled: Text | None = getattr(record, "styled", None)
+        if styled is not None and self._console.is_terminal and not self._console.no_color:
+            self._console.print(styled, soft_wrap=not self._console.is_interactive)
+            return
+        for line in lines:  # wrapped between words on a terminal, and whole in a file
+            self._console.print(line, markup=False, highlight=False, soft_wrap=not self._console.is_interactive)
 
     def event(self, event: Event | Samples) -> None:
         """Log one event of the loop, or sample answers after a step, as lines and as a record."""
@@ -180,9 +187,9 @@ class RunLog:
             self._samples(event)
         elif isinstance(event, Evaluation):
             best = ", the best so far" if event.best and event.step else ""
-            self.line(f"held-out loss {event.loss:.4f} over {event.learned_tokens} tokens{best}")
+            logger.info(f"held-out loss {event.loss:.4f} over {event.learned_tokens} tokens{best}")
         elif isinstance(event, SkippedStep | Spike | OutOfMemory):
-            self.line(incident_line(event))
+            logger.info(incident_line(event))
         elif isinstance(event, EpochEnd):
             self._last_step_line = -_LEAST_SECONDS_BETWEEN_STEPS
 
@@ -191,10 +198,7 @@ class RunLog:
         if now - self._last_step_line < _LEAST_SECONDS_BETWEEN_STEPS and step.step < step.total_steps:
             return
         self._last_step_line = now
-        text = f"{_step_line(step)}  left {duration(self._seconds_left(step))}"
-        self.only_in_file(text)
-        if self._live is None:
-            self._print(text)
+        self._info_beside_panel(f"{_step_line(step)}  left {duration(self._seconds_left(step))}")
 
     def _samples(self, samples: Samples) -> None:
         """Log all answers, each on its own lines; on a terminal the panel has them."""
@@ -205,17 +209,15 @@ class RunLog:
                 " (cut: the time is up)" if answer.finish_reason == "cancelled" else ""
             )
             lines += ["    " + part for part in wrapped(text, _WIDTH, _LINES_OF_AN_ANSWER)]
-        text = "\n".join(lines)
-        self.only_in_file(text) if self._live is not None else self.line(text)
+        self._info_beside_panel("\n".join(lines))
+
+    def _info_beside_panel(self, text: str) -> None:
+        """Log what the panel, if there is one, shows already."""
+        logger.info(text, extra={"only_in_file": self._live is not None})
 
     def _seconds_left(self, step: Step) -> float:
         """Return the seconds left by the mean of all steps so far, without evaluation and saving."""
         return (step.total_steps - step.step) * self._seconds / self._steps
-
-    def _print(self, text: str) -> None:
-        """Print a line, wrapped between words on a terminal and whole in a file."""
-        wraps = self._console.is_interactive
-        self._console.print(text, markup=False, highlight=False, soft_wrap=not wraps)
 
 
 def _step_line(step: Step) -> str:

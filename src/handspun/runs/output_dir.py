@@ -11,7 +11,7 @@ from typing import Any
 
 from handspun.config import TrainConfig
 from handspun.data.dataset import Dataset
-from handspun.display import duration
+from handspun.display import duration, logger
 from handspun.errors import OutputError, StoppedError, TrainingError
 from handspun.files import exclusive, output_errors, read_json_object, readable_size
 from handspun.models.load import ChatModel
@@ -197,7 +197,7 @@ def in_place_of(replaces: list[Path], run: TrainedRun, facts: dict[str, Any], lo
         log.move_to(folder)
         record(run, facts, "running")
         place = commit(folder)
-        log.line(f"the earlier run is in {place} until this one has saved a checkpoint to resume from")
+        logger.info(f"the earlier run is in {place} until this one has saved a checkpoint to resume from")
         yield
     except BaseException:
         if not log.steps and not run.incidents:
@@ -231,7 +231,7 @@ def _size_of(paths: Sequence[Path]) -> int:
 
 
 @contextmanager
-def track_status(run: TrainedRun, facts: dict[str, Any], log: RunLog) -> Iterator[None]:
+def track_status(run: TrainedRun, facts: dict[str, Any]) -> Iterator[None]:
     """Record in run.json how the run ended, whatever ended it, and log the outcome."""
     began = time.perf_counter()
     record(run, facts, "running")
@@ -241,11 +241,11 @@ def track_status(run: TrainedRun, facts: dict[str, Any], log: RunLog) -> Iterato
         status = "finished"
     except StoppedError as stopped:
         status = "stopped"
-        log.line(f"{stopped}; {_left(run)}. The same command resumes from there.")
+        logger.info(f"{stopped}; {_left(run)}. The same command resumes from there.")
         raise
     except TrainingError as error:
-        log.only_in_file(str(error))
-        log.line(_left(run))
+        logger.error(str(error), extra={"only_in_file": True})  # the caller shows it
+        logger.info(_left(run))
         raise
     except KeyboardInterrupt:
         status = "interrupted"
@@ -254,7 +254,7 @@ def track_status(run: TrainedRun, facts: dict[str, Any], log: RunLog) -> Iterato
         seconds = facts.get("seconds", 0.0) + time.perf_counter() - began
         facts |= {"seconds": seconds, "peak_memory_bytes": peak_memory()}
         record(run, facts, status)
-    _log_outcome(log, run, facts["seconds"])
+    _log_outcome(run, facts["seconds"])
 
 
 def record(run: TrainedRun, facts: dict[str, Any], status: str) -> None:
@@ -275,12 +275,11 @@ def record_incident(
     config: TrainConfig,
     training: Dataset,
     processes: Distributed,
-    log: RunLog,
 ) -> None:
     """Record an incident. Write the rows of a step that was skipped to a file."""
     run.incidents.append(incident)
     if isinstance(incident, SkippedStep) and processes.is_first:
-        log.line(write_batch(incident, config, training))
+        logger.info(write_batch(incident, config, training))
 
 
 def _left(run: TrainedRun) -> str:
@@ -289,14 +288,14 @@ def _left(run: TrainedRun) -> str:
     return f"{run.output_dir} holds {', '.join(names)}" if names else "no checkpoint was saved yet"
 
 
-def _log_outcome(log: RunLog, run: TrainedRun, seconds: float) -> None:
+def _log_outcome(run: TrainedRun, seconds: float) -> None:
     if run.evaluations:
         first, last = run.evaluations[0], run.evaluations[-1]
         best = min(run.evaluations, key=lambda evaluation: evaluation.loss)
-        log.line(
+        logger.info(
             f"held-out loss {first.loss:.4f} before, {last.loss:.4f} after; "
             f"best {best.loss:.4f} at step {best.step}"
         )
     memory = peak_memory()
     used = f", peak memory {memory / 1e9:.1f} GB (predicted {run.plan.peak_memory / 1e9:.1f})" if memory else ""
-    log.line(f"finished in {duration(seconds)}{used}")
+    logger.info(f"finished in {duration(seconds)}{used}")

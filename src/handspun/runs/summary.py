@@ -13,11 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from handspun.config import TrainConfig
 from handspun.data.examples import DataReport, Example, RowIssue, learned_tokens_of, lengths_of, notes_by_text
 from handspun.data.preview import bracketed, colored, spread
-from handspun.display import duration, join_names
+from handspun.display import duration, join_names, logger
 from handspun.files import readable_size
 from handspun.preflight.checks import EndOfTurn, Finding, check_findings, headline, rows_named
 from handspun.preflight.time_estimate import MEASURED_ON
-from handspun.runs.log import RunLog
 from handspun.training.memory import Plan, disk_at_most
 
 _SHOWN = 12
@@ -118,27 +117,31 @@ _MOST_CHARACTERS = 600
 """Longest shown stretch of tokens that are all targets, or all not; `handspun preview` shows it whole."""
 
 
-def show_examples(log: RunLog, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
+def show_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
     """Print three rendered examples from across the set, with target tokens in color or between brackets."""
-    """Print three rendered examples from across the set, with target tokens in color or between brackets."""
-    log.styled(Text("tokens trained on are green"), "tokens trained on are between ⟦ and ⟧")
+    _log_styled("tokens trained on are between ⟦ and ⟧", Text("tokens trained on are green"))
     for example in spread(examples, _EXAMPLES):
         title = f"{example.file}, row {example.row}: {len(example)} tokens, {example.learned_tokens} trained on"
-        log.styled(Text(f"─── {title}"), f"--- {title}")
+        _log_styled(f"--- {title}", Text(f"─── {title}"))
         shown = colored(example, tokenizer, most=_MOST_CHARACTERS)
-        log.styled(shown, bracketed(example, tokenizer, most=_MOST_CHARACTERS))
-    log.styled(Text("─" * 3), "---")
+        _log_styled(bracketed(example, tokenizer, most=_MOST_CHARACTERS), shown)
+    _log_styled("---", Text("─" * 3))
+
+
+def _log_styled(plain: str, styled: Text) -> None:
+    """Log a text, which a terminal that has colors shows styled."""
+    logger.info(plain, extra={"styled": styled})
 
 
 def show_preflight(
-    log: RunLog, config: TrainConfig, found: Sequence[Finding], ending: EndOfTurn, seconds: float | None
+    config: TrainConfig, found: Sequence[Finding], ending: EndOfTurn, seconds: float | None
 ) -> dict[str, Any]:
     """Print the end of turn, the time, and the warnings; return all of them for run.json.
 
     Raises ConfigError under --strict if there is a warning.
     """
     for line in (*time_lines(seconds), *end_of_turn_lines(ending, config), *warning_lines(found)):
-        log.line(line)
+        logger.info(line)
     if config.strict:
         check_findings(found)
     return {

@@ -21,6 +21,7 @@ from handspun.data.chat_template import ChatTemplate
 from handspun.data.dataset import Dataset, ExampleCache, load_splits, resolve_max_length
 from handspun.data.rendering import choose_template, with_defaults
 from handspun.data.rows import check_data_exists
+from handspun.display import captured_log, logger
 from handspun.errors import StoppedError
 from handspun.files import cache_folder
 from handspun.kernels.allocator import disable_malloc_trim, malloc_trim
@@ -173,30 +174,30 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
         check_data_exists(config.data, config.eval_data)
         console.quiet = console.quiet or not processes.is_first
         folder = Path(config.output_dir) if processes.is_first and not config.dry_run else None
-        notes: list[str] = []
         if folder:
             stack.enter_context(lock_output_dir(folder))
-        prepared = prepare_output(folder, config, notes.append) if folder else Prepared()
+        with captured_log() as notes:  # train.log is opened once it is known where
+            prepared = prepare_output(folder, config, logger.info) if folder else Prepared()
         if (finished := processes.broadcast_object(prepared.finished)) is not None:
             return _finished(config, finished, console)
         place = pending(folder) if folder and prepared.replaces else folder
         log = stack.enter_context(RunLog(place, console, resumed_at=prepared.resumed_at))
         for text in notes:
-            log.line(text)
+            logger.info(text)
         run = RunContext(config, processes, log, prepared)
         data = load_data(run)
         planned = plan_run(run, data)
         check(run, data, planned)
         if config.dry_run:
-            log.line("a dry run: nothing was trained or written")
+            logger.info("a dry run: nothing was trained or written")
             return TrainedRun(Path(config.output_dir), planned.plan)
         return fit(run, data, planned, load_model(run, data))
 
 
 def load_data(run: RunContext) -> LoadedData:
     """Read, tokenize, and describe the rows. Raise DataError, ModelError, or TemplateError."""
-    config, processes, log = run.config, run.processes, run.log
-    source = model_source(config.model, log.line)
+    config, processes = run.config, run.processes
+    source = model_source(config.model, logger.info)
     if config.lora:
         check_base_is_no_adapter(source)
     inputs = [config.data, config.eval_data] if config.eval_data is not None else [config.data]
@@ -204,7 +205,7 @@ def load_data(run: RunContext) -> LoadedData:
     remedy = "Choose another --output-dir, or move it out of there first."
     check_inputs_outside(models, inputs, run.prepared.replaces, remedy)
     max_length = resolve_max_length(config.max_length, context_length(load_config(source)))
-    tokenizer = load_tokenizer(source, log.line)
+    tokenizer = load_tokenizer(source, logger.info)
     choose_template(tokenizer, config.chat_template)
     template = ChatTemplate(tokenizer, config.template_values)
     training, held_out = load_splits(
@@ -215,17 +216,17 @@ def load_data(run: RunContext) -> LoadedData:
         eval_ratio=config.eval_ratio,
         seed=config.seed,
         cache=ExampleCache(cache_folder() / "examples"),
-        notice=log.line,
+        notice=logger.info,
     )
     check_same_rows(training, held_out, template, max_length, processes)
     data = LoadedData(source, template, max_length, training, held_out, [])
     for dataset in data.datasets:
         check_examples(dataset.examples, embedding_rows_of(source), tokenizer, config.model)
     if processes.is_first:
-        show_examples(log, training.examples, tokenizer)
-    _log_rows(log, data)
+        show_examples(training.examples, tokenizer)
+    _log_rows(data)
     if processes.is_first:
-        data.findings.extend(_odd_rows(config, data, log))
+        data.findings.extend(_odd_rows(config, data))
     for dataset in data.datasets:
         dataset.release_rows()  # before memory is measured
     return data
@@ -257,11 +258,11 @@ def plan_run(run: RunContext, data: LoadedData) -> RunPlan:
 
 def check(run: RunContext, data: LoadedData, planned: RunPlan) -> None:
     """Log the plan and all warnings. Raise ConfigError for warnings under --strict."""
-    config, processes, log = run.config, run.processes, run.log
+    config, processes = run.config, run.processes
     if not processes.is_first:
         return
     for line in plan_lines(planned.plan, config, data.max_length):
-        log.line(line)
+        logger.info(line)
     seconds = predicted_seconds(
         operations(planned.shape, planned.plan, data.training.examples, config),
         config,
@@ -271,8 +272,8 @@ def check(run: RunContext, data: LoadedData, planned: RunPlan) -> None:
     )
     findings = [*data.findings, *doubts_about_memory(planned.memory_doubts)]
     for line in template_lines(data.template):
-        log.line(line)
-    planned.facts["preflight"] = show_preflight(log, config, findings, planned.ending, seconds)
+        logger.info(line)
+    planned.facts["preflight"] = show_preflight(config, findings, planned.ending, seconds)
 
 
 def load_model(run: RunContext, data: LoadedData) -> ChatModel:
@@ -280,7 +281,7 @@ def load_model(run: RunContext, data: LoadedData) -> ChatModel:
 
     A model that will be sharded stays on the CPU until its shares move to the ranks' devices.
     """
-    config, processes, log = run.config, run.processes, run.log
+    config, processes = run.config, run.processes
     device = torch.device("cpu") if processes.sharded else processes.device
     chat = load_trainable(data.source, data.template, device)
     check_same_weights(chat.model, processes)
@@ -289,19 +290,19 @@ def load_model(run: RunContext, data: LoadedData) -> ChatModel:
     is_new = end_of_turn_is_new(chat)
     make_end_of_turn_eos(chat)
     if is_new:
-        log.line(
+        logger.info(
             f"the end of turn {chat.template.end_of_turn} was not an eos of the base model; it is one of the "
             "tuned model, in generation_config, config and tokenizer"
         )
     if config.lora:
         chat.model = _with_lora(chat.model, config, [chat.template.end_of_turn_id] if is_new else [])
         if is_new:
-            log.line("its embedding row is trained along with the adapters: they alone could not teach it")
+            logger.info("its embedding row is trained along with the adapters: they alone could not teach it")
     if config.base_weights == "int8":
         check_exact_matmuls(chat.device)
         quantize_base(chat.model)
         malloc_trim()
-        log.line("the frozen layers under the adapters are int8; embedding and head stay float32")
+        logger.info("the frozen layers under the adapters are int8; embedding and head stay float32")
     check_examples(data.training.examples, embedding_rows(chat.model), chat.tokenizer, config.model)
     return chat
 
@@ -315,18 +316,18 @@ def fit(run: RunContext, data: LoadedData, planned: RunPlan, chat: ChatModel) ->
             check_disk_space(planned.plan, config, run.prepared.replaces)
             planned.facts["plan"] = asdict(planned.plan)
             around.enter_context(in_place_of(run.prepared.replaces, trained, planned.facts, log))
-            around.enter_context(report_around(chat, config, data.training, data.held_out, log))
+            around.enter_context(report_around(chat, config, data.training, data.held_out))
         with ExitStack() as inside:
             if processes.is_first:
-                inside.enter_context(track_status(trained, planned.facts, log))
+                inside.enter_context(track_status(trained, planned.facts))
                 inside.enter_context(log.tracked(config.log_to, planned.facts))
             if config.activation_checkpointing:
                 model.activation_checkpointing_enable({"use_reentrant": False})
             if planned.point is not None and planned.point.folder is not None:
                 read_weights(model, planned.point.folder / TRAINING_STATE)
             if processes.is_first and planned.point is not None:
-                log_resume(planned.point, planned, log)
-            checkpoints = CheckpointManager(trained, config, processes, planned.facts, log)
+                log_resume(planned.point, planned)
+            checkpoints = CheckpointManager(trained, config, processes, planned.facts)
             sampler = sampler_of(chat, config)
             request = inside.enter_context(stop_requests(say=not log.has_terminal))
             inside.enter_context(log.watched(_live_state(run, data, planned, sampler, request)))
@@ -367,7 +368,7 @@ def _runner(
         data.training.examples,
         dtype=planned.dtype,
         pad_token_id=pad_token_id if pad_token_id is not None else 0,  # masked: any id would do
-        notice=run.log.line,
+        notice=logger.info,
         run_on=run.processes.run_on,
     )
 
@@ -388,11 +389,11 @@ def _listeners(
     def log_event(event: Event, _state: TrainingState) -> None:
         log.event(event)
         if (left := forecast.after(event)) is not None:
-            log.line(corrected_line(left, event.step))
+            logger.info(corrected_line(left, event.step))
 
     def keep_incidents(event: Event, _state: TrainingState) -> None:
         if isinstance(event, SkippedStep | Spike | OutOfMemory):
-            record_incident(trained, event, config, data.training, processes, log)
+            record_incident(trained, event, config, data.training, processes)
 
     def sample_answers(event: Event, _state: TrainingState) -> None:
         if sampler and processes.is_first and sampler.is_due(event, loop):
@@ -427,9 +428,9 @@ def _resume_point(run: RunContext, facts: dict[str, Any]) -> ResumePoint | None:
     config, processes = run.config, run.processes
     earlier, point = run.prepared.earlier, run.prepared.point
     if earlier is not None:
-        check_same_run(earlier, facts, config.output_dir, has_saved=point is not None, notice=run.log.line)
+        check_same_run(earlier, facts, config.output_dir, has_saved=point is not None, notice=logger.info)
         if point is not None:
-            make_way(Path(config.output_dir), point, run.log.line)
+            make_way(Path(config.output_dir), point, logger.info)
         facts |= {key: earlier[key] for key in ("started", "resumed") if key in earlier}
         facts["seconds"] = point.facts["run"]["seconds"] if point else 0.0
     shared = processes.broadcast_object(replace(point, folder=None) if point else None)
@@ -446,12 +447,12 @@ def _restore_state(point: ResumePoint, state: TrainingState, trained: TrainedRun
         state.max_tokens = point.facts["max_tokens"]
 
 
-def log_resume(point: ResumePoint, planned: RunPlan, log: RunLog) -> None:
+def log_resume(point: ResumePoint, planned: RunPlan) -> None:
     """Log the step that the run resumes after, and what has changed since; record both."""
     changes = execution_changes(point.facts["run"], planned.facts)
-    log.line(f"resuming after step {point.step} of {planned.plan.steps}, from {point.folder}")
+    logger.info(f"resuming after step {point.step} of {planned.plan.steps}, from {point.folder}")
     for what, (before, now) in changes.items():
-        log.line(f"  {what} was {before} and is {now}: the weights will differ in their rounding")
+        logger.info(f"  {what} was {before} and is {now}: the weights will differ in their rounding")
     resumed = {"step": point.step, "at": datetime.now(UTC).isoformat(timespec="seconds"), "changes": changes}
     planned.facts["resumed"] = [*planned.facts.get("resumed", []), resumed]
 
@@ -470,7 +471,7 @@ def _live_state(
 
 def _compute_dtype(run: RunContext, facts: dict[str, Any], point: ResumePoint | None) -> torch.dtype:
     """Return the type of the matmuls, the same on all ranks: given, measured, or that of the run so far."""
-    config, processes, log, device = run.config, run.processes, run.log, run.processes.device
+    config, processes, device = run.config, run.processes, run.processes.device
     if config.dtype == "auto" and point is not None:
         dtype, reason = resolve_dtype(point.facts["run"]["dtype"], device), "as before"
     elif config.dtype == "auto" and config.base_weights == "int8":
@@ -486,10 +487,10 @@ def _compute_dtype(run: RunContext, facts: dict[str, Any], point: ResumePoint | 
     where = f"{threads} {'thread' if threads == 1 else 'threads'}" if device.type == "cpu" else str(device)
     each = "a share of the model" if processes.sharded else "the whole model"
     several = f"{processes.count} processes with {each} each, of " if processes.count > 1 else ""
-    log.line(f"{several}{where}, matmuls in {name} ({reason})")
+    logger.info(f"{several}{where}, matmuls in {name} ({reason})")
     if config.base_weights == "int8":
         for notice in speed_notices(device):
-            log.line(notice)
+            logger.info(notice)
     return dtype
 
 
@@ -516,22 +517,22 @@ def _with_lora(model: PreTrainedModel, config: TrainConfig, new_token_ids: Seque
     )
 
 
-def _odd_rows(config: TrainConfig, data: LoadedData, log: RunLog) -> list[Finding]:
+def _odd_rows(config: TrainConfig, data: LoadedData) -> list[Finding]:
     rows = sum(dataset.account.rows for dataset in data.datasets)
     if rows >= _MANY_ROWS:
-        log.line(f"looking for duplicates and placeholders in {rows} rows")
+        logger.info(f"looking for duplicates and placeholders in {rows} rows")
     markers = data.template.plain_markers
     return check_rows(config, data.training, data.held_out, max_length=data.max_length, markers=markers)
 
 
-def _log_rows(log: RunLog, data: LoadedData) -> None:
+def _log_rows(data: LoadedData) -> None:
     for lines in (
         account_lines(data.training.account, max_length=data.max_length),
         length_lines(data.training.examples),
     ):
         for line in lines:
-            log.line(line)
+            logger.info(line)
     if data.held_out is not None:
-        log.line("held out:")
+        logger.info("held out:")
         for line in account_lines(data.held_out.account, max_length=data.max_length):
-            log.line("  " + line)
+            logger.info("  " + line)
