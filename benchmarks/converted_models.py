@@ -19,7 +19,7 @@ def ctranslate2_int8(folder: Path, contender: Contender) -> str:
 
 def openvino_int8(folder: Path, contender: Contender) -> str:
     """A folder of OpenVINO."""
-    export = [contender.python.parent / "optimum-cli", "export", "openvino", "--model", folder]
+    export: list[str | Path] = [contender.python.parent / "optimum-cli", "export", "openvino", "--model", folder]
     options = ["--task", "text-generation-with-past", "--weight-format", "int8"]
     return _converted(folder, "openvino-int8", [*export, *options])
 

@@ -115,7 +115,7 @@ def summary(results: Results) -> str:
 
 def rates_of_a_family(results: Results, family: Sequence[str]) -> str:
     """New tokens a second and seconds of prefill, and Handspun's ratio to the best peer."""
-    names, titles = measured(results, family, MAIN), list(MAIN)
+    names, titles = measured(results, family, list(MAIN)), list(MAIN)
     lines = [[*label(results, name), *(main_cell(results, name, title) for title in titles)] for name in names]
     ratios = [ratio(results, family[-1], title) for title in titles]
     if any(ratios):

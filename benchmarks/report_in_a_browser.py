@@ -15,6 +15,7 @@ import sys
 import tempfile
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 WIDTHS = {"phone": 390, "desk": 1280}
 SCHEMES = {"dark": 0, "light": 1}  # Blink's numbers for prefers-color-scheme
@@ -63,7 +64,7 @@ def answer_of(page: Path, script: str, *, width: int, scheme: str = "light") -> 
     return unescape(found[1])
 
 
-def violations(page: Path, axe: Path, *, width: int, scheme: str) -> list[dict]:
+def violations(page: Path, axe: Path, *, width: int, scheme: str) -> Any:
     """What axe finds, with every rule that it has for WCAG 2 A, AA and good practice."""
     script = axe.read_text(encoding="utf-8").replace("</script", "<\\/script")
     script += "\naxe.run(document).then(found => say(JSON.stringify(found.violations)), error => say(`${error}`));"

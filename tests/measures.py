@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 def main() -> None:
     files = sorted(SOURCE.rglob("*.py"))
     lines = [len(path.read_text(encoding="utf-8").splitlines()) for path in files]
-    functions = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
-    functions = [node for node in functions if isinstance(node, ast.FunctionDef)]
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
     most = max(functions, key=_parameters)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     comments = sum(_own_line_comments(path) for path in files)
@@ -75,7 +75,7 @@ def _frames_to_backward() -> int:
         depths.append(commands[0] + 1)
         backward(*arguments, **options)  # type: ignore[arg-type]
 
-    torch.autograd.backward = counted  # type: ignore[assignment]
+    torch.autograd.backward = counted
     with tempfile.TemporaryDirectory() as folder:
         tiny_model("qwen2", tie_word_embeddings=True).save_pretrained(f"{folder}/model")
         tiny_tokenizer().save_pretrained(f"{folder}/model")

@@ -62,7 +62,9 @@ class Mutant:
     @property
     def code(self) -> str:
         """Of the whole file."""
-        return self.module.deep_replace(self.node, self.changed).code
+        changed = self.module.deep_replace(self.node, self.changed)
+        assert isinstance(changed, libcst.Module)
+        return changed.code
 
     def __str__(self) -> str:
         before, after = (" ".join(self.module.code_for_node(n).split()) for n in (self.node, self.changed))

@@ -59,7 +59,7 @@ def test_what_ends_an_answer_in_any_engine_is_excluded(tiny_chat: ChatModel, tmp
     """<|im_end|>, <|endoftext|> as padding, and what the model's files name."""
     (tmp_path / "config.json").write_text('{"eos_token_id": [7, 9], "bos_token_id": null}', encoding="utf-8")
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 11}', encoding="utf-8")
-    named = tiny_chat.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    named = map(tiny_chat.tokenizer.convert_tokens_to_ids, ["<|endoftext|>", "<|im_end|>"])
     assert end_ids(tiny_chat.template, tmp_path) == [7, 9, 11, *named]
 
 

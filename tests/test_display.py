@@ -201,7 +201,7 @@ def test_an_unfailing_stream_ignores_every_failure(failing: TextIO | None) -> No
 def test_a_protected_stream_raises_one_error(failing: TextIO | None, request: pytest.FixtureRequest) -> None:
     stream = ProtectedStream(failing, "standard output", is_ignored=False)
     with pytest.raises(UnprintedError, match="^standard output cannot be written: .+ is lost.$") as raised:
-        print("a", file=stream, flush=True)  # type: ignore[call-overload]
+        print("a", file=stream, flush=True)
     assert raised.value.is_unread == ("reader gone" in request.node.name)
 
 

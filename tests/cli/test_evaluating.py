@@ -108,8 +108,8 @@ def test_memory_holds_one_model_at_a_time() -> None:
 def test_compared_models_are_asked_as_generate_asks_them(given: dict[str, Any]) -> None:
     model = ChatModel(tiny_model("qwen2"), tiny_tokenizer(), "a")
     options = GenerationOptions(max_new_tokens=3, num_beams=2, num_return_sequences=2)
-    found = compare(["a"], ["Hi", "Yes"], load=lambda _: model, options=options, notice=str, **given)
-    expected = generate(model, ["Hi", "Yes"], options=options, notice=str, **given)
+    found = compare(["a"], ["Hi", "Yes"], load=lambda _: model, options=options, notice=print, **given)
+    expected = generate(model, ["Hi", "Yes"], options=options, **given)
     assert found.answers == [[expected[:2], expected[2:]]]
 
 

@@ -48,7 +48,7 @@ def test_whole_numbers_are_whole_numbers(config: type, name: str) -> None:
         (problem,) = problems(config, **{name: value})
         assert problem.startswith(f"{option_name(name)} is ")
         assert "expected a whole number" in problem
-    others = {"lora": True} if name.startswith("lora") else {}
+    others: dict[str, Any] = {"lora": True} if name.startswith("lora") else {}
     if name == "max_matching_ngram_size":
         others = {"prompt_lookup_num_tokens": 1}
     for value in (2, 2.0, np.int64(2), np.int8(2), torch.tensor(2), np.float32(2)):
@@ -66,7 +66,8 @@ def test_numbers_are_finite_numbers(config: type, name: str) -> None:
 
 @pytest.mark.parametrize(("config", "name"), fields_of_type(bool), ids=str)
 def test_flags_are_true_or_false(config: type, name: str) -> None:
-    for value in (1, 0, "yes", "true", "no", [], np.int64(1)):
+    values: list[Any] = [1, 0, "yes", "true", "no", [], np.int64(1)]
+    for value in values:
         (problem,) = problems(config, **{name: value})
         assert problem.startswith(f"{option_name(name)} is ")
         assert "true or false" in problem
@@ -83,9 +84,10 @@ def test_texts_are_texts_that_a_file_can_hold(config: type, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["choice", "stop_strings", "bad_words"])
 def test_a_single_text_is_never_its_characters(name: str) -> None:
-    assert getattr(GenerationOptions(**{name: "abc"}), name) == ("abc",)
+    options: Any = GenerationOptions
+    assert getattr(options(**{name: "abc"}), name) == ("abc",)
     for several in (["abc", "d"], ("abc", "d"), np.array(["abc", "d"]), (text for text in ("abc", "d"))):
-        assert getattr(GenerationOptions(**{name: several}), name) == ("abc", "d")
+        assert getattr(options(**{name: several}), name) == ("abc", "d")
     for wrong in (5, [5], ["a", None], b"abc", {"a": 1}, ["a\ud800"]):
         (problem,) = problems(GenerationOptions, **{name: wrong})
         assert problem.startswith(f"{option_name(name)} is ")
@@ -93,19 +95,23 @@ def test_a_single_text_is_never_its_characters(name: str) -> None:
 
 
 def test_lists_are_taken_where_a_tuple_is_typed() -> None:
-    options = GenerationOptions(
-        seed=[11, 12], suppress_tokens=[5], begin_suppress_tokens={7}, bad_words_ids=[[4, 2], [5]]
-    )
+    lists: dict[str, Any] = {"seed": [11, 12], "suppress_tokens": [5], "begin_suppress_tokens": {7}}
+    lists["bad_words_ids"] = [[4, 2], [5]]
+    options = GenerationOptions(**lists)
     assert (options.seed, options.suppress_tokens, options.begin_suppress_tokens) == ((11, 12), (5,), (7,))
     assert options.bad_words_ids == ((4, 2), (5,))
-    assert TrainConfig(log_to=["wandb"], sample_prompts=["a"]).log_to == ("wandb",)
+    lists = {"log_to": ["wandb"], "sample_prompts": ["a"]}
+    assert TrainConfig(**lists).log_to == ("wandb",)
     assert problems(TrainConfig, seed=[11, 11]) == ["--seed is [11, 11]: expected a whole number."]
 
 
 def test_paths_are_taken_where_a_file_is_named(tmp_path: Path) -> None:
-    config = TrainConfig(model=tmp_path, data=tmp_path / "a.csv", eval_data=tmp_path, output_dir=tmp_path / "o")
+    paths: dict[str, Any] = {"model": tmp_path, "data": tmp_path / "a.csv", "eval_data": tmp_path}
+    paths["output_dir"] = tmp_path / "o"
+    config = TrainConfig(**paths)
     assert (config.data, config.output_dir) == (str(tmp_path / "a.csv"), str(tmp_path / "o"))
-    assert GenerationOptions(json_schema=tmp_path / "s.json").json_schema == str(tmp_path / "s.json")
+    schema: Any = tmp_path / "s.json"
+    assert GenerationOptions(json_schema=schema).json_schema == str(schema)
     assert "expected text" in problems(TrainConfig, system_prompt=tmp_path)[0]
     assert "put them in a folder" in problems(TrainConfig, data=["a.csv", "b.csv"])[0]
 
@@ -122,7 +128,8 @@ class Schedule(StrEnum):
 
 
 def test_choices_are_exact() -> None:
-    assert type(TrainConfig(lr_schedule=Schedule.COSINE).lr_schedule) is str
+    schedule: Any = Schedule.COSINE
+    assert type(TrainConfig(lr_schedule=schedule).lr_schedule) is str
     for value in ("Cosine", "cos", True, 1, None, ["cosine"]):
         (problem,) = problems(TrainConfig, lr_schedule=value)
         assert 'expected one of "cosine", "linear", "constant"' in problem
@@ -255,7 +262,7 @@ def test_the_command_line_refuses_what_it_would_have_to_round(capsys: pytest.Cap
 
 def parsed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str, *arguments: str) -> Any:
     """The dataclass of options that `handspun train` or `generate` would get from a config file."""
-    found = {}
+    found: dict[str, Any] = {}
     monkeypatch.setattr("handspun.runs.train.train", lambda config: found.update(config=config))
     monkeypatch.setattr("handspun.cli.views.answers.show_answers", lambda *a, **_: found.update(config=a[2]))
     monkeypatch.setattr("handspun.cli.answering.load_model", lambda source, _: source)
@@ -408,6 +415,6 @@ def test_all_options_that_there_are_not_are_named_at_once(capsys: pytest.Capture
 
 
 def test_options_are_given_by_name() -> None:
-    (problem,) = problems(lambda: TrainConfig("train.csv"))  # type: ignore[arg-type, misc, call-arg]
+    (problem,) = problems(lambda: TrainConfig("train.csv"))  # type: ignore[arg-type, call-arg]
     assert problem == "TrainConfig takes options by name, but 'train.csv' has no name."
     assert problems(ExportConfig) == ["--model is missing."]

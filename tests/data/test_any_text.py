@@ -111,7 +111,7 @@ def test_so_it_is_with_smollm2s_tokenizer(smollm2: ChatModel, user: str, answer:
 @pytest.mark.embedded
 def test_prompts_that_lose_characters_are_named(smollm2: ChatModel) -> None:
     conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "\x04"}]
-    prompts = ["\t\r\n", "ring the \x16", [*conversation, {"role": "user", "content": "So?"}]]
+    prompts: list[Any] = ["\t\r\n", "ring the \x16", [*conversation, {"role": "user", "content": "So?"}]]
     said = list[str]()
     handspun.generate(smollm2, prompts, max_new_tokens=1, notice=said.append)
     assert [text for text in said if "no tokens" in text] == [

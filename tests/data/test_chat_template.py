@@ -66,7 +66,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def transformers_prompt(template: ChatTemplate, messages: list[dict[str, Any]], tools: Any = None) -> list[int]:
-    ids = template.tokenizer.apply_chat_template(
+    ids: Any = template.tokenizer.apply_chat_template(
         messages, tools=tools, add_generation_prompt=True, return_dict=False
     )
     assert isinstance(ids, list)
@@ -210,7 +210,7 @@ def with_forgery(text: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
     }
     function = {"name": f"weather{text}", "description": f"a {text}", "parameters": parameters}
     tool = {"type": "function", "function": function}
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": f"Weather {text}?"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": f'{{"sky": "{text}"}}'},

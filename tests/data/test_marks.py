@@ -27,10 +27,11 @@ SKIPS = [
     *({key: True} for key in ("masked", "is_masked", "no_loss", "do_not_train", "ignoreLoss")),
     *({"weight": text} for text in ("0.0", " 0 ", "No", "FALSE")),
 ]
+NOTHING: list[Any] = [None, "", []]
 TRAINS = [
     *({key: value} for key in ("weight", "train", "loss", "loss_mask") for value in (1, 1.0, True, "1", "True")),
     *({key: value} for key in ("masked", "no_loss") for value in (False, 0, "no")),
-    *({key: value} for key in ("weight", "train", "mask", "train_detail") for value in (None, "", [])),
+    *({key: value} for key in ("weight", "train", "mask", "train_detail") for value in NOTHING),
     {"id": 0, "timestamp": 1, "skip": False},
 ]
 UNCLEAR = [
@@ -55,7 +56,7 @@ def learned_texts(messages: list[Message], template: ChatTemplate = TINY) -> lis
             if learned:
                 stretch.append(id)
             elif stretch:
-                texts.append(template.tokenizer.decode(stretch))
+                texts.append(str(template.tokenizer.decode(stretch)))
                 stretch = []
     return texts
 
@@ -221,7 +222,7 @@ def test_a_rejected_answer_is_not_trained_on_in_a_csv_cell_either(label: Any) ->
 
 
 def test_the_account_counts_marked_turns_and_names_what_is_not_read() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"messages": [user("a"), assistant("b", weight=0), user("c"), assistant("d", id=7)], "weight": 1},
         {"messages": [user("a"), assistant("b", weight=0)], "origin": "x"},
     ]

@@ -401,7 +401,7 @@ def test_a_prompt_is_what_training_makes_of_the_same_messages(
 ) -> None:
     """The ids of a prompt are those that stand before the answer in training, or both refuse it alike."""
     asked = [*before, {"role": "user", "content": "Ask."}]
-    outcomes = []
+    outcomes: list[Any] = []
     for read in (trained_on, prompted_with):
         try:
             outcomes.append(read(model, asked, system_prompt))
@@ -432,7 +432,7 @@ def prompted_with(model: ChatModel, asked: list[Any], system_prompt: str | None)
 @pytest.mark.parametrize("name", NAMES["system"])
 def test_the_conversations_own_system_message_wins_in_any_spelling(model: ChatModel, name: str) -> None:
     own = [{"role": name, "content": "Be brief."}, user("Hi")]
-    [answer] = handspun.generate(model, [own], system_prompt="Be kind.", max_new_tokens=1, notice=str)
+    [answer] = handspun.generate(model, [own], system_prompt="Be kind.", max_new_tokens=1)
     prompt = model.tokenizer.decode(answer.prompt_token_ids)
     assert prompt.count("<|im_start|>system") == 1
     assert "Be brief." in prompt
@@ -453,5 +453,5 @@ def test_the_conversations_own_system_message_wins_in_any_spelling(model: ChatMo
 )
 def test_a_prompts_message_that_cannot_be_read_is_named(model: ChatModel, messages: Any, message: str) -> None:
     with pytest.raises(DataError) as caught:
-        handspun.generate(model, [messages], max_new_tokens=1, notice=str)
+        handspun.generate(model, [messages], max_new_tokens=1)
     assert str(caught.value).startswith(message)

@@ -54,7 +54,7 @@ def perfect_score(chat: ChatModel, answer: str) -> RowScore:
     row = Row("rows.jsonl", 1, {"prompt": "3 and 3?", "completion": answer})
     question = question_of(row, {"rows.jsonl": "prompt-completion"}, system_prompt=None, chat=chat)
     messages = [*question.messages, {"role": "assistant", "content": str(question.expected)}]
-    ids = trained_answer_ids(chat, messages)  # type: ignore[arg-type]
+    ids = trained_answer_ids(chat, messages)
     prompt = tuple(chat.template.encode_prompt(question.messages))
     [made] = generate(
         chat, [question.messages], processors=[follows({prompt: ids})], max_new_tokens=len(ids), stop_strings=(),
@@ -107,8 +107,8 @@ def test_score_of_a_perfect_model_is_all_matches(
     wanted = {}
     for row in rows:
         asked = [{"role": "user", "content": row["prompt"]}]
-        ids = trained_answer_ids(chat, [*asked, {"role": "assistant", "content": row["completion"].strip()}])  # type: ignore[list-item]
-        wanted[tuple(chat.template.encode_prompt(asked))] = ids  # type: ignore[arg-type]
+        ids = trained_answer_ids(chat, [*asked, {"role": "assistant", "content": row["completion"].strip()}])
+        wanted[tuple(chat.template.encode_prompt(asked))] = ids
 
     def as_a_perfect_model(*arguments: Any, **options: Any) -> list[GenerationResult]:
         return generate(*arguments, processors=[follows(wanted)], **options)

@@ -154,8 +154,8 @@ def test_the_losses_of_a_rows_examples_are_added_up(chat: ChatModel) -> None:
     """Two examples of one row, as where a template renders a turn differently once it is history."""
     one, other = ([5, 6, 7, 8], [False, False, True, True]), ([9, 10, 11], [False, True, True])
     parts = [Example(*part, "a.csv", 3) for part in (one, other)]
-    alone = [row_losses(chat, [part], batch_size=1, notice=str)["a.csv", 3] for part in parts]
-    both = row_losses(chat, parts, batch_size=2, notice=str)
+    alone = [row_losses(chat, [part], batch_size=1, notice=print)["a.csv", 3] for part in parts]
+    both = row_losses(chat, parts, batch_size=2, notice=print)
     assert both.keys() == {("a.csv", 3)}
     assert both["a.csv", 3] == (pytest.approx(alone[0][0] + alone[1][0], rel=1e-6), 4)
 

@@ -46,8 +46,13 @@ def silent(_: str) -> None:
 
 def tiny_qwen3() -> Qwen3ForCausalLM:
     """With heads of 128, as all of Qwen3's are: transformers takes no other size from a GGUF file."""
-    shape = {"vocab_size": 330, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 512}
+    shape: dict[str, Any] = {"vocab_size": 330, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "max_position_embeddings": 512,
+    }
     torch.manual_seed(0)
     return Qwen3ForCausalLM(Qwen3Config(**shape, **heads, initializer_range=0.1, tie_word_embeddings=True)).eval()
 
@@ -311,7 +316,7 @@ def test_write_gguf_says_what_the_file_leaves_out(tmp_path: Path) -> None:
 def test_write_gguf_keeps_all_named_templates(tmp_path: Path) -> None:
     chat = tiny("qwen2")
     default = str(chat.tokenizer.chat_template)
-    chat.tokenizer.chat_template = {"default": default, "tool_use": "{{ tools }}" + default}  # type: ignore[assignment]
+    chat.tokenizer.chat_template = {"default": default, "tool_use": "{{ tools }}" + default}
     write_gguf(chat, tmp_path / "model.gguf", "f32", notice=silent)
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     assert fields["tokenizer.chat_template"].contents() == default

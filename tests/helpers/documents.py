@@ -67,7 +67,7 @@ def names(page: Path) -> list[str]:
 
 def figures(page: Path) -> list[str]:
     """The numbers of a page's text, and of each line of a table all of them together, sorted."""
-    found = []
+    found: list[str] = []
     for line in _parts(page)[1]:
         numbers = re.findall(r"\d[\d,.]*\d(?:e-\d+)?|\d(?:e-\d+)?", line)
         found += [f"| {' '.join(sorted(numbers))} |"] if line.startswith("|") else numbers
@@ -76,7 +76,9 @@ def figures(page: Path) -> list[str]:
 
 def _parts(page: Path) -> tuple[list[str], list[str]]:
     """(lines of code, lines of text)."""
-    lines_of_code, text, fenced = [], [], False
+    lines_of_code: list[str] = []
+    text: list[str] = []
+    fenced = False
     for line in page.read_text(encoding="utf-8").splitlines():
         if line.startswith("```"):
             fenced = not fenced

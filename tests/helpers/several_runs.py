@@ -29,7 +29,7 @@ def crash(options: dict[str, Any], *, after: int) -> None:
                 raise Crash
             yield event
 
-    run_module.training_events = cut
+    run_module.training_events = cut  # type: ignore[assignment]
     try:
         train(TrainConfig(**options))
     except Crash:

@@ -12,7 +12,13 @@ ROWS = "instruction,input,output\n" + "".join(f"Say {n}.,,It is {n}.\n" for n in
 
 
 def config(tiny_folder: Path, data: Path, **options: Any) -> handspun.TrainConfig:
-    values = {"num_epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "eval_ratio": 0.2, **options}
+    values: dict[str, Any] = {
+        "num_epochs": 2,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "eval_ratio": 0.2,
+        **options,
+    }
     return handspun.TrainConfig(
         model=str(tiny_folder), data=str(data), output_dir=str(data.with_name("output")), **values
     )
@@ -20,7 +26,14 @@ def config(tiny_folder: Path, data: Path, **options: Any) -> handspun.TrainConfi
 
 def brief_config(tiny_folder: Path, data: Path, **options: object) -> handspun.TrainConfig:
     brief = {"sample_answers": False, "report_rows": 0}
-    values = {"num_epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "eval_ratio": 0.2, **brief, **options}
+    values: dict[str, Any] = {
+        "num_epochs": 2,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "eval_ratio": 0.2,
+        **brief,
+        **options,
+    }
     return handspun.TrainConfig(
         model=str(tiny_folder), data=str(data), output_dir=str(data.with_name("output")), **values
     )

@@ -6,6 +6,7 @@ Prints the memory that is held after a fifth of them, and at the end.
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ def training(steps: int, rng: random.Random) -> tuple[int, int]:
     rows, held_out = examples(4 * steps, rng), examples(9, rng)
     model = tiny_model("qwen2", tie_word_embeddings=True)
     early = 0
-    with select_runner(model, config, rows, dtype=torch.float32, pad_token_id=0, notice=str) as runner:
+    with select_runner(model, config, rows, dtype=torch.float32, pad_token_id=0, notice=print) as runner:
         loop = Loop(config=config, examples=rows, held_out=held_out, runner=runner)
         for event in train(loop, start(model, config)):
             if event.step == steps // 5:
@@ -52,10 +53,13 @@ def generations(count: int, rng: random.Random) -> tuple[int, int]:
     early = 0
     for made in range(count):
         prompts = ["".join(rng.choices("abcdefgh ", k=rng.randrange(1, 200))) for _ in range(rng.randrange(1, 4))]
-        kind = rng.choice(
-            [{}, {"do_sample": True, "seed": made, "top_p": 0.9}, {"num_beams": rng.randrange(2, 4)}]
-        )
-        generate(chat, prompts, max_new_tokens=rng.randrange(1, 6), notice=str, **kind)
+        kinds: list[dict[str, Any]] = [
+            {},
+            {"do_sample": True, "seed": made, "top_p": 0.9},
+            {"num_beams": rng.randrange(2, 4)},
+        ]
+        kind = rng.choice(kinds)
+        generate(chat, prompts, max_new_tokens=rng.randrange(1, 6), **kind)
         if made == count // 5:
             early = resident()
     return early, resident()

@@ -51,7 +51,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "LoRA with dropout": {"save_steps": 1, "lora": True, "lora_dropout": 0.2, "keep_last": 1},
     "states in 8 bits": {"save_minutes": 0.001, "optimizer_states": "8bit", "keep_last": 3},
 }
-OPTIONS = {"num_epochs": 3, "batch_size": 4, "max_tokens": 96, "learning_rate": 1e-3, "eval_ratio": 0.1}
+OPTIONS: dict[str, Any] = {
+    "num_epochs": 3,
+    "batch_size": 4,
+    "max_tokens": 96,
+    "learning_rate": 1e-3,
+    "eval_ratio": 0.1,
+}
 OPTIONS |= {"eval_steps": 2, "dtype": "float32", "threads": 1, "sample_answers": False, "report_rows": 0}
 DISK = ["rename", "replace", "link", "unlink", "rmdir", "fsync", "mkdir"]
 """Functions of `os` that a death may come right before."""
@@ -258,7 +264,8 @@ def is_kept(output: Path, before: dict[str, str]) -> bool:
 def overwrite_exports(work: Path, first: Path, kills: int, rng: random.Random) -> int:
     """Kills exports that replace another model's: a folder with a GGUF file in it, or the file alone."""
     target, other = work / "exports" / "exported", work / "exports" / "other"
-    deaths, ways = 0, itertools.cycle([{"merge": True, "gguf": "f32"}, {"gguf": "f32"}])
+    both: list[dict[str, Any]] = [{"merge": True, "gguf": "f32"}, {"gguf": "f32"}]
+    deaths, ways = 0, itertools.cycle(both)
     made = {}
     for name, model in (("old", work / "model"), ("new", first / "checkpoint-epoch-3")):
         shutil.rmtree(other, ignore_errors=True)
@@ -365,7 +372,7 @@ def before_operations(folder: Path, act: Callable[[], None]) -> None:
         fsync(descriptor)
 
     sys.addaudithook(hook)
-    os.fsync = counted
+    os.fsync = counted  # type: ignore[assignment]
 
 
 def count_operations(work: Path, folder: Path, do: Callable[[], None]) -> int:
@@ -374,7 +381,7 @@ def count_operations(work: Path, folder: Path, do: Callable[[], None]) -> int:
 
     def counting() -> None:
         count = itertools.count()
-        before_operations(folder, lambda: next(count) and None)
+        before_operations(folder, functools.partial(next, count))
         do()
         file.write_text(str(next(count)), encoding="utf-8")
 

@@ -59,23 +59,23 @@ def test_every_command_that_reads_rows_names_the_tokens_and_both_sizes(
 
 
 def test_generate_refuses_a_prompt_that_holds_such_a_token(short: Path) -> None:
-    model = handspun.load(str(short), notice=str)
+    model = handspun.load(str(short))
     conversation = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "<item>one</item>"},
         {"role": "user", "content": "more"},
     ]
     with pytest.raises(ModelError, match=r"'<item>' \(id \d+\).*prompt 1"):
-        handspun.generate(model, [conversation], max_new_tokens=2, notice=str)
+        handspun.generate(model, [conversation], max_new_tokens=2)
     with pytest.raises(ModelError, match="prompt 2"):
-        handspun.generate(model, ["Hi", "<item>"], chat=False, max_new_tokens=2, notice=str)
+        handspun.generate(model, ["Hi", "<item>"], chat=False, max_new_tokens=2)
 
 
 def test_tokens_without_a_row_that_nothing_uses_are_no_error(short: Path, tmp_path: Path) -> None:
     data = rows_file(tmp_path, "yes", "no")
     assert main(["preview", "--model", str(short), "--data", data, "--no-cache-examples"]) == 0
-    model = handspun.load(str(short), notice=str)
-    assert len(handspun.generate(model, "Hi", max_new_tokens=2, notice=str)) == 1
+    model = handspun.load(str(short))
+    assert len(handspun.generate(model, "Hi", max_new_tokens=2)) == 1
 
 
 def test_an_embedding_with_more_rows_than_tokens_is_fine(tmp_path: Path) -> None:
@@ -87,4 +87,4 @@ def test_an_embedding_with_more_rows_than_tokens_is_fine(tmp_path: Path) -> None
 def test_generate_names_the_token_for_a_model_in_memory() -> None:
     model = ChatModel(tiny_model("qwen2", vocab_size=20), tiny_tokenizer(), "few rows")
     with pytest.raises(ModelError, match="the embedding has 20 rows"):
-        handspun.generate(model, "Hi", max_new_tokens=1, notice=str)
+        handspun.generate(model, "Hi", max_new_tokens=1)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_the_embedded_package_that_is_missing_is_named(monkeypatch: pytest.Monke
 
 
 def test_the_end_of_turn_becomes_an_eos_beside_the_old_one(tiny_chat: ChatModel) -> None:
-    end_of_turn, end_of_text = tiny_chat.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    end_of_turn, end_of_text = map(tiny_chat.tokenizer.convert_tokens_to_ids, ["<|im_end|>", "<|endoftext|>"])
     assert eos_token_ids(tiny_chat.model) == [end_of_text]
     assert end_of_turn_is_new(tiny_chat)
     make_end_of_turn_eos(tiny_chat)
@@ -111,7 +112,7 @@ def lora_of(chat: ChatModel, new_token_ids: list[int]) -> ChatModel:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_lora_trains_the_row_of_a_new_end_of_turn_in_embedding_and_head(tied: bool, tmp_path: Path) -> None:
-    base = tiny_model("qwen2", tie_word_embeddings=tied)
+    base: Any = tiny_model("qwen2", tie_word_embeddings=tied)
     before_in = base.get_input_embeddings().weight.detach().clone()
     before_out = base.get_output_embeddings().weight.detach().clone()
     base_folder = tmp_path / "base"
@@ -145,7 +146,7 @@ def test_tied_weights_are_saved_once_and_read_back_tied(dtype: torch.dtype, tied
     assert "model.embed_tokens.weight" in names
     assert ("lm_head.weight" in names) is not tied
     assert dtypes == {"F32" if dtype == torch.float32 else "BF16"}
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     embedding, head = again.get_input_embeddings().weight, again.get_output_embeddings().weight
     assert (embedding.data_ptr() == head.data_ptr()) is tied
     assert again.dtype == dtype

@@ -64,7 +64,7 @@ def change(file: Path, **values: Any) -> None:
 
 def refused(folder: Path, marker: Path) -> str:
     with pytest.raises(ModelError) as caught:
-        handspun.load(str(folder), notice=str)
+        handspun.load(str(folder))
     assert not marker.exists()
     return str(caught.value)
 
@@ -146,7 +146,7 @@ def test_files_of_a_model_that_are_anything_are_one_clear_error(
     folder = adapter if name.startswith("adapter") else model_folder
     (folder / name).write_bytes(content)
     with pytest.raises(HandspunError):
-        _ = handspun.load(str(folder), notice=str).template
+        _ = handspun.load(str(folder)).template
 
 
 def test_no_code_of_ours_reads_pickles() -> None:
@@ -184,7 +184,7 @@ def test_a_model_with_code_of_its_own_is_refused_and_nobody_is_asked(
     monkeypatch.setattr("sys.stdin", io.StringIO(answer))
     assert "needs its own Python code to be run" in refused(model_folder, marker)
     with pytest.raises(ModelError, match="its own Python code"):
-        load_config(model_source(str(model_folder), str))
+        load_config(model_source(str(model_folder), print))
     assert not marker.exists()
 
 
@@ -194,7 +194,7 @@ def test_a_tokenizer_is_loaded_without_the_code_beside_it(
     own = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
     with_own_code(model_folder, marker, "tokenizer_config.json", own)
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
-    assert handspun.load(str(model_folder), notice=str).template.end_of_turn == "<|im_end|>"
+    assert handspun.load(str(model_folder)).template.end_of_turn == "<|im_end|>"
     assert not marker.exists()
 
 
@@ -202,8 +202,8 @@ def test_a_model_that_transformers_knows_is_loaded_without_the_code_beside_it(
     model_folder: Path, marker: Path
 ) -> None:
     with_own_code(model_folder, marker, "config.json", {"auto_map": OWN_MODEL["auto_map"]})
-    assert type(handspun.load(str(model_folder), notice=str).model).__name__ == "Qwen2ForCausalLM"
-    assert not hasattr(load_config(model_source(str(model_folder), str)), "auto_map")
+    assert type(handspun.load(str(model_folder)).model).__name__ == "Qwen2ForCausalLM"
+    assert not hasattr(load_config(model_source(str(model_folder), print)), "auto_map")
     assert not marker.exists()
 
 

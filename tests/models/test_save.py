@@ -85,8 +85,7 @@ def test_with_older_keys_reads_the_same_in_both_versions(
 
 @pytest.mark.parametrize("template", ["{{ messages }}", {"default": "{{ messages }}", "tool_use": "{{ tools }}"}])
 def test_save_model_leaves_a_tokenizer_config_that_version_4_reads(template: Any, tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")  # as a run has it: with its place on this machine
     tokenizer.chat_template = template
     tokenizer.extra_special_tokens = ["<|im_start|>"]

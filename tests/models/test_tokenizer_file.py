@@ -77,7 +77,7 @@ def test_load_tokenizer_gives_the_ids_of_tokenizer_json(
     kind: Callable[[], Tokenizer], name: str, tmp_path: Path
 ) -> None:
     folder = saved(kind(), tmp_path / "model", tokenizer_class=name)
-    tokenizer = load_tokenizer(model_source(str(folder), str))
+    tokenizer = load_tokenizer(model_source(str(folder), print))
     raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
     if kind is drops_merges:
         raw.model.dropout = None
@@ -89,7 +89,7 @@ def test_load_tokenizer_gives_the_ids_of_tokenizer_json(
 
 def test_load_tokenizer_says_that_transformers_would_give_other_ids(tmp_path: Path) -> None:
     folder, notices = saved(byte_level(), tmp_path / "model"), list[str]()
-    load_tokenizer(model_source(str(folder), str), notices.append)
+    load_tokenizer(model_source(str(folder), print), notices.append)
     assert len(notices) == 1
     assert "tokenizer.json is used as is" in notices[0]
     assert "Qwen2Tokenizer" in notices[0]
@@ -100,7 +100,7 @@ def test_load_tokenizer_says_nothing_where_transformers_gives_the_same_ids(tmp_p
     folder = saved(byte_level(), tmp_path / "llama", tokenizer_class="PreTrainedTokenizerFast")
     config = folder / "config.json"
     config.write_text(config.read_text().replace("qwen2", "llama").replace("Qwen2", "Llama"))
-    load_tokenizer(model_source(str(folder), str), notices.append)
+    load_tokenizer(model_source(str(folder), print), notices.append)
     assert notices == []
 
 
@@ -108,9 +108,9 @@ def test_load_tokenizer_says_nothing_where_transformers_gives_the_same_ids(tmp_p
 def test_a_saved_tokenizer_gives_the_same_ids_when_it_is_loaded_again(
     kind: Callable[[], Tokenizer], tmp_path: Path
 ) -> None:
-    first = handspun.load(str(saved(kind(), tmp_path / "model")), notice=str)
+    first = handspun.load(str(saved(kind(), tmp_path / "model")))
     save_model(first.model, first.tokenizer, tmp_path / "again", dtype=torch.float32)
-    again = handspun.load(str(tmp_path / "again"), notice=str)
+    again = handspun.load(str(tmp_path / "again"))
     for text in PROBES:
         assert again.tokenizer(text)["input_ids"] == first.tokenizer(text)["input_ids"]
 
@@ -120,7 +120,7 @@ def test_special_tokens_of_the_rebuilt_class_are_kept_where_the_file_knows_them(
     config = json.loads((folder / "tokenizer_config.json").read_text())
     del config["pad_token"]  # the class's own default then holds
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = load_tokenizer(model_source(str(folder), str))
+    tokenizer = load_tokenizer(model_source(str(folder), print))
     assert tokenizer.pad_token == "<|endoftext|>"
     assert len(tokenizer) == Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
 

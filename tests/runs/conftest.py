@@ -18,7 +18,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def crash_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def crash_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Ends the next run behind the given step, before anything is made of its events."""
 
     def arm(step: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,8 @@ def test_sample_answers_change_nothing_of_the_training(tiny_folder: Path, tmp_pa
     data.write_text(ROWS, encoding="utf-8")
     steps = []
     for asked in (False, True):
-        options = {"lora": lora, "lora_dropout": 0.1, "report_rows": 0, "overwrite": True, "sample_answers": asked}
+        options: dict[str, Any] = {"lora": lora, "lora_dropout": 0.1, "report_rows": 0, "overwrite": True}
+        options["sample_answers"] = asked
         options |= {"sample_prompts": ("Say 3.",), "num_epochs": 1, "dtype": "float32"}  # a probe may choose anew
         run = train(config(tiny_folder, data, **options), console=quiet_console())
         found = read_metrics(run.output_dir / "metrics.jsonl").steps

@@ -43,7 +43,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def row_13_is_poison(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """From the second epoch on, the micro-batch with row 13 has no finite loss."""
-    backward, seen = Packed.backward, []
+    backward, seen = Packed.backward, list[int]()
 
     def poisoned(self: Packed, part: Sequence[Example], divisor: int) -> float:
         loss = backward(self, part, divisor)

@@ -231,7 +231,7 @@ def test_after_a_resume_the_skipped_steps_and_the_last_losses_are_those_of_the_w
     """Two steps are skipped, one before and one after the resume; no more than one may be."""
     from handspun.training import loop as loop_module
 
-    real, skips, seen = loop_module.is_finite, {2, 7}, []
+    real, skips, seen = loop_module.is_finite, {2, 7}, list[None]()
 
     def train_to(step: int, output: str) -> list[Any]:
         def finite(loss: float, norm: float) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,7 +23,7 @@ from handspun.runs.trackers import Send, TrackedRun, check_trackers_installed, f
 from handspun.training.loop import Event, Step
 from interrupted_runs import config, crash, events, train, weights
 
-NAMES = ("tensorboard", "wandb", "trackio")
+NAMES: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard", "wandb", "trackio")
 STEP = {"event": "step", **asdict(Step(3, 9, 2, 1.5, 2e-5, 0.25, 8, 400, 100, 300, 2.0))}
 
 

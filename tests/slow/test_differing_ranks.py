@@ -114,8 +114,8 @@ def two_ranks(*arguments: list[str], nodes: int = 1) -> Iterator[list[subprocess
         if nodes == 2:
             place |= {"LOCAL_RANK": "0", "GROUP_RANK": str(rank), "LOCAL_WORLD_SIZE": "1"}
         environment = {**os.environ, **shared, **place}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        ranks.append(subprocess.Popen([sys.executable, *own], text=True, env=environment, **pipes))
+        command, pipe = [sys.executable, *own], subprocess.PIPE
+        ranks.append(subprocess.Popen(command, text=True, env=environment, stdout=pipe, stderr=pipe))
     try:
         yield ranks
     finally:

@@ -116,8 +116,7 @@ def test_drafts_change_nothing() -> None:
     """What is taken back of them leaves no gap in the positions."""
     chat = ChatModel(gpt2(), tiny_tokenizer(), "gpt2")
     plain, drafted = (
-        answers_to(chat, PROMPTS, max_new_tokens=40, **options)
-        for options in ({}, {"prompt_lookup_num_tokens": 3})
+        answers_to(chat, PROMPTS, max_new_tokens=40, prompt_lookup_num_tokens=drafted) for drafted in (0, 3)
     )
     assert [answer.token_ids for answer in drafted] == [answer.token_ids for answer in plain]
     assert 0 < sum(answer.accepted_tokens for answer in drafted) < sum(answer.drafted_tokens for answer in drafted)

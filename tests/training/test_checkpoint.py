@@ -45,7 +45,7 @@ def test_it_is_an_ordinary_transformers_folder(tiny_chat: ChatModel, tmp_path: P
     assert tiny_chat.model.dtype == torch.float32  # the model in training is as it was
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == tiny_chat.tokenizer.chat_template
-    end_of_turn, end_of_text = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    end_of_turn, end_of_text = map(tokenizer.convert_tokens_to_ids, ["<|im_end|>", "<|endoftext|>"])
     assert tokenizer.eos_token == "<|im_end|>"
     assert GenerationConfig.from_pretrained(folder).eos_token_id == [end_of_turn, end_of_text]
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == [end_of_turn, end_of_text]
@@ -54,12 +54,13 @@ def test_it_is_an_ordinary_transformers_folder(tiny_chat: ChatModel, tmp_path: P
 
 def test_bfloat16_keeps_in_the_mean_what_training_changed(tiny_chat: ChatModel, tmp_path: Path) -> None:
     """Small steps from weights that bfloat16 holds: rounded to the nearest, every one of them would be lost."""
-    weight = tiny_chat.model.get_input_embeddings().weight
+    weight = tiny_chat.model.get_parameter("model.embed_tokens.weight")
     with torch.no_grad():
         held = weight.bfloat16().float()
         weight.copy_(held * (1 + 2**-10))
     folder = save_tiny(tiny_chat, tmp_path / "checkpoint", torch.bfloat16)
-    saved = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").get_input_embeddings().weight.float()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    saved = model.get_parameter("model.embed_tokens.weight").float()
     growth = (saved.abs().sum() / held.abs().sum() - 1).item()
     assert growth == pytest.approx(2**-10, rel=0.3)
     again = save_tiny(tiny_chat, tmp_path / "again", torch.bfloat16)

@@ -88,7 +88,7 @@ def test_what_would_fit_is_named_with_its_prediction_and_does_fit() -> None:
 def as_given(typed: str) -> dict[str, Any]:
     """The options of `--max-tokens 512 --lora` as a config has them."""
     options = [option.strip().split() for option in typed.split("--")[1:]]
-    values = {name.replace("-", "_"): (*value, True)[0] for name, *value in options}
+    values: dict[str, Any] = {name.replace("-", "_"): (*value, True)[0] for name, *value in options}
     return {name: int(value) if str(value).isdigit() else value for name, value in values.items()}
 
 
@@ -113,7 +113,7 @@ def test_what_this_machine_cannot_do_is_not_named() -> None:
 
     room = AvailableMemory(int(0.5 * peak(CONFIG)), "here")
     with pytest.raises(TrainingError) as caught:
-        check_fits_in_memory(CONFIG, rows(), without_int8, room, processes=Distributed(), notice=str)
+        check_fits_in_memory(CONFIG, rows(), without_int8, room, processes=Distributed(), notice=print)
     assert "int8" not in str(caught.value)
 
 

@@ -1,6 +1,7 @@
 """AdamW with short states: the codes by hand, the mean of what is rounded, and AdamW's own steps."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_the_seed_decides_what_is_rounded_up_and_each_step_is_rounded_anew(state
 def test_make_optimizer_hands_the_runs_seed_on(states: str) -> None:
     found = []
     for seed in (0, 5):
-        model = torch.nn.Linear(BLOCK, 4, bias=False)
+        model: Any = torch.nn.Linear(BLOCK, 4, bias=False)
         torch.nn.init.ones_(model.weight)
         config = TrainConfig(optimizer_states=states, learning_rate=0.01, seed=seed)  # type: ignore[arg-type]
         optimizer = make_optimizer(model, config)

@@ -28,7 +28,7 @@ CONFIG = TrainConfig(num_epochs=1, batch_size=2, learning_rate=1e-3, on_nonfinit
 def poisoned_model() -> PreTrainedModel:
     model = tiny_model("qwen2", initializer_range=0.05)
     with torch.no_grad():
-        model.get_input_embeddings().weight[POISON] = math.nan
+        model.get_parameter("model.embed_tokens.weight")[POISON] = math.nan
     return model
 
 
@@ -43,7 +43,7 @@ def rows(poisoned: set[int], count: int = 12) -> list[Example]:
 
 def run(config: TrainConfig, examples: list[Example]) -> Iterator[tuple[Event, TrainingState]]:
     model = poisoned_model()
-    with select_runner(model, config, examples[:2], dtype=torch.float32, pad_token_id=0, notice=str) as runner:
+    with select_runner(model, config, examples[:2], dtype=torch.float32, pad_token_id=0, notice=print) as runner:
         state = start(model, config)
         for event in train(Loop(config=config, examples=examples, runner=runner), state):
             yield event, state
@@ -55,7 +55,7 @@ def values_of(state: TrainingState) -> list[Tensor]:
 
 
 def test_a_skipped_step_changes_no_weight_and_no_state_and_the_schedule_goes_on() -> None:
-    examples, before, events = rows({7}), [], []
+    examples, before, events = rows({7}), list[Tensor](), []
     for event, state in run(CONFIG, examples):
         if isinstance(event, SkippedStep):
             assert all(map(torch.equal, *zip(*_without_poison(before, values_of(state)), strict=True)))
@@ -107,7 +107,7 @@ def test_a_finite_loss_with_an_infinite_gradient_is_left_out_too(batching: Liter
         model.lm_head.weight.mul_(1e-25)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     config = replace(CONFIG, max_skipped_steps=100, batching=batching)
-    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as runner:
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=print) as runner:
         events = list(train(Loop(config=config, examples=examples, runner=runner), start(model, config)))
     skipped = [event for event in events if isinstance(event, SkippedStep)]
     assert [event.skipped for event in skipped] == [1, 2, 3, 4, 5, 6]

@@ -1,7 +1,7 @@
 """The learning rate as a table, and what is decayed."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from tiny import tiny_model
         ("cosine", [0.5, 1, 1, 0.9619, 0.8536, 0.6913, 0.5, 0.3087, 0.1464, 0.0381]),
     ],
 )
-def test_learning_rate_by_step(schedule: str, expected: list[float]) -> None:
+def test_learning_rate_by_step(schedule: Any, expected: list[float]) -> None:
     config = TrainConfig(learning_rate=1.0, lr_schedule=schedule, warmup_ratio=0.2)
     assert [lr_at(step, 10, config) for step in range(10)] == pytest.approx(expected, abs=1e-4)
 

@@ -50,6 +50,9 @@ class Small:
     def loss(self, part: Sequence[Example]) -> float:
         return self.whole.loss(part)
 
+    def row_losses(self, part: Sequence[Example]) -> list[float]:
+        return self.whole.row_losses(part)
+
     def backward(self, part: Sequence[Example], divisor: int) -> float:
         loss = self.whole.backward(part, divisor)
         if sum(map(len, part)) > self.room:
@@ -59,7 +62,7 @@ class Small:
 
 def run(config: TrainConfig, *, room: int | None = None, error: BaseException | None = None) -> list[Event]:
     model, examples = tiny_model("qwen2", initializer_range=0.05), random_examples(24)
-    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as runner:
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=print) as runner:
         if room is not None:
             runner = Small(runner, room, error or no_memory())
         return list(train(Loop(config=config, examples=examples, runner=runner), start(model, config)))
@@ -104,7 +107,7 @@ def test_a_row_that_does_not_fit_by_itself_ends_the_run_with_what_takes_less() -
 def test_with_several_processes_the_run_ends() -> None:
     model, examples = tiny_model("qwen2"), random_examples(8)
     config = TrainConfig(num_epochs=1)
-    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=str) as runner:
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=print) as runner:
         small = Small(runner, 20, no_memory())
         loop = Loop(config=config, examples=examples, runner=small, processes=Distributed(0, 2))
         with pytest.raises(TrainingError, match=r"a micro-batch of \d rows .*--max-tokens \d+, "):

@@ -25,7 +25,7 @@ from tiny import tiny_model
 
 CPU = torch.device("cpu")
 SHARED = Batching("packed", share_prefix=True)
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 330,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -292,7 +292,7 @@ def test_a_frozen_head_gets_no_weight_gradient() -> None:
     model = add_lora(model_of("qwen2"), "tiny", rank=4, alpha=8, dropout=0.0)
     with packed_attention(model):
         Packed(model, torch.float32, SHARED).backward(rows(4), 3)
-    assert model.get_base_model().lm_head.weight.grad is None
+    assert model.get_parameter("base_model.model.lm_head.weight").grad is None
 
 
 def test_neighbors_do_not_see_each_other() -> None:
@@ -320,7 +320,7 @@ def test_sliding_windows_run_padded_and_the_log_says_so(config: Any, reason: str
 
 def test_a_model_that_scales_its_logits_runs_padded_and_the_log_says_so() -> None:
     """Whatever a model does behind its head is seen by trying both."""
-    model, examples, said = model_of("llama"), rows(8), []
+    model, examples, said = model_of("llama"), rows(8), list[str]()
     forward = type(model).forward
 
     def scaled(self: PreTrainedModel, *arguments: Any, **options: Any) -> Any:

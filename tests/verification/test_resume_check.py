@@ -63,7 +63,7 @@ def test_a_run_that_fails_by_itself_is_said_with_its_last_words(tmp_path: Path) 
     with pytest.raises(
         TrainingError, match=r"failed by itself with exit code 2\. Its last output:\nerror: there is no model"
     ):
-        kill_and_compare(config, steps=4, kills=1, notice=str, rng=random.Random(0))
+        kill_and_compare(config, steps=4, kills=1, notice=print, rng=random.Random(0))
 
 
 @pytest.mark.parametrize("same", [True, False])
