@@ -417,9 +417,8 @@ def trained_on(model: ChatModel, asked: list[Any], system_prompt: str | None) ->
     try:
         made = conversation("messages", system_prompt, messages=[*asked, assistant("Answer.")])
     except DroppedRow as reason:
-        if str(reason).startswith(
-            ("empty ", "the unknown roles", "no turn to train on")
-        ):  # all but a greeting cut off
+        # The last one: all but a greeting was cut off.
+        if str(reason).startswith(("empty ", "the unknown roles", "no turn to train on")):
             return None
         raise
     if any(note.startswith("cut off") for note in made.notes):
