@@ -28,7 +28,7 @@ from handspun.training.checkpoint import (
 
 
 def save_tiny(chat: ChatModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    save_checkpoint(chat.model, chat.tokenizer, folder, dtype=dtype, facts={"step": 3})
+    save_checkpoint(chat, folder, dtype=dtype, facts={"step": 3})
     return folder
 
 
@@ -155,8 +155,7 @@ def test_all_is_synced_before_the_name_and_the_old_one_goes_after_it(
     monkeypatch.setattr(os, "rename", logged_rename)
     monkeypatch.setattr(shutil, "rmtree", logged_rmtree)
     save_checkpoint(
-        tiny_chat.model,
-        tiny_chat.tokenizer,
+        tiny_chat,
         folder,
         dtype=torch.float32,
         facts={"step": 4},
@@ -175,8 +174,7 @@ def test_files_have_the_mode_that_the_umask_gives(tiny_chat: ChatModel, tmp_path
     before = os.umask(0o027)
     try:
         save_checkpoint(
-            tiny_chat.model,
-            tiny_chat.tokenizer,
+            tiny_chat,
             tmp_path / "checkpoint",
             dtype=torch.float32,
             facts={},

@@ -94,7 +94,7 @@ def test_all_sequences_at_once_as_on_a_gpu(
 ) -> None:
     model, batch, found = model_of(family), rows(6), []
     with packed_attention(model):
-        for mask in (masks_of, lambda made, dtype: Masks([], whole_mask(made, dtype))):
+        for mask in (masks_of, lambda made, dtype: Masks(made, [], whole_mask(made, dtype))):
             monkeypatch.setattr(packed_module, "masks_of", mask)
             loss = Packed(model, torch.float32, Batching("packed", share_prefix)).backward(batch, 7)
             found.append((loss, gradients(model)))

@@ -57,8 +57,7 @@ def _write_folder(wanted: ExportConfig, folder: Path, notice: Callable[[str], No
     chat = _load(wanted, notice)
     card = _merged_card(Path(wanted.model))
     save_checkpoint(
-        chat.model,
-        chat.tokenizer,
+        chat,
         folder,
         dtype=torch.bfloat16 if wanted.save_dtype == "bfloat16" else torch.float32,
         facts={"merged_from": Path(wanted.model).name},

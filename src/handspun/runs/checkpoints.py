@@ -151,8 +151,7 @@ class CheckpointManager:
         dtype = torch.bfloat16 if self._config.save_dtype == "bfloat16" else torch.float32
         if self._processes.is_first:
             save_checkpoint(
-                chat.model,
-                chat.tokenizer,
+                chat,
                 folder,
                 dtype=dtype,
                 facts=facts,

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from handspun.errors import OutputError
 from handspun.files import (
@@ -32,6 +32,7 @@ from handspun.files import (
     sync,
     work_folder,
 )
+from handspun.models.load import ChatModel
 from handspun.models.save import save_model
 
 _VERSION = 1
@@ -176,8 +177,7 @@ WriteFiles = Callable[[Path], None]
 
 
 def save_checkpoint(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: ChatModel,
     folder: Path,
     *,
     dtype: torch.dtype,
@@ -192,8 +192,7 @@ def save_checkpoint(
     Raises OutputError if it cannot be written; `folder` is then unchanged.
 
     Args:
-        model: the model.
-        tokenizer: its tokenizer, saved with it.
+        chat: the model and its tokenizer.
         folder: the checkpoint's final path.
         dtype: type of the saved weights.
         facts: entries for the manifest, such as step and loss.
@@ -203,7 +202,7 @@ def save_checkpoint(
         more: writes further files of the checkpoint.
     """
     with _atomic_dir(folder) as partial:
-        save_model(model, tokenizer, partial, dtype=dtype, state=state)
+        save_model(chat.model, chat.tokenizer, partial, dtype=dtype, state=state)
         if card is not None:
             (partial / "README.md").write_text(card, encoding="utf-8")
         if more is not None:

@@ -189,10 +189,11 @@ def train(loop: Loop, state: TrainingState) -> Iterator[Event]:
 def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch: int) -> Iterator[Event]:
     """Take one optimizer step on a batch: forward and backward in micro-batches, clip, update.
 
-    Yields a Step, preceded by a Spike if its loss is one. If the loss or gradient is not finite, yields a
-    SkippedStep instead: nothing is updated, and the schedule advances as usual. Yields an OutOfMemory first for
-    each micro-batch that did not fit. Raises TrainingError after a SkippedStep that ends the run, and if a single
-    row does not fit in memory.
+    Each loss is divided by the target tokens of the whole batch, so the split into micro-batches changes only
+    memory and speed. Yields a Step, preceded by a Spike if its loss is one. If the loss or gradient is not finite,
+    yields a SkippedStep instead: nothing is updated, and the schedule advances as usual. Yields an OutOfMemory
+    first for each micro-batch that did not fit. Raises TrainingError after a SkippedStep that ends the run, and if
+    a single row does not fit in memory.
 
     Args:
         loop: the fixed parts of the run.
@@ -200,44 +201,9 @@ def train_step(loop: Loop, state: TrainingState, batch: Sequence[Example], epoch
         batch: the rows of the step.
         epoch: number of the epoch, from 1, for the events.
     """
-    began = loop.clock()
-    while isinstance(result := _gradients(loop, state, batch, epoch), OutOfMemory):
-        yield result
-    loss, computed_tokens = result
-    grad_norm = clip_gradients(state.model, loop.config.max_grad_norm or math.inf)
-    learning_rate = lr_at(state.step, loop.total_steps, loop.config)
-    batch_row_ids, finite = row_ids(batch), is_finite(loss, grad_norm)
-    if finite:
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate
-        state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    if not finite:
-        state.skipped += 1
-        skipped = SkippedStep(state.step, loop.total_steps, epoch, loss, grad_norm, batch_row_ids, state.skipped)
-        yield skipped
-        raise_if_fatal(skipped, loop.config)
-        return
-    spike = spike_in(state.losses, loss, step=state.step, epoch=epoch, batch=batch_row_ids)
-    state.losses = [*state.losses, loss][-WINDOW:]
-    if spike:
-        yield spike
-    yield Step(
-        state.step, loop.total_steps, epoch, loss, learning_rate, grad_norm, len(batch),
-        sum(len(example) for example in batch), learned_tokens_of(batch), computed_tokens, loop.clock() - began,
-    )  # fmt: skip
-
-
-def _gradients(
-    loop: Loop, state: TrainingState, batch: Sequence[Example], epoch: int
-) -> tuple[float, int] | OutOfMemory:
-    """Accumulate gradients. Return (mean loss, tokens computed), or OutOfMemory with gradients cleared."""
-    _seed_dropout(loop.config, step=state.step, rank=loop.processes.rank)
-    # Each loss is divided by the target tokens of the whole batch, so the split into micro-batches changes only
-    # memory and speed.
-    learned_tokens = learned_tokens_of(batch)
+    began, learned_tokens = loop.clock(), learned_tokens_of(batch)
     loss, computed_tokens = 0.0, 0
+    _seed_dropout(loop.config, step=state.step, rank=loop.processes.rank)
     for micro_batch in loop.processes.local_micro_batches(batch, loop.runner.batching, state.max_tokens):
         loss_sum = None
         try:
@@ -246,18 +212,54 @@ def _gradients(
             if not is_out_of_memory(error):
                 raise
         if loss_sum is None:  # the error is gone here, and with it what its frames held
-            free_memory()
-            state.optimizer.zero_grad(set_to_none=True)
-            raise_if_unsplittable(micro_batch, state.step + 1, loop.config, processes=loop.processes.count)
-            state.max_tokens = halved_max_tokens(micro_batch, state.max_tokens)
-            return OutOfMemory(
-                state.step + 1, epoch, loop.runner.batching.computed_tokens(micro_batch), state.max_tokens
-            )
+            yield _shrink_micro_batches(loop, state, micro_batch, epoch)
+            yield from train_step(loop, state, batch, epoch)
+            return
         loss += loss_sum / learned_tokens
         computed_tokens += loop.runner.batching.computed_tokens(micro_batch)
     loss, computed_tokens = loop.processes.sum(loss), int(loop.processes.sum(computed_tokens))
     loop.processes.sum_gradients(state.model)
-    return loss, computed_tokens
+    grad_norm = clip_gradients(state.model, loop.config.max_grad_norm or math.inf)
+    learning_rate = lr_at(state.step, loop.total_steps, loop.config)
+    if is_finite(loss, grad_norm):
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate
+        state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    yield from _events(loop, state, batch, Step(
+        state.step, loop.total_steps, epoch, loss, learning_rate, grad_norm, len(batch),
+        sum(len(example) for example in batch), learned_tokens, computed_tokens, loop.clock() - began,
+    ))  # fmt: skip
+
+
+def _shrink_micro_batches(
+    loop: Loop, state: TrainingState, micro_batch: Sequence[Example], epoch: int
+) -> OutOfMemory:
+    """Free memory and gradients, and halve `max_tokens`. Raise TrainingError if the rows cannot be split."""
+    free_memory()
+    state.optimizer.zero_grad(set_to_none=True)
+    raise_if_unsplittable(micro_batch, state.step + 1, loop.config, processes=loop.processes.count)
+    state.max_tokens = halved_max_tokens(micro_batch, state.max_tokens)
+    return OutOfMemory(state.step + 1, epoch, loop.runner.batching.computed_tokens(micro_batch), state.max_tokens)
+
+
+def _events(loop: Loop, state: TrainingState, batch: Sequence[Example], step: Step) -> Iterator[Event]:
+    """Yield the step, after a Spike if its loss is one; or a SkippedStep, and raise if it ends the run."""
+    rows = row_ids(batch)
+    if not is_finite(step.loss, step.grad_norm):
+        state.skipped += 1
+        skipped = SkippedStep(
+            step.step, step.total_steps, step.epoch, step.loss, step.grad_norm, rows, state.skipped
+        )
+        yield skipped
+        raise_if_fatal(skipped, loop.config)
+        return
+    spike = spike_in(state.losses, step.loss, step=step.step, epoch=step.epoch, batch=rows)
+    state.losses = [*state.losses, step.loss][-WINDOW:]
+    if spike:
+        yield spike
+    yield step
 
 
 def _evaluation(loop: Loop, state: TrainingState, epoch: int) -> Evaluation:

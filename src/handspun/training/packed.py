@@ -52,13 +52,14 @@ def attention_of(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Masks:
-    """The attention masks of a pack, made once for all layers.
+    """A pack and its attention masks, made once for all layers.
 
     dense: one mask for the pack, (tokens, tokens), 0 where a position attends and -inf elsewhere. per_sequence:
     used if dense is None; one mask per sequence, (rest, prefix + rest), true where a position attends, or None if
     plain causal attention does it.
     """
 
+    pack: Pack
     per_sequence: list[Tensor | None]
     dense: Tensor | None
 
@@ -70,9 +71,11 @@ def masks_of(packing: Pack, dtype: torch.dtype) -> Masks:
     # instead of 256. On a CPU, one call per sequence computes nothing that a mask would hide, and nothing is
     # quadratic in the packed length.
     if device.type == "cuda" and tokens <= MAX_DENSE_MASK_TOKENS:
-        return Masks([], whole_mask(packing, dtype))
+        return Masks(packing, [], whole_mask(packing, dtype))
     return Masks(
-        [_mask(end - start, packing.shared_prefix_length, device) for start, end in packing.sequence_bounds], None
+        packing,
+        [_mask(end - start, packing.shared_prefix_length, device) for start, end in packing.sequence_bounds],
+        None,
     )
 
 
@@ -99,7 +102,6 @@ def _attend(
     value: Tensor,
     _attention_mask: Tensor | None,
     *,
-    packing: Pack,
     masks: Masks,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -109,7 +111,7 @@ def _attend(
     if masks.dense is not None:
         output = _attend_dense(query, key, value, masks.dense, scaling, dropout)
     else:
-        output = _attend_per_sequence(query, key, value, packing, masks.per_sequence, scaling, dropout)
+        output = _attend_per_sequence(query, key, value, masks, scaling, dropout)
     return output.transpose(1, 2), None
 
 
@@ -124,20 +126,14 @@ def _attend_dense(
 
 
 def _attend_per_sequence(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    packing: Pack,
-    masks: list[Tensor | None],
-    scaling: float | None,
-    dropout: float,
+    query: Tensor, key: Tensor, value: Tensor, masks: Masks, scaling: float | None, dropout: float
 ) -> Tensor:
-    end = packing.shared_prefix_length
+    end = masks.pack.shared_prefix_length
     prefix_key, prefix_value = key[:, :, :end], value[:, :, :end]
     outputs = []
     if end:
         outputs.append(_sdpa(query[:, :, :end], prefix_key, prefix_value, None, scaling, dropout))
-    for (start, stop), mask in zip(packing.sequence_bounds, masks, strict=True):
+    for (start, stop), mask in zip(masks.pack.sequence_bounds, masks.per_sequence, strict=True):
         own_key, own_value = key[:, :, start:stop], value[:, :, start:stop]
         if end:
             own_key = torch.cat([prefix_key, own_key], dim=2)
@@ -242,7 +238,6 @@ class Packed:
                 inputs_embeds=_embedded(body.get_input_embeddings(), packed.input_ids),
                 position_ids=packed.position_ids,
                 use_cache=False,
-                packing=packed,
                 masks=masks_of(packed, dtype),
             )
         hidden: Tensor = output.last_hidden_state[0, packed.target_positions]
