@@ -8,6 +8,7 @@
 # make measures  the size and shape of the code
 # make check   format, lint, types, and the house's own tests
 # make bench   the tables of docs/benchmarks.md
+# make notebook  train_inference.ipynb out of train_inference.py, executed, with the kernel that opens it (minutes)
 # Each makes the virtual environment that it needs; what is there already is not made again.
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 THREADS_OF_TESTS := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-restricted-cpu test-versions torture mutants test-readers measures check bench
+.PHONY: demo test test-restricted-cpu test-versions torture mutants test-readers measures check bench notebook
 
 demo: $(VENV)/.installed
 	$(BIN)/handspun demo --overwrite
@@ -80,6 +81,10 @@ bench: $(VENV)/.installed-dev .venv-peers/.installed .venv-peers-decoding/.insta
 	$(BIN)/python benchmarks/scaling.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/time_to_quality.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/learning_rates.py $(if $(DATA),--data $(DATA))
+
+notebook: $(VENV)/.installed
+	$(PIP) --group notebook
+	$(BIN)/python benchmarks/make_notebook.py
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'

@@ -1,124 +1,527 @@
 # %% [markdown]
-# # Fine-tune a small model on instructions, then decode in three ways
+# # The whole job in one file
 #
-#     python train_inference.py --demo                 # the embedded model and data, no network
+# Fine-tune a small chat model on instructions, then decode in three ways. Plain PyTorch: transformers supplies the
+# tokenizer and the network, and everything else is here. Read it from top to bottom.
+#
+#     python train_inference.py --demo                 # the embedded model and rows, no network
 #     python -u train_inference.py > train.log 2>&1    # Qwen2.5-0.5B on the Alpaca rows of train.csv
 #
-# Training writes `output/checkpoint-epoch-N/` after each epoch: ordinary transformers folders.
+# It saves `output/checkpoint-epoch-N/` after each epoch: ordinary transformers folders.
+#
+# The package gives the same losses and the same greedy and beam tokens (`tests/test_train_inference.py` compares
+# them). It also reads other formats and templates, keeps a user's text apart from the template's markup, accounts
+# for every row it drops, fits a batch into memory, resumes a run that was killed, and writes a report.
 
 # %%
 import argparse
-import json
+import csv
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-import handspun
-from handspun.demo.run import demo_config
-
-parser = argparse.ArgumentParser(description="Train, then decode: greedy, sampling, beam search.")
-parser.add_argument(
-    "--model", default="Qwen/Qwen2.5-0.5B", help="hub id, folder or .gguf file (default: %(default)s)"
-)
-parser.add_argument("--data", default="train.csv", help="instruction rows (default: %(default)s)")
-parser.add_argument("--eval-data", help="held-out rows")
-parser.add_argument("--output-dir", default="output", help="folder for the run (default: %(default)s)")
-parser.add_argument("--num-epochs", type=int, default=3, help="passes over the rows (default: %(default)s)")
-parser.add_argument(
-    "--learning-rate", type=float, help="peak of the schedule (default: 5e-5, and 5e-4 with --lora)"
-)
-parser.add_argument("--lora", action="store_true", help="train LoRA adapters in place of all weights")
-parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output folder")
-parser.add_argument(
-    "--demo", action="store_true", help="the embedded model and data in place of --model and --data"
-)
-arguments = parser.parse_args()
-if arguments.demo:
-    demo = demo_config(arguments.output_dir)
-    arguments.model, arguments.data, arguments.eval_data = demo.model, demo.data, demo.eval_data
-    arguments.learning_rate = arguments.learning_rate or demo.learning_rate
+BATCH_SIZE, MAX_LENGTH = 8, 2048
+WARMUP_RATIO, MAX_GRAD_NORM = 0.03, 1.0
+LORA_RANK, LORA_ALPHA = 16, 32
+SEED = 0
+END_OF_TURN = "<|im_end|>"  # of ChatML, the template of Qwen2.5 and SmolLM2
+STOP_STRINGS = (END_OF_TURN, "\nUser:")
+IGNORED = -100  # label of a position without a target; cross_entropy skips it
 
 # %% [markdown]
-# ## Train
+# ## From a row to token ids and labels
 #
-# Every row is accounted for; what is learned of each are the answer and the end of turn.
-
-# %%
-config = handspun.TrainConfig(
-    model=arguments.model,
-    data=arguments.data,
-    eval_data=arguments.eval_data,
-    output_dir=arguments.output_dir,
-    num_epochs=arguments.num_epochs,
-    batch_size=8,
-    learning_rate=arguments.learning_rate,
-    lora=arguments.lora,
-    overwrite=arguments.overwrite,
-)
-run = handspun.train(config)
-
-# %% [markdown]
-# What came of it, out of `output/metrics.jsonl`, a line for each step and evaluation. The same and much more is in
-# `output/report.html`, for a browser.
-
-# %%
-output = Path(arguments.output_dir)
-events = [json.loads(line) for line in (output / "metrics.jsonl").open(encoding="utf-8")]
-steps = [event for event in events if event["event"] == "step"]
-evaluations = [event for event in events if event["event"] == "evaluation"]
-at = [event["step"] for event in steps]
-
-figure, (losses, rates) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
-losses.plot(at, [event["loss"] for event in steps], lw=0.8, alpha=0.6, label="each batch")
-if evaluations:
-    held_out = [event["loss"] for event in evaluations]
-    losses.plot([event["step"] for event in evaluations], held_out, "o-", label="held-out rows")
-losses.set(xlabel="step", ylabel="loss per learned token", ylim=(0, None))
-losses.legend(frameon=False)
-rates.plot(at, [event["learning_rate"] for event in steps], "C0")
-rates.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-rates.yaxis.label.set_color("C0")
-norms = rates.twinx()
-norms.plot(at, [event["grad_norm"] for event in steps], "C1", lw=0.8, alpha=0.6)
-norms.set_ylabel("gradient norm", color="C1")
-norms.set_ylim(0, None)
-figure.savefig(output / "training.png", dpi=110)
-
-# %% [markdown]
-# ## Decode
+# The chat template turns a conversation into text:
 #
-# From the last checkpoint, as anybody would load it.
+#     <|im_start|>user
+#     Name a color.<|im_end|>
+#     <|im_start|>assistant
+#     Blue.<|im_end|>
+#
+# Only the answer and the end of turn are targets: the model learns to answer and to stop, not to ask. All other
+# labels are -100.
+
 
 # %%
-checkpoint = output / f"checkpoint-epoch-{arguments.num_epochs}"
-model = handspun.load(str(checkpoint))
+class Example(NamedTuple):
+    """One row, tokenized: two tensors of (length,)."""
+
+    input_ids: Tensor
+    labels: Tensor
 
 
-def show(title: str, prompt: str, answers: list[handspun.GenerationResult]) -> None:
-    """The prompt and its answers, with what ended each."""
-    print(f"\n{title}\n> {prompt}")
-    for answer in answers:
-        print(f"{answer.text}\n[{len(answer.token_ids)} tokens, ended by {answer.finish_reason}]")
+def encode_prompt(tokenizer: Any, user: str) -> tuple[str, list[int]]:
+    """Return text and token ids of a user's turn, up to where the assistant's answer begins."""
+    turns = [{"role": "user", "content": user}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return text, tokenizer(text, add_special_tokens=False).input_ids
+
+
+def encode_row(tokenizer: Any, row: dict[str, str]) -> Example:
+    """Return a row's token ids, and as labels the ids of answer and end of turn, -100 elsewhere."""
+    user = row["instruction"] + ("\n" + row["input"] if row["input"].strip() else "")
+    turns = [{"role": "user", "content": user}, {"role": "assistant", "content": row["output"]}]
+    prompt, prompt_ids = encode_prompt(tokenizer, user)
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    answer = text.removeprefix(prompt)
+    assert answer != text, "this template writes a finished turn in another way than a prompt"
+    answer = answer[: answer.rindex(END_OF_TURN)] + END_OF_TURN  # without the line break after it
+    answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
+    labels = [IGNORED] * len(prompt_ids) + answer_ids
+    return Example(torch.tensor(prompt_ids + answer_ids)[:MAX_LENGTH], torch.tensor(labels)[:MAX_LENGTH])
+
+
+def read_examples(file: str, tokenizer: Any) -> list[Example]:
+    """Read a csv file with the columns instruction, input and output."""
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, restval="")
+        if missing := {"instruction", "input", "output"} - {*(reader.fieldnames or ())}:
+            sys.exit(
+                f"{file}: there is no column {', '.join(sorted(missing))}. `handspun train` reads other formats."
+            )
+        rows = list(reader)
+    complete = [row for row in rows if row["instruction"].strip() and row["output"].strip()]
+    encoded = [encode_row(tokenizer, row) for row in complete]
+    examples = [example for example in encoded if (example.labels != IGNORED).any()]
+    print(f"{file}: {len(rows)} rows, {len(examples)} with an answer to train on", flush=True)
+    return examples
 
 
 # %% [markdown]
-# Greedy: the most probable token, every time.
+# ## From examples to a loss
+#
+# Rows differ in length, so shorter ones are padded on the right. The attention mask hides the padding from
+# attention, and -100 hides it from the loss.
+#
+# The logits at position i predict token i + 1. So the loss compares the logits of all positions but the last with
+# the labels of all positions but the first.
+
 
 # %%
-prompt = "Give me a brief introduction to Shanghai Jiao Tong University."
-show("Greedy", prompt, handspun.generate(model, prompt, do_sample=False))
+def collate_fn(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Return input_ids, attention_mask and labels of a batch, each (batch, length)."""
+    ids = [example.input_ids for example in examples]
+    labels = [example.labels for example in examples]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
+
+
+def batch_loss(model: Any, examples: Sequence[Example]) -> tuple[Tensor, int]:
+    """Return the summed loss of a batch's target tokens, and their number."""
+    batch = {name: tensor.to(model.device) for name, tensor in collate_fn(examples).items()}
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    predictions = logits[:, :-1].flatten(0, 1)  # (batch * (length - 1), vocab)
+    targets = batch["labels"][:, 1:].flatten()  # (batch * (length - 1),)
+    loss_sum = F.cross_entropy(predictions, targets, ignore_index=IGNORED, reduction="sum")
+    return loss_sum, int((targets != IGNORED).sum())
+
+
+@torch.no_grad()
+def evaluate(model: Any, examples: Sequence[Example]) -> float:
+    """Return the mean loss per target token."""
+    batches = [examples[i : i + BATCH_SIZE] for i in range(0, len(examples), BATCH_SIZE)]
+    sums, counts = zip(*(batch_loss(model.eval(), batch) for batch in batches), strict=True)
+    return float(sum(sums)) / float(sum(counts))
+
 
 # %% [markdown]
-# Sampling, three times: each answer draws from a stream of its own.
+# ## The training loop
+#
+# Forward, backward, clip, update. The learning rate rises over the first 3% of the steps, and then falls to zero.
+
 
 # %%
-prompt = "Tell me a joke about computers."
-answers = handspun.generate(model, prompt, do_sample=True, temperature=0.7, num_return_sequences=3, seed=0)
-show("Sampling", prompt, answers)
+def load(name: str, *, lora: bool = False) -> tuple[Any, Any]:
+    """Return model and tokenizer, in float32, with the end of turn as an eos and perhaps with LoRA adapters."""
+    if name == "smollm2-135m":
+        from handspun.models.embedded import embedded_folder
+
+        name = str(embedded_folder(print))
+    tokenizer: Any = AutoTokenizer.from_pretrained(name)
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    if END_OF_TURN not in tokenizer.get_vocab() or not tokenizer.chat_template:
+        sys.exit(f"{name}: its chat template is not ChatML. `handspun train` knows other templates.")
+    end_of_turn, eos = tokenizer.convert_tokens_to_ids(END_OF_TURN), model.generation_config.eos_token_id
+    eos = eos if isinstance(eos, list) else [eos]
+    others = [token for token in eos if token not in (None, end_of_turn)]
+    model.config.eos_token_id = model.generation_config.eos_token_id = [end_of_turn, *others]
+    tokenizer.eos_token = END_OF_TURN
+    if lora:
+        import peft
+
+        torch.manual_seed(SEED)  # of the adapters' initial values
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=LORA_RANK, lora_alpha=LORA_ALPHA)
+        config.target_modules = "all-linear"
+        # Qwen2.5's base model was not trained on the end of turn, and adapters alone cannot teach a token.
+        config.trainable_token_indices = None if end_of_turn in eos else [end_of_turn]
+        model = peft.get_peft_model(model, config)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def learning_rate_at(step: int, total_steps: int, peak: float) -> float:
+    """Return the learning rate of a step, counted from 0."""
+    warmup_steps = math.ceil(total_steps * WARMUP_RATIO)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * (1 - (step - warmup_steps) / (total_steps - warmup_steps))
+
+
+def train_step(model: Any, optimizer: torch.optim.Optimizer, examples: Sequence[Example]) -> tuple[float, float]:
+    """Take one optimizer step on a batch. Return its loss per target token, and the norm of its gradient."""
+    loss_sum, target_tokens = batch_loss(model, examples)
+    loss = loss_sum / target_tokens
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item(), norm.item()
+
+
+def earlier_checkpoints(output_dir: str) -> list[Path]:
+    """Return the folders that an earlier run has saved."""
+    return list(Path(output_dir).glob("checkpoint-epoch-*"))
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    options: argparse.Namespace,
+) -> list[float]:
+    """Train the model, and save a checkpoint after each epoch. Return the loss of each step."""
+    peak = options.learning_rate or (5e-4 if options.lora else 5e-5)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=peak, weight_decay=0.0)
+    total_steps = math.ceil(len(examples) / BATCH_SIZE) * options.num_epochs
+    losses: list[float] = []
+    for folder in earlier_checkpoints(options.output_dir):
+        shutil.rmtree(folder)
+    if held_out:
+        print(f"held-out loss before training: {evaluate(model, held_out):.4f}", flush=True)
+    for epoch in range(1, options.num_epochs + 1):
+        generator = torch.Generator().manual_seed(SEED * 1_000_003 + epoch)
+        order = torch.randperm(len(examples), generator=generator)
+        for rows in order.split(BATCH_SIZE):
+            began = time.perf_counter()
+            rate = learning_rate_at(len(losses), total_steps, peak)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss, norm = train_step(model.train(), optimizer, [examples[row] for row in rows])
+            losses.append(loss)
+            seconds = time.perf_counter() - began
+            print(
+                f"epoch {epoch}, step {len(losses)} of {total_steps}: loss {loss:.4f}, learning rate {rate:.2e}, "
+                f"gradient norm {norm:.2f}, {seconds:.1f} s", flush=True
+            )  # fmt: skip
+        if held_out:
+            print(f"held-out loss after epoch {epoch}: {evaluate(model, held_out):.4f}", flush=True)
+        folder = Path(options.output_dir) / f"checkpoint-epoch-{epoch}"
+        model.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)  # adapters alone would not say what ends an answer
+        tokenizer.save_pretrained(folder)
+    return losses
+
 
 # %% [markdown]
-# Beam search: the most probable answer that four beams find.
+# ## Decoding
+#
+# All answers grow by one token per step, as one batch. Prompts differ in length, so shorter ones are padded on the
+# left: the last column then holds the newest token of each row. The cache keeps keys and values of earlier tokens,
+# so a step computes the newest ones only.
+
 
 # %%
-prompt = "What is the sum of the first 100 natural numbers? Please think step by step."
-show("Beam search", prompt, handspun.generate(model, prompt, num_beams=4))
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How to decode: greedily, unless do_sample or num_beams says otherwise."""
+
+    max_new_tokens: int = 512
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    seed: int = 0
+
+
+class Answer(NamedTuple):
+    """An answer. score: a beam's log-probability, divided by length ** length_penalty."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    score: float | None
+
+
+class KVCache:
+    """Keys and values of a batch of rows, and a mask that hides the padding on their left."""
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]]) -> None:
+        """Run the model on the prompts. `logits`, (rows, vocab), predict the next token of each."""
+        ids = [torch.tensor(prompt, device=model.device) for prompt in prompts]
+        ones = [torch.ones_like(row) for row in ids]
+        self.model, self.cache = model, DynamicCache()
+        self.mask = pad_sequence(ones, batch_first=True, padding_side="left")
+        self.logits = self._forward(pad_sequence(ids, batch_first=True, padding_side="left"))
+
+    def append(self, tokens: Tensor) -> None:
+        """Add one token to each row. tokens: (rows,)."""
+        self.mask = F.pad(self.mask, (0, 1), value=1)
+        self.logits = self._forward(tokens[:, None])
+
+    def select(self, rows: Any) -> None:
+        """Make row i a copy of row rows[i]."""
+        self.cache.reorder_cache(rows)
+        self.mask = self.mask[rows]
+
+    def _forward(self, new_ids: Tensor) -> Tensor:
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)  # padding is not counted
+        output = self.model(
+            input_ids=new_ids, attention_mask=self.mask, position_ids=positions[:, -new_ids.shape[1] :],
+            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+# %% [markdown]
+# Filters change the logits before a token is chosen, in this order: repetition penalty; then, only for sampling,
+# temperature, top-k, top-p.
+
+
+# %%
+def penalize_repetition(logits: Tensor, histories: Sequence[Sequence[int]], penalty: float) -> Tensor:
+    """Divide the positive logits of each row's earlier tokens by the penalty, and multiply the negative ones."""
+    logits = logits.clone()
+    for row, history in zip(logits, histories, strict=True):
+        seen = torch.tensor(sorted(set(history)), device=logits.device)
+        row[seen] = torch.where(row[seen] < 0, row[seen] * penalty, row[seen] / penalty)
+    return logits
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Exclude all but the k most probable tokens."""
+    return logits.masked_fill(logits < logits.topk(k).values[:, -1:], -torch.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Exclude the least probable tokens, as many as have a total probability of at most 1 - p."""
+    ascending, order = logits.sort(-1)
+    removed = ascending.softmax(-1).cumsum(-1) <= 1 - p
+    removed[:, -1] = False
+    return logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
+
+
+def apply_filters(logits: Tensor, histories: Sequence[Sequence[int]], how: Decoding) -> Tensor:
+    """Return the filtered logits, (rows, vocab). histories: tokens of each row's prompt and answer."""
+    if how.repetition_penalty != 1:
+        logits = penalize_repetition(logits, histories, how.repetition_penalty)
+    if not how.do_sample:
+        return logits
+    logits = logits / how.temperature
+    logits = keep_top_k(logits, how.top_k) if how.top_k > 0 else logits
+    return keep_top_p(logits, how.top_p) if how.top_p < 1 else logits
+
+
+# %% [markdown]
+# Greedy decoding takes the most probable token, sampling draws one. A row that has ended stays in the batch until
+# all have, and its further tokens are dropped.
+
+
+# %%
+Ending = Callable[[list[int]], str | None]
+
+
+def decode(model: Any, prompts: Sequence[list[int]], how: Decoding, ending: Ending) -> list[list[int]]:
+    """Return the tokens of one answer per prompt. ending: why an answer has ended, None if it has not."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    generator = torch.Generator(model.device).manual_seed(how.seed)
+    cache = KVCache(model, prompts)
+    while True:
+        histories = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        logits = apply_filters(cache.logits, histories, how)
+        tokens = logits.argmax(-1)  # (rows,)
+        if how.do_sample:
+            tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        for answer, token in zip(answers, tokens.tolist(), strict=True):
+            if not ending(answer):
+                answer.append(token)
+        if all(map(ending, answers)):
+            return answers
+        cache.append(tokens)
+
+
+# %% [markdown]
+# Beam search keeps the `num_beams` most probable unfinished answers of each prompt; all beams of all prompts are
+# the rows of one batch. Each step ranks every continuation of every beam. Of the best `num_beams`, those that end
+# are finished answers; the best that do not end are the next beams.
+#
+# Each token lowers an answer's log-probability, so short answers would win. Hence a finished answer's score is
+# divided by its length, to the power of `length_penalty`. The search ends when the best beam scores no better than
+# the worst of `num_beams` finished answers.
+
+
+# %%
+def beam_search(
+    model: Any, prompts: Sequence[list[int]], how: Decoding, ending: Ending
+) -> list[tuple[float, list[int]]]:
+    """Return (score, tokens) of the best answer to each prompt."""
+    n, count = how.num_beams, len(prompts)
+    width = n * max(2, 1 + len(model.generation_config.eos_token_id))  # n do not end, even if all beams may
+    cache = KVCache(model, [prompt for prompt in prompts for _ in range(n)])
+    beams: list[list[list[int]]] = [[[] for _ in range(n)] for _ in prompts]
+    # A prompt's beams are the same at first, so all but one begin with a score that cannot win.
+    beam_scores = torch.tensor([[0.0] + [-1e9] * (n - 1)] * count, device=model.device)  # (prompts, beams)
+    finished: list[list[tuple[float, list[int]]]] = [[] for _ in prompts]
+    done = [False] * count
+    for length in range(1, how.max_new_tokens + 1):
+        histories = [prompts[p] + beam for p in range(count) for beam in beams[p]]
+        logprobs = apply_filters(cache.logits.log_softmax(-1), histories, how)  # (prompts * beams, vocab)
+        totals = beam_scores.view(-1, 1) + logprobs
+        best = totals.view(count, -1).topk(width)  # values, indices: (prompts, width), the best first
+        parents, tokens = best.indices // logprobs.shape[-1], best.indices % logprobs.shape[-1]
+        next_rows, next_tokens = [], []
+        for p in range(count):
+            scores = best.values[p].tolist()
+            pairs = list(zip(parents[p].tolist(), tokens[p].tolist(), strict=True))
+            answers = [[*beams[p][parent], token] for parent, token in pairs]
+            ended = [ending(answer) is not None for answer in answers]
+            if not done[p]:
+                finished[p] += [(scores[i] / length**how.length_penalty, answers[i]) for i in range(n) if ended[i]]
+                finished[p] = sorted(finished[p], key=lambda answer: -answer[0])[:n]
+            chosen = sorted(range(width), key=lambda i: (ended[i], -scores[i]))[:n]
+            beams[p], beam_scores[p] = [answers[i] for i in chosen], best.values[p, chosen]
+            next_rows += [p * n + pairs[i][0] for i in chosen]
+            next_tokens += [pairs[i][1] for i in chosen]
+            best_score = scores[chosen[0]] / length**how.length_penalty
+            done[p] |= all(ended) or (len(finished[p]) == n and best_score <= finished[p][-1][0])
+        if all(done):
+            break
+        cache.select(torch.tensor(next_rows, device=model.device))
+        cache.append(torch.tensor(next_tokens, device=model.device))
+    return [answers[0] for answers in finished]
+
+
+@torch.inference_mode()
+def generate(model: Any, tokenizer: Any, prompts: Sequence[str], how: Decoding) -> list[Answer]:
+    """Answer the prompts as one batch. Texts are cut at the end of turn, and where a user's turn would follow."""
+
+    def ending(token_ids: list[int]) -> str | None:
+        if token_ids and token_ids[-1] in model.generation_config.eos_token_id:
+            return "eos"
+        if any(stop in tokenizer.decode(token_ids) for stop in STOP_STRINGS):
+            return "stop"
+        return "length" if len(token_ids) == how.max_new_tokens else None
+
+    ids = [encode_prompt(tokenizer, prompt)[1] for prompt in prompts]
+    found: list[tuple[float | None, list[int]]] = []
+    if how.num_beams > 1:
+        found += beam_search(model, ids, how, ending)
+    else:
+        found += [(None, token_ids) for token_ids in decode(model, ids, how, ending)]
+    answers = []
+    for score, token_ids in found:
+        text = tokenizer.decode(token_ids, skip_special_tokens=True)
+        for stop in STOP_STRINGS:
+            text = text.split(stop)[0]
+        answers.append(Answer(text, token_ids, ending(token_ids) or "", score))
+    return answers
+
+
+# %% [markdown]
+# ## Run it
+#
+# A notebook has no command line; there it is the demo.
+
+
+# %%
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Fine-tune, then decode: greedy, sampling, beam search.")
+    add = parser.add_argument
+    add("--model", default="Qwen/Qwen2.5-0.5B", help="hub id, folder or smollm2-135m (default: %(default)s)")
+    add("--data", default="train.csv", help="csv file of instruction, input, output (default: %(default)s)")
+    add("--eval-data", help="held-out rows, in the same form")
+    add("--output-dir", default="output", help="folder for checkpoints (default: %(default)s)")
+    add("--num-epochs", type=int, default=3, help="passes over the rows (default: %(default)s)")
+    add("--learning-rate", type=float, help="peak of the schedule (default: 5e-5, and 5e-4 with --lora)")
+    add("--lora", action="store_true", help="train LoRA adapters instead of all weights")
+    add("--overwrite", action="store_true", help="replace the checkpoints of an earlier run")
+    add("--demo", action="store_true", help="the embedded model and rows instead of --model and --data")
+    options = parser.parse_args(arguments)
+    if options.demo:
+        import handspun
+
+        rows = Path(handspun.__file__).parent / "demo"
+        options.model, options.data = "smollm2-135m", str(rows / "demo.csv")
+        options.eval_data = str(rows / "held_out.csv")
+    for file in filter(None, (options.data, options.eval_data)):
+        if not Path(file).is_file():
+            parser.error(f"{file}: there is no such file. Name a csv file with --data, or try --demo.")
+    if earlier_checkpoints(options.output_dir) and not options.overwrite:
+        parser.error(f"{options.output_dir}: holds an earlier run. Choose another folder, or add --overwrite.")
+    return options
+
+
+if __name__ == "__main__":
+    in_notebook = "ipykernel" in sys.modules
+    options = parse_options(["--demo", "--output-dir=output-notebook", "--overwrite"] if in_notebook else None)
+    model, tokenizer = load(options.model, lora=options.lora)
+    examples = read_examples(options.data, tokenizer)
+    held_out = read_examples(options.eval_data, tokenizer) if options.eval_data else []
+    train(model, tokenizer, examples, held_out, options)
+    model.eval()
+
+# %% [markdown]
+# ## Three demonstrations
+#
+# Greedy decoding gives the same answer every time. It takes the most probable token even where none is probable,
+# as in a number that the model does not know.
+
+
+# %%
+def show(title: str, prompts: Sequence[str], how: Decoding) -> None:
+    """Print the prompt and its answers, with what ended each."""
+    print(f"\n{title}\n> {prompts[0]}")
+    for answer in generate(model, tokenizer, prompts, how):
+        score = "" if answer.score is None else f", beam score {answer.score:.4f}"
+        print(
+            f"{answer.text}\n[{len(answer.token_ids)} tokens, ended by {answer.finish_reason}{score}]", flush=True
+        )
+
+
+if __name__ == "__main__":
+    show("Greedy", ["Give me a brief introduction to Shanghai Jiao Tong University."], Decoding())
+
+# %% [markdown]
+# Sampling, three times: each answer is another draw. A temperature below 1 makes probable tokens more probable.
+
+# %%
+if __name__ == "__main__":
+    sampling = Decoding(do_sample=True, temperature=0.7)
+    show("Sampling, temperature 0.7", ["Tell me a joke about computers."] * 3, sampling)
+
+# %% [markdown]
+# Beam search finds an answer that is more probable as a whole, though its first tokens may be less probable.
+
+# %%
+if __name__ == "__main__":
+    prompt = "What is the sum of the first 100 natural numbers? Please think step by step."
+    show("Beam search, 4 beams", [prompt], Decoding(num_beams=4))

@@ -1,6 +1,6 @@
-"""Makes train_inference.ipynb of train_inference.py, and runs it with --demo, so that its outputs are real.
+"""Makes train_inference.ipynb of train_inference.py and runs it, so that its outputs are real: `make notebook`.
 
-python benchmarks/make_notebook.py
+In a notebook the script is its demo. It takes some minutes, and leaves its checkpoints in output-notebook/.
 """
 
 import os
@@ -10,34 +10,22 @@ import jupytext
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
-ARGUMENTS = "parser.parse_args()"
-ARGUMENTS_HERE = 'parser.parse_args(["--demo", "--output-dir", "output-notebook", "--overwrite"])'
+SCRIPT, NOTEBOOK = ROOT / "train_inference.py", ROOT / "train_inference.ipynb"
 
 
 def main() -> None:
-    source = (ROOT / "train_inference.py").read_text(encoding="utf-8")
-    assert ARGUMENTS in source
-    notebook = jupytext.reads(source.replace(ARGUMENTS, ARGUMENTS_HERE), fmt="py:percent")
+    notebook = jupytext.read(SCRIPT, fmt="py:percent")
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    os.environ["PYTHONWARNINGS"] = "ignore"  # tqdm asks for ipywidgets
-    NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(ROOT)}}).execute()
-    for cell in notebook.cells:
-        cell.metadata.pop("execution", None)  # times of day, which change with every run
-        merge_streams(cell)
-    jupytext.write(notebook, ROOT / "train_inference.ipynb", fmt="ipynb")
-
-
-def merge_streams(cell: dict) -> None:
-    """One output for the lines that a cell printed, in place of one for each."""
-    merged: list[dict] = []
-    for output in cell.get("outputs", []):
-        last = merged[-1] if merged else {}
-        if output["output_type"] == "stream" and last.get("name") == output["name"]:
-            last["text"] += output["text"]
-        else:
-            merged.append(output)
-    if "outputs" in cell:
-        cell["outputs"] = merged
+    os.environ["TQDM_DISABLE"] = "1"  # bars of loading, which a page cannot show
+    client = NotebookClient(
+        notebook,
+        timeout=None,
+        coalesce_streams=True,  # one output for the lines of a cell
+        record_timing=False,  # times of day, which change with every run
+        resources={"metadata": {"path": str(ROOT)}},
+    )
+    client.execute()
+    jupytext.write(notebook, NOTEBOOK, fmt="ipynb")
 
 
 if __name__ == "__main__":
