@@ -67,9 +67,10 @@ def answers_of_the_package(chat: ChatModel, **how: Any) -> list[handspun.Generat
 def steps_and_held_out(output: Path) -> tuple[list[float], list[float]]:
     """The losses that the package wrote."""
     events = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return tuple(  # type: ignore[return-value]
+    steps, held_out = (
         [event["loss"] for event in events if event["event"] == kind] for kind in ("step", "evaluation")
     )
+    return steps, held_out
 
 
 @pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), qwen_tokenizer()], ids=["tiny", "Qwen2.5"])
@@ -91,7 +92,13 @@ def test_examples_and_batches_equal_the_packages(tokenizer: Any, file: str, rows
 def test_train_has_the_packages_losses(
     lora: bool, tiny_folder: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = {"model": str(tiny_folder), "data": str(rows), "eval_data": str(rows), "num_epochs": 2, "lora": lora}
+    common: dict[str, Any] = {
+        "model": str(tiny_folder),
+        "data": str(rows),
+        "eval_data": str(rows),
+        "num_epochs": 2,
+        "lora": lora,
+    }
     options = argparse.Namespace(**common, output_dir=str(tmp_path / "own"), learning_rate=1e-3)
     model, tokenizer = script.load(options.model, lora=lora)
     examples = script.read_examples(options.data, tokenizer)
@@ -189,11 +196,11 @@ def test_generate_sampled_depends_on_the_seed(chat: ChatModel) -> None:
     ],
     ids=str,
 )
-def test_filters_equal_the_packages(how: dict[str, float]) -> None:
+def test_filters_equal_the_packages(how: dict[str, Any]) -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 3
     histories = [[1, 2, 2, 49], [7], [0, 30]]
-    own = script.apply_filters(logits, histories, script.Decoding(do_sample=True, **how))  # type: ignore[arg-type]
-    processors = make_processors(SamplingParams(do_sample=True, **how))  # type: ignore[arg-type]
+    own = script.apply_filters(logits, histories, script.Decoding(do_sample=True, **how))
+    processors = make_processors(SamplingParams(do_sample=True, **how))
     expected = process(logits, [History(history) for history in histories], processors)
     assert processors
     torch.testing.assert_close(own, expected, rtol=0, atol=0)
