@@ -46,10 +46,8 @@ def peak(config: TrainConfig) -> int:
 
 
 def check(config: TrainConfig, available: float, processes: Distributed = Distributed()) -> list[str]:  # noqa: B008
-    said: list[str] = []
     room = AvailableMemory(int(available), "free memory of this machine")
-    check_fits_in_memory(config, rows(), shapes_of, room, processes=processes, notice=said.append)
-    return said
+    return check_fits_in_memory(config, rows(), shapes_of, room, processes=processes)
 
 
 def test_where_there_is_room_nothing_is_said() -> None:
@@ -113,7 +111,7 @@ def test_what_this_machine_cannot_do_is_not_named() -> None:
 
     room = AvailableMemory(int(0.5 * peak(CONFIG)), "here")
     with pytest.raises(TrainingError) as caught:
-        check_fits_in_memory(CONFIG, rows(), without_int8, room, processes=Distributed(), notice=print)
+        check_fits_in_memory(CONFIG, rows(), without_int8, room, processes=Distributed())
     assert "int8" not in str(caught.value)
 
 
@@ -137,6 +135,4 @@ def test_the_heaviest_batches_stand_for_all() -> None:
 
 
 def test_without_a_word_from_the_system_nothing_is_refused() -> None:
-    said: list[str] = []
-    check_fits_in_memory(CONFIG, rows(), shapes_of, None, processes=Distributed(), notice=said.append)
-    assert said == []
+    assert check_fits_in_memory(CONFIG, rows(), shapes_of, None, processes=Distributed()) == []

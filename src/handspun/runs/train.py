@@ -242,9 +242,8 @@ def plan_run(run: RunContext, data: LoadedData) -> RunPlan:
     ending = end_of_turn(data.template, eos, data.training)
     new_token_ids = [] if ending.is_eos else [data.template.end_of_turn_id]
     shapes_of = partial(shapes, data.source, new_token_ids=new_token_ids)
-    doubts = list[str]()
     memory = available_memory(processes.device)
-    check_fits_in_memory(config, examples, shapes_of, memory, processes=processes, notice=doubts.append)
+    doubts = check_fits_in_memory(config, examples, shapes_of, memory, processes=processes)
     facts: dict[str, Any] = {}
     if processes.is_first and not config.dry_run:
         facts = run_facts(config, data.training, data.held_out, data.max_length)

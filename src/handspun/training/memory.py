@@ -3,7 +3,8 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -313,11 +314,10 @@ def check_fits_in_memory(
     room: AvailableMemory | None,
     *,
     processes: Distributed,
-    notice: Callable[[str], None],
-) -> None:
-    """Compare the predicted peak with the memory available. If in doubt, notify with options that would fit.
+) -> list[str]:
+    """Compare the predicted peak with the memory available. Return the doubt, if any, with options that would fit.
 
-    Raises TrainingError if the run cannot fit. That is only a notice with `dry_run`, with `shard` (a shard is not
+    Raises TrainingError if the run cannot fit. That is only a doubt with `dry_run`, with `shard` (a shard is not
     predicted), and on a GPU (its allocator behaves differently).
 
     Args:
@@ -326,28 +326,27 @@ def check_fits_in_memory(
         shapes_of: returns the model of a config on the meta device.
         room: the memory available, or None if unknown.
         processes: the ranks; all of them must call it together.
-        notice: called with the doubts and remedies.
     """
     if room is None:
         processes.max(0.0)  # other ranks may know theirs
-        return
+        return []
     heaviest = _heaviest_batches(examples, config)
     predicted = predicted_peak(shapes_of(config), heaviest, config)
     available = room.available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     taken = processes.max(predicted / max(available, 1))
     if taken * (1 + _MARGIN) <= 1:
-        return
+        return []
     lines = [
         f"predicted peak memory is {predicted / 1e9:.1f} GB{_per_process(processes)}, and "
         f"{available / 1e9:.1f} GB is available ({room.bound}).",
         *_remedies(config, heaviest, shapes_of, available),
     ]
     if taken * (1 - _MARGIN) <= 1:
-        notice("this run may not fit in memory: " + "\n".join(lines))
-    elif config.dry_run or config.shard or processes.device.type != "cpu":
-        notice("this run will not fit in memory: " + "\n".join(lines))
-    else:
-        raise TrainingError("this run will not fit in memory: " + "\n".join(lines))
+        return ["this run may not fit in memory: " + "\n".join(lines)]
+    problem = "this run will not fit in memory: " + "\n".join(lines)
+    if config.dry_run or config.shard or processes.device.type != "cpu":
+        return [problem]
+    raise TrainingError(problem)
 
 
 def _per_process(processes: Distributed) -> str:
@@ -368,23 +367,20 @@ def _heaviest_batches(examples: Sequence[Example], config: TrainConfig) -> list[
 def _remedies(
     config: TrainConfig, heaviest: Sequence[Sequence[Example]], shapes_of: Shapes, available: int
 ) -> Iterator[str]:
-    """Yield one line per set of changes that would fit, with its predicted peak; only minimal sets."""
-    longest = max(len(example) for batch in heaviest for example in batch)
-    model_of: dict[tuple[bool, str], PreTrainedModel] = {}
+    """Yield one line per set of options that would fit, with its predicted peak; only minimal sets."""
     fitting: dict[frozenset[str], str] = {}
-    for changes in _changes(config, longest):
-        if any(fewer <= changes.keys() for fewer in fitting):
+    shapes = cache(lambda lora, base_weights: shapes_of(replace(config, lora=lora, base_weights=base_weights)))
+    for options in _savings(config, longest=max(len(example) for batch in heaviest for example in batch)):
+        if any(fewer <= options.keys() for fewer in fitting):
             continue
-        changed = replace(config, **changes)
-        kind = changed.lora, changed.base_weights
         try:
-            model_of[kind] = model_of.get(kind) or shapes_of(changed)
-            peak = predicted_peak(model_of[kind], heaviest, changed)
-        except HandspunError:  # int8 matmuls that are not exact on this machine
+            changed = replace(config, **options)
+            peak = predicted_peak(shapes(changed.lora, changed.base_weights), heaviest, changed)
+        except HandspunError:  # int8 without LoRA, or int8 matmuls that are not exact on this machine
             continue
         if peak * (1 + _MARGIN) <= available:
-            named = " ".join(_as_option(name, value) for name, value in changes.items())
-            fitting[frozenset(changes)] = f"  {named}: {peak / 1e9:.1f} GB"
+            names = [f"{option_name(name)} {value}".removesuffix(" True") for name, value in options.items()]
+            fitting[frozenset(options)] = f"  {' '.join(names)}: {peak / 1e9:.1f} GB"
     if not fitting:
         yield "No option that was tried makes it fit. Use a smaller model, or free some memory."
         return
@@ -392,27 +388,16 @@ def _remedies(
     yield from fitting.values()
 
 
-def _changes(config: TrainConfig, longest: int) -> list[dict[str, Any]]:
-    """Return options that save memory, alone and combined, fewest first.
-
-    max_tokens is halved as long as the longest row fits. Combined with other options, it is the smallest of these.
-    """
-    halves: list[int] = []
-    while (less := (halves[-1] if halves else config.max_tokens) // 2) >= longest:
-        halves.append(less)
-    smallest = [{"max_tokens": halves[-1]}] if halves else []
-    again = [] if config.activation_checkpointing else [{"activation_checkpointing": True}]
-    states = [] if config.optimizer_states == "8bit" or config.shard else [{"optimizer_states": "8bit"}]
-    adapters: list[dict[str, Any]] = [] if config.lora else [{"lora": True}]
-    if config.base_weights != "int8" and not config.shard:
-        adapters.append({"lora": True, "base_weights": "int8"})
-    nothing: list[dict[str, Any]] = [{}]
-    together = [
-        {**a, **b, **c, **d}
-        for a, b, c, d in product(nothing + smallest, nothing + again, nothing + states, nothing + adapters)
-    ]
-    return sorted([*({"max_tokens": less} for less in halves), *together[1:]], key=len)
-
-
-def _as_option(name: str, value: object) -> str:
-    return option_name(name) if value is True else f"{option_name(name)} {value}"
+def _savings(config: TrainConfig, *, longest: int) -> Iterator[dict[str, Any]]:
+    """Yield options that save memory, alone and combined, fewest first. longest: tokens of the longest row."""
+    # max_tokens is halved as long as the longest row fits; combined with other options, as often as possible.
+    halvings = (config.max_tokens // longest).bit_length() - 1
+    yield from ({"max_tokens": config.max_tokens >> times} for times in range(1, halvings))
+    options = {"activation_checkpointing": True, "optimizer_states": "8bit", "lora": True, "base_weights": "int8"}
+    if halvings > 0:
+        options = {"max_tokens": config.max_tokens >> halvings, **options}
+    if config.shard:  # neither can be sharded
+        del options["optimizer_states"], options["base_weights"]
+    new = [name for name, value in options.items() if value != getattr(config, name)]
+    for count in range(1, len(new) + 1):
+        yield from ({name: options[name] for name in names} for names in combinations(new, count))
