@@ -150,7 +150,7 @@ def load(name: str, *, lora: bool = False) -> tuple[Any, Any]:
     if name == "smollm2-135m":
         from handspun.models.embedded import embedded_folder
 
-        name = str(embedded_folder(print))
+        name = str(embedded_folder())
     tokenizer: Any = AutoTokenizer.from_pretrained(name)
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     if END_OF_TURN not in tokenizer.get_vocab() or not tokenizer.chat_template:

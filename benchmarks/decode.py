@@ -41,7 +41,7 @@ REPETITIONS_OF_PREFILL = 10
 def main() -> None:
     arguments = parse()
     folder = Path(model_folder(arguments.model))
-    template = ChatTemplate(load_tokenizer(model_source(str(folder), print)))
+    template = ChatTemplate(load_tokenizer(model_source(str(folder))))
     settings = {key: getattr(arguments, key) for key in ("new_tokens", "threads")}
     settings["excluded"] = end_ids(template, folder)
     results = open_results(f"decode-{Path(arguments.model).name}", settings, fresh=arguments.fresh)

@@ -46,7 +46,7 @@ def main() -> None:
     for kind in arguments.kinds:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "model.gguf"
-            write_gguf(chat, file, kind, notice=print)
+            write_gguf(chat, file, kind)
             job = {"file": str(file), "texts": TEXTS, "prompt_ids": prompt_ids, "new_tokens": NEW_TOKENS}
             found = read_in_llama_cpp(arguments.python, job)
         same_texts = sum(a == b for a, b in zip(tokens, found["tokens"], strict=True))

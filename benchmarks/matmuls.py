@@ -46,7 +46,7 @@ def main() -> None:
 
 def shapes(model: str) -> list[tuple[int, int]]:
     """(out, in) of all fused matrices: q with k and v, o, gate with up, down, layer by layer, and the head."""
-    config = load_config(model_source(model, str))
+    config = load_config(model_source(model))
     hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     width = getattr(config, "head_dim", None) or hidden // heads
     queries, keys = heads * width, config.num_key_value_heads * width

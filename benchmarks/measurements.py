@@ -125,7 +125,7 @@ def run_process(command: Sequence[str | Path]) -> str:
 
 def model_folder(name: str) -> str:
     """The folder of a model; the embedded one is made where it is not there yet."""
-    return str(embedded_folder(print)) if name == EMBEDDED_NAME else name
+    return str(embedded_folder()) if name == EMBEDDED_NAME else name
 
 
 def read_rows(file: Path) -> list[Row]:

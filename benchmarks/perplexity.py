@@ -42,7 +42,7 @@ def main() -> None:
 
 def measured(name: str, kind: Any, rows: list[dict[str, str]]) -> dict[str, float]:
     """Mean loss over the learned tokens of all rows."""
-    chat = handspun.load(name, weights=kind, notice=str)
+    chat = handspun.load(name, weights=kind)
     named = [Row("rows", number, dict(row)) for number, row in enumerate(rows)]
     examples, _ = build_examples(named, chat.template, max_length=1024)
     began, engine = time.perf_counter(), make_engine(chat)

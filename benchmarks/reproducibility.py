@@ -42,7 +42,7 @@ def main() -> None:
     prompts = [f"{row['instruction']}\n\n{row['input']}".strip() for row in rows]
     for kind in arguments.weights:
         if not results.of(kind):
-            chat = handspun.load(arguments.model, weights=kind, notice=str)
+            chat = handspun.load(arguments.model, weights=kind)
             run = results.add(kind, measured(chat, prompts, arguments.batchings, arguments.new_tokens))
             print(f"{kind}: {len(run['parted'])} of {run['answers']} answers part", flush=True)
     print(summary(results))
@@ -59,7 +59,6 @@ def measured(chat: ChatModel, prompts: list[str], batchings: int, new_tokens: in
             seed=tuple(chosen),
             max_new_tokens=new_tokens,
             batch_size=batch_size,
-            notice=str,
             **options,
         )
         return [answer.token_ids for answer in found]

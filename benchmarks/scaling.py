@@ -112,7 +112,7 @@ class RowsOfALength:
     """Rows of about so many tokens, template included, joined from those of a pool."""
 
     def __init__(self, model: str, pool: list[Row]) -> None:
-        self.template = ChatTemplate(load_tokenizer(model_source(model, print)))
+        self.template = ChatTemplate(load_tokenizer(model_source(model)))
         self.pool = pool
 
     def make(self, length: int, count: int) -> list[Row]:

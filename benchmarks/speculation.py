@@ -48,7 +48,7 @@ def main() -> None:
     results = open_results(name, {**settings, "data": arguments.data.name}, fresh=arguments.fresh)
     prompts = prompts_of(read_rows(arguments.data), arguments.rows)
     for weights in arguments.weights:
-        model = handspun.load(arguments.model, weights=weights, notice=str)
+        model = handspun.load(arguments.model, weights=weights)
         for batch, mode in product(BATCHES, MODES):
             measure(results, model, prompts, (weights, batch, mode), arguments.new_tokens)
     print(summary(results))
@@ -105,7 +105,7 @@ def answered(
     """One batch: its seconds, how much was generated, drafted and accepted; and the answers."""
     began = time.perf_counter()
     answers = handspun.generate(
-        model, list(prompts), max_new_tokens=new_tokens, repetition_penalty=1.0, notice=str,
+        model, list(prompts), max_new_tokens=new_tokens, repetition_penalty=1.0,
         **{"do_sample": False, **MODES[mode]}, **LOOKUPS[lookup],
     )  # fmt: skip
     seconds = time.perf_counter() - began

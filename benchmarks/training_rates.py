@@ -50,7 +50,7 @@ def main() -> None:
 def rates(results: dict[str, Any], model: str, data: Path) -> list[list[str]]:
     """A line for each of Handspun's forms that was measured."""
     settings, lines = results["settings"], []
-    source = model_source(model, print)
+    source = model_source(model)
     with TemporaryDirectory() as work:
         [rows] = draw(read_rows(data), settings["rows"])
         file = rows_file(Path(work), "rows", rows)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import handspun
-from handspun.display import LineHandler, log_to
 from handspun.models.embedded import embedded_folder
 from handspun.models.load import ChatModel
 from tiny import tiny_model, tiny_tokenizer
@@ -16,7 +15,7 @@ from tiny import tiny_model, tiny_tokenizer
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """No example that a test tokenizes stays in the user's cache; the embedded model there is used."""
-    embedded, users = embedded_folder(print), os.environ.get("XDG_CACHE_HOME")
+    embedded, users = embedded_folder(), os.environ.get("XDG_CACHE_HOME")
     folder = tmp_path_factory.mktemp("cache")
     (folder / "handspun").mkdir()
     (folder / "handspun" / embedded.name).symlink_to(embedded)
@@ -26,14 +25,6 @@ def cache_folder_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Itera
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = users
-
-
-@pytest.fixture
-def log_lines() -> Iterator[list[str]]:
-    """The lines of the log, which are not printed then."""
-    lines: list[str] = []
-    with log_to(LineHandler(lines.append)):
-        yield lines
 
 
 @pytest.fixture(scope="session")

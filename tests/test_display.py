@@ -33,9 +33,10 @@ from handspun.display import (
     json_line,
     log_to,
     logger,
+    prefixed_log,
+    print_error_line,
     printable,
     protected_streams,
-    say,
     unfailing,
     visible,
     write_text,
@@ -205,12 +206,12 @@ def test_a_protected_stream_raises_one_error(failing: TextIO | None, request: py
     assert raised.value.is_unread == ("reader gone" in request.node.name)
 
 
-def test_notices_that_cannot_be_printed_go_nowhere(
+def test_error_lines_that_cannot_be_printed_go_nowhere(
     failing: TextIO | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`print(..., file=None)` would print them on standard output, among the answers."""
     monkeypatch.setattr(sys, "stderr", failing)
-    say("a notice")
+    print_error_line("error")
     assert capsys.readouterr().out == ""
 
 
@@ -268,6 +269,15 @@ def test_a_program_that_configures_the_log_has_its_way(
     code = "\n".join([*lines, "logger.info('info')", "logger.warning('warning')"])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", shown)
+
+
+def test_the_innermost_block_has_the_log_lines() -> None:
+    with captured_log() as outer:
+        with captured_log() as inner:
+            logger.info("a")
+        with prefixed_log("tiny: "):
+            logger.info("b")
+    assert (inner, outer) == (["a"], ["tiny: b"])
 
 
 def test_captured_log_has_the_lines_of_its_own_thread(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ def main() -> None:
     torch.set_num_threads(job.threads)
     if not job.native:
         os.environ["HANDSPUN_NATIVE"] = "0"  # read when the first int8 layer is made
-    model = handspun.load(job.model, notice=_unsaid, **job.options)
+    model = handspun.load(job.model, **job.options)
     weights = job.options["weights"]
     measure(
         job,
@@ -48,12 +48,7 @@ def options(job: DecodingJob) -> dict[str, Any]:
     return {
         "max_new_tokens": job.new_tokens, "min_new_tokens": 0, "suppress_tokens": tuple(job.end_ids),
         "stop_strings": (), "do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-        "notice": _unsaid,
     }  # fmt: skip
-
-
-def _unsaid(text: str) -> None:
-    """Only the figures are printed."""
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from job import answer, job_of_this_process
 
 def main() -> None:
     job = job_of_this_process()
-    template = ChatTemplate(load_tokenizer(model_source(job.model, print)))
+    template = ChatTemplate(load_tokenizer(model_source(job.model)))
     cache = ExampleCache(Path(job.save_dir))
     began = time.perf_counter()
     made, _ = load_splits(DataConfig(data=job.rows), template, max_length=job.max_length, cache=cache)

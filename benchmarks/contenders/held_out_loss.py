@@ -21,15 +21,11 @@ def main() -> None:
     torch.set_num_threads(int(threads))
     with open(rows_file, encoding="utf-8") as file:
         rows = [Row("held out", number, row) for number, row in enumerate(json.load(file), start=1)]
-    chat = load(folder, weights="float32", notice=_unsaid)
+    chat = load(folder, weights="float32")
     examples, _ = build_examples(rows, chat.template, max_length=int(max_length))
     execution = PaddedRunner(chat.model, torch.float32, chat.tokenizer.pad_token_id or 0)
     loss, learned_tokens = evaluate(chat.model, execution, examples, max_tokens=TrainConfig().max_tokens)
     print(json.dumps({"loss": loss, "learned_tokens": learned_tokens}))
-
-
-def _unsaid(text: str) -> None:
-    """Only the figures are printed."""
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def is_terminal(stream: IO[str] | None) -> bool:
     return unfailing(stream).isatty()
 
 
-def say(text: str) -> None:
+def print_error_line(text: str) -> None:
     """Print a line on standard error. A failure to print it is ignored."""
     print(visible(text), file=unfailing(sys.stderr), flush=True)
 
@@ -132,7 +132,7 @@ class _StandardErrorHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if logger.handlers == [self]:
-            say(record.getMessage())
+            print_error_line(record.getMessage())
 
 
 if not logger.handlers:  # else the user's own handlers are enough
@@ -164,22 +164,48 @@ def log_to(handler: logging.Handler) -> Iterator[None]:
         logger.removeHandler(handler)
 
 
+def say(text: str) -> None:
+    """Log a line."""
+    logger.info(text)
+
+
 @contextmanager
 def captured_log() -> Iterator[list[str]]:
     """Within the block, collect this thread's log lines instead of showing them."""
-    thread, lines = threading.get_ident(), list[str]()
+    lines = list[str]()
 
     def capture(record: logging.LogRecord) -> bool:
-        if record.thread != thread:
-            return True
         lines.append(record.getMessage())
         return False
 
-    logger.addFilter(capture)
-    try:
+    with _filtered_log(capture):
         yield lines
+
+
+@contextmanager
+def prefixed_log(prefix: str) -> Iterator[None]:
+    """Within the block, begin this thread's log lines with the prefix."""
+
+    def add_prefix(record: logging.LogRecord) -> bool:
+        record.msg, record.args = prefix + record.getMessage(), ()
+        return True
+
+    with _filtered_log(add_prefix):
+        yield
+
+
+@contextmanager
+def _filtered_log(accepts: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+    thread = threading.get_ident()
+
+    def of_this_thread(record: logging.LogRecord) -> bool:
+        return record.thread != thread or accepts(record)
+
+    logger.filters.insert(0, of_this_thread)  # the innermost block's filter is the first
+    try:
+        yield
     finally:
-        logger.removeFilter(capture)
+        logger.removeFilter(of_this_thread)
 
 
 class UnprintedError(OutputError):

@@ -98,7 +98,7 @@ def test_memory_holds_one_model_at_a_time() -> None:
         return chat
 
     options = GenerationOptions(max_new_tokens=3)
-    found = compare(["a", "b"], ["Hi", "Yes"], load=load, options=options, notice=lambda _: None)
+    found = compare(["a", "b"], ["Hi", "Yes"], load=load, options=options)
     assert [[len(results) for results in answers] for answers in found.answers] == [[1, 1], [1, 1]]
     assert len(alive) == 2
 
@@ -108,7 +108,7 @@ def test_memory_holds_one_model_at_a_time() -> None:
 def test_compared_models_are_asked_as_generate_asks_them(given: dict[str, Any]) -> None:
     model = ChatModel(tiny_model("qwen2"), tiny_tokenizer(), "a")
     options = GenerationOptions(max_new_tokens=3, num_beams=2, num_return_sequences=2)
-    found = compare(["a"], ["Hi", "Yes"], load=lambda _: model, options=options, notice=print, **given)
+    found = compare(["a"], ["Hi", "Yes"], load=lambda _: model, options=options, **given)
     expected = generate(model, ["Hi", "Yes"], options=options, **given)
     assert found.answers == [[expected[:2], expected[2:]]]
 

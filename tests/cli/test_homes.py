@@ -14,6 +14,7 @@ from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.dataset import ExampleCache, load_splits
 from handspun.data.rows import stay_offline_if_unreachable
+from handspun.display import captured_log
 from handspun.errors import HandspunError, OutputError
 from handspun.files import NO_CACHE, cache_folder
 from handspun.models.embedded import embedded_folder
@@ -75,7 +76,7 @@ def test_without_a_home_nothing_is_cached_and_a_run_ends_well(
 @pytest.mark.usefixtures("no_home")
 def test_without_a_home_the_embedded_model_says_what_to_set() -> None:
     with pytest.raises(OutputError, match=r"there is no home folder .* Set XDG_CACHE_HOME to the absolute path"):
-        embedded_folder(print)
+        embedded_folder()
 
 
 @pytest.mark.usefixtures("no_home")
@@ -105,11 +106,10 @@ def test_a_cache_folder_that_cannot_be_written_is_done_without(
 ) -> None:
     make(tmp_path / "cache")
     (tmp_path / "a.csv").write_text("instruction,output\nSay hi.,Hi.\n")
-    said: list[str] = []
-    made, _ = load_splits(
-        DataConfig(data=str(tmp_path / "a.csv")), ChatTemplate(tiny_tokenizer()), max_length=100,
-        cache=ExampleCache(tmp_path / "cache" / "handspun" / "examples"), notice=said.append,
-    )  # fmt: skip
+    config, template = DataConfig(data=str(tmp_path / "a.csv")), ChatTemplate(tiny_tokenizer())
+    cache = ExampleCache(tmp_path / "cache" / "handspun" / "examples")
+    with captured_log() as said:
+        made, _ = load_splits(config, template, max_length=100, cache=cache)
     assert len(made.examples) == 1
     assert "Set XDG_CACHE_HOME to use another folder" in said[0]
 
@@ -120,10 +120,10 @@ def test_a_hub_behind_a_dead_proxy_is_asked_once(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # the port "discard", where nothing listens
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     close_session()
-    said: list[str] = []
     began = time.monotonic()
-    for _ in range(2):
-        stay_offline_if_unreachable("nobody/nothing", said.append, repo_type=repo_type)
+    with captured_log() as said:
+        for _ in range(2):
+            stay_offline_if_unreachable("nobody/nothing", repo_type=repo_type)
     close_session()
     assert time.monotonic() - began < 20
     assert len(said) == 1

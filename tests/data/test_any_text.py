@@ -11,6 +11,7 @@ import handspun
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.examples import build_examples
 from handspun.data.rows import Row
+from handspun.display import captured_log
 from handspun.errors import DataError
 from handspun.models.load import ChatModel
 from tiny import tiny_tokenizer
@@ -112,11 +113,11 @@ def test_so_it_is_with_smollm2s_tokenizer(smollm2: ChatModel, user: str, answer:
 def test_prompts_that_lose_characters_are_named(smollm2: ChatModel) -> None:
     conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "\x04"}]
     prompts: list[Any] = ["\t\r\n", "ring the \x16", [*conversation, {"role": "user", "content": "So?"}]]
-    said = list[str]()
-    handspun.generate(smollm2, prompts, max_new_tokens=1, notice=said.append)
+    with captured_log() as said:
+        handspun.generate(smollm2, prompts, max_new_tokens=1)
     assert [text for text in said if "no tokens" in text] == [
         "prompts 2, 3: the tokenizer has no tokens for some characters and drops them"
     ]
-    said.clear()
-    handspun.generate(smollm2, "\U000a8573", chat=False, max_new_tokens=1, notice=said.append)
+    with captured_log() as said:
+        handspun.generate(smollm2, "\U000a8573", chat=False, max_new_tokens=1)
     assert "prompt 1: the tokenizer has no tokens for some characters and drops them" in said

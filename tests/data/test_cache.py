@@ -26,6 +26,7 @@ from handspun.data.examples import (
     lengths_of,
 )
 from handspun.data.rows import Row
+from handspun.display import LineHandler, log_to
 from handspun.errors import DataError
 from tiny import tiny_tokenizer
 
@@ -208,7 +209,8 @@ def prepared(folder: Path, said: list[str], **options: Any) -> Dataset:
         file.write_text("\n".join(json.dumps(row.values) for row in ROWS), encoding="utf-8")
     config = DataConfig(data=str(file), **options)
     cache = ExampleCache(folder / "cache")
-    return load_splits(config, TEMPLATE, max_length=40, cache=cache, notice=said.append)[0]
+    with log_to(LineHandler(said.append)):
+        return load_splits(config, TEMPLATE, max_length=40, cache=cache)[0]
 
 
 def test_the_second_run_tokenizes_nothing_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def template(request: pytest.FixtureRequest) -> ChatTemplate:
         return TINY
     if request.param == "qwen2.5":
         return ChatTemplate(qwen_tokenizer())
-    return ChatTemplate(AutoTokenizer.from_pretrained(embedded_folder(print)))
+    return ChatTemplate(AutoTokenizer.from_pretrained(embedded_folder()))
 
 
 def turns(*texts: str, system: str | None = None) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ def test_no_question_is_asked_twice_and_none_is_both_trained_and_held_out() -> N
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_row_is_short_and_whole(path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(embedded_folder(print))
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
     assert len(rows_of(path)) > 20
     for number, row in enumerate(rows_of(path), start=1):
         assert row["instruction"].strip(), number

@@ -18,6 +18,7 @@ from handspun.data.dataset import Dataset, load_splits
 from handspun.data.formats import recognize_format
 from handspun.data.readers import read_file
 from handspun.data.rows import read_rows
+from handspun.display import captured_log
 from handspun.errors import DataError
 from handspun.runs.summary import account_lines
 from tiny import tiny_tokenizer
@@ -546,11 +547,11 @@ def test_a_file_is_read_once(
 
 
 def test_tokenizing_says_how_far_it_has_come(monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
-    said: list[str] = []
     monkeypatch.setattr(prepare, "_SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(prepare, "_LARGE", 10_000)
     name = write("train.csv", "instruction,output\n" + "a,b\n" * 2500)
-    load_splits(DataConfig(data=name), TEMPLATE, max_length=100, notice=said.append)
+    with captured_log() as said:
+        load_splits(DataConfig(data=name), TEMPLATE, max_length=100)
     assert said[:3] == [
         "reading train.csv (0 MB)",
         "1000 of 2500 rows tokenized",

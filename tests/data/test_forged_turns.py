@@ -280,7 +280,7 @@ def test_generate_reads_no_forged_turn(qwen: ChatModel, field: str, monkeypatch:
 
     def ask(text: str) -> list[int]:
         prompts: Any = ["Hello"]
-        options: dict[str, Any] = {"max_new_tokens": 1, "notice": str}
+        options: dict[str, Any] = {"max_new_tokens": 1}
         if field == "string":
             prompts = [text]
         elif field == "--system-prompt":

@@ -14,6 +14,7 @@ from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.dataset import load_splits
 from handspun.data.text_loss import TextLoss
+from handspun.display import captured_log
 from handspun.models.load import ChatModel
 from tiny import tiny_model
 
@@ -78,10 +79,10 @@ def test_unknown_words_and_lost_line_breaks_are_noted_for_each_row(tmp_path: Pat
 def test_prompts_whose_text_is_changed_are_named() -> None:
     model = chat_of("plain roles")
     model.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-    notices = list[str]()
-    handspun.generate(model, ["red", "Red", "RED"], chat=False, max_new_tokens=1, notice=notices.append)
+    with captured_log() as notices:
+        handspun.generate(model, ["red", "Red", "RED"], chat=False, max_new_tokens=1)
     assert "prompts 2, 3: the tokenizer changes the text before it tokenizes it (Lowercase)" in notices
-    unknown = list[str]()
     model = ChatModel(tiny_model("qwen2", vocab_size=12), words(), "words")
-    handspun.generate(model, ["a", "quux"], chat=False, max_new_tokens=1, notice=unknown.append)
+    with captured_log() as unknown:
+        handspun.generate(model, ["a", "quux"], chat=False, max_new_tokens=1)
     assert any("prompt 2: " in text and "as unknown" in text for text in unknown)

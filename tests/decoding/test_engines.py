@@ -23,6 +23,7 @@ from handspun.decoding.engines.choose import make_engine
 from handspun.decoding.engines.fused import FusedEngine
 from handspun.decoding.engines.transformers import TransformersEngine
 from handspun.decoding.request import Request
+from handspun.display import captured_log
 from handspun.errors import ModelError
 from handspun.kernels import native
 from handspun.kernels.int8_matmul import fwht_torch
@@ -192,8 +193,8 @@ def test_what_is_not_llamas_kind_goes_through_transformers() -> None:
     model = AutoModelForCausalLM.from_config(window).eval()
     chat = ChatModel(model, tiny_tokenizer(), "window")
     assert isinstance(make_engine(chat), TransformersEngine)
-    said: list[str] = []
-    handspun.generate(chat, "Say 3.", max_new_tokens=2, notice=said.append)
+    with captured_log() as said:
+        handspun.generate(chat, "Say 3.", max_new_tokens=2)
     assert "decoding with transformers' forward, which is slower: it has a sliding window of 16 tokens" in said
 
 

@@ -14,6 +14,7 @@ from handspun.decoding.options import SamplingParams
 from handspun.decoding.processors import History, make_processors, process
 from handspun.decoding.results import GenerationResult
 from handspun.decoding.sampling import gumbel_noise
+from handspun.display import captured_log
 from handspun.errors import ConfigError, DataError, ModelError, TemplateError
 from handspun.models.load import ChatModel
 from parity import answers_to, assert_same_as_transformers
@@ -277,15 +278,9 @@ def test_a_cancelled_job_gives_every_answer_as_far_as_it_came(chat: ChatModel) -
 
 def test_answers_end_at_the_model_s_context_and_that_is_said() -> None:
     model = ChatModel(tiny_model("llama", max_position_embeddings=24), tiny_tokenizer(), "short")
-    notices: list[str] = []
-    answers = generate(
-        model,
-        ["aaaaaaaaaaaa", "bbbbbbbbbbbbbbbbbbbb"],
-        chat=False,
-        min_new_tokens=99,
-        max_new_tokens=100,
-        notice=notices.append,
-    )
+    prompts = ["aaaaaaaaaaaa", "bbbbbbbbbbbbbbbbbbbb"]
+    with captured_log() as notices:
+        answers = generate(model, prompts, chat=False, min_new_tokens=99, max_new_tokens=100)
     lengths = [len(answer.prompt_token_ids) + len(answer.token_ids) for answer in answers]
     assert lengths == [24, 24]
     assert "max_new_tokens 100 is reduced to 4" in notices[-1]

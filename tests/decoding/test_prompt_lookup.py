@@ -19,6 +19,7 @@ from handspun.decoding.generate import answer_all, stream
 from handspun.decoding.prompt_lookup import draft, lookup
 from handspun.decoding.request import Completion
 from handspun.decoding.results import GenerationResult
+from handspun.display import captured_log
 from handspun.errors import ConfigError
 from handspun.kernels import native
 from handspun.models.fused import fused_weights
@@ -281,9 +282,9 @@ def test_what_cannot_be_speculated_is_refused_with_a_remedy(tiny_chat: ChatModel
 
 
 def test_how_many_were_accepted_is_said() -> None:
-    said: list[str] = []
     options: dict[str, Any] = {"chat": False, "prompt_lookup_num_tokens": 3, "max_new_tokens": 30}
-    [answer] = handspun.generate(int8_speaker(), "a a a", notice=said.append, **options)
+    with captured_log() as said:
+        [answer] = handspun.generate(int8_speaker(), "a a a", **options)
     accepted, drafted, generated = answer.accepted_tokens, answer.drafted_tokens, len(answer.token_ids)
     assert said[-1] == (
         f"prompt lookup: {accepted} of {drafted} draft tokens were accepted; {generated} tokens were generated"

@@ -13,6 +13,7 @@ from chat_templates import KINDS, chat_of
 from handspun.cli import main
 from handspun.data.chat_template import ChatTemplate
 from handspun.decoding.prompts import plain_ids
+from handspun.display import captured_log
 from handspun.errors import ConfigError, DataError, TemplateError
 from handspun.models.load import ChatModel
 from tiny import tiny_model, tiny_tokenizer
@@ -26,8 +27,8 @@ def begun(text: str, **further: Any) -> list[dict[str, Any]]:
 
 def prompt_of(model: ChatModel, prompt: Any, **options: Any) -> tuple[list[int], list[str]]:
     """The ids that the model reads, and what was said."""
-    notices = list[str]()
-    answers = handspun.generate(model, prompt, max_new_tokens=1, notice=notices.append, **options)
+    with captured_log() as notices:
+        answers = handspun.generate(model, prompt, max_new_tokens=1, **options)
     return answers[0].prompt_token_ids, notices
 
 

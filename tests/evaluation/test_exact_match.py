@@ -18,6 +18,7 @@ from handspun.config import DataConfig
 from handspun.data.rows import Row
 from handspun.decoding.generate import generate
 from handspun.decoding.results import GenerationResult
+from handspun.display import captured_log
 from handspun.evaluation.answers import is_exact_match, question_of, trained_answer_ids
 from handspun.evaluation.score import RowScore, score
 from handspun.models.load import ChatModel
@@ -58,7 +59,6 @@ def perfect_score(chat: ChatModel, answer: str) -> RowScore:
     prompt = tuple(chat.template.encode_prompt(question.messages))
     [made] = generate(
         chat, [question.messages], processors=[follows({prompt: ids})], max_new_tokens=len(ids), stop_strings=(),
-        notice=lambda _: None,
     )  # fmt: skip
     assert made.token_ids == ids
     assert question.trained_tokens == len(ids)
@@ -115,16 +115,16 @@ def test_score_of_a_perfect_model_is_all_matches(
 
     monkeypatch.setattr("handspun.evaluation.answers.generate", as_a_perfect_model)
     config = DataConfig(data=str(tmp_path / "rows.jsonl"), cache_examples=False)
-    scores = score(chat, config, ask=True, max_new_tokens=80, notice=lambda _: None)
+    scores = score(chat, config, ask=True, max_new_tokens=80)
     assert [row.exact_match for row in scores.rows] == [True] * 4
 
 
 def test_answers_longer_than_max_new_tokens_are_said(tmp_path: Path) -> None:
     rows = [{"prompt": "a?", "completion": "b"}, {"prompt": "c?", "completion": "a long answer, of many tokens"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    notices = list[str]()
     config = DataConfig(data=str(tmp_path / "rows.jsonl"), cache_examples=False)
-    score(CHATS["plain roles"], config, ask=True, max_new_tokens=3, notice=notices.append)
+    with captured_log() as notices:
+        score(CHATS["plain roles"], config, ask=True, max_new_tokens=3)
     assert any("1 of 2 rows expect more than 3 tokens" in text for text in notices)
 
 

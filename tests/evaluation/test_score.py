@@ -33,7 +33,7 @@ def chat() -> ChatModel:
 def rows(chat: ChatModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven rows; the outputs of the second and the fifth are the model's own answers, with other white space."""
     file = tmp_path_factory.mktemp("rows") / "held_out.jsonl"
-    own = [result.text for result in generate(chat, PROMPTS, max_new_tokens=6, notice=lambda _: None)]
+    own = [result.text for result in generate(chat, PROMPTS, max_new_tokens=6)]
     outputs = ["No.", f" {own[1]}\n", "Red, green.", "The answer is that.", own[4], "Hi.", "A longer answer. " * 9]
     records = [{"prompt": p, "completion": c} for p, c in zip([*PROMPTS, "What?", "Why?"], outputs, strict=True)]
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
@@ -41,7 +41,7 @@ def rows(chat: ChatModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scores_of(chat: ChatModel, file: Path, **options: object) -> Scores:
-    return score(chat, DataConfig(data=str(file)), notice=lambda _: None, **options)  # type: ignore[arg-type]
+    return score(chat, DataConfig(data=str(file)), **options)  # type: ignore[arg-type]
 
 
 def question(row: int, expected: str = "") -> Question:
@@ -87,7 +87,7 @@ def test_the_loss_is_transformers_own(chat: ChatModel, rows: Path) -> None:
 def test_the_engine_that_decodes_gives_the_same_losses(chat: ChatModel, rows: Path) -> None:
     """With logits for two positions at a time; int8 comes this way, and stays near."""
     examples = load_splits(DataConfig(data=str(rows)), chat.template, max_length=512)[0].examples
-    expected = row_losses(chat, examples, batch_size=8, notice=lambda _: None)
+    expected = row_losses(chat, examples, batch_size=8)
     assert len(examples) == len(expected) == 7
     for example in examples:
         loss, tokens = expected[example.file, example.row]
@@ -140,7 +140,7 @@ def test_the_system_prompt_is_in_what_is_scored_and_in_what_is_asked(chat: ChatM
     losses = []
     for given in (None, "Be brief."):
         config = DataConfig(data=str(file), system_prompt=given)
-        (row,) = score(chat, config, ask=True, max_new_tokens=5, notice=lambda _: None).rows
+        (row,) = score(chat, config, ask=True, max_new_tokens=5).rows
         system = [{"role": "system", "content": given}] if given else []
         prompt = chat.template.encode_prompt([*system, {"role": "user", "content": "Say hi."}])
         assert row.answer is not None
@@ -154,8 +154,8 @@ def test_the_losses_of_a_rows_examples_are_added_up(chat: ChatModel) -> None:
     """Two examples of one row, as where a template renders a turn differently once it is history."""
     one, other = ([5, 6, 7, 8], [False, False, True, True]), ([9, 10, 11], [False, True, True])
     parts = [Example(*part, "a.csv", 3) for part in (one, other)]
-    alone = [row_losses(chat, [part], batch_size=1, notice=print)["a.csv", 3] for part in parts]
-    both = row_losses(chat, parts, batch_size=2, notice=print)
+    alone = [row_losses(chat, [part], batch_size=1)["a.csv", 3] for part in parts]
+    both = row_losses(chat, parts, batch_size=2)
     assert both.keys() == {("a.csv", 3)}
     assert both["a.csv", 3] == (pytest.approx(alone[0][0] + alone[1][0], rel=1e-6), 4)
 

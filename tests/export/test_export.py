@@ -21,6 +21,7 @@ from transformers import (
 
 import handspun
 from handspun.config import ExportConfig
+from handspun.display import captured_log
 from handspun.errors import ConfigError, ModelError, OutputError
 from handspun.export.export import export
 from handspun.export.gguf_file import write_gguf
@@ -38,10 +39,6 @@ TEXTS = [
     "It's 1,234.5 — naïve café\n\n  user  12",
     "<|im_start|>user\nHi<|im_end|>",
 ]
-
-
-def silent(_: str) -> None:
-    pass
 
 
 def tiny_qwen3() -> Qwen3ForCausalLM:
@@ -86,7 +83,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_a_gguf_read_back_gives_the_same_logits(tmp_path: Path, family: str, kind: Any, tolerance: float) -> None:
     chat = tiny(family)
     file = tmp_path / "model.gguf"
-    write_gguf(chat, file, kind, notice=silent)
+    write_gguf(chat, file, kind)
     expected = logits(chat.model)
     found = logits(read_back(file))
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
@@ -100,7 +97,7 @@ def test_llamas_q_is_in_the_order_of_llama_cpps_rotation(tmp_path: Path) -> None
     model = tiny_model("llama", hidden_size=64, attention_bias=True)
     attention = model.model.layers[0].self_attn
     torch.nn.init.normal_(attention.k_proj.bias, generator=torch.Generator().manual_seed(0))
-    write_gguf(ChatModel(model, tiny_tokenizer(), "llama"), tmp_path / "model.gguf", "f32", notice=silent)
+    write_gguf(ChatModel(model, tiny_tokenizer(), "llama"), tmp_path / "model.gguf", "f32")
     written = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     query = attention.q_proj.weight.detach().numpy()  # 4 heads of 16 rows
     np.testing.assert_array_equal(written["blk.0.attn_q.weight"][:4], query[[0, 8, 1, 9]])
@@ -113,7 +110,7 @@ def test_llamas_q_is_in_the_order_of_llama_cpps_rotation(tmp_path: Path) -> None
 
 def test_the_tokenizer_comes_with_it(tmp_path: Path) -> None:
     chat = tiny("qwen2")
-    write_gguf(chat, tmp_path / "model.gguf", "f32", notice=silent)
+    write_gguf(chat, tmp_path / "model.gguf", "f32")
     found = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     assert found.chat_template == chat.tokenizer.chat_template
     for text in TEXTS:
@@ -148,8 +145,8 @@ def test_pre_tokenizers_go_by_their_rules() -> None:
 
 def test_rows_that_are_no_blocks_are_f16_and_said(tmp_path: Path) -> None:
     chat = ChatModel(tiny_model("qwen2", intermediate_size=48), tiny_tokenizer(), "tiny")
-    said: list[str] = []
-    write_gguf(chat, tmp_path / "model.gguf", "q8_0", notice=said.append)
+    with captured_log() as said:
+        write_gguf(chat, tmp_path / "model.gguf", "q8_0")
     assert "blk.0.ffn_down.weight" in said[0]
     assert logits(read_back(tmp_path / "model.gguf")).isfinite().all()
 
@@ -167,7 +164,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
 ) -> None:
     chat = ChatModel(tiny_model("qwen2", **options), tiny_tokenizer(), "tiny")
     with pytest.raises(ModelError, match=reason):
-        write_gguf(chat, tmp_path / "model.gguf", "f32", notice=silent)
+        write_gguf(chat, tmp_path / "model.gguf", "f32")
 
 
 def test_values_that_f16_cannot_hold_are_refused(tmp_path: Path) -> None:
@@ -175,7 +172,7 @@ def test_values_that_f16_cannot_hold_are_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         chat.model.model.layers[0].mlp.down_proj.weight[0, 0] = 1e5
     with pytest.raises(ModelError, match="f32"):
-        write_gguf(chat, tmp_path / "model.gguf", "f16", notice=silent)
+        write_gguf(chat, tmp_path / "model.gguf", "f16")
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +188,7 @@ def test_a_merged_adapter_is_an_ordinary_folder_with_the_same_logits(
     adapter: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "merged"
-    export(ExportConfig(model=str(adapter), output_dir=str(folder), merge=True), notice=silent)
+    export(ExportConfig(model=str(adapter), output_dir=str(folder), merge=True))
     assert is_checkpoint(folder)
     assert not (folder / "adapter_config.json").exists()
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -209,14 +206,14 @@ def test_a_merged_adapter_is_an_ordinary_folder_with_the_same_logits(
 
 
 def test_a_merged_gguf_is_the_adapter_too(adapter: Path, tmp_path: Path) -> None:
-    export(ExportConfig(model=str(adapter), output_dir=str(tmp_path), gguf="f32"), notice=silent)
+    export(ExportConfig(model=str(adapter), output_dir=str(tmp_path), gguf="f32"))
     file = tmp_path / f"{adapter.name}-f32.gguf"
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     torch.testing.assert_close(
         logits(read_back(file)), logits(handspun.load(str(adapter)).model), rtol=1e-5, atol=1e-6
     )
     with pytest.raises(OutputError, match="--overwrite"):
-        export(ExportConfig(model=str(adapter), output_dir=str(tmp_path), gguf="f32"), notice=silent)
+        export(ExportConfig(model=str(adapter), output_dir=str(tmp_path), gguf="f32"))
 
 
 def test_a_failed_export_leaves_nothing(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,14 +222,14 @@ def test_a_failed_export_leaves_nothing(adapter: Path, tmp_path: Path, monkeypat
 
     monkeypatch.setattr("handspun.export.gguf_file.GGUFWriter.write_tensor_data", broken)
     with pytest.raises(OutputError, match="no space left on the disk"):
-        export(ExportConfig(model=str(adapter), output_dir=str(tmp_path), gguf="f16"), notice=silent)
+        export(ExportConfig(model=str(adapter), output_dir=str(tmp_path), gguf="f16"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_with_something_in_it_is_not_replaced_unasked(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="--overwrite"):
-        export(ExportConfig(model=str(adapter), output_dir=str(tmp_path), merge=True), notice=silent)
+        export(ExportConfig(model=str(adapter), output_dir=str(tmp_path), merge=True))
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -240,7 +237,7 @@ def test_a_merge_does_not_replace_the_folder_that_it_reads(adapter: Path) -> Non
     for folder in (adapter, adapter.parent):
         wanted = ExportConfig(model=str(adapter), output_dir=str(folder), merge=True, overwrite=True)
         with pytest.raises(OutputError, match="would be replaced"):
-            export(wanted, notice=silent)
+            export(wanted)
     assert is_checkpoint(adapter)
 
 
@@ -273,12 +270,13 @@ class Hub:
 def test_a_push_makes_the_repository_and_sends_the_folder(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stand_in, tokens, said = Hub(), [], list[str]()
+    stand_in, tokens = Hub(), []
     monkeypatch.setattr("handspun.export.hub.HfApi", lambda token: tokens.append(token) or stand_in)
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_environment")
     folder = tmp_path / "merged"
     wanted = ExportConfig(model=str(adapter), output_dir=str(folder), merge=True, push="me/model")
-    export(wanted, notice=said.append)
+    with captured_log() as said:
+        export(wanted)
     assert tokens == ["hf_of_the_environment"]
     (first, created), (second, sent) = stand_in.calls
     assert (first, created) == ("create_repo", {"repo_id": "me/model", "private": True, "exist_ok": True})
@@ -293,7 +291,7 @@ def test_push_of_an_adapter_on_a_local_base_is_refused(adapter: Path, monkeypatc
     monkeypatch.setattr("handspun.export.hub.HfApi", lambda token: stand_in)  # noqa: ARG005
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_environment")
     with pytest.raises(OutputError, match=r"adapter_config\.json refers to its base model by a local path, /"):
-        export(ExportConfig(model=str(adapter), push="me/model"), notice=silent)
+        export(ExportConfig(model=str(adapter), push="me/model"))
     assert stand_in.calls == []
 
 
@@ -302,8 +300,8 @@ def test_write_gguf_says_what_the_file_leaves_out(tmp_path: Path) -> None:
     chat.tokenizer.backend_tokenizer.normalizer = NFC()
     ends = chat.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     chat.model.generation_config = GenerationConfig(eos_token_id=ends, do_sample=True, temperature=0.7)
-    said: list[str] = []
-    write_gguf(chat, tmp_path / "model.gguf", "f32", notice=said.append)
+    with captured_log() as said:
+        write_gguf(chat, tmp_path / "model.gguf", "f32")
     assert [text.removeprefix("not in the file: ")[:40] for text in said] == [
         "its tokenizer normalizes text first (NFC",
         "a GGUF file names one end and one end of",
@@ -317,7 +315,7 @@ def test_write_gguf_keeps_all_named_templates(tmp_path: Path) -> None:
     chat = tiny("qwen2")
     default = str(chat.tokenizer.chat_template)
     chat.tokenizer.chat_template = {"default": default, "tool_use": "{{ tools }}" + default}
-    write_gguf(chat, tmp_path / "model.gguf", "f32", notice=silent)
+    write_gguf(chat, tmp_path / "model.gguf", "f32")
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     assert fields["tokenizer.chat_template"].contents() == default
     assert fields["tokenizer.chat_template.tool_use"].contents() == "{{ tools }}" + default
@@ -335,7 +333,7 @@ def test_a_merged_adapter_on_a_tied_embedding_keeps_the_head(tiny_folder: Path, 
     adapted.peft_config["default"].base_model_name_or_path = str(tiny_folder)
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     folder = tmp_path / "merged"
-    export(ExportConfig(model=str(tmp_path / "adapter"), output_dir=str(folder), merge=True), notice=silent)
+    export(ExportConfig(model=str(tmp_path / "adapter"), output_dir=str(folder), merge=True))
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
     merged = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(logits(merged), logits(adapted.eval()), rtol=1e-5, atol=1e-6)
@@ -344,7 +342,7 @@ def test_a_merged_adapter_on_a_tied_embedding_keeps_the_head(tiny_folder: Path, 
 def test_a_push_without_a_token_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(ConfigError, match="HF_TOKEN"):
-        export(ExportConfig(model="no/model", output_dir="x", merge=True, push="me/model"), notice=silent)
+        export(ExportConfig(model="no/model", output_dir="x", merge=True, push="me/model"))
     assert hub("hf_given").token == "hf_given"
 
 
@@ -357,7 +355,6 @@ def test_a_push_without_a_network_says_that_the_folder_is_whole(tmp_path: Path) 
 def test_the_manifest_of_a_merged_folder_names_its_source(adapter: Path, tmp_path: Path) -> None:
     export(
         ExportConfig(model=str(adapter), output_dir=str(tmp_path / "m"), merge=True, save_dtype="bfloat16"),
-        notice=silent,
     )
     manifest = json.loads((tmp_path / "m" / "manifest.json").read_text())
     assert manifest["merged_from"] == adapter.name

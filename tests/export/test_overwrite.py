@@ -17,10 +17,6 @@ from handspun.export.gguf_file import is_written_here
 from handspun.training.checkpoint import is_checkpoint
 
 
-def silent(_: str) -> None:
-    pass
-
-
 def snapshot(folder: Path) -> dict[str, str]:
     """Every file's content by its path."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -31,7 +27,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 def exported_once(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model as a merged folder with a GGUF file in it."""
     folder = tmp_path_factory.mktemp("once") / "merged"
-    export(ExportConfig(model=str(tiny_folder), output_dir=str(folder), merge=True, gguf="f32"), notice=silent)
+    export(ExportConfig(model=str(tiny_folder), output_dir=str(folder), merge=True, gguf="f32"))
     return folder
 
 
@@ -46,7 +42,7 @@ def again(model: Path | str, folder: Path, *, merge: bool = True, overwrite: boo
     wanted = ExportConfig(
         model=str(model), output_dir=str(folder), merge=merge, gguf=None if merge else "f32", overwrite=overwrite
     )
-    export(wanted, notice=silent)
+    export(wanted)
 
 
 def test_our_own_is_replaced_and_nothing_is_left_beside_it(tiny_folder: Path, merged: Path) -> None:

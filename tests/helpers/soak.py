@@ -39,7 +39,7 @@ def training(steps: int, rng: random.Random) -> tuple[int, int]:
     rows, held_out = examples(4 * steps, rng), examples(9, rng)
     model = tiny_model("qwen2", tie_word_embeddings=True)
     early = 0
-    with select_runner(model, config, rows, dtype=torch.float32, pad_token_id=0, notice=print) as runner:
+    with select_runner(model, config, rows, dtype=torch.float32, pad_token_id=0) as runner:
         loop = Loop(config=config, examples=rows, held_out=held_out, runner=runner)
         for event in train(loop, start(model, config)):
             if event.step == steps // 5:

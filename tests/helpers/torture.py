@@ -322,7 +322,7 @@ def export_over(old: Path, target: Path, model: Path, way: dict[str, Any]) -> No
 
 
 def export_to(target: Path, model: Path, **options: Any) -> None:
-    export(ExportConfig(model=str(model), output_dir=str(target), **options), notice=lambda _: None)
+    export(ExportConfig(model=str(model), output_dir=str(target), **options))
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -13,14 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import handspun
+from handspun.display import captured_log
 from handspun.errors import ModelError
 from handspun.models.load import check_base_is_no_adapter, load_config, model_source, recorded_base
 
 IDS = torch.tensor([[1, 2, 3, 320, 4]])
-
-
-def silent(_: str) -> None:
-    pass
 
 
 def randomize(model: Any) -> None:
@@ -73,7 +70,7 @@ def test_load_of_an_adapter_with_added_tokens_enlarges_the_base(
     tokenizer.save_pretrained(tmp_path / "adapter")
     chat = handspun.load(str(tmp_path / "adapter"), weights=weights)
     assert len(chat.tokenizer) == len(tokenizer)
-    assert load_config(model_source(str(tmp_path / "adapter"), silent)).vocab_size == len(tokenizer)
+    assert load_config(model_source(str(tmp_path / "adapter"))).vocab_size == len(tokenizer)
     if weights == "float32":
         torch.testing.assert_close(chat.model(IDS).logits, adapted.eval()(IDS).logits, rtol=1e-4, atol=1e-4)
     answer = handspun.generate(chat, "<item 3>", max_new_tokens=2, chat=False)[0]
@@ -111,8 +108,8 @@ def test_adapters_on_an_adapter_are_refused_before_training(adapter: Path) -> No
     with pytest.raises(
         ModelError, match=r"is a LoRA adapter.*handspun export --model .* --merge --output-dir merged"
     ):
-        check_base_is_no_adapter(model_source(str(adapter), silent))
-    check_base_is_no_adapter(model_source(str(adapter.parent / "base"), silent))
+        check_base_is_no_adapter(model_source(str(adapter)))
+    check_base_is_no_adapter(model_source(str(adapter.parent / "base")))
 
 
 def test_load_of_an_adapter_on_an_adapter_says_what_to_merge(adapter: Path, tmp_path: Path) -> None:
@@ -158,8 +155,8 @@ def test_load_refuses_an_adapter_that_does_not_fit(
 
 def test_load_names_settings_that_peft_does_not_know(adapter: Path) -> None:
     change_config(adapter, rotate_twice=True, not_used_yet=None)
-    said: list[str] = []
-    handspun.load(str(adapter), notice=said.append)
+    with captured_log() as said:
+        handspun.load(str(adapter))
     assert len(said) == 1
     assert "ignores settings that it does not know: rotate_twice. " in said[0]
 

@@ -184,7 +184,7 @@ def test_a_model_with_code_of_its_own_is_refused_and_nobody_is_asked(
     monkeypatch.setattr("sys.stdin", io.StringIO(answer))
     assert "needs its own Python code to be run" in refused(model_folder, marker)
     with pytest.raises(ModelError, match="its own Python code"):
-        load_config(model_source(str(model_folder), print))
+        load_config(model_source(str(model_folder)))
     assert not marker.exists()
 
 
@@ -203,7 +203,7 @@ def test_a_model_that_transformers_knows_is_loaded_without_the_code_beside_it(
 ) -> None:
     with_own_code(model_folder, marker, "config.json", {"auto_map": OWN_MODEL["auto_map"]})
     assert type(handspun.load(str(model_folder)).model).__name__ == "Qwen2ForCausalLM"
-    assert not hasattr(load_config(model_source(str(model_folder), print)), "auto_map")
+    assert not hasattr(load_config(model_source(str(model_folder))), "auto_map")
     assert not marker.exists()
 
 

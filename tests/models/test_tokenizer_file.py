@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 import handspun
+from handspun.display import captured_log
 from handspun.models.load import load_tokenizer, model_source
 from handspun.models.save import save_model
 from handspun.models.tokenizer_file import PROBES, as_in_tokenizer_json, text_with_other_ids
@@ -77,7 +78,7 @@ def test_load_tokenizer_gives_the_ids_of_tokenizer_json(
     kind: Callable[[], Tokenizer], name: str, tmp_path: Path
 ) -> None:
     folder = saved(kind(), tmp_path / "model", tokenizer_class=name)
-    tokenizer = load_tokenizer(model_source(str(folder), print))
+    tokenizer = load_tokenizer(model_source(str(folder)))
     raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
     if kind is drops_merges:
         raw.model.dropout = None
@@ -88,19 +89,20 @@ def test_load_tokenizer_gives_the_ids_of_tokenizer_json(
 
 
 def test_load_tokenizer_says_that_transformers_would_give_other_ids(tmp_path: Path) -> None:
-    folder, notices = saved(byte_level(), tmp_path / "model"), list[str]()
-    load_tokenizer(model_source(str(folder), print), notices.append)
+    folder = saved(byte_level(), tmp_path / "model")
+    with captured_log() as notices:
+        load_tokenizer(model_source(str(folder)), warn=True)
     assert len(notices) == 1
     assert "tokenizer.json is used as is" in notices[0]
     assert "Qwen2Tokenizer" in notices[0]
 
 
 def test_load_tokenizer_says_nothing_where_transformers_gives_the_same_ids(tmp_path: Path) -> None:
-    notices = list[str]()
     folder = saved(byte_level(), tmp_path / "llama", tokenizer_class="PreTrainedTokenizerFast")
     config = folder / "config.json"
     config.write_text(config.read_text().replace("qwen2", "llama").replace("Qwen2", "Llama"))
-    load_tokenizer(model_source(str(folder), print), notices.append)
+    with captured_log() as notices:
+        load_tokenizer(model_source(str(folder)), warn=True)
     assert notices == []
 
 
@@ -120,7 +122,7 @@ def test_special_tokens_of_the_rebuilt_class_are_kept_where_the_file_knows_them(
     config = json.loads((folder / "tokenizer_config.json").read_text())
     del config["pad_token"]  # the class's own default then holds
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = load_tokenizer(model_source(str(folder), print))
+    tokenizer = load_tokenizer(model_source(str(folder)))
     assert tokenizer.pad_token == "<|endoftext|>"
     assert len(tokenizer) == Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
 

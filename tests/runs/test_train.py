@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import handspun
+from handspun.display import LineHandler, log_to
 from handspun.errors import DataError, OutputError
 from handspun.runs.train import train
 from handspun.training.checkpoint import is_checkpoint
@@ -50,9 +51,10 @@ def test_it_leaves_checkpoints_a_log_metrics_and_a_record(tiny_folder: Path, dat
     assert handspun.generate(handspun.load(str(run.checkpoints[-1])), "Say 3.", max_new_tokens=5)[0].token_ids
 
 
-def test_the_log_is_plain_lines_in_file_and_output(tiny_folder: Path, data: Path, log_lines: list[str]) -> None:
-    console = quiet_console()
-    train(config(tiny_folder, data), console=console)
+def test_the_log_is_plain_lines_in_file_and_output(tiny_folder: Path, data: Path) -> None:
+    console, lines = quiet_console(), list[str]()
+    with log_to(LineHandler(lines.append)):  # as a program that uses the library may
+        train(config(tiny_folder, data), console=console)
     printed = printed_to(console)
     logged = (data.with_name("output") / "train.log").read_text(encoding="utf-8")
     for text in (printed, logged):
@@ -62,7 +64,7 @@ def test_the_log_is_plain_lines_in_file_and_output(tiny_folder: Path, data: Path
         assert re.search(r"step 1/4  epoch 1  loss \d\.\d{4}  lr 1\.00e-03  grad ", text)
         assert re.search(r"held-out loss \d\.\d{4} before, \d\.\d{4} after; best", text)
     assert re.sub(r"^\d\d:\d\d:\d\d ", "", logged, flags=re.MULTILINE) == printed
-    assert "".join(f"{line}\n" for line in log_lines) == printed
+    assert "".join(f"{line}\n" for line in lines) == printed
 
 
 def test_a_base_models_new_end_of_turn_is_said_and_saved(tiny_folder: Path, data: Path) -> None:

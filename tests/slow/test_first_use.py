@@ -38,7 +38,7 @@ def use_everything(folder: str, at_once: Barrier, results: Any) -> None:
         at_once.wait()
         found["examples"].append(examples(f"{folder}/rows.jsonl", Path(folder) / str(i) / "examples", template))
         at_once.wait()
-        found["embedded"].append(content(embedded.embedded_folder(print)))
+        found["embedded"].append(content(embedded.embedded_folder()))
     at_once.wait()
     if HAS_COMPILER:
         assert load_library(Path(folder) / "answer.c", ("-shared", "-fPIC")).answer() == 42

@@ -91,7 +91,7 @@ def test_an_empty_micro_batch_has_a_gradient_of_zeros_for_all_that_is_trained(ba
     config = handspun.TrainConfig(batching=batching, lora=lora)
     runner: BatchRunner
     with select_runner(
-        model, config, [example(5, 0), example(7, 1)], dtype=torch.float32, pad_token_id=0, notice=print
+        model, config, [example(5, 0), example(7, 1)], dtype=torch.float32, pad_token_id=0
     ) as runner:
         assert runner.loss([EMPTY_EXAMPLE]) == runner.backward([EMPTY_EXAMPLE], 5) == 0
     for name, parameter in model.named_parameters():

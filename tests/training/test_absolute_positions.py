@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
+from handspun.display import captured_log
 from handspun.models.load import ChatModel
 from handspun.training.batching import Batching
 from handspun.training.objectives import PaddedRunner
@@ -74,10 +75,10 @@ def test_losses_and_gradients_are_those_of_rows_alone(runner: str) -> None:
 
 
 def test_it_is_packed() -> None:
-    said: list[str] = []
-    with select_runner(
-        gpt2(), TrainConfig(), rows(), dtype=torch.float32, pad_token_id=1, notice=said.append
-    ) as runner:
+    with (
+        captured_log() as said,
+        select_runner(gpt2(), TrainConfig(), rows(), dtype=torch.float32, pad_token_id=1) as runner,
+    ):
         assert isinstance(runner, Packed)
     assert said == ["batching: packed"]
 

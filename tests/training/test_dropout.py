@@ -49,7 +49,7 @@ def losses_of(
         **options,
     )
     model = a_model(kind)
-    with select_runner(model, config, ROWS, dtype=torch.float32, pad_token_id=0, notice=print) as runner:
+    with select_runner(model, config, ROWS, dtype=torch.float32, pad_token_id=0) as runner:
         state: TrainingState = start(model, config)
         state.step = first_step
         loop = Loop(config=config, examples=ROWS, held_out=held_out, runner=runner)

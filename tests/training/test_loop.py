@@ -52,7 +52,7 @@ def run(config: TrainConfig, examples: list[Example], held_out: list[Example] | 
 def events_of(
     model: PreTrainedModel, config: TrainConfig, examples: list[Example], held_out: list[Example]
 ) -> Iterator[Event]:
-    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=print) as runner:
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0) as runner:
         loop = Loop(config=config, examples=examples, held_out=held_out, runner=runner)
         yield from train(loop, start(model, config))
 

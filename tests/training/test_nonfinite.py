@@ -43,7 +43,7 @@ def rows(poisoned: set[int], count: int = 12) -> list[Example]:
 
 def run(config: TrainConfig, examples: list[Example]) -> Iterator[tuple[Event, TrainingState]]:
     model = poisoned_model()
-    with select_runner(model, config, examples[:2], dtype=torch.float32, pad_token_id=0, notice=print) as runner:
+    with select_runner(model, config, examples[:2], dtype=torch.float32, pad_token_id=0) as runner:
         state = start(model, config)
         for event in train(Loop(config=config, examples=examples, runner=runner), state):
             yield event, state
@@ -107,7 +107,7 @@ def test_a_finite_loss_with_an_infinite_gradient_is_left_out_too(batching: Liter
         model.lm_head.weight.mul_(1e-25)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     config = replace(CONFIG, max_skipped_steps=100, batching=batching)
-    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=print) as runner:
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0) as runner:
         events = list(train(Loop(config=config, examples=examples, runner=runner), start(model, config)))
     skipped = [event for event in events if isinstance(event, SkippedStep)]
     assert [event.skipped for event in skipped] == [1, 2, 3, 4, 5, 6]

@@ -62,7 +62,7 @@ class Small:
 
 def run(config: TrainConfig, *, room: int | None = None, error: BaseException | None = None) -> list[Event]:
     model, examples = tiny_model("qwen2", initializer_range=0.05), random_examples(24)
-    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=print) as runner:
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0) as runner:
         if room is not None:
             runner = Small(runner, room, error or no_memory())
         return list(train(Loop(config=config, examples=examples, runner=runner), start(model, config)))
@@ -107,7 +107,7 @@ def test_a_row_that_does_not_fit_by_itself_ends_the_run_with_what_takes_less() -
 def test_with_several_processes_the_run_ends() -> None:
     model, examples = tiny_model("qwen2"), random_examples(8)
     config = TrainConfig(num_epochs=1)
-    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=print) as runner:
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0) as runner:
         small = Small(runner, 20, no_memory())
         loop = Loop(config=config, examples=examples, runner=small, processes=Distributed(0, 2))
         with pytest.raises(TrainingError, match=r"a micro-batch of \d rows .*--max-tokens \d+, "):

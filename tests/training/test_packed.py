@@ -12,6 +12,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwe
 
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
+from handspun.display import captured_log
 from handspun.models import int8
 from handspun.models.int8 import quantize_base
 from handspun.models.lora import add_lora
@@ -238,13 +239,15 @@ def test_packed_micro_batches_by_hand(lengths: list[int], max_tokens: int, parts
     assert [[len(e) for e in part] for part in SHARED.split(batch, max_tokens)] == parts
 
 
-def run(config: TrainConfig, examples: list[Example], notices: list[str] | None = None) -> list[Step]:
+RUNNER: dict[str, Any] = {"dtype": torch.float32, "pad_token_id": 0}
+
+
+def run(config: TrainConfig, examples: list[Example]) -> list[Step]:
     model = model_of("qwen2")
     if config.lora:
         torch.manual_seed(0)
         model = add_lora(model, "tiny", rank=4, alpha=8, dropout=config.lora_dropout)
-    said = notices if notices is not None else []
-    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=said.append) as runner:
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0) as runner:
         loop = Loop(config=config, examples=examples, runner=runner)
         return [event for event in train(loop, start(model, config)) if isinstance(event, Step)]
 
@@ -320,7 +323,7 @@ def test_sliding_windows_run_padded_and_the_log_says_so(config: Any, reason: str
 
 def test_a_model_that_scales_its_logits_runs_padded_and_the_log_says_so() -> None:
     """Whatever a model does behind its head is seen by trying both."""
-    model, examples, said = model_of("llama"), rows(8), list[str]()
+    model, examples = model_of("llama"), rows(8)
     forward = type(model).forward
 
     def scaled(self: PreTrainedModel, *arguments: Any, **options: Any) -> Any:
@@ -330,19 +333,18 @@ def test_a_model_that_scales_its_logits_runs_padded_and_the_log_says_so() -> Non
 
     model.forward = scaled.__get__(model)
     config = TrainConfig(num_epochs=1, batch_size=8)
-    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=said.append) as runner:
+    with captured_log() as said, select_runner(model, config, examples, **RUNNER) as runner:
         assert isinstance(runner, PaddedRunner)
     assert said[0].startswith("batching: padded (llama has another loss when packed")
 
 
 def test_noise_of_an_int8_base_is_not_taken_for_another_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounded coarsely, sums in another order make another loss; unrounded, they do not."""
-    said: list[str] = []
     model: Any = add_lora(tiny_model("qwen2"), "tiny", rank=2, alpha=4, dropout=0.0)
     quantize_base(model)
     monkeypatch.setattr(int8, "quantize_rows", coarsely_quantized)
     config = TrainConfig(num_epochs=1, lora=True, base_weights="int8")
-    with select_runner(model, config, rows(8), dtype=torch.float32, pad_token_id=0, notice=said.append) as runner:
+    with captured_log() as said, select_runner(model, config, rows(8), **RUNNER) as runner:
         assert isinstance(runner, Packed)
     assert said == ["batching: packed"]
 
@@ -354,10 +356,10 @@ def coarsely_quantized(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 def test_padded_on_request_and_dropout_are_said() -> None:
-    said: list[str] = []
-    run(TrainConfig(num_epochs=1, batching="padded"), rows(4), said)
-    run(TrainConfig(num_epochs=1), rows(4), said)
-    steps = run(TrainConfig(num_epochs=1, lora=True, lora_dropout=0.5), rows(4), said)
+    with captured_log() as said:
+        run(TrainConfig(num_epochs=1, batching="padded"), rows(4))
+        run(TrainConfig(num_epochs=1), rows(4))
+        steps = run(TrainConfig(num_epochs=1, lora=True, lora_dropout=0.5), rows(4))
     assert said == [
         "batching: padded (as requested)",
         "batching: packed",

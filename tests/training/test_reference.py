@@ -42,7 +42,7 @@ def rows() -> list[tuple[list[int], list[bool]]]:
 def product_loop(model: PreTrainedModel, config: TrainConfig) -> list[Step]:
     """Train the model in place with the matmul's loop."""
     examples = [Example(*row, "rows.csv", number) for number, row in enumerate(rows(), 1)]
-    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=print) as runner:
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0) as runner:
         events = list(train(Loop(config=config, examples=examples, runner=runner), start(model, config)))
     assert [event.step for event in events if isinstance(event, EpochEnd)] == [3, 6]
     return [event for event in events if isinstance(event, Step)]

@@ -94,7 +94,7 @@ def test_the_loop_names_the_rows_of_a_spike_and_a_state_carries_what_is_usual() 
 
     model, config = tiny_model("qwen2"), TrainConfig(num_epochs=1, batch_size=1)
     examples = [Example([1, 2, 3], [False, True, True], "a.csv", 7)]
-    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0, notice=print) as runner:
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0) as runner:
         state = start(model, config)
         state.losses = [0.1] * WINDOW
         made = list(train(Loop(config=config, examples=examples, runner=runner), state))

@@ -8,6 +8,7 @@ import pytest
 
 import handspun
 from handspun.cli import main
+from handspun.display import captured_log
 from handspun.errors import TrainingError
 from handspun.verification import resume_check as killed
 from handspun.verification.resume_check import Comparison, kill_and_compare
@@ -21,8 +22,8 @@ def test_a_run_that_is_killed_twice_is_compared_with_one_that_is_not(tiny_folder
     config = handspun.TrainConfig(
         model=str(tiny_folder), data=str(tmp_path / "train.csv"), threads=1, batch_size=4, dtype="float32"
     )
-    said: list[str] = []
-    compared = kill_and_compare(config, steps=10, kills=2, notice=said.append, rng=random.Random(0))
+    with captured_log() as said:
+        compared = kill_and_compare(config, steps=10, kills=2, rng=random.Random(0))
     assert compared.same
     assert list(compared.undisturbed) == [f"checkpoint-epoch-{n}/model.safetensors" for n in (1, 2)]
     assert compared.kills
@@ -48,8 +49,8 @@ def test_a_run_that_is_killed_while_it_writes_its_report_has_finished(
         return -9 if kill_after else 0
 
     monkeypatch.setattr(killed, "_train", train)
-    said: list[str] = []
-    compared = kill_and_compare(config, steps=4, kills=2, notice=said.append, rng=random.Random(0))
+    with captured_log() as said:
+        compared = kill_and_compare(config, steps=4, kills=2, rng=random.Random(0))
     assert compared.same
     assert compared.kills == []
     assert said[-1] == "the run finished before the next kill"
@@ -63,7 +64,7 @@ def test_a_run_that_fails_by_itself_is_said_with_its_last_words(tmp_path: Path) 
     with pytest.raises(
         TrainingError, match=r"failed by itself with exit code 2\. Its last output:\nerror: there is no model"
     ):
-        kill_and_compare(config, steps=4, kills=1, notice=print, rng=random.Random(0))
+        kill_and_compare(config, steps=4, kills=1, rng=random.Random(0))
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -15,8 +15,8 @@ from handspun.display import (
     UnprintedError,
     abandon_unwritten,
     open_missing_streams,
+    print_error_line,
     protected_streams,
-    say,
 )
 from handspun.errors import ConfigError, HandspunError, StoppedError
 
@@ -66,7 +66,7 @@ def _output_error_code(error: UnprintedError) -> int:
     """Return the exit code for output that could not be written."""
     if error.is_unread:  # the reader of a pipe has closed it, as `head` does
         return 0
-    say(f"error: {error}")
+    print_error_line(f"error: {error}")
     return error.exit_code
 
 

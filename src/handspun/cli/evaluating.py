@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from handspun.cli.app import FLAT, Count, ModelOptions, TemplateOptions, app, load_model, read_prompts
 from handspun.config import DataConfig, GenerationOptions, Weights
-from handspun.display import HarmlessConsole, json_line, say
+from handspun.display import HarmlessConsole, json_line, logger
 
 if TYPE_CHECKING:
     from handspun.models.load import ChatModel
@@ -66,7 +66,6 @@ def evaluate(
             batch_size=batch_size,
             ask=generate,
             max_new_tokens=max_new_tokens,
-            notice=say,
         )
         if partial is not None:
             partial.write_text("".join(f"{line}\n" for line in row_lines(scores.rows)), encoding="utf-8")
@@ -140,10 +139,9 @@ def compare(
             chat=chat,
             system_prompt=system_prompt,
             batch_size=batch_size,
-            notice=say,
         )
         if partial is not None:
             partial.write_text(comparison_html(found, options), encoding="utf-8")
     print_comparison(found, HarmlessConsole())
     if html is not None:
-        say(f"written: {html}")
+        logger.info(f"written: {html}")

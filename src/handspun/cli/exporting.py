@@ -4,7 +4,6 @@ from typing import Annotated
 
 from handspun.cli.app import FLAT, app
 from handspun.config import ExportConfig
-from handspun.display import say
 
 
 @app.command
@@ -12,4 +11,4 @@ def export(*, config: Annotated[ExportConfig, FLAT]) -> None:
     """Export a checkpoint: a merged folder, a GGUF file for llama.cpp, or a repository on the Hugging Face hub."""
     from handspun.export.export import export as run_export
 
-    run_export(config, notice=say)
+    run_export(config)

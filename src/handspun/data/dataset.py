@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.examples import DataReport, RowIssue, TokenDataset, build_examples, check_rows_left, hold_out
 from handspun.data.rows import FileNotes, Row, read_rows
-from handspun.display import printable
+from handspun.display import logger, printable
 from handspun.errors import ConfigError
 from handspun.files import sha256_of
 
@@ -180,7 +180,6 @@ def load_splits(
     eval_ratio: float = 0.0,
     seed: int = 0,
     cache: ExampleCache | None = None,
-    notice: Callable[[str], None] | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """Return (training examples, held-out examples or None). Raises DataError.
 
@@ -192,13 +191,11 @@ def load_splits(
         eval_ratio: share of the training rows to hold out.
         seed: decides which rows are held out.
         cache: where to look for examples, and to keep them.
-        notice: called with log lines: progress, and whether examples came from the cache.
     """
     notes: FileNotes = {}
     held_out_notes: FileNotes = {}
-    if notice is not None:
-        for source in filter(None, (config.data, eval_data)):
-            _say_if_large(source, notice)
+    for source in filter(None, (config.data, eval_data)):
+        _log_if_large(source)
     rows, held_out = read_split(
         config.data,
         eval_data=eval_data,
@@ -209,9 +206,7 @@ def load_splits(
     )
 
     def set_of(some: Sequence[Row], file_notes: FileNotes) -> Dataset:
-        return example_set(
-            some, config, template, max_length=max_length, file_notes=file_notes, cache=cache, notice=notice
-        )
+        return example_set(some, config, template, max_length=max_length, file_notes=file_notes, cache=cache)
 
     return set_of(rows, notes), set_of(held_out, held_out_notes) if held_out else None
 
@@ -224,7 +219,6 @@ def example_set(
     max_length: int,
     file_notes: FileNotes,
     cache: ExampleCache | None = None,
-    notice: Callable[[str], None] | None = None,
 ) -> Dataset:
     """Return the examples of rows, with a report. Raises DataError.
 
@@ -235,7 +229,6 @@ def example_set(
         max_length: most tokens per example.
         file_notes: the notes of `read_rows`, for the report.
         cache: where to look for examples, and to keep them.
-        notice: called with log lines: progress, and whether examples came from the cache.
     """
     options = {
         "max_length": max_length,
@@ -244,19 +237,18 @@ def example_set(
         "role_map": config.roles,
     }
     used = cache if config.cache_examples else None
-    examples, account, how = _examples(rows, template, options, config.strict, used, notice)
+    examples, account, how = _examples(rows, template, options, config.strict, used)
     account.file_notes = file_notes
-    if notice is not None:
-        notice(how)
+    logger.info(how)
     return Dataset(examples, account, fingerprint(rows), _flagged_rows(rows, account), list(rows))
 
 
-def _say_if_large(source: str, notice: Callable[[str], None]) -> None:
+def _log_if_large(source: str) -> None:
     """Log that a large file is read, which takes a while without any other log line."""
     with suppress(OSError, ValueError):  # read_rows raises the proper error
         size = os.stat(os.path.expanduser(source)).st_size
         if size > _LARGE:
-            notice(f"reading {printable(source)} ({size / 1e6:.0f} MB)")
+            logger.info(f"reading {printable(source)} ({size / 1e6:.0f} MB)")
 
 
 def read_split(
@@ -290,7 +282,6 @@ def _examples(
     options: dict[str, Any],
     strict: bool,
     cache: ExampleCache | None,
-    notice: Callable[[str], None] | None,
 ) -> tuple[TokenDataset, DataReport, str]:
     """Return examples from the cache, or build and cache them. Also return a log line that says which."""
     started = time.perf_counter()
@@ -300,8 +291,7 @@ def _examples(
         check_rows_left(found[1], strict=strict)
         how = f"{len(rows)} tokenized rows loaded from the cache in {time.perf_counter() - started:.1f} s"
         return *found, how
-    progress = _Progress(notice, len(rows)) if notice is not None else None
-    examples, account = build_examples(rows, template, strict=strict, progress=progress, **options)
+    examples, account = build_examples(rows, template, strict=strict, progress=_Progress(len(rows)), **options)
     seconds = time.perf_counter() - started
     if cache and key:
         kept = _keep(cache, key, examples, account)
@@ -314,7 +304,6 @@ def _examples(
 class _Progress:
     """Logs now and then how many rows are tokenized."""
 
-    notice: Callable[[str], None]
     rows: int
     last: float = field(default_factory=time.perf_counter)
 
@@ -322,7 +311,7 @@ class _Progress:
         now = time.perf_counter()
         if done < self.rows and now - self.last > _SECONDS_BETWEEN_LINES:
             self.last = now
-            self.notice(f"{done} of {self.rows} rows tokenized")
+            logger.info(f"{done} of {self.rows} rows tokenized")
 
 
 def _flagged_rows(rows: Sequence[Row], account: DataReport) -> list[Row]:

@@ -5,7 +5,6 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -15,7 +14,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 
 from handspun.data.readers import SUFFIXES, read_file, with_known_names, without_nulls
-from handspun.display import file_name, join_names, printable, say
+from handspun.display import file_name, join_names, logger, printable
 from handspun.errors import DataError, check_installed
 
 
@@ -23,9 +22,7 @@ class DroppedRow(Exception):  # noqa: N818
     """A row that cannot be trained on, or that is misleading. str() is a short, readable reason."""
 
 
-def stay_offline_if_unreachable(
-    name: str, notice: Callable[[str], None], *, repo_type: Literal["model", "dataset"] = "model"
-) -> None:
+def stay_offline_if_unreachable(name: str, *, repo_type: Literal["model", "dataset"] = "model") -> None:
     """Ask the hub for a file of the repository. If nothing answers, use only the hub's cache from then on.
 
     This sets the library's own switch (HF_HUB_OFFLINE) for the whole process. Anything that is not in the cache is
@@ -45,7 +42,7 @@ def stay_offline_if_unreachable(
     else:
         return
     constants.HF_HUB_OFFLINE = True
-    notice(f"the hub does not answer ({reason}): using only its cache")
+    logger.warning(f"the hub does not answer ({reason}): using only its cache")
 
 
 FileNotes = dict[str, list[str]]
@@ -234,7 +231,7 @@ def _hub_rows(source: str, hub: re.Match[str], notes: FileNotes) -> list[Row]:
     import datasets
 
     name, config, split = hub["name"], hub["config"], hub["split"] or "train"
-    stay_offline_if_unreachable(name, say, repo_type="dataset")
+    stay_offline_if_unreachable(name, repo_type="dataset")
     try:
         dataset = datasets.load_dataset(name, config, split=split)
         found = [_values(values) for values in dataset]

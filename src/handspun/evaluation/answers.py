@@ -1,6 +1,6 @@
 """Answer the prompts of rows greedily and compare with the rows' outputs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -12,6 +12,7 @@ from handspun.decoding.generate import generate
 from handspun.decoding.options import resolve
 from handspun.decoding.results import GenerationResult
 from handspun.decoding.text import StreamingText, vocabulary
+from handspun.display import logger
 from handspun.models.load import ChatModel
 
 _END_OF_THINKING = "</think>"
@@ -93,7 +94,6 @@ def greedy_answers(
     system_prompt: str | None,
     max_new_tokens: int,
     batch_size: int,
-    notice: Callable[[str], None],
 ) -> list[GenerationResult]:
     """Return one greedy answer per question. A stop string that occurs in an expected answer is not used.
 
@@ -103,12 +103,11 @@ def greedy_answers(
         system_prompt: System message for conversations without one.
         max_new_tokens: Maximum number of tokens per answer.
         batch_size: Number of answers decoded together.
-        notice: Receives messages.
     """
     stop_strings = resolve(GenerationOptions(), chat, chat=True)[0].stop_strings
     harmless = tuple(s for s in stop_strings if not any(s in (question.trained or "") for question in questions))
     if too_long := sum(question.trained_tokens > max_new_tokens for question in questions):
-        notice(
+        logger.warning(
             f"{too_long} of {len(questions)} rows expect more than {max_new_tokens} tokens and cannot match: "
             "raise --max-new-tokens"
         )
@@ -120,7 +119,6 @@ def greedy_answers(
         ),
         system_prompt=system_prompt,
         batch_size=batch_size,
-        notice=notice,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from handspun.config import GenerationOptions
 from handspun.decoding.generate import generate
 from handspun.decoding.results import GenerationResult
+from handspun.display import prefixed_log
 from handspun.kernels.allocator import malloc_trim
 from handspun.models.load import ChatModel
 
@@ -31,7 +32,6 @@ def compare(
     chat: bool = True,
     system_prompt: str | None = None,
     batch_size: int = 8,
-    notice: Callable[[str], None],
 ) -> Comparison:
     """Return every model's answers to every prompt. A model is freed before the next one is loaded.
 
@@ -43,19 +43,20 @@ def compare(
         chat: Put the prompts into each model's chat template.
         system_prompt: System message of every prompt.
         batch_size: Number of answers decoded together.
-        notice: Receives messages, prefixed with the model's name.
     """
     answers = []
     for name in models:
-        results = generate(
-            load(name),
-            list(prompts),
-            options=options,
-            chat=chat,
-            system_prompt=system_prompt,
-            batch_size=batch_size,
-            notice=lambda text, name=name: notice(f"{name}: {text}"),  # type: ignore[misc]
-        )
+        model = load(name)
+        with prefixed_log(f"{name}: "):
+            results = generate(
+                model,
+                list(prompts),
+                options=options,
+                chat=chat,
+                system_prompt=system_prompt,
+                batch_size=batch_size,
+            )
+        del model
         answers.append([[r for r in results if r.prompt_index == place] for place in range(len(prompts))])
         _free()
     return Comparison(list(models), list(prompts), answers)

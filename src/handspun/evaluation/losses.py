@@ -23,7 +23,7 @@ RowKey = tuple[str, int]
 
 
 def row_losses(
-    chat: ChatModel, examples: Sequence[Example], *, batch_size: int, notice: Callable[[str], None]
+    chat: ChatModel, examples: Sequence[Example], *, batch_size: int
 ) -> dict[RowKey, tuple[float, int]]:
     """Return (loss summed over target tokens, number of target tokens) of every row.
 
@@ -34,12 +34,11 @@ def row_losses(
         chat: The model.
         examples: Tokenized examples; a row may have several.
         batch_size: Examples computed together.
-        notice: Receives messages.
     """
     is_float32 = chat.fused is None and chat.model.dtype == torch.float32
     losses_of = _by_execution if is_float32 else _by_engine
     sums: dict[RowKey, tuple[float, int]] = {}
-    with losses_of(chat, examples, notice) as compute:
+    with losses_of(chat, examples) as compute:
         for batch in batches(examples, range(len(examples)), batch_size):
             for example, loss in compute(batch):
                 before, tokens = sums.get((example.file, example.row), (0.0, 0))
@@ -51,9 +50,7 @@ _Compute = Callable[[list[Example]], Iterator[tuple[Example, float]]]
 
 
 @contextmanager
-def _by_execution(
-    chat: ChatModel, examples: Sequence[Example], notice: Callable[[str], None]
-) -> Iterator[_Compute]:
+def _by_execution(chat: ChatModel, examples: Sequence[Example]) -> Iterator[_Compute]:
     pad_token_id = chat.tokenizer.pad_token_id
     with select_runner(
         chat.model,
@@ -61,7 +58,6 @@ def _by_execution(
         examples,
         dtype=torch.float32,
         pad_token_id=pad_token_id if pad_token_id is not None else 0,  # padding is masked, so any id works
-        notice=notice,
     ) as runner:
 
         def compute(batch: list[Example]) -> Iterator[tuple[Example, float]]:
@@ -72,9 +68,7 @@ def _by_execution(
 
 
 @contextmanager
-def _by_engine(
-    chat: ChatModel, _examples: Sequence[Example], _notice: Callable[[str], None]
-) -> Iterator[_Compute]:
+def _by_engine(chat: ChatModel, _examples: Sequence[Example]) -> Iterator[_Compute]:
     engine = make_engine(chat)
     at_once = max(LOGITS_CHUNK_BYTES // (4 * int(chat.model.config.get_text_config().vocab_size)), 16)
     yield lambda batch: ((example, _answer_loss(engine, example, at_once)) for example in batch)

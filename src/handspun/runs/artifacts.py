@@ -152,7 +152,7 @@ def _at_the_start(
 def model_fingerprints(name: str, chat: ChatModel) -> dict[str, str]:
     """Return fingerprints of the model's weights: the sha256 of its files, or its commit on the hub."""
     with captured_log():  # it was logged when the model was loaded
-        source = model_source(name, lambda _: None)
+        source = model_source(name)
     if not Path(source.location).is_dir():
         commit = getattr(chat.model.config, "_commit_hash", None)
         return {"commit on the hub": commit} if commit else {}
@@ -196,14 +196,14 @@ def _row_losses(
         return {"missing": "the model is in shares on several processes (--shard), and whole in none"}
     began = time.perf_counter()
     pad_token_id = chat.tokenizer.pad_token_id
-    with select_runner(
+    runner_of = select_runner(
         chat.model,
         config,
         training.examples,
         dtype=torch.float32,
         pad_token_id=pad_token_id if pad_token_id is not None else 0,
-        notice=lambda _: None,
-    ) as runner:
+    )
+    with captured_log(), runner_of as runner:
         found = {
             name: losses_by_row(
                 runner, some.examples, chat.tokenizer, most=config.report_rows, max_tokens=config.max_tokens

@@ -145,7 +145,7 @@ class RunLog(logging.Handler):
         assert self._folder is not None
         options = {**facts["config"], "dtype": facts["dtype"]}
         run = TrackedRun(self._folder, facts["started"], options, self._resumed_at)
-        with tracked(trackers, run, logger.info) as self._send:
+        with tracked(trackers, run) as self._send:
             try:
                 yield
             finally:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -124,19 +124,19 @@ def _leave(folder: Path, *, is_new: bool) -> None:
             folder.rmdir()  # if nothing was written
 
 
-def prepare_output(folder: Path, config: TrainConfig, notice: Callable[[str], None]) -> Prepared:
+def prepare_output(folder: Path, config: TrainConfig) -> Prepared:
     """Return what the output folder means for this run. Nothing is removed yet but leftovers.
 
     Raises OutputError if an earlier run may not be replaced, or if something else is in the way.
     """
-    tidy(folder, notice)
+    tidy(folder)
     begins_again = f"the run in {folder} was ended before its first checkpoint: it starts over"
     if not config.overwrite and config.resume is not False:
-        found = unfinished_run(folder, notice)
+        found = unfinished_run(folder)
         if found is not None:
             check_no_foreign_files(folder, names=[REPORT])
             if found[1] is None:
-                notice(begins_again)
+                logger.info(begins_again)
             return Prepared(*found)
     finished = finished_run(folder)
     if config.resume and finished is not None:
@@ -160,7 +160,7 @@ def prepare_output(folder: Path, config: TrainConfig, notice: Callable[[str], No
             "with --overwrite."
         )
     if config.resume or (kept and not config.overwrite):
-        notice(begins_again)
+        logger.info(begins_again)
     return Prepared(replaces=[] if {path.name for path in earlier} <= {LOG, METRICS} else earlier)
 
 

@@ -4,11 +4,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from handspun.data.readers import SUFFIXES
-from handspun.display import join_names
+from handspun.display import join_names, logger
 from handspun.errors import OutputError
 from handspun.files import (
     is_partial,
@@ -42,7 +42,7 @@ _ENOUGH = 4096
 """Bytes of a file from which it is known what it is."""
 
 
-def tidy(folder: Path, notice: Callable[[str], None]) -> None:
+def tidy(folder: Path) -> None:
     """Finish what a killed process has left half done in an output folder, which is locked.
 
     Nothing goes that does not say that it is Handspun's.
@@ -53,7 +53,7 @@ def tidy(folder: Path, notice: Callable[[str], None]) -> None:
         _delete(work / _PENDING)
         if (work / _REPLACING).exists():
             _move_back(folder)
-            notice(
+            logger.warning(
                 f"the earlier run in {folder} is back in its place: the run that was to replace it had not begun"
             )
         if any(_replaced(folder)) and _is_whole(folder):

@@ -1,11 +1,12 @@
 """Where an unfinished run resumes, and whether it is the same run."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from handspun.config import TrainConfig, option_name
+from handspun.display import logger
 from handspun.errors import ConfigError, OutputError
 from handspun.files import read_json_object
 from handspun.models.fingerprints import BASE_WEIGHTS
@@ -68,21 +69,22 @@ def resumable(output_dir: Path) -> list[Path]:
     return sorted(steps, key=lambda folder: steps[folder], reverse=True)
 
 
-def find_resume_point(output_dir: Path, notice: Callable[[str], None]) -> ResumePoint | None:
-    """Return the newest one whose files are as they were saved; `notice` is told of each that is not.
+def find_resume_point(output_dir: Path) -> tuple[ResumePoint | None, list[str]]:
+    """Return the newest one whose files are as they were saved, and what is wrong with newer ones.
 
     Raises OutputError if another version of Handspun saved it.
     """
+    problems = list[str]()
     for folder in resumable(output_dir):
         problem = find_corruption(folder) or find_corruption(folder / TRAINING_STATE)
         if problem is None:
             facts = read_facts(folder / TRAINING_STATE)
             problem = _state_problem(facts)
             if problem is None:
-                return ResumePoint(facts, folder)
+                return ResumePoint(facts, folder), problems
             problem = f"{folder / TRAINING_STATE} {problem}"
-        notice(f"{problem}: {folder.name} is not used, but the checkpoint before it")
-    return None
+        problems.append(f"{problem}: {folder.name} is not used, but the checkpoint before it")
+    return None, problems
 
 
 def finished_run(output_dir: Path) -> dict[str, Any] | None:
@@ -91,9 +93,7 @@ def finished_run(output_dir: Path) -> dict[str, Any] | None:
     return facts if facts is not None and facts.get("status") == "finished" else None
 
 
-def unfinished_run(
-    output_dir: Path, notice: Callable[[str], None]
-) -> tuple[dict[str, Any], ResumePoint | None] | None:
+def unfinished_run(output_dir: Path) -> tuple[dict[str, Any], ResumePoint | None] | None:
     """Return the record of an unfinished run, and where it resumes, if it has saved.
 
     If run.json is missing or damaged, the checkpoint's copy is used. None if there is no run, if it has finished,
@@ -104,8 +104,7 @@ def unfinished_run(
     file = output_dir / RUN_FILE
     facts = read_json_object(file)
     reason = record_problem(facts) if file.exists() else "is missing"
-    problems: list[str] = []
-    point = find_resume_point(output_dir, problems.append)
+    point, problems = find_resume_point(output_dir)
     if point is None:
         if problems:
             raise OutputError(
@@ -117,22 +116,22 @@ def unfinished_run(
             )
         return None if facts is None or reason else (facts, None)
     for problem in problems:
-        notice(problem)
+        logger.warning(problem)
     if facts is not None and not reason:
         return facts, point
     assert point.folder is not None
-    notice(f"{file} {reason}: its content is taken from {point.folder.name}")
+    logger.warning(f"{file} {reason}: its content is taken from {point.folder.name}")
     return dict(point.facts["run"]), point
 
 
-def make_way(output_dir: Path, point: ResumePoint, notice: Callable[[str], None]) -> None:
+def make_way(output_dir: Path, point: ResumePoint) -> None:
     """Handle the checkpoints that the run has besides the one that it resumes from.
 
     Checkpoints of later steps are deleted: their steps are computed again. A checkpoint that is damaged, or that
     this run did not save, is renamed. Raises OutputError if a damaged one could not be made again.
     """
     assert point.folder is not None
-    _check_undamaged(output_dir, point, notice)
+    _check_undamaged(output_dir, point)
     kept = {point.folder.name, *point.facts["checkpoints"], BEST}
     for folder in checkpoints_in(output_dir):
         step = step_of(folder)
@@ -141,19 +140,19 @@ def make_way(output_dir: Path, point: ResumePoint, notice: Callable[[str], None]
         states = [folder, folder / TRAINING_STATE] if (folder / TRAINING_STATE).exists() else [folder]
         if unknown_files(folder) or any(map(find_corruption, states)):
             place = keep_aside(folder, "damaged")
-            notice(f"{folder} is damaged or from another run: it is now {place.name}")
+            logger.warning(f"{folder} is damaged or from another run: it is now {place.name}")
         else:
             remove_checkpoint(folder)
 
 
-def _check_undamaged(output_dir: Path, point: ResumePoint, notice: Callable[[str], None]) -> None:
+def _check_undamaged(output_dir: Path, point: ResumePoint) -> None:
     names = [*point.facts["checkpoints"], *([BEST] if point.facts["best_checkpoint"] else [])]
     for folder in (output_dir / name for name in names):
         problem = find_corruption(folder)
         if not folder.exists():
-            notice(f"{folder} no longer exists: the run continues without it")
+            logger.warning(f"{folder} no longer exists: the run continues without it")
         elif problem and folder.name == BEST and _is_made_again(output_dir, point):
-            notice(f"{problem}: it is {keep_aside(folder, 'damaged').name} now, and is made again")
+            logger.warning(f"{problem}: it is {keep_aside(folder, 'damaged').name} now, and is made again")
         elif problem:
             raise OutputError(
                 f"{problem}. It was saved before step {point.step}, where the run goes on, so it is not made "
@@ -178,7 +177,6 @@ def check_same_run(
     output_dir: str,
     *,
     has_saved: bool = True,
-    notice: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Raise ConfigError with all differences if these are not the facts of the same run.
 
@@ -198,7 +196,7 @@ def check_same_run(
             "--overwrite."
         )
     if "fingerprints" not in earlier:
-        notice(
+        logger.warning(
             "run.json has no fingerprints of model, tokenizer and chat template, since an earlier version "
             "wrote it: "
             "that they are the same is taken on trust"

@@ -8,6 +8,7 @@ from typing import Any
 from handspun.config import TrainConfig
 from handspun.decoding.generate import generate
 from handspun.decoding.prompts import encode_prompts
+from handspun.display import captured_log
 from handspun.models.fused import unfuse_weights
 from handspun.models.load import ChatModel
 from handspun.training.loop import Event, Loop
@@ -70,15 +71,16 @@ def sample_answers(
     end = clock() + seconds
     for place, (name, options) in enumerate(DECODINGS.items()):
         until = clock() + (end - clock()) / (len(DECODINGS) - place)
-        results = generate(
-            model,
-            list(prompts),
-            system_prompt=system_prompt,
-            max_new_tokens=MAX_NEW_TOKENS,
-            notice=lambda text: notes.update({text: None}),
-            should_stop=lambda until=until: clock() > until,  # type: ignore[misc]
-            **options,
-        )
+        with captured_log() as lines:
+            results = generate(
+                model,
+                list(prompts),
+                system_prompt=system_prompt,
+                max_new_tokens=MAX_NEW_TOKENS,
+                should_stop=lambda until=until: clock() > until,  # type: ignore[misc]
+                **options,
+            )
+        notes |= dict.fromkeys(lines)
         answers += [
             SampleAnswer(prompts[result.prompt_index], name, result.text, result.finish_reason)
             for result in results
@@ -124,13 +126,12 @@ class Sampler:
         model, began = self.chat.model, self.clock()
         was_training = model.training
         model.eval()
-        with attention_of(model, self.attention):
+        with captured_log(), attention_of(model, self.attention):
             results = generate(
                 self.chat,
                 list(self.prompts),
                 system_prompt=self.system_prompt,
                 max_new_tokens=MAX_NEW_TOKENS,
-                notice=lambda _: None,
                 should_stop=lambda: self.clock() - began > _SECONDS,
                 **DECODINGS["greedy"],
             )

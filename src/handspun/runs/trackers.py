@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from handspun.config import Tracker
+from handspun.display import logger
 from handspun.errors import ConfigError
 
 TRACKERS = "trackers"
@@ -50,12 +51,10 @@ def check_trackers_installed(trackers: Sequence[Tracker]) -> None:
 
 
 @contextmanager
-def tracked(
-    trackers: Sequence[Tracker], run: TrackedRun, notice: Callable[[str], None]
-) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def tracked(trackers: Sequence[Tracker], run: TrackedRun) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Yield a function that sends records of metrics.jsonl to the trackers.
 
-    Raises ConfigError if a tracker cannot start. A tracker that fails later is dropped, and `notice` is told: it
+    Raises ConfigError if a tracker cannot start. A tracker that fails later is dropped, with a line in the log: it
     must not end a run.
     """
     senders: dict[Tracker, Send] = {}
@@ -67,21 +66,21 @@ def tracked(
                 senders[name](figures, record["step"])
             except Exception as error:
                 del senders[name]
-                notice(f"{name} accepts no more figures ({error}): the run continues without it")
+                logger.warning(f"{name} accepts no more figures ({error}): the run continues without it")
 
     with ExitStack() as stack:
         for name in dict.fromkeys(trackers):
-            opened = _opened(name, run, notice)
+            opened = _opened(name, run)
             try:
                 senders[name] = opened.__enter__()
             except Exception as error:
                 raise ConfigError(f"--log-to {name}: {error}. Fix it, or leave {name} out.") from error
-            stack.push(_leaving(name, opened, notice))
+            stack.push(_leaving(name, opened))
         yield send
 
 
 def _leaving(
-    name: Tracker, opened: AbstractContextManager[Send], notice: Callable[[str], None]
+    name: Tracker, opened: AbstractContextManager[Send]
 ) -> Callable[[type[BaseException] | None, BaseException | None, TracebackType | None], None]:
     """Close a tracker, and report a failure to: the run ends as it would have without it."""
 
@@ -89,7 +88,7 @@ def _leaving(
         try:
             opened.__exit__(kind, error, trace)
         except Exception as failure:
-            notice(f"{name} could not be closed, and may lack the last figures: {failure}")
+            logger.warning(f"{name} could not be closed, and may lack the last figures: {failure}")
 
     return leave
 
@@ -111,25 +110,25 @@ def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
     return figures
 
 
-def _opened(name: Tracker, run: TrackedRun, notice: Callable[[str], None]) -> AbstractContextManager[Send]:
+def _opened(name: Tracker, run: TrackedRun) -> AbstractContextManager[Send]:
     match name:
         case "tensorboard":
-            return _tensorboard(run, notice)
+            return _tensorboard(run)
         case "wandb":
-            return _wandb(run, notice)
+            return _wandb(run)
         case "trackio":
-            return _trackio(run, notice)
+            return _trackio(run)
 
 
 @contextmanager
-def _tensorboard(run: TrackedRun, notice: Callable[[str], None]) -> Iterator[Send]:
+def _tensorboard(run: TrackedRun) -> Iterator[Send]:
     """Open TensorBoard's writer. Steps that will be computed again are purged from the plots."""
     from torch.utils.tensorboard import SummaryWriter
 
     folder = run.folder / TRACKERS / "tensorboard"
     purge = None if run.resumed_at is None else run.resumed_at + 1 if run.resumed_at else 0
     with SummaryWriter(str(folder), purge_step=purge, flush_secs=10) as writer:
-        notice(f"figures for TensorBoard: tensorboard --logdir {quote(str(folder))}")
+        logger.info(f"figures for TensorBoard: tensorboard --logdir {quote(str(folder))}")
         options = "\n".join(f"| {name} | {value} |" for name, value in run.options.items())
         writer.add_text("options", f"| option | value |\n| --- | --- |\n{options}", run.resumed_at or 0)
 
@@ -141,7 +140,7 @@ def _tensorboard(run: TrackedRun, notice: Callable[[str], None]) -> Iterator[Sen
 
 
 @contextmanager
-def _wandb(run: TrackedRun, notice: Callable[[str], None]) -> Iterator[Send]:
+def _wandb(run: TrackedRun) -> Iterator[Send]:
     """Open a run of W&B. A resumed run gets one more folder with the same id, as W&B resumes runs."""
     import wandb
 
@@ -158,7 +157,7 @@ def _wandb(run: TrackedRun, notice: Callable[[str], None]) -> Iterator[Send]:
         settings=wandb.Settings(silent=True, console="off"),
     )
     where = f"wandb sync {quote(opened.settings.sync_dir)}" if opened.offline else opened.url
-    notice(f"figures for W&B: {where}")
+    logger.info(f"figures for W&B: {where}")
     exit_code = 1
     try:
         yield lambda figures, step: opened.log(dict(figures), step=step)
@@ -168,7 +167,7 @@ def _wandb(run: TrackedRun, notice: Callable[[str], None]) -> Iterator[Send]:
 
 
 @contextmanager
-def _trackio(run: TrackedRun, notice: Callable[[str], None]) -> Iterator[Send]:
+def _trackio(run: TrackedRun) -> Iterator[Send]:
     """Open a run of trackio, in the place that its own variables name (TRACKIO_DIR); it is shown by project."""
     import trackio
 
@@ -182,7 +181,7 @@ def _trackio(run: TrackedRun, notice: Callable[[str], None]) -> Iterator[Send]:
             auto_log_cpu=False,
             auto_log_gpu=False,
         )
-    notice(f"figures for trackio: trackio show --project {_PROJECT}")
+    logger.info(f"figures for trackio: trackio show --project {_PROJECT}")
     try:
         yield lambda figures, step: opened.log(dict(figures), step=step)
     finally:

@@ -177,13 +177,13 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
         if folder:
             stack.enter_context(lock_output_dir(folder))
         with captured_log() as notes:  # train.log is opened once it is known where
-            prepared = prepare_output(folder, config, logger.info) if folder else Prepared()
+            prepared = prepare_output(folder, config) if folder else Prepared()
         if (finished := processes.broadcast_object(prepared.finished)) is not None:
             return _finished(config, finished, console)
         place = pending(folder) if folder and prepared.replaces else folder
         log = stack.enter_context(RunLog(place, console, resumed_at=prepared.resumed_at))
         for text in notes:
-            logger.info(text)
+            logger.warning(text)
         run = RunContext(config, processes, log, prepared)
         data = load_data(run)
         planned = plan_run(run, data)
@@ -197,7 +197,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
 def load_data(run: RunContext) -> LoadedData:
     """Read, tokenize, and describe the rows. Raise DataError, ModelError, or TemplateError."""
     config, processes = run.config, run.processes
-    source = model_source(config.model, logger.info)
+    source = model_source(config.model)
     if config.lora:
         check_base_is_no_adapter(source)
     inputs = [config.data, config.eval_data] if config.eval_data is not None else [config.data]
@@ -205,7 +205,7 @@ def load_data(run: RunContext) -> LoadedData:
     remedy = "Choose another --output-dir, or move it out of there first."
     check_inputs_outside(models, inputs, run.prepared.replaces, remedy)
     max_length = resolve_max_length(config.max_length, context_length(load_config(source)))
-    tokenizer = load_tokenizer(source, logger.info)
+    tokenizer = load_tokenizer(source, warn=True)
     choose_template(tokenizer, config.chat_template)
     template = ChatTemplate(tokenizer, config.template_values)
     training, held_out = load_splits(
@@ -216,7 +216,6 @@ def load_data(run: RunContext) -> LoadedData:
         eval_ratio=config.eval_ratio,
         seed=config.seed,
         cache=ExampleCache(cache_folder() / "examples"),
-        notice=logger.info,
     )
     check_same_rows(training, held_out, template, max_length, processes)
     data = LoadedData(source, template, max_length, training, held_out, [])
@@ -367,7 +366,6 @@ def _runner(
         data.training.examples,
         dtype=planned.dtype,
         pad_token_id=pad_token_id if pad_token_id is not None else 0,  # masked: any id would do
-        notice=logger.info,
         run_on=run.processes.run_on,
     )
 
@@ -427,9 +425,9 @@ def _resume_point(run: RunContext, facts: dict[str, Any]) -> ResumePoint | None:
     config, processes = run.config, run.processes
     earlier, point = run.prepared.earlier, run.prepared.point
     if earlier is not None:
-        check_same_run(earlier, facts, config.output_dir, has_saved=point is not None, notice=logger.info)
+        check_same_run(earlier, facts, config.output_dir, has_saved=point is not None)
         if point is not None:
-            make_way(Path(config.output_dir), point, logger.info)
+            make_way(Path(config.output_dir), point)
         facts |= {key: earlier[key] for key in ("started", "resumed") if key in earlier}
         facts["seconds"] = point.facts["run"]["seconds"] if point else 0.0
     shared = processes.broadcast_object(replace(point, folder=None) if point else None)

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from handspun.data.examples import Example
-from handspun.display import say
+from handspun.display import print_error_line
 from handspun.errors import ConfigError, HandspunError, StoppedError, TrainingError
 from handspun.training.batching import Batching
 from handspun.training.objectives import CallInForward, call_directly
@@ -217,7 +217,7 @@ class Watch:
         self._lost = describe(rank, process, code)
         self._died.set()
         if code is not None and not self._over.wait(_GRACE_SECONDS):
-            say(f"error on rank {os.environ['RANK']}: {self._lost}")
+            print_error_line(f"error on rank {os.environ['RANK']}: {self._lost}")
             os._exit(TrainingError.exit_code)  # the main thread hangs in a collective with the dead rank
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from handspun.config import TrainConfig
 from handspun.data.examples import Example, lengths_of
+from handspun.display import logger
 from handspun.models.int8 import float_activations
 from handspun.training.batching import Batching
 from handspun.training.objectives import CallInForward, PaddedRunner, call_directly
@@ -48,12 +49,11 @@ def select_runner(
     *,
     dtype: torch.dtype,
     pad_token_id: int,
-    notice: Callable[[str], None],
     run_on: Callable[[PreTrainedModel], CallInForward] = lambda _: call_directly,
 ) -> Iterator[BatchRunner]:
-    """Yield the config's runner. If it is packed, the model has packed attention within the block.
+    """Yield the config's runner, and log which one it is. A model that cannot be packed runs padded.
 
-    A model that cannot be packed runs padded.
+    If the runner is packed, the model has packed attention within the block.
 
     Args:
         model: the model to train.
@@ -61,7 +61,6 @@ def select_runner(
         examples: training examples; the two shortest are used to try packing.
         dtype: type of the matmuls.
         pad_token_id: id to pad with, if padded.
-        notice: called with the choice and its reason.
         run_on: returns what calls computations on the model; it may shard the model.
     """
     padded = PaddedRunner(model, dtype, pad_token_id)
@@ -69,11 +68,11 @@ def select_runner(
     if reason is None:
         reason = _differs(model, padded, examples)
     if reason is not None:
-        notice(f"batching: padded ({reason})")
+        logger.info(f"batching: padded ({reason})")
         yield replace(padded, run=run_on(model))
         return
     shared = shares_prefix(model.config, config)
-    notice("batching: packed" + ("" if shared else "; prefixes are not shared, because of dropout"))
+    logger.info("batching: packed" + ("" if shared else "; prefixes are not shared, because of dropout"))
     with packed_attention(model):
         run = run_on(model)  # it may move the model to another device
         yield Packed(model, dtype, batching_for(model.config, config, model.device), run)

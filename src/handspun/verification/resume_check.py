@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import yaml
 
 from handspun.config import TrainConfig
 from handspun.data.rows import read_rows
+from handspun.display import logger
 from handspun.errors import TrainingError
 from handspun.files import read_json_object, sha256_of
 
@@ -36,9 +36,7 @@ class Comparison:
         return self.undisturbed == self.killed
 
 
-def kill_and_compare(
-    config: TrainConfig, *, steps: int, kills: int, notice: Callable[[str], None], rng: random.Random
-) -> Comparison:
+def kill_and_compare(config: TrainConfig, *, steps: int, kills: int, rng: random.Random) -> Comparison:
     """Train `steps` optimizer steps on the first rows twice: uninterrupted, and killed `kills` times and resumed.
 
     A run has two epochs and its own process. It is killed by SIGKILL at random moments and restarted with the same
@@ -48,13 +46,12 @@ def kill_and_compare(
         config: Options of the run.
         steps: Optimizer steps.
         kills: Number of kills.
-        notice: Receives messages.
         rng: Chooses the moments of the kills.
     """
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         made = _config(config, work, steps)
-        notice(f"uninterrupted run: {steps} steps")
+        logger.info(f"uninterrupted run: {steps} steps")
         _train(replace(made, output_dir=str(work / "undisturbed")), work)
         again = replace(made, output_dir=str(work / "killed"))
         seconds = _seconds_of_a_step(work / "undisturbed")
@@ -62,10 +59,10 @@ def kill_and_compare(
         for after in sorted(rng.sample(range(1, steps), min(kills, steps - 1))):
             code = _train(again, work, kill_after=(after, rng.uniform(0, 2 * seconds)))
             if not code or _has_finished(work / "killed"):  # a kill may come while it writes its report
-                notice("the run finished before the next kill")
+                logger.info("the run finished before the next kill")
                 break
             found.append(_last_step(work / "killed"))
-            notice(f"killed after step {found[-1]}")
+            logger.info(f"killed after step {found[-1]}")
         else:
             _train(again, work)
         return Comparison(found, _weights(work / "undisturbed"), _weights(work / "killed"))

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
+from handspun.display import captured_log
 from handspun.errors import TemplateError
 from handspun.training.objectives import PaddedRunner
 from handspun.training.runner import BatchRunner, select_runner
@@ -24,18 +25,19 @@ def check_packed(material: Reference) -> Iterator[Finding]:
     """Compare loss and gradients, packed in float32 against padded in float64. Targets: transformers' answers."""
     # A float32 reference would be the less exact of the two: torch's cross-entropy over 49,152 logits is off by
     # 8e-6 in the loss and 5e-5 in the gradient.
-    model, notices = material.chat.model, list[str]()
+    model = material.chat.model
     pairs = zip(material.prompts, (answer.token_ids for answer in material.answers), strict=True)
     examples = [
         Example(prompt + answer, [False] * len(prompt) + [True] * len(answer), "prompts", number)
         for number, (prompt, answer) in enumerate(pairs, start=1)
     ]
     with _all_trainable(model):
-        with select_runner(
-            model, TrainConfig(), examples, dtype=torch.float32, pad_token_id=0, notice=notices.append
-        ) as runner:
+        with (
+            captured_log() as lines,
+            select_runner(model, TrainConfig(), examples, dtype=torch.float32, pad_token_id=0) as runner,
+        ):
             if runner.batching.kind != "packed":
-                yield Finding(check="packed", case="loss and gradients", status="info", found="; ".join(notices))
+                yield Finding(check="packed", case="loss and gradients", status="info", found="; ".join(lines))
                 return
             loss, gradients = _backward(model, runner, examples)
         with _in_float64(model):

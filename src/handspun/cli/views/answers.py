@@ -17,7 +17,7 @@ from handspun.data.rendering import choose_template
 from handspun.data.rows import check_data_exists
 from handspun.decoding.generate import generate, stream
 from handspun.decoding.results import GenerationResult
-from handspun.display import json_line, say, write_text
+from handspun.display import json_line, write_text
 from handspun.errors import DataError
 from handspun.files import cache_folder
 from handspun.models.embedding_rows import check_examples, embedding_rows_of
@@ -28,7 +28,7 @@ from handspun.runs.summary import account_lines, length_lines
 def show_preview(config: DataConfig, model: str, console: Console, *, examples: int, plain: bool) -> None:
     """Print rendered examples, the length distribution, and the data report."""
     check_data_exists(config.data)
-    source = model_source(model, say)
+    source = model_source(model)
     tokenizer = load_tokenizer(source)
     choose_template(tokenizer, config.chat_template)
     max_length = resolve_max_length(config.max_length, context_length(load_config(source)))
@@ -37,7 +37,6 @@ def show_preview(config: DataConfig, model: str, console: Console, *, examples: 
         ChatTemplate(tokenizer, config.template_values),
         max_length=max_length,
         cache=ExampleCache(cache_folder() / "examples"),
-        notice=say,
     )
     check_examples(made.examples, embedding_rows_of(source), tokenizer, model)
     how = "between ⟦ and ⟧" if plain else "in green"
