@@ -97,7 +97,8 @@ def _check_same(facts: Mapping[str, str], processes: Distributed, remedy: str) -
 
 
 def _differences(first: Mapping[str, str], others: Mapping[int, Mapping[str, str]]) -> Iterator[str]:
-    """Yield one line per fact that differs between ranks. Ranks of different versions may have different facts."""
+    """Yield one line per fact that differs between ranks."""
+    # Ranks of different versions may have different facts.
     for name in dict.fromkeys([*first, *(name for facts in others.values() for name in facts)]):
         expected = first.get(name, "unknown")
         ranks = [rank for rank, facts in others.items() if facts.get(name, "unknown") != expected]
@@ -127,6 +128,7 @@ def _digest_of(examples: TokenDataset) -> str:
 
 
 def _sum_of_bits(tensor: torch.Tensor) -> int:
-    """Return the sum of the tensor's bits as integers. Unlike sha256, it runs at memory speed."""
+    """Return the sum of the tensor's bits as integers."""
+    # Unlike sha256, it runs at memory speed.
     sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return int(tensor.contiguous().view(sizes[tensor.element_size()]).sum(dtype=torch.int64))

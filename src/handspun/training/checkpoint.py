@@ -48,6 +48,8 @@ def collect_state(
 
     If the model is sharded, all ranks must call it together.
     """
+    # Nothing random has a state: row orders come from seed and epoch, dropout from seed and step, rounding from
+    # seed and the optimizer's step. So a run can resume on another number of processes.
     gathered: dict[str, dict[str, Tensor]] = {_WEIGHTS: {}, _OPTIMIZER: {}}
     for name, parameter in _trained(model):
         gathered[_WEIGHTS][name] = _whole_tensor(parameter, keep=keep)
@@ -241,9 +243,10 @@ def is_checkpoint_name(name: str) -> bool:
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint or a training state, unless it holds files that Handspun did not write.
 
-    The folder is renamed before it is deleted, so a partly deleted one never has its name. Raises OutputError.
+    Raises OutputError.
     """
     is_state = folder.name == TRAINING_STATE
+    # It is renamed before it is deleted, so a partly deleted folder never has a checkpoint's name.
     if not unknown_files(folder):
         remove_folder(folder, work=work_folder(folder.parent) if is_state else None)
 
@@ -281,10 +284,7 @@ def unknown_files(folder: Path) -> list[Path]:
 
 
 def edited_files(folder: Path) -> list[Path]:
-    """Return the nonempty files that changed since Handspun saved them.
-
-    A large file is read only if it is newer than the manifest, which was written last.
-    """
+    """Return the nonempty files that changed since Handspun saved them."""
     edited = []
     for place in (folder, folder / TRAINING_STATE):
         manifest = read_manifest(place)
@@ -292,6 +292,7 @@ def edited_files(folder: Path) -> list[Path]:
             path = place / name
             if not path.is_file() or not (status := path.stat()).st_size:
                 continue
+            # The manifest was written last: a large file that is older has not changed, and need not be read.
             untouched = status.st_mtime_ns <= (place / MANIFEST).stat().st_mtime_ns
             if not (untouched and status.st_size > _SMALL) and sha256_of(path) != checksum:
                 edited.append(path)
@@ -319,10 +320,8 @@ def is_checkpoint(folder: Path) -> bool:
 
 @contextmanager
 def _atomic_dir(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that is renamed to `folder`, atomically, at the end of the block.
-
-    An existing folder with a user's files in it is first renamed, and kept.
-    """
+    """Yield an empty folder that is renamed to `folder`, atomically, at the end of the block."""
+    # An existing folder with a user's files in it is not replaced but renamed.
     if folder.exists() and unknown_files(folder):
         keep_aside(folder, "kept")
     with atomic_folder(folder) as new:
@@ -340,13 +339,11 @@ def keep_aside(folder: Path, why: str) -> Path:
 
 
 def write_manifest(folder: Path, facts: Mapping[str, object]) -> None:
-    """Sync the folder's files, then write their checksums and the facts as its manifest.
-
-    All files get the mode that the umask gives a new file: libraries write through temporary files, which only
-    their owner may read.
-    """
+    """Sync the folder's files, then write their checksums and the facts as its manifest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = folder / MANIFEST
+    # All files get the mode that the umask gives a new file: libraries write through temporary files, which only
+    # their owner may read.
     manifest.touch()
     mode = stat.S_IMODE(manifest.stat().st_mode)
     for path in files:

@@ -31,16 +31,14 @@ _Result = TypeVar("_Result")
 
 
 class _Root(nn.Module):
-    """A module whose forward is any computation on the model in it.
-
-    FSDP2's hooks run around a module's forward, but the packed runner calls body and head separately. So both run
-    inside the forward of this root.
-    """
+    """A module whose forward is any computation on the model in it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
+    # FSDP2's hooks run around a module's forward, but the packed runner calls body and head separately. So both
+    # run inside of this one, and the runners do not know about it.
     def forward(self, compute: Callable[..., _Result], *arguments: object) -> _Result:
         return compute(*arguments)
 
@@ -49,7 +47,7 @@ def shard(model: PreTrainedModel, device: torch.device) -> nn.Module:
     """Shard the model over all ranks, in place, and move it to the device. Return the root module.
 
     Each decoder layer is a unit, and the rest of the model another. `root(compute, *arguments)` runs
-    `compute(*arguments)` with whole weights. Gradients are summed over the ranks, not averaged.
+    `compute(*arguments)` with whole weights.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     root = _Root(model)
@@ -57,21 +55,20 @@ def shard(model: PreTrainedModel, device: torch.device) -> nn.Module:
     for unit in [*units, root]:
         fully_shard(unit, mesh=mesh)
         assert isinstance(unit, FSDPModule)
+        # Summed, not averaged: each rank has divided by the target tokens of the whole batch.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     return root
 
 
 def whole_state(model: PreTrainedModel, *, keep: bool) -> dict[str, Tensor]:
-    """Return the whole state of a sharded model on the CPU; {} without `keep`. All ranks must call it together.
-
-    Tied weights are one tensor. A model with adapters gives only its trained weights.
-    """
+    """Return the whole state of a sharded model on the CPU; {} without `keep`. All ranks must call it together."""
     state: dict[str, Tensor] = {}
     whole: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if hasattr(model, "peft_config") and not tensor.requires_grad:
-            continue
+            continue  # an adapter is saved without its base
+        # Tied weights are gathered once, and stay one tensor.
         if id(tensor) not in whole:
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             whole[id(tensor)] = full.detach().cpu() if keep else torch.empty(0)
@@ -116,10 +113,7 @@ class Board:
 
 
 class Watch:
-    """A thread that waits for other processes to exit. processes: rank to process id.
-
-    Needed because gloo fails with a trace that names no rank, and NCCL hangs.
-    """
+    """A thread that waits for other processes to exit. processes: rank to process id."""
 
     def __init__(self, processes: dict[int, int], board: Board | None = None) -> None:
         self._board = board
@@ -130,6 +124,7 @@ class Watch:
         self._lost: str | None = None
         self._died, self._over = threading.Event(), threading.Event()
         self._wakes, self._wake = os.pipe()
+        # Without it, nothing says which rank died: gloo fails with a trace that names none, and NCCL hangs.
         self._thread = threading.Thread(target=self._wait, daemon=True)
         self._thread.start()
 
@@ -161,10 +156,7 @@ class Watch:
 
     @contextmanager
     def termination_explained(self) -> Iterator[None]:
-        """Turn a SIGTERM within the block into a TrainingError, if a dead process caused it. Names the process.
-
-        torchrun stops the other ranks with SIGTERM. The loop has its own handler.
-        """
+        """Turn a SIGTERM within the block into a TrainingError, if a dead process caused it. Names the process."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -177,6 +169,7 @@ class Watch:
                 raise TrainingError(lost)
             signal.raise_signal(number)
 
+        # torchrun stops the other ranks with SIGTERM. The loop replaces this handler with its own.
         signal.signal(signal.SIGTERM, explain)
         try:
             yield
@@ -216,9 +209,10 @@ class Watch:
             return
         self._lost = describe(rank, process, code)
         self._died.set()
+        # The main thread may hang in a collective with the dead rank, which no exception can end.
         if code is not None and not self._over.wait(_GRACE_SECONDS):
             print_error_line(f"error on rank {os.environ['RANK']}: {self._lost}")
-            os._exit(TrainingError.exit_code)  # the main thread hangs in a collective with the dead rank
+            os._exit(TrainingError.exit_code)
 
 
 def _is_connection_error(error: Exception) -> bool:
@@ -288,14 +282,12 @@ class Distributed:
     def local_micro_batches(
         self, rows: Sequence[Example], batching: Batching, max_tokens: int
     ) -> list[list[Example]]:
-        """Return this rank's micro-batches of the rows. Every rank computes the same partition.
-
-        Sharded, all ranks get the same number, since each takes part in gathering every layer. Ranks with fewer
-        micro-batches get dummy ones, whose loss and gradient are zero.
-        """
+        """Return this rank's micro-batches of the rows. Sharded, all ranks get the same number."""
         if self.count == 1:
             return list(batching.split(rows, max_tokens))
         shares = [list(batching.split(share, max_tokens)) for share in partition_by_tokens(rows, self.count)]
+        # Sharded, each rank takes part in gathering every layer, for every micro-batch of any rank. Those with
+        # fewer compute a dummy token, whose loss and gradient are zero.
         most = max(map(len, shares)) if self.sharded else 0
         own = shares[self.rank]
         return own + [[EMPTY_EXAMPLE]] * (most - len(own))
@@ -320,13 +312,15 @@ class Distributed:
         return whole_state(model, keep=self.is_first) if self.sharded else None
 
     def sum_gradients(self, model: PreTrainedModel) -> None:
-        """All-reduce the gradients. A rank without rows adds zeros."""
+        """All-reduce the gradients."""
         if self.count == 1 or self.sharded:  # FSDP2 reduces them during backward
             return
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # A rank without rows has no gradients, and must add zeros: the others wait for it.
         for parameter in trainable:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        # In buckets: few calls for the many small gradients of adapters, and copies of a limited size.
         for bucket in _buckets([parameter.grad for parameter in trainable if parameter.grad is not None]):
             together = torch.cat([gradient.flatten() for gradient in bucket])
             dist.all_reduce(together)

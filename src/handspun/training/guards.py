@@ -35,7 +35,8 @@ def row_ids(batch: Sequence[Example]) -> list[tuple[str, int]]:
 
 
 def is_finite(loss: float, grad_norm: float) -> bool:
-    """Return whether both are finite. All ranks have the same two numbers, so they agree."""
+    """Return whether both are finite."""
+    # All ranks have the same two numbers, so they agree.
     return math.isfinite(loss) and math.isfinite(grad_norm)
 
 
@@ -92,9 +93,7 @@ def spike_in(
 ) -> Spike | None:
     """Return a Spike if the loss is far above the last `WINDOW` losses, else None (also while there are too few).
 
-    The limit is median + 15 times the median absolute deviation: Hampel's rule with a wide margin, since losses of
-    small batches have a long upper tail. It is at least 0.5 above the median: late in training, losses are small
-    and easily multiples of each other. An earlier spike moves neither statistic by much.
+    The limit is median + 15 times the median absolute deviation, and at least 0.5 above the median.
 
     Args:
         losses: the losses of earlier steps, oldest first.
@@ -106,8 +105,11 @@ def spike_in(
     recent = losses[-WINDOW:]
     if len(recent) < _MIN_LOSSES:
         return None
+    # Hampel's rule: an earlier spike moves neither median by much. The margin is wide, since losses of small
+    # batches have a long upper tail.
     usual = median(recent)
     deviation = median(abs(earlier - usual) for earlier in recent)
+    # Late in training, losses are small, and easily multiples of each other: hence the least excess.
     limit = usual + max(_FACTOR * deviation, _MIN_EXCESS)
     return Spike(step, epoch, loss, usual, limit, batch) if loss > limit else None
 
@@ -126,9 +128,10 @@ class OutOfMemory:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the error means out of memory: Python's, a GPU's, or PyTorch's on a CPU (a RuntimeError)."""
+    """Return whether the error means out of memory: Python's, a GPU's, or PyTorch's on a CPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
+    # PyTorch's allocator for CPUs raises a RuntimeError without a class of its own.
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
@@ -149,8 +152,6 @@ def raise_if_unsplittable(
 ) -> None:
     """Raise TrainingError if the micro-batch that did not fit is a single row, or if there are several processes.
 
-    Other ranks wait for this one's gradient, and cannot know that it starts the step again.
-
     Args:
         micro_batch: the rows that did not fit.
         step: number of the step, for the message.
@@ -158,6 +159,7 @@ def raise_if_unsplittable(
         processes: number of ranks.
     """
     tokens = sum(len(example) for example in micro_batch)
+    # Other ranks wait for this one's gradient, and cannot know that it starts the step again.
     if len(micro_batch) > 1 and processes == 1:
         return
     if len(micro_batch) > 1:

@@ -145,11 +145,9 @@ class Loop:
         return bool(self.held_out) and (step % self.steps_per_epoch == 0 or bool(every and step % every == 0))
 
     def ends_step(self, event: Event) -> bool:
-        """Return whether the event is the last of its step, so the run can stop and resume here.
-
-        A step is complete only after its evaluation and the end of its epoch. Saving or stopping only then means a
-        position is just a step number.
-        """
+        """Return whether the event is the last of its step, so the run can stop and resume here."""
+        # A step is complete only after its evaluation and the end of its epoch. Saving or stopping only then means
+        # a position is just a step number.
         # Resuming after a fatal skipped step would silently pass over it.
         if isinstance(event, Spike | OutOfMemory) or (
             isinstance(event, SkippedStep) and is_fatal(event, self.config)
@@ -277,5 +275,6 @@ def _evaluation(loop: Loop, state: TrainingState, epoch: int) -> Evaluation:
 
 
 def _seed_dropout(config: TrainConfig, *, step: int, rank: int) -> None:
-    """Seed dropout from the step, so a resumed run drops the same values without a saved random state."""
+    """Seed dropout from the step."""
+    # So a resumed run drops the same values without a saved random state.
     torch.manual_seed(((config.seed * 1_000_003 + step) * 1_009 + rank) % 2**63)

@@ -46,12 +46,13 @@ def available_memory(device: torch.device) -> AvailableMemory | None:
 def room_here(*, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> AvailableMemory | None:
     """Return the least of the machine's free memory and the room under the limits of this process's cgroups.
 
-    Checks cgroups of versions 1 and 2, and their parents. Memory that the process already holds counts as
-    available, and so do cached files; swap does not. Returns None if the system does not tell (other than Linux).
+    Checks cgroups of versions 1 and 2, and their parents. Returns None if the system does not tell (other than
+    Linux).
     """
     meminfo = _numbers(proc / "meminfo")
     if "MemAvailable" not in meminfo:
         return None
+    # What the process already holds counts as available, and so do cached files; swap does not.
     own = _numbers(proc / "self" / "status").get("RssAnon", 0) * 1024
     free = [AvailableMemory(meminfo["MemAvailable"] * 1024 + own, "free memory of this machine")]
     for folder in _memory_cgroups(proc, cgroups):
@@ -62,10 +63,7 @@ def room_here(*, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgrou
 
 
 def _memory_cgroups(proc: Path, cgroups: Path) -> Iterator[Path]:
-    """Yield the folders of the memory cgroups that this process belongs to.
-
-    In a container, the named folder may exist only outside of it. Its own cgroup is then the topmost folder.
-    """
+    """Yield the folders of the memory cgroups that this process belongs to."""
     try:
         lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -75,15 +73,17 @@ def _memory_cgroups(proc: Path, cgroups: Path) -> Iterator[Path]:
         if controllers and "memory" not in controllers.split(","):
             continue
         top = cgroups / "memory" if controllers else cgroups
+        # In a container, the named folder may exist only outside of it. Its own cgroup is then the topmost folder.
         folder = top / place.strip("/")
         yield from (group for group in (folder, *folder.parents) if group.is_relative_to(top))
 
 
 def _cgroup_limit(group: Path) -> tuple[int, int] | None:
-    """Return (limit, available bytes below it) of a cgroup; None without a limit. Cached files count."""
+    """Return (limit, available bytes below it) of a cgroup; None without a limit."""
     limit = _number(group / "memory.max", group / "memory.limit_in_bytes")
     used = _number(group / "memory.current", group / "memory.usage_in_bytes")
-    if limit is None or used is None or limit > 2**60:  # version 1 writes "no limit" as nearly 2**63
+    # Version 1 writes "no limit" as nearly 2**63.
+    if limit is None or used is None or limit > 2**60:
         return None
     held = _numbers(group / "memory.stat")
     files = [held.get(f"total_{kind}", held.get(kind, 0)) for kind in ("inactive_file", "active_file")]
@@ -110,11 +110,11 @@ def _numbers(path: Path) -> dict[str, int]:
 
 
 _FLOAT = 4
+# Heap that a micro-batch takes, relative to its tensors. Batches of different lengths leave holes: alternating 600
+# and 960 tokens took 1.1 at first, 1.35 in the end.
 _FRAGMENTATION = 1.25
-"""Heap that a micro-batch takes, relative to its tensors. Batches of different lengths leave holes: alternating
-600 and 960 tokens took 1.1 at first, 1.35 in the end."""
+# Measured bytes of Python, PyTorch, transformers, and a tokenizer.
 _BASELINE_BYTES = 570 * 10**6
-"""Measured bytes of Python, PyTorch, transformers, and a tokenizer."""
 _STATES = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2 + 4 / BLOCK}
 """Bytes of AdamW's states per trained weight."""
 
@@ -131,6 +131,8 @@ def predicted_peak(
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     held = weights + _STATES[config.optimizer_states] * sum(trained)
     gradients = _FLOAT * sum(trained)
+    # The peak is the largest sum of what is held at one moment. Packed, the gradients of embedding and head are
+    # made before all others; from the second micro-batch on, all are there.
     first = 0
     if batching.kind == "packed":
         first = _FLOAT * sum(table.numel() for table in _embedding_and_head(model) if table.requires_grad)
@@ -140,7 +142,8 @@ def predicted_peak(
             activations = _activation_bytes(batching.computed_tokens(micro_batch), model, config)
             kept = _FRAGMENTATION * activations + _logits_bytes(micro_batch, model, batching)
             forward = max(forward, kept + (gradients if before else first))
-    if resolve_device(config.device).type == "cuda":  # Python and the files read are not in GPU memory
+    # Python and the files read are not in GPU memory.
+    if resolve_device(config.device).type == "cuda":
         return int(held + max(forward, gradients))
     return int(_BASELINE_BYTES + max(_loading_bytes(model), held + max(forward, gradients)))
 
@@ -152,17 +155,16 @@ def weights_of(model: PreTrainedModel) -> list[Tensor]:
 
 
 def _embedding_and_head(model: PreTrainedModel) -> list[Tensor]:
-    """Return the embedding and head (once if tied). Their gradients exist before all others."""
+    """Return the embedding and head, once if tied."""
     embedding: Any = model.get_input_embeddings().weight
     head: Any = model.get_output_embeddings().weight
     return [embedding] if embedding is head else [embedding, head]
 
 
 def _loading_bytes(model: PreTrainedModel) -> int:
-    """Return the peak bytes while loading.
-
-    The file, usually bfloat16, stays mapped while its weights are converted. int8 layers are made from float ones.
-    """
+    """Return the peak bytes while loading."""
+    # The file, usually bfloat16, stays mapped while its weights are converted. int8 layers are made from float
+    # ones.
     return sum(weight.numel() for weight in weights_of(model)) * (_FLOAT + 2)
 
 
@@ -180,21 +182,19 @@ def _activation_bytes(tokens: int, model: PreTrainedModel, config: TrainConfig) 
 
 
 def _activation_bytes_for(dtype: str, tokens: int, model: PreTrainedModel, config: TrainConfig) -> int:
-    """Return `_activation_bytes` for one type of matmuls.
-
-    A layer keeps the inputs and outputs of its norms, queries, keys, values, the attention's output, and four
-    arrays between the gate, up, and down projections. With bfloat16 matmuls these four are half as large, but the
-    inputs and weights of linear layers exist twice. Counted with saved-tensor hooks; tests/training/test_memory.py
-    counts again.
-    """
+    """Return `_activation_bytes` for one type of matmuls."""
     text = model.config.get_text_config()
     hidden, heads, layers = int(text.hidden_size), int(text.num_attention_heads), int(text.num_hidden_layers)
     head_size = int(getattr(text, "head_dim", None) or hidden // heads)
     keys = head_size * (getattr(text, "num_key_value_heads", None) or heads)
     compute_bytes = 2 if dtype == "bfloat16" else _FLOAT
+    # Counted with saved-tensor hooks; tests/training/test_memory.py counts again. A layer keeps the inputs and
+    # outputs of its norms, queries, keys, values, the attention's output, and four arrays between the gate, up,
+    # and down projections.
     values = (4 if config.lora else 6) * hidden + 3 * heads * head_size + 5 * keys
     inputs = 4 * int(text.intermediate_size) + (7 * config.lora_rank if config.lora else 0)
     in_a_layer = tokens * (_FLOAT * values + compute_bytes * inputs)
+    # With bfloat16 matmuls the four are half as large, but the inputs and weights of linear layers exist twice.
     if dtype == "bfloat16":
         in_a_layer += 4 * tokens * hidden + 2 * _linear_weights(model) // layers
     if config.activation_checkpointing:
@@ -209,15 +209,13 @@ def _linear_weights(model: PreTrainedModel) -> int:
 
 
 def _logits_bytes(micro_batch: Sequence[Example], model: PreTrainedModel, batching: Batching) -> int:
-    """Return the bytes of a micro-batch's logits.
-
-    Packed: one chunk. Padded: the logits and their gradient where some row has a target, and the logits, softmax,
-    and gradient of the target tokens.
-    """
+    """Return the bytes of a micro-batch's logits."""
     vocabulary = model.config.get_text_config().vocab_size
     learned_tokens = sum(example.learned_tokens for example in micro_batch)
     if batching.kind == "packed":
         return int(min(_FLOAT * learned_tokens * vocabulary, LOGITS_CHUNK_BYTES))
+    # The logits and their gradient where some row has a target, and the logits, softmax, and gradient of the
+    # target tokens.
     positions = {i for example in micro_batch for i, is_learned in enumerate(example.loss_mask) if is_learned}
     return int(_FLOAT * (2 * len(micro_batch) * len(positions) + 3 * learned_tokens) * vocabulary)
 
@@ -252,7 +250,7 @@ def make_plan(model: PreTrainedModel, examples: Sequence[Example], config: Train
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
     def optimizer_batches() -> Iterator[list[Example]]:
-        """Return the batches again: keeping them would hold all examples as lists in memory."""
+        # They are made twice: kept, they would hold all examples as lists in memory.
         return batches(examples, order, config.batch_size)
 
     computed = [
@@ -283,23 +281,22 @@ def _checkpoint_size(parameters: int, trainable: int, config: TrainConfig) -> in
 
 
 def _training_state_size(trainable: int, config: TrainConfig) -> int:
-    """Return the bytes of optimizer states, plus the weights if the model file cannot be linked."""
+    """Return the bytes of optimizer states, plus those of the weights if need be."""
+    # The model file of a full float32 checkpoint holds the very weights, and is linked.
     links = not config.lora and config.save_dtype == "float32"
     return trainable * ({"float32": 8, "bfloat16": 4, "8bit": 2}[config.optimizer_states] + (0 if links else 4))
 
 
 def disk_at_most(plan: Plan, config: TrainConfig) -> int:
-    """Return the most bytes that a run's checkpoints can take.
-
-    Counts one per epoch, the best one, those to resume from, and one more while it is written.
-    """
+    """Return the most bytes that a run's checkpoints can take."""
+    # One per epoch, the best one, those to resume from, and one more while it is written.
     resuming = (plan.checkpoint_size + plan.training_state_size) * (config.keep_last + 1)
     return plan.checkpoint_size * (config.num_epochs + 1) + resuming
 
 
+# Relative error of predictions (docs/results.md). A run is rejected if not even four fifths of its predicted peak
+# fit, and doubtful if six fifths do not.
 _MARGIN = 0.2
-"""Relative error of predictions (docs/results.md). A run is rejected if not even four fifths of its predicted peak
-fit, and doubtful if six fifths do not."""
 
 _HEAVIEST_BATCHES = 16
 

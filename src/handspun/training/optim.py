@@ -22,8 +22,7 @@ _DROPPED_MANTISSA_BITS = {torch.bfloat16: (16, 16), torch.uint8: (20, 19)}
 class LowBitAdamW(torch.optim.Optimizer):
     """torch.optim.AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) with states in bfloat16 or 8 bits.
 
-    An 8-bit code is a float32's upper bits minus those of its block's largest value, so coding is a shift. States
-    are rounded stochastically: a step changes the second moment by less than a step of the code.
+    An 8-bit code is a float32's upper bits minus those of its block's largest value, so coding is a shift.
     """
 
     # Not torchao's low-bit AdamW: it compiles a kernel per shape (19 s for the first matrix) and needs a C++
@@ -60,7 +59,9 @@ class LowBitAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
         """Update all parameters that have a gradient."""
-        # All pieces share the same noise: rounding only has to keep each value's mean.
+        # States are rounded stochastically: a step changes the second moment by less than a step of the code,
+        # which rounding to nearest would lose. All pieces share the noise: rounding only has to keep each value's
+        # mean.
         noise: dict[torch.device, list[Tensor]] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -125,9 +126,6 @@ def _write(state: dict[str, Any], name: str, rows: slice, values: Tensor, noise:
 def encode(values: Tensor, noise: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     """Return (codes, uint8, (rows, block); the upper bits that code 0 stands for, int16, (rows, 1)).
 
-    A code is the value's upper float32 bits minus the block's lowest, so coding is a shift. Values below 2**-16 of
-    the block's largest become code 0.
-
     Args:
         values: (rows, block), float32; overwritten.
         noise: random integers as wide as the dropped bits, for stochastic rounding.
@@ -137,6 +135,7 @@ def encode(values: Tensor, noise: Tensor, *, signed: bool) -> tuple[Tensor, Tens
     sign = (bits >> 24).bitwise_and_(128) if signed else None
     dropped, codes = (20, 128) if signed else (19, 256)
     upper = bits.bitwise_and_(2**31 - 1).add_(noise).bitwise_right_shift_(dropped)
+    # Seven or eight bits reach down from the block's largest value: what is below 2**-16 of it becomes code 0.
     lowest = (upper.amax(1, keepdim=True) - (codes - 1)).clamp_(min=0)
     code = upper.sub_(lowest).clamp_(min=0)
     if sign is not None:
@@ -145,11 +144,9 @@ def encode(values: Tensor, noise: Tensor, *, signed: bool) -> tuple[Tensor, Tens
 
 
 def decode(codes: Tensor, lowest: Tensor, *, signed: bool) -> Tensor:
-    """Return the float32 values, (rows, block), of codes.
-
-    Signed code 0 is zero. Unsigned code 0 is the block's lowest value: a denominator must not be too small.
-    """
+    """Return the float32 values, (rows, block), of codes. Signed code 0 is zero."""
     code = codes.to(torch.int32)
+    # Unsigned code 0 is the block's lowest value, not zero: a denominator must not be too small.
     if not signed:
         return code.add_(lowest).bitwise_left_shift_(19).view(torch.float32)
     magnitude = code & 127
@@ -158,17 +155,15 @@ def decode(codes: Tensor, lowest: Tensor, *, signed: bool) -> Tensor:
 
 
 def lr_at(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Return the learning rate of optimizer step `step` (0 to total_steps - 1).
-
-    Warm-up rises linearly and reaches the peak at its last step. The schedule then falls, and would reach zero one
-    step after the last, so no step is wasted.
-    """
+    """Return the learning rate of optimizer step `step` (0 to total_steps - 1)."""
     peak = config.peak_learning_rate
     warmup_steps = math.ceil(total_steps * config.warmup_ratio)
+    # The first step is above zero, and the last one of the warm-up has the peak: no step is wasted.
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if config.lr_schedule == "constant":
         return peak
+    # It would reach zero one step after the last.
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     if config.lr_schedule == "linear":
         return peak * (1 - progress)
@@ -176,11 +171,9 @@ def lr_at(step: int, total_steps: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) over the trainable weights.
-
-    Weight decay applies to matrices only, not to biases and norms, as in GPT-2's training and its successors.
-    """
+    """Return AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) over the trainable weights."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Weight decay applies to matrices only, not to biases and norms, as in GPT-2's training and its successors.
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
