@@ -25,8 +25,7 @@ def block_of(width: int) -> int:
 def hadamard(x: Tensor) -> Tensor:
     """Return the Hadamard transform, not normalized, of each block of each row. x: (rows, width), float32.
 
-    The values of a block are width / block apart. Results are bit-identical with and without native kernels, and
-    in any position of a row in the batch.
+    Results are bit-identical with and without native kernels, and in any position of a row in the batch.
     """
     library = native.kernels() if x.device.type == "cpu" else None
     return native.hadamard(library, x) if library else fwht_torch(x)
@@ -35,6 +34,7 @@ def hadamard(x: Tensor) -> Tensor:
 def fwht_torch(x: Tensor) -> Tensor:
     """Compute `hadamard` in PyTorch, by the fast Walsh-Hadamard transform: log2(block) passes of sums."""
     width = x.shape[1]
+    # The values of a block are width / block apart: so each pass reads and writes whole stretches of memory.
     distance = width // block_of(width)
     while distance < width:
         low, high = x.reshape(len(x), -1, 2, distance).unbind(2)
@@ -130,7 +130,8 @@ class PackedInt8:
         if self._in_halves:
             low = rows >> 1
             rows, pieces = torch.cat([low, rows - low]), 2
-        exact = [  # each summand fits in float32
+        # Each summand fits in float32; their sum is rounded once.
+        exact = [
             sums
             for part, columns in zip(self._parts, rows.split(self._columns, dim=1), strict=True)
             for sums in self._qlinear(columns.contiguous(), part, self._ones).view(pieces, count, -1)
@@ -156,6 +157,8 @@ def packed_int8(weight: Tensor) -> PackedInt8:
 
     Raises RuntimeError, AttributeError, or NotImplementedError if this PyTorch supports none.
     """
+    # Fastest first. Without VNNI, pairs of whole bytes saturate in 16 bits; with AMX, sums are rounded beyond
+    # 2**24.
     at_once = _qlinear_is_exact(in_halves=False, at_once=True)
     whole = at_once or _qlinear_is_exact(in_halves=False, at_once=False)
     return PackedInt8(weight, in_halves=not whole, at_once=at_once)
@@ -188,7 +191,8 @@ def _qlinear_is_exact(*, in_halves: bool, at_once: bool) -> bool:
 def int_mm(rows: Tensor, matrix: Tensor) -> Tensor:
     """Return rows @ matrix as exact int32 sums. rows: (count, in), int8. matrix: (in, out), int8."""
     count = len(rows)
-    if rows.is_cuda and count < 17:  # CUDA's matmul needs at least 17 rows
+    # CUDA's matmul needs at least 17 rows.
+    if rows.is_cuda and count < 17:
         rows = nn.functional.pad(rows, (0, 0, 0, 17 - count))
     # oneDNN returns 0 for a matrix with one row.
     if rows.device.type == "cpu" and (len(matrix) == 1 or not has_fast_int_mm()):
@@ -206,7 +210,8 @@ def has_fast_int_mm() -> bool:
 
 def _int_mm_in_float(rows: Tensor, matrix: Tensor) -> Tensor:
     sums = torch.zeros(len(rows), matrix.shape[1], dtype=torch.int32)
-    with torch.autocast("cpu", enabled=False):  # bfloat16 holds integers only up to 256
+    # Under autocast it would be bfloat16, which holds integers only up to 256.
+    with torch.autocast("cpu", enabled=False):
         for some, part in zip(rows.split(_COLUMNS, dim=1), matrix.split(_COLUMNS), strict=True):
             sums += (some.float() @ part.float()).int()
     return sums

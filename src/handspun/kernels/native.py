@@ -25,8 +25,8 @@ from handspun.kernels.cpu import cpu_flags, cpu_model
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _COMPILERS = ("cc", "gcc", "clang")
 _COMPILE_SECONDS = 120
+# Seconds before a failed compiler is tried again: each start would otherwise wait for it to fail.
 _RETRY_AFTER = 24 * 3600
-"""Seconds before a failed compiler is tried again: each start would otherwise wait for it to fail."""
 
 
 class LibraryError(Exception):
@@ -67,6 +67,7 @@ def _compiler() -> list[str]:
 
 def _own_folder() -> Path:
     """Return the folder of libraries; create it if needed. Raises LibraryError if others can write to it."""
+    # A library that another user could write would run as this one.
     folder = cache_folder().absolute() / "native"
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -169,6 +170,7 @@ def _write(content: bytes, file: Path) -> None:
 
 
 _SOURCE = Path(__file__).with_name("kernels.c")
+# No contraction to fused multiply-adds: sums are rounded where PyTorch rounds them, and equal its own to the bit.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
 _NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
 _HEAD_SIZES = {32, 64, 96, 128}
@@ -284,7 +286,8 @@ def gate_quantize(library: Any, gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def can_multiply() -> bool:
-    """Return whether the native matmuls are available and the fastest: with AMX, oneDNN's are faster."""
+    """Return whether the native matmuls are available and the fastest."""
+    # With AMX, oneDNN's are faster.
     return kernels() is not None and "amx_int8" not in cpu_flags()
 
 

@@ -11,19 +11,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def without_cudnn() -> AbstractContextManager[None]:
-    """Exclude cuDNN's attention within the block.
-
-    PyTorch picks it for bfloat16 with a mask on a GPU, but it is planned again for every shape, which takes 25 ms
-    forward and 25 ms backward on an H100.
-    """
+    """Exclude cuDNN's attention within the block."""
+    # PyTorch picks it for bfloat16 with a mask on a GPU, but it is planned again for every shape, which takes 25
+    # ms forward and 25 ms backward on an H100.
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def limit_primitive_cache() -> None:
-    """Limit the caches of compiled oneDNN kernels. Call it before the first matmul.
-
-    oneDNN keeps 1,024 kernels, and PyTorch as many again, but each packed batch needs a dozen new ones.
-    """
+    """Limit the caches of compiled oneDNN kernels. Call it before the first matmul."""
+    # oneDNN keeps 1,024 kernels, and PyTorch as many again, but each packed batch needs a dozen new ones.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
 
@@ -55,11 +51,9 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_padded_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return the same as `matmul`, computed with a rounded-up number of rows.
-
-    oneDNN compiles a kernel, in milliseconds, for each number of rows, and decoding has many.
-    """
+    """Return the same as `matmul`, computed with a rounded-up number of rows."""
     count = len(x)
+    # oneDNN compiles a kernel, in milliseconds, for each number of rows, and decoding has many.
     if _uses_onednn(weight) and (more := rounded_up(count) - count):
         x = F.pad(x, (0, 0, 0, more))
     return matmul(x, weight, bias)[:count]

@@ -14,12 +14,12 @@ from handspun.kernels import native
 _TILE = 64
 """Channels per tile, and columns that the transposed matmul computes at a time: TILE in kernels.c."""
 
+# Channels summed at a time, which bounds the memory of int32 copies: an embedding has 150,000.
 _ROWS_AT_ONCE = 8192
-"""Channels summed at a time, which bounds the memory of int32 copies: an embedding has 150,000."""
 
 
 def can_tile(weight: Tensor) -> bool:
-    """Return whether native kernels support the int8 matrix, (out, in), and are fastest (with AMX, oneDNN is)."""
+    """Return whether native kernels support the int8 matrix, (out, in), and are the fastest."""
     is_int8 = weight.dtype == torch.int8 and weight.device.type == "cpu"
     return is_int8 and not any(size % 4 for size in weight.shape) and native.can_multiply()
 

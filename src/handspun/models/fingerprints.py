@@ -61,8 +61,9 @@ def _file_fingerprints(source: ModelSource) -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=64)
-def _sha256_of(path: Path, version: tuple[int, int]) -> str:  # noqa: ARG001  (part of the cache's key)
-    """Return the file's checksum, cached per process. version: size and modification time, so changes count."""
+def _sha256_of(path: Path, version: tuple[int, int]) -> str:  # noqa: ARG001
+    """Return the file's checksum, cached per process. version: size and modification time."""
+    # The version is part of the cache's key, so a changed file is read again.
     return sha256_of(path)
 
 

@@ -64,8 +64,7 @@ class FloatProduct:
 class Int8Product:
     """An `InferenceLinear` in int8, with one scale per output channel and one per token.
 
-    On a CPU, the matrix is laid out once: for the native kernel, or without it for oneDNN's matmul. Both take
-    unsigned rows and give the same sums. Native kernels transform and round the rows too.
+    On a CPU, the native kernel or oneDNN's matmul takes unsigned rows; both give the same sums.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, is_embedding: bool = False) -> None:
@@ -107,6 +106,7 @@ class Int8Matrix:
         """Lay out the matrix. weight: (out, in), int8. keeps_rows: `rows` will be called."""
         self._tiles = TiledInt8Weight(weight) if can_tile(weight) else None
         self._packed = _packed(weight) if self._tiles is None and weight.device.type == "cpu" else None
+        # One copy of the matrix: an embedding's rows are read from the tiles too.
         is_kept = self._tiles is None and (self._packed is None or keeps_rows)
         self._weight = weight if is_kept else weight[:0].clone()
 
@@ -223,13 +223,14 @@ def fusing_unsupported_reason(config: PretrainedConfig) -> str | None:
     return None
 
 
-@torch.inference_mode(False)  # the model's weights stay tensors that can be trained
+# The model's weights stay tensors that can be trained, whatever mode the caller is in.
+@torch.inference_mode(False)
 @torch.no_grad()
 def fused_weights(model: PreTrainedModel, *, int8: bool = False) -> FusedWeights:
     """Return the model's weights laid out for decoding. LoRA adapters (peft's) are merged into copies.
 
-    In float, the layers' own weights become views of the fused ones, so nothing is stored twice. With int8, layers
-    are quantized one after another, and their float weights are moved to the meta device.
+    In float, the layers' own weights become views of the fused ones. With int8, their float weights are moved to
+    the meta device.
     """
     wrapped: Any = model
     base = wrapped.get_base_model() if hasattr(model, "peft_config") else wrapped
@@ -289,7 +290,8 @@ def _fused_int8(linears: Sequence[Any]) -> InferenceLinear:
     weight = torch.cat([merged_weight(linear) for linear in linears])
     matmul = Int8Product(weight, _fused_bias(linears), is_embedding=isinstance(linears[0], nn.Embedding))
     for linear in linears:
-        linear.to("meta")  # free the float weights
+        # Layer by layer, so that the model is never held twice.
+        linear.to("meta")
     return matmul
 
 
@@ -307,6 +309,7 @@ def _fused_bias(linears: Sequence[Any]) -> Tensor | None:
 
 def unfuse_weights(model: PreTrainedModel) -> None:
     """Give each weight its own memory again, after `fused_weights` made it a view of a fused one."""
+    # So a run makes the same steps with and without answers before training.
     for weight in model.parameters():
         if weight.untyped_storage().nbytes() != weight.nbytes:
             weight.data = weight.detach().clone()
@@ -315,6 +318,7 @@ def unfuse_weights(model: PreTrainedModel) -> None:
 def _fuse_in_place(weights: Sequence[nn.Parameter]) -> Tensor:
     """Concatenate the weights' rows into one matrix, and turn the weights into views of it."""
     first, rows = weights[0].detach(), sum(len(weight) for weight in weights)
+    # Weights that lie one after another, as after an earlier call, are not copied again.
     end, apart = first.data_ptr(), False
     for weight in weights:
         apart = apart or weight.data_ptr() != end or not weight.is_contiguous()

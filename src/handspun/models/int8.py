@@ -25,16 +25,16 @@ from handspun.kernels import native
 from handspun.kernels.int8_matmul import block_of, hadamard, has_fast_int_mm, int_mm, is_exact
 from handspun.kernels.tiles import TiledInt8Weight, can_tile
 
-_SMALLEST_SCALE = 1e-12  # rows of zeros
-_CHANNELS_AT_ONCE = 8192  # bounds the memory of float copies: an embedding has 150,000
+# A row of zeros must not divide by zero.
+_SMALLEST_SCALE = 1e-12
+# Bounds the memory of float copies: an embedding has 150,000 channels.
+_CHANNELS_AT_ONCE = 8192
 
 
 def quantize_base(model: PreTrainedModel) -> None:
-    """Replace the linear layers under a model's LoRA adapters (peft's) with int8 layers, one at a time.
-
-    Embedding and head stay float: a row of a softmax's gradient is one large value and thousands of small ones,
-    which one scale per row would lose.
-    """
+    """Replace the linear layers under a model's LoRA adapters (peft's) with int8 layers, one at a time."""
+    # Embedding and head, which have no adapters, stay float: a row of a softmax's gradient is one large value and
+    # thousands of small ones, which one scale per row would lose.
     for module in model.modules():
         if isinstance(module, LoraLayer) and isinstance(module.base_layer, nn.Linear):
             module.base_layer = int8_linear(module.base_layer)
@@ -132,7 +132,8 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.tiles = TiledInt8Weight(weight) if can_tile(weight) else None
-        self.weight = nn.Buffer(weight if self.tiles is None else weight[:0].clone())  # one of the two holds it
+        # One of the two holds the matrix: there is no second copy.
+        self.weight = nn.Buffer(weight if self.tiles is None else weight[:0].clone())
         self.scale = nn.Buffer(scale)
         self.bias = None if bias is None else nn.Buffer(bias)
         self.quantize_activations = True
@@ -169,6 +170,7 @@ class Int8Linear(nn.Module):
         if self.tiles is not None:
             in_bytes = native.scale_quantize(native.kernels(), grad.float(), self.scale)
             return hadamard(self.transposed_matmul_of_bytes(*in_bytes))
+        # The channels' scales go into the gradient before it is rounded: what is summed must have one scale.
         rows, row_scale = quantize_rows(grad.float() * self.scale)
         return hadamard(self.transposed_matmul_of_bytes(bytes_of(rows), row_scale))
 
@@ -181,11 +183,9 @@ class Int8Linear(nn.Module):
 
 @contextmanager
 def float_activations(model: nn.Module) -> Iterator[None]:
-    """Leave the inputs of int8 layers unquantized within the block, which is slow.
-
-    Two ways to compute the same can only be compared like this: with rounded activations, another order of
-    summation now and then changes an integer, and after some layers all of them.
-    """
+    """Leave the inputs of int8 layers unquantized within the block, which is slow."""
+    # Two ways to compute the same can only be compared like this: with rounded activations, another order of
+    # summation now and then changes an integer, and after some layers all of them.
     layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
     for layer in layers:
         layer.quantize_activations = False

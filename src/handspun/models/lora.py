@@ -36,14 +36,11 @@ class FrozenLayer(Protocol):
 
 
 class LoraLinear(Linear):  # type: ignore[misc]  # peft has no types
-    """peft's layer, with a single active adapter without dropout computed as one operation.
-
-    The adapter's matmul is added in place to the frozen layer's, and so are their gradients: peft's own layer
-    makes three arrays of the output's size. Everything else is left to peft.
-    """
+    """peft's layer, with a single active adapter without dropout computed as one operation."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return (..., out). x: (..., in)."""
+        # Everything but the plain case is left to peft.
         adapter = self._only_adapter()
         if adapter is None or args or kwargs:
             result: Tensor = super().forward(x, *args, **kwargs)
@@ -95,6 +92,7 @@ class _LoraProduct(torch.autograd.Function):
         reduced = x @ a.t()  # (tokens, rank)
         ctx.save_for_backward(x, reduced, a, b)
         ctx.scaling, ctx.base = scaling, base
+        # Added in place, and so is the gradient below: peft's own layer makes three arrays of the output's size.
         return base.matmul(x).addmm_(reduced, b.t(), alpha=scaling)
 
     @staticmethod
@@ -146,6 +144,7 @@ def add_lora(
         target_modules="all-linear",
         trainable_token_indices=_embedding_rows(model, new_token_ids) if new_token_ids else None,
     )
+    # Experimental in peft, but its only way to use another class for its layers.
     config._register_custom_module({nn.Linear: LoraLinear})
     model.name_or_path = base_name
     with quiet():
@@ -164,19 +163,22 @@ def merge_adapter(model: PreTrainedModel, adapter: Path, *, base_name: str) -> P
     rows = embedding_rows(adapter)
     embedding: Any = model.get_input_embeddings()
     if rows and rows != embedding.weight.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)  # the new rows come from the adapter
+        # The new rows come from the adapter: no mean of the others is needed.
+        model.resize_token_embeddings(rows, mean_resizing=False)
     try:
         with quiet():
             config = LoraConfig.from_pretrained(str(adapter))
             weights = load_peft_weights(str(adapter), device="cpu")
             adapted: Any = PeftModel(model, config)
-    except Exception as error:  # peft raises anything for malformed configs
+    # peft raises anything for malformed configs.
+    except Exception as error:
         raise ModelError(f"{adapter} cannot be read as an adapter of {base_name}: {error}") from error
     _check_weights(adapted, weights, adapter, base_name)
     with quiet():
         set_peft_model_state_dict(adapted, weights)
         if not config.ensure_weight_tying and any("lora_embedding_A" in name for name in weights):
-            _untie(model)  # merged into a tied embedding, the adapter would change the head too
+            # Merged into a tied embedding, the adapter would change the head too.
+            _untie(model)
         merged: PreTrainedModel = adapted.merge_and_unload()
     return merged
 
@@ -218,7 +220,8 @@ def _untie(model: PreTrainedModel) -> None:
 def _check_weights(adapted: Any, weights: dict[str, Tensor], adapter: Path, base_name: str) -> None:
     """Raise ModelError unless the file holds exactly the weights that its config needs, in their shapes."""
     asked = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    with quiet():  # peft saves the whole embedding as well where it was resized
+    # peft saves the whole embedding as well where it was resized.
+    with quiet():
         known = get_peft_model_state_dict(adapted, save_embedding_layers=True) | asked
     there = {name: tuple(value.shape) for name, value in known.items()}
     _raise_if_any(

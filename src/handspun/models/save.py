@@ -22,10 +22,6 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
 
     The expected result is the value itself (Gupta et al. 2015, arXiv:1502.02551). Values that bfloat16 holds
     exactly stay, and finite values stay finite. generator: on the values' device.
-
-    Models come with weights that bfloat16 holds, and a short training moves most of them by less than half a step
-    of bfloat16. Rounded to nearest, they would return to their old values. Held-out loss of SmolLM2 after an epoch
-    over 1,000 rows: 1.7598 in float32, 1.7921 rounded to nearest, 1.7600 rounded stochastically.
     """
     rounded = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
     for some, into in zip(values.flatten().split(_AT_ONCE), rounded.view(-1).split(_AT_ONCE), strict=True):
@@ -60,14 +56,14 @@ def save_model(
         model: the model.
         tokenizer: its tokenizer.
         folder: an existing folder.
-        dtype: float32, or bfloat16 with stochastic rounding (the same each time). Rounding to nearest would undo
-            most of what a short training changed.
+        dtype: float32, or bfloat16 with stochastic rounding (the same each time).
         state: the weights, if not the model's own.
     """
     if hasattr(model, "peft_config"):
         with quiet():
             model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # peft's template of a model card, with nothing filled in
+        # It is peft's template of a model card, with nothing filled in.
+        (folder / "README.md").unlink(missing_ok=True)
     else:
         _save_weights(model, folder, dtype, model.state_dict() if state is None else state)
     if model.generation_config is not None:
@@ -80,15 +76,21 @@ def _save_weights(
     model: PreTrainedModel, folder: Path, dtype: torch.dtype, whole: dict[str, torch.Tensor]
 ) -> None:
     generator = torch.Generator(next(iter(whole.values())).device).manual_seed(0)
-    cast: dict[int, torch.Tensor] = {}  # tied weights are one tensor, and must stay so
+    # By address: tied weights are one tensor, and must stay so.
+    cast: dict[int, torch.Tensor] = {}
     state = {}
     for name, tensor in whole.items():
+        # Models come with weights that bfloat16 holds, and a short training moves most of them by less than half a
+        # step of bfloat16. Rounded to nearest, they would return to their old values. Held-out loss of SmolLM2
+        # after an epoch over 1,000 rows: 1.7598 in float32, 1.7921 rounded to nearest, 1.7600 rounded
+        # stochastically.
         if tensor.data_ptr() not in cast:
             rounds = dtype == torch.bfloat16 and tensor.dtype == torch.float32
             cast[tensor.data_ptr()] = round_stochastically(tensor, generator) if rounds else _cast(dtype, tensor)
         state[name] = cast[tensor.data_ptr()]
     generation_config = model.generation_config
-    model.generation_config = GenerationConfig()  # `_save_generation_config` writes the model's own
+    # `_save_generation_config` writes the model's own.
+    model.generation_config = GenerationConfig()
     try:
         with quiet():
             model.save_pretrained(folder, state_dict=state)
@@ -99,11 +101,9 @@ def _save_weights(
 
 
 def _save_generation_config(config: GenerationConfig, folder: Path) -> None:
-    """Write the generation_config as it is.
-
-    Once an eos was added, `save_pretrained` rejects configs of published models (such as a temperature without
-    do_sample): a run would fail at its first checkpoint.
-    """
+    """Write the generation_config as it is."""
+    # Once an eos was added, `save_pretrained` rejects configs of published models (such as a temperature without
+    # do_sample): a run would fail at its first checkpoint.
     config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
 
 
@@ -113,11 +113,9 @@ def _rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> 
 
 
 def _with_older_keys(saved: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
-    """Return a config.json with transformers 4's keys next to those of 5.
-
-    Older versions of vLLM, CTranslate2, and mlx-lm read them, and silently take a rope_theta of 10,000 without
-    them.
-    """
+    """Return a config.json with transformers 4's keys next to those of 5."""
+    # Older versions of vLLM, CTranslate2, and mlx-lm read them, and silently take a rope_theta of 10,000 without
+    # them.
     for name, part in saved.items():
         if name.endswith("_config") and isinstance(part, dict):  # text and vision parts
             saved[name] = _with_older_keys(part, getattr(config, name))
@@ -146,17 +144,21 @@ def _older_rope_keys(rope: dict[str, Any]) -> dict[str, Any]:
 def _portable_tokenizer_config(saved: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return a tokenizer_config.json that transformers 4 reads too, without keys about this machine."""
     config = {name: value for name, value in saved.items() if name not in _MACHINE_KEYS}
-    if config["tokenizer_class"] == "TokenizersBackend":  # version 5's name, which version 4 rejects
+    # It is version 5's name, which version 4 rejects.
+    if config["tokenizer_class"] == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     extra = config.pop("extra_special_tokens", None)
-    if isinstance(extra, list):  # version 4 expects a dict under this name, and a list under the other
+    # Version 4 expects a dict under this name, and a list under the other.
+    if isinstance(extra, list):
         config["additional_special_tokens"] = extra
     elif extra is not None:
         config["extra_special_tokens"] = extra
     encoded = tokenizer("a", verbose=False)["input_ids"]
-    if tokenizer.bos_token_id is not None:  # version 4's Llama class adds a bos token by default
+    # Version 4's Llama class adds a bos token by default.
+    if tokenizer.bos_token_id is not None:
         config["add_bos_token"] = encoded[0] == tokenizer.bos_token_id
-    template: Any = tokenizer.chat_template  # version 5 writes chat_template.jinja, which 4 reads since 4.51
+    # Version 5 writes chat_template.jinja, which 4 reads since 4.51 only.
+    template: Any = tokenizer.chat_template
     if isinstance(template, str):
         config["chat_template"] = template
     elif template:

@@ -26,7 +26,8 @@ def quiet() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():  # tqdm writes to stderr
+        # tqdm's bars go to stderr.
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -108,13 +109,15 @@ def _tokenizer_json(location: str) -> Path | None:
 
 
 def _turn_off_dropout(backend: Tokenizer) -> None:
-    """Turn off BPE dropout. It gives different ids each time: nothing could be cached, compared, or repeated."""
+    """Turn off BPE dropout."""
+    # It gives different ids each time: nothing could be cached, compared, or repeated.
     if getattr(backend.model, "dropout", None):
         backend.model.dropout = None
 
 
 def _same_settings(one: Tokenizer, other: Tokenizer) -> bool:
-    """Return whether all settings that ids depend on are the same. The vocabulary is the file's either way."""
+    """Return whether all settings that ids depend on are the same."""
+    # The vocabulary need not be compared: it is the file's either way.
     of_other = {id: token.content for id, token in other.get_added_tokens_decoder().items()}
     of_one = {id: token.content for id, token in one.get_added_tokens_decoder().items()}
     return _settings(one) == _settings(other) and of_other.items() <= of_one.items()
