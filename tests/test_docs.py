@@ -66,17 +66,19 @@ def test_the_commands_of_a_page_run(
     monkeypatch.setattr("builtins.input", lambda *_: "/quit")
     for name, content in files(page).items():
         Path(name).write_text(content.replace("smollm2-135m", str(tiny_folder)), encoding="utf-8")
-    for arguments in commands(page):
-        if not NOT_RUN.keys() & {*arguments}:
-            assert main(as_here(arguments, tiny_folder)) == 0, (arguments, capsys.readouterr().err)
-    capsys.readouterr()
+    run = [arguments for arguments in commands(page) if not NOT_RUN.keys() & {*arguments}]
+    failed = [arguments for arguments in run if main(as_here(arguments, tiny_folder)) != 0]
+    assert failed == [], capsys.readouterr().err
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
 def test_commands_have_options_that_exist(page: Path) -> None:
     several = [arguments[arguments.index("handspun") + 1 :] for arguments in commands(page, program="torchrun")]
-    for arguments in commands(page) + several:
+    parsed = [
         app.parse_args(without_config(arguments), exit_on_error=False, print_error=False)
+        for arguments in commands(page) + several
+    ]
+    assert len(parsed) == len(commands(page)) + len(several)  # each parsed without an error
 
 
 def test_there_are_commands_scripts_and_links_to_look_at() -> None:
@@ -98,22 +100,22 @@ def without_config(arguments: list[str]) -> list[str]:
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
 def test_scripts_and_targets_are_there(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for arguments in commands(page, program="make"):
-        targets = [argument for argument in arguments if "=" not in argument]
-        assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets), arguments
-    for script, *options in commands(page, program="python"):
-        text = (ROOT / script).read_text(encoding="utf-8")
-        for option in options:
-            if option.startswith("--") and script != "train_inference.py":
-                assert f'"{option}"' in text, f"{script} has no {option}"
+    targets = [name for arguments in commands(page, program="make") for name in arguments if "=" not in name]
+    assert [target for target in targets if not re.search(rf"^{target}:", makefile, flags=re.MULTILINE)] == []
+    options = [
+        (script, option)
+        for script, *options in commands(page, program="python")
+        for option in options
+        if option.startswith("--") and script != "train_inference.py"
+    ]
+    assert [one for one in options if f'"{one[1]}"' not in (ROOT / one[0]).read_text(encoding="utf-8")] == []
 
 
 @pytest.mark.parametrize("page", [README, README_ZH, *PAGES], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for file, anchor in links(page):
-        target = (page.parent / file).resolve() if file else page
-        assert target.exists(), f"{page.name}: {file} is not there"
-        assert not anchor or anchor in anchors(target), f"{page.name}: {file}#{anchor} is no heading"
+    targets = [((page.parent / file).resolve() if file else page, anchor) for file, anchor in links(page)]
+    assert [target for target, _ in targets if not target.exists()] == []
+    assert [(target, name) for target, name in targets if name and name not in anchors(target)] == []
 
 
 def test_every_page_is_in_the_table_of_the_readme() -> None:

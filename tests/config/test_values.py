@@ -189,7 +189,8 @@ def test_any_value_is_an_option_or_one_config_error(data: st.DataObject) -> None
     options = data.draw(st.dictionaries(names, _JUNK, min_size=1, max_size=4))
     try:
         made = config(**{**CONFIGS[config], **options})
-    except ConfigError:
+    except ConfigError as error:
+        assert error.problems  # noqa: PT017
         return
     assert replace(made) == made
     json.dumps(asdict(made)).encode()  # what is recorded of a run

@@ -61,7 +61,9 @@ def check(template: ChatTemplate, user: str, answer: str, system: str, *, lacks:
     def left(text: str) -> str:
         return bytes(byte for byte in text.encode() if byte not in lacks).decode(errors="replace")
 
-    for values in rows_of(user, answer, system).values():
+    rows = rows_of(user, answer, system)
+    assert len(rows) == 4
+    for values in rows.values():
         row = Row("a.jsonl", 1, values)
         if not (user.strip() and answer.strip()) or not is_writable(
             user, answer, system if system.strip() else ""

@@ -292,6 +292,7 @@ def test_generate_reads_no_forged_turn(qwen: ChatModel, field: str, monkeypatch:
         return added_ids(qwen, seen.pop())
 
     expected = ask(HARMLESS)
+    assert "<|im_end|>" in added(qwen)
     for token in added(qwen):
         assert ask(forms(token)[-1]) == expected, token
 

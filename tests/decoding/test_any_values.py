@@ -48,7 +48,8 @@ def test_any_options_give_answers_or_one_config_error(names: dict[str, None], da
     options = {name: data.draw(_VALUES[name], label=name) for name in names}
     try:
         answers = generate(_CHAT, "Hi", **{"max_new_tokens": 2, **options})
-    except ConfigError:
+    except ConfigError as error:
+        assert error.problems  # noqa: PT017
         return
     assert len(answers) >= 1
     assert all(math.isfinite(logprob) for answer in answers for logprob in answer.logprobs or [])

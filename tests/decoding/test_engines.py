@@ -136,6 +136,7 @@ def test_rows_come_fork_and_go(kind: int) -> None:
     engine.free(second)
     del texts[second]
     late = engine.add()
+    near = []
     for step in range(70):  # past the first region of the cache
         new = {row: [(7 * step + 31 * row) % 330] for row in texts}
         if step == 2:
@@ -146,7 +147,8 @@ def test_rows_come_fork_and_go(kind: int) -> None:
             texts[row] += tokens
         if step in (0, 2, 69):
             wanted = torch.stack([expected(model, texts[row])[-1] for row in new])
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+            near.append(torch.allclose(found, wanted, rtol=1e-4, atol=1e-4))
+    assert near == [True] * 3
 
 
 def test_fused_weights_are_still_the_models_own(tmp_path: Any) -> None:
