@@ -149,7 +149,9 @@ def test_generate_with_beams_gives_the_packages_tokens(
 
 def test_beam_scores_are_log_probabilities_over_length(chat: ChatModel) -> None:
     answers = generate(chat, num_beams=4, length_penalty=2.0)
-    for answer, result in zip(answers, answers_of_the_package(chat, num_beams=4, length_penalty=2.0), strict=True):
+    expected = answers_of_the_package(chat, num_beams=4, length_penalty=2.0)
+    assert len(answers) > 1
+    for answer, result in zip(answers, expected, strict=True):
         ids = torch.tensor([result.prompt_token_ids + answer.token_ids])
         logprobs = chat.model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
         length = len(answer.token_ids)
