@@ -11,10 +11,11 @@
 #
 # The package gives the same losses and the same greedy and beam tokens (`tests/test_train_inference.py` compares
 # them). It also reads other formats and templates, keeps a user's text apart from the template's markup, accounts
-# for every row it drops, fits a batch into memory, resumes a run that was killed, and writes a report. On the demo's
-# model and rows it trains 2.1 times as fast in float32 and 2.9 times in bfloat16, its default where that is faster.
-# Short answers take as long as here in float32; int8 weights give them 2.1 to 3.6 times as fast
-# (`python benchmarks/whole_job.py`, CPU time of one thread of an Intel Sapphire Rapids server).
+# for every row it drops, fits a batch into memory, resumes a run that was killed, and writes a report.
+#
+# On the demo's model and rows it trains 2.1 times as fast in float32, and 2.9 times in bfloat16, its default on a
+# CPU that is faster with it. Short answers take as long as here in float32, and come 2.1 to 3.6 times as fast with
+# int8 weights. (One thread of an Intel Sapphire Rapids server: `python benchmarks/whole_job.py`.)
 
 # %%
 import argparse
