@@ -13,8 +13,7 @@ so a prompt's answers do not depend on the other prompts. `BeamStream` emits the
 possible answers share.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any, Protocol
@@ -23,17 +22,15 @@ import torch
 from torch import Tensor
 
 from handspun.decoding.engines.base import Engine, ModelInput
-from handspun.decoding.engines.choose import make_engine
 from handspun.decoding.engines.fused import FusedEngine
 from handspun.decoding.explain import BeamTrace
 from handspun.decoding.processors import nothing_left, process
-from handspun.decoding.request import Completion, Request, check_finite
+from handspun.decoding.request import Completion, Request
 from handspun.decoding.results import GenerationChunk, GenerationResult
-from handspun.decoding.scheduler import feed_prompt
 
 
 class Beams(Protocol):
-    """Keys and values of one search's beams."""
+    """Keys and values of one search's beams, made once its prompt has been read."""
 
     def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> list[ModelInput]:
         """Continue parents[i] with tokens[i] as beam i. Return the inputs for the beams' next logits."""
@@ -45,7 +42,7 @@ class Beams(Protocol):
 class TreeBeamCache:
     """One row of the fused engine with a prompt and the tree of its beams; a mask selects each beam's ancestors.
 
-    Nothing is copied from beam to beam. Call `advance` only after the prompt has been fed.
+    Nothing is copied from beam to beam.
     """
 
     def __init__(self, engine: FusedEngine, row: int, prompt_tokens: int, num_beams: int) -> None:
@@ -114,10 +111,10 @@ def _shared_prefix_length(sequences: Sequence[Sequence[Any]]) -> int:
 class BeamStream:
     """The prefix of one search's answers that has been streamed, the same for each of them."""
 
+    answers: int
+    """Number of answers that are certain to be returned. It is streamed for these."""
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    answers: int = 0
-    """Number of answers that it was streamed for: those with a lower return index."""
 
     def grow(self, possible: Sequence[Completion]) -> list[GenerationChunk]:
         """Return the new part of the shared prefix, one chunk per answer that is certain to be returned.
@@ -129,8 +126,8 @@ class BeamStream:
         more, tokens = text[len(self.text) :], token_ids[len(self.token_ids) :]
         if not (more or tokens):
             return []
-        prompt = possible[0].prompt_index
-        self.text, self.token_ids, self.answers = text, token_ids, sure_answers(possible[0].job)
+        prompt = possible[0].request.prompt_index
+        self.text, self.token_ids = text, token_ids
         return [
             GenerationChunk(prompt_index=prompt, return_index=number, text=more, token_ids=tokens)
             for number in range(self.answers)
@@ -138,7 +135,8 @@ class BeamStream:
 
     def finish(self, results: Sequence[GenerationResult]) -> list[GenerationChunk]:
         """Return the last chunk of each answer."""
-        assert len(results) >= self.answers, "an answer was streamed that does not exist"
+        was_streamed = bool(self.text or self.token_ids)
+        assert len(results) >= self.answers or not was_streamed, "an answer was streamed that does not exist"
         return [self._last(result) for result in results]
 
     def _last(self, result: GenerationResult) -> GenerationChunk:
@@ -154,15 +152,16 @@ class BeamStream:
         )
 
 
-def sure_answers(job: Request) -> int:
-    """Return how many answers per prompt a search is certain to find.
+def sure_answers(request: Request, vocab_size: int) -> int:
+    """Return how many answers a search is certain to find.
 
     It finds all that are requested if every beam has at least num_beams continuations. If tokens can be excluded,
     only one answer is certain.
     """
-    vocabulary = job.model.model.config.get_text_config().vocab_size - len(job.options.eos_token_ids)
-    is_sure = all(processor.name in _NEVER_EXCLUDE for processor in job.processors)
-    return job.options.num_return_sequences if is_sure and vocabulary >= job.options.num_beams else 1
+    options = request.options
+    is_sure = all(processor.name in _NEVER_EXCLUDE for processor in request.processors)
+    has_enough = vocab_size - len(options.eos_token_ids) >= options.num_beams
+    return options.num_return_sequences if is_sure and has_enough else 1
 
 
 _NEVER = -1e9
@@ -171,40 +170,48 @@ _DEAD_THRESHOLD = _NEVER / 2
 """Beams with a score below this repeat others or are excluded by processors. They are not answers."""
 
 
-@dataclass
+@dataclass(eq=False)
 class BeamState:
     """The state of one prompt's search."""
 
-    job: Request
+    request: Request
     beams: list[Completion]
     """The num_beams current beams, best first."""
     scores: list[float]
     """Accumulated log-probabilities of the beams."""
-    kept: Beams | None = None
-    """Keys and values of the beams, once the search has joined the batch."""
-    feeds: list[ModelInput] = field(default_factory=list)
-    """Inputs of the next step: the prompt first, then each beam's newest token."""
+    stream: BeamStream
+    """The text streamed so far."""
+    cache: Beams | None = None
+    """Keys and values of the beams, once the prompt has been read."""
+    inputs: list[ModelInput] = field(default_factory=list)
+    """Inputs of the next step: each beam's newest token."""
+    indices: list[int] = field(default_factory=list)
+    """Index of each beam's logits among those of the last step."""
     hypotheses: list[tuple[float, Completion]] = field(default_factory=list)
     """(score, ended answer), best first, at most num_beams."""
     done: bool = False
     tree: BeamTrace | None = None
     """The explored tree, if requested."""
-    stream: BeamStream = field(default_factory=BeamStream)
-    """The text streamed so far."""
 
     @classmethod
-    def of(cls, job: Request, prompt_index: int) -> "BeamState":
+    def start(cls, request: Request, vocab_size: int) -> "BeamState":
         """Return a search that has not started."""
         # All beams are the same at first, so all but one start with a score that cannot win.
-        n = job.options.num_beams
-        tree = BeamTrace(n, job.vocabulary.text_of) if job.show_tree else None
-        return cls(job, [Completion.start(job, prompt_index)] * n, [0.0] + [_NEVER] * (n - 1), tree=tree)
+        n = request.options.num_beams
+        tree = BeamTrace(n, request.vocabulary.text_of) if request.show_tree else None
+        scores = [0.0] + [_NEVER] * (n - 1)
+        stream = BeamStream(sure_answers(request, vocab_size))
+        return cls(request, [Completion.start(request)] * n, scores, stream, tree=tree)
 
-    def join(self, engine: Engine, make_beams: Callable[..., Beams]) -> None:
-        """Join the batch: prefill the prompt, and create the beams' cache."""
-        prompt = self.beams[0].prompt_token_ids
-        self.feeds = [feed_prompt(engine, prompt, self.job.on_prompt)]
-        self.kept = make_beams(engine, self.feeds[0].row, len(prompt), len(self.beams))
+    @property
+    def rows(self) -> int:
+        """Number of beams, each a row in a batch."""
+        return len(self.beams)
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Number of prompt and answer tokens of all beams at full length."""
+        return self.rows * self.beams[0].max_total_tokens
 
     @property
     def length(self) -> int:
@@ -214,25 +221,25 @@ class BeamState:
     @property
     def full(self) -> bool:
         """True if there are as many hypotheses as beams."""
-        return len(self.hypotheses) == self.job.options.num_beams
+        return len(self.hypotheses) == self.request.options.num_beams
 
     def keep(self, ended: list[tuple[float, Completion]]) -> None:
         """Add hypotheses and keep the best num_beams."""
         merged = sorted(self.hypotheses + ended, key=lambda hypothesis: -hypothesis[0])
-        self.hypotheses = merged[: self.job.options.num_beams]
+        self.hypotheses = merged[: self.request.options.num_beams]
 
     def has_ended(self, best_score: float, length: int) -> bool:
         """Return whether the search is over by the early_stopping rule.
 
         best_score: accumulated log-probability of the best unfinished beam. length: tokens generated so far.
         """
-        options = self.job.options
+        options = self.request.options
         if not self.full:
             return False
         if options.early_stopping is True:
             return True
         if options.early_stopping == "never" and options.length_penalty > 0:
-            length = self.job.limits[self.beams[0].prompt_index]
+            length = self.request.max_new_tokens
         best_possible: float = best_score / length**options.length_penalty
         return best_possible <= self.hypotheses[-1][0]
 
@@ -248,13 +255,15 @@ class BeamState:
         """Return chunks with the text that the last step made certain."""
         if self.done:
             return self.stream.finish(self.results())
-        complete = [answer for _, answer in self.hypotheses[: self.job.options.num_return_sequences]]
+        complete = [answer for _, answer in self.hypotheses[: self.request.options.num_return_sequences]]
         return self.stream.grow([*complete, *self.live])
 
     def cancel(self) -> list[GenerationChunk]:
         """End the search with its current beams as answers."""
         for beam in self.live:
             beam.finish("cancelled")
+        if self.cache is not None:
+            self.cache.free()
         return self.stream.finish(self.results())
 
     def results(self) -> list[GenerationResult]:
@@ -264,62 +273,23 @@ class BeamState:
         """
         answers = [answer for _, answer in self.hypotheses] + self.live
         if not answers:
-            raise nothing_left(self.beams[0], self.job.processors)
-        best = answers[: self.job.options.num_return_sequences]
+            raise nothing_left(self.beams[0], self.request.processors)
+        best = answers[: self.request.options.num_return_sequences]
         results = [replace(answer, return_index=i).result() for i, answer in enumerate(best)]
         if self.tree is not None:
             results[0] = replace(results[0], tree=self.tree.with_answers([result.token_ids for result in results]))
         return results
 
 
-@torch.inference_mode()
-def beam_search(job: Request, make_beams: Callable[..., Beams] | None = None) -> Iterator[GenerationChunk]:
-    """Yield chunks of the num_return_sequences best answers to each of the request's prompts.
+def advance(searches: Sequence[BeamState], logits: Tensor) -> None:
+    """Advance searches by one step.
 
-    A prompt's search joins the batch when there is room, and leaves it when it ends.
-
-    make_beams: TreeBeamCache or CopyingBeamCache. By default, TreeBeamCache if the engine is a FusedEngine.
+    searches: those with the same processors, and as many beams and eos ids. logits: (prompts * beams, vocab).
     """
-    engine = make_engine(job.model)
-    make_beams = make_beams or (TreeBeamCache if isinstance(engine, FusedEngine) else CopyingBeamCache)
-    order = sorted(range(len(job.prompts)), key=lambda i: len(job.prompts[i]))
-    waiting, active = deque(BeamState.of(job, i) for i in order), list[BeamState]()
-    while waiting or active:
-        if job.should_stop():
-            yield from [chunk for search in (*active, *waiting) for chunk in search.cancel()]
-            return
-        while waiting and _has_room(active, waiting[0]):
-            active.append(waiting.popleft())
-            active[-1].join(engine, make_beams)
-        logits = engine.forward([feed for search in active for feed in search.feeds])
-        _advance(active, _repeat_for_beams(logits, active))
-        yield from [chunk for search in active for chunk in search.chunks()]
-        active = [search for search in active if not search.done]
-
-
-def _has_room(active: Sequence[BeamState], search: BeamState) -> bool:
-    job, beams = search.job, len(search.beams)
-    tokens = beams * sum(one.beams[0].max_total_tokens for one in (*active, search))
-    return not active or ((len(active) + 1) * beams <= job.batch_size and tokens <= job.max_batch_tokens)
-
-
-def _repeat_for_beams(logits: Tensor, searches: Sequence[BeamState]) -> Tensor:
-    """Repeat the logits of freshly read prompts once per beam, so that there are (prompts * beams, vocab)."""
-    n, places, start = searches[0].job.options.num_beams, list[int](), 0
-    for search in searches:
-        own = n if search.length else 1
-        places += [start + beam % own for beam in range(n)]
-        start += own
-    return logits if len(places) == len(logits) else logits[places]
-
-
-def _advance(searches: Sequence[BeamState], logits: Tensor) -> None:
-    """Advance every search by one step. logits: (prompts * beams, vocab)."""
-    options, prompts = searches[0].job.options, len(searches)
+    options, prompts = searches[0].request.options, len(searches)
     beams = [beam for search in searches for beam in search.beams]
-    check_finite(logits, beams, searches[0].job.model)
     own = logits.log_softmax(-1)
-    filtered = process(own, beams, searches[0].job.processors)
+    filtered = process(own, beams, searches[0].request.processors)
     width = max(2, 1 + len(options.eos_token_ids)) * options.num_beams
     # The best of all beams are among the best of each beam, so the second topk only sees (beams * width) values.
     best, ids = filtered.topk(min(width, filtered.shape[-1]))  # (prompts * beams, width)
@@ -346,7 +316,7 @@ def _select(
         tokens: Its new token.
         logprobs: The token's log-probability in the model's own distribution.
     """
-    options, length = search.job.options, search.length + 1
+    options, length = search.request.options, search.length + 1
     candidates = _candidates(search, parents, tokens, logprobs)
     has_ended = [candidate.finish_reason is not None for candidate in candidates]
     best = [i for i in range(options.num_beams) if has_ended[i] and top[i] > _DEAD_THRESHOLD]
@@ -359,11 +329,11 @@ def _select(
         search.tree.grow(parents, tokens, top, ended=best, beams=beams)
     nothing_goes_on = all(has_ended) or running[0] <= _DEAD_THRESHOLD
     search.done = nothing_goes_on or search.has_ended(running[0], length)
-    assert search.kept is not None
+    assert search.cache is not None
     if search.done:
-        search.kept.free()
+        search.cache.free()
     else:
-        search.feeds = search.kept.advance([parents[i] for i in order], [tokens[i] for i in order])
+        search.inputs = search.cache.advance([parents[i] for i in order], [tokens[i] for i in order])
 
 
 def _candidates(

@@ -32,9 +32,9 @@ def lookup(token_ids: Sequence[int], *, num_tokens: int, max_ngram_size: int) ->
 
 def draft(answer: Completion) -> list[int]:
     """Return draft tokens for the answer, up to its limit and without an eos, after which nothing is chosen."""
-    options = answer.job.options
+    options = answer.request.options
     # One less than the limit allows: a step also chooses a token after the draft.
-    room = answer.max_total_tokens - len(answer.prompt_token_ids) - len(answer.token_ids) - 1
+    room = answer.request.max_new_tokens - len(answer.token_ids) - 1
     num_tokens = min(options.prompt_lookup_num_tokens, room)
     if num_tokens < 1:
         return []

@@ -1,17 +1,16 @@
-"""`Request`: everything one call of `generate` works with. `Completion`: one answer while it is being written."""
+"""`Request`: one prompt and what is asked about it. `Completion`: one answer while it is being written."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from typing import ClassVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from handspun.decoding.constraint import make_constraint
 from handspun.decoding.explain import Explanation
 from handspun.decoding.options import SamplingParams
-from handspun.decoding.processors import Function, Processor, make_processors
+from handspun.decoding.processors import Processor
 from handspun.decoding.results import FinishReason, GenerationChunk, GenerationResult
 from handspun.decoding.text import StreamingText, Vocabulary
 from handspun.decoding.tool_calls import parse_tool_calls
@@ -19,44 +18,35 @@ from handspun.errors import ModelError
 from handspun.models.load import ChatModel, nonfinite_weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Request:
-    """The model, options, prompts and limits of one call of `generate`."""
+    """One prompt, with the options of its answers. Requests are compared by identity."""
 
-    model: ChatModel
+    prompt_token_ids: list[int]
     options: SamplingParams
     vocabulary: Vocabulary
-    prompts: list[list[int]]
-    """Token ids of each prompt."""
-    limits: list[int]
-    """Maximum number of new tokens per prompt."""
-    logprobs: bool
-    with_tools: bool
-    batch_size: int
-    max_batch_tokens: int
-    should_stop: Callable[[], bool]
-    functions: tuple[Function, ...] = ()
-    """The user's custom processors."""
-    penalized: list[list[int]] | None = None
-    """Tokens of each prompt that the repetition penalty counts. None counts all."""
+    max_new_tokens: int
+    """Maximum number of tokens per answer: the option's value, or less if the context is too short for it."""
+    prompt_index: int = 0
+    """Index of the prompt among those of one call. It is part of the answers' random streams."""
+    processors: tuple[Processor, ...] = ()
+    """The logits processors that the options ask for. Rows that share this tuple are processed in one call."""
+    penalized_token_ids: list[int] | None = None
+    """Tokens of the prompt that the repetition penalty counts. None counts all."""
+    logprobs: bool = False
     explain: bool = False
     show_tree: bool = False
+    with_tools: bool = False
+    """Parse tool calls from the answers."""
     on_prompt: Callable[[int, int], None] | None = None
     """Called with (tokens prefilled, prompt tokens) as a long prompt progresses."""
 
-    @cached_property
-    def processors(self) -> tuple[Processor, ...]:
-        """The logits processors that the options ask for. Raises ConfigError if the constraint cannot be met."""
-        constraint = make_constraint(self.options, self.model.tokenizer)
-        return make_processors(self.options, self.functions, constraint)
 
-
-@dataclass
+@dataclass(eq=False)
 class Completion:
     """The tokens and the text of one answer so far."""
 
-    job: Request
-    prompt_index: int
+    request: Request
     return_index: int
     text: StreamingText
     token_ids: list[int] = field(default_factory=list)
@@ -65,26 +55,29 @@ class Completion:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     finish_reason: FinishReason | None = None
+    rows: ClassVar[int] = 1
+    """Number of rows that it takes in a batch."""
 
     @classmethod
-    def start(cls, job: Request, prompt_index: int, return_index: int = 0) -> "Completion":
+    def start(cls, request: Request, return_index: int = 0) -> "Completion":
         """Return an answer without tokens."""
-        return cls(job, prompt_index, return_index, StreamingText.start(job.vocabulary, job.options.stop_strings))
+        return cls(request, return_index, StreamingText.start(request.vocabulary, request.options.stop_strings))
 
     @property
     def prompt_token_ids(self) -> list[int]:
         """Token ids of the prompt."""
-        return self.job.prompts[self.prompt_index]
+        return self.request.prompt_token_ids
 
     @property
     def max_total_tokens(self) -> int:
         """Number of prompt and answer tokens when the answer reaches its limit."""
-        return len(self.prompt_token_ids) + self.job.limits[self.prompt_index]
+        return len(self.request.prompt_token_ids) + self.request.max_new_tokens
 
     @property
     def prompt_ids_for_penalty(self) -> list[int]:
         """Prompt tokens that the repetition penalty counts."""
-        return (self.job.penalized or self.job.prompts)[self.prompt_index]
+        counted = self.request.penalized_token_ids
+        return self.request.prompt_token_ids if counted is None else counted
 
     def copy(self) -> "Completion":
         """Return an independent copy, so that a beam can branch."""
@@ -95,13 +88,16 @@ class Completion:
         self.token_ids.append(token_id)
         if logprob is not None:
             self.logprobs.append(logprob)
-        if token_id in self.job.options.eos_token_ids:
+        if token_id in self.request.options.eos_token_ids:
             return self.finish("eos", token_id)
         shown = self.text.push(token_id)
-        if self.text.stop_string is not None or len(self.token_ids) == self.job.limits[self.prompt_index]:
+        if self.text.stop_string is not None or len(self.token_ids) == self.request.max_new_tokens:
             return self.finish("length", token_id, shown)
         return GenerationChunk(
-            prompt_index=self.prompt_index, return_index=self.return_index, text=shown, token_ids=[token_id]
+            prompt_index=self.request.prompt_index,
+            return_index=self.return_index,
+            text=shown,
+            token_ids=[token_id],
         )
 
     def finish(self, reason: FinishReason, token_id: int | None = None, shown: str = "") -> GenerationChunk:
@@ -109,13 +105,17 @@ class Completion:
         shown += self.text.finish()
         self.finish_reason = "stop" if self.text.stop_string is not None else reason
         return GenerationChunk(
-            prompt_index=self.prompt_index,
+            prompt_index=self.request.prompt_index,
             return_index=self.return_index,
             text=shown,
             token_ids=[] if token_id is None else [token_id],
             finish_reason=self.finish_reason,
             result=self.result(),
         )
+
+    def cancel(self) -> list[GenerationChunk]:
+        """End the answer with what it has."""
+        return [self.finish("cancelled")]
 
     def result(self) -> GenerationResult:
         """Return the finished answer as the user gets it."""
@@ -126,13 +126,13 @@ class Completion:
             prompt_token_ids=self.prompt_token_ids,
             finish_reason=self.finish_reason,
             stop_string=self.text.stop_string,
-            logprobs=self.logprobs if self.job.logprobs else None,
-            explanation=self.explanation if self.job.explain else None,
+            logprobs=self.logprobs if self.request.logprobs else None,
+            explanation=self.explanation if self.request.explain else None,
             drafted_tokens=self.drafted_tokens,
             accepted_tokens=self.accepted_tokens,
-            prompt_index=self.prompt_index,
+            prompt_index=self.request.prompt_index,
             return_index=self.return_index,
-            tool_calls=parse_tool_calls(self.text.text)[1] if self.job.with_tools else [],
+            tool_calls=parse_tool_calls(self.text.text)[1] if self.request.with_tools else [],
         )
 
 
@@ -162,7 +162,7 @@ def check_finite(logits: Tensor, answers: Sequence[Completion], model: ChatModel
 
 
 def _where(answer: Completion) -> str:
-    return f"at token {len(answer.token_ids) + 1} of the answer to prompt {answer.prompt_index + 1}"
+    return f"at token {len(answer.token_ids) + 1} of the answer to prompt {answer.request.prompt_index + 1}"
 
 
 def _remedy(found: str) -> str:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from handspun.decoding.explain import Candidate, TreeNode
-from handspun.decoding.generate import answer_all
 from handspun.decoding.results import GenerationResult
 from handspun.models.fused import fusing_unsupported_reason
 from handspun.models.load import ChatModel
@@ -57,7 +56,7 @@ def check_greedy(material: Reference) -> Iterator[Finding]:
 
 
 def _greedy(material: Reference, case: str, expected: Sequence[ReferenceAnswer], **options: Any) -> Finding:
-    found = answer_all(material.job(**options))
+    found = material.decode(**options)
     divergences = []
     for prompt, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         place = first_difference(ours.token_ids, theirs.token_ids)
@@ -92,7 +91,7 @@ def check_beams(material: Reference) -> Iterator[Finding]:
 
 def _beams(material: Reference, prompts: Sequence[int], options: dict[str, Any]) -> Finding:
     """Compare searches for some prompts, given by index."""
-    found = answer_all(material.job(prompts, show_tree=True, **options))
+    found = material.decode(prompts, show_tree=True, **options)
     per_prompt, penalty = options["num_return_sequences"], options["length_penalty"]
     divergences, difference = list[Divergence](), 0.0
     for number, prompt in enumerate(prompts):
@@ -229,7 +228,7 @@ def _tokens(material: Reference, chat: ChatModel, case: str, rounding: float, op
 
     def answers(prompts: Sequence[int]) -> list[GenerationResult]:
         seeds = tuple(_SEED + i for i in prompts)
-        return answer_all(material.job(prompts, chat=chat, explain=True, seed=seeds, **options))
+        return material.decode(prompts, chat=chat, explain=True, seed=seeds, **options)
 
     alone = [answers([i])[0] for i in numbers]
     divergences: list[Divergence] = []

@@ -12,10 +12,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from handspun.config import GenerationOptions
 from handspun.decoding.engines.base import ModelInput
 from handspun.decoding.engines.choose import make_engine
+from handspun.decoding.generate import answer_all
 from handspun.decoding.options import SamplingParams, resolve
+from handspun.decoding.processors import make_processors
 from handspun.decoding.prompts import context_length, encode_prompts
 from handspun.decoding.request import Request
-from handspun.decoding.scheduler import feed_prompt
+from handspun.decoding.results import GenerationResult
+from handspun.decoding.scheduler import BatchLimits, prompt_pieces
 from handspun.decoding.text import vocabulary
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
@@ -248,28 +251,30 @@ class Reference:
             rounding=rounding,
         )
 
-    def job(
+    def decode(
         self, prompts: Iterable[int] | None = None, *, chat: ChatModel | None = None, **options: Any
-    ) -> Request:
-        """Return a request for some prompts under exactly these options, in one batch.
+    ) -> list[GenerationResult]:
+        """Answer some prompts under exactly these options, in one batch.
 
         prompts: indices of the prompts; all if not given. chat: model to use instead of the float32 model.
         """
-        chosen = range(len(self.prompts)) if prompts is None else list(prompts)
-        of_job = {name: options.pop(name) for name in ("logprobs", "explain", "show_tree") if name in options}
+        flags = {name: options.pop(name) for name in ("logprobs", "explain", "show_tree") if name in options}
         model = chat or self.chat
-        return Request(
-            model=model,
-            options=SamplingParams(eos_token_ids=self.eos_token_ids, **options),
-            vocabulary=vocabulary(model.tokenizer),
-            prompts=[self.prompts[i] for i in chosen],
-            limits=[self.limits[i] for i in chosen],
-            with_tools=False,
-            batch_size=1_000_000,
-            max_batch_tokens=1_000_000,
-            should_stop=lambda: False,
-            **{"logprobs": False, **of_job},
-        )
+        params = SamplingParams(eos_token_ids=self.eos_token_ids, **options)
+        words, processors = vocabulary(model.tokenizer), make_processors(params)
+        requests = [
+            Request(
+                prompt_token_ids=self.prompts[index],
+                options=params,
+                vocabulary=words,
+                max_new_tokens=self.limits[index],
+                processors=processors,
+                prompt_index=number,
+                **flags,
+            )
+            for number, index in enumerate(range(len(self.prompts)) if prompts is None else prompts)
+        ]
+        return answer_all(model, requests, BatchLimits(rows=1_000_000, tokens=1_000_000))
 
 
 def build_reference(chat: ChatModel, texts: Sequence[str], *, is_chat: bool, max_new_tokens: int) -> Reference:
@@ -308,7 +313,12 @@ def engine_logits(chat: ChatModel, prompts: Sequence[list[int]], answers: Sequen
     All prompts are prefilled together, then each step feeds one token per answer. Finished answers leave.
     """
     engine = make_engine(chat)
-    feeds = [feed_prompt(engine, prompt) for prompt in prompts]
+    feeds = []
+    for prompt in prompts:
+        *first, last = prompt_pieces(engine.add(), prompt)
+        for piece in first:
+            engine.forward([piece])
+        feeds.append(last)
     found: list[list[Tensor]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
     while running:
