@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from handspun.decoding.beam import BeamState
 from handspun.decoding.generate import generate
 from handspun.decoding.options import SamplingParams
-from handspun.decoding.request import Completion, Request
+from handspun.decoding.request import Request
 from handspun.decoding.text import vocabulary
 from handspun.models.load import ChatModel
 from parity import answers_to, assert_same_as_transformers
@@ -157,9 +157,10 @@ def test_a_pad_id_of_0_is_a_pad_id(model: PreTrainedModel) -> None:
 
 def _search(early_stopping: Literal["never"] | bool, length_penalty: float, hypotheses: list[float]) -> BeamState:
     options = SamplingParams(num_beams=2, early_stopping=early_stopping, length_penalty=length_penalty)
-    job = Request(None, options, vocabulary(_TOKENIZER), [[5]], [10], False, False, 1, 100, lambda: False)
-    answer = Completion.start(job, 0)
-    return BeamState(job, [answer, answer], [0.0, -1.0], hypotheses=[(score, answer) for score in hypotheses])
+    request = Request(prompt_token_ids=[5], options=options, vocabulary=vocabulary(_TOKENIZER), max_new_tokens=10)
+    search = BeamState.start(request, vocab_size=24)
+    search.hypotheses = [(score, search.beams[0]) for score in hypotheses]
+    return search
 
 
 @pytest.mark.parametrize(

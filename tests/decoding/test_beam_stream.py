@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from handspun.decoding.beam import BeamState, CopyingBeamCache, TreeBeamCache, agreed, beam_search, sure_answers
+from handspun.decoding.beam import BeamState, BeamStream, CopyingBeamCache, TreeBeamCache, agreed, sure_answers
 from handspun.decoding.generate import stream
 from handspun.decoding.request import Completion
 from handspun.decoding.results import GenerationChunk, GenerationResult
+from handspun.decoding.scheduler import BatchLimits, run
 from handspun.models.load import ChatModel
-from parity import answers_to, job_of
+from parity import answers_to, requests_of
 from tiny import tiny_model, tiny_tokenizer
 
 _TOKENIZER = tiny_tokenizer()
@@ -19,8 +20,8 @@ _CHAT = ChatModel(tiny_model("qwen2", eos_token_id=[3, 7]), _TOKENIZER, "tiny")
 
 
 def _answer(text: str, *, stops: tuple[str, ...] = (), ended: bool = False) -> Completion:
-    job = job_of(_CHAT, [[5]], num_beams=3, max_new_tokens=50, stop_strings=stops)
-    answer = Completion.start(job, 0)
+    [request] = requests_of(_CHAT, [[5]], num_beams=3, max_new_tokens=50, stop_strings=stops)
+    answer = Completion.start(request)
     for token in _TOKENIZER(text)["input_ids"]:
         answer.add(token)
     if ended:
@@ -63,9 +64,9 @@ def test_what_may_become_a_stop_string_or_is_no_character_yet_is_not_agreed_on()
 
 
 def test_texts_agree_where_tokens_do_not() -> None:
-    job, ids = _answer("").job, _TOKENIZER(" the")["input_ids"]
+    request, ids = _answer("").request, _TOKENIZER(" the")["input_ids"]
     letters = [_TOKENIZER(letter)["input_ids"][0] for letter in " the"]
-    whole, spelled = Completion.start(job, 0), Completion.start(job, 0)
+    whole, spelled = Completion.start(request), Completion.start(request)
     for answer, tokens in ((whole, ids), (spelled, letters)):
         for token in tokens:
             answer.add(token)
@@ -77,7 +78,7 @@ def test_only_what_may_still_be_returned_counts() -> None:
     """Not a beam without a chance, and not the second hypothesis where one is asked for."""
     beams = [_answer("the cat"), _answer("the car"), _answer("dog")]
     hypotheses = [(-1.0, _answer("the cab", ended=True)), (-2.0, _answer("a", ended=True))]
-    search = BeamState(beams[0].job, beams, [-1.0, -2.0, -1e9], hypotheses=hypotheses)
+    search = BeamState(beams[0].request, beams, [-1.0, -2.0, -1e9], BeamStream(1), hypotheses=hypotheses)
     [chunk] = search.chunks()
     assert (chunk.text, chunk.return_index, chunk.result) == ("the ca", 0, None)
     assert search.chunks() == []
@@ -112,8 +113,8 @@ def test_streamed_texts_end_to_end_are_the_answers(seed: int, make_beams: Any) -
         options["repetition_penalty"] = 1.3
     prompts = [[choose.randrange(320) for _ in range(choose.randint(1, 8))] for _ in range(3)]
     chat = ChatModel(model, _TOKENIZER, "random")
-    job = job_of(chat, prompts, batch_size=choose.choice([1, 64]), **options)
-    results, _ = _put_together(beam_search(job, make_beams))
+    limits = BatchLimits(rows=choose.choice([1, 64]))
+    results, _ = _put_together(run(chat, requests_of(chat, prompts, **options), limits, make_beams=make_beams))
     assert results == answers_to(chat, prompts, **options)
     assert len(results) == 3 * options["num_return_sequences"]
     if not options["stop_strings"]:
@@ -162,11 +163,16 @@ def test_the_beginning_that_a_form_fixes_is_shown_before_the_end(answers: int) -
 
 def test_an_answer_that_may_not_exist_is_not_streamed() -> None:
     options: dict[str, Any] = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 9}
-    assert sure_answers(job_of(_CHAT, [[5]], **options)) == 4
-    assert sure_answers(job_of(_CHAT, [[5]], repetition_penalty=1.1, **options)) == 4
-    assert sure_answers(job_of(_CHAT, [[5]], no_repeat_ngram_size=2, **options)) == 1
+    assert _sure_answers(_CHAT, **options) == 4
+    assert _sure_answers(_CHAT, repetition_penalty=1.1, **options) == 4
+    assert _sure_answers(_CHAT, no_repeat_ngram_size=2, **options) == 1
     few = ChatModel(tiny_model("llama", vocab_size=5, eos_token_id=[3, 4]), _TOKENIZER, "few")
-    assert sure_answers(job_of(few, [[2]], **options)) == 1
+    assert _sure_answers(few, **options) == 1
+
+
+def _sure_answers(chat: ChatModel, **options: Any) -> int:
+    [request] = requests_of(chat, [[2]], **options)
+    return sure_answers(request, chat.model.config.vocab_size)
 
 
 @pytest.mark.parametrize("steps", range(8))

@@ -17,12 +17,13 @@ from transformers import (
 )
 
 import handspun
-from handspun.decoding.beam import CopyingBeamCache, TreeBeamCache, beam_search
+from handspun.decoding.beam import CopyingBeamCache, TreeBeamCache
 from handspun.decoding.engines.base import Engine, ModelInput
 from handspun.decoding.engines.choose import make_engine
 from handspun.decoding.engines.fused import FusedEngine
 from handspun.decoding.engines.transformers import TransformersEngine
 from handspun.decoding.request import Request
+from handspun.decoding.scheduler import run
 from handspun.display import captured_log
 from handspun.errors import ModelError
 from handspun.kernels import native
@@ -31,7 +32,7 @@ from handspun.models.fused import FusedWeights, _gated, _unsigned, fused_weights
 from handspun.models.load import ChatModel
 from handspun.models.lora import add_lora
 from handspun.models.save import save_model
-from parity import job_of
+from parity import requests_of
 from tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cpu
@@ -206,15 +207,15 @@ def test_what_is_not_llamas_kind_goes_through_transformers() -> None:
 def test_a_tree_of_beams_gives_what_rows_of_beams_give(family: Any, options: dict[str, Any]) -> None:
     """Sixty steps, so that the tree is compacted many times; three prompts of different lengths."""
     chat: Any = ChatModel(tiny_model(family), tiny_tokenizer(), "tiny")
-    job = job_of(chat, PROMPTS[:3], max_new_tokens=60, num_return_sequences=2, **options)
-    tree, plain = found_by(job, TreeBeamCache), found_by(job, CopyingBeamCache)
+    requests = requests_of(chat, PROMPTS[:3], max_new_tokens=60, num_return_sequences=2, **options)
+    tree, plain = found_by(chat, requests, TreeBeamCache), found_by(chat, requests, CopyingBeamCache)
     assert tree == plain
     chat.model.config.model_type = "other"
-    assert found_by(job) == plain
+    assert found_by(chat, requests) == plain
 
 
-def found_by(job: Request, *make_beams: Any) -> list[list[int]]:
-    return [chunk.result.token_ids for chunk in beam_search(job, *make_beams) if chunk.result]
+def found_by(chat: ChatModel, requests: list[Request], make_beams: Any = None) -> list[list[int]]:
+    return [chunk.result.token_ids for chunk in run(chat, requests, make_beams=make_beams) if chunk.result]
 
 
 def int8_chat() -> ChatModel:

@@ -307,7 +307,7 @@ def test_an_empty_text_without_a_bos_is_refused(chat: ChatModel) -> None:
 
 def test_an_unknown_option_is_named_with_the_nearest_one(chat: ChatModel) -> None:
     with pytest.raises(ConfigError, match=r"there is no option temprature.*temperature"):
-        generate(chat, "Hi", temprature=0.5)
+        generate(chat, "Hi", temprature=0.5)  # type: ignore[call-arg]
 
 
 def test_single_options_win_over_the_whole(chat: ChatModel) -> None:

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,16 +14,17 @@ import handspun
 from handspun.decoding.engines.base import ModelInput
 from handspun.decoding.engines.fused import FusedEngine
 from handspun.decoding.engines.transformers import TransformersEngine
-from handspun.decoding.generate import answer_all, stream
+from handspun.decoding.generate import stream
 from handspun.decoding.prompt_lookup import draft, lookup
 from handspun.decoding.request import Completion
 from handspun.decoding.results import GenerationResult
+from handspun.decoding.scheduler import run
 from handspun.display import captured_log
 from handspun.errors import ConfigError
 from handspun.kernels import native
 from handspun.models.fused import fused_weights
 from handspun.models.load import ChatModel
-from parity import job_of
+from parity import answers_to, requests_of
 from tiny import tiny_model, tiny_tokenizer
 
 LOOP = [5, 9, 13, 4, 5, 9]
@@ -60,9 +60,9 @@ def test_drafts_are_those_of_transformers() -> None:
 
 def test_a_draft_leaves_room_for_a_token_and_ends_before_an_eos() -> None:
     chat = ChatModel(tiny_model("qwen2", eos_token_id=4), tiny_tokenizer(), "tiny")
-    job = job_of(chat, [LOOP, [5, 9, 13, 7, 5, 9]], prompt_lookup_num_tokens=9, max_new_tokens=4)
-    assert draft(Completion.start(job, 0)) == [13]
-    answer = Completion.start(job, 1)
+    one, other = requests_of(chat, [LOOP, [5, 9, 13, 7, 5, 9]], prompt_lookup_num_tokens=9, max_new_tokens=4)
+    assert draft(Completion.start(one)) == [13]
+    answer = Completion.start(other)
     assert draft(answer) == [13, 7, 5]
     answer.add(13)
     assert draft(answer) == [7, 5]
@@ -107,7 +107,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 def answers(chat: ChatModel, eos: list[int], **options: Any) -> list[GenerationResult]:
     chat.model.generation_config.eos_token_id = eos
-    return answer_all(job_of(chat, PROMPTS, logprobs=True, **options))
+    return answers_to(chat, PROMPTS, logprobs=True, **options)
 
 
 @pytest.mark.slow
@@ -174,7 +174,7 @@ def test_steps_are_saved_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         return forward(engine, feeds)
 
     monkeypatch.setattr(FusedEngine, "forward", counted)
-    [answer] = answer_all(job_of(endless(), [LOOP], prompt_lookup_num_tokens=4, max_new_tokens=60))
+    [answer] = answers_to(endless(), [LOOP], prompt_lookup_num_tokens=4, max_new_tokens=60)
     assert len(answer.token_ids) == 60
     assert len(steps) == 60 - answer.accepted_tokens < 40
     assert sum(steps) == len(LOOP) + len(steps) - 1 + answer.drafted_tokens
@@ -201,8 +201,11 @@ def test_streamed_chunks_are_those_without_speculation(tiny_chat: ChatModel) -> 
 
 def test_a_cancelled_answer_has_all_tokens_that_were_checked() -> None:
     calls: Iterator[bool] = iter([False] * 4)
-    job = job_of(endless(), [LOOP], prompt_lookup_num_tokens=4, max_new_tokens=60)
-    [answer] = answer_all(replace(job, should_stop=lambda: next(calls, True)))
+    chat = endless()
+    requests = requests_of(chat, [LOOP], prompt_lookup_num_tokens=4, max_new_tokens=60)
+    *_, last = run(chat, requests, should_stop=lambda: next(calls, True))
+    answer = last.result
+    assert answer is not None
     assert answer.finish_reason == "cancelled"
     assert len(answer.token_ids) == 4 + answer.accepted_tokens
 

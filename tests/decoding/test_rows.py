@@ -1,19 +1,20 @@
 """The engine's rows of a job: long prompts go through in pieces, the limit on tokens is kept, and no row stays."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from handspun.decoding import beam as beam_module
-from handspun.decoding import scheduler as decode_module
+from handspun.decoding import scheduler as scheduler_module
 from handspun.decoding.engines.base import Engine, ModelInput
 from handspun.decoding.engines.choose import make_engine
 from handspun.decoding.engines.fused import FusedEngine
-from handspun.decoding.generate import answer_all
+from handspun.decoding.generate import answer_all, prompt_progress
+from handspun.decoding.scheduler import BatchLimits
 from handspun.models.load import ChatModel
-from parity import answers_to, job_of
+from parity import answers_to, requests_of
 from tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = [[5, 9, 13, 4, 6, 7, 10, 11], [8], [11, 6, 17, 9, 10, 12, 21, 5, 19, 4, 8, 15, 16], [7, 9, 5]]
@@ -85,8 +86,7 @@ class Watch:
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, watch: Watch) -> Watch:
-    for module in (decode_module, beam_module):
-        monkeypatch.setattr(module, "make_engine", watch.make_engine)
+    monkeypatch.setattr(scheduler_module, "make_engine", watch.make_engine)
     return watch
 
 
@@ -101,7 +101,7 @@ def test_prompts_in_pieces_are_answered_as_whole_ones(
 ) -> None:
     """Of 3 tokens: prompts of 13, 8, 3 and 1 are four pieces and a rest, two and a rest, just one, and less."""
     expected = ids_of(chat_of(engine), **MODES[mode])
-    monkeypatch.setattr(decode_module, "_PROMPT_TOKENS", 3)
+    monkeypatch.setattr(scheduler_module, "_PROMPT_TOKENS", 3)
     watch = watched(monkeypatch, Watch())
     assert ids_of(chat_of(engine), **MODES[mode]) == expected
     assert watch.largest_feed <= 4  # a token and three drafted ones
@@ -129,9 +129,8 @@ def test_rows_never_hold_more_than_the_limit_of_tokens(
     watch = watched(monkeypatch, Watch(lambda rows: held.append(sum(rows.values()))))
     chat = chat_of("fused")
     chat.model.generation_config.eos_token_id = []
-    job = job_of(chat, PROMPTS, max_new_tokens=12, **MODES[mode])
-    object.__setattr__(job, "max_batch_tokens", most)
-    answers = answer_all(job)
+    requests = requests_of(chat, PROMPTS, max_new_tokens=12, **MODES[mode])
+    answers = answer_all(chat, requests, BatchLimits(tokens=most))
     assert {len(answer.token_ids) for answer in answers} == {12}
     assert max(held) <= most
     assert watch.forwards > 12  # they did not all go at once
@@ -144,9 +143,8 @@ def test_beams_never_hold_more_than_the_limit_of_tokens(most: int, monkeypatch: 
     watched(monkeypatch, Watch(lambda rows: together.append(len(rows))))
     chat = chat_of("fused")
     chat.model.generation_config.eos_token_id = []
-    job = job_of(chat, PROMPTS, max_new_tokens=12, **MODES["beams"])
-    object.__setattr__(job, "max_batch_tokens", most)
-    assert len(answer_all(job)) == 8
+    requests = requests_of(chat, PROMPTS, max_new_tokens=12, **MODES["beams"])
+    assert len(answer_all(chat, requests, BatchLimits(tokens=most))) == 8
     # The tree has a row for each prompt. The limits of 12 tokens, times three: 60, 39, 75, 45.
     assert max(together) == {75: 1, 120: 2, 1000: 4}[most]
 
@@ -154,9 +152,10 @@ def test_beams_never_hold_more_than_the_limit_of_tokens(most: int, monkeypatch: 
 @pytest.mark.parametrize("mode", ["greedy", "beams"])
 def test_a_long_prompt_says_every_ten_seconds_where_it_is(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of 3 tokens that take 4 seconds each: of 13 tokens, four pieces end at 4, 8, 12 and 16 seconds."""
-    monkeypatch.setattr(decode_module, "_PROMPT_TOKENS", 3)
-    job = job_of(chat_of("fused"), PROMPTS[2:3], max_new_tokens=2, **MODES[mode])
-    assert len(job.prompts[0]) == 13
+    monkeypatch.setattr(scheduler_module, "_PROMPT_TOKENS", 3)
+    chat = chat_of("fused")
+    [request] = requests_of(chat, PROMPTS[2:3], max_new_tokens=2, **MODES[mode])
+    assert len(request.prompt_token_ids) == 13
     said: list[str] = []
     times = iter(range(0, 100, 4))
     seconds = [0]
@@ -164,15 +163,14 @@ def test_a_long_prompt_says_every_ten_seconds_where_it_is(mode: str, monkeypatch
     def clock() -> float:
         return seconds[0]
 
-    progress = decode_module.prompt_progress(said.append, clock)
+    progress = prompt_progress(said.append, clock)
 
     def on_prompt(done: int, total: int) -> None:
         seconds[0] = next(times)
         progress(done, total)
 
     next(times)  # the first piece has taken 4 seconds
-    object.__setattr__(job, "on_prompt", on_prompt)
-    answer_all(job)
+    answer_all(chat, [replace(request, on_prompt=on_prompt)])
     assert said == ["prefill: 9 of 13 prompt tokens"]
 
 

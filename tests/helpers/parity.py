@@ -9,8 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from handspun.config import GenerationOptions
 from handspun.decoding.generate import answer_all
 from handspun.decoding.options import resolve
+from handspun.decoding.processors import make_processors
 from handspun.decoding.request import Request
 from handspun.decoding.results import GenerationResult
+from handspun.decoding.scheduler import BatchLimits
 from handspun.decoding.text import vocabulary
 from handspun.models.load import ChatModel
 
@@ -44,17 +46,28 @@ def answers_to(
     model: ChatModel, prompts_ids: list[list[int]], *, batch_size: int = 64, logprobs: bool = False, **options: Any
 ) -> list[GenerationResult]:
     """Our answers to prompts that are given as token ids."""
-    return answer_all(job_of(model, prompts_ids, batch_size=batch_size, logprobs=logprobs, **options))
+    requests = requests_of(model, prompts_ids, logprobs=logprobs, **options)
+    return answer_all(model, requests, BatchLimits(rows=batch_size, tokens=10**6))
 
 
-def job_of(
-    model: ChatModel, prompts_ids: list[list[int]], *, batch_size: int = 64, logprobs: bool = False, **options: Any
-) -> Request:
+def requests_of(
+    model: ChatModel, prompts_ids: list[list[int]], *, logprobs: bool = False, **options: Any
+) -> list[Request]:
     """What `generate` would make of prompts that are given as token ids."""
     resolved, _ = resolve(GenerationOptions(**options), model, chat=False)
-    limits = [resolved.max_new_tokens] * len(prompts_ids)
-    words = vocabulary(model.tokenizer)
-    return Request(model, resolved, words, prompts_ids, limits, logprobs, False, batch_size, 10**6, lambda: False)
+    processors, words = make_processors(resolved), vocabulary(model.tokenizer)
+    return [
+        Request(
+            prompt_token_ids=ids,
+            options=resolved,
+            vocabulary=words,
+            max_new_tokens=resolved.max_new_tokens,
+            prompt_index=number,
+            processors=processors,
+            logprobs=logprobs,
+        )
+        for number, ids in enumerate(prompts_ids)
+    ]
 
 
 def transformers_answers(

@@ -27,7 +27,6 @@ from handspun.decoding.request import Request
 from handspun.decoding.results import GenerationChunk, GenerationResult
 from handspun.decoding.scheduler import DEFAULT_LIMITS, BatchLimits, run
 from handspun.decoding.text import vocabulary
-from handspun.display import say
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
 
@@ -73,11 +72,8 @@ def generate(
 
     Raises ConfigError, DataError, TemplateError.
     """
-    requests, chunks = _start(model, prompts, options, arguments)
-    results = _in_order([chunk.result for chunk in chunks if chunk.result])
-    if any(request.options.prompt_lookup_num_tokens for request in requests):
-        arguments.get("notice", say)(_draft_summary(results))
-    return results
+    chunks = stream(model, prompts, options=options, **arguments)
+    return _in_order([chunk.result for chunk in chunks if chunk.result])
 
 
 def stream(
@@ -97,19 +93,12 @@ def stream(
 
     Raises the same errors as `generate`, when it is called rather than at the first chunk.
     """
-    return _start(model, prompts, options, arguments)[1]
-
-
-def _start(
-    model: ChatModel,
-    prompts: Prompt | Sequence[Prompt],
-    options: GenerationOptions | None,
-    arguments: GenerateArguments,
-) -> tuple[list[Request], Iterator[GenerationChunk]]:
     call, own = read_arguments(options, arguments)
     requests = make_requests(model, prompts, own, call)
     limits = BatchLimits(rows=call.batch_size, tokens=call.max_batch_tokens)
-    return requests, run(model, requests, limits, should_stop=call.should_stop)
+    chunks = run(model, requests, limits, should_stop=call.should_stop)
+    is_drafting = any(request.options.prompt_lookup_num_tokens for request in requests)
+    return _with_draft_summary(chunks, call.notice) if is_drafting else chunks
 
 
 def make_requests(
@@ -214,11 +203,18 @@ def _with_template_args(model: ChatModel, given: TemplateArgs | None) -> ChatMod
     return replace(model, template_args={**model.template_args, **args}) if args else model
 
 
-def _draft_summary(answers: Sequence[GenerationResult]) -> str:
-    drafted = sum(answer.drafted_tokens for answer in answers)
-    accepted = sum(answer.accepted_tokens for answer in answers)
-    tokens = sum(len(answer.token_ids) for answer in answers)
-    return (
+def _with_draft_summary(
+    chunks: Iterator[GenerationChunk], notice: Callable[[str], None]
+) -> Iterator[GenerationChunk]:
+    """Yield the chunks, and say at the end how many draft tokens were accepted."""
+    drafted = accepted = tokens = 0
+    for chunk in chunks:
+        if chunk.result is not None:
+            drafted += chunk.result.drafted_tokens
+            accepted += chunk.result.accepted_tokens
+            tokens += len(chunk.result.token_ids)
+        yield chunk
+    notice(
         f"prompt lookup: {accepted:,} of {drafted:,} draft tokens were accepted; {tokens:,} tokens were generated"
     )
 

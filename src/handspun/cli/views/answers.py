@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Unpack
 
 from rich.console import Console
 from rich.rule import Rule
@@ -15,7 +16,9 @@ from handspun.data.messages import Message
 from handspun.data.preview import bracketed, colored, spread
 from handspun.data.rendering import choose_template
 from handspun.data.rows import check_data_exists
-from handspun.decoding.generate import generate, stream
+from handspun.decoding.arguments import GenerateArguments
+from handspun.decoding.generate import stream
+from handspun.decoding.options import resolve
 from handspun.decoding.results import GenerationResult
 from handspun.display import json_line, write_text
 from handspun.errors import DataError
@@ -57,43 +60,54 @@ def show_answers(
     options: GenerationOptions,
     console: Console,
     *,
-    chat: bool = True,
-    system_prompt: str | None = None,
     prefill: str | None = None,
-    batch_size: int = 8,
     as_json: bool = False,
-    logprobs: bool = False,
-    explain: bool = False,
-    show_tree: bool = False,
-) -> list[GenerationResult]:
-    """Print the answers: the text alone if there is only one, otherwise each under its prompt."""
+    **arguments: Unpack[GenerateArguments],
+) -> None:
+    """Print the answers in the order of their prompts: each as soon as it and all before it are complete.
+
+    A single answer is printed alone, token by token; others stand under their prompts.
+
+    Args:
+        model: The model that answers.
+        prompts: User messages, or plain texts.
+        options: Generation options.
+        console: Where to print.
+        prefill: Beginning of every answer.
+        as_json: Print one JSON object per line.
+        **arguments: As for `generate`.
+    """
     asked = list(prompts) if prefill is None else [_with_prefill(prompt, prefill) for prompt in prompts]
-    results = generate(
-        model,
-        asked,
-        options=options,
-        chat=chat,
-        system_prompt=system_prompt,
-        continue_final_message=prefill is not None,
-        batch_size=batch_size,
-        logprobs=logprobs,
-        explain=explain,
-        show_tree=show_tree,
-    )
-    for result in results:
+    arguments["continue_final_message"] = prefill is not None
+    count = resolve(options, model, chat=arguments.get("chat", True))[0].num_return_sequences
+    is_alone = len(prompts) * count == 1 and not as_json
+    waiting: dict[int, list[GenerationResult]] = {index: [] for index in range(len(prompts))}
+    for chunk in stream(model, asked, options=options, **arguments):
+        if is_alone:
+            write_text(console, chunk.text, end="" if chunk.result is None else "\n")
+        if chunk.result is not None:
+            waiting[chunk.prompt_index].append(chunk.result)
+        while waiting and len(results := waiting[min(waiting)]) == count:
+            _print_answers(prompts[min(waiting)], results, console, as_json=as_json, is_alone=is_alone)
+            del waiting[min(waiting)]
+    for index, results in waiting.items():  # a beam search found fewer than requested
+        _print_answers(prompts[index], results, console, as_json=as_json, is_alone=False)
+
+
+def _print_answers(
+    prompt: str, results: list[GenerationResult], console: Console, *, as_json: bool, is_alone: bool
+) -> None:
+    """Print a prompt's answers. is_alone: the text has been printed already."""
+    for result in sorted(results, key=lambda result: result.return_index):
         if as_json:
-            record = {"prompt": prompts[result.prompt_index], **asdict(result)}
-            print(json_line(record))
+            print(json_line({"prompt": prompt, **asdict(result)}))
             continue
-        if len(results) == 1:
-            write_text(console, result.text)
-        else:
-            _print_with_prompt(console, prompts[result.prompt_index], result)
+        if not is_alone:
+            _print_with_prompt(console, prompt, result)
         if result.explanation is not None:
             console.print(explanation_table(result.explanation))
         if result.tree is not None:
             console.print(search_tree(result.tree))
-    return results
 
 
 def _with_prefill(prompt: str, prefill: str) -> list[Message]:
