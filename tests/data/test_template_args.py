@@ -244,7 +244,7 @@ def test_several_templates_without_a_default_are_one_error_that_names_them() -> 
 
 def test_a_variable_given_as_an_option_names_template_args() -> None:
     with pytest.raises(ConfigError, match=r"template_args=dict\(enable_thinking=False\)"):
-        handspun.generate(chat_of("thinking"), "Hi", enable_thinking=False)
+        handspun.generate(chat_of("thinking"), "Hi", enable_thinking=False)  # type: ignore[call-arg]
 
 
 def test_rows_with_tools_use_the_template_for_tools() -> None:
