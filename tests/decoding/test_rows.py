@@ -13,6 +13,7 @@ from handspun.decoding.engines.choose import make_engine
 from handspun.decoding.engines.fused import FusedEngine
 from handspun.decoding.generate import answer_all, prompt_progress
 from handspun.decoding.scheduler import BatchLimits
+from handspun.display import captured_log
 from handspun.models.load import ChatModel
 from parity import answers_to, requests_of
 from tiny import tiny_model, tiny_tokenizer
@@ -156,22 +157,22 @@ def test_a_long_prompt_says_every_ten_seconds_where_it_is(mode: str, monkeypatch
     chat = chat_of("fused")
     [request] = requests_of(chat, PROMPTS[2:3], max_new_tokens=2, **MODES[mode])
     assert len(request.prompt_token_ids) == 13
-    said: list[str] = []
     times = iter(range(0, 100, 4))
     seconds = [0]
 
     def clock() -> float:
         return seconds[0]
 
-    progress = prompt_progress(said.append, clock)
+    progress = prompt_progress(clock)
 
     def on_prompt(done: int, total: int) -> None:
         seconds[0] = next(times)
         progress(done, total)
 
     next(times)  # the first piece has taken 4 seconds
-    answer_all(chat, [replace(request, on_prompt=on_prompt)])
-    assert said == ["prefill: 9 of 13 prompt tokens"]
+    with captured_log() as lines:
+        answer_all(chat, [replace(request, on_prompt=on_prompt)])
+    assert lines == ["prefill: 9 of 13 prompt tokens"]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def requests_for(chat: ChatModel) -> list[Request]:
     for text, kind in zip(TEXTS, KINDS, strict=True):
         own = {name: kind[name] for name in ("logprobs", "explain") if name in kind}
         options = {"max_new_tokens": 12, **{name: value for name, value in kind.items() if name not in own}}
-        call = CallOptions(notice=print, **own)
+        call = CallOptions(**own)
         requests += make_requests(chat, text, GenerationOptions(**options), call)
     return requests
 

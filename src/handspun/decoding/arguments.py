@@ -8,7 +8,6 @@ from handspun.config import GenerationOptions, TemplateArgs, wrong_argument
 from handspun.config.names import unknown_option
 from handspun.config.typed import short
 from handspun.decoding.processors import Function
-from handspun.display import say
 from handspun.errors import ConfigError
 
 
@@ -41,8 +40,6 @@ class CallOptions:
     """Maximum number of prompt and answer tokens in a batch, which bounds its memory."""
     should_stop: Callable[[], bool] | None = None
     """Called before every step. Once it returns True, unfinished answers end as "cancelled"."""
-    notice: Callable[[str], None] = say
-    """Receives messages: which settings come from the model, and progress on long prompts."""
 
 
 class GenerateArguments(TypedDict, total=False):
@@ -60,7 +57,6 @@ class GenerateArguments(TypedDict, total=False):
     batch_size: int
     max_batch_tokens: int
     should_stop: Callable[[], bool] | None
-    notice: Callable[[str], None]
     max_new_tokens: int | None
     min_new_tokens: int | None
     do_sample: bool | None

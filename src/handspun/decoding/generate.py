@@ -27,6 +27,7 @@ from handspun.decoding.request import Request
 from handspun.decoding.results import GenerationChunk, GenerationResult
 from handspun.decoding.scheduler import DEFAULT_LIMITS, BatchLimits, run
 from handspun.decoding.text import vocabulary
+from handspun.display import logger
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
 
@@ -67,8 +68,8 @@ def generate(
             max_batch_tokens (32768): Maximum number of prompt and answer tokens in a batch, which bounds its
                 memory. A longer answer is decoded alone.
             should_stop: Called before every step. Once it returns True, unfinished answers end as "cancelled".
-            notice: Receives messages: which settings come from the model, and progress on long prompts every ten
-                seconds.
+
+    The log tells which settings come from the model, and every ten seconds how far a long prompt is.
 
     Raises ConfigError, DataError, TemplateError.
     """
@@ -98,7 +99,7 @@ def stream(
     limits = BatchLimits(rows=call.batch_size, tokens=call.max_batch_tokens)
     chunks = run(model, requests, limits, should_stop=call.should_stop)
     is_drafting = any(request.options.prompt_lookup_num_tokens for request in requests)
-    return _with_draft_summary(chunks, call.notice) if is_drafting else chunks
+    return _with_draft_summary(chunks) if is_drafting else chunks
 
 
 def make_requests(
@@ -128,13 +129,13 @@ def make_requests(
         explain=call.explain,
         show_tree=call.show_tree,
         with_tools=bool(call.tools),
-        on_prompt=prompt_progress(call.notice),
+        on_prompt=prompt_progress(),
     )
     penalized = _penalized_ids(model, prompt_list, resolved, call)
     if reason := fused_decoding_unsupported_reason(model):
         notices.append(f"decoding with transformers' forward, which is slower: {reason}")
     for text in notices:
-        call.notice(text)
+        logger.info(text)
     return [
         replace(common, prompt_token_ids=ids, max_new_tokens=limit, prompt_index=i, penalized_token_ids=counted)
         for i, (ids, limit, counted) in enumerate(zip(encoded, limits, penalized, strict=True))
@@ -152,17 +153,15 @@ def _in_order(results: list[GenerationResult]) -> list[GenerationResult]:
     return sorted(results, key=lambda result: (result.prompt_index, result.return_index))
 
 
-def prompt_progress(
-    log: Callable[[str], None], clock: Callable[[], float] = time.monotonic
-) -> Callable[[int, int], None]:
-    """Return a `Request.on_prompt` that reports progress on a long prompt every ten seconds."""
+def prompt_progress(clock: Callable[[], float] = time.monotonic) -> Callable[[int, int], None]:
+    """Return a `Request.on_prompt` that logs progress on a long prompt every ten seconds."""
     logged_at = clock()
 
     def on_prompt(done: int, total: int) -> None:
         nonlocal logged_at
         if clock() - logged_at >= _SECONDS_BETWEEN_NOTICES:
             logged_at = clock()
-            log(f"prefill: {done:,} of {total:,} prompt tokens")
+            logger.info(f"prefill: {done:,} of {total:,} prompt tokens")
 
     return on_prompt
 
@@ -203,9 +202,7 @@ def _with_template_args(model: ChatModel, given: TemplateArgs | None) -> ChatMod
     return replace(model, template_args={**model.template_args, **args}) if args else model
 
 
-def _with_draft_summary(
-    chunks: Iterator[GenerationChunk], notice: Callable[[str], None]
-) -> Iterator[GenerationChunk]:
+def _with_draft_summary(chunks: Iterator[GenerationChunk]) -> Iterator[GenerationChunk]:
     """Yield the chunks, and say at the end how many draft tokens were accepted."""
     drafted = accepted = tokens = 0
     for chunk in chunks:
@@ -214,7 +211,7 @@ def _with_draft_summary(
             accepted += chunk.result.accepted_tokens
             tokens += len(chunk.result.token_ids)
         yield chunk
-    notice(
+    logger.info(
         f"prompt lookup: {accepted:,} of {drafted:,} draft tokens were accepted; {tokens:,} tokens were generated"
     )
 
