@@ -102,7 +102,8 @@ def read_arguments(
         raise ConfigError(f"options is {short(options)}: expected a handspun.GenerationOptions instance.")
     of_call: dict[str, Any] = {name: value for name, value in arguments.items() if name in _OF_CALLS}
     single: dict[str, Any] = {name: value for name, value in arguments.items() if name not in _OF_CALLS}
-    known = {*_OF_CALLS, *(field.name for field in fields(GenerationOptions))}
+    # Without template_args, a misplaced variable is answered in Python's words, not in the command line's.
+    known = {*_OF_CALLS, *(field.name for field in fields(GenerationOptions))} - {"template_args"}
     problems = [unknown_option(name, known, str) for name in single if name not in known]
     call = CallOptions(**of_call)
     problems += [text for name in _AT_LEAST_ONE for text in wrong_argument(name, getattr(call, name), int, 1)]
