@@ -51,6 +51,18 @@ def test_micro_batches_by_hand(lengths: list[int], max_tokens: int, parts: list[
     assert [[len(e) for e in part] for part in made] == parts
 
 
+def test_computed_tokens_by_hand() -> None:
+    """The rows share 1 and 2, but 2 predicts a target of the second one."""
+    rows = [
+        Example([1, 2, 3, 4], [False, False, False, True], "a", 1),
+        Example([1, 2, 5], [False, False, True], "a", 2),
+    ]
+    assert Batching("padded").computed_tokens(rows) == 8
+    assert Batching("packed").computed_tokens(rows) == 7
+    assert Batching("packed", share_prefix=True).computed_tokens(rows) == 6
+    assert Batching("packed", share_prefix=True, multiple=4).computed_tokens(rows) == 8
+
+
 def test_collate_pads_on_the_right_and_masks_by_hand() -> None:
     batch = collate(
         [Example([5, 6, 7], [False, True, True], "a", 1), Example([8], [False], "a", 2)], pad_token_id=0
