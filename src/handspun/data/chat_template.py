@@ -406,10 +406,8 @@ class ChatTemplate:
                 raise TemplateError(f"the chat template leaves out {value.what} of this conversation ({roles}).")
 
     def _find_markers(self, source: str, writable: set[str]) -> re.Pattern[str]:
-        """Return a pattern of the strings, such as `</think>`, that the template looks for in an assistant's text.
-
-        Placeholders leave these strings in place, so that the template treats them as usual.
-        """
+        """Return a pattern of the strings that the template looks for in an assistant's text (`</think>`)."""
+        # Placeholders leave these strings in place, so that the template treats them as usual.
         found = set(re.findall(r"""['"](?:\\n)*(</?\w+>)(?:\\n)*['"]""", source))
         return alternatives([marker for marker in found if marker not in self._added or marker in writable])
 
@@ -418,11 +416,8 @@ class ChatTemplate:
         return list(dict.fromkeys(self._any_turn_marker.findall(text)))
 
     def _find_plain_markers(self) -> list[str]:
-        """Return the plain texts that begin a user's and an assistant's turn.
-
-        They contain no added token, except the end of the turn before. The same text in the data cannot be told
-        from the template's.
-        """
+        """Return the plain texts that begin a user's and an assistant's turn, if these are no added tokens."""
+        # The same text in the data cannot be told from the template's.
         hidden = Placeholders(alternatives([]), self._any_added)
         turns = [("user", "question"), ("assistant", "answer"), ("user", "another")]
         probe, _ = hidden.conversation([{"role": role, "content": text} for role, text in turns], None)
@@ -438,10 +433,8 @@ class ChatTemplate:
         return [text for text in dict.fromkeys(markers) if text and not self._any_added.search(text)]
 
     def _find_tokens_of_turns(self) -> tuple[int, set[str]]:
-        """Return the id of the end-of-turn token, and all added tokens around turns.
-
-        Data that contains one of these tokens, special or not, would forge a turn.
-        """
+        """Return the id of the end-of-turn token, and all added tokens around turns."""
+        # Data that contains one of these tokens, special or not, would forge a turn.
         hidden = Placeholders(alternatives([]), self._any_added)
         probe, _ = hidden.conversation(
             [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}], None
@@ -497,16 +490,14 @@ def _joined(layout: Layout, ids: dict[tuple[str, bool], list[int]]) -> Tokenized
 
 
 def _without_added_tokens(backend: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
-    """Return two tokenizers without added tokens: one for the first span of a text, and one for later spans.
-
-    They differ if a Metaspace pre-tokenizer has prepend_scheme "first": it writes no space before later spans.
-    """
+    """Return two tokenizers without added tokens: one for the first span of a text, and one for later spans."""
     first, later = Tokenizer(backend.model), Tokenizer(backend.model)
     for plain in (first, later):
         if backend.normalizer is not None:
             plain.normalizer = backend.normalizer
         if backend.pre_tokenizer is not None:
             plain.pre_tokenizer = backend.pre_tokenizer
+    # With prepend_scheme "first", Metaspace writes a space before the first span only.
     metaspace = backend.pre_tokenizer
     if isinstance(metaspace, pre_tokenizers.Metaspace) and metaspace.prepend_scheme == "first":
         later.pre_tokenizer = pre_tokenizers.Metaspace(

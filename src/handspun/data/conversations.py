@@ -202,11 +202,9 @@ def _answered(messages: list[Message], read: _Read) -> list[Message]:
 
 
 def _with_greeting_as_context(messages: list[Message], read: _Read) -> list[Message]:
-    """Make an assistant's turn before the first user's turn context.
-
-    No prompt asked for such a greeting, and templates disagree on how to prompt for it. A mark on the turn wins if
-    a system message comes before it. A row without any user turn keeps its turns as they are.
-    """
+    """Make an assistant's turn before the first user's turn context."""
+    # No prompt asked for such a greeting, and templates disagree on how to prompt for it. A mark on the turn wins
+    # if a system message comes before it. A row without any user turn keeps its turns as they are.
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     decided = []
     for i, message in enumerate(messages):

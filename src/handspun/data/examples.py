@@ -359,10 +359,8 @@ def _examples_of(
 
 
 def _drop_trailing_prompt(encoded: TokenizedExample) -> TokenizedExample:
-    """Cut off what follows the last target token. Without any target token, nothing is left.
-
-    The first id is never a target, because nothing predicts it.
-    """
+    """Cut off what follows the last target token. Without any target token, nothing is left."""
+    # The first id is never a target, because nothing predicts it.
     loss_mask = [False, *encoded.loss_mask[1:]]
     length = len(loss_mask) - loss_mask[::-1].index(True) if True in loss_mask else 0
     return TokenizedExample(encoded.input_ids[:length], loss_mask[:length])

@@ -192,12 +192,10 @@ def _rows_of_the_hub(value: Values, file: str, notes: list[str]) -> list[Values]
 
 
 def _is_columns_of_lists(value: Values) -> bool:
-    """Return whether it is columns of lists, such as {"prompt": ["a", "b"], "completion": ["c", "d"]}.
-
-    A list of objects may be the turns of one row, so it does not count as a column.
-    """
+    """Return whether it is columns of lists, such as {"prompt": ["a", "b"], "completion": ["c", "d"]}."""
     if not value or not all(isinstance(item, list) for item in value.values()):
         return False
+    # A list of objects may be the turns of one row, so it does not count as a column.
     needed = [name for name in value if name.strip().lower() in _NEEDED]
     return all(not any(isinstance(item, dict) for item in value[name]) for name in needed or value)
 

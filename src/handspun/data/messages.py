@@ -41,11 +41,9 @@ UNKNOWN_ROLE = "the unknown role"
 
 
 def known_role(name: str, role_map: Mapping[str, str]) -> str | None:
-    """Return the role that a name stands for, ignoring case and outer space; None if it is unknown.
-
-    The role map comes first, so it can also map a known name to another role.
-    """
+    """Return the role that a name stands for, ignoring case and outer space; None if it is unknown."""
     key = normalize_role(name)
+    # The role map comes first, so it can also map a known name to another role.
     return role_map.get(key) or _ROLES.get(key)
 
 
@@ -153,10 +151,8 @@ def read_turns(value: Any, cell: Cell, role_map: Mapping[str, str]) -> list[Turn
 
 
 def plain_message(turn: Turn, role_map: Mapping[str, str]) -> Message | None:
-    """Return the message of a turn that has only a role and a text, as most do; None for any other turn.
-
-    This is a fast path for `read_message`, for millions of rows. Such a turn has no marks, notes or unread keys.
-    """
+    """Return the message of a turn that has only a role and a text, as most do; None for any other turn."""
+    # A fast path for `read_message`, for millions of rows: such a turn has no marks, notes or unread keys.
     if len(turn) != 2:
         return None
     name, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))

@@ -44,10 +44,8 @@ class LostNulls(dict[str, Any]):
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a nested value without its null entries. Objects that lost any are LostNulls.
-
-    Arrow gives every object all keys that any object has, so a missing key and a null look the same.
-    """
+    """Return a nested value without its null entries. Objects that lost any are LostNulls."""
+    # Arrow gives every object all keys that any object has, so a missing key and a null look the same.
     if isinstance(value, dict):
         return _object({key: without_nulls(item) for key, item in value.items() if item is not None}, of=value)
     if isinstance(value, list):
@@ -100,11 +98,7 @@ _BYTES_OF_A_CELL = 100
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """Return the table's rows. Nulls inside nested values are removed; see `cell_reader`.
-
-    A file of a few kilobytes can contain a billion rows, or a million copies of a long text. So memory is counted
-    while rows are unpacked. Raises DataError.
-    """
+    """Return the table's rows. Nulls inside nested values are removed; see `cell_reader`. Raises DataError."""
     import pyarrow
     import pyarrow.parquet
 
@@ -112,6 +106,8 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
     with path.open("rb") as stream:
         check_kind(stream.read(32), file, but=b"PAR1")
     rows: list[dict[str, Any]] = []
+    # A file of a few kilobytes can contain a billion rows, or a million copies of a long text. So memory is
+    # counted while rows are unpacked.
     unpacked, most = 0, memory_limit()
     try:
         with pyarrow.parquet.ParquetFile(path) as parquet:

@@ -33,7 +33,8 @@ def stay_offline_if_unreachable(name: str, *, repo_type: Literal["model", "datas
     try:
         url = hf_hub_url(name, "README.md", repo_type=repo_type)
         get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except HfHubHTTPError as error:  # an answer (no such file, no access), or a proxy that cannot reach the hub
+    except HfHubHTTPError as error:
+        # An answer (no such file, no access), or that of a proxy that cannot reach the hub.
         if error.response.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
             return
         reason = f"status {error.response.status_code}"

@@ -98,14 +98,12 @@ class TextLoss:
 
 
 def _changing_part(normalizer: normalizers.Normalizer | None) -> tuple[normalizers.Normalizer | None, str]:
-    """Return the normalizer steps that change text, and their names; (None, "") if there are none.
-
-    Writing spaces as SentencePiece does is no change, because decoding reverses it.
-    """
+    """Return the normalizer steps that change text, and their names; (None, "") if there are none."""
     if normalizer is None:
         return None, ""
     state = json.loads(normalizer.__getstate__())
     steps = state["normalizers"] if state["type"] == "Sequence" else [state]
+    # Writing spaces as SentencePiece does is no change, because decoding reverses it.
     changing = [step for step in steps if not _is_taken_back(step)]
     if not changing:
         return None, ""

@@ -75,10 +75,7 @@ def predicted_seconds(
 
 
 class Forecast:
-    """Predicts the time of the remaining steps from the faster of this process's first two steps.
-
-    The first step is usually slower because it touches its memory for the first time.
-    """
+    """Predicts the time of the remaining steps from the faster of this process's first two steps."""
 
     def __init__(self, plan: Plan, num_epochs: int) -> None:
         self._tokens_of_a_step = plan.computed_tokens * num_epochs / plan.steps
@@ -92,4 +89,5 @@ class Forecast:
         left = event.total_steps - event.step
         if len(self._rates) < 2 or not left:
             return None
+        # The first step is usually slower because it touches its memory for the first time.
         return left * self._tokens_of_a_step / max(self._rates)

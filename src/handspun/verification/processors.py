@@ -245,20 +245,19 @@ def goodness_of_fit(tokens: Tensor, probabilities: Tensor) -> tuple[float, int]:
     """Return (p-value, number of bins) of Pearson's chi-squared test.
 
     The p-value is the probability of draws at least as far from the distribution as these. It is 0 if an
-    impossible token was drawn. tokens: the draws, (draws,). probabilities: (vocab,). Tokens with fewer than 5
-    expected draws share a bin.
+    impossible token was drawn. tokens: the draws, (draws,). probabilities: (vocab,).
     """
     probabilities = probabilities.double().cpu()
     counts = tokens.cpu().bincount(minlength=len(probabilities)).double()
     if bool((counts[probabilities == 0] > 0).any()):
         return 0.0, len(counts)
     expected = probabilities * len(tokens)
+    # Pearson's statistic follows chi-squared only with enough expected draws per bin: rarer tokens share one, and
+    # if that is still too small, it joins the one before.
     alone = expected >= _MIN_EXPECTED
     expected = torch.cat([expected[alone], expected[~alone].sum()[None]])
     counts = torch.cat([counts[alone], counts[~alone].sum()[None]])
-    if (
-        expected[-1] < _MIN_EXPECTED and len(expected) > 1
-    ):  # merge a shared bin that is too small into the one before
+    if expected[-1] < _MIN_EXPECTED and len(expected) > 1:
         expected = torch.cat([expected[:-2], expected[-2:].sum()[None]])
         counts = torch.cat([counts[:-2], counts[-2:].sum()[None]])
     statistic = ((counts - expected) ** 2 / expected).sum()
