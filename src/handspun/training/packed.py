@@ -109,64 +109,45 @@ def _attend(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Return (1, tokens, heads, size), as transformers expects. query: (1, heads, tokens, size)."""
+    options = {"scale": scaling, "dropout_p": dropout}
     if masks.dense is not None:
-        output = _attend_dense(query, key, value, masks.dense, scaling, dropout)
+        output = _attend_dense(query, key, value, masks.dense, **options)
     else:
-        output = _attend_per_sequence(query, key, value, masks, scaling, dropout)
+        output = _attend_per_sequence(query, key, value, masks, **options)
     return output.transpose(1, 2), None
 
 
-def _attend_dense(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, dropout: float
-) -> Tensor:
+def _attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any) -> Tensor:
     """Attend all sequences in one call."""
     # One key and value per query head: no fused kernel supports a mask and grouped queries at once.
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     with without_cudnn():
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
 
 
-def _attend_per_sequence(
-    query: Tensor, key: Tensor, value: Tensor, masks: Masks, scaling: float | None, dropout: float
-) -> Tensor:
+def _attend_per_sequence(query: Tensor, key: Tensor, value: Tensor, masks: Masks, **options: Any) -> Tensor:
     end = masks.pack.shared_prefix_length
     prefix_key, prefix_value = key[:, :, :end], value[:, :, :end]
     outputs = []
     if end:
-        outputs.append(_sdpa(query[:, :, :end], prefix_key, prefix_value, None, scaling, dropout))
+        outputs.append(_sdpa(query[:, :, :end], prefix_key, prefix_value, None, **options))
     for (start, stop), mask in zip(masks.pack.sequence_bounds, masks.per_sequence, strict=True):
         own_key, own_value = key[:, :, start:stop], value[:, :, start:stop]
         if end:
             own_key = torch.cat([prefix_key, own_key], dim=2)
             own_value = torch.cat([prefix_value, own_value], dim=2)
-        outputs.append(_sdpa(query[:, :, start:stop], own_key, own_value, mask, scaling, dropout))
+        outputs.append(_sdpa(query[:, :, start:stop], own_key, own_value, mask, **options))
     return torch.cat(outputs, dim=2)
 
 
-def _sdpa(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, dropout: float
-) -> Tensor:
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+    options |= {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": query.shape[1] != key.shape[1]}
     if query.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-        return _sdpa_call(query, key, value, mask, scaling, dropout)
+        return F.scaled_dot_product_attention(query, key, value, **options)
     # On a CPU, attention is slower in bfloat16 than in float32; backward takes three times as long.
     with torch.autocast("cpu", enabled=False):
-        output = _sdpa_call(query.float(), key.float(), value.float(), mask, scaling, dropout)
+        output = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), **options)
     return output.to(value.dtype)
-
-
-def _sdpa_call(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, dropout: float
-) -> Tensor:
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scaling,
-        dropout_p=dropout,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
 
 
 LOGITS_CHUNK_BYTES = 128 * 2**20
