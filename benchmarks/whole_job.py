@@ -78,9 +78,7 @@ def package_steps(dtype: str) -> Iterator[tuple[float, float]]:
     """(CPU seconds, loss) of each step of the package."""
     chat = handspun.load(CONFIG.model)
     examples = load_splits(CONFIG, chat.template, max_length=DEFAULT_MAX_LENGTH, cache=None)[0].examples
-    with select_runner(
-        chat.model, CONFIG, examples, dtype=getattr(torch, dtype), pad_token_id=0, notice=lambda _: None
-    ) as runner:
+    with select_runner(chat.model, CONFIG, examples, dtype=getattr(torch, dtype), pad_token_id=0) as runner:
         loop = Loop(config=CONFIG, examples=examples, runner=runner, clock=time.process_time)
         for event in train(loop, start(chat.model, CONFIG)):
             if isinstance(event, Step):
