@@ -4,12 +4,21 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import handspun
 from handspun.models.embedded import embedded_folder
 from handspun.models.load import ChatModel
 from tiny import tiny_model, tiny_tokenizer
+
+hypothesis.settings.register_profile("brief", max_examples=25)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Try fewer examples of properties while you work, where a test names no number itself."""
+    if config.option.markexpr == "not slow":
+        hypothesis.settings.load_profile("brief")
 
 
 @pytest.fixture(scope="session", autouse=True)

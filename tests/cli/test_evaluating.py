@@ -71,6 +71,7 @@ def test_eval_names_data_that_is_not_there(
     )
 
 
+@pytest.mark.slow
 def test_compare_lays_answers_side_by_side(
     capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

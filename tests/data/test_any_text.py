@@ -102,6 +102,7 @@ def test_an_answer_is_learned_whole_whatever_the_texts(user: str, answer: str, s
     check(TINY, user, answer, system)
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 @settings(deadline=None, derandomize=True, max_examples=100)
 @given(texts, texts, texts)

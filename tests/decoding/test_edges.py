@@ -46,6 +46,7 @@ def test_a_batch_is_full_while_prompts_are_waiting(chat: ChatModel, monkeypatch:
     assert emptying == sorted(emptying, reverse=True)
 
 
+@pytest.mark.slow
 def test_a_thousand_prompts_are_answered_as_each_alone(chat: ChatModel) -> None:
     prompts = [f"{'Tell me a joke. ' * (n % 3)}{n}" for n in range(1000)]
     answers = _generate(chat, prompts, max_new_tokens=3)
@@ -54,6 +55,7 @@ def test_a_thousand_prompts_are_answered_as_each_alone(chat: ChatModel) -> None:
         assert answers[n].token_ids == _generate(chat, prompts[n], max_new_tokens=3)[0].token_ids
 
 
+@pytest.mark.slow
 def test_one_prompt_a_hundred_times(chat: ChatModel) -> None:
     """The same answer each time if nothing is drawn, and under one seed draws of their own."""
     for mode in ({}, {"num_beams": 3}):

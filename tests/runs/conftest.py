@@ -5,9 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from handspun.report import pictures
 from handspun.runs import train as run_module
 from handspun.training.loop import Event, Loop, TrainingState
 from interrupted_runs import ROWS, Crash
+
+
+@pytest.fixture(autouse=True, scope="module")
+def reports_without_pictures() -> Iterator[None]:
+    """Draw no pictures: they take half of a small run's time, and tests/report tests them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for plot in ("line_plot", "bar_plot"):
+            patch.setattr(pictures, plot, lambda *_, **__: "")
+        yield
 
 
 @pytest.fixture

@@ -216,6 +216,7 @@ def test_the_earlier_run_goes_when_the_new_one_has_saved(
     ]
 
 
+@pytest.mark.slow
 def test_a_second_overwrite_keeps_both_earlier_runs_until_it_has_saved(
     tiny_folder: Path, place: Path, crash_after: Callable[[int], None]
 ) -> None:
@@ -367,6 +368,7 @@ def test_a_run_with_a_damaged_record_can_be_replaced(
     assert [path.name for path in (place / "output").glob("checkpoint-*")] == ["checkpoint-epoch-1"]
 
 
+@pytest.mark.slow
 def test_a_file_that_the_user_puts_into_a_checkpoint_outlives_it(
     tiny_folder: Path, place: Path, crash_after: Callable[[int], None]
 ) -> None:

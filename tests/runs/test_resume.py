@@ -202,6 +202,7 @@ def test_resume_of_a_run_that_had_not_saved_begins_again(
     assert json.loads((output / "run.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_after_a_resume_a_worse_evaluation_does_not_replace_the_best(
     tiny_folder: Path, data: Path, crash_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +226,7 @@ def test_after_a_resume_a_worse_evaluation_does_not_replace_the_best(
     assert [evaluation["best"] for evaluation in record["evaluations"]] == [True] * 4 + [False] * 2
 
 
+@pytest.mark.slow
 def test_after_a_resume_the_skipped_steps_and_the_last_losses_are_those_of_the_whole_run(
     tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,6 +334,7 @@ def test_another_model_under_the_same_name_is_not_gone_on_with(
     assert (data.with_name("output") / "checkpoint-epoch-1" / TRAINING_STATE).exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_has_no_fingerprints_and_goes_on_with_a_line(
     tiny_folder: Path, data: Path, crash_after: Callable[[int], None]
 ) -> None:
@@ -366,6 +369,7 @@ def test_a_second_run_into_the_same_folder_is_refused_while_the_first_one_lives(
     train(config(tiny_folder, data, "output"))
 
 
+@pytest.mark.slow
 def test_it_saves_when_the_minutes_are_over(tiny_folder: Path, data: Path) -> None:
     """Over at every step; the last nine stay, those of epochs among them."""
     train(config(tiny_folder, data, "output", save_minutes=1e-9, save_steps=100, keep_last=9))

@@ -67,6 +67,7 @@ def test_a_resumed_run_answers_behind_the_same_steps(tiny_folder: Path, data: Pa
     assert events(data.with_name("again")) == events(data.with_name("whole"))
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_with_more_answers(tiny_folder: Path, data: Path, crash_after: Any) -> None:
     """No weight depends on them."""
     crash_after(7)

@@ -111,6 +111,7 @@ def test_all_three_have_the_figures_of_metrics_jsonl_and_nothing_leaves_the_mach
     assert said.stdout.endswith(f"report: {output}/report.html\n")
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_early_says_no_more_than_without_trackers(
     tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +125,7 @@ def test_a_run_that_ends_early_says_no_more_than_without_trackers(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_steps_that_are_made_again_are_drawn_once(
     tiny_folder: Path, data: Path, crash_after: Callable[[int], None]
 ) -> None:

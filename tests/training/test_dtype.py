@@ -228,6 +228,7 @@ def test_the_flags_of_cpuinfo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert cpu._field.__wrapped__("flags") == ""
 
 
+@pytest.mark.slow
 def test_a_process_held_to_avx2_asks_no_clock(tmp_path: Path) -> None:
     code = (
         "import time, torch; from handspun.training.dtype import choose_dtype; began = time.process_time();"

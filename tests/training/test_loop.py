@@ -275,6 +275,7 @@ def test_a_nan_held_out_loss_is_reported_as_it_is() -> None:
     assert math.isnan(loss)
 
 
+@pytest.mark.slow
 def test_overfitting_eight_rows_reproduces_them_word_for_word(tiny_chat: ChatModel) -> None:
     make_end_of_turn_eos(tiny_chat)
     examples = []

@@ -129,6 +129,7 @@ def test_make_optimizer_hands_the_runs_seed_on(states: str) -> None:
     assert not torch.equal(*found)
 
 
+@pytest.mark.slow
 def test_a_small_second_moment_does_not_stand_still() -> None:
     """Gradients that fall to a tenth: rounded to the nearest, exp_avg_sq would stay where it was."""
     parameter = torch.nn.Parameter(torch.zeros(BLOCK))

@@ -38,6 +38,7 @@ def test_decoding_gives_transformers_tokens(smollm2: ChatModel, count: int, opti
     )
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_are_the_models_own(smollm2: ChatModel) -> None:
     examples = []
     for row, (question, answer) in enumerate(zip(QUESTIONS, ["Red.", "Because.", "four"], strict=True), start=1):

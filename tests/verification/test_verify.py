@@ -87,6 +87,7 @@ def test_a_right_model_passes(make: Callable[[], PreTrainedModel]) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_model_is_afterwards_as_it_was() -> None:
     chat = chat_of(tiny_model("llama"))
     chat.model.generation_config.repetition_penalty = 1.5

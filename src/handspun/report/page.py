@@ -6,6 +6,7 @@ one that `handspun report` writes, and a run that was killed has a report too.
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +138,16 @@ def _with_heading(row: dict[str, Any], *, several_files: bool) -> dict[str, Any]
 
 def render(template: str, **context: Any) -> str:
     """Return the rendered template: everything escaped, and invisible or unencodable characters made visible."""
-    environment = Environment(
+    page = _environment().get_template(template).render(version=__version__, **context)
+    return visible(page)
+
+
+@cache  # it keeps the compiled templates
+def _environment() -> Environment:
+    return Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template(template).render(version=__version__, **context)
-    return visible(page)
