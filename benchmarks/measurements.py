@@ -50,8 +50,8 @@ def open_results(name: str, settings: dict[str, Any], *, fresh: bool, folder: Pa
 
     SystemExit if they were taken with other settings or versions, or on another machine: they are not mixed.
     """
-    facts = environment()
-    header = {key: facts[key] for key in ("machine", "cores", "python", "versions")} | {"settings": settings}
+    here, names = environment(), ("machine", "cores", "python", "versions")
+    header = {name: getattr(here, name) for name in names} | {"settings": settings}
     header = json.loads(json.dumps(header))
     results = Results(folder / f"{name}.json", {**header, "command": command()})
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,13 +7,16 @@ import os
 import re
 import secrets
 import shutil
+import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from filelock import FileLock, Timeout
 
+from handspun.display import describe_type
 from handspun.errors import OutputError
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -97,6 +100,66 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+_Kind = TypeVar("_Kind")
+
+
+def from_json(kind: type[_Kind], value: Any) -> _Kind:
+    """Return JSON's value as a dataclass tree. Keys that a dataclass lacks are left out.
+
+    A field's metadata may have a function `read` for its value. Raises ValueError that says what is wrong.
+    """
+    return cast(_Kind, _as_kind(kind, value, ""))
+
+
+def to_json(value: Any) -> Any:
+    """Return a dataclass tree as JSON's types, from which `from_json` makes it again."""
+    if is_dataclass(value):
+        pairs = [(field.name, field.metadata.get("write", to_json)) for field in fields(value)]
+        return {name: write(getattr(value, name)) for name, write in pairs}
+    if isinstance(value, dict):
+        return {name: to_json(item) for name, item in value.items()}
+    return [to_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _as_kind(kind: Any, value: Any, name: str) -> Any:
+    origin, members = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):  # `X | None`: no other is in a record
+        return None if value is None else _as_kind(members[0], value, name)
+    if kind is Any:
+        return value
+    plain: Any = dict if is_dataclass(kind) else origin or kind
+    is_plain = isinstance(value, (int, float) if plain is float else plain)
+    if not is_plain or (isinstance(value, bool) and plain is not bool):
+        raise ValueError(f"has {describe_type(value)} as {name or 'its content'} (expected {_EXPECTED[plain]})")
+    if is_dataclass(kind):
+        return _as_dataclass(kind, value, name)
+    if origin is dict:
+        return {key: _as_kind(members[1], item, f"{name}.{key}") for key, item in value.items()}
+    return [_as_kind(members[0], item, name) for item in value] if origin is list else value
+
+
+def _as_dataclass(kind: Any, value: dict[str, Any], name: str) -> Any:
+    hints, found, prefix = get_type_hints(kind), dict[str, Any](), f"{name}." if name else ""
+    for field in fields(kind):
+        if field.name in value:
+            read = field.metadata.get("read")
+            item = value[field.name]
+            found[field.name] = read(item) if read else _as_kind(hints[field.name], item, prefix + field.name)
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"lacks {prefix}{field.name}")
+    return kind(**found)
+
+
+_EXPECTED: dict[Any, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "a boolean",
+}
 
 
 def sha256_of(path: Path) -> str:

@@ -14,7 +14,6 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,6 +29,7 @@ from handspun.training.checkpoint import is_checkpoint, is_checkpoint_name
 from handspun.training.distributed import Distributed
 from handspun.training.loop import EpochEnd, Evaluation, TrainingState, start
 from handspun.training.memory import make_plan
+from records import record_of
 from tiny import tiny_model, tiny_tokenizer
 from torture import run_in_child
 
@@ -57,9 +57,7 @@ def keeper_of(output: Path) -> tuple[CheckpointManager, TrainingState]:
     chat = ChatModel(tiny_model("qwen2", tie_word_embeddings=True), tiny_tokenizer(), "tiny")
     run = TrainedRun(output, make_plan(chat.model, [], config), chat)
     keeping.model_card = lambda *_, **__: "what it says is tried elsewhere"
-    facts: dict[str, Any] = {"started": "now", "config": {}, "environment": {"versions": {}}, "dtype": "float32"}
-    facts["data"] = {"train": {"sha256": "of the rows"}, "held_out": None}
-    return CheckpointManager(run, config, Distributed(), facts), start(chat.model, config)
+    return CheckpointManager(run, config, Distributed(), record_of()), start(chat.model, config)
 
 
 def save(keeper: CheckpointManager, state: TrainingState, *, epoch: int) -> None:

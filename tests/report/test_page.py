@@ -341,7 +341,7 @@ def test_a_folder_without_a_run_is_said_to_be_none(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="holds no run.json: expected the --output-dir"):
         read_run(tmp_path)
     (tmp_path / "run.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(OutputError, match="lacks config"):
+    with pytest.raises(OutputError, match="lacks started"):
         read_run(tmp_path)
     (tmp_path / "run.json").write_text("{", encoding="utf-8")
     with pytest.raises(OutputError, match=r"run\.json cannot be read"):

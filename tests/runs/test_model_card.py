@@ -1,5 +1,6 @@
 """The card says what run.json says, in the hub's format, and nothing of the machine's folders."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,11 @@ import yaml
 from huggingface_hub import ModelCard
 
 from handspun.runs.model_card import hub_id, license_of, model_card
-
-ROWS = {"rows": 12, "kept": 10, "dropped": [{}, {}], "truncated": []}
-SET = {"sha256": "ab" * 32, "examples": 10, "tokens": 500, "learned_tokens": 200, "rows": ROWS}
-EVALUATIONS = [
-    {"step": 0, "epoch": 0, "loss": 2.0, "learned_tokens": 50, "best": True},
-    {"step": 4, "epoch": 1, "loss": 1.0, "learned_tokens": 50, "best": True},
-]
+from handspun.runs.record import RunRecord
+from records import record_of
 
 
-def facts(**config: Any) -> dict[str, Any]:
+def record(**config: Any) -> RunRecord:
     given = {
         "model": "Qwen/Qwen2.5-0.5B",
         "data": "/home/me/private/train.csv",
@@ -31,26 +27,15 @@ def facts(**config: Any) -> dict[str, Any]:
         "system_prompt": "Be brief.",
         **config,
     }
-    versions = {"handspun": "0.1.0", "torch": "2.13.0"}
-    environment = {"machine": "CPU", "cores": 2, "system": "Linux", "python": "3.11.9", "versions": versions}
-    return {
-        "started": "2026-11-25T12:00:00+00:00",
-        "config": given,
-        "data": {"train": SET, "held_out": SET},
-        "plan": {"parameters": 494_000_000, "trainable": 8_000_000, "steps": 12},
-        "environment": {**environment, "command": ["handspun", "train", "--data", "/home/me/private/train.csv"]},
-        "dtype": "bfloat16",
-        "processes": 1,
-        "threads": 2,
-    }
+    return record_of(**given)
 
 
-def card_of(given: dict[str, Any], **options: Any) -> str:
-    return model_card(given, checkpoint={"step": 4, "epoch": 1}, evaluations=EVALUATIONS, **options)
+def card_of(record: RunRecord, **options: Any) -> str:
+    return model_card(record, checkpoint={"step": 4, "epoch": 1}, **options)
 
 
 def test_the_front_matter_is_the_hubs() -> None:
-    card = ModelCard(card_of(facts(), license="apache-2.0"))
+    card = ModelCard(card_of(record(), license="apache-2.0"))
     assert card.data.to_dict() == {
         "base_model": "Qwen/Qwen2.5-0.5B",
         "base_model_relation": "finetune",
@@ -65,7 +50,7 @@ def test_the_front_matter_is_the_hubs() -> None:
     ("merged", "library", "relation"), [(False, "peft", "adapter"), (True, "transformers", "finetune")]
 )
 def test_an_adapter_is_one_until_it_is_merged(merged: bool, library: str, relation: str) -> None:
-    text = card_of(facts(lora=True), merged=merged)
+    text = card_of(record(lora=True), merged=merged)
     data = ModelCard(text).data.to_dict()
     assert (data["library_name"], data["base_model_relation"]) == (library, relation)
     assert "license" not in data
@@ -74,20 +59,20 @@ def test_an_adapter_is_one_until_it_is_merged(merged: bool, library: str, relati
 
 
 def test_a_base_that_is_a_folder_is_no_id_and_no_address(tmp_path: Path) -> None:
-    text = card_of(facts(model=str(tmp_path / "my-base")))
+    text = card_of(record(model=str(tmp_path / "my-base")))
     assert "base_model" not in ModelCard(text).data.to_dict()
     assert "`my-base`" in text
     assert str(tmp_path) not in text
 
 
 def test_nothing_of_the_machines_folders_is_in_it() -> None:
-    text = card_of(facts())
+    text = card_of(record())
     assert "/home/me" not in text
-    assert "train.csv: 10 of 12 rows, 2 dropped; 500 tokens, 200 of them learned; sha256 `abab" in text
+    assert "train.csv: 10 of 12 rows, 2 dropped; 500 tokens, 200 of them target tokens; sha256 `abab" in text
 
 
 def test_it_tells_checkpoint_losses_and_options() -> None:
-    text = card_of(facts())
+    text = card_of(record())
     assert "| this checkpoint | step 4 of 12, epoch 1 |" in text
     assert "| 0 | 0 | 2.0000 | 7.39 |" in text
     assert "| 4 (this checkpoint) | 1 | 1.0000 | 2.72 |" in text
@@ -95,20 +80,20 @@ def test_it_tells_checkpoint_losses_and_options() -> None:
     assert options["num_epochs"] == 3
     assert options["system_prompt"] == "Be brief."
     assert "output_dir" not in options
-    assert "## Held-out loss" not in model_card(facts(), checkpoint={"step": 4, "epoch": 1}, evaluations=[])
+    assert "## Held-out loss" not in card_of(replace(record(), evaluations=[]))
 
 
 @pytest.mark.parametrize("end", ["|", "---", "```"])
 def test_names_do_not_break_the_page(end: str) -> None:
-    text = card_of(facts(data=f"/data/a{end}b.csv"))
+    text = card_of(record(data=f"/data/a{end}b.csv"))
     assert ModelCard(text).data.to_dict()["library_name"] == "transformers"
     line = next(line for line in text.splitlines() if line.startswith("| training rows"))
     assert line.replace("\\|", "").count("|") == 3
 
 
 def test_datasets_of_the_hub_are_named() -> None:
-    assert ModelCard(card_of(facts(data="tatsu-lab/alpaca"))).data.to_dict()["datasets"] == ["tatsu-lab/alpaca"]
-    assert "datasets" not in ModelCard(card_of(facts())).data.to_dict()
+    assert ModelCard(card_of(record(data="tatsu-lab/alpaca"))).data.to_dict()["datasets"] == ["tatsu-lab/alpaca"]
+    assert "datasets" not in ModelCard(card_of(record())).data.to_dict()
 
 
 def test_what_is_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

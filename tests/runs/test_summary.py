@@ -16,6 +16,7 @@ from handspun.preflight.checks import Finding
 from handspun.runs.resume import check_same_run
 from handspun.runs.summary import doubts_about_memory, warning_lines
 from handspun.runs.train import train
+from records import record_of
 
 RIVER = "the river runs from the hills to the sea and passes nine towns and two old bridges on its way there"
 OVER = f"{RIVER} again"
@@ -159,7 +160,7 @@ def test_a_doubt_about_memory_is_a_warning_with_its_remedies() -> None:
 
 
 def test_a_run_is_gone_on_with_although_strict_is_given_now(config: handspun.TrainConfig) -> None:
-    facts = {"config": {"strict": False, "seed": 0}, "data": {"train": None, "held_out": None}}
-    check_same_run(facts, {**facts, "config": {"strict": True, "seed": 0}}, config.output_dir)
+    earlier = record_of(strict=False, seed=0)
+    check_same_run(earlier, record_of(strict=True, seed=0), config.output_dir)
     with pytest.raises(ConfigError, match="--seed"):
-        check_same_run(facts, {**facts, "config": {"strict": True, "seed": 1}}, config.output_dir)
+        check_same_run(earlier, record_of(strict=True, seed=1), config.output_dir)

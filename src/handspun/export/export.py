@@ -1,11 +1,9 @@
 """`handspun export`: merge, write GGUF, push."""
 
 import glob
-import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,8 +14,9 @@ from handspun.export.hub import check_base_on_hub, hub, push_folder
 from handspun.files import is_partial, locked, whole_file
 from handspun.models.load import ChatModel, ModelSource, load, model_source
 from handspun.runs.model_card import license_of, model_card
+from handspun.runs.record import read_record
 from handspun.runs.replacing import check_inputs_outside
-from handspun.training.checkpoint import MANIFEST, edited_files, save_checkpoint, unknown_files
+from handspun.training.checkpoint import edited_files, read_manifest, save_checkpoint, unknown_files
 
 
 def export(wanted: ExportConfig) -> None:
@@ -148,15 +147,11 @@ def _check_replaceable(wanted: ExportConfig, folder: Path) -> None:
 
 def _merged_card(checkpoint: Path) -> str | None:
     """Return the model card for the merged checkpoint, or None if its run's records are missing."""
+    record, manifest = read_record(checkpoint.parent), read_manifest(checkpoint)
+    if isinstance(record, str) or record.plan is None or manifest is None:
+        return None
     try:
-        facts: dict[str, Any] = json.loads((checkpoint.parent / "run.json").read_text(encoding="utf-8"))
-        manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        return model_card(
-            facts,
-            checkpoint=manifest,
-            evaluations=[e for e in facts["evaluations"] if e["step"] <= manifest["step"]],
-            license=license_of(facts["config"]["model"]),
-            merged=True,
-        )
-    except (OSError, ValueError, KeyError):
+        record.evaluations = [one for one in record.evaluations if one.step <= manifest["step"]]
+        return model_card(record, checkpoint=manifest, license=license_of(record.config["model"]), merged=True)
+    except KeyError:
         return None

@@ -51,7 +51,7 @@ def report_page(run: RunFiles) -> str:
         before=run.kept.get("before", {}),
         after=run.kept.get("after", {}),
         unknown_losses=_missing_losses_reason(run),
-        end=words.ENDS.get(run.facts["status"], run.facts["status"]),
+        end=words.ENDS.get(run.record.status or "", run.record.status),
         outcome=words.outcome(run),
         about=words.about(run),
         options=words.options(run),
@@ -118,7 +118,7 @@ def _row_losses(run: RunFiles) -> list[dict[str, Any]]:
         return []
     sets = []
     for name, some in found.items():
-        several_files = len(run.facts["data"][name]["rows"]["formats"]) > 1
+        several_files = len(run.record.data.by_name[name].rows.formats) > 1
         worst, best = (
             [_with_heading(row, several_files=several_files) for row in some[key]] for key in ("worst", "best")
         )

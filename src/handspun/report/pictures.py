@@ -216,7 +216,7 @@ def curves(run: RunFiles) -> list[Picture]:
     kinds = [("computed_tokens", "computed"), ("tokens", "real"), ("learned_tokens", "target")]
     rates = [rate_line(metrics, key, name) for key, name in kinds]
     loss = "Mean over the target tokens of each batch, before its update. Held-out loss is over all held-out rows."
-    norm = f"Before clipping to {run.facts['config']['max_grad_norm']:g}."
+    norm = f"Before clipping to {run.record.config['max_grad_norm']:g}."
     speed = "Real tokens are those of the rows. Computed tokens include padding, and count a shared prefix once."
     memory = "Memory of the process after each step."
     marked, epochs = [held_out_line(metrics)], epoch_ends(metrics)

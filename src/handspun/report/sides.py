@@ -1,7 +1,6 @@
 """The table that compares several runs."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from handspun.config import option_name
 from handspun.report import words
@@ -11,15 +10,15 @@ from handspun.runs.metrics import RunFiles
 
 def side_by_side(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
     """Return (name, value in each run): outcomes, inputs, and every option that any of the runs was given."""
-    given = dict.fromkeys(name for run in runs for name in run.facts.get("given", {}))
+    given = dict.fromkeys(name for run in runs for name in run.record.given)
     return [
-        ("Status", [run.facts["status"] for run in runs]),
+        ("Status", [run.record.status or "unknown" for run in runs]),
         *_outcomes(runs),
         *_of_sets(runs),
         ("Model fingerprint", [_fingerprints(run) for run in runs]),
-        ("Trained", [words.parameters(run.facts["plan"]["trainable"]) for run in runs]),
-        *((option_name(name), [words.shown(run.facts["config"].get(name)) for run in runs]) for name in given),
-        ("Machine", [run.facts["environment"]["machine"] for run in runs]),
+        ("Trained", [words.parameters(run.plan.trainable) for run in runs]),
+        *((option_name(name), [words.shown(run.record.config.get(name)) for run in runs]) for name in given),
+        ("Machine", [run.record.environment.machine for run in runs]),
         ("Versions", [words.requirements(run) for run in runs]),
     ]
 
@@ -50,16 +49,16 @@ def _outcomes(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
 def _of_sets(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
     found = []
     for key, name in SET_NAMES.items():
-        sets: list[dict[str, Any] | None] = [run.facts["data"][key] for run in runs]
+        sets = [run.record.data.by_name.get(key) for run in runs]
         if any(sets):
-            found.append((f"Examples {name}", [f"{some['examples']:,}" if some else "none" for some in sets]))
+            found.append((f"Examples {name}", [f"{some.examples:,}" if some else "none" for some in sets]))
             found.append((f"Rows {name}, sha256", [_fingerprint(run, key)[:16] for run in runs]))
     return found
 
 
 def _fingerprint(run: RunFiles, key: str) -> str:
-    some = run.facts["data"][key]
-    return some["sha256"] if some else "none"
+    some = run.record.data.by_name.get(key)
+    return some.sha256 if some else "none"
 
 
 def _fingerprints(run: RunFiles) -> str:

@@ -1,18 +1,17 @@
 """Turn a run's record into the texts and figures of its report."""
 
 import shlex
-from collections import Counter
 from dataclasses import fields
 from pathlib import PurePath
 from typing import Any
 
 from handspun.config import TrainConfig, option_name
-from handspun.data.examples import RowIssue
+from handspun.data.examples import DataReport, RowIssue
 from handspun.display import duration
-from handspun.preflight.checks import Finding, headline, rows_named
+from handspun.preflight.checks import headline, rows_named
 from handspun.report.pictures import SET_NAMES
 from handspun.runs.metrics import RunFiles
-from handspun.runs.record import command
+from handspun.runs.record import Preflight, RowSet, command
 
 Fact = tuple[str, str, list[str]]
 """(name, value, lines of small print)."""
@@ -31,7 +30,7 @@ ENDS = {
 
 def title(run: RunFiles) -> str:
     """Return the report's title, such as `SmolLM2-135M on train.csv`."""
-    config = run.facts["config"]
+    config = run.record.config
     return f"{_last_part(config['model'])} on {_last_part(config['data'])}"
 
 
@@ -42,19 +41,19 @@ def outcome(run: RunFiles) -> list[tuple[str, str, str]]:
 
 def about(run: RunFiles) -> list[Fact]:
     """Return the section "Model and data"."""
-    facts, config, plan = run.facts, run.facts["config"], run.facts["plan"]
+    record, config, plan = run.record, run.record.config, run.plan
     how = f"LoRA adapters of rank {config['lora_rank']}" if config["lora"] else "all weights"
     files = [f"{name}: {value}" for name, value in run.kept.get("model", {}).items()]
-    kept = [*(facts.get("checkpoints") or []), *filter(None, [facts.get("best_checkpoint")])]
+    kept = [*record.checkpoints, *filter(None, [record.best_checkpoint])]
     return [
-        ("Model", f"{config['model']}, {parameters(plan['parameters'])}", files),
-        ("Trained", f"{how}, {parameters(plan['trainable'])}", []),
-        *(_about_rows(SET_NAMES[name], some) for name, some in facts["data"].items()),
+        ("Model", f"{config['model']}, {parameters(plan.parameters)}", files),
+        ("Trained", f"{how}, {parameters(plan.trainable)}", []),
+        *(_about_rows(name, record.data.by_name.get(key)) for key, name in SET_NAMES.items()),
         (
             "Steps",
-            f"{len(run.metrics.steps):,} of {plan['steps']:,}: {config['num_epochs']} epochs of "
-            f"{plan['examples']:,} examples in batches of {config['batch_size']}, {plan['batching']}, matmuls in "
-            f"{facts.get('dtype', 'unknown')}",
+            f"{len(run.metrics.steps):,} of {plan.steps:,}: {config['num_epochs']} epochs of "
+            f"{plan.examples:,} examples in batches of {config['batch_size']}, {plan.batching}, matmuls in "
+            f"{record.dtype or 'unknown'}",
             [],
         ),
         (
@@ -62,7 +61,7 @@ def about(run: RunFiles) -> list[Fact]:
             f"{config['learning_rate']:g}, {config['lr_schedule']} after {config['warmup_ratio']:.0%} warm-up",
             [],
         ),
-        *_about_end_of_turn(facts.get("preflight", {}).get("end_of_turn")),
+        *_about_end_of_turn(record.preflight),
         ("Checkpoints", ", ".join(kept) or "none", []),
     ]
 
@@ -72,72 +71,72 @@ def parameters(number: int) -> str:
     return f"{number / 1e6:.1f}M parameters" if number >= 1e5 else f"{number:,} parameters"
 
 
-def _about_rows(name: str, some: dict[str, Any] | None) -> Fact:
+def _about_rows(name: str, some: RowSet | None) -> Fact:
     if some is None:
         return f"Rows {name}", "none, so only the training loss is known (--eval-ratio, --eval-data)", []
-    files = ", ".join(f"{file} ({form})" for file, form in some["rows"]["formats"].items())
-    share = some["learned_tokens"] / max(some["tokens"], 1)
+    files = ", ".join(f"{file} ({form})" for file, form in some.rows.formats.items())
+    share = some.learned_tokens / max(some.tokens, 1)
     return (
         f"Rows {name}",
-        f"{files}: {some['rows']['rows']:,} read, {some['rows']['kept']:,} kept; {some['tokens']:,} tokens, "
-        f"{some['learned_tokens']:,} of them target tokens ({share:.0%})",
-        [f"sha256 of the rows: {some['sha256']}"],
+        f"{files}: {some.rows.rows:,} read, {some.rows.kept:,} kept; {some.tokens:,} tokens, "
+        f"{some.learned_tokens:,} of them target tokens ({share:.0%})",
+        [f"sha256 of the rows: {some.sha256}"],
     )
 
 
-def _about_end_of_turn(found: dict[str, Any] | None) -> list[Fact]:
-    if found is None:
+def _about_end_of_turn(preflight: Preflight | None) -> list[Fact]:
+    if preflight is None or preflight.end_of_turn is None:
         return []
-    known = "an eos of the base model" if found["is_eos"] else "not an eos of the base model"
-    learned = f"the last target token of {found['learned']:,} of {found['examples']:,} examples"
-    return [("End of turn", f"{found['token']}, {known}; {learned}", [])]
+    found = preflight.end_of_turn
+    known = "an eos of the base model" if found.is_eos else "not an eos of the base model"
+    targets = f"the last target token of {found.learned:,} of {found.examples:,} examples"
+    return [("End of turn", f"{found.token}, {known}; {targets}", [])]
 
 
 def options(run: RunFiles) -> list[tuple[str, str, str]]:
     """Return the options that the user gave: (name, value, default)."""
     defaults = {field.name: field.default for field in fields(TrainConfig)}
     return [
-        (option_name(name), shown(value), shown(defaults.get(name)))
-        for name, value in run.facts.get("given", {}).items()
+        (option_name(name), shown(value), shown(defaults.get(name))) for name, value in run.record.given.items()
     ]
 
 
 def how_again(run: RunFiles) -> str:
     """Return the command that reproduces the run, with seed, dtype and threads made explicit."""
-    facts, config = run.facts, run.facts["config"]
-    always = {name: config[name] for name in ("model", "data", "output_dir", "seed")}
-    measured = {"dtype": facts.get("dtype"), "threads": facts.get("threads")}
+    record = run.record
+    always = {name: record.config[name] for name in ("model", "data", "output_dir", "seed")}
+    measured = {"dtype": record.dtype, "threads": record.threads}
     known = {name: value for name, value in measured.items() if value is not None}
-    return command({**always, **facts.get("given", {}), **known}, processes=facts.get("processes", 1))
+    return command({**always, **record.given, **known}, processes=record.processes or 1)
 
 
 def environment(run: RunFiles) -> list[Fact]:
     """Return facts about the machine and the processes."""
-    found, facts = run.facts["environment"], run.facts
-    memory = found.get("memory_bytes")
+    found, record = run.record.environment, run.record
+    memory = found.memory_bytes
     return [
         (
             "Machine",
-            f"{found['machine']}, {found['cores']} cores" + (f", {memory / 1e9:.1f} GB" if memory else ""),
+            f"{found.machine}, {found.cores} cores" + (f", {memory / 1e9:.1f} GB" if memory else ""),
             [],
         ),
-        ("System", found["system"], []),
-        ("Processes, threads", f"{facts.get('processes', 1)}, with {facts.get('threads', 'unknown')} each", []),
+        ("System", found.system, []),
+        ("Processes, threads", f"{record.processes or 1}, with {record.threads or 'unknown'} each", []),
         ("Started", when(run), []),
-        ("Command", shlex.join(found["command"]), []),
+        ("Command", shlex.join(found.command), []),
     ]
 
 
 def when(run: RunFiles) -> str:
     """Return when the run started."""
-    return str(run.facts.get("started", "unknown")).replace("T", " ").replace("+00:00", " UTC")
+    return run.record.started.replace("T", " ").replace("+00:00", " UTC")
 
 
 def requirements(run: RunFiles) -> str:
     """Return package versions in pip's requirements format."""
-    found = run.facts["environment"]
-    lines = [f"{name}=={version}" for name, version in found["versions"].items()]
-    return "\n".join([f"# Python {found['python']}", *lines])
+    found = run.record.environment
+    lines = [f"{name}=={version}" for name, version in found.versions.items()]
+    return "\n".join([f"# Python {found.python}", *lines])
 
 
 def account(run: RunFiles) -> list[dict[str, Any]]:
@@ -145,23 +144,19 @@ def account(run: RunFiles) -> list[dict[str, Any]]:
     return [
         {
             "name": SET_NAMES[name],
-            "read": some["rows"]["rows"],
-            "kept": some["rows"]["kept"],
-            "dropped": len(some["rows"]["dropped"]),
-            "reasons": _reasons(run, name, some["rows"]),
-            "unused": some["rows"]["unused_columns"],
+            "read": some.rows.rows,
+            "kept": some.rows.kept,
+            "dropped": len(some.rows.dropped),
+            "reasons": _reasons(run, name, some.rows),
+            "unused": some.rows.unused_columns,
         }
-        for name, some in run.facts["data"].items()
-        if some is not None
+        for name, some in run.record.data.by_name.items()
     ]
 
 
 def warnings(run: RunFiles) -> list[Fact]:
     """Return the preflight warnings: what and how often, the remedy, and the rows in small print."""
-    found = [
-        Finding(**{**one, "rows": [RowIssue(**note) for note in one["rows"]]})
-        for one in run.facts.get("preflight", {}).get("warnings", [])
-    ]
+    found = run.record.preflight.warnings if run.record.preflight else []
     return [(headline(one), one.remedy, list(filter(None, [rows_named(one)]))) for one in found]
 
 
@@ -170,9 +165,9 @@ def accounted_rows(run: RunFiles) -> list[dict[str, Any]]:
     found = []
     for name, rows in run.kept.get("accounted", {}).items():
         why: dict[tuple[str, int], list[str]] = {}
-        for kind, notes in _notes(run.facts["data"][name]["rows"]):
+        for kind, notes in _notes(run.record.data.by_name[name].rows):
             for note in notes:
-                why.setdefault((note["file"], note["row"]), []).append(_reason(kind, note, run))
+                why.setdefault((note.file, note.row), []).append(_reason(kind, note, run))
         for row in rows:
             found.append({
                 **row,
@@ -183,15 +178,15 @@ def accounted_rows(run: RunFiles) -> list[dict[str, Any]]:
     return found
 
 
-def _reasons(run: RunFiles, name: str, rows: dict[str, Any]) -> list[dict[str, Any]]:
+def _reasons(run: RunFiles, name: str, rows: DataReport) -> list[dict[str, Any]]:
     with_text = {(row["file"], row["row"]) for row in run.kept.get("accounted", {}).get(name, [])}
-    several_files = len(rows["formats"]) > 1
+    several_files = len(rows.formats) > 1
     reasons: dict[str, list[dict[str, Any]]] = {}
     for kind, notes in _notes(rows):
         for note in notes:
-            place = note["file"], note["row"]
+            place = note.file, note.row
             link = {
-                "text": f"{note['file']} {note['row']}" if several_files else str(note["row"]),
+                "text": f"{note.file} {note.row}" if several_files else str(note.row),
                 "href": f"#{_anchor(name, *place, run)}" if place in with_text else None,
             }
             reasons.setdefault(_reason(kind, note, run), []).append(link)
@@ -201,22 +196,21 @@ def _reasons(run: RunFiles, name: str, rows: dict[str, Any]) -> list[dict[str, A
     ]
 
 
-def _notes(rows: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
-    by_frequency = Counter(note["text"] for note in rows["dropped"])
-    dropped = sorted(rows["dropped"], key=lambda note: -by_frequency[note["text"]])
-    return [("dropped", dropped), ("truncated", rows["truncated"]), ("noted", rows["notes"])]
+def _notes(rows: DataReport) -> list[tuple[str, list[RowIssue]]]:
+    dropped = [note for notes in rows.dropped_by_reason().values() for note in notes]
+    return [("dropped", dropped), ("truncated", rows.truncated), ("noted", rows.notes)]
 
 
-def _reason(kind: str, note: dict[str, Any], run: RunFiles) -> str:
+def _reason(kind: str, note: RowIssue, run: RunFiles) -> str:
     if kind == "truncated":
-        return f"truncated to {run.facts['config']['max_length']} tokens"
-    return f"dropped, {note['text']}" if kind == "dropped" else str(note["text"])
+        return f"truncated to {run.record.config['max_length']} tokens"
+    return f"dropped, {note.text}" if kind == "dropped" else note.text
 
 
 def _anchor(name: str, file: str, row: int, run: RunFiles) -> str:
     """Return an HTML id for a row."""
     # The file's index instead of its name, which may contain anything.
-    files = list(run.facts["data"][name]["rows"]["formats"])
+    files = list(run.record.data.by_name[name].rows.formats)
     place = files.index(file) if file in files else len(files)
     return f"row-{name}-{place}-{row}"
 
@@ -243,17 +237,17 @@ def _loss_figure(run: RunFiles) -> tuple[str, str, str]:
 
 
 def _time_figure(run: RunFiles) -> tuple[str, str, str]:
-    steps, seconds = run.metrics.steps, run.facts.get("seconds")
+    steps, seconds = run.metrics.steps, run.record.seconds
     in_steps = sum(step["seconds"] for step in steps)
     rate = f"{sum(step['learned_tokens'] for step in steps) / in_steps:,.0f} target tokens/s" if in_steps else ""
     whole = seconds if seconds is not None else in_steps
-    predicted = run.facts.get("preflight", {}).get("predicted_seconds")
+    predicted = run.record.preflight.predicted_seconds if run.record.preflight else None
     guess = f"; {duration(predicted)} predicted for the steps" if predicted is not None else ""
     return "Time", duration(whole), f"{_count(len(steps), 'step')}, {rate}{guess}" if rate else "no steps"
 
 
 def _memory_figure(run: RunFiles) -> tuple[str, str, str]:
-    peak, predicted = run.facts.get("peak_memory_bytes"), run.facts["plan"]["peak_memory"]
+    peak, predicted = run.record.peak_memory_bytes, run.plan.peak_memory
     return "Peak memory", f"{peak / 1e9:.1f} GB" if peak else "unknown", f"{predicted / 1e9:.1f} GB predicted"
 
 

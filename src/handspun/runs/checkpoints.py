@@ -2,19 +2,19 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from handspun.config import TrainConfig
 from handspun.display import logger
-from handspun.runs.incidents import incident_facts, incident_from
+from handspun.files import to_json
 from handspun.runs.model_card import license_of, model_card
-from handspun.runs.output_dir import TrainedRun, record
+from handspun.runs.output_dir import TrainedRun, write_record
+from handspun.runs.record import RunRecord, record_json
 from handspun.runs.replacing import drop_replaced
-from handspun.runs.resume import BEST, ResumePoint, checkpoints_in, resumable
+from handspun.runs.resume import BEST, ResumePoint, SavedState, checkpoints_in, resumable
 from handspun.training.checkpoint import (
     TRAINING_STATE,
     WriteFiles,
@@ -36,29 +36,28 @@ class CheckpointManager:
         run: TrainedRun,
         config: TrainConfig,
         processes: Distributed,
-        facts: dict[str, Any],
+        record: RunRecord | None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start the clock. facts: the run's record; it goes into what a run resumes from."""
-        self._run, self._config, self._processes, self._facts = run, config, processes, facts
+        """Start the clock. record: the run's, on the first rank; it goes into what a run resumes from."""
+        self._run, self._config, self._processes, self._record = run, config, processes, record
         self._clock = clock
         self._began = self._saved_at = clock()
-        self._seconds_before = float(facts.get("seconds", 0.0))
+        self._seconds_before = record.seconds or 0.0 if record else 0.0
 
     def restore(self, point: ResumePoint) -> None:
         """Restore what the run had when the checkpoint was saved."""
-        run, facts = self._run, point.facts
+        run, state = self._run, point.state
         if self._processes.is_first:
             between = [path for path in resumable(run.output_dir) if path.name.startswith("checkpoint-step-")]
             run.step_checkpoints[:] = reversed(between)
-        run.evaluations[:] = [Evaluation(**evaluation) for evaluation in facts["evaluations"]]
-        run.incidents[:] = [incident_from(incident) for incident in facts["incidents"]]
-        run.checkpoints[:] = [run.output_dir / name for name in facts["checkpoints"]]
-        run.best_checkpoint = self._best if facts["best_checkpoint"] else None
+        run.evaluations[:], run.incidents[:] = state.evaluations, state.incidents
+        run.checkpoints[:] = [run.output_dir / name for name in state.checkpoints]
+        run.best_checkpoint = self._best if state.best_checkpoint else None
         if self._processes.is_first:  # what the user has removed is not named any more
             run.checkpoints[:] = [path for path in run.checkpoints if path.exists()]
-            run.best_checkpoint = self._best if facts["best_checkpoint"] and self._best.exists() else None
+            run.best_checkpoint = self._best if state.best_checkpoint and self._best.exists() else None
 
     def on_event(self, event: Event, state: TrainingState) -> None:
         """Save checkpoint-best after the best evaluation so far, checkpoint-epoch-N after each epoch."""
@@ -71,8 +70,8 @@ class CheckpointManager:
             self._save_epoch(event, state)
         else:
             return
-        if self._processes.is_first:
-            record(self._run, self._facts, "running")
+        if self._record is not None:
+            write_record(self._run, self._record, "running")
 
     def save_if_due(self, event: Event, state: TrainingState, *, must: bool = False) -> None:
         """Save checkpoint-step-N if it is due by steps or minutes, or because the run `must` end here.
@@ -90,8 +89,8 @@ class CheckpointManager:
         self._run.step_checkpoints.append(folder)
         self._save(folder, facts, self._training_state(event, state))
         self._saved(folder)
-        if self._processes.is_first:
-            record(self._run, self._facts, "running")
+        if self._record is not None:
+            write_record(self._run, self._record, "running")
 
     def cleanup(self) -> None:
         """Remove what was kept to resume from. Models stay."""
@@ -126,18 +125,23 @@ class CheckpointManager:
         """Return what resuming after this step needs, collected on all ranks and written by the first."""
         run = self._run
         gathered = collect_state(state.model, state.optimizer, keep=self._processes.is_first)
-        facts = {
-            "step": event.step,
-            "skipped": state.skipped,
-            "losses": state.losses,
-            "max_tokens": state.max_tokens,
-            "evaluations": [asdict(evaluation) for evaluation in run.evaluations],
-            "incidents": [incident_facts(incident) for incident in run.incidents],
-            "checkpoints": [path.name for path in run.checkpoints],
-            "best_checkpoint": run.best_checkpoint is not None,
-            "run": {**self._facts, "seconds": self.seconds},
-        }
-        return lambda folder: write_state(folder, gathered, facts)
+
+        def write(folder: Path) -> None:
+            assert self._record is not None
+            saved = SavedState(
+                step=event.step,
+                skipped=state.skipped,
+                losses=state.losses,
+                max_tokens=state.max_tokens,
+                evaluations=run.evaluations,
+                incidents=run.incidents,
+                checkpoints=[path.name for path in run.checkpoints],
+                best_checkpoint=run.best_checkpoint is not None,
+                run=replace(self._record, seconds=self.seconds),
+            )
+            write_state(folder, gathered, {**to_json(saved), "run": record_json(saved.run)})
+
+        return write
 
     @property
     def seconds(self) -> float:
@@ -161,12 +165,9 @@ class CheckpointManager:
             )
 
     def _card(self, facts: Mapping[str, object]) -> str:
-        return model_card(
-            self._facts,
-            checkpoint=facts,
-            evaluations=[asdict(evaluation) for evaluation in self._run.evaluations],
-            license=license_of(self._config.model),
-        )
+        assert self._record is not None
+        record = replace(self._record, evaluations=self._run.evaluations)
+        return model_card(record, checkpoint=facts, license=license_of(self._config.model))
 
     def _saved(self, folder: Path) -> None:
         """Log that a checkpoint was saved, and delete the oldest ones to resume from."""

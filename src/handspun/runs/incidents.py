@@ -29,6 +29,14 @@ def incident_facts(incident: Incident) -> dict[str, Any]:
     }
 
 
+def incidents_from(value: Any) -> list[Incident]:
+    """Return the incidents that `incident_facts` wrote. Raises ValueError if they are damaged."""
+    try:
+        return [incident_from(facts) for facts in value]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"has incidents of another kind ({error})") from error
+
+
 def incident_from(facts: dict[str, Any]) -> Incident:
     """Return the incident that `incident_facts` wrote."""
     values = {name: value for name, value in facts.items() if name != "event"}

@@ -26,7 +26,7 @@ from handspun.files import output_errors, write_text
 from handspun.runs.incidents import incident_facts, incident_line
 from handspun.runs.live import LiveState, one_line, shown, wrapped
 from handspun.runs.metrics import read_events, read_metrics
-from handspun.runs.record import current_memory
+from handspun.runs.record import RunRecord, current_memory
 from handspun.runs.sample_answers import Samples
 from handspun.runs.trackers import TrackedRun, tracked
 from handspun.training.guards import OutOfMemory, SkippedStep, Spike
@@ -140,11 +140,11 @@ class RunLog(logging.Handler):
             self._live = None
 
     @contextmanager
-    def tracked(self, trackers: Sequence[Tracker], facts: Mapping[str, Any]) -> Iterator[None]:
-        """Send the figures to the trackers too. facts: the run's record. Raises ConfigError."""
+    def tracked(self, trackers: Sequence[Tracker], record: RunRecord) -> Iterator[None]:
+        """Send the figures to the trackers too. Raises ConfigError."""
         assert self._folder is not None
-        options = {**facts["config"], "dtype": facts["dtype"]}
-        run = TrackedRun(self._folder, facts["started"], options, self._resumed_at)
+        options = {**record.config, "dtype": record.dtype}
+        run = TrackedRun(self._folder, record.started, options, self._resumed_at)
         with tracked(trackers, run) as self._send:
             try:
                 yield

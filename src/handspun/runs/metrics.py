@@ -8,6 +8,8 @@ from typing import Any
 
 from handspun.errors import OutputError
 from handspun.files import read_json_object
+from handspun.runs.record import RUN_FILE, RunRecord, read_record
+from handspun.training.memory import Plan
 
 MOST_POINTS = 400
 """Most points of a line: more cannot be told apart on a page."""
@@ -147,10 +149,11 @@ KEPT = "report_data.json"
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run's files, read back. kept: the content of report_data.json; {} if there is none."""
+    """A run's files, read back. plan: the record's. kept: the content of report_data.json; {} if there is none."""
 
     folder: Path
-    facts: dict[str, Any]
+    record: RunRecord
+    plan: Plan
     metrics: Metrics
     kept: dict[str, Any]
 
@@ -170,18 +173,18 @@ def is_report(file: Path) -> bool:
 
 def read_run(folder: Path) -> RunFiles:
     """Return the files of a run's folder. Raises OutputError if it is not one."""
-    facts = _read(folder / "run.json")
-    if facts is None:
+    file = folder / RUN_FILE
+    if not file.exists():
         raise OutputError(
             f"{folder} holds no run.json: expected the --output-dir of a handspun train, after its first "
             "evaluation or epoch."
         )
-    missing = [name for name in ("config", "data", "plan", "environment", "status") if name not in facts]
-    if missing:
-        raise OutputError(
-            f"{folder / 'run.json'} lacks {', '.join(missing)}: another program wrote it, or changed it."
-        )
-    return RunFiles(folder, facts, read_metrics(folder / "metrics.jsonl"), _read(folder / KEPT) or {})
+    record = read_record(folder)
+    if isinstance(record, str) or record.plan is None:
+        problem = record if isinstance(record, str) else "lacks plan"
+        raise OutputError(f"{file} {problem}. Did another program write or change it?")
+    metrics, kept = read_metrics(folder / "metrics.jsonl"), _read(folder / KEPT) or {}
+    return RunFiles(folder, record, record.plan, metrics, kept)
 
 
 def read_kept(folder: Path) -> dict[str, Any]:

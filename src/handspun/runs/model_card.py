@@ -11,6 +11,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from handspun.models.embedded import EMBEDDED_NAME
+from handspun.runs.record import RowSet, RunRecord
+from handspun.training.loop import Evaluation
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -20,10 +22,9 @@ _PLACES = ("model", "output_dir", "data", "eval_data", "overwrite", "dry_run", "
 
 
 def model_card(
-    facts: Mapping[str, Any],
+    record: RunRecord,
     *,
     checkpoint: Mapping[str, Any],
-    evaluations: Sequence[Mapping[str, Any]],
     license: str | None = None,
     merged: bool = False,
 ) -> str:
@@ -32,23 +33,22 @@ def model_card(
     Folders of the training machine are left out: others read the card.
 
     Args:
-        facts: the run's record.
+        record: the run's record, with the evaluations so far.
         checkpoint: step and epoch of this one.
-        evaluations: of the run so far.
         license: of the base model, if it is known.
         merged: whether adapters are merged into the weights.
     """
-    config = facts["config"]
+    config = record.config
     adapter = bool(config["lora"]) and not merged
     base = hub_id(config["model"])
     sections = [
         f"# {PurePath(config['model']).name}, fine-tuned",
         _introduction(config, base, merged),
-        "## What was trained on what\n\n" + "\n".join(_table(_trained(facts, checkpoint))),
-        *_held_out(evaluations, checkpoint),
+        "## Model and data\n\n" + "\n".join(_table(_trained(record, checkpoint))),
+        *_held_out(record.evaluations, checkpoint),
         "## Use\n\n" + _use(base, adapter),
         "## Options\n\n```yaml\n" + _options(config) + "```",
-        "## Environment\n\n" + "\n".join(_table(_environment(facts))),
+        "## Environment\n\n" + "\n".join(_table(_environment(record))),
     ]
     return f"---\n{_front_matter(config, base, adapter, license)}\n---\n\n" + "\n\n".join(sections) + "\n"
 
@@ -97,19 +97,20 @@ def _introduction(config: Mapping[str, Any], base: str | None, merged: bool) -> 
     return f"{how} of {name}, trained with Handspun on instruction data. This card was written by the run.{end}"
 
 
-def _trained(facts: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    config, plan = facts["config"], facts["plan"]
+def _trained(record: RunRecord, checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    config, plan = record.config, record.plan
+    assert plan is not None
     yield "base model", base_name(config["model"])
     if config["lora"]:
         yield "method", f"LoRA, rank {config['lora_rank']}, alpha {config['lora_alpha']}, on every linear layer"
     else:
         yield "method", "full fine-tuning"
-    yield "parameters", f"{plan['parameters'] / 1e6:.1f}M, {plan['trainable'] / 1e6:.1f}M trained"
-    yield "training rows", _rows(config["data"], facts["data"]["train"])
-    if facts["data"]["held_out"]:
+    yield "parameters", f"{plan.parameters / 1e6:.1f}M, {plan.trainable / 1e6:.1f}M trained"
+    yield "training rows", _rows(config["data"], record.data.train)
+    if record.data.held_out:
         source = config["eval_data"] or f"{config['eval_ratio']:.0%} of the training file"
-        yield "held-out rows", _rows(source, facts["data"]["held_out"])
-    yield "this checkpoint", f"step {checkpoint['step']} of {plan['steps']}, epoch {checkpoint['epoch']}"
+        yield "held-out rows", _rows(source, record.data.held_out)
+    yield "this checkpoint", f"step {checkpoint['step']} of {plan.steps}, epoch {checkpoint['epoch']}"
 
 
 def base_name(model: str) -> str:
@@ -117,28 +118,28 @@ def base_name(model: str) -> str:
     return hub_id(model) or PurePath(model).name
 
 
-def _rows(source: str, examples: Mapping[str, Any]) -> str:
-    rows = examples["rows"]
+def _rows(source: str, some: RowSet) -> str:
+    rows = some.rows
     name = source if hub_id(source) or "%" in source else PurePath(source).name
-    dropped = f", {len(rows['dropped'])} dropped" if rows["dropped"] else ""
-    truncated = f", {len(rows['truncated'])} truncated" if rows["truncated"] else ""
+    dropped = f", {len(rows.dropped)} dropped" if rows.dropped else ""
+    truncated = f", {len(rows.truncated)} truncated" if rows.truncated else ""
     return (
-        f"{name}: {rows['kept']} of {rows['rows']} rows{dropped}{truncated}; {examples['tokens']} tokens, "
-        f"{examples['learned_tokens']} of them learned; sha256 `{examples['sha256']}`"
+        f"{name}: {rows.kept} of {rows.rows} rows{dropped}{truncated}; {some.tokens} tokens, "
+        f"{some.learned_tokens} of them target tokens; sha256 `{some.sha256}`"
     )
 
 
-def _held_out(evaluations: Sequence[Mapping[str, Any]], checkpoint: Mapping[str, Any]) -> Iterator[str]:
+def _held_out(evaluations: Sequence[Evaluation], checkpoint: Mapping[str, Any]) -> Iterator[str]:
     if not evaluations:
         return
     lines = ["| step | epoch | loss | perplexity |", "| --- | --- | --- | --- |"]
     for evaluation in evaluations:
-        loss = evaluation["loss"]
+        loss = evaluation.loss
         perplexity = f"{math.exp(loss):.2f}" if loss < 700 else "infinite"
-        mark = " (this checkpoint)" if evaluation["step"] == checkpoint["step"] else ""
-        lines.append(f"| {evaluation['step']}{mark} | {evaluation['epoch']} | {loss:.4f} | {perplexity} |")
-    tokens = evaluations[0]["learned_tokens"]
-    what = f"A mean over the {tokens} learned tokens of the held-out rows, computed in float32."
+        mark = " (this checkpoint)" if evaluation.step == checkpoint["step"] else ""
+        lines.append(f"| {evaluation.step}{mark} | {evaluation.epoch} | {loss:.4f} | {perplexity} |")
+    tokens = evaluations[0].learned_tokens
+    what = f"A mean over the {tokens} target tokens of the held-out rows, computed in float32."
     yield "## Held-out loss\n\n" + what + "\n\n" + "\n".join(lines)
 
 
@@ -171,14 +172,14 @@ def _options(config: Mapping[str, Any]) -> str:
     return text
 
 
-def _environment(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    environment = facts["environment"]
-    yield "started", str(facts["started"])
-    yield "machine", f"{environment['machine']}, {environment['cores']} cores"
-    yield "system", f"{environment['system']}, Python {environment['python']}"
-    if "dtype" in facts:
-        yield "matmuls", f"{facts['dtype']}, {facts['processes']} process(es), {facts['threads']} thread(s)"
-    yield "versions", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+def _environment(record: RunRecord) -> Iterator[tuple[str, str]]:
+    environment = record.environment
+    yield "started", record.started
+    yield "machine", f"{environment.machine}, {environment.cores} cores"
+    yield "system", f"{environment.system}, Python {environment.python}"
+    if record.dtype is not None:
+        yield "matmuls", f"{record.dtype}, {record.processes} process(es), {record.threads} thread(s)"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in environment.versions.items())
 
 
 def _table(rows: Iterator[tuple[str, str]]) -> Iterator[str]:

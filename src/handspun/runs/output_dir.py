@@ -5,20 +5,19 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from handspun.config import TrainConfig
 from handspun.data.dataset import Dataset
 from handspun.display import duration, logger
 from handspun.errors import OutputError, StoppedError, TrainingError
-from handspun.files import exclusive, output_errors, read_json_object, readable_size
+from handspun.files import exclusive, output_errors, readable_size
 from handspun.models.load import ChatModel
-from handspun.runs.incidents import Incident, incident_facts, incident_from, write_batch
+from handspun.runs.incidents import Incident, write_batch
 from handspun.runs.log import RunLog
 from handspun.runs.metrics import KEPT, REPORT
-from handspun.runs.record import RUN_FILE, peak_memory, write_run
+from handspun.runs.record import RUN_FILE, RunRecord, is_finished, peak_memory, read_record
 from handspun.runs.replacing import (
     LOG,
     METRICS,
@@ -35,8 +34,6 @@ from handspun.runs.resume import (
     ResumePoint,
     check_options_apply,
     checkpoints_in,
-    finished_run,
-    record_problem,
     unfinished_run,
 )
 from handspun.training.distributed import Distributed
@@ -76,10 +73,10 @@ class Prepared:
         finished: the record of a run that has nothing left to do.
     """
 
-    earlier: dict[str, Any] | None = None
+    earlier: RunRecord | None = None
     point: ResumePoint | None = None
     replaces: list[Path] = field(default_factory=list)
-    finished: dict[str, Any] | None = None
+    finished: RunRecord | None = None
 
     @property
     def resumed_at(self) -> int | None:
@@ -138,13 +135,15 @@ def prepare_output(folder: Path, config: TrainConfig) -> Prepared:
             if found[1] is None:
                 logger.info(begins_again)
             return Prepared(*found)
-    finished = finished_run(folder)
-    if config.resume and finished is not None:
-        check_options_apply(finished, config)
-        return Prepared(finished=finished)
+    record, has_finished = read_record(folder), is_finished(folder)
+    if config.resume and has_finished:
+        if isinstance(record, str):
+            raise OutputError(f"{folder / RUN_FILE} {record}. Choose another --output-dir.")
+        check_options_apply(record, config)
+        return Prepared(finished=record)
     check_no_foreign_files(folder)
     earlier = earlier_run(folder)
-    has_begun = bool(earlier) and finished is None and not checkpoints_in(folder)
+    has_begun = bool(earlier) and not has_finished and not checkpoints_in(folder)
     if config.resume and not has_begun:
         raise OutputError(
             f"{folder} holds no unfinished run to resume. Leave --resume out to begin one (the same "
@@ -153,7 +152,7 @@ def prepare_output(folder: Path, config: TrainConfig) -> Prepared:
         )
     # Log and answers alone are left by a run that never began: its data or its model could not be used.
     kept = sorted(path.name for path in earlier if path.name not in (LOG, METRICS, KEPT))
-    record_is_lost = has_begun and record_problem(read_json_object(folder / RUN_FILE)) is not None
+    record_is_lost = has_begun and isinstance(record, str)
     if kept and not config.overwrite and not record_is_lost:
         raise OutputError(
             f"{folder} holds an earlier run ({', '.join(kept[:3])}): choose another --output-dir, or replace it "
@@ -164,26 +163,22 @@ def prepare_output(folder: Path, config: TrainConfig) -> Prepared:
     return Prepared(replaces=[] if {path.name for path in earlier} <= {LOG, METRICS} else earlier)
 
 
-def finished_earlier(folder: Path, facts: dict[str, Any]) -> TrainedRun:
+def finished_earlier(folder: Path, record: RunRecord) -> TrainedRun:
     """Return the result of a run that finished before, without its model. Raises OutputError."""
-    try:
-        best = facts["best_checkpoint"]
-        return TrainedRun(
-            folder,
-            Plan(**facts["plan"]),
-            checkpoints=[folder / name for name in facts["checkpoints"]],
-            best_checkpoint=folder / best if best else None,
-            evaluations=[Evaluation(**evaluation) for evaluation in facts["evaluations"]],
-            incidents=[incident_from(incident) for incident in facts["incidents"]],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise OutputError(
-            f"{folder / RUN_FILE} is not as a run leaves it ({error}). Choose another --output-dir."
-        ) from error
+    if record.plan is None:
+        raise OutputError(f"{folder / RUN_FILE} lacks plan. Choose another --output-dir.")
+    return TrainedRun(
+        folder,
+        record.plan,
+        checkpoints=[folder / name for name in record.checkpoints],
+        best_checkpoint=folder / record.best_checkpoint if record.best_checkpoint else None,
+        evaluations=record.evaluations,
+        incidents=record.incidents,
+    )
 
 
 @contextmanager
-def in_place_of(replaces: list[Path], run: TrainedRun, facts: dict[str, Any], log: RunLog) -> Iterator[None]:
+def in_place_of(replaces: list[Path], run: TrainedRun, record: RunRecord, log: RunLog) -> Iterator[None]:
     """Move an earlier run aside for this one; `drop_replaced` removes it once this one has saved.
 
     It comes back if this run ends before its first step, whatever the error.
@@ -195,7 +190,7 @@ def in_place_of(replaces: list[Path], run: TrainedRun, facts: dict[str, Any], lo
     move_aside(folder, replaces)
     try:
         log.move_to(folder)
-        record(run, facts, "running")
+        write_record(run, record, "running")
         place = commit(folder)
         logger.info(f"the earlier run is in {place} until this one has saved a checkpoint to resume from")
         yield
@@ -231,10 +226,10 @@ def _size_of(paths: Sequence[Path]) -> int:
 
 
 @contextmanager
-def track_status(run: TrainedRun, facts: dict[str, Any]) -> Iterator[None]:
+def track_status(run: TrainedRun, record: RunRecord) -> Iterator[None]:
     """Record in run.json how the run ended, whatever ended it, and log the outcome."""
-    began = time.perf_counter()
-    record(run, facts, "running")
+    began, before = time.perf_counter(), record.seconds or 0.0
+    write_record(run, record, "running")
     status = "failed"
     try:
         yield
@@ -251,22 +246,18 @@ def track_status(run: TrainedRun, facts: dict[str, Any]) -> Iterator[None]:
         status = "interrupted"
         raise
     finally:
-        seconds = facts.get("seconds", 0.0) + time.perf_counter() - began
-        facts |= {"seconds": seconds, "peak_memory_bytes": peak_memory()}
-        record(run, facts, status)
-    _log_outcome(run, facts["seconds"])
+        record.seconds = before + time.perf_counter() - began
+        record.peak_memory_bytes = peak_memory()
+        write_record(run, record, status)
+    _log_outcome(run, record.seconds)
 
 
-def record(run: TrainedRun, facts: dict[str, Any], status: str) -> None:
+def write_record(run: TrainedRun, record: RunRecord, status: str) -> None:
     """Write run.json as things stand."""
-    outcome = {
-        "status": status,
-        "evaluations": [asdict(evaluation) for evaluation in run.evaluations],
-        "incidents": [incident_facts(incident) for incident in run.incidents],
-        "checkpoints": [path.name for path in run.checkpoints],
-        "best_checkpoint": run.best_checkpoint.name if run.best_checkpoint else None,
-    }
-    write_run(run.output_dir, {**facts, **outcome})
+    record.status, record.evaluations, record.incidents = status, run.evaluations, run.incidents
+    record.checkpoints = [path.name for path in run.checkpoints]
+    record.best_checkpoint = run.best_checkpoint.name if run.best_checkpoint else None
+    record.write(run.output_dir)
 
 
 def record_incident(

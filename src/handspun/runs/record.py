@@ -7,30 +7,154 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from handspun.config import TrainConfig, option_name
 from handspun.data.dataset import Dataset
-from handspun.data.examples import learned_tokens_of
-from handspun.files import output_errors, write_json
+from handspun.data.examples import DataReport, learned_tokens_of
+from handspun.files import from_json, output_errors, read_json_object, to_json, write_json
+from handspun.preflight.checks import EndOfTurn, Finding
+from handspun.runs.incidents import Incident, incident_facts, incidents_from
+from handspun.training.loop import Evaluation
+from handspun.training.memory import Plan
 
 _PACKAGES = ["handspun", "torch", "transformers", "tokenizers", "peft", "datasets", "safetensors"]
 
 
-def environment() -> dict[str, object]:
-    """Return facts that a reader of the run's numbers needs."""
-    return {
-        "machine": ", ".join([cpu_name(), *gpu_names()]),
-        "cores": os.cpu_count(),
-        "memory_bytes": total_memory(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "command": sys.argv,
-        "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
-    }
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSet:
+    """A set of rows. sha256: of their values; tokens: of all examples."""
+
+    sha256: str
+    examples: int
+    tokens: int
+    learned_tokens: int
+    rows: DataReport
+
+
+@dataclass(frozen=True)
+class RowSets:
+    """The rows of a run."""
+
+    train: RowSet
+    held_out: RowSet | None = None
+
+    @property
+    def by_name(self) -> dict[str, RowSet]:
+        """The sets that there are, by their names in the file."""
+        return {"train": self.train} | ({"held_out": self.held_out} if self.held_out else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """The machine, and what ran on it."""
+
+    machine: str
+    cores: int | None
+    memory_bytes: int | None = None
+    system: str
+    python: str
+    command: list[str]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was predicted and doubted before the first step."""
+
+    warnings: list[Finding] = field(default_factory=list)
+    end_of_turn: EndOfTurn | None = None
+    predicted_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A time at which the run resumed. changes: what may affect the rounding, [before, since then]."""
+
+    step: int
+    at: str
+    changes: dict[str, list[Any]]
+
+
+INCIDENTS = {"read": incidents_from, "write": lambda incidents: [incident_facts(one) for one in incidents]}
+"""Metadata of a field of incidents."""
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """run.json. The stages of a run fill it in; what is None is not in the file."""
+
+    started: str
+    config: dict[str, Any]
+    """The options, with the learning rate and the longest example that apply."""
+    given: dict[str, Any] = field(default_factory=dict)
+    """The options that differ from their defaults."""
+    data: RowSets
+    environment: Environment
+    fingerprints: dict[str, str] | None = None
+    """Of model, tokenizer and chat template."""
+    resumed: list[Resumed] | None = None
+    dtype: str | None = None
+    """Of the matmuls."""
+    processes: int | None = None
+    threads: int | None = None
+    preflight: Preflight | None = None
+    plan: Plan | None = None
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    status: str | None = None
+    evaluations: list[Evaluation] = field(default_factory=list)
+    incidents: list[Incident] = field(default_factory=list, metadata=INCIDENTS)
+    checkpoints: list[str] = field(default_factory=list)
+    best_checkpoint: str | None = None
+
+    def write(self, folder: Path) -> None:
+        """Replace run.json. Raises OutputError."""
+        with output_errors(folder / RUN_FILE):
+            write_json(folder / RUN_FILE, {**record_json(self), "best_checkpoint": self.best_checkpoint})
+
+
+def record_json(record: RunRecord) -> dict[str, Any]:
+    """Return a record as JSON's types, without what is not known."""
+    return {name: value for name, value in to_json(record).items() if value is not None}
+
+
+def read_record(folder: Path) -> RunRecord | str:
+    """Return the record in run.json, or what is wrong with the file, in words."""
+    try:
+        value = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "is missing"
+    except (OSError, ValueError, RecursionError) as error:
+        return f"cannot be read: {error}"
+    try:
+        return from_json(RunRecord, value)
+    except ValueError as error:
+        return str(error)
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether the folder's run came to its end."""
+    return (read_json_object(folder / RUN_FILE) or {}).get("status") == "finished"
+
+
+def environment() -> Environment:
+    """Return what a reader of the run's numbers needs to know."""
+    return Environment(
+        machine=", ".join([cpu_name(), *gpu_names()]),
+        cores=os.cpu_count(),
+        memory_bytes=total_memory(),
+        system=platform.platform(),
+        python=platform.python_version(),
+        command=sys.argv,
+        versions={name: version for name in _PACKAGES if (version := _version(name)) is not None},
+    )
 
 
 def _version(package: str) -> str | None:
@@ -128,38 +252,22 @@ def _typed(name: str, value: Any) -> list[str]:
     return [shlex.join([f"{option}={value}"] if is_like_one else [option, str(value)])]
 
 
-RUN_FILE = "run.json"
-
-
-def run_facts(config: TrainConfig, training: Dataset, held_out: Dataset | None, max_length: int) -> dict[str, Any]:
+def new_record(config: TrainConfig, training: Dataset, held_out: Dataset | None, max_length: int) -> RunRecord:
     """Return what is known before the model is loaded."""
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "config": {
-            **asdict(config),
-            "learning_rate": config.peak_learning_rate,
-            "max_length": max_length,
-        },
-        "given": options_given(config),
-        "data": {
-            "train": _set_facts(training),
-            "held_out": _set_facts(held_out) if held_out else None,
-        },
-        "environment": environment(),
-    }
+    return RunRecord(
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        config={**asdict(config), "learning_rate": config.peak_learning_rate, "max_length": max_length},
+        given=options_given(config),
+        data=RowSets(_row_set(training), _row_set(held_out) if held_out else None),
+        environment=environment(),
+    )
 
 
-def write_run(folder: Path, facts: dict[str, Any]) -> None:
-    """Replace run.json. Raises OutputError."""
-    with output_errors(folder / RUN_FILE):
-        write_json(folder / RUN_FILE, facts)
-
-
-def _set_facts(examples: Dataset) -> dict[str, Any]:
-    return {
-        "sha256": examples.fingerprint,
-        "examples": len(examples.examples),
-        "tokens": len(examples.examples.input_ids),
-        "learned_tokens": learned_tokens_of(examples.examples),
-        "rows": asdict(examples.account),
-    }
+def _row_set(dataset: Dataset) -> RowSet:
+    return RowSet(
+        sha256=dataset.fingerprint,
+        examples=len(dataset.examples),
+        tokens=len(dataset.examples.input_ids),
+        learned_tokens=learned_tokens_of(dataset.examples),
+        rows=dataset.account,
+    )

@@ -20,8 +20,8 @@ from handspun.files import (
     sync,
 )
 from handspun.runs.metrics import KEPT, REPORT, is_report
-from handspun.runs.record import RUN_FILE
-from handspun.runs.resume import checkpoints_in, finished_run, resumable
+from handspun.runs.record import RUN_FILE, is_finished
+from handspun.runs.resume import checkpoints_in, resumable
 from handspun.runs.trackers import TRACKERS
 from handspun.training.checkpoint import (
     TRAINING_STATE,
@@ -179,7 +179,7 @@ def _number(path: Path) -> int:
 
 
 def _is_whole(folder: Path) -> bool:
-    return bool(resumable(folder)) or finished_run(folder) is not None
+    return bool(resumable(folder)) or is_finished(folder)
 
 
 def _delete(path: Path) -> None:

@@ -1,17 +1,17 @@
 """Where an unfinished run resumes, and whether it is the same run."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from handspun.config import TrainConfig, option_name
 from handspun.display import logger
 from handspun.errors import ConfigError, OutputError
-from handspun.files import read_json_object
+from handspun.files import from_json
 from handspun.models.fingerprints import BASE_WEIGHTS
-from handspun.runs.incidents import incident_from
-from handspun.runs.record import RUN_FILE
+from handspun.runs.incidents import Incident
+from handspun.runs.record import INCIDENTS, RUN_FILE, RunRecord, is_finished, read_record
 from handspun.training.checkpoint import (
     TRAINING_STATE,
     find_corruption,
@@ -41,17 +41,32 @@ _DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
 BEST = "checkpoint-best"
 
 
+@dataclass(frozen=True, kw_only=True)
+class SavedState:
+    """What a checkpoint's state.json holds: where the run was, and its record then."""
+
+    step: int
+    skipped: int
+    losses: list[float]
+    max_tokens: int
+    evaluations: list[Evaluation]
+    incidents: list[Incident] = field(metadata=INCIDENTS)
+    checkpoints: list[str]
+    best_checkpoint: bool
+    run: RunRecord
+
+
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint to resume from, and the facts that were saved with it. Only the first rank has the folder."""
+    """A checkpoint to resume from, and what was saved with it. Only the first rank has the folder."""
 
-    facts: dict[str, Any]
+    state: SavedState
     folder: Path | None = None
 
     @property
     def step(self) -> int:
         """Optimizer steps that are done."""
-        return int(self.facts["step"])
+        return self.state.step
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
@@ -78,32 +93,33 @@ def find_resume_point(output_dir: Path) -> tuple[ResumePoint | None, list[str]]:
     for folder in resumable(output_dir):
         problem = find_corruption(folder) or find_corruption(folder / TRAINING_STATE)
         if problem is None:
-            facts = read_facts(folder / TRAINING_STATE)
-            problem = _state_problem(facts)
-            if problem is None:
-                return ResumePoint(facts, folder), problems
-            problem = f"{folder / TRAINING_STATE} {problem}"
+            try:
+                return ResumePoint(_saved_state(folder / TRAINING_STATE), folder), problems
+            except ValueError as error:
+                problem = f"{folder / TRAINING_STATE} {error}"
         problems.append(f"{problem}: {folder.name} is not used, but the checkpoint before it")
     return None, problems
 
 
-def finished_run(output_dir: Path) -> dict[str, Any] | None:
-    """Return run.json of a run that came to its end; None if there is none."""
-    facts = read_json_object(output_dir / RUN_FILE)
-    return facts if facts is not None and facts.get("status") == "finished" else None
+def _saved_state(folder: Path) -> SavedState:
+    """Return a training state's record. Raises ValueError if it is damaged, OutputError for another version."""
+    state = from_json(SavedState, read_facts(folder))
+    if state.run.seconds is None or state.run.dtype is None:
+        raise ValueError("lacks run.seconds or run.dtype")
+    if not all(map(is_checkpoint_name, state.checkpoints)):
+        raise ValueError("names checkpoints that are none")
+    return state
 
 
-def unfinished_run(output_dir: Path) -> tuple[dict[str, Any], ResumePoint | None] | None:
+def unfinished_run(output_dir: Path) -> tuple[RunRecord, ResumePoint | None] | None:
     """Return the record of an unfinished run, and where it resumes, if it has saved.
 
     If run.json is missing or damaged, the checkpoint's copy is used. None if there is no run, if it has finished,
-    or if it left neither facts nor checkpoints. Raises OutputError if none of its checkpoints can be used.
+    or if it left neither record nor checkpoints. Raises OutputError if none of its checkpoints can be used.
     """
-    if finished_run(output_dir) is not None:
+    if is_finished(output_dir):
         return None
-    file = output_dir / RUN_FILE
-    facts = read_json_object(file)
-    reason = record_problem(facts) if file.exists() else "is missing"
+    record = read_record(output_dir)
     point, problems = find_resume_point(output_dir)
     if point is None:
         if problems:
@@ -114,14 +130,14 @@ def unfinished_run(output_dir: Path) -> tuple[dict[str, Any], ResumePoint | None
                 "or choose "
                 "another --output-dir."
             )
-        return None if facts is None or reason else (facts, None)
+        return None if isinstance(record, str) else (record, None)
     for problem in problems:
         logger.warning(problem)
-    if facts is not None and not reason:
-        return facts, point
+    if not isinstance(record, str):
+        return record, point
     assert point.folder is not None
-    logger.warning(f"{file} {reason}: its content is taken from {point.folder.name}")
-    return dict(point.facts["run"]), point
+    logger.warning(f"{output_dir / RUN_FILE} {record}: its content is taken from {point.folder.name}")
+    return point.state.run, point
 
 
 def make_way(output_dir: Path, point: ResumePoint) -> None:
@@ -132,7 +148,7 @@ def make_way(output_dir: Path, point: ResumePoint) -> None:
     """
     assert point.folder is not None
     _check_undamaged(output_dir, point)
-    kept = {point.folder.name, *point.facts["checkpoints"], BEST}
+    kept = {point.folder.name, *point.state.checkpoints, BEST}
     for folder in checkpoints_in(output_dir):
         step = step_of(folder)
         if folder.name in kept or (step is not None and step <= point.step and find_corruption(folder) is None):
@@ -146,7 +162,7 @@ def make_way(output_dir: Path, point: ResumePoint) -> None:
 
 
 def _check_undamaged(output_dir: Path, point: ResumePoint) -> None:
-    names = [*point.facts["checkpoints"], *([BEST] if point.facts["best_checkpoint"] else [])]
+    names = [*point.state.checkpoints, *([BEST] if point.state.best_checkpoint else [])]
     for folder in (output_dir / name for name in names):
         problem = find_corruption(folder)
         if not folder.exists():
@@ -163,31 +179,27 @@ def _check_undamaged(output_dir: Path, point: ResumePoint) -> None:
 
 def _is_made_again(output_dir: Path, point: ResumePoint) -> bool:
     """Return whether the run had a better evaluation after the point, which will come again."""
-    facts = read_json_object(output_dir / RUN_FILE) or {}
-    later = facts.get("evaluations")
-    return isinstance(later, list) and any(
-        isinstance(one, dict) and one.get("best") is True and isinstance(step := one.get("step"), int)
-        and step > point.step for one in later
-    )  # fmt: skip
+    record = read_record(output_dir)
+    return isinstance(record, RunRecord) and any(one.best and one.step > point.step for one in record.evaluations)
 
 
 def check_same_run(
-    earlier: dict[str, Any],
-    facts: dict[str, Any],
+    earlier: RunRecord,
+    record: RunRecord,
     output_dir: str,
     *,
     has_saved: bool = True,
 ) -> None:
-    """Raise ConfigError with all differences if these are not the facts of the same run.
+    """Raise ConfigError with all differences if these are not records of the same run.
 
     has_saved: whether there is a checkpoint. A checkpoint of full fine-tuning holds all weights, so the base
     model's no longer matter.
     """
     different = [
         f"  {what}: {before} then, {now} now"
-        for what, before, now in _differences(earlier, facts)
+        for what, before, now in _differences(earlier, record)
         if what not in map(option_name, _AFFECTS_ROUNDING)
-        and not (what == BASE_WEIGHTS and has_saved and not facts["config"]["lora"])
+        and not (what == BASE_WEIGHTS and has_saved and not record.config["lora"])
     ]
     if different:
         raise ConfigError(
@@ -195,7 +207,7 @@ def check_same_run(
             "To resume it, give the options from then; to start over, choose another --output-dir, or give "
             "--overwrite."
         )
-    if "fingerprints" not in earlier:
+    if earlier.fingerprints is None:
         logger.warning(
             "run.json has no fingerprints of model, tokenizer and chat template, since an earlier version "
             "wrote it: "
@@ -203,15 +215,14 @@ def check_same_run(
         )
 
 
-def check_options_apply(finished: Mapping[str, Any], config: TrainConfig) -> None:
+def check_options_apply(finished: RunRecord, config: TrainConfig) -> None:
     """Raise ConfigError if the finished run had other options, as far as options tell without data and model."""
-    before = finished.get("config")
     now = {**asdict(config), "learning_rate": config.peak_learning_rate}
     if config.max_length is None:
         del now["max_length"]
     if different := [
         (what, then, is_now)
-        for what, then, is_now in _option_differences(before if isinstance(before, dict) else {}, now)
+        for what, then, is_now in _option_differences(finished.config, now)
         if what not in map(option_name, _AFFECTS_ROUNDING)
     ]:
         raise ConfigError(
@@ -223,70 +234,22 @@ def check_options_apply(finished: Mapping[str, Any], config: TrainConfig) -> Non
         )
 
 
-def execution_changes(earlier: dict[str, Any], facts: dict[str, Any]) -> dict[str, list[Any]]:
+def execution_changes(earlier: RunRecord, record: RunRecord) -> dict[str, list[Any]]:
     """Return what may change the rounding, by name: before and now. Without any, weights are bit-identical."""
     changes: dict[str, list[Any]] = {
         what: [before, now]
-        for what, before, now in _differences(earlier, facts)
+        for what, before, now in _differences(earlier, record)
         if what in map(option_name, _AFFECTS_ROUNDING)
     }
     for name in ("machine", "cores", "system", "python"):
-        _note(changes, name, earlier["environment"].get(name), facts["environment"].get(name))
-    for name, version in facts["environment"]["versions"].items():
-        _note(changes, name, earlier["environment"]["versions"].get(name), version)
+        _note(changes, name, getattr(earlier.environment, name), getattr(record.environment, name))
+    for name, version in record.environment.versions.items():
+        _note(changes, name, earlier.environment.versions.get(name), version)
     for name in ("processes", "threads"):
-        if name in earlier and name in facts:
-            _note(changes, name, earlier[name], facts[name])
+        before, now = getattr(earlier, name), getattr(record, name)
+        if before is not None and now is not None:
+            _note(changes, name, before, now)
     return changes
-
-
-def record_problem(facts: Mapping[str, Any] | None) -> str | None:
-    """Return what is wrong with a run.json, in words; None if a run can resume with it."""
-    if facts is None:
-        return "holds no JSON object"
-    for name, kind in (("config", dict), ("data", dict), ("environment", dict), ("started", str)):
-        if not isinstance(facts.get(name), kind):
-            return f"lacks {name!r}, or has something else there"
-    if not isinstance(facts["environment"].get("versions"), dict):
-        return "lacks the versions, or has something else there"
-    for name in ("train", "held_out"):
-        some = facts["data"].get(name)
-        if name == "held_out" and some is None:
-            continue
-        if not isinstance(some, dict) or not isinstance(some.get("sha256"), str):
-            return f"lacks the fingerprint of the {name.replace('_', '-')} rows, or has something else there"
-    if not isinstance(facts.get("resumed", []), list) or not isinstance(facts.get("fingerprints", {}), dict):
-        return "has something else where 'resumed' or 'fingerprints' belong"
-    return None
-
-
-def _state_problem(facts: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with what a training state holds, in words."""
-    kinds = {
-        "step": int,
-        "skipped": int,
-        "losses": list,
-        "max_tokens": int,
-        "evaluations": list,
-        "incidents": list,
-    }
-    for name, kind in {**kinds, "checkpoints": list, "best_checkpoint": bool, "run": dict}.items():
-        if not isinstance(facts.get(name), kind):
-            return f"lacks {name!r}, or has something else there"
-    if reason := record_problem(facts["run"]):
-        return reason
-    if not isinstance(facts["run"].get("seconds"), int | float) or not isinstance(facts["run"].get("dtype"), str):
-        return "lacks 'seconds' or 'dtype', or has something else there"
-    names = {field.name for field in fields(Evaluation)}
-    if not all(isinstance(one, dict) and set(one) == names for one in facts["evaluations"]):
-        return "holds evaluations of another kind"
-    try:
-        list(map(incident_from, facts["incidents"]))
-    except (TypeError, KeyError, ValueError):
-        return "holds incidents of another kind"
-    if not all(isinstance(name, str) and is_checkpoint_name(name) for name in facts["checkpoints"]):
-        return "names checkpoints that are none"
-    return None
 
 
 def _note(changes: dict[str, list[Any]], name: str, before: object, now: object) -> None:
@@ -294,17 +257,17 @@ def _note(changes: dict[str, list[Any]], name: str, before: object, now: object)
         changes[name] = [before, now]
 
 
-def _differences(earlier: dict[str, Any], facts: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    yield from _option_differences(earlier["config"], facts["config"])
+def _differences(earlier: RunRecord, record: RunRecord) -> Iterator[tuple[str, Any, Any]]:
+    yield from _option_differences(earlier.config, record.config)
     for name in ("train", "held_out"):
-        sets = [which["data"][name] or {} for which in (earlier, facts)]
-        rows = [some.get("sha256", "none") for some in sets]
+        before, now = (getattr(one.data, name) for one in (earlier, record))
+        rows = [some.sha256 if some else "none" for some in (before, now)]
         if rows[0] != rows[1]:
             yield f"{name.replace('_', '-')} rows (sha256)", rows[0][:16], rows[1][:16]
-    before, now = earlier.get("fingerprints", {}), facts.get("fingerprints", {})
+    before, now = earlier.fingerprints or {}, record.fingerprints or {}
     for name in sorted(before.keys() & now.keys()):
         if before[name] != now[name]:
-            yield name, str(before[name])[:16], str(now[name])[:16]
+            yield name, before[name][:16], now[name][:16]
 
 
 def _option_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -2,9 +2,7 @@
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import islice, pairwise
-from typing import Any
 
 import numpy as np
 from rich.text import Text
@@ -17,6 +15,7 @@ from handspun.display import duration, join_names, logger
 from handspun.files import readable_size
 from handspun.preflight.checks import EndOfTurn, Finding, check_findings, headline, rows_named
 from handspun.preflight.time_estimate import MEASURED_ON
+from handspun.runs.record import Preflight
 from handspun.training.memory import Plan, disk_at_most
 
 _SHOWN = 12
@@ -135,7 +134,7 @@ def _log_styled(plain: str, styled: Text) -> None:
 
 def show_preflight(
     config: TrainConfig, found: Sequence[Finding], ending: EndOfTurn, seconds: float | None
-) -> dict[str, Any]:
+) -> Preflight:
     """Print the end of turn, the time, and the warnings; return all of them for run.json.
 
     Raises ConfigError under --strict if there is a warning.
@@ -144,11 +143,7 @@ def show_preflight(
         logger.info(line)
     if config.strict:
         check_findings(found)
-    return {
-        "warnings": [asdict(one) for one in found],
-        "end_of_turn": asdict(ending),
-        "predicted_seconds": seconds,
-    }
+    return Preflight(list(found), ending, seconds)
 
 
 def doubts_about_memory(doubts: Sequence[str]) -> list[Finding]:

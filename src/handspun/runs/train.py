@@ -6,17 +6,17 @@ each event to its listeners (log, incidents, sample answers, checkpoints).
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from handspun.config import TrainConfig
+from handspun.config import TrainConfig, Weights
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.dataset import Dataset, ExampleCache, load_splits, resolve_max_length
 from handspun.data.rendering import choose_template, with_defaults
@@ -62,7 +62,7 @@ from handspun.runs.output_dir import (
     record_incident,
     track_status,
 )
-from handspun.runs.record import run_facts
+from handspun.runs.record import Resumed, RunRecord, new_record
 from handspun.runs.replacing import check_inputs_outside, pending
 from handspun.runs.resume import ResumePoint, check_same_run, execution_changes, make_way
 from handspun.runs.sample_answers import Sampler, sampler_of
@@ -129,7 +129,7 @@ class RunPlan:
     Attributes:
         plan: steps, tokens, memory, and disk.
         shape: the model to train, on the meta device.
-        facts: the record for run.json; later stages add to it.
+        record: what will be in run.json, on the first rank of a real run; later stages add to it.
         point: the checkpoint to resume from.
         dtype: of the matmuls.
         ending: the end of turn that the rows teach.
@@ -138,7 +138,7 @@ class RunPlan:
 
     plan: Plan
     shape: PreTrainedModel
-    facts: dict[str, Any]
+    record: RunRecord | None
     point: ResumePoint | None
     dtype: torch.dtype
     ending: EndOfTurn
@@ -243,15 +243,15 @@ def plan_run(run: RunContext, data: LoadedData) -> RunPlan:
     shapes_of = partial(shapes, data.source, new_token_ids=new_token_ids)
     memory = available_memory(processes.device)
     doubts = check_fits_in_memory(config, examples, shapes_of, memory, processes=processes)
-    facts: dict[str, Any] = {}
+    record = None
     if processes.is_first and not config.dry_run:
-        facts = run_facts(config, data.training, data.held_out, data.max_length)
-        facts["fingerprints"] = model_fingerprints(data.source, data.template.tokenizer)
-    point = _resume_point(run, facts)
-    dtype = _compute_dtype(run, facts, point)
+        record = new_record(config, data.training, data.held_out, data.max_length)
+        record.fingerprints = model_fingerprints(data.source, data.template.tokenizer)
+    point = _resume_point(run, record)
+    dtype = _compute_dtype(run, record, point)
     shape = shapes_of(config)
     plan = make_plan(shape, examples, config)
-    return RunPlan(plan, shape, facts, point, dtype, ending, doubts)
+    return RunPlan(plan, shape, record, point, dtype, ending, doubts)
 
 
 def check(run: RunContext, data: LoadedData, planned: RunPlan) -> None:
@@ -271,7 +271,9 @@ def check(run: RunContext, data: LoadedData, planned: RunPlan) -> None:
     findings = [*data.findings, *doubts_about_memory(planned.memory_doubts)]
     for line in template_lines(data.template):
         logger.info(line)
-    planned.facts["preflight"] = show_preflight(config, findings, planned.ending, seconds)
+    found = show_preflight(config, findings, planned.ending, seconds)
+    if planned.record is not None:
+        planned.record.preflight = found
 
 
 def load_model(run: RunContext, data: LoadedData) -> ChatModel:
@@ -310,22 +312,22 @@ def fit(run: RunContext, data: LoadedData, planned: RunPlan, chat: ChatModel) ->
     config, processes, log, model = run.config, run.processes, run.log, chat.model
     trained = TrainedRun(Path(config.output_dir), planned.plan, chat)
     with ExitStack() as around:
-        if processes.is_first:
+        if (record := planned.record) is not None:
             check_disk_space(planned.plan, config, run.prepared.replaces)
-            planned.facts["plan"] = asdict(planned.plan)
-            around.enter_context(in_place_of(run.prepared.replaces, trained, planned.facts, log))
+            record.plan = planned.plan
+            around.enter_context(in_place_of(run.prepared.replaces, trained, record, log))
             around.enter_context(report_around(chat, config, data.training, data.held_out))
         with ExitStack() as inside:
-            if processes.is_first:
-                inside.enter_context(track_status(trained, planned.facts))
-                inside.enter_context(log.tracked(config.log_to, planned.facts))
+            if record is not None:
+                inside.enter_context(track_status(trained, record))
+                inside.enter_context(log.tracked(config.log_to, record))
             if config.activation_checkpointing:
                 model.activation_checkpointing_enable({"use_reentrant": False})
             if planned.point is not None and planned.point.folder is not None:
                 read_weights(model, planned.point.folder / TRAINING_STATE)
-            if processes.is_first and planned.point is not None:
-                log_resume(planned.point, planned)
-            checkpoints = CheckpointManager(trained, config, processes, planned.facts)
+            if record is not None and planned.point is not None:
+                log_resume(planned.point, record, planned.plan)
+            checkpoints = CheckpointManager(trained, config, processes, record)
             sampler = sampler_of(chat, config)
             request = inside.enter_context(stop_requests(say=not log.has_terminal))
             inside.enter_context(log.watched(_live_state(run, data, planned, sampler, request)))
@@ -407,9 +409,9 @@ def _listeners(
     return [log_event, keep_incidents, sample_answers, checkpoints.on_event, save_or_stop]
 
 
-def _finished(config: TrainConfig, facts: dict[str, Any], console: Console) -> TrainedRun:
+def _finished(config: TrainConfig, record: RunRecord, console: Console) -> TrainedRun:
     """Say that nothing is left to do."""
-    trained = finished_earlier(Path(config.output_dir), facts)
+    trained = finished_earlier(Path(config.output_dir), record)
     best = f", the best one {trained.best_checkpoint.name}" if trained.best_checkpoint else ""
     count = len(trained.checkpoints)
     text = f"the run in {trained.output_dir} has finished ({count} checkpoints{best}): nothing is left to do"
@@ -417,19 +419,19 @@ def _finished(config: TrainConfig, facts: dict[str, Any], console: Console) -> T
     return trained
 
 
-def _resume_point(run: RunContext, facts: dict[str, Any]) -> ResumePoint | None:
+def _resume_point(run: RunContext, record: RunRecord | None) -> ResumePoint | None:
     """Return where the run resumes, the same on all ranks; on the first with the checkpoint's folder.
 
-    Adds what an unfinished run recorded to `facts`, and removes checkpoints that are newer.
+    Adds what an unfinished run recorded to its new record, and removes checkpoints that are newer.
     """
     config, processes = run.config, run.processes
     earlier, point = run.prepared.earlier, run.prepared.point
-    if earlier is not None:
-        check_same_run(earlier, facts, config.output_dir, has_saved=point is not None)
+    if earlier is not None and record is not None:
+        check_same_run(earlier, record, config.output_dir, has_saved=point is not None)
         if point is not None:
             make_way(Path(config.output_dir), point)
-        facts |= {key: earlier[key] for key in ("started", "resumed") if key in earlier}
-        facts["seconds"] = point.facts["run"]["seconds"] if point else 0.0
+        record.started, record.resumed = earlier.started, earlier.resumed
+        record.seconds = point.state.run.seconds if point else 0.0
     shared = processes.broadcast_object(replace(point, folder=None) if point else None)
     return point if processes.is_first else shared
 
@@ -439,19 +441,19 @@ def _restore_state(point: ResumePoint, state: TrainingState, trained: TrainedRun
     read_optimizer(state.model, state.optimizer, folder, run.processes.device)
     state.step = point.step
     state.best_loss = min((evaluation.loss for evaluation in trained.evaluations), default=state.best_loss)
-    state.skipped, state.losses = point.facts["skipped"], point.facts["losses"]
-    if run.config.max_tokens == point.facts["run"]["config"]["max_tokens"]:  # else it is what the user wants now
-        state.max_tokens = point.facts["max_tokens"]
+    state.skipped, state.losses = point.state.skipped, point.state.losses
+    if run.config.max_tokens == point.state.run.config["max_tokens"]:  # else it is what the user wants now
+        state.max_tokens = point.state.max_tokens
 
 
-def log_resume(point: ResumePoint, planned: RunPlan) -> None:
+def log_resume(point: ResumePoint, record: RunRecord, plan: Plan) -> None:
     """Log the step that the run resumes after, and what has changed since; record both."""
-    changes = execution_changes(point.facts["run"], planned.facts)
-    logger.info(f"resuming after step {point.step} of {planned.plan.steps}, from {point.folder}")
+    changes = execution_changes(point.state.run, record)
+    logger.info(f"resuming after step {point.step} of {plan.steps}, from {point.folder}")
     for what, (before, now) in changes.items():
         logger.info(f"  {what} was {before} and is {now}: the weights will differ in their rounding")
-    resumed = {"step": point.step, "at": datetime.now(UTC).isoformat(timespec="seconds"), "changes": changes}
-    planned.facts["resumed"] = [*planned.facts.get("resumed", []), resumed]
+    resumed = Resumed(point.step, datetime.now(UTC).isoformat(timespec="seconds"), changes)
+    record.resumed = [*(record.resumed or []), resumed]
 
 
 def _live_state(
@@ -466,11 +468,11 @@ def _live_state(
     )
 
 
-def _compute_dtype(run: RunContext, facts: dict[str, Any], point: ResumePoint | None) -> torch.dtype:
+def _compute_dtype(run: RunContext, record: RunRecord | None, point: ResumePoint | None) -> torch.dtype:
     """Return the type of the matmuls, the same on all ranks: given, measured, or that of the run so far."""
     config, processes, device = run.config, run.processes, run.processes.device
     if config.dtype == "auto" and point is not None:
-        dtype, reason = resolve_dtype(point.facts["run"]["dtype"], device), "as before"
+        dtype, reason = resolve_dtype(cast(Weights, point.state.run.dtype), device), "as before"
     elif config.dtype == "auto" and config.base_weights == "int8":
         dtype, reason = torch.float32, "beside the int8 layers"
     elif config.dtype == "auto":
@@ -480,7 +482,8 @@ def _compute_dtype(run: RunContext, facts: dict[str, Any], point: ResumePoint | 
         dtype, reason = resolve_dtype(config.dtype, device), "asked for"
     name = str(dtype).removeprefix("torch.")
     threads = torch.get_num_threads()
-    facts["dtype"], facts["processes"], facts["threads"] = name, processes.count, threads
+    if record is not None:
+        record.dtype, record.processes, record.threads = name, processes.count, threads
     where = f"{threads} {'thread' if threads == 1 else 'threads'}" if device.type == "cpu" else str(device)
     each = "a share of the model" if processes.sharded else "the whole model"
     several = f"{processes.count} processes with {each} each, of " if processes.count > 1 else ""
