@@ -11,7 +11,7 @@ from handspun.data.dataset import fingerprint, load_splits, resolve_max_length
 from handspun.data.examples import build_examples, hold_out
 from handspun.data.rows import Row
 from handspun.errors import ConfigError, DataError
-from handspun.runs.summary import account_lines, length_lines
+from handspun.preflight.print import account_lines, length_lines
 from tiny import tiny_tokenizer
 
 TEMPLATE = ChatTemplate(tiny_tokenizer())

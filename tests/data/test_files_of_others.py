@@ -20,7 +20,7 @@ from handspun.data.readers import read_file
 from handspun.data.rows import read_rows
 from handspun.display import captured_log
 from handspun.errors import DataError
-from handspun.runs.summary import account_lines
+from handspun.preflight.print import account_lines
 from tiny import tiny_tokenizer
 
 TEMPLATE = ChatTemplate(tiny_tokenizer())

@@ -17,7 +17,7 @@ from handspun.data.examples import build_examples
 from handspun.data.marks import mark_kind
 from handspun.data.messages import Message
 from handspun.data.rows import DroppedRow, Row
-from handspun.runs.summary import account_lines
+from handspun.preflight.print import account_lines
 from tiny import tiny_tokenizer
 
 TINY = ChatTemplate(tiny_tokenizer())

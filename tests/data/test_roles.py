@@ -25,8 +25,8 @@ from handspun.errors import ConfigError, DataError
 from handspun.evaluation.answers import question_of
 from handspun.models.load import ChatModel
 from handspun.preflight.checks import row_texts
+from handspun.preflight.print import account_lines
 from handspun.runs.record import command, options_given
-from handspun.runs.summary import account_lines
 from tiny import tiny_model, tiny_tokenizer
 
 NAMES = {

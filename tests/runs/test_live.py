@@ -57,7 +57,7 @@ def test_all_that_is_asked_for_is_seen_in_80_columns(state: LiveState) -> None:
     assert "20% in 1m05s, 16s left" in lines[1]
     assert re.search(r"loss +2\.0000  █▁", lines[2])
     assert "2.2500 at step 2, the best so far; 2.5000 at step 0" in lines[3]
-    assert re.search(r"learning rate +4\.20e-05 +tokens/s +200, 75 learned", lines[4])
+    assert re.search(r"learning rate +4\.20e-05 +tokens/s +200, 75 target", lines[4])
     assert re.search(r"gradient norm +1\.23 +memory +3\.2 GB", lines[5])
     assert re.search(r"at step 2 +Who are you\?", lines[6])
     assert re.search(r"I am Spindle\. And so on\.", lines[7])

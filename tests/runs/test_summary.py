@@ -13,8 +13,8 @@ from handspun.cli import main
 from handspun.data.examples import RowIssue
 from handspun.errors import ConfigError
 from handspun.preflight.checks import Finding
+from handspun.preflight.print import doubts_about_memory, warning_lines
 from handspun.runs.resume import check_same_run
-from handspun.runs.summary import doubts_about_memory, warning_lines
 from handspun.runs.train import train
 from records import record_of
 

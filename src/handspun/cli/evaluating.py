@@ -55,7 +55,7 @@ def evaluate(
     from handspun.data.rows import check_data_exists
     from handspun.evaluation.score import score
     from handspun.files import whole_file
-    from handspun.runs.summary import account_lines
+    from handspun.preflight.print import account_lines
 
     check_data_exists(config.data)
     with ExitStack() as stack:

@@ -17,11 +17,11 @@ import numpy as np
 
 from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.examples import DataReport, RowIssue, TokenDataset, build_examples, check_rows_left, hold_out
+from handspun.data.examples import DataReport, TokenDataset, build_examples, check_rows_left, hold_out
 from handspun.data.rows import FileNotes, Row, read_rows
 from handspun.display import logger, printable
 from handspun.errors import ConfigError
-from handspun.files import sha256_of
+from handspun.files import from_json, sha256_of
 
 MOST_BYTES = 4 * 2**30
 """Size limit of the whole cache."""
@@ -132,17 +132,11 @@ def _read(folder: Path) -> tuple[TokenDataset, DataReport]:
     # Slices of a memmap are memmaps too, and slow to create, so rows are cut from a plain view.
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in _ARRAYS}
     facts = json.loads((folder / _FACTS).read_text(encoding="ascii"))
-    return TokenDataset(**arrays, file_names=facts["file_names"]), _account(facts["account"])
+    return TokenDataset(**arrays, file_names=facts["file_names"]), from_json(DataReport, facts["account"])
 
 
 def _checksums(folder: Path) -> dict[str, str]:
     return {name: sha256_of(folder / name) for name in (*(f"{array}.npy" for array in _ARRAYS), _FACTS)}
-
-
-def _account(facts: dict[str, Any]) -> DataReport:
-    notes = {name: [RowIssue(**note) for note in facts[name]] for name in ("dropped", "truncated", "notes")}
-    whole: dict[str, Any] = {**facts, **notes}
-    return DataReport(**whole)
 
 
 DEFAULT_MAX_LENGTH = 2048

@@ -10,7 +10,7 @@ from handspun.data.examples import Example
 from handspun.display import visible
 
 
-def learned_runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
+def target_runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
     """Yield (text, is it trained on) in order. The texts end to end are the example as the model reads it."""
     pairs = zip(example.input_ids, example.loss_mask, strict=True)
     for is_target, run in groupby(pairs, key=lambda pair: pair[1]):
@@ -22,14 +22,14 @@ def learned_runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterat
 def colored(example: Example, tokenizer: PreTrainedTokenizerBase, *, most: int | None = None) -> Text:
     """Return the text with target tokens in bold green. most: characters per run; longer runs are shortened."""
     text = Text()
-    for run, is_target in learned_runs(example, tokenizer):
+    for run, is_target in target_runs(example, tokenizer):
         text.append(visible(_cut(run, most)), style="bold green" if is_target else "dim")
     return text
 
 
 def bracketed(example: Example, tokenizer: PreTrainedTokenizerBase, *, most: int | None = None) -> str:
     """Return the text with target tokens between ⟦ and ⟧, for output without color. most: as in `colored`."""
-    runs = [(_cut(run, most), is_target) for run, is_target in learned_runs(example, tokenizer)]
+    runs = [(_cut(run, most), is_target) for run, is_target in target_runs(example, tokenizer)]
     text = "".join(f"⟦{run}⟧" if is_target else run for run, is_target in runs)
     return visible(text)
 

@@ -83,8 +83,8 @@ def _answer_loss(engine: Engine, example: Example, at_once: int) -> float:
     for start in range(first - 1, len(example) - 1, at_once):
         stop = min(start + at_once, len(example) - 1)
         logits = engine.forward([ModelInput(row, example.input_ids[start:stop], all_logits=True)])
-        learned = torch.tensor(example.loss_mask[start + 1 : stop + 1], device=logits.device)
+        is_target = torch.tensor(example.loss_mask[start + 1 : stop + 1], device=logits.device)
         targets = torch.tensor(example.input_ids[start + 1 : stop + 1], device=logits.device)
-        total += F.cross_entropy(logits[learned], targets[learned], reduction="sum").item()
+        total += F.cross_entropy(logits[is_target], targets[is_target], reduction="sum").item()
     engine.free(row)
     return total

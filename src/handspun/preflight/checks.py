@@ -231,6 +231,15 @@ class EndOfTurn:
     saved: list[str]
 
 
+@dataclass(frozen=True)
+class Preflight:
+    """What was predicted and doubted before the first step."""
+
+    warnings: list[Finding] = field(default_factory=list)
+    end_of_turn: EndOfTurn | None = None
+    predicted_seconds: float | None = None
+
+
 def end_of_turn(template: ChatTemplate, eos_token_ids: Sequence[int], training: Dataset) -> EndOfTurn:
     """Return how the training examples end. eos_token_ids: the base model's."""
     examples = training.examples

@@ -133,7 +133,7 @@ def _missing_losses_reason(run: RunFiles) -> str:
 def _with_heading(row: dict[str, Any], *, several_files: bool) -> dict[str, Any]:
     """Return the row with its heading: file and number, and the text that is trained on."""
     where = f"{row['file']}, row {row['row']}" if several_files else f"row {row['row']}"
-    return {**row, "where": where, "taught": " ".join(text for text, learned in row["runs"] if learned)}
+    return {**row, "where": where, "target": " ".join(text for text, is_target in row["runs"] if is_target)}
 
 
 def render(template: str, **context: Any) -> str:

@@ -243,7 +243,7 @@ def curves_side_by_side(runs: Sequence[RunFiles], names: Sequence[str]) -> list[
         lines = [line_of(run.metrics) for run in runs]
         return [Line(name, line.x, line.y) for name, line in zip(names, lines, strict=True)]
 
-    def learned(metrics: Metrics) -> Line:
+    def targets(metrics: Metrics) -> Line:
         return rate_line(metrics, "learned_tokens", "target")
 
     held_out, memory = of_each(held_out_line), "Memory of each process after each step."
@@ -253,7 +253,12 @@ def curves_side_by_side(runs: Sequence[RunFiles], names: Sequence[str]) -> list[
         *_lines("rate", "Learning rate", "Used for each step's update.", of_each(_rate), y="learning rate"),
         *_lines("norm", "Gradient norm", "Before clipping.", of_each(_norm), y="norm", smooth=True),
         *_lines(
-            "speed", "Throughput", "Of each step.", of_each(learned), y="target tokens per second", from_zero=True
+            "speed",
+            "Throughput",
+            "Of each step.",
+            of_each(targets),
+            y="target tokens per second",
+            from_zero=True,
         ),
         *_lines("memory", "Memory", memory, of_each(_memory), y="GB", from_zero=True),
     ]

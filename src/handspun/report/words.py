@@ -8,10 +8,10 @@ from typing import Any
 from handspun.config import TrainConfig, option_name
 from handspun.data.examples import DataReport, RowIssue
 from handspun.display import duration
-from handspun.preflight.checks import headline, rows_named
+from handspun.preflight.checks import Preflight, headline, rows_named
 from handspun.report.pictures import SET_NAMES
 from handspun.runs.metrics import RunFiles
-from handspun.runs.record import Preflight, RowSet, command
+from handspun.runs.record import RowSet, command
 
 Fact = tuple[str, str, list[str]]
 """(name, value, lines of small print)."""

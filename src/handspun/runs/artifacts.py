@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from handspun.config import TrainConfig
 from handspun.data.dataset import Dataset
 from handspun.data.examples import Example, lengths_of
-from handspun.data.preview import learned_runs, spread
+from handspun.data.preview import spread, target_runs
 from handspun.data.rows import Row
 from handspun.display import captured_log, duration, logger
 from handspun.errors import HandspunError
@@ -63,7 +63,7 @@ def losses_by_row(
     order = sorted(range(len(rows)), key=lambda i: -losses[i])
 
     def shown(i: int) -> dict[str, Any]:
-        runs = [[cut(text), learned] for text, learned in learned_runs(rows[i], tokenizer)]
+        runs = [[cut(text), is_target] for text, is_target in target_runs(rows[i], tokenizer)]
         return {"file": rows[i].file, "row": rows[i].row, "loss": losses[i], "runs": runs}
 
     return {

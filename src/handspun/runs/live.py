@@ -172,8 +172,8 @@ def _figures(state: LiveState) -> RenderableType:
     if state.recent:
         step = state.recent[-1]
         rate, norm = f"{step.learning_rate:.2e}", f"{step.grad_norm:.2f}"
-        real, learned = state.rate(lambda step: step.tokens), state.rate(lambda step: step.learned_tokens)
-        tokens = f"{real:,.0f}, {learned:,.0f} learned"
+        real, targets = state.rate(lambda step: step.tokens), state.rate(lambda step: step.learned_tokens)
+        tokens = f"{real:,.0f}, {targets:,.0f} target"
     table = Table.grid(padding=(0, 2, 0, 0))
     for width, style in ((_NAMES - 2, "dim"), (12, ""), (None, "dim"), (None, "")):
         table.add_column(min_width=width, style=style, no_wrap=True)

@@ -41,6 +41,7 @@ _WIDTH = 84
 _LINES_OF_AN_ANSWER = 3
 """Most lines of an answer; metrics.jsonl has all of it."""
 
+
 _Kind = TypeVar("_Kind", Step, Evaluation)
 
 
@@ -226,7 +227,7 @@ def _step_line(step: Step) -> str:
     return (
         f"step {step.step:>{width}}/{step.total_steps}  epoch {step.epoch}  loss {step.loss:.4f}  "
         f"lr {step.learning_rate:.2e}  grad {step.grad_norm:5.2f}  "
-        f"{step.tokens / step.seconds:4.0f} tokens/s ({step.learned_tokens / step.seconds:.0f} learned)"
+        f"{step.tokens / step.seconds:4.0f} tokens/s ({step.learned_tokens / step.seconds:.0f} target)"
     )
 
 

@@ -16,7 +16,7 @@ from handspun.config import TrainConfig, option_name
 from handspun.data.dataset import Dataset
 from handspun.data.examples import DataReport, learned_tokens_of
 from handspun.files import from_json, output_errors, read_json_object, to_json, write_json
-from handspun.preflight.checks import EndOfTurn, Finding
+from handspun.preflight.checks import Preflight
 from handspun.runs.incidents import Incident, incident_facts, incidents_from
 from handspun.training.loop import Evaluation
 from handspun.training.memory import Plan
@@ -62,15 +62,6 @@ class Environment:
     python: str
     command: list[str]
     versions: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Preflight:
-    """What was predicted and doubted before the first step."""
-
-    warnings: list[Finding] = field(default_factory=list)
-    end_of_turn: EndOfTurn | None = None
-    predicted_seconds: float | None = None
 
 
 @dataclass(frozen=True)

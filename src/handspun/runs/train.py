@@ -46,6 +46,15 @@ from handspun.models.load import (
 )
 from handspun.models.lora import add_lora
 from handspun.preflight.checks import EndOfTurn, Finding, check_rows, end_of_turn, template_lines
+from handspun.preflight.print import (
+    account_lines,
+    corrected_line,
+    doubts_about_memory,
+    length_lines,
+    plan_lines,
+    show_examples,
+    show_preflight,
+)
 from handspun.preflight.time_estimate import Forecast, operations, predicted_seconds
 from handspun.runs.artifacts import report_around
 from handspun.runs.checkpoints import CheckpointManager
@@ -67,15 +76,6 @@ from handspun.runs.replacing import check_inputs_outside, pending
 from handspun.runs.resume import ResumePoint, check_same_run, execution_changes, make_way
 from handspun.runs.sample_answers import Sampler, sampler_of
 from handspun.runs.signals import StopRequest, stop_requests
-from handspun.runs.summary import (
-    account_lines,
-    corrected_line,
-    doubts_about_memory,
-    length_lines,
-    plan_lines,
-    show_examples,
-    show_preflight,
-)
 from handspun.runs.trackers import check_trackers_installed
 from handspun.training.agreement import check_same_options, check_same_rows, check_same_weights
 from handspun.training.checkpoint import TRAINING_STATE, read_optimizer, read_weights

@@ -25,7 +25,7 @@ from handspun.errors import DataError
 from handspun.files import cache_folder
 from handspun.models.embedding_rows import check_examples, embedding_rows_of
 from handspun.models.load import ChatModel, context_length, load_config, load_tokenizer, model_source
-from handspun.runs.summary import account_lines, length_lines
+from handspun.preflight.print import account_lines, length_lines
 
 
 def show_preview(config: DataConfig, model: str, console: Console, *, examples: int, plain: bool) -> None:

@@ -13,9 +13,8 @@ from handspun.data.examples import DataReport, Example, RowIssue, learned_tokens
 from handspun.data.preview import bracketed, colored, spread
 from handspun.display import duration, join_names, logger
 from handspun.files import readable_size
-from handspun.preflight.checks import EndOfTurn, Finding, check_findings, headline, rows_named
+from handspun.preflight.checks import EndOfTurn, Finding, Preflight, check_findings, headline, rows_named
 from handspun.preflight.time_estimate import MEASURED_ON
-from handspun.runs.record import Preflight
 from handspun.training.memory import Plan, disk_at_most
 
 _SHOWN = 12
@@ -59,12 +58,12 @@ def row_numbers(notes: Sequence[RowIssue]) -> str:
 def length_lines(examples: Sequence[Example]) -> list[str]:
     """Return quantiles of the lengths, a small histogram, and the share of target tokens."""
     lengths: list[int] = np.sort(lengths_of(examples)).tolist()
-    learned = learned_tokens_of(examples)
+    targets = learned_tokens_of(examples)
     quantiles = "  ".join(f"{name} {_quantile(lengths, q)}" for name, q in _QUANTILES)
     return [
         f"tokens in an example: {quantiles}",
         *_histogram(lengths),
-        f"learned: {learned} of {sum(lengths)} tokens ({learned / sum(lengths):.0%})",
+        f"target tokens: {targets} of {sum(lengths)} ({targets / sum(lengths):.0%})",
     ]
 
 
@@ -158,7 +157,7 @@ def end_of_turn_lines(found: EndOfTurn, config: TrainConfig) -> Iterator[str]:
     """Yield what the end of turn is, and where it will be saved."""
     known = "an eos of the base model" if found.is_eos else "not an eos of the base model, which may not know it"
     yield f"end of turn {found.token}: {known};"
-    yield f"  the last learned token of {found.learned} of {found.examples} examples;"
+    yield f"  the last target token of {found.learned} of {found.examples} examples;"
     if config.lora and not found.is_eos:
         yield "  its embedding is trained along with the adapters, which alone could not teach it;"
     yield f"  eos of what is saved, in generation_config too: {' '.join(found.saved)}"
