@@ -452,7 +452,8 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], how: Decoding) 
 # %% [markdown]
 # ## Run it
 #
-# A notebook has no command line; there it is the demo.
+# A notebook has no command line; there it is the demo. (The committed one was executed on a machine that was busy
+# with other work, and its seconds say so: a step takes 6.6 seconds of one thread's time.)
 
 
 # %%

@@ -16,7 +16,7 @@ SCRIPT, NOTEBOOK = ROOT / "train_inference.py", ROOT / "train_inference.ipynb"
 def main() -> None:
     notebook = jupytext.read(SCRIPT, fmt="py:percent")
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    os.environ["TQDM_DISABLE"] = "1"  # bars of loading, which a page cannot show
+    os.environ |= {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}  # a page cannot show bars; tqdm warns of that
     client = NotebookClient(
         notebook,
         timeout=None,
@@ -25,6 +25,8 @@ def main() -> None:
         resources={"metadata": {"path": str(ROOT)}},
     )
     client.execute()
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+        output.text = output.text.replace(f"{ROOT}/", "")  # this machine's folder
     jupytext.write(notebook, NOTEBOOK, fmt="ipynb")
 
 

@@ -302,3 +302,20 @@ def test_the_script_runs(tiny_folder: Path, rows: Path, tmp_path: Path) -> None:
         assert text in done.stdout, done.stdout
     assert done.stdout.count("> Tell me a joke") == 1
     assert done.stdout.count(" tokens, ended by ") == 5
+
+
+def test_the_notebook_is_the_script_executed() -> None:
+    """`make notebook` makes it again."""
+    jupytext = pytest.importorskip("jupytext")
+    notebook = jupytext.read(ROOT / "train_inference.ipynb")
+    own, expected = (
+        [(cell.cell_type, cell.source) for cell in read.cells]
+        for read in (notebook, jupytext.read(SCRIPT, fmt="py:percent"))
+    )
+    assert own == expected
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert {output.output_type for output in outputs} == {"stream"}
+    printed = "".join(output.text for output in outputs if output.name == "stdout")
+    for text in ("step 126 of 126", "held-out loss after epoch 3", "> Give me", "> Tell me", "> What is", "score"):
+        assert text in printed
+    assert not [output.text for output in outputs if output.name == "stderr"]
