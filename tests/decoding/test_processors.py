@@ -9,27 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor
-from transformers.generation.logits_process import (
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    SuppressTokensAtBeginLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers import GenerationConfig
 
 from handspun.decoding import filters
 from handspun.decoding.options import SamplingParams
 from handspun.decoding.processors import History, check_some_left, make_processors, process
-from handspun.decoding.sampling import gumbel_noise, select_tokens, stream_of
 from handspun.errors import ConfigError
+from handspun.verification.processors import process_both
 from tiny import tiny_model
 
 _VOCAB = 12
@@ -47,55 +33,45 @@ def _logits(draw: st.DrawFn, rows: int = 3) -> Tensor:
 
 
 @st.composite
-def _histories(draw: st.DrawFn, rows: int = 3) -> list[list[int]]:
-    """Tokens of rows of any lengths."""
-    return [draw(st.lists(st.integers(0, 4), min_size=1, max_size=10)) for _ in range(rows)]
+def _rows(draw: st.DrawFn) -> list[History]:
+    """Rows of any lengths."""
+    tokens = st.lists(st.integers(0, 4), max_size=5)
+    return [History(draw(st.lists(st.integers(0, 4), min_size=1, max_size=5)), draw(tokens)) for _ in range(3)]
 
 
-def _by_transformers(processor: LogitsProcessor, logits: Tensor, input_ids: Tensor | None = None) -> Tensor:
-    if input_ids is None:
-        input_ids = torch.zeros(logits.shape[0], 1, dtype=torch.long)
-    return processor(input_ids, logits.clone())
+_RUNS = st.lists(st.integers(0, 4), min_size=1, max_size=3).map(tuple)
+_TOKENS = st.lists(st.integers(0, 11), min_size=1).map(tuple)
+_VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "temperature": st.floats(0.05, 10.0),
+    "top_k": st.integers(1, 20),
+    "top_p": st.floats(0.01, 1.0, exclude_max=True),
+    "min_p": st.floats(0.0, 1.0),
+    "typical_p": st.floats(0.01, 1.0, exclude_max=True),
+    "repetition_penalty": st.floats(0.25, 4.0),
+    "no_repeat_ngram_size": st.integers(1, 5),
+    "min_new_tokens": st.integers(1, 4),
+    "sequence_bias": st.dictionaries(_RUNS, st.floats(-5, 5), min_size=1).map(
+        lambda biases: tuple(biases.items())
+    ),
+    "bad_words_ids": st.lists(_RUNS, min_size=1, unique=True).filter(lambda runs: runs != [(3,)]).map(tuple),
+    "suppress_tokens": _TOKENS,
+    "begin_suppress_tokens": _TOKENS,
+}
 
 
-@given(_logits(), _histories(), st.floats(0.25, 4.0))
-def test_repetition_penalty_is_that_of_transformers(
-    logits: Tensor, histories: list[list[int]], penalty: float
+@pytest.mark.parametrize("name", _VALUES)
+@given(logits=_logits(), rows=_rows(), data=st.data())
+def test_process_gives_what_transformers_gives(
+    name: str, logits: Tensor, rows: list[History], data: st.DataObject
 ) -> None:
-    ours = filters.repetition_penalty(logits, histories, penalty)
-    assert torch.equal(ours, _row_by_row(RepetitionPenaltyLogitsProcessor(penalty), logits, histories))
+    ours, theirs = process_both(logits, rows, name, data.draw(_VALUES[name]), eos_token_ids=(3, 7))
+    near = 1e-6 if name == "sequence_bias" else 0.0  # several biases are added up in another order
+    torch.testing.assert_close(ours, theirs, rtol=near, atol=near)
 
 
-@given(_logits(), _histories(), st.integers(1, 5))
-def test_no_repeat_ngram_is_that_of_transformers(logits: Tensor, histories: list[list[int]], size: int) -> None:
-    ours = filters.no_repeat_ngram(logits, histories, size)
-    assert torch.equal(ours, _row_by_row(NoRepeatNGramLogitsProcessor(size), logits, histories))
-
-
-@given(_logits(), st.lists(st.integers(0, 4), min_size=3, max_size=3), st.integers(1, 4))
-def test_min_new_tokens_is_that_of_transformers(logits: Tensor, generated: list[int], wanted: int) -> None:
-    rows = [History([1, 2], [0] * n) for n in generated]
-    theirs = MinNewTokensLengthLogitsProcessor(2, wanted, torch.tensor([3, 7]))
-    ours = process(logits, rows, make_processors(SamplingParams(min_new_tokens=wanted, eos_token_ids=(3, 7))))
-    expected = _row_by_row(theirs, logits, [row.prompt_token_ids + row.token_ids for row in rows])
-    assert torch.equal(ours, expected)
-
-
-@given(_logits(), st.floats(0.05, 10.0))
-def test_temperature_is_that_of_transformers(logits: Tensor, value: Any) -> None:
-    assert torch.equal(
-        filters.temperature(logits, value), _by_transformers(TemperatureLogitsWarper(value), logits)
-    )
-
-
-@given(_logits(), st.integers(1, 20))
-def test_top_k_is_that_of_transformers(logits: Tensor, k: int) -> None:
-    assert torch.equal(filters.top_k(logits, k), _by_transformers(TopKLogitsWarper(k), logits))
-
-
-@given(_logits(), st.floats(0.01, 1.0, exclude_max=True))
-def test_top_p_is_that_of_transformers(logits: Tensor, p: float) -> None:
-    assert torch.equal(filters.top_p(logits, p), _by_transformers(TopPLogitsWarper(p), logits))
+def test_bad_words_spare_a_single_eos() -> None:
+    options = SamplingParams(bad_words_ids=((3,),), eos_token_ids=(3,))
+    assert process(torch.zeros(1, 5), [History([1])], make_processors(options)).tolist() == [[0.0] * 5]
 
 
 @given(st.integers(0, 2**32), st.sampled_from([0.05, 0.5, 0.9, 0.99, 0.999999]), st.sampled_from([0.1, 1.0, 6.0]))
@@ -121,70 +97,13 @@ def test_most_rows_of_a_peaked_distribution_are_not_sorted(monkeypatch: pytest.M
     assert torch.equal(filtered[~sorted_rows], expected[~sorted_rows])
 
 
-@given(_logits(), st.floats(0.01, 1.0, exclude_max=True))
-def test_typical_p_is_that_of_transformers(logits: Tensor, mass: float) -> None:
-    assert torch.equal(filters.typical_p(logits, mass), _by_transformers(TypicalLogitsWarper(mass), logits))
-
-
-_RUNS = st.lists(st.integers(0, 4), min_size=1, max_size=3).map(tuple)
-
-
-@given(_logits(), _histories(), st.dictionaries(_RUNS, st.floats(-5, 5), min_size=1))
-def test_sequence_bias_is_that_of_transformers(
-    logits: Tensor, histories: list[list[int]], biases: dict[tuple[int, ...], float]
-) -> None:
-    ours = filters.sequence_bias(logits, histories, biases.items())
-    listed: list[Any] = [[list(run), bias] for run, bias in biases.items()]
-    theirs = _row_by_row(SequenceBiasLogitsProcessor(listed), logits, histories)
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)  # several biases are added up in another order
-
-
-@given(_logits(), _histories(), st.lists(_RUNS, min_size=1, unique=True))
-def test_bad_words_are_those_of_transformers_which_spare_a_single_eos(
-    logits: Tensor, histories: list[list[int]], runs: list[tuple[int, ...]]
-) -> None:
-    options = SamplingParams(bad_words_ids=tuple(runs), eos_token_ids=(3,))
-    ours = process(logits, [History(ids) for ids in histories], make_processors(options))
-    theirs = NoBadWordsLogitsProcessor([list(run) for run in runs], eos_token_id=[3])
-    if runs == [(3,)]:
-        assert torch.equal(ours, logits)
-    else:
-        assert torch.equal(ours, _row_by_row(theirs, logits, histories))
-
-
-@given(_logits(), st.lists(st.integers(0, 2), min_size=3, max_size=3), st.lists(st.integers(0, 11), min_size=1))
-def test_suppressed_tokens_are_those_of_transformers(
-    logits: Tensor, generated: list[int], tokens: list[int]
-) -> None:
-    rows = [History([1, 2], [0] * n) for n in generated]
-    histories = [row.prompt_token_ids + row.token_ids for row in rows]
-    always = make_processors(SamplingParams(suppress_tokens=tuple(tokens)))
-    assert torch.equal(
-        process(logits, rows, always), _row_by_row(SuppressTokensLogitsProcessor(tokens), logits, histories)
-    )
-    first = make_processors(SamplingParams(begin_suppress_tokens=tuple(tokens)))
-    theirs = SuppressTokensAtBeginLogitsProcessor(tokens, begin_index=2)
-    assert torch.equal(process(logits, rows, first), _row_by_row(theirs, logits, histories))
-
-
-@given(_logits(), st.floats(0.0, 1.0))
-def test_min_p_is_that_of_transformers(logits: Tensor, share: float) -> None:
-    assert torch.equal(filters.min_p(logits, share), _by_transformers(MinPLogitsWarper(share), logits))
-
-
-def _row_by_row(processor: LogitsProcessor, logits: Tensor, histories: list[list[int]]) -> Tensor:
-    """transformers has one length for all rows."""
-    pairs = zip(logits[:, None], histories, strict=True)
-    return torch.cat([_by_transformers(processor, row, torch.tensor([ids])) for row, ids in pairs])
-
-
 _MODEL: Any = tiny_model("llama", vocab_size=_VOCAB)
 
 
 @settings(max_examples=50)
 @given(
     _logits(),
-    _histories(),
+    _rows(),
     st.fixed_dictionaries(
         {
             "min_new_tokens": st.integers(0, 2),
@@ -204,7 +123,7 @@ _MODEL: Any = tiny_model("llama", vocab_size=_VOCAB)
     ),
 )
 def test_all_together_come_in_the_order_of_transformers(
-    logits: Tensor, histories: list[list[int]], options: dict[str, Any]
+    logits: Tensor, rows: list[History], options: dict[str, Any]
 ) -> None:
     config = GenerationConfig(**options)
     config._eos_token_tensor = torch.tensor([3, 7])
@@ -212,11 +131,12 @@ def test_all_together_come_in_the_order_of_transformers(
     if "sequence_bias" in values:
         values["sequence_bias"] = tuple(values["sequence_bias"].items())
     made = make_processors(SamplingParams(**values, eos_token_ids=(3, 7)))
-    ours = process(logits, [History(ids) for ids in histories], made)
-    for row, ids in enumerate(histories):
-        theirs = _MODEL._get_logits_processor(config, input_ids_seq_length=len(ids), device="cpu")
-        expected = theirs(torch.tensor([ids]), logits[row : row + 1].clone())
-        torch.testing.assert_close(ours[row : row + 1], expected, equal_nan=True)
+    expected = []
+    for row, history in zip(logits.clone()[:, None], rows, strict=True):
+        length = len(history.prompt_token_ids)
+        theirs = _MODEL._get_logits_processor(config, input_ids_seq_length=length, device="cpu")
+        expected.append(theirs(torch.tensor([[*history.prompt_token_ids, *history.token_ids]]), row))
+    torch.testing.assert_close(process(logits, rows, made), torch.cat(expected), equal_nan=True)
 
 
 def test_repetition_penalty_lowers_both_signs_of_seen_tokens_only() -> None:
@@ -383,41 +303,3 @@ def test_sampling_filters_do_nothing_to_greedy_logits() -> None:
         torch.tensor([[3.0, 2.0]]), [History([1])], make_processors(replace(options, do_sample=True))
     )
     assert sampled.tolist() == [[6.0, -_INF]]
-
-
-def test_draws_follow_the_softmax() -> None:
-    """Pearson's chi-squared of 4,000 draws over 5 tokens; 4 degrees of freedom, 18.5 at 1 in 1,000."""
-    probabilities, draws = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]), 4000
-    streams = [(0, i, 0) for i in range(draws)]
-    tokens = select_tokens(probabilities.log().expand(draws, 5), draws=[(stream, 3) for stream in streams])
-    expected = probabilities * draws
-    assert ((tokens.bincount(minlength=5) - expected) ** 2 / expected).sum() < 18.5
-
-
-def test_noise_is_a_function_of_seed_prompt_answer_and_step() -> None:
-    names = [((0, 0, 0), 0), ((1, 0, 0), 0), ((0, 1, 0), 0), ((0, 0, 1), 0), ((0, 0, 0), 1)]
-    noises = [gumbel_noise(stream, step, 8) for stream, step in names]
-    assert all(not torch.equal(a, b) for i, a in enumerate(noises) for b in noises[i + 1 :])
-    assert torch.equal(gumbel_noise((0, 0, 0), 0, 8), noises[0])
-    assert torch.equal(gumbel_noise((0, 0, 0), 0, 5), noises[0][:5])
-
-
-def test_large_and_negative_seeds_are_not_rounded() -> None:
-    assert gumbel_noise((-1, 0, 0), 0, 100_000).isfinite().all()
-    assert not torch.equal(gumbel_noise((2**60, 1, 0), 0, 8), gumbel_noise((2**60 + 1, 1, 0), 0, 8))
-    assert not torch.equal(gumbel_noise((2**60, 1, 0), 0, 8), gumbel_noise((2**60, 1, 1), 0, 8))
-
-
-def test_noise_is_the_same_on_every_machine_and_version() -> None:
-    noise = gumbel_noise((7, 2, 1), 5, 3)
-    assert noise.tolist() == pytest.approx([1.0427676, -0.2876433, -0.7914059], abs=1e-6)
-
-
-def test_a_seed_for_each_prompt_goes_with_its_prompt() -> None:
-    assert stream_of((5, 9), 1, 2) == (9, 0, 2)
-    assert stream_of(5, 1, 2) == (5, 1, 2)
-
-
-def test_forbidden_tokens_are_never_drawn() -> None:
-    logits = torch.tensor([-_INF, 0.0, -_INF]).expand(200, 3)
-    assert set(select_tokens(logits, draws=[((0, i, 0), 0) for i in range(200)]).tolist()) == {1}

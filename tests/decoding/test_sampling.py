@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handspun.decoding.sampling import gumbel_argmax, gumbel_noise, select_tokens, stream_of
+from handspun.verification.processors import goodness_of_fit
 
 VALUES = st.sampled_from([0.0, -7.99, -8.0, -8.01, -30.0, -math.inf]) | st.floats(-40, 40, width=32)
 
@@ -42,10 +43,10 @@ def test_draw_is_the_argmax_of_logits_and_noise(
 
 
 def test_draws_have_the_frequencies_of_the_softmax() -> None:
-    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
-    drawn = [gumbel_argmax(logits, (0, 0, 0), step) for step in range(4000)]
-    counts = np.bincount(drawn, minlength=4) / 4000
-    assert counts == pytest.approx([0.5, 0.25, 0.125, 0.125], abs=4 * 0.5 / math.sqrt(4000))
+    probabilities, draws = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05, 0.0]), 4000
+    tokens = select_tokens(probabilities.log().expand(draws, -1), draws=[((0, i, 0), 3) for i in range(draws)])
+    p, bins = goodness_of_fit(tokens, probabilities)
+    assert (p > 1e-3, bins) == (True, 5)
 
 
 def test_noise_is_standard_gumbel() -> None:
@@ -72,6 +73,12 @@ def test_each_seed_prompt_answer_and_step_has_noise_of_its_own() -> None:
     assert len(noises) == len(names)
     assert torch.equal(gumbel_noise((0, 1, 2), 3, 8), gumbel_noise((0, 1, 2), 3, 8))
     assert torch.equal(gumbel_noise((0, 1, 2), 3, 9)[:8], gumbel_noise((0, 1, 2), 3, 8))  # not of the vocabulary
+
+
+def test_large_and_negative_seeds_are_not_rounded() -> None:
+    assert gumbel_noise((-1, 0, 0), 0, 100_000).isfinite().all()
+    assert not torch.equal(gumbel_noise((2**60, 1, 0), 0, 8), gumbel_noise((2**60 + 1, 1, 0), 0, 8))
+    assert not torch.equal(gumbel_noise((2**60, 1, 0), 0, 8), gumbel_noise((2**60, 1, 1), 0, 8))
 
 
 def test_stream_of_one_seed_and_of_a_seed_for_each_prompt() -> None:

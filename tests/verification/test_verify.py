@@ -54,7 +54,7 @@ def material_of(chat: ChatModel) -> Reference:
     return build_reference(chat, PROMPTS, is_chat=True, max_new_tokens=10)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def material() -> Reference:
     return material_of(chat_of(tiny_model("qwen2")))
 

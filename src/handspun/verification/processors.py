@@ -30,6 +30,7 @@ from handspun.verification.reference import Finding, Reference, Status, referenc
 
 _ROUNDING = 1e-6
 """Relative difference between two ways of computing the same number in float32."""
+Biases = tuple[tuple[tuple[int, ...], float], ...]
 _NO_COUNTERPART = ("presence_penalty", "frequency_penalty")
 
 
@@ -50,75 +51,89 @@ class Step:
 
 
 class Case(NamedTuple):
-    """One processor with values: as our options, and as transformers' object."""
+    """One option, and its value at a step as SamplingParams has it."""
 
     name: str
-    ours: Callable[[Step], dict[str, Any]]
-    theirs: Callable[[Step], LogitsProcessor]
+    option: str
+    value: Callable[[Step], Any]
 
 
-def _with(name: str, value: Any, make: Callable[[Any], LogitsProcessor]) -> Case:
+def _same(option: str, value: Any) -> Case:
     """Return a case with the same value at every step."""
-    return Case(name, lambda _: {name: value}, lambda _: make(value))
+    return Case(option, option, lambda _: value)
 
 
-def _token_biases(step: Step) -> dict[tuple[int, ...], float]:
-    return {(step.best[0],): -5.0, (step.best[1],): 2.5}
+def _token_biases(step: Step) -> Biases:
+    return ((step.best[0],), -5.0), ((step.best[1],), 2.5)
 
 
-def _run_biases(step: Step) -> dict[tuple[int, ...], float]:
-    return {(step.last, step.best[0]): -5.0, (step.best[0], step.best[1]): 2.5}
+def _run_biases(step: Step) -> Biases:
+    return ((step.last, step.best[0]), -5.0), ((step.best[0], step.best[1]), 2.5)
 
 
-def _as_lists(biases: dict[tuple[int, ...], float]) -> list[list[list[int] | float]]:
-    return [[list(run), bias] for run, bias in biases.items()]
-
-
-def _bad_words(step: Step) -> list[list[int]]:
-    return [[step.best[0]], [step.last, step.best[1]], [step.best[0], step.best[2]]]
+def _bad_words(step: Step) -> tuple[tuple[int, ...], ...]:
+    return (step.best[0],), (step.last, step.best[1]), (step.best[0], step.best[2])
 
 
 _CASES = (
-    _with("temperature", 0.7, TemperatureLogitsWarper),
-    _with("top_k", 50, TopKLogitsWarper),
-    _with("top_p", 0.9, TopPLogitsWarper),
-    _with("min_p", 0.05, MinPLogitsWarper),
-    _with("typical_p", 0.9, TypicalLogitsWarper),
-    _with("repetition_penalty", 1.3, RepetitionPenaltyLogitsProcessor),
-    _with("no_repeat_ngram_size", 2, NoRepeatNGramLogitsProcessor),
-    Case(
-        "logit_bias",
-        lambda step: {"logit_bias": tuple(_token_biases(step).items())},
-        lambda step: SequenceBiasLogitsProcessor(_as_lists(_token_biases(step))),
-    ),
-    Case(
-        "sequence_bias",
-        lambda step: {"sequence_bias": tuple(_run_biases(step).items())},
-        lambda step: SequenceBiasLogitsProcessor(_as_lists(_run_biases(step))),
-    ),
-    Case(
-        "bad_words",
-        lambda step: {"bad_words_ids": tuple(tuple(run) for run in _bad_words(step))},
-        lambda step: NoBadWordsLogitsProcessor(_bad_words(step), list(step.eos_token_ids) or None),
-    ),
-    Case(
-        "min_new_tokens",
-        lambda _: {"min_new_tokens": 4},
-        lambda step: MinNewTokensLengthLogitsProcessor(
-            len(step.prompt), 4, list(step.eos_token_ids), str(step.logits.device)
-        ),
-    ),
-    Case(
-        "suppress_tokens",
-        lambda step: {"suppress_tokens": tuple(step.best[:2])},
-        lambda step: SuppressTokensLogitsProcessor(step.best[:2]),
-    ),
-    Case(
-        "begin_suppress_tokens",
-        lambda step: {"begin_suppress_tokens": tuple(step.best[:2])},
-        lambda step: SuppressTokensAtBeginLogitsProcessor(step.best[:2], len(step.prompt)),
-    ),
+    _same("temperature", 0.7),
+    _same("top_k", 50),
+    _same("top_p", 0.9),
+    _same("min_p", 0.05),
+    _same("typical_p", 0.9),
+    _same("repetition_penalty", 1.3),
+    _same("no_repeat_ngram_size", 2),
+    Case("logit_bias", "logit_bias", _token_biases),
+    Case("sequence_bias", "sequence_bias", _run_biases),
+    Case("bad_words", "bad_words_ids", _bad_words),
+    _same("min_new_tokens", 4),
+    Case("suppress_tokens", "suppress_tokens", lambda step: tuple(step.best[:2])),
+    Case("begin_suppress_tokens", "begin_suppress_tokens", lambda step: tuple(step.best[:2])),
 )
+
+
+def process_both(
+    logits: Tensor, rows: Sequence[History], option: str, value: Any, eos_token_ids: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return logits after our processor for one option, and after transformers' own, (rows, vocab) each."""
+    options = SamplingParams(do_sample=True, eos_token_ids=eos_token_ids, **{option: value})
+    ours, theirs = process(logits, rows, make_processors(options)), []
+    # Row by row, since transformers has one length for all rows.
+    for row, history in zip(logits.clone()[:, None], rows, strict=True):
+        ids = torch.tensor([[*history.prompt_token_ids, *history.token_ids]], device=logits.device)
+        processor = _counterpart(option, value, len(history.prompt_token_ids), eos_token_ids, logits.device)
+        theirs.append(processor(ids, row))
+    return ours, torch.cat(theirs)
+
+
+def _counterpart(
+    option: str, value: Any, prompt_length: int, eos_token_ids: Sequence[int], device: torch.device
+) -> LogitsProcessor:
+    """Return transformers' processor for one of our options."""
+    eos = list(eos_token_ids)
+    match option:
+        case "logit_bias" | "sequence_bias":
+            return SequenceBiasLogitsProcessor([[list(run), bias] for run, bias in value])
+        case "bad_words_ids":
+            return NoBadWordsLogitsProcessor([list(run) for run in value], eos or None)
+        case "min_new_tokens":
+            return MinNewTokensLengthLogitsProcessor(prompt_length, value, eos, str(device))
+        case "suppress_tokens":
+            return SuppressTokensLogitsProcessor(list(value))
+        case "begin_suppress_tokens":
+            return SuppressTokensAtBeginLogitsProcessor(list(value), prompt_length)
+    return _OF_ONE_NUMBER[option](value)
+
+
+_OF_ONE_NUMBER: dict[str, Callable[[Any], LogitsProcessor]] = {
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+    "typical_p": TypicalLogitsWarper,
+    "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+    "no_repeat_ngram_size": NoRepeatNGramLogitsProcessor,
+}
 
 
 def check_processors(material: Reference) -> Iterator[Finding]:
@@ -142,10 +157,8 @@ def _compared(case: Case, steps: Sequence[Step]) -> Finding:
     """Require the same excluded tokens, and equal other logits up to rounding."""
     changed, excluded, difference = 0, 0, 0.0
     for step in steps:
-        options = SamplingParams(do_sample=True, eos_token_ids=step.eos_token_ids, **case.ours(step))
-        ours = process(step.logits, [History(step.prompt, step.answer)], make_processors(options))
-        input_ids = torch.tensor([step.prompt + step.answer], device=step.logits.device)
-        theirs: Tensor = case.theirs(step)(input_ids, step.logits.clone())
+        rows, value = [History(step.prompt, step.answer)], case.value(step)
+        ours, theirs = process_both(step.logits, rows, case.option, value, step.eos_token_ids)
         changed += not torch.equal(theirs, step.logits)
         out = theirs == -math.inf
         excluded += int(((ours == -math.inf) != out).sum())
