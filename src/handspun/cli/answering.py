@@ -3,9 +3,37 @@
 from pathlib import Path
 from typing import Annotated
 
-from handspun.cli.app import FLAT, Count, ModelOptions, TemplateOptions, app, load_model, read_prompts
+from handspun.cli.app import (
+    FLAT,
+    ModelOptions,
+    PromptOptions,
+    TemplateOptions,
+    app,
+    load_model,
+    read_prompts,
+)
 from handspun.config import GenerationOptions
+from handspun.config.names import options as option_class
 from handspun.display import HarmlessConsole
+
+
+@option_class
+class AnswerDetails:
+    """What is printed with the answers."""
+
+    json: bool = False
+    """Print one JSON object per line: text, token ids, finish reason."""
+
+    logprobs: bool = False
+    """Add each token's log-probability in the model's own distribution (with --json)."""
+
+    explain: bool = False
+    """Show how each token was chosen: its rank and probability, each processor's effect, the tokens left, the draw
+    and the runner-up. Prints a table, or adds it to --json. Not available with beams."""
+
+    show_tree: bool = False
+    """Show the tree that a beam search explored: all its beams with their scores. Prints a tree, or adds it to
+    --json."""
 
 
 @app.command
@@ -15,14 +43,9 @@ def generate(
     options: Annotated[GenerationOptions, FLAT] = GenerationOptions(),  # noqa: B008
     template: Annotated[TemplateOptions, FLAT] = TemplateOptions(),  # noqa: B008
     prompts_file: Path | None = None,
-    system_prompt: str | None = None,
+    asking: Annotated[PromptOptions, FLAT] = PromptOptions(),  # noqa: B008
     prefill: str | None = None,
-    chat: bool = True,
-    batch_size: Count = 8,
-    json: bool = False,
-    logprobs: bool = False,
-    explain: bool = False,
-    show_tree: bool = False,
+    details: Annotated[AnswerDetails, FLAT] = AnswerDetails(),  # noqa: B008
 ) -> None:
     """Answer prompts: greedy, sampling (--do-sample) or beam search (--num-beams).
 
@@ -32,24 +55,8 @@ def generate(
         Prompts to answer. Without any and without --prompts-file, one prompt is read from standard input.
     prompts_file
         A text file with one prompt per line.
-    system_prompt
-        System message. If not given, the chat template's default applies.
     prefill
         Beginning of every answer. The model continues it, and only the continuation is shown.
-    chat
-        Put prompts into the model's chat template; --no-chat passes them as plain text.
-    batch_size
-        Number of answers decoded together.
-    json
-        Print one JSON object per line: text, token ids, finish reason.
-    logprobs
-        Add each token's log-probability in the model's own distribution (with --json).
-    explain
-        Show how each token was chosen: its rank and probability, each processor's effect, the tokens left, the
-        draw and the runner-up. Prints a table, or adds it to --json. Not available with beams.
-    show_tree
-        Show the tree that a beam search explored: all its beams with their scores. Prints a tree, or adds it to
-        --json.
     """
     from handspun.cli.views.answers import show_answers
 
@@ -58,14 +65,14 @@ def generate(
         read_prompts(prompts, prompts_file),
         options,
         HarmlessConsole(),
-        chat=chat,
-        system_prompt=system_prompt,
         prefill=prefill,
-        batch_size=batch_size,
-        as_json=json,
-        logprobs=logprobs,
-        explain=explain,
-        show_tree=show_tree,
+        as_json=details.json,
+        system_prompt=asking.system_prompt,
+        chat=asking.chat,
+        batch_size=asking.batch_size,
+        logprobs=details.logprobs,
+        explain=details.explain,
+        show_tree=details.show_tree,
     )
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from handspun import __version__
 from handspun.cli.values import check_at_least_1, convert, convert_or_refuse
+from handspun.cli.views.help import GroupedHelp
 from handspun.config import DataConfig, Weights
 from handspun.config.names import options
 from handspun.config.ranges import MOST, wrong_values
@@ -27,6 +28,7 @@ app = App(
     "--traceback (show the full traceback of an error).",
     version=__version__,
     help_format="plaintext",
+    help_formatter=GroupedHelp(),
     default_parameter=Parameter(negative_iterable=("no-",), converter=convert_or_refuse, json_list=False),
 )
 
@@ -36,12 +38,12 @@ Count = Annotated[int, Parameter(validator=check_at_least_1)]
 """An integer of 1 or more."""
 
 
-@options
-class ModelOptions:
-    """The model, its weights and its device."""
+_COUNTS = dict.fromkeys(("threads", "batch_size"), (1, MOST, True, True))
 
-    model: str = "Qwen/Qwen2.5-0.5B"
-    """Hub id, folder, adapter folder, .gguf file, or "smollm2-135m" (embedded: needs no network)."""
+
+@options
+class ComputeOptions:
+    """Where and how a model is computed."""
 
     device: str = "auto"
     """"auto" (cuda if available, else cpu), "cpu", "cuda", "cuda:1", "mps"."""
@@ -54,7 +56,33 @@ class ModelOptions:
     """CPU threads. If not given, PyTorch's default (one per physical core)."""
 
     def __post_init__(self) -> None:
-        if problems := wrong_values(self, {"threads": (1, MOST, True, True)}):
+        if problems := wrong_values(self, {"threads": _COUNTS["threads"]}):
+            raise ConfigError(problems)
+
+
+@options
+class ModelOptions(ComputeOptions):
+    """The model, its weights and its device."""
+
+    model: str = "Qwen/Qwen2.5-0.5B"
+    """Hub id, folder, adapter folder, .gguf file, or "smollm2-135m" (embedded: needs no network)."""
+
+
+@options
+class PromptOptions:
+    """How prompts are put to a model."""
+
+    system_prompt: str | None = None
+    """System message. If not given, the chat template's default applies."""
+
+    chat: bool = True
+    """Put prompts into the model's chat template; --no-chat passes them as plain text."""
+
+    batch_size: int = 8
+    """Number of answers decoded together."""
+
+    def __post_init__(self) -> None:
+        if problems := wrong_values(self, {"batch_size": _COUNTS["batch_size"]}):
             raise ConfigError(problems)
 
 

@@ -1,14 +1,24 @@
 """The commands eval and compare."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from handspun.cli.app import FLAT, Count, ModelOptions, TemplateOptions, app, load_model, read_prompts
-from handspun.config import DataConfig, GenerationOptions, Weights
+from handspun.cli.app import (
+    FLAT,
+    ComputeOptions,
+    Count,
+    ModelOptions,
+    PromptOptions,
+    TemplateOptions,
+    app,
+    load_model,
+    read_prompts,
+)
+from handspun.config import DataConfig, GenerationOptions
 from handspun.display import HarmlessConsole, json_line, logger
 
 if TYPE_CHECKING:
@@ -87,13 +97,9 @@ def compare(
     prompts_file: Annotated[Path | None, Parameter(alias="--prompts")] = None,
     options: Annotated[GenerationOptions, FLAT] = GenerationOptions(),  # noqa: B008
     template: Annotated[TemplateOptions, FLAT] = TemplateOptions(),  # noqa: B008
-    system_prompt: str | None = None,
-    chat: bool = True,
-    batch_size: Count = 8,
+    asking: Annotated[PromptOptions, FLAT] = PromptOptions(),  # noqa: B008
     html: Path | None = None,
-    device: str = "auto",
-    weights: Weights = "auto",
-    threads: Count | None = None,
+    compute: Annotated[ComputeOptions, FLAT] = ComputeOptions(),  # noqa: B008
 ) -> None:
     """Show two models' answers to the same prompts side by side. Only one model is loaded at a time.
 
@@ -105,20 +111,8 @@ def compare(
         The second model, given in the same way.
     prompts_file
         A text file with one prompt per line. If not given, one prompt is read from standard input.
-    system_prompt
-        System message. If not given, each chat template's default applies.
-    chat
-        Put prompts into each model's chat template; --no-chat passes them as plain text.
-    batch_size
-        Number of answers decoded together.
     html
         File to write the comparison to, as one self-contained HTML page.
-    device
-        "auto" (cuda if available, else cpu), "cpu", "cuda", "cuda:1", "mps".
-    weights
-        Type of both models' weights, as for generate.
-    threads
-        CPU threads. If not given, PyTorch's default (one per physical core).
     """
     from handspun.cli.views.comparison import print_comparison
     from handspun.evaluation.compare import compare as compare_models
@@ -126,7 +120,7 @@ def compare(
     from handspun.report.compare import comparison_html
 
     def load(name: str) -> "ChatModel":
-        return load_model(ModelOptions(model=name, device=device, weights=weights, threads=threads), template)
+        return load_model(ModelOptions(model=name, **asdict(compute)), template)
 
     prompts = read_prompts((), prompts_file)
     with ExitStack() as stack:
@@ -136,9 +130,9 @@ def compare(
             prompts,
             load=load,
             options=options,
-            chat=chat,
-            system_prompt=system_prompt,
-            batch_size=batch_size,
+            chat=asking.chat,
+            system_prompt=asking.system_prompt,
+            batch_size=asking.batch_size,
         )
         if partial is not None:
             partial.write_text(comparison_html(found, options), encoding="utf-8")

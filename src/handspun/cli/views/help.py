@@ -1,0 +1,84 @@
+"""Help pages: options in groups, in the order in which people need them."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from cyclopts.help import DefaultFormatter, HelpEntry, HelpPanel
+from rich.text import Text
+
+GROUPS = {
+    "Prompts": "prompts prompts-file system-prompt prefill chat",
+    "Model": "model-a model-b model weights device threads chat-template template-args",
+    "Rows": "data data-format role-map max-length strict cache-examples",
+    "Training": "num-epochs batch-size learning-rate lr-schedule warmup-ratio weight-decay max-grad-norm",
+    "LoRA": "lora lora-rank lora-alpha lora-dropout base-weights",
+    "Evaluation": "eval-data eval-ratio eval-steps generate per-row",
+    "Answers during training": "sample-answers sample-prompts sample-every",
+    "Length and end": "max-new-tokens min-new-tokens stop-strings",
+    "Sampling": "do-sample temperature top-k top-p min-p typical-p num-return-sequences",
+    "Beam search": "num-beams length-penalty early-stopping",
+    "Penalties": "repetition-penalty repetition-penalty-exempt presence-penalty frequency-penalty",
+    "Words and tokens": "no-repeat-ngram-size logit-bias sequence-bias bad-words bad-words-ids suppress-tokens"
+    " begin-suppress-tokens",
+    "Constraints": "json-schema regex choice",
+    "Memory and speed": "max-tokens batching activation-checkpointing optimizer-states dtype shard"
+    " prompt-lookup-num-tokens max-matching-ngram-size",
+    "Faults": "on-nonfinite max-skipped-steps",
+    "Files": "runs output-dir output-file save-dtype save-steps save-minutes keep-last resume overwrite dry-run"
+    " log-to report-rows merge gguf html",
+    "Hub": "push private token",
+    "Check": "steps kills",
+    "Output": "json logprobs explain show-tree examples plain",
+}
+"""The names of each group's options, in order, without hyphens."""
+COMMANDS = ["demo", "preview", "preflight", "train", "chat", "generate", "eval", "compare", "report", "export"]
+COMMANDS += ["verify", "verify-resume"]
+"""The commands in the order of work."""
+
+
+class GroupedHelp(DefaultFormatter):
+    """Prints a panel per group of options, and lets texts wrap where the window ends."""
+
+    def __call__(self, console: Any, options: Any, panel: HelpPanel) -> None:
+        """Print the commands, or the groups of options."""
+        for entry in panel.entries:
+            if isinstance(text := getattr(entry.description, "primary_renderable", None), Text):
+                entry.description.primary_renderable = _rewrapped(text)
+        if panel.format == "command":
+            entries = sorted(panel.entries, key=lambda entry: _rank(COMMANDS, entry.names[0]))
+            super().__call__(console, options, panel.copy(entries=entries))
+            return
+        by_name = {option_of(entry): entry for entry in panel.entries}
+        for title, names in groups_of(by_name).items():
+            super().__call__(console, options, panel.copy(title=title, entries=[by_name[name] for name in names]))
+
+    def render_description(self, console: Any, options: Any, description: Any) -> None:
+        """Print what a command does."""
+        if isinstance(text := getattr(description, "primary_renderable", None), Text):
+            description.primary_renderable = _rewrapped(text)
+        super().render_description(console, options, description)
+
+
+def option_of(entry: HelpEntry) -> str:
+    """Return an option's or argument's own name without hyphens."""
+    return str(entry.names[0] if entry.names else entry.positional_label).removeprefix("--").lower()
+
+
+def groups_of(names: Collection[str]) -> dict[str, list[str]]:
+    """Return the names of a command's options by group. Raises ValueError for a name that has no group."""
+    wanted = {title: [name for name in listed.split() if name in names] for title, listed in GROUPS.items()}
+    # A run's seed decides more than its samples.
+    wanted["Training" if "num-epochs" in names else "Sampling"] += [name for name in ("seed",) if name in names]
+    if missing := set(names) - {name for listed in wanted.values() for name in listed}:
+        raise ValueError(f"no group of the help has {', '.join(sorted(missing))}.")
+    return {title: listed for title, listed in wanted.items() if listed}
+
+
+def _rank(order: Sequence[str], name: str) -> int:
+    return order.index(name) if name in order else len(order)
+
+
+def _rewrapped(text: Text) -> Text:
+    """Return the text with a docstring's own line ends taken out, except those between paragraphs."""
+    paragraphs = text.plain.split("\n\n")
+    return Text("\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))

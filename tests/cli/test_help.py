@@ -1,0 +1,49 @@
+"""The help pages: every option is in one group, commands stand in the order of work, texts fill the window."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from handspun.cli.app import app
+from handspun.cli.views.help import COMMANDS, GROUPS, groups_of
+
+
+def options_of(command: str) -> list[str]:
+    collection = app[command].assemble_argument_collection()
+    return [argument.name.removeprefix("--").lower() for argument in collection if argument.show]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_groups_of_has_each_option_of_a_command_once(command: str) -> None:
+    names = options_of(command)
+    listed = [name for group in groups_of(names).values() for name in group]
+    assert sorted(listed) == sorted(names)
+    assert names
+
+
+def test_groups_of_names_options_that_exist() -> None:
+    known = {name for command in COMMANDS for name in options_of(command)}
+    assert {name for listed in GROUPS.values() for name in listed.split()} | {"seed"} == known
+
+
+def test_groups_of_an_option_without_a_group_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no group of the help has speed"):
+        groups_of(["speed", "model"])
+
+
+def test_commands_are_all_there() -> None:
+    assert set(COMMANDS) == {name for name in app if not name.startswith("-")}
+
+
+def test_help_shows_groups_in_order_and_wraps_at_the_window() -> None:
+    """--weights' docstring ends its first line after "float16", or": no line of the page may end there."""
+    command = [sys.executable, "-m", "handspun", "chat", "--help"]
+    environment = {**os.environ, "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"}
+    page = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    titles = [line.split()[1] for line in page.splitlines() if line.startswith("╭─")]
+    assert titles[:4] == ["Prompts", "Model", "Length", "Sampling"]
+    assert page.index("--model STR") < page.index("--device STR")
+    text = " ".join(line.strip("│ ") for line in page.splitlines())
+    assert '"float16", or "int8" (a third' in " ".join(text.split())
