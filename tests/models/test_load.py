@@ -13,10 +13,11 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import handspun
+from handspun.display import captured_log
 from handspun.errors import ModelError, TemplateError
 from handspun.models import embedded
 from handspun.models.end_of_turn import end_of_turn_is_new, eos_token_ids, make_end_of_turn_eos
-from handspun.models.load import ChatModel
+from handspun.models.load import ChatModel, checkpoint_of_run, load
 from handspun.models.lora import add_lora
 from handspun.models.save import save_model
 from tiny import tiny_model, tiny_tokenizer
@@ -197,3 +198,38 @@ def test_an_adapter_is_a_standard_folder_that_peft_loads(tiny_folder: Path, tmp_
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
     theirs = PeftModel.from_pretrained(base, tmp_path / "adapter")(ids).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_checkpoint_of_run_is_the_best_or_the_last(tmp_path: Path) -> None:
+    """A file or folder of another name is none, and neither is a checkpoint without a model."""
+    assert checkpoint_of_run(tmp_path) is None
+    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "checkpoint-plan.md").touch()
+    (tmp_path / "checkpoint-epoch-12").mkdir()
+    assert checkpoint_of_run(tmp_path) is None
+    for name, expected in [
+        ("checkpoint-step-400", "checkpoint-step-400"),
+        ("checkpoint-epoch-9", "checkpoint-epoch-9"),
+        ("checkpoint-epoch-10", "checkpoint-epoch-10"),
+        ("checkpoint-best", "checkpoint-best"),
+        ("checkpoint-beta-11", "checkpoint-best"),
+    ]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}", encoding="utf-8")
+        found = checkpoint_of_run(tmp_path)
+        assert found is not None
+        assert found.name == expected
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")  # a model itself
+    assert checkpoint_of_run(tmp_path) is None
+
+
+def test_load_a_runs_folder_loads_its_checkpoint_and_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "output" / "checkpoint-epoch-2"
+    model, tokenizer = tiny_model("qwen2"), tiny_tokenizer()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "output" / "run.json").write_text("{}", encoding="utf-8")
+    with captured_log() as lines:
+        chat = load(str(tmp_path / "output"))
+    assert torch.equal(chat.model.lm_head.weight, model.lm_head.weight)
+    assert f"{tmp_path / 'output'}: checkpoint-epoch-2 of this run" in lines

@@ -11,7 +11,7 @@ from rich.console import Console
 from handspun import __version__
 from handspun.cli.values import check_at_least_1, convert, convert_or_refuse
 from handspun.cli.views.help import GroupedHelp
-from handspun.config import DataConfig, Weights
+from handspun.config import DataConfig, TrainConfig, Weights
 from handspun.config.names import options
 from handspun.config.ranges import MOST, wrong_values
 from handspun.data.text_files import BYTE_ORDER_MARK, decode_text, read_text, split_lines
@@ -64,8 +64,9 @@ class ComputeOptions:
 class ModelOptions(ComputeOptions):
     """The model, its weights and its device."""
 
-    model: str = "Qwen/Qwen2.5-0.5B"
-    """Hub id, folder, adapter folder, .gguf file, or "smollm2-135m" (embedded: needs no network)."""
+    model: str | None = None
+    """Hub id, folder, a run's output folder (its best checkpoint), adapter folder, .gguf file, or "smollm2-135m"
+    (embedded: needs no network). Default: the run in output/ if there is one, else Qwen/Qwen2.5-0.5B."""
 
 
 @options
@@ -106,12 +107,20 @@ def load_model(source: ModelOptions, template: TemplateOptions | DataConfig | No
     if source.threads is not None:
         torch.set_num_threads(source.threads)
     return load(
-        source.model,
+        source.model or _default_model(),
         weights=source.weights,
         device=source.device,
         chat_template=template.chat_template if template else None,
         template_args=template.template_args if template else None,
     )
+
+
+def _default_model() -> str:
+    """Return the default output folder if a run has left a model there, else the default base model."""
+    from handspun.models.load import checkpoint_of_run
+
+    defaults = TrainConfig()
+    return defaults.output_dir if checkpoint_of_run(Path(defaults.output_dir)) else defaults.model
 
 
 def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:

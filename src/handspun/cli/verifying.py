@@ -57,7 +57,7 @@ def verify(
     console = HarmlessConsole()
     try:
         if json:
-            print(findings_json(findings, source.model))
+            print(findings_json(findings, exact.name))
         else:
             console.print(findings_table(findings))
     finally:  # also if the table could not be printed

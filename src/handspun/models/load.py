@@ -7,6 +7,7 @@ No code that comes with a model is ever run: weights are read from safetensors o
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -162,6 +163,9 @@ def model_source(name: str) -> ModelSource:
         check_installed("gguf", "gguf", f"{name}: a GGUF file")
         return ModelSource(name, str(path.parent), gguf_file=path.name)
     if path.is_dir():
+        if (checkpoint := checkpoint_of_run(path)) is not None:
+            logger.info(f"{name}: {checkpoint.name} of this run")
+            return _folder_source(str(checkpoint), checkpoint)
         return _folder_source(name, path)
     if path.exists():
         raise ModelError(
@@ -178,6 +182,21 @@ def model_source(name: str) -> ModelSource:
     stay_offline_if_unreachable(name)
     logger.info(f"{name}: loaded from the hub or its cache")
     return ModelSource(name, name)
+
+
+def checkpoint_of_run(folder: Path) -> Path | None:
+    """Return the checkpoint that stands for a run: checkpoint-best, or the last epoch's, or the last step's.
+
+    None if it is not such a folder, or holds none.
+    """
+    if (folder / "config.json").exists() or not (folder / "run.json").exists():
+        return None
+    found: list[tuple[int, int, Path]] = []
+    for path in folder.glob("checkpoint-*"):
+        name = re.fullmatch(r"checkpoint-(step|epoch|best)-?([0-9]*)", path.name)
+        if name and ((path / "config.json").exists() or (path / "adapter_config.json").exists()):
+            found.append((("step", "epoch", "best").index(name[1]), int(name[2] or 0), path))
+    return max(found)[2] if found else None
 
 
 def load_trainable(source: ModelSource, template: ChatTemplate, device: torch.device) -> ChatModel:

@@ -295,7 +295,8 @@ def load_model(run: RunContext, data: LoadedData) -> ChatModel:
             "tuned model, in generation_config, config and tokenizer"
         )
     if config.lora:
-        chat.model = _with_lora(chat.model, config, [chat.template.end_of_turn_id] if is_new else [])
+        new_ids = [chat.template.end_of_turn_id] if is_new else []
+        chat.model = _with_lora(chat.model, config, data.source.name, new_ids)
         if is_new:
             logger.info("its embedding row is trained along with the adapters: they alone could not teach it")
     if config.base_weights == "int8":
@@ -499,17 +500,19 @@ def shapes(source: ModelSource, config: TrainConfig, *, new_token_ids: Sequence[
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(source), dtype=torch.float32)
         if config.lora:
-            model = _with_lora(model, config, new_token_ids)
+            model = _with_lora(model, config, source.name, new_token_ids)
     if config.base_weights == "int8":
         check_exact_matmuls(resolve_device(config.device))
         quantize_base(model)
     return model
 
 
-def _with_lora(model: PreTrainedModel, config: TrainConfig, new_token_ids: Sequence[int]) -> PreTrainedModel:
+def _with_lora(
+    model: PreTrainedModel, config: TrainConfig, base: str, new_token_ids: Sequence[int]
+) -> PreTrainedModel:
     return add_lora(
         model,
-        recorded_base(config.model),
+        recorded_base(base),
         rank=config.lora_rank,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
