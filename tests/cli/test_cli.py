@@ -12,6 +12,9 @@ import pytest
 from commands import fail
 from handspun import __version__
 from handspun.cli import main
+from handspun.cli.app import app
+from handspun.cli.entry import ALIASES
+from handspun.cli.views.help import COMMANDS
 
 GOOD = "instruction,input,output\nSay hi.,,Hi.\nSay yes.,,Yes.\n"
 
@@ -182,9 +185,9 @@ def test_generate_prints_text_or_json(capsys: pytest.CaptureFixture[str], tiny_f
 
 
 def test_a_wrong_value_does_not_hide_an_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:
-    printed = fail(capsys, "train", "--lr", "1e-4", "--num-epochs", "1.5")
+    printed = fail(capsys, "train", "--base-learning-rate", "1e-4", "--epochs", "1.5")
     assert "--num-epochs is '1.5': expected a whole number" in printed
-    assert "there is no option --lr" in printed
+    assert "there is no option --base-learning-rate" in printed
     assert "--learning-rate" in printed
 
 
@@ -344,3 +347,23 @@ def test_text_files_that_cannot_be_read_are_named_with_the_place_and_what_to_do(
     (tmp_path / "file").write_bytes(content)
     message = fail(capsys, "generate", "--model", str(tiny_folder), option, str(tmp_path / "file"), "Hi")
     assert f"{option} {tmp_path / 'file'}{expected}" in message
+
+
+def test_short_names_stand_for_options(capsys: pytest.CaptureFixture[str], tiny_folder: Path) -> None:
+    """After `--` they are prompts like any other."""
+    options = ["-m", str(tiny_folder), "--batch=1", "--max-new-tokens", "2", "--json"]
+    assert main(["generate", *options, "-p", "Hi", "--", "--lr"]) == 0
+    prompts = [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()]
+    assert prompts == ["Hi", "--lr"]
+    assert main(["train", "-m", str(tiny_folder), "--lr", "-1", "--epochs", "0", "--rank", "0"]) == 2
+    printed = capsys.readouterr().err
+    assert "--learning-rate is -1" in printed
+    assert "--num-epochs is 0" in printed
+    assert "--lora-rank is 0" in printed
+
+
+def test_aliases_are_no_options_of_their_own() -> None:
+    arguments = [argument for command in COMMANDS for argument in app[command].assemble_argument_collection()]
+    known = {name for argument in arguments for name in argument.names}
+    assert not set(ALIASES) & known
+    assert set(ALIASES.values()) <= known

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
 def _run(tokens: list[str], *, with_traceback: bool) -> int:
     errors = HarmlessConsole(stderr=True)
     try:
-        tokens, app.config = _take_config(tokens)
+        tokens, app.config = _take_config(_expand_aliases(tokens))
         app(tokens, exit_on_error=False, print_error=False, result_action="return_none")
     except UnprintedError:
         raise
@@ -86,6 +86,28 @@ def _print_error(errors: HarmlessConsole, message: str, hint: str = "") -> int:
     if hint:
         errors.print(hint, soft_wrap=True)
     return 2
+
+
+ALIASES = {
+    "-m": "--model",
+    "--lr": "--learning-rate",
+    "--epochs": "--num-epochs",
+    "--batch": "--batch-size",
+    "--rank": "--lora-rank",
+}
+"""Short names that people know from other tools, and the options that they stand for."""
+
+
+def _expand_aliases(tokens: list[str]) -> list[str]:
+    """Return the arguments with options by their own names. `generate -p TEXT` is the prompt TEXT."""
+    expanded = []
+    for number, token in enumerate(tokens):
+        if token == "--":  # what follows are no options
+            return expanded + tokens[number:]
+        name, equals, value = token.partition("=")
+        if token != "-p" or tokens[0] != "generate":
+            expanded.append(ALIASES.get(name, name) + equals + value)
+    return expanded
 
 
 def _take_config(tokens: list[str]) -> tuple[list[str], tuple[Any, ...]]:
