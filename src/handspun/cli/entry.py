@@ -100,7 +100,7 @@ ALIASES = {
 
 def _expand_aliases(tokens: list[str]) -> list[str]:
     """Return the arguments with options by their own names. `generate -p TEXT` is the prompt TEXT."""
-    expanded = []
+    expanded: list[str] = []
     for number, token in enumerate(tokens):
         if token == "--":  # what follows are no options
             return expanded + tokens[number:]
