@@ -8,12 +8,19 @@ Prints the answers of a checkpoint with what can be measured about them: the fig
 import argparse
 import math
 import statistics
+import sys
 from itertools import combinations
+from pathlib import Path
 
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import handspun
+import train_inference as script
 from handspun.runs.sample_answers import BEAM_PROMPT, GREEDY_PROMPT, SAMPLING_PROMPT
 
 LIST_PROMPT = "Name three rivers in Europe."
+RIGHT = "First, use n(n+1)/2. Then, 100 x 101 / 2 = 5050. The answer is 5050."
 MOST = {"max_new_tokens": 128, "logprobs": True}
 
 
@@ -28,6 +35,7 @@ def main() -> None:
     sampling(model)
     beams(model)
     penalty(model)
+    right_answer(arguments.model)
 
 
 def before(base: str) -> None:
@@ -102,6 +110,15 @@ def penalty(model: handspun.ChatModel) -> None:
         print("\npenalty 1.3, template exempt")
         exempt = {"repetition_penalty": 1.3, "repetition_penalty_exempt": "template"}
         show(handspun.generate(model, prompt, **exempt, **MOST)[0])
+
+
+@torch.inference_mode()
+def right_answer(checkpoint: str) -> None:
+    """How probable the right sum is, which no beam gives."""
+    model, tokenizer = script.load(checkpoint)
+    row = script.encode_row(tokenizer, {"instruction": BEAM_PROMPT, "input": "", "output": RIGHT})
+    loss_sum, tokens = script.batch_loss(model.eval(), [row])
+    print(f"\n## The right sum\n{RIGHT}\n[{tokens} tokens, log-probability {-loss_sum:.2f}]")
 
 
 def show(result: handspun.GenerationResult) -> None:
