@@ -1,8 +1,8 @@
 """The lines before a run's first step: the account of rows, the plan, warnings, and the predicted time."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
-from itertools import islice, pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice, pairwise
 
 import numpy as np
 from rich.text import Text
@@ -19,6 +19,12 @@ from handspun.training.memory import Plan, disk_at_most
 
 _SHOWN = 12
 _MOST_REASONS = 30
+
+
+def log_lines(*groups: Iterable[str]) -> None:
+    """Log lines one by one."""
+    for line in chain(*groups):
+        logger.info(line)
 
 
 def account_lines(account: DataReport, *, max_length: int) -> list[str]:
@@ -138,8 +144,7 @@ def show_preflight(
 
     Raises ConfigError under --strict if there is a warning.
     """
-    for line in (*time_lines(seconds), *end_of_turn_lines(ending, config), *warning_lines(found)):
-        logger.info(line)
+    log_lines(time_lines(seconds), end_of_turn_lines(ending, config), warning_lines(found))
     if config.strict:
         check_findings(found)
     return Preflight(list(found), ending, seconds)

@@ -51,6 +51,7 @@ from handspun.preflight.print import (
     corrected_line,
     doubts_about_memory,
     length_lines,
+    log_lines,
     plan_lines,
     show_examples,
     show_preflight,
@@ -259,8 +260,7 @@ def check(run: RunContext, data: LoadedData, planned: RunPlan) -> None:
     config, processes = run.config, run.processes
     if not processes.is_first:
         return
-    for line in plan_lines(planned.plan, config, data.max_length):
-        logger.info(line)
+    log_lines(plan_lines(planned.plan, config, data.max_length), template_lines(data.template))
     seconds = predicted_seconds(
         operations(planned.shape, planned.plan, data.training.examples, config),
         config,
@@ -269,8 +269,6 @@ def check(run: RunContext, data: LoadedData, planned: RunPlan) -> None:
         threads=torch.get_num_threads() * processes.count,
     )
     findings = [*data.findings, *doubts_about_memory(planned.memory_doubts)]
-    for line in template_lines(data.template):
-        logger.info(line)
     found = show_preflight(config, findings, planned.ending, seconds)
     if planned.record is not None:
         planned.record.preflight = found
@@ -490,8 +488,7 @@ def _compute_dtype(run: RunContext, record: RunRecord | None, point: ResumePoint
     several = f"{processes.count} processes with {each} each, of " if processes.count > 1 else ""
     logger.info(f"{several}{where}, matmuls in {name} ({reason})")
     if config.base_weights == "int8":
-        for notice in speed_notices(device):
-            logger.info(notice)
+        log_lines(speed_notices(device))
     return dtype
 
 
@@ -529,13 +526,9 @@ def _odd_rows(config: TrainConfig, data: LoadedData) -> list[Finding]:
 
 
 def _log_rows(data: LoadedData) -> None:
-    for lines in (
-        account_lines(data.training.account, max_length=data.max_length),
-        length_lines(data.training.examples),
-    ):
-        for line in lines:
-            logger.info(line)
+    log_lines(
+        account_lines(data.training.account, max_length=data.max_length), length_lines(data.training.examples)
+    )
     if data.held_out is not None:
-        logger.info("held out:")
-        for line in account_lines(data.held_out.account, max_length=data.max_length):
-            logger.info("  " + line)
+        lines = account_lines(data.held_out.account, max_length=data.max_length)
+        log_lines(["held out:"], (f"  {line}" for line in lines))
