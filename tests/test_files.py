@@ -132,7 +132,7 @@ def test_sync_of_a_folder_that_the_file_system_cannot_sync(
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (
             OSError(errno.ENOSPC, "No space left on device"),
@@ -144,8 +144,8 @@ def test_sync_of_a_folder_that_the_file_system_cannot_sync(
         (RuntimeError("I/O error: (os error 27)"), "ulimit -f"),
     ],
 )
-def test_output_error_says_what_to_do(tmp_path: Path, error: Exception, said: str) -> None:
-    with pytest.raises(OutputError, match=said), output_errors(tmp_path / "missing" / "file"):
+def test_output_error_says_what_to_do(tmp_path: Path, error: Exception, message: str) -> None:
+    with pytest.raises(OutputError, match=message), output_errors(tmp_path / "missing" / "file"):
         raise error
 
 
@@ -161,7 +161,7 @@ def test_output_errors_lets_errors_pass_that_are_not_of_the_disk(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("count", "said"),
+    ("count", "shown"),
     [
         (0, "0 bytes"),
         (999, "999 bytes"),
@@ -171,5 +171,5 @@ def test_output_errors_lets_errors_pass_that_are_not_of_the_disk(tmp_path: Path)
         (9e10, "90 GB"),
     ],
 )
-def test_readable_size(count: float, said: str) -> None:
-    assert readable_size(count) == said
+def test_readable_size(count: float, shown: str) -> None:
+    assert readable_size(count) == shown

@@ -108,10 +108,10 @@ def test_a_cache_folder_that_cannot_be_written_is_done_without(
     (tmp_path / "a.csv").write_text("instruction,output\nSay hi.,Hi.\n")
     config, template = DataConfig(data=str(tmp_path / "a.csv")), ChatTemplate(tiny_tokenizer())
     cache = ExampleCache(tmp_path / "cache" / "handspun" / "examples")
-    with captured_log() as said:
+    with captured_log() as log:
         made, _ = load_splits(config, template, max_length=100, cache=cache)
     assert len(made.examples) == 1
-    assert "Set XDG_CACHE_HOME to use another folder" in said[0]
+    assert "Set XDG_CACHE_HOME to use another folder" in log[0]
 
 
 @pytest.mark.parametrize("repo_type", ["model", "dataset"])
@@ -121,11 +121,11 @@ def test_a_hub_behind_a_dead_proxy_is_asked_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     close_session()
     began = time.monotonic()
-    with captured_log() as said:
+    with captured_log() as log:
         for _ in range(2):
             stay_offline_if_unreachable("nobody/nothing", repo_type=repo_type)
     close_session()
     assert time.monotonic() - began < 20
-    assert len(said) == 1
-    assert said[0].startswith("the hub does not answer (")
+    assert len(log) == 1
+    assert log[0].startswith("the hub does not answer (")
     assert constants.HF_HUB_OFFLINE

@@ -1,4 +1,4 @@
-"""From rows to examples, whatever text they hold: an answer is learned whole, with its end and nothing else, and
+"""Rows of any text become examples: an answer is trained on whole, with its end and nothing else, and
 the ids say what the row said."""
 
 from typing import Any
@@ -76,10 +76,10 @@ def check(template: ChatTemplate, user: str, answer: str, system: str, *, lacks:
         assert (account.kept, account.dropped, account.truncated) == (1, [], [])
         shown = f"{user}{answer}{system if system.strip() else ''}"
         assert any("no tokens for" in note.text for note in account.notes) == (left(shown) != shown)
-        learned = [id for id, on in zip(made.input_ids, made.loss_mask, strict=True) if on]
-        assert said(template, learned) == f"{left(answer)}{template.end_of_turn}"
+        target_ids = [id for id, on in zip(made.input_ids, made.loss_mask, strict=True) if on]
+        assert decoded(template, target_ids) == f"{left(answer)}{template.end_of_turn}"
         assert made.loss_mask == sorted(made.loss_mask)  # one span, at the end
-        whole = said(template, made.input_ids)
+        whole = decoded(template, made.input_ids)
         assert whole.endswith(
             f"{left(user)}{template.end_of_turn}\n<|im_start|>assistant\n{left(answer)}{template.end_of_turn}"
         )
@@ -92,13 +92,13 @@ def has_system(whole: str, template: ChatTemplate) -> bool:
     return whole.startswith("<|im_start|>system\n") and template.end_of_turn in whole
 
 
-def said(template: ChatTemplate, ids: list[int]) -> str:
+def decoded(template: ChatTemplate, ids: list[int]) -> str:
     return str(template.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)
 @given(texts, texts, texts)
-def test_an_answer_is_learned_whole_whatever_the_texts(user: str, answer: str, system: str) -> None:
+def test_an_answer_is_trained_on_whole_whatever_the_texts(user: str, answer: str, system: str) -> None:
     check(TINY, user, answer, system)
 
 
@@ -116,11 +116,11 @@ def test_so_it_is_with_smollm2s_tokenizer(smollm2: ChatModel, user: str, answer:
 def test_prompts_that_lose_characters_are_named(smollm2: ChatModel) -> None:
     conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "\x04"}]
     prompts: list[Any] = ["\t\r\n", "ring the \x16", [*conversation, {"role": "user", "content": "So?"}]]
-    with captured_log() as said:
+    with captured_log() as decoded:
         handspun.generate(smollm2, prompts, max_new_tokens=1)
-    assert [text for text in said if "no tokens" in text] == [
+    assert [text for text in decoded if "no tokens" in text] == [
         "prompts 2, 3: the tokenizer has no tokens for some characters and drops them"
     ]
-    with captured_log() as said:
+    with captured_log() as decoded:
         handspun.generate(smollm2, "\U000a8573", chat=False, max_new_tokens=1)
-    assert "prompt 1: the tokenizer has no tokens for some characters and drops them" in said
+    assert "prompt 1: the tokenizer has no tokens for some characters and drops them" in decoded

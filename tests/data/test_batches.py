@@ -72,7 +72,7 @@ def test_collate_pads_on_the_right_and_masks_by_hand() -> None:
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, -100, -100]]
 
 
-def test_a_learned_pad_token_is_learned_and_padding_is_not() -> None:
+def test_a_pad_token_that_is_a_target_is_trained_on_and_padding_is_not() -> None:
     """Where pad and eos are one id, masking by its value would mask the end of turn."""
     eos = 2
     batch = collate([Example([1, eos], [False, True], "a", 1), Example([1, 3, eos], [False, True, True], "a", 2)],

@@ -202,36 +202,36 @@ def test_two_processes_may_write_and_read_one_set_at_once(tmp_path: Path) -> Non
     assert {path.name for path in tmp_path.iterdir()} == {"key"}
 
 
-def prepared(folder: Path, said: list[str], **options: Any) -> Dataset:
+def prepared(folder: Path, log: list[str], **options: Any) -> Dataset:
     """The rows of a file through the cache in the folder."""
     file = folder / "rows.jsonl"
     if not file.exists():
         file.write_text("\n".join(json.dumps(row.values) for row in ROWS), encoding="utf-8")
     config = DataConfig(data=str(file), **options)
     cache = ExampleCache(folder / "cache")
-    with log_to(LineHandler(said.append)):
+    with log_to(LineHandler(log.append)):
         return load_splits(config, TEMPLATE, max_length=40, cache=cache)[0]
 
 
 def test_the_second_run_tokenizes_nothing_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    first = prepared(tmp_path, said)
+    log: list[str] = []
+    first = prepared(tmp_path, log)
     monkeypatch.setattr(prepare, "build_examples", None)
-    second = prepared(tmp_path, said)
+    second = prepared(tmp_path, log)
     assert lists(second.examples) == lists(first.examples)
     assert (second.account, second.fingerprint) == (first.account, first.fingerprint)
-    assert "3 rows tokenized in" in said[0]
-    assert f"cached in {tmp_path / 'cache'}" in said[0]
-    assert "from the cache" in said[1]
+    assert "3 rows tokenized in" in log[0]
+    assert f"cached in {tmp_path / 'cache'}" in log[0]
+    assert "from the cache" in log[1]
     with pytest.raises(DataError, match="--strict"):
-        prepared(tmp_path, said, strict=True)
+        prepared(tmp_path, log, strict=True)
 
 
 def test_without_the_cache_nothing_is_written(tmp_path: Path) -> None:
-    said: list[str] = []
-    prepared(tmp_path, said, cache_examples=False)
+    log: list[str] = []
+    prepared(tmp_path, log, cache_examples=False)
     assert not (tmp_path / "cache").exists()
-    assert said[0].endswith("not cached")
+    assert log[0].endswith("not cached")
 
 
 def test_a_disk_that_cannot_take_them_is_said_and_ends_nothing(
@@ -240,15 +240,15 @@ def test_a_disk_that_cannot_take_them_is_said_and_ends_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    said: list[str] = []
+    log: list[str] = []
     monkeypatch.setattr(np, "save", full)
-    assert len(prepared(tmp_path, said).examples) == 2
-    assert "(No space left on device). Set XDG" in said[0]
+    assert len(prepared(tmp_path, log).examples) == 2
+    assert "(No space left on device). Set XDG" in log[0]
     assert list((tmp_path / "cache").iterdir()) == []
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("a file is in the way")
-    assert len(prepared(tmp_path, said).examples) == 2
-    assert "not cached: cannot write to" in said[1]
+    assert len(prepared(tmp_path, log).examples) == 2
+    assert "not cached: cannot write to" in log[1]
 
 
 def test_arrays_hold_what_the_model_reads() -> None:

@@ -1,4 +1,4 @@
-"""What is learned is exactly the answer and the end of turn; no data forges a token; prompts are prefixes.
+"""What is trained on is exactly the answer and the end of turn; no data forges a token; prompts are prefixes.
 
 With a tiny tokenizer's template, the embedded model's, and Qwen2.5's; on rows made here and the
 demonstration's.
@@ -48,16 +48,16 @@ def turns(*texts: str, system: str | None = None) -> list[dict[str, Any]]:
     return [{"role": "system", "content": system}, *made] if system else made
 
 
-def learned_spans(template: ChatTemplate, messages: list[dict[str, Any]], tools: Any = None) -> list[str]:
+def target_spans(template: ChatTemplate, messages: list[dict[str, Any]], tools: Any = None) -> list[str]:
     (encoded,) = template.encode(messages, tools)
     spans: list[list[int]] = []
     before = False
-    for id, is_learned in zip(encoded.input_ids, encoded.loss_mask, strict=True):
-        if is_learned and not before:
+    for id, is_target in zip(encoded.input_ids, encoded.loss_mask, strict=True):
+        if is_target and not before:
             spans.append([])
-        if is_learned:
+        if is_target:
             spans[-1].append(id)
-        before = is_learned
+        before = is_target
     return [decode(template.tokenizer, span) for span in spans]
 
 
@@ -73,13 +73,13 @@ def transformers_prompt(template: ChatTemplate, messages: list[dict[str, Any]], 
     return ids
 
 
-def test_every_assistant_turn_is_learned_with_its_end(template: ChatTemplate) -> None:
+def test_every_assistant_turn_is_trained_on_with_its_end(template: ChatTemplate) -> None:
     messages = turns("What is two and two?", "Four.", "And three?", "Seven, é 你好 🙂", system="Be brief.")
     end = template.end_of_turn
-    assert learned_spans(template, messages) == [f"Four.{end}", f"Seven, é 你好 🙂{end}"]
+    assert target_spans(template, messages) == [f"Four.{end}", f"Seven, é 你好 🙂{end}"]
 
 
-def test_a_turn_that_the_template_writes_in_two_parts_is_learned_to_the_end_of_the_second() -> None:
+def test_a_turn_that_the_template_writes_in_two_parts_is_trained_on_to_the_end_of_the_second() -> None:
     """The second part's header comes from the model, too: nothing prompts it."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
@@ -87,7 +87,7 @@ def test_a_turn_that_the_template_writes_in_two_parts_is_learned_to_the_end_of_t
         "{% if message.role == 'assistant' %}<|im_start|>done\n<|im_end|>\n{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    spans = learned_spans(ChatTemplate(tokenizer), turns("Hi", "Four.", "And?", "Five."))
+    spans = target_spans(ChatTemplate(tokenizer), turns("Hi", "Four.", "And?", "Five."))
     assert spans == [f"{answer}<|im_end|>\n<|im_start|>done\n<|im_end|>" for answer in ("Four.", "Five.")]
 
 
@@ -125,7 +125,7 @@ def test_any_text_comes_back_as_it_was(user: str, answer: str) -> None:
     """With a byte-level tokenizer and a template that trims nothing."""
     # Lone surrogates are no text; the two sentinel characters are tested below.
     assume(answer.strip() and not any(0xD800 <= ord(c) <= 0xE001 for c in user + answer))
-    spans = learned_spans(TINY, turns(user, answer))
+    spans = target_spans(TINY, turns(user, answer))
     assert spans == [f"{answer}<|im_end|>"]
 
 
@@ -147,12 +147,12 @@ def test_rows_put_into_a_frame_are_cut_as_if_each_had_been_cut_alone(texts: list
 
 def test_sentinel_characters_in_the_data_are_data() -> None:
     answer = '\ue000"0\ue001 and \ue001'
-    assert learned_spans(TINY, turns('\ue000"1\ue001', answer)) == [f"{answer}<|im_end|>"]
+    assert target_spans(TINY, turns('\ue000"1\ue001', answer)) == [f"{answer}<|im_end|>"]
 
 
 def test_sentinel_characters_in_keys_are_data() -> None:
     messages, tools = with_forgery('\ue000"0\ue001')
-    call, _ = learned_spans(TINY, messages, tools)
+    call, _ = target_spans(TINY, messages, tools)
     assert json.loads(call.split("\n")[1])["arguments"]['\ue000"0\ue001'][0] == '\ue000"0\ue001'
 
 
@@ -191,7 +191,7 @@ def test_an_assistant_cannot_forge_a_turn_but_may_say_what_it_must(template: Cha
     assert template.end_of_turn in special
     for text in special:
         (encoded,) = template.encode(turns("hello", f"before {text} after"))
-        (span,) = learned_spans(template, turns("hello", f"before {text} after"))
+        (span,) = target_spans(template, turns("hello", f"before {text} after"))
         assert span == f"before {text} after{template.end_of_turn}"
         assert encoded.input_ids.count(template.end_of_turn_id) == template.encode(turns("hello", "x"))[
             0
@@ -232,9 +232,9 @@ def test_no_tool_schema_argument_or_result_forges_a_token(template: ChatTemplate
         assert [i for i in encoded.input_ids if i in added_ids] == expected, text
 
 
-def test_tool_calls_are_learned_with_their_added_tokens() -> None:
+def test_tool_calls_are_trained_on_with_their_added_tokens() -> None:
     messages, tools = with_forgery("x")
-    call, answer = learned_spans(TINY, messages, tools)
+    call, answer = target_spans(TINY, messages, tools)
     assert call.startswith("<tool_call>\n")
     assert call.endswith("\n</tool_call><|im_end|>")
     assert answer == "Clear.<|im_end|>"
@@ -278,10 +278,10 @@ def test_a_template_that_trims_and_forgets_thoughts_gives_an_example_for_each_tu
     template = ChatTemplate(tokenizer)
     messages = turns("q1", "<think>hm</think> a1", "q2", "<think>ha</think> a2")
     examples = template.encode(messages)
-    learned = [
+    target_ids = [
         decode(tokenizer, [i for i, on in zip(e.input_ids, e.loss_mask, strict=True) if on]) for e in examples
     ]
-    assert sorted(learned) == ["<think>ha</think> a2<|im_end|>", "<think>hm</think> a1<|im_end|>"]
+    assert sorted(target_ids) == ["<think>ha</think> a2<|im_end|>", "<think>hm</think> a1<|im_end|>"]
 
 
 CHINESE = [
@@ -302,7 +302,7 @@ def rows_of_the_demonstration() -> list[dict[str, str]]:
 
 
 def test_rows_english_and_chinese(template: ChatTemplate) -> None:
-    """The learned part is the output and the end of turn, the prompt transformers' own, in every row."""
+    """Trained on are the output and the end of turn, the prompt transformers' own, in every row."""
     rows = rows_of_the_demonstration() + CHINESE
     assert len(rows) > 300
     for row in rows:
@@ -311,9 +311,9 @@ def test_rows_english_and_chinese(template: ChatTemplate) -> None:
         (encoded,) = template.encode(messages)
         prompt = transformers_prompt(template, messages[:1])
         assert encoded.input_ids[: len(prompt)] == prompt
-        learned = [i for i, on in zip(encoded.input_ids, encoded.loss_mask, strict=True) if on]
-        assert decode(template.tokenizer, learned) == row["output"] + template.end_of_turn
-        assert learned == encoded.input_ids[len(prompt) : len(prompt) + len(learned)]
+        target_ids = [i for i, on in zip(encoded.input_ids, encoded.loss_mask, strict=True) if on]
+        assert decode(template.tokenizer, target_ids) == row["output"] + template.end_of_turn
+        assert target_ids == encoded.input_ids[len(prompt) : len(prompt) + len(target_ids)]
 
 
 def test_what_was_said_is_told_from_what_the_template_wrote(template: ChatTemplate) -> None:

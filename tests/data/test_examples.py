@@ -37,8 +37,8 @@ def test_pandas_missing_words_are_answers_like_any_other() -> None:
     examples, account = build_examples(rows, TEMPLATE, max_length=100)
     assert account.kept == 5
     tokenizer = TEMPLATE.tokenizer
-    learned = [[i for i, on in zip(e.input_ids, e.loss_mask, strict=True) if on] for e in examples]
-    assert [tokenizer.decode(ids) for ids in learned] == [f"{r.values['output']}<|im_end|>" for r in rows]
+    target_ids = [[i for i, on in zip(e.input_ids, e.loss_mask, strict=True) if on] for e in examples]
+    assert [tokenizer.decode(ids) for ids in target_ids] == [f"{r.values['output']}<|im_end|>" for r in rows]
 
 
 def test_truncation_keeps_the_front_and_is_counted() -> None:
@@ -60,7 +60,7 @@ def test_a_row_of_just_max_length_is_not_truncated(left_out: int, truncated: lis
     assert [note.row for note in account.truncated] == truncated
 
 
-def test_a_row_with_nothing_learned_left_is_dropped_with_its_reason() -> None:
+def test_a_row_with_no_target_left_is_dropped_with_its_reason() -> None:
     rows = rows_of(("A very long question that fills all the room there is.", "Yes."), ("Hi.", "Hi."))
     examples, account = build_examples(rows, TEMPLATE, max_length=25)
     assert [example.row for example in examples] == [2]
@@ -154,10 +154,10 @@ def test_examples_begin_with_the_system_prompt_that_is_given(tmp_path: Path) -> 
     assert held_out is not None
     for examples in (training.examples, held_out.examples):
         texts = [TEMPLATE.tokenizer.decode(example.input_ids) for example in examples]
-        said = "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\nHi.<|im_end|>"
+        rest = "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\nHi.<|im_end|>"
         assert texts == [
-            "<|im_start|>system\nBe brief.<|im_end|>\n" + said,
-            "<|im_start|>system\nBe long.<|im_end|>\n" + said,
+            "<|im_start|>system\nBe brief.<|im_end|>\n" + rest,
+            "<|im_start|>system\nBe long.<|im_end|>\n" + rest,
         ]
 
 

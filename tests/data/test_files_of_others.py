@@ -550,15 +550,15 @@ def test_tokenizing_says_how_far_it_has_come(monkeypatch: pytest.MonkeyPatch, wr
     monkeypatch.setattr(prepare, "_SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(prepare, "_LARGE", 10_000)
     name = write("train.csv", "instruction,output\n" + "a,b\n" * 2500)
-    with captured_log() as said:
+    with captured_log() as log:
         load_splits(DataConfig(data=name), TEMPLATE, max_length=100)
-    assert said[:3] == [
+    assert log[:3] == [
         "reading train.csv (0 MB)",
         "1000 of 2500 rows tokenized",
         "2000 of 2500 rows tokenized",
     ]
-    assert len(said) == 4
-    assert said[3].startswith("2500 rows tokenized in ")
+    assert len(log) == 4
+    assert log[3].startswith("2500 rows tokenized in ")
 
 
 def test_rows_are_let_go(write: Write) -> None:

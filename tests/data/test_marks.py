@@ -47,7 +47,7 @@ UNCLEAR = [
 ]
 
 
-def learned_texts(messages: list[Message], template: ChatTemplate = TINY) -> list[str]:
+def trained_texts(messages: list[Message], template: ChatTemplate = TINY) -> list[str]:
     """The texts that are trained on, stretch by stretch, over all examples of a conversation."""
     texts = []
     for example in template.encode(messages):
@@ -65,7 +65,7 @@ def learned_texts(messages: list[Message], template: ChatTemplate = TINY) -> lis
 def test_a_turn_that_is_marked_as_not_to_be_trained_on_is_context_to_the_last_token(mark: dict[str, Any]) -> None:
     made = chat(user("one"), assistant("bad", **mark), user("two"), assistant("good"))
     assert [message["content"] for message in made.messages] == ["one", "bad", "two", "good"]
-    assert learned_texts(made.messages) == ["good<|im_end|>"]
+    assert trained_texts(made.messages) == ["good<|im_end|>"]
     [note] = made.notes
     assert next(iter(mark)) in note
     assert note.endswith("are context, not trained on")
@@ -74,7 +74,7 @@ def test_a_turn_that_is_marked_as_not_to_be_trained_on_is_context_to_the_last_to
 @pytest.mark.parametrize("mark", TRAINS, ids=str)
 def test_a_turn_that_is_marked_as_to_be_trained_on_or_not_at_all_is_trained_on(mark: dict[str, Any]) -> None:
     made = chat(user("one"), assistant("good", **mark))
-    assert learned_texts(made.messages) == ["good<|im_end|>"]
+    assert trained_texts(made.messages) == ["good<|im_end|>"]
     assert made.messages == [user("one"), assistant("good")]
     assert made.notes == ()
 
@@ -99,7 +99,7 @@ def test_marks_are_obeyed_in_every_layout(spelling: str) -> None:
     else:
         called = {"role": "function_call", "value": json.dumps(CALL["function"]), "weight": 0}
         made = chat(user("a"), called, {"role": "tool", "content": "5"}, good)
-    assert learned_texts(made.messages) == ["good<|im_end|>"]
+    assert trained_texts(made.messages) == ["good<|im_end|>"]
 
 
 def test_a_conversation_of_context_only_is_dropped_with_the_marks_named() -> None:
@@ -145,7 +145,7 @@ def test_a_template_that_changes_history_trains_on_the_marked_turns_alone() -> N
     )
     template = ChatTemplate(tokenizer)
     turns = [user("a"), assistant("b"), user("c"), assistant("d", train=0), user("e"), assistant("f")]
-    assert learned_texts(chat(*turns).messages, template) == [
+    assert trained_texts(chat(*turns).messages, template) == [
         "<think></think>f<|im_end|>",
         "<think></think>b<|im_end|>",
     ]
@@ -283,7 +283,7 @@ def test_no_turn_is_ever_trained_on_that_a_mark_excludes(of_turns: list[dict[str
             value == no and type(value) is type(no) for key, value in mark.items() for no in SAYS_NO.get(key, ())
         )
     }
-    trained = {text.removesuffix("<|im_end|>") for text in learned_texts(made.messages)}
+    trained = {text.removesuffix("<|im_end|>") for text in trained_texts(made.messages)}
     assert trained == {f"answer {i}." for i in range(len(of_turns))} - excluded
 
 

@@ -114,7 +114,7 @@ def test_a_call_without_arguments_has_none_and_openai_s_old_form_is_a_call() -> 
         ),
     ],
 )
-def test_messages_that_cannot_be_learned_from_drop_the_row(turn: Message, reason: str) -> None:
+def test_messages_that_cannot_be_trained_on_drop_the_row(turn: Message, reason: str) -> None:
     assert dropped("messages", messages=[user(), assistant(), turn, user(), assistant()]) == reason
 
 
@@ -130,7 +130,7 @@ def test_messages_of_a_wrong_structure_are_named(messages: Any, message: str) ->
 
 
 @pytest.mark.parametrize("column", ["messages", "prompt-completion"])
-def test_rejected_answers_are_not_learned(column: str) -> None:
+def test_rejected_answers_are_not_trained_on(column: str) -> None:
     values: dict[str, Any] = {"messages": [user(), assistant()], "prompt": "a", "completion": "b"}
     assert dropped(column, label=False, **values) == "label is false: a rejected answer"
     assert conversation(column, label=True, **values).messages
@@ -173,7 +173,7 @@ def test_tools_that_nobody_could_call_drop_the_row(tools: Any, reason: str) -> N
     assert dropped("messages", messages=[user(), assistant()], tools=tools) == reason
 
 
-def test_a_date_as_argument_is_not_learned_as_something_else() -> None:
+def test_a_date_as_argument_is_not_trained_on_as_something_else() -> None:
     call = {"name": "book", "arguments": {"day": date(2026, 1, 2)}}
     assert "Object of type date is not JSON serializable" in dropped(
         "messages", messages=[user(), assistant(tool_calls=[call])]

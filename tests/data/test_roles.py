@@ -201,8 +201,8 @@ def test_evaluation_and_preflight_read_rows_with_the_role_map_and_the_marks() ->
     asked = question_of(row, {"a.jsonl": "messages"}, system_prompt=None, role_map=config.roles)
     assert (asked.prompt, asked.expected) == ("c", "good")
     _, account = build_examples([row], ChatTemplate(tiny_tokenizer()), max_length=100, role_map=config.roles)
-    [said] = row_texts([row], account, config)
-    assert (said.prompts, said.answers) == (["a", "bad", "c"], ["good"])
+    [texts_of_row] = row_texts([row], account, config)
+    assert (texts_of_row.prompts, texts_of_row.answers) == (["a", "bad", "c"], ["good"])
 
 
 # Greetings
@@ -216,8 +216,8 @@ def test_a_greeting_is_context_wherever_it_stands(before: list[Any]) -> None:
     assert made.messages == [*before, {**assistant("Welcome!"), "train": False}, user("a"), assistant("b")]
     assert made.notes == ("an assistant turn before the first user turn (a greeting) is context, not trained on",)
     [example] = ChatTemplate(tiny_tokenizer()).encode(made.messages)
-    learned = [id for id, is_learned in zip(example.input_ids, example.loss_mask, strict=True) if is_learned]
-    assert tiny_tokenizer().decode(learned) == "b<|im_end|>"
+    target_ids = [id for id, is_target in zip(example.input_ids, example.loss_mask, strict=True) if is_target]
+    assert tiny_tokenizer().decode(target_ids) == "b<|im_end|>"
 
 
 def test_a_greeting_that_is_marked_is_trained_on_where_something_comes_before_it() -> None:

@@ -82,12 +82,12 @@ def test_training_and_prompting_read_the_same_values() -> None:
     tokenizer = tokenizer_of("thinking")
     with_block, without = ChatTemplate(tokenizer), ChatTemplate(tokenizer, NO_THINKING)
     [default], [closed] = with_block.encode(ANSWERED), without.encode(ANSWERED)
-    learned = [
-        [id for id, is_learned in zip(e.input_ids, e.loss_mask, strict=True) if is_learned]
+    target_ids = [
+        [id for id, is_target in zip(e.input_ids, e.loss_mask, strict=True) if is_target]
         for e in (default, closed)
     ]
-    assert tokenizer.decode(learned[0]) == "<think>\n\n</think>\n\n6<|im_end|>"
-    assert tokenizer.decode(learned[1]) == "6<|im_end|>"
+    assert tokenizer.decode(target_ids[0]) == "<think>\n\n</think>\n\n6<|im_end|>"
+    assert tokenizer.decode(target_ids[1]) == "6<|im_end|>"
     for template, example in ((with_block, default), (without, closed)):
         prompt = template.encode_prompt(ASKED)
         assert example.input_ids[: len(prompt)] == prompt

@@ -196,9 +196,9 @@ def test_what_is_not_llamas_kind_goes_through_transformers() -> None:
     model = AutoModelForCausalLM.from_config(window).eval()
     chat = ChatModel(model, tiny_tokenizer(), "window")
     assert isinstance(make_engine(chat), TransformersEngine)
-    with captured_log() as said:
+    with captured_log() as log:
         handspun.generate(chat, "Say 3.", max_new_tokens=2)
-    assert "decoding with transformers' forward, which is slower: it has a sliding window of 16 tokens" in said
+    assert "decoding with transformers' forward, which is slower: it has a sliding window of 16 tokens" in log
 
 
 @pytest.mark.slow

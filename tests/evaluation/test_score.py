@@ -76,7 +76,7 @@ def test_the_loss_is_transformers_own(chat: ChatModel, rows: Path) -> None:
     assert len(examples) == 7
     for example, row in zip(examples, scores.rows, strict=True):
         labels = [
-            id if learned else -100 for id, learned in zip(example.input_ids, example.loss_mask, strict=True)
+            id if is_target else -100 for id, is_target in zip(example.input_ids, example.loss_mask, strict=True)
         ]
         with torch.no_grad():
             loss = chat.model(torch.tensor([example.input_ids]), labels=torch.tensor([labels])).loss
@@ -117,8 +117,8 @@ def test_white_space_is_all_that_an_exact_match_overlooks() -> None:
 def test_rows_with_tools_have_a_loss_and_are_not_asked(chat: ChatModel, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
-    said = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
-    records = [{"messages": said}, {"messages": said, "tools": tools}]
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    records = [{"messages": turns}, {"messages": turns, "tools": tools}]
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     scores = scores_of(chat, file, ask=True, max_new_tokens=3)
     assert all(row.tokens for row in scores.rows)

@@ -145,9 +145,9 @@ def test_pre_tokenizers_go_by_their_rules() -> None:
 
 def test_rows_that_are_no_blocks_are_f16_and_said(tmp_path: Path) -> None:
     chat = ChatModel(tiny_model("qwen2", intermediate_size=48), tiny_tokenizer(), "tiny")
-    with captured_log() as said:
+    with captured_log() as log:
         write_gguf(chat, tmp_path / "model.gguf", "q8_0")
-    assert "blk.0.ffn_down.weight" in said[0]
+    assert "blk.0.ffn_down.weight" in log[0]
     assert logits(read_back(tmp_path / "model.gguf")).isfinite().all()
 
 
@@ -275,15 +275,15 @@ def test_a_push_makes_the_repository_and_sends_the_folder(
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_environment")
     folder = tmp_path / "merged"
     wanted = ExportConfig(model=str(adapter), output_dir=str(folder), merge=True, push="me/model")
-    with captured_log() as said:
+    with captured_log() as log:
         export(wanted)
     assert tokens == ["hf_of_the_environment"]
     (first, created), (second, sent) = stand_in.calls
     assert (first, created) == ("create_repo", {"repo_id": "me/model", "private": True, "exist_ok": True})
     assert (second, sent["repo_id"], sent["folder_path"]) == ("upload_folder", "me/model", folder)
     assert "training_state/**" in sent["ignore_patterns"]
-    assert "https://huggingface.co/me/model" in said[-1]
-    assert not any("hf_of_the_environment" in text for text in said)
+    assert "https://huggingface.co/me/model" in log[-1]
+    assert not any("hf_of_the_environment" in text for text in log)
 
 
 def test_push_of_an_adapter_on_a_local_base_is_refused(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,15 +300,15 @@ def test_write_gguf_says_what_the_file_leaves_out(tmp_path: Path) -> None:
     chat.tokenizer.backend_tokenizer.normalizer = NFC()
     ends = chat.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     chat.model.generation_config = GenerationConfig(eos_token_id=ends, do_sample=True, temperature=0.7)
-    with captured_log() as said:
+    with captured_log() as log:
         write_gguf(chat, tmp_path / "model.gguf", "f32")
-    assert [text.removeprefix("not in the file: ")[:40] for text in said] == [
+    assert [text.removeprefix("not in the file: ")[:40] for text in log] == [
         "its tokenizer normalizes text first (NFC",
         "a GGUF file names one end and one end of",
         "generation_config's defaults: do_sample ",
     ]
-    assert "here <|endoftext|> ends generation too" in said[1]
-    assert "temperature 0.7. Set them" in said[2]
+    assert "here <|endoftext|> ends generation too" in log[1]
+    assert "temperature 0.7. Set them" in log[2]
 
 
 def test_write_gguf_keeps_all_named_templates(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from handspun import TrainConfig
 from handspun.errors import OutputError
 from handspun.files import recover_all
 from handspun.models.load import ChatModel
-from handspun.runs import checkpoints as keeping
+from handspun.runs import checkpoints
 from handspun.runs.checkpoints import CheckpointManager
 from handspun.runs.output_dir import TrainedRun
 from handspun.runs.resume import find_resume_point
@@ -40,9 +40,9 @@ def main(library: str, work: Path) -> None:
     torch.set_num_threads(1)
     disk = ctypes.CDLL(library)
     before = work / "before"
-    keeper, state = keeper_of(before)
-    save(keeper, state, epoch=1)
-    calls = count(disk, keeper, state, work)
+    manager, state = manager_of(before)
+    save(manager, state, epoch=1)
+    calls = count(disk, manager, state, work)
     for name, code in FAILURES.items():
         for nth in range(1, calls + 1):
             ended = run_in_child(functools.partial(one, disk, work, nth, code))
@@ -50,29 +50,29 @@ def main(library: str, work: Path) -> None:
     print(f"{calls} calls, each of them failed in {len(FAILURES)} ways")
 
 
-def keeper_of(output: Path) -> tuple[CheckpointManager, TrainingState]:
+def manager_of(output: Path) -> tuple[CheckpointManager, TrainingState]:
     """Of a run that has not begun."""
     output.mkdir(exist_ok=True)
     config = TrainConfig(output_dir=str(output))
     chat = ChatModel(tiny_model("qwen2", tie_word_embeddings=True), tiny_tokenizer(), "tiny")
     run = TrainedRun(output, make_plan(chat.model, [], config), chat)
-    keeping.model_card = lambda *_, **__: "what it says is tried elsewhere"
+    checkpoints.model_card = lambda *_, **__: "what it says is tried elsewhere"
     return CheckpointManager(run, config, Distributed(), record_of()), start(chat.model, config)
 
 
-def save(keeper: CheckpointManager, state: TrainingState, *, epoch: int) -> None:
+def save(manager: CheckpointManager, state: TrainingState, *, epoch: int) -> None:
     """The end of an epoch whose evaluation is the best so far."""
     state.step = epoch
-    keeper.on_event(Evaluation(state.step, epoch, 1 / epoch, 10, best=True), state)
-    keeper.on_event(EpochEnd(state.step, epoch), state)
+    manager.on_event(Evaluation(state.step, epoch, 1 / epoch, 10, best=True), state)
+    manager.on_event(EpochEnd(state.step, epoch), state)
 
 
-def count(disk: ctypes.CDLL, keeper: CheckpointManager, state: TrainingState, work: Path) -> int:
+def count(disk: ctypes.CDLL, manager: CheckpointManager, state: TrainingState, work: Path) -> int:
     """Calls of a save that succeeds, in a copy."""
     shutil.copytree(work / "before", work / "output")
-    keeper, state = keeper_of(work / "output")
+    manager, state = manager_of(work / "output")
     disk.disk_fails(str(work / "output").encode(), ctypes.c_long(0), 0)
-    save(keeper, state, epoch=2)
+    save(manager, state, epoch=2)
     disk.disk_is_mended()
     return int(disk.disk_calls())
 
@@ -82,10 +82,10 @@ def one(disk: ctypes.CDLL, work: Path, nth: int, code: int) -> None:
     output = work / "output"
     shutil.rmtree(output)
     shutil.copytree(work / "before", output)
-    keeper, state = keeper_of(output)
+    manager, state = manager_of(output)
     disk.disk_fails(str(output).encode(), ctypes.c_long(nth), code)
     try:
-        save(keeper, state, epoch=2)
+        save(manager, state, epoch=2)
         saved = True
     except OutputError:
         saved = False

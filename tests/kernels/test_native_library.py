@@ -283,10 +283,10 @@ def test_users_of_int8_are_told_why_there_are_no_kernels(
     native.forget_kernels()
     try:
         assert native.kernels() is None
-        said = native.slower_without(torch.device("cpu"))
+        message = native.slower_without(torch.device("cpu"))
         if "CC" in environment and not native.cpu_flags() >= native._NEEDED:
             reason = "this CPU has no AVX-512 with VNNI"
-        assert said == (reason and f"int8 runs without its native kernels, which is slower: {reason}")
+        assert message == (reason and f"int8 runs without its native kernels, which is slower: {reason}")
         assert native.slower_without(torch.device("cuda")) is None
     finally:
         monkeypatch.undo()

@@ -155,10 +155,10 @@ def test_load_refuses_an_adapter_that_does_not_fit(
 
 def test_load_names_settings_that_peft_does_not_know(adapter: Path) -> None:
     change_config(adapter, rotate_twice=True, not_used_yet=None)
-    with captured_log() as said:
+    with captured_log() as log:
         handspun.load(str(adapter))
-    assert len(said) == 1
-    assert "ignores settings that it does not know: rotate_twice. " in said[0]
+    assert len(log) == 1
+    assert "ignores settings that it does not know: rotate_twice. " in log[0]
 
 
 def test_load_of_an_adapter_whose_file_is_cut_short(adapter: Path) -> None:

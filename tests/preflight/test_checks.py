@@ -31,7 +31,7 @@ TEN = "one two three four five six seven eight nine ten"
 """Eight 3-grams."""
 
 
-def said(answer: str, prompt: str = "Go on.") -> RowText:
+def row_text(answer: str, prompt: str = "Go on.") -> RowText:
     return RowText("train.csv", 1, [prompt], [answer])
 
 
@@ -142,19 +142,19 @@ def test_it_finds_what_comparing_all_with_all_finds(seed: int, planted: int, kno
     "answer", ["N/A", "<noinput>", " <No Output>.", "nan", "None", "null", "TODO", "...", "无"]
 )
 def test_a_placeholder_is_no_answer(answer: str) -> None:
-    assert placeholder_answer(said(answer)) == answer
+    assert placeholder_answer(row_text(answer)) == answer
 
 
 @pytest.mark.parametrize(
     "answer", ["No", "0", "Yes.", "Na", "None of them is.", "x", "[]", "negative", "没有", "An input"]
 )
 def test_a_short_answer_is_no_placeholder(answer: str) -> None:
-    assert placeholder_answer(said(answer)) is None
+    assert placeholder_answer(row_text(answer)) is None
 
 
 def test_an_input_that_says_there_is_none_is_found_at_the_end_of_the_prompt() -> None:
-    assert placeholder_prompt(said("Hi.", "Tell a story.\n< noinput >")) == "< noinput >"
-    assert placeholder_prompt(said("Hi.", "What does N/A mean?")) is None
+    assert placeholder_prompt(row_text("Hi.", "Tell a story.\n< noinput >")) == "< noinput >"
+    assert placeholder_prompt(row_text("Hi.", "What does N/A mean?")) is None
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_an_input_that_says_there_is_none_is_found_at_the_end_of_the_prompt() ->
     ],
 )
 def test_a_field_that_nothing_was_put_in_is_found(answer: str) -> None:
-    assert unfilled_field(said(answer)) is not None
+    assert unfilled_field(row_text(answer)) is not None
 
 
 @pytest.mark.parametrize(
@@ -187,13 +187,13 @@ def test_a_field_that_nothing_was_put_in_is_found(answer: str) -> None:
     ],
 )
 def test_braces_of_code_and_formulas_are_no_field(answer: str) -> None:
-    assert unfilled_field(said(answer)) is None
+    assert unfilled_field(row_text(answer)) is None
 
 
-def rows(count: int, length: int, learned: int) -> list[Example]:
+def rows(count: int, length: int, target_tokens: int) -> list[Example]:
     ids = np.arange(count * length).reshape(count, length) % 300
     return [
-        Example(some.tolist(), [False] * (length - learned) + [True] * learned, "a", i)
+        Example(some.tolist(), [False] * (length - target_tokens) + [True] * target_tokens, "a", i)
         for i, some in enumerate(ids)
     ]
 
@@ -253,10 +253,10 @@ def test_the_faster_one_of_two_steps_says_how_long_the_rest_takes() -> None:
 
 
 def test_an_answer_that_decoding_would_cut_is_found() -> None:
-    assert next_user(said("Scene one.\nUser: Hello?\nBot: Hi.\nUser: Bye.")) == "User: Hello?"
+    assert next_user(row_text("Scene one.\nUser: Hello?\nBot: Hi.\nUser: Bye.")) == "User: Hello?"
     for whole in ("User: Hello", "A User: line", "Say\n User: x", "", "\nuser: x"):
-        assert next_user(said(whole)) is None
-    rows = [said("Yes."), said("Scene.\nUser: Hello?"), said("Scene.\nUser: Bye.")]
+        assert next_user(row_text(whole)) is None
+    rows = [row_text("Yes."), row_text("Scene.\nUser: Hello?"), row_text("Scene.\nUser: Bye.")]
     (found,) = findings_in_answers(rows)
     assert found.what == 'answers with a line "User:", which is a stop string of chats'
     assert (found.count, found.of, found.rows[0].text) == (2, 3, "User: Hello?")

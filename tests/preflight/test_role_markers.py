@@ -13,18 +13,18 @@ def test_template_lines_name_what_cannot_be_protected() -> None:
 
 
 def test_rows_in_which_a_user_writes_a_marker_are_counted() -> None:
-    said = [
+    texts = [
         RowText("a.csv", 1, ["Hi"], ["<|assistant|> is what I am"]),
         RowText("a.csv", 2, ["Hi\n<|assistant|>\nSure."], ["No."]),
         RowText("a.csv", 3, ["<|user|>", "<|assistant|>"], ["No."]),
     ]
-    [found] = findings_in_prompts(said, ["<|user|>", "<|assistant|>"])
+    [found] = findings_in_prompts(texts, ["<|user|>", "<|assistant|>"])
     assert (found.count, found.of) == (2, 3)
     assert [(note.row, note.text) for note in found.rows] == [
         (2, "'<|assistant|>'"),
         (3, "'<|user|>', '<|assistant|>'"),
     ]
-    assert list(findings_in_prompts(said, [])) == []
+    assert list(findings_in_prompts(texts, [])) == []
 
 
 def test_template_lines_say_which_of_several_templates_is_used() -> None:

@@ -139,7 +139,7 @@ def test_nothing_is_fetched_and_every_link_leads_somewhere(finished: Path, copy:
 
 
 def test_hostile_texts_are_texts(finished: Path) -> None:
-    """In a prompt, in a row among the worst or best, and beside the marks around what is learned."""
+    """In a prompt, in a row among the worst or best, and and next to the marks around target tokens."""
     html = (finished / "report.html").read_text(encoding="utf-8")
     page = Page(html)
     assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 3

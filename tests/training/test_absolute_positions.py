@@ -48,7 +48,7 @@ def loss_and_gradients(model: PreTrainedModel, losses: list[Any]) -> tuple[float
 
 
 def one_at_a_time(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Each row's loss summed over its learned tokens, as transformers computes it without padding."""
+    """Each row's loss summed over its target tokens, as transformers computes it without padding."""
     losses = []
     for row in rows():
         ids, learned = torch.tensor([row.input_ids]), torch.tensor([row.loss_mask])
@@ -76,11 +76,11 @@ def test_losses_and_gradients_are_those_of_rows_alone(runner: str) -> None:
 
 def test_it_is_packed() -> None:
     with (
-        captured_log() as said,
+        captured_log() as log,
         select_runner(gpt2(), TrainConfig(), rows(), dtype=torch.float32, pad_token_id=1) as runner,
     ):
         assert isinstance(runner, Packed)
-    assert said == ["batching: packed"]
+    assert log == ["batching: packed"]
 
 
 @pytest.mark.parametrize("dropout", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])

@@ -55,8 +55,10 @@ def test_where_there_is_room_nothing_is_said() -> None:
 
 
 def test_where_a_fifth_may_be_missing_it_is_doubtful_and_said() -> None:
-    (said,) = check(CONFIG, 1.19 * peak(CONFIG))
-    assert said.startswith(f"this run may not fit in memory: predicted peak memory is {peak(CONFIG) / 1e9:.1f} GB")
+    (doubt,) = check(CONFIG, 1.19 * peak(CONFIG))
+    assert doubt.startswith(
+        f"this run may not fit in memory: predicted peak memory is {peak(CONFIG) / 1e9:.1f} GB"
+    )
     assert check(CONFIG, 0.81 * peak(CONFIG))
 
 
@@ -64,8 +66,8 @@ def test_where_more_is_missing_the_run_is_refused_and_a_dry_run_told() -> None:
     available = 0.79 * peak(CONFIG)
     with pytest.raises(TrainingError, match=rf"and {available / 1e9:.1f} GB is available \(free"):
         check(CONFIG, available)
-    (said,) = check(replace(CONFIG, dry_run=True), available)
-    assert said.startswith("this run will not fit in memory")
+    (doubt,) = check(replace(CONFIG, dry_run=True), available)
+    assert doubt.startswith("this run will not fit in memory")
 
 
 def test_what_would_fit_is_named_with_its_prediction_and_does_fit() -> None:

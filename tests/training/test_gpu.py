@@ -48,7 +48,7 @@ def model_on(device: str, *, lora: bool = False, int8: bool = False) -> PreTrain
 
 
 def examples(count: int) -> list[Example]:
-    """Rows of 12 to 40 tokens that begin alike, their second half learned."""
+    """Rows of 12 to 40 tokens that begin alike, their second half trained on."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for row in range(count):

@@ -1,4 +1,4 @@
-"""The loss equals the model's own, adds up over micro-batches, and counts what is learned."""
+"""The loss equals the model's own, adds up over micro-batches, and counts target tokens."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ BATCH = [example(9, 4, 1), example(17, 10, 2), example(5, 2, 3)]
 
 
 def test_a_sum_and_a_count_by_hand() -> None:
-    """-log 1/2 - log 1/4 over two learned positions; the third is not learned."""
+    """-log 1/2 - log 1/4 over two target positions; the third is no target."""
     logits = torch.log(torch.tensor([[[0.25, 0.25, 0.5], [0.25, 0.5, 0.25], [0.9, 0.05, 0.05]]]))
     loss, count = cross_entropy_sum(logits, torch.tensor([[2, 0, -100]]))
     assert count == 2

@@ -333,9 +333,9 @@ def test_a_model_that_scales_its_logits_runs_padded_and_the_log_says_so() -> Non
 
     model.forward = scaled.__get__(model)
     config = TrainConfig(num_epochs=1, batch_size=8)
-    with captured_log() as said, select_runner(model, config, examples, **RUNNER) as runner:
+    with captured_log() as log, select_runner(model, config, examples, **RUNNER) as runner:
         assert isinstance(runner, PaddedRunner)
-    assert said[0].startswith("batching: padded (llama has another loss when packed")
+    assert log[0].startswith("batching: padded (llama has another loss when packed")
 
 
 def test_noise_of_an_int8_base_is_not_taken_for_another_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,9 +344,9 @@ def test_noise_of_an_int8_base_is_not_taken_for_another_attention(monkeypatch: p
     quantize_base(model)
     monkeypatch.setattr(int8, "quantize_rows", coarsely_quantized)
     config = TrainConfig(num_epochs=1, lora=True, base_weights="int8")
-    with captured_log() as said, select_runner(model, config, rows(8), **RUNNER) as runner:
+    with captured_log() as log, select_runner(model, config, rows(8), **RUNNER) as runner:
         assert isinstance(runner, Packed)
-    assert said == ["batching: packed"]
+    assert log == ["batching: packed"]
 
 
 def coarsely_quantized(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -356,11 +356,11 @@ def coarsely_quantized(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 def test_padded_on_request_and_dropout_are_said() -> None:
-    with captured_log() as said:
+    with captured_log() as log:
         run(TrainConfig(num_epochs=1, batching="padded"), rows(4))
         run(TrainConfig(num_epochs=1), rows(4))
         steps = run(TrainConfig(num_epochs=1, lora=True, lora_dropout=0.5), rows(4))
-    assert said == [
+    assert log == [
         "batching: padded (as requested)",
         "batching: packed",
         "batching: packed; prefixes are not shared, because of dropout",

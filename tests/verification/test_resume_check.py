@@ -22,13 +22,13 @@ def test_a_run_that_is_killed_twice_is_compared_with_one_that_is_not(tiny_folder
     config = handspun.TrainConfig(
         model=str(tiny_folder), data=str(tmp_path / "train.csv"), threads=1, batch_size=4, dtype="float32"
     )
-    with captured_log() as said:
+    with captured_log() as log:
         compared = kill_and_compare(config, steps=10, kills=2, rng=random.Random(0))
     assert compared.same
     assert list(compared.undisturbed) == [f"checkpoint-epoch-{n}/model.safetensors" for n in (1, 2)]
     assert compared.kills
     assert all(step >= 1 for step in compared.kills)
-    assert said[0] == "uninterrupted run: 10 steps"
+    assert log[0] == "uninterrupted run: 10 steps"
     assert not (tmp_path / "output").exists()
 
 
@@ -49,11 +49,11 @@ def test_a_run_that_is_killed_while_it_writes_its_report_has_finished(
         return -9 if kill_after else 0
 
     monkeypatch.setattr(killed, "_train", train)
-    with captured_log() as said:
+    with captured_log() as log:
         compared = kill_and_compare(config, steps=4, kills=2, rng=random.Random(0))
     assert compared.same
     assert compared.kills == []
-    assert said[-1] == "the run finished before the next kill"
+    assert log[-1] == "the run finished before the next kill"
     assert [Path(name).name for name in started] == ["undisturbed", "killed"]
 
 
@@ -80,6 +80,6 @@ def test_a_difference_is_exit_code_1(
     else:
         with pytest.raises(SystemExit, match="1"):
             main(["verify-resume", "--model", "M", "--data", "D"])
-    said = capsys.readouterr().out
-    assert ("After 2 kills, the weights are bit-identical" in said) == same
-    assert ("DIFFERENT" in said) != same
+    printed = capsys.readouterr().out
+    assert ("After 2 kills, the weights are bit-identical" in printed) == same
+    assert ("DIFFERENT" in printed) != same
