@@ -24,14 +24,13 @@ from rich.text import Text
 from handspun import display
 from handspun.display import (
     HarmlessConsole,
-    LineHandler,
     ProtectedStream,
     UnprintedError,
     captured_log,
     escaped,
     join_names,
     json_line,
-    log_to,
+    log_lines_to,
     logger,
     prefixed_log,
     print_error_line,
@@ -237,7 +236,7 @@ def test_log_lines_appear_on_standard_error(capsys: pytest.CaptureFixture[str]) 
 
 def test_log_lines_appear_once_if_a_program_shows_them_itself(capsys: pytest.CaptureFixture[str]) -> None:
     lines: list[str] = []
-    with log_to(LineHandler(lines.append)):
+    with log_lines_to(lines.append):
         logger.info("a")
     logger.info("b")
     assert (lines, capsys.readouterr().err) == (["a"], "b\n")

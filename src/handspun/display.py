@@ -142,21 +142,11 @@ if logger.level == logging.NOTSET:
     logger.setLevel(logging.INFO)  # the root logger's level would hide all but warnings
 
 
-class LineHandler(logging.Handler):
-    """Calls a function with each line of the log."""
-
-    def __init__(self, show: Callable[[str], None]) -> None:
-        super().__init__()
-        self._show = show
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Call the function with the record's text."""
-        self._show(record.getMessage())
-
-
 @contextmanager
-def log_to(handler: logging.Handler) -> Iterator[None]:
-    """Give the log a handler within the block."""
+def log_lines_to(show: Callable[[str], None]) -> Iterator[None]:
+    """Within the block, call a function with each line of the log instead of printing it."""
+    handler = logging.Handler()
+    handler.emit = lambda record: show(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)
     try:
         yield

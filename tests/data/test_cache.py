@@ -26,7 +26,7 @@ from handspun.data.examples import (
     lengths_of,
 )
 from handspun.data.rows import Row
-from handspun.display import LineHandler, log_to
+from handspun.display import log_lines_to
 from handspun.errors import DataError
 from tiny import tiny_tokenizer
 
@@ -209,7 +209,7 @@ def prepared(folder: Path, log: list[str], **options: Any) -> Dataset:
         file.write_text("\n".join(json.dumps(row.values) for row in ROWS), encoding="utf-8")
     config = DataConfig(data=str(file), **options)
     cache = ExampleCache(folder / "cache")
-    with log_to(LineHandler(log.append)):
+    with log_lines_to(log.append):
         return load_splits(config, TEMPLATE, max_length=40, cache=cache)[0]
 
 

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import handspun
-from handspun.display import LineHandler, log_to
+from handspun.display import log_lines_to
 from handspun.errors import DataError, OutputError
 from handspun.runs.train import train
 from handspun.training.checkpoint import is_checkpoint
@@ -53,7 +53,7 @@ def test_it_leaves_checkpoints_a_log_metrics_and_a_record(tiny_folder: Path, dat
 
 def test_the_log_is_plain_lines_in_file_and_output(tiny_folder: Path, data: Path) -> None:
     console, lines = quiet_console(), list[str]()
-    with log_to(LineHandler(lines.append)):  # as a program that uses the library may
+    with log_lines_to(lines.append):  # as a program that uses the library may
         train(config(tiny_folder, data), console=console)
     printed = printed_to(console)
     logged = (data.with_name("output") / "train.log").read_text(encoding="utf-8")

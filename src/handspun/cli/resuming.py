@@ -6,7 +6,7 @@ from typing import Annotated
 
 from handspun.cli.app import FLAT, Count, app
 from handspun.config import TrainConfig
-from handspun.display import HarmlessConsole, LineHandler, log_to, unfailing
+from handspun.display import HarmlessConsole, log_lines_to, unfailing
 
 
 @app.command(name="verify-resume")
@@ -34,7 +34,7 @@ def verify_resume(
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
-    with log_to(LineHandler(say)):
+    with log_lines_to(say):
         compared = kill_and_compare(config, steps=steps, kills=kills, rng=random.Random(config.seed))
     for name, expected in compared.undisturbed.items():
         found = compared.killed.get(name, "missing")

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from handspun.config import TrainConfig
 from handspun.decoding.generate import generate
-from handspun.display import LineHandler, log_to, unfailing, visible, write_text
+from handspun.display import log_lines_to, unfailing, visible, write_text
 from handspun.kernels.allocator import disable_malloc_trim, malloc_trim
 from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.load import ChatModel, load
@@ -62,7 +62,7 @@ def run_demo(
     if threads is not None:
         torch.set_num_threads(threads)
     _say(console, "asking the model before training")
-    with log_to(LineHandler(lambda text: _say(console, text))):
+    with log_lines_to(lambda text: _say(console, text)):
         untrained = load(EMBEDDED_NAME)
     before = _answers(untrained)
     del untrained
