@@ -154,11 +154,6 @@ def log_lines_to(show: Callable[[str], None]) -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def say(text: str) -> None:
-    """Log a line."""
-    logger.info(text)
-
-
 @contextmanager
 def captured_log() -> Iterator[list[str]]:
     """Within the block, collect this thread's log lines instead of showing them."""
