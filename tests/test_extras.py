@@ -44,9 +44,14 @@ def test_all_holds_every_other_extra_that_is_not_a_tracker() -> None:
     ("package", "arguments"),
     [
         ("datasets", ["preview", "--model", "M", "--data", "somebody/rows"]),
-        ("gguf", ["export", "--model", "M", "--gguf", "f16", "--output-dir", "out"]),
-        ("gguf", ["generate", "--model", "model.gguf", "Hi"]),
-        ("llguidance", ["generate", "--model", "M", "--choice", "yes", "Hi"]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("gguf", ["export", "--model", "M", "--gguf", "f16", "--output-dir", "out"]),
+                ("gguf", ["generate", "--model", "model.gguf", "Hi"]),
+                ("llguidance", ["generate", "--model", "M", "--choice", "yes", "Hi"]),
+            )
+        ),
     ],
 )
 def test_an_absent_extra_is_one_error_with_the_install_line(
@@ -61,6 +66,7 @@ def test_an_absent_extra_is_one_error_with_the_install_line(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_without_any_extra_trains_and_says_that_it_has_no_report(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("instruction,output\n" + "Say hi.,Hi.\nSay no.,No.\n" * 4)
     options = ["--num-epochs", "1", "--no-sample-answers", "--output-dir", "output", "--dtype", "float32"]

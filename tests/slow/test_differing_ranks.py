@@ -155,6 +155,7 @@ def test_ranks_that_differ_are_one_error_on_all_of_them(
     assert first["checkpoints"] == []
 
 
+@pytest.mark.slow
 def test_each_option_that_differs_is_named(outcomes: dict[str, list[dict[str, Any]]]) -> None:
     message = outcomes["several options"][0]["message"]
     assert [line.split(":")[0].strip() for line in message.splitlines()[1:-1]] == [
@@ -199,6 +200,7 @@ def test_an_error_of_one_rank_reaches_the_others(tiny_folder: Path, tmp_path: Pa
     assert not (tmp_path / "output" / "run.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_a_rank_that_is_killed_before_the_loop_is_named(tiny_folder: Path, tmp_path: Path) -> None:
     """It waits for its rows in a pipe; the other one waits for it."""

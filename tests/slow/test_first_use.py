@@ -110,6 +110,7 @@ def test_all_processes_find_the_same_and_it_is_whole(
     assert [len(process[cache]) for process in found] == [ROUNDS] * PROCESSES
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs Linux and a C compiler")
 def test_a_native_library_is_built_once_for_all(found: list[dict[str, list[str]]]) -> None:
     assert [len(process["native"]) for process in found] == [1] * PROCESSES
