@@ -103,10 +103,6 @@ def test_options_that_exclude_each_other(capsys: pytest.CaptureFixture[str], tin
     assert "does not sample" in message
 
 
-def test_sampling_options_without_sampling(capsys: pytest.CaptureFixture[str], tiny_folder: Path) -> None:
-    assert "--do-sample" in fail(capsys, "generate", "--model", str(tiny_folder), "--temperature", "0.7", "Hi")
-
-
 def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "no such folder" in fail(capsys, "generate", "--model", str(tmp_path / "nothing"), "Hi")
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from handspun.config import GenerationOptions
+from handspun.config import SAMPLING_OPTIONS, GenerationOptions
 from handspun.decoding.options import SamplingParams, resolve
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
@@ -202,10 +202,21 @@ def test_a_model_s_temperature_0_is_greedy_decoding_and_is_said() -> None:
     assert _resolve(_model(do_sample=True, temperature=0.0), temperature=0.5)[0].do_sample
 
 
-def test_sampling_settings_without_sampling_are_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"--temperature, --top-p only affect sampling.*Add --do-sample"):
-        _resolve(_model(), temperature=0.5, top_p=0.9)
-    assert _resolve(_model(do_sample=True), temperature=0.5)[0].do_sample
+@pytest.mark.parametrize("own", [{}, {"do_sample": False}, {"num_beams": 4}], ids=str)
+@pytest.mark.parametrize("name", SAMPLING_OPTIONS)
+def test_resolve_a_sampling_option_means_sampling(name: str, own: dict[str, Any]) -> None:
+    options, _ = _resolve(_model(**own), **{name: 1 if name == "top_k" else 0.5})
+    assert (options.do_sample, options.num_beams) == (True, 1)
+
+
+def test_resolve_a_temperature_of_0_is_greedy_whatever_else_is_given() -> None:
+    options, _ = _resolve(_model(do_sample=True), temperature=0.0, top_p=0.9)
+    assert (options.do_sample, options.num_beams) == (False, 1)
+
+
+def test_resolve_sampling_options_against_no_sampling_are_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"--temperature only affects sampling, and --no-do-sample does not"):
+        _resolve(_model(), temperature=0.5, do_sample=False)
 
 
 def test_several_greedy_answers_are_an_error() -> None:

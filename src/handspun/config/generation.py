@@ -26,11 +26,11 @@ class GenerationOptions:
     """Minimum number of tokens before the end of sequence is allowed (default 0)."""
 
     do_sample: bool | None = None
-    """Sample instead of taking the most probable token (default no)."""
+    """Sample instead of taking the most probable token (default: if a sampling option such as --temperature is
+    given)."""
 
     temperature: float | None = None
-    """Divide logits by this before sampling (default 1.0). 0 takes the most probable token, as without
-    --do-sample."""
+    """Sample with the logits divided by this (default 1.0). 0 takes the most probable token instead."""
 
     top_k: int | None = None
     """Sample from the k most probable tokens, including ties (default 0, off)."""

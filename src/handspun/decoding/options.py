@@ -171,11 +171,13 @@ def _model_settings(model: ChatModel, names: tuple[str, ...]) -> tuple[dict[str,
 def _strategy(chosen: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Return do_sample and num_beams, which exclude each other.
 
-    The user's choice wins over the model's. A temperature of 0 means greedy decoding.
+    The user's choice wins over the model's: a sampling option means sampling, num_beams beam search, and a
+    temperature of 0 greedy decoding.
     """
     if chosen.get("num_beams", 1) > 1:
         return {"do_sample": False, "num_beams": chosen["num_beams"]}
-    sample = chosen.get("do_sample", own.get("do_sample", False))
+    wants_sampling = any(name in chosen for name in SAMPLING_OPTIONS) or own.get("do_sample", False)
+    sample = chosen.get("do_sample", wants_sampling)
     if chosen.get("temperature", own.get("temperature") if sample else None) == 0:
         return {"do_sample": False, "num_beams": 1}
     if sample:
@@ -215,12 +217,6 @@ def _check_inherited(
 
 def _check(options: SamplingParams, chosen: dict[str, Any]) -> None:
     problems = []
-    idle = [option_name(name) for name in SAMPLING_OPTIONS if name in chosen]
-    if idle and not options.do_sample and options.temperature != 0:
-        problems.append(
-            f"{', '.join(idle)} only affect sampling, which neither the options nor the model's generation_config "
-            "enable. Add --do-sample."
-        )
     returned = options.num_return_sequences
     if not options.do_sample and returned > options.num_beams:
         problems.append(
