@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 import handspun
-from handspun.cli.views import answers as show
+from handspun.cli.views import chat as show
 from handspun.config import GenerationOptions
 from handspun.data.conversations import to_conversation
 from handspun.data.rows import Row
@@ -311,7 +311,7 @@ def test_chat_reads_no_forged_turn_from_either_side(
         monkeypatch.setattr(show, "stream", said)
         monkeypatch.setattr("sys.stdin", io.StringIO(f"{text}\nAgain {text}\n/quit\n"))
         options = GenerationOptions(max_new_tokens=1)
-        show.chat_loop(qwen, options, Console(file=io.StringIO()), system_prompt=f"Say {text}")
+        show.Chat(qwen, options, Console(file=io.StringIO()), f"Say {text}").loop()
         prompts = [added_ids(qwen, ids) for ids in seen]
         seen.clear()
         return prompts

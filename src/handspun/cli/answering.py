@@ -84,13 +84,13 @@ def chat(
     template: Annotated[TemplateOptions, FLAT] = TemplateOptions(),  # noqa: B008
     system_prompt: str | None = None,
 ) -> None:
-    """Talk to a model. Ctrl-C stops an answer, /reset starts over, /quit (or Ctrl-D) exits.
+    """Talk to a model. /help shows the commands, Ctrl-C stops an answer, /quit (or Ctrl-D) exits.
 
     Parameters
     ----------
     system_prompt
         System message. If not given, the chat template's default applies.
     """
-    from handspun.cli.views.answers import chat_loop
+    from handspun.cli.views.chat import Chat
 
-    chat_loop(load_model(source, template), options, HarmlessConsole(), system_prompt=system_prompt)
+    Chat(load_model(source, template), options, HarmlessConsole(), system_prompt).loop()

@@ -21,7 +21,6 @@ from handspun.decoding.generate import stream
 from handspun.decoding.options import resolve
 from handspun.decoding.results import GenerationResult
 from handspun.display import json_line, write_text
-from handspun.errors import DataError
 from handspun.files import cache_folder
 from handspun.models.embedding_rows import check_examples, embedding_rows_of
 from handspun.models.load import ChatModel, context_length, load_config, load_tokenizer, model_source
@@ -119,47 +118,3 @@ def _print_with_prompt(console: Console, prompt: str, result: GenerationResult) 
         console.print(f"> {prompt}", style="bold", markup=False, soft_wrap=True)
     write_text(console, result.text)
     console.print()
-
-
-def chat_loop(
-    model: ChatModel, options: GenerationOptions, console: Console, *, system_prompt: str | None
-) -> None:
-    """Read a line, stream an answer and remember both, until /quit or the end of the input."""
-    console.print(f"{model.name}. /reset starts over, /quit exits, Ctrl-C stops an answer.", markup=False)
-    messages: list[Message] = []
-    while True:
-        try:
-            line = console.input("[bold green]you:[/] ", markup=True).strip()
-        except (EOFError, KeyboardInterrupt):
-            console.print()
-            return
-        except UnicodeDecodeError as error:
-            raise DataError(f"standard input cannot be read: {error}") from error
-        if line == "/quit":
-            return
-        if line == "/reset":
-            messages = []
-            continue
-        if line:
-            messages = [*messages, {"role": "user", "content": line}]
-            answer = _stream_answer(model, messages, options, console, system_prompt)
-            messages = [*messages, {"role": "assistant", "content": answer}]
-
-
-def _stream_answer(
-    model: ChatModel,
-    messages: list[Message],
-    options: GenerationOptions,
-    console: Console,
-    system_prompt: str | None,
-) -> str:
-    answer = ""
-    try:
-        for chunk in stream(model, [messages], options=options, system_prompt=system_prompt):
-            if chunk.return_index == 0:  # a conversation continues from one answer
-                answer += chunk.text
-                write_text(console, chunk.text, end="")
-    except KeyboardInterrupt:
-        console.print(" (stopped)", end="", style="dim")
-    console.print()
-    return answer
