@@ -44,7 +44,7 @@ def test_reset_forgets_and_quit_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_retry_replaces_the_last_answer_by_another_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"temperature": 2.0, "max_new_tokens": 8}
+    options: dict[str, Any] = {"temperature": 2.0, "max_new_tokens": 8}
     once, _ = talk(monkeypatch, "one\n", **options)
     again, _ = talk(monkeypatch, "one\n/retry\n", **options)
     third, _ = talk(monkeypatch, "one\n/retry\n/retry\n", **options)

@@ -205,7 +205,8 @@ def test_a_model_s_temperature_0_is_greedy_decoding_and_is_said() -> None:
 @pytest.mark.parametrize("own", [{}, {"do_sample": False}, {"num_beams": 4}], ids=str)
 @pytest.mark.parametrize("name", SAMPLING_OPTIONS)
 def test_resolve_a_sampling_option_means_sampling(name: str, own: dict[str, Any]) -> None:
-    options, _ = _resolve(_model(**own), **{name: 1 if name == "top_k" else 0.5})
+    value: Any = 1 if name == "top_k" else 0.5
+    options, _ = _resolve(_model(**own), **{name: value})
     assert (options.do_sample, options.num_beams) == (True, 1)
 
 

@@ -72,7 +72,8 @@ class Chat:
         lines = []
         prompt = "you: "
         try:
-            while (line := self.console.input(prompt, markup=False)).endswith("\\"):
+            # Not the console's own input: line editing has to know the prompt to draw a long line again.
+            while (line := input(prompt)).endswith("\\"):
                 lines.append(line.removesuffix("\\"))
                 prompt = "...: "
         except (EOFError, KeyboardInterrupt):
