@@ -20,6 +20,13 @@ def test_an_order_is_a_function_of_seed_and_epoch() -> None:
     assert sorted(epoch_order(100, seed=1, epoch=1)) == list(range(100))
 
 
+def test_an_order_is_the_same_in_every_version() -> None:
+    """A run resumes in the middle of an epoch, whatever version saved it."""
+    for seed, epoch, number in ((0, 1, 1), (2, 3, 2_000_009), (2**62, 5, 2**62 + 5)):
+        generator = torch.Generator().manual_seed(number)
+        assert epoch_order(50, seed=seed, epoch=epoch) == torch.randperm(50, generator=generator).tolist()
+
+
 def test_the_last_shorter_batch_is_trained_on() -> None:
     made = list(batches([example(3, row) for row in range(7)], range(7), 3))
     assert [[e.row for e in batch] for batch in made] == [[0, 1, 2], [3, 4, 5], [6]]

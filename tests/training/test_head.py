@@ -54,7 +54,8 @@ def test_it_is_what_autograd_finds_chunk_after_chunk(bias: bool, dtype: torch.dt
 
 def test_the_gradient_is_added_where_it_is() -> None:
     """No second array of the head's size, which a new gradient would be."""
-    head = a_head()
+    head, by_autograd = a_head(), list[torch.Tensor]()
+    head.weight.register_hook(by_autograd.append)
     hidden, targets = torch.randn(3, 6), torch.tensor([1, 2, 3])
     linear_cross_entropy_backward(head, hidden, targets, 1)
     first = head.weight.grad
@@ -63,6 +64,7 @@ def test_the_gradient_is_added_where_it_is() -> None:
     linear_cross_entropy_backward(head, hidden, targets, 1)
     assert head.weight.grad is first
     torch.testing.assert_close(first, 2 * once)
+    assert not by_autograd
 
 
 def test_a_frozen_head_hands_the_gradient_on_and_keeps_none() -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from handspun.data.examples import Example
 from handspun.training.batching import collate
-from handspun.training.objectives import cross_entropy_sum, padded_loss
+from handspun.training.objectives import PaddedRunner, cross_entropy_sum, padded_loss
 from tiny import tiny_model
 
 FAMILIES = ["qwen2", "llama"]
@@ -79,6 +79,32 @@ def test_one_row_at_a_time_gives_the_gradient_of_the_batch(family: Any) -> None:
         loss, _ = padded_loss(model, [row], pad_token_id=0, dtype=torch.float32)
         (loss / count).backward()
     assert_close(gradients(model), together)
+
+
+def test_row_losses_are_those_of_each_row_alone_in_float32() -> None:
+    """Although the runner trains in bfloat16, whose loss is another."""
+    model = tiny_model("llama", initializer_range=0.05)
+    alone = [padded_loss(model, [row], pad_token_id=0, dtype=torch.float32)[0].item() for row in BATCH]
+    runner = PaddedRunner(model, torch.bfloat16, 0)
+    assert runner.row_losses(BATCH) == pytest.approx(alone, rel=1e-6)
+    assert runner.loss(BATCH) == pytest.approx(sum(alone), rel=1e-6)
+    assert abs(runner.backward(BATCH, 1) - sum(alone)) > 1e-5 * sum(alone)
+
+
+def test_padded_loss_keeps_no_keys_and_values() -> None:
+    """They would take memory for a continuation that never comes."""
+    model, outputs = tiny_model("llama"), list[Any]()
+    model.register_forward_hook(lambda *seen: outputs.append(seen[-1]))
+    padded_loss(model, BATCH, pad_token_id=0, dtype=torch.float32)
+    assert [output.past_key_values for output in outputs] == [None]
+
+
+def test_the_head_sees_only_positions_that_some_row_learns_from() -> None:
+    """Of 9, 17 and 5 tokens, the rows learn from the 4th to 8th, 10th to 16th and 2nd to 4th positions."""
+    model, outputs = tiny_model("llama"), list[Any]()
+    model.register_forward_hook(lambda *seen: outputs.append(seen[-1]))
+    padded_loss(model, BATCH, pad_token_id=0, dtype=torch.float32)
+    assert [output.logits.shape[:2] for output in outputs] == [(3, 14)]
 
 
 def test_the_pad_id_does_not_matter() -> None:

@@ -40,6 +40,14 @@ def test_signed_codes_by_hand() -> None:
     assert decode(codes, lowest, signed=True)[0, :4].tolist() == [-2.0, 1.875, 0.0, -1.0]
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_each_block_has_an_exponent_of_its_own(signed: bool) -> None:
+    """Under the first one's, the second one's values would all be code 0."""
+    values = torch.cat([block(2.0, 1.5), block(2.0**-40, 1.5 * 2.0**-41)])
+    read = read_back(values, torch.zeros(2, BLOCK, dtype=torch.int32), signed=signed)
+    assert read[:, :2].tolist() == values[:, :2].tolist()
+
+
 def test_a_block_of_zeros_is_zeros() -> None:
     for signed in (True, False):
         assert not read_back(block(), no_noise(), signed=signed).any()

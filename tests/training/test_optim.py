@@ -86,6 +86,11 @@ def test_biases_and_norms_are_not_decayed() -> None:
     assert {p.ndim for p in spared["params"]} == {1}
 
 
+def test_float32_states_are_updated_by_the_fused_kernel() -> None:
+    """It reads and writes each value once; the loop over parameters does so a dozen times."""
+    assert make_optimizer(tiny_model("qwen2"), TrainConfig()).defaults["fused"] is True
+
+
 def test_frozen_parameters_are_not_given_to_the_optimizer() -> None:
     model = tiny_model("qwen2").requires_grad_(False)
     head = model.get_output_embeddings().weight.requires_grad_(True)

@@ -12,7 +12,7 @@ from handspun.data.examples import Example
 from handspun.errors import TrainingError
 from handspun.training.batching import Batching
 from handspun.training.distributed import Distributed
-from handspun.training.guards import OutOfMemory, halved_max_tokens, is_out_of_memory
+from handspun.training.guards import OutOfMemory, halved_max_tokens, is_out_of_memory, raise_if_unsplittable
 from handspun.training.loop import Event, Loop, Step, start, train
 from handspun.training.runner import BatchRunner, select_runner
 from tiny import tiny_model
@@ -81,6 +81,37 @@ def test_the_result_is_that_of_smaller_micro_batches(batching: Any) -> None:
     assert events.index(tried[0]) == 0
     assert 30 <= tried[-1].max_tokens <= 60
     assert len(tried) <= 3  # what was learned of the room is kept
+
+
+@pytest.mark.parametrize(("batching", "tokens"), [("packed", 10), ("padded", 12)])
+def test_out_of_memory_says_what_was_computed_by_hand(batching: Any, tokens: int) -> None:
+    """Rows of 4 and 6 tokens do not fit together; half of their 10 tokens lets each go alone."""
+    examples = [Example([1] * length, [False] + [True] * (length - 1), "a", length) for length in (4, 6)]
+    model, config = tiny_model("qwen2"), TrainConfig(num_epochs=1, batch_size=2, batching=batching)
+    with select_runner(model, config, examples, dtype=torch.float32, pad_token_id=0) as runner:
+        loop = Loop(config=config, examples=examples, runner=Small(runner, 6, no_memory()))
+        event = next(train(loop, start(model, config)))
+    assert event == OutOfMemory(step=1, epoch=1, tokens=tokens, max_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "remedies"),
+    [
+        ({}, "--activation-checkpointing, --optimizer-states 8bit, --lora"),
+        ({"optimizer_states": "8bit"}, "--activation-checkpointing, --lora"),
+        ({"shard": True}, "--activation-checkpointing, --lora"),
+        ({"lora": True}, "--activation-checkpointing, --optimizer-states 8bit"),
+        ({"activation_checkpointing": True, "optimizer_states": "8bit"}, "--lora"),
+    ],
+)
+def test_raise_if_unsplittable_names_only_what_is_not_on(options: dict[str, Any], remedies: str) -> None:
+    one = [Example([1] * 11, [False] + [True] * 10, "a.csv", 7)]
+    with pytest.raises(TrainingError) as caught:
+        raise_if_unsplittable(one, 3, TrainConfig(**options), processes=1)
+    assert str(caught.value) == (
+        "step 3 ran out of memory: a.csv, row 7, alone has 11 tokens. Weights are unchanged. Use less memory with "
+        f"any of: --max-length 5 (longer rows are truncated), {remedies}. --dry-run predicts how much each needs."
+    )
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])

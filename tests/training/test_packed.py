@@ -162,6 +162,8 @@ def test_a_pack_filled_up_by_hand() -> None:
     assert made.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1]]
     assert made.sequence_bounds == [(0, 4), (4, 6), (6, 8)]
     assert made.target_positions.tolist() == [1, 2, 4]
+    alone = Batching("packed", multiple=4).pack([Example([3, 4], [False, True], "a", 1)], CPU)
+    assert alone.input_ids.tolist() == [[3, 4, 3, 3]]
     for multiple, tokens in ((6, 6), (7, 7), (8, 8), (4, 8)):
         assert Batching("packed", multiple=multiple).computed_tokens(batch) == tokens
 
@@ -291,11 +293,13 @@ def test_gradients_of_head_and_embedding_are_added_where_they_are(family: str) -
     assert all(layout == torch.strided for _, layout in before)
 
 
-def test_a_frozen_head_gets_no_weight_gradient() -> None:
+def test_frozen_weights_get_no_gradient() -> None:
     model = add_lora(model_of("qwen2"), "tiny", rank=4, alpha=8, dropout=0.0)
     with packed_attention(model):
         Packed(model, torch.float32, SHARED).backward(rows(4), 3)
-    assert model.get_parameter("base_model.model.lm_head.weight").grad is None
+    frozen = {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
+    assert {"base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"} < frozen.keys()
+    assert not [name for name, weight in frozen.items() if weight.grad is not None]
 
 
 def test_neighbors_do_not_see_each_other() -> None:

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AttentionInterface
 
 from handspun.data.examples import Example
 from handspun.training.batching import Batching, collate
 from handspun.training.objectives import PaddedRunner, cross_entropy_sum, padded_loss
-from handspun.training.packed import Packed, packed_attention
+from handspun.training.packed import Packed, masks_of, packed_attention
 from tiny import tiny_model
 
 
@@ -47,18 +48,52 @@ def test_the_heads_product_and_its_gradient_are_in_float32(tied: bool) -> None:
     assert abs(found - in_float32) > 1e-5 * in_float32  # the body's were in bfloat16
 
 
-def test_the_padded_loss_is_in_float32_of_the_logits_that_came() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_padded_loss_is_in_float32_of_the_logits_that_came(dtype: torch.dtype) -> None:
     model: Any = tiny_model("qwen2")
     logits: list[torch.Tensor] = []
     model.lm_head.register_forward_hook(lambda *seen: logits.append(seen[-1].detach()))
-    found, count = padded_loss(model, rows(), pad_token_id=0, dtype=torch.bfloat16)
-    assert logits[0].dtype == torch.bfloat16
+    found, count = padded_loss(model, rows(), pad_token_id=0, dtype=dtype)
+    assert logits[0].dtype == dtype
     assert found.dtype == torch.float32
     targets = collate(rows(), pad_token_id=0)["labels"][:, 1:]
     targets = targets[:, (targets != -100).any(dim=0)]
     expected = F.cross_entropy(logits[0].double().flatten(0, 1), targets.flatten(), reduction="sum")
     assert count == int((targets != -100).sum())
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float) -> torch.Tensor:
+    """Attention of a pack of one row, as the model calls it: (1, tokens, heads, size)."""
+    pack = Batching("packed").pack([Example([1] * query.shape[2], [False, True, True], "a", 1)], query.device)
+    attention: Any = AttentionInterface()["handspun_packed"]
+    attended: torch.Tensor = attention(
+        None, query, key, value, None, masks=masks_of(pack, query.dtype), scaling=scaling
+    )[0]
+    return attended
+
+
+def by_softmax(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float) -> torch.Tensor:
+    scores = (query.double() @ key.double().mT * scaling).masked_fill(torch.ones(3, 3).triu(1).bool(), -torch.inf)
+    return (scores.softmax(-1) @ value.double()).transpose(1, 2)
+
+
+def test_attention_under_autocast_is_computed_in_float32_and_rounded_once() -> None:
+    with packed_attention(tiny_model("llama")):
+        torch.manual_seed(0)
+        projections = [torch.randn(1, 2, 3, 8).bfloat16() for _ in range(3)]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = attend(*projections, scaling=0.5)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, by_softmax(*projections, scaling=0.5).bfloat16())
+
+
+def test_attention_of_a_float64_model_is_in_float64() -> None:
+    with packed_attention(tiny_model("llama")):
+        torch.manual_seed(0)
+        projections = [torch.randn(1, 2, 3, 8, dtype=torch.float64) for _ in range(3)]
+        found = attend(*projections, scaling=0.5)
+    torch.testing.assert_close(found, by_softmax(*projections, scaling=0.5), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def spike(losses: list[float], loss: float) -> Spike | None:
-    return spike_in(losses, loss, step=len(losses) + 1, epoch=1, batch=[("a", 1)])
+    return spike_in(losses, loss, step=len(losses) + 1, epoch=4, batch=[("a", 1)])
 
 
 def test_by_hand() -> None:
@@ -27,7 +27,7 @@ def test_by_hand() -> None:
     found = spike(losses, 3.51)
     assert found is not None
     assert (found.usual, found.limit) == (2.0, pytest.approx(3.5))
-    assert (found.step, found.loss, found.batch) == (31, 3.51, [("a", 1)])
+    assert (found.step, found.epoch, found.loss, found.batch) == (31, 4, 3.51, [("a", 1)])
 
 
 def test_losses_near_zero_may_be_multiples_of_each_other() -> None:
