@@ -166,8 +166,9 @@ def test_an_answer_that_may_not_exist_is_not_streamed() -> None:
     assert _sure_answers(_CHAT, **options) == 4
     assert _sure_answers(_CHAT, repetition_penalty=1.1, **options) == 4
     assert _sure_answers(_CHAT, no_repeat_ngram_size=2, **options) == 1
-    few = ChatModel(tiny_model("llama", vocab_size=5, eos_token_id=[3, 4]), _TOKENIZER, "few")
-    assert _sure_answers(few, **options) == 1
+    for vocab_size, answers in ((5, 1), (6, 4)):  # four beams need four tokens that go on
+        few = ChatModel(tiny_model("llama", vocab_size=vocab_size, eos_token_id=[3, 4]), _TOKENIZER, "few")
+        assert _sure_answers(few, **options) == answers
 
 
 def _sure_answers(chat: ChatModel, **options: Any) -> int:

@@ -202,13 +202,36 @@ def test_a_function_of_one_s_own_sees_each_row_and_comes_before_sampling() -> No
     assert logits.tolist() == [[3.0, 4.0, 1.0], [1.0, 0.0, 2.0]]
 
 
-@pytest.mark.parametrize("returned", [None, torch.zeros(2)], ids=["None", "shape"])
-def test_a_function_that_returns_something_else_is_named(returned: Tensor | None) -> None:
+@pytest.mark.parametrize(
+    ("returned", "described"),
+    [(None, "None"), (torch.zeros(2), r"a tensor of shape \(2,\)"), ("x" * 99, "'x{59}")],
+    ids=["None", "shape", "text"],
+)
+def test_a_function_that_returns_something_else_is_named(returned: Any, described: str) -> None:
     def broken(*_: Any) -> Any:
         return returned
 
-    with pytest.raises(ConfigError, match=r"the processor broken returned .* \(expected the logits of one row"):
+    with pytest.raises(
+        ConfigError, match=rf"the processor broken returned {described} \(expected the logits of one row"
+    ):
         process(torch.zeros(1, 3), [History([1])], make_processors(SamplingParams(), [broken]))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([0.0, -_INF, math.nan], "broken returned 1 logits that are NaN or infinite, after 2 tokens"),
+        ([_INF, 0.0, _INF], "broken returned 2 logits that are NaN or infinite, after 2 tokens"),
+        ([-_INF, -_INF, -_INF], "broken excluded every next token after 2 tokens"),
+    ],
+)
+def test_a_function_whose_logits_leave_no_token_is_named(returned: list[float], message: str) -> None:
+    def broken(*_: Any) -> Tensor:
+        return torch.tensor(returned)
+
+    made = make_processors(SamplingParams(), [broken])
+    with pytest.raises(ConfigError, match=message):
+        process(torch.zeros(1, 3), [History([1], [2])], made)
 
 
 def test_excluding_everything_is_an_error_that_names_the_options() -> None:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from handspun.decoding import sampling
 from handspun.decoding.sampling import gumbel_argmax, gumbel_noise, select_tokens, stream_of
 from handspun.verification.processors import goodness_of_fit
 
@@ -42,6 +43,27 @@ def test_draw_is_the_argmax_of_logits_and_noise(
     assert gumbel_argmax(logits, stream, step) == plainly(logits, stream, step)
 
 
+def test_gumbel_argmax_computes_little_of_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10,000 tokens at -20, one in a thousand has noise above 7, and none can win against the token at 0."""
+    sizes, whole = list[int](), sampling._gumbel
+    monkeypatch.setattr(sampling, "_gumbel", lambda bits: sizes.append(len(bits)) or whole(bits))
+    logits = torch.full((10_000,), -20.0)
+    logits[77] = 0.0
+    assert [gumbel_argmax(logits, (3, prompt, 0), 0) for prompt in range(20)] == [77] * 20
+    assert max(sizes) < 500
+
+
+def test_gumbel_argmax_takes_a_far_token_that_wins_by_little() -> None:
+    """The lowest noise has the highest logit, so the highest noise may be 8.0001 below and win by 0.0004."""
+    noise = gumbel_noise((7, 0, 0), 0, 1000)
+    lowest, highest, other = int(noise.argmin()), int(noise.argmax()), int(noise.argsort()[500])
+    logits = torch.full((1000,), -math.inf)
+    logits[lowest], logits[highest] = 0.0, -8.0001
+    logits[other] = noise[highest] - 8.0005 - noise[other]
+    assert -8 < logits[other] < 0
+    assert gumbel_argmax(logits, (7, 0, 0), 0) == highest == plainly(logits, (7, 0, 0), 0)
+
+
 def test_draws_have_the_frequencies_of_the_softmax() -> None:
     probabilities, draws = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05, 0.0]), 4000
     tokens = select_tokens(probabilities.log().expand(draws, -1), draws=[((0, i, 0), 3) for i in range(draws)])
@@ -57,11 +79,16 @@ def test_noise_is_standard_gumbel() -> None:
     assert noise.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [(0, 0, 0), (2**63 - 1, 5, 3), (2**63 - 2, 5, 3)])
+@pytest.mark.parametrize(
+    "name", [(0, 0, 0), (2**63 - 1, 5, 3), (2**63 - 2, 5, 3), (-3, 5, 3), (8, 2**32 + 5, 2**32 + 3)]
+)
 def test_noise_of_a_name_is_the_same_in_every_version(name: tuple[int, int, int]) -> None:
-    """Philox under the key (seed, prompt * 2 ** 32 + answer) at the counter (0, step, 0, 0): its upper 52 bits."""
+    """Philox under the key (seed, prompt * 2 ** 32 + answer) at the counter (0, step, 0, 0): its upper 52 bits.
+
+    The seed has 64 bits, and the prompt's and the answer's number have 32 bits each.
+    """
     seed, prompt, answer = name
-    key = np.array([seed, prompt * 2**32 + answer], dtype=np.uint64)
+    key = np.array([seed % 2**64, prompt % 2**32 * 2**32 + answer % 2**32], dtype=np.uint64)
     bits = np.random.Philox(key=key, counter=[0, 7, 0, 0]).random_raw(5) >> np.uint64(12)
     expected = [-math.log(-math.log((int(value) + 0.5) / 2**52)) for value in bits]
     assert gumbel_noise(name, 7, 5).tolist() == pytest.approx(expected, rel=1e-6)

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
 import pytest
@@ -109,6 +109,20 @@ def test_step_mixes_all_kinds_of_requests_in_float(kind: str) -> None:
         steps += scheduler.step()
     found = {request: [result.token_ids for result in results] for request, results in finished(steps).items()}
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("limits", "joined"),
+    [({}, 3), ({"tokens": 30}, 3), ({"tokens": 29}, 2), ({"rows": 2}, 2), ({"tokens": 5}, 1), ({"rows": 0}, 1)],
+)
+def test_step_admits_what_fits_by_hand(limits: dict[str, int], joined: int, int8_chat: ChatModel) -> None:
+    """Three answers of 10 tokens, their prompts included: each that is admitted gets its first token."""
+    scheduler = Scheduler(int8_chat, BatchLimits(**limits))
+    for text in ("a", "b", "c"):
+        [request] = make_requests(int8_chat, text, GenerationOptions(), CallOptions(chat=False))
+        own = replace(request, max_new_tokens=10 - len(request.prompt_token_ids))
+        scheduler.submit(own)
+    assert len(scheduler.step()) == joined
 
 
 @pytest.mark.parametrize("steps_before", [0, 1, 2, 6])

@@ -6,25 +6,39 @@ import os
 import shutil
 import stat
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from handspun.config import TrainConfig
 from handspun.errors import OutputError
 from handspun.files import make_work_folder, output_errors, recover_all
 from handspun.models.end_of_turn import make_end_of_turn_eos
 from handspun.models.load import ChatModel
+from handspun.training import checkpoint as checkpoint_module
 from handspun.training.checkpoint import (
+    collect_state,
+    edited_files,
     is_checkpoint,
     is_checkpoint_name,
+    keep_aside,
     link_checkpoint,
+    read_facts,
     read_manifest,
+    read_optimizer,
+    read_weights,
+    remove_checkpoint,
     save_checkpoint,
     step_of,
     unknown_files,
+    write_manifest,
+    write_state,
 )
+from handspun.training.optim import make_optimizer
 
 
 def save_tiny(chat: ChatModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -241,3 +255,194 @@ def test_a_manifest_of_another_kind_is_none(tmp_path: Path, content: bytes) -> N
     assert step_of(tmp_path) is None
     assert not is_checkpoint(tmp_path)
     assert {path.name for path in unknown_files(tmp_path)} == {"a", "manifest.json"}
+
+
+class Trained(torch.nn.Module):
+    """A matrix that is trained, of which a model file may hold the weights, and a frozen one."""
+
+    def __init__(self, *, value: float = 0.0) -> None:
+        super().__init__()
+        self.trained = torch.nn.Parameter(torch.full((2, 300), value))
+        self.frozen = torch.nn.Parameter(torch.full((2, 3), value), requires_grad=False)
+
+
+def after_two_steps(states: Literal["float32", "bfloat16", "8bit"]) -> tuple[Any, torch.optim.Optimizer]:
+    model: Any = Trained(value=1.0)
+    optimizer = make_optimizer(model, TrainConfig(optimizer_states=states, learning_rate=0.1))
+    for step in (1, 2):
+        model.trained.grad = torch.linspace(-step, step, 600).view(2, 300)
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("states", ["float32", "bfloat16", "8bit"])
+def test_a_training_state_that_is_read_is_the_one_that_was_written(
+    states: Literal["float32", "bfloat16", "8bit"], tmp_path: Path
+) -> None:
+    model, optimizer = after_two_steps(states)
+    write_state(tmp_path, collect_state(model, optimizer, keep=True), {"step": 2, "note": "é"})
+    assert read_facts(tmp_path) == {"version": 1, "step": 2, "note": "é"}
+    again: Any = Trained()
+    fresh = make_optimizer(again, TrainConfig(optimizer_states=states, learning_rate=0.1))
+    held = dict(fresh.state[again.trained])
+    read_weights(again, tmp_path)
+    read_optimizer(again, fresh, tmp_path, torch.device("cpu"))
+    assert torch.equal(again.trained, model.trained)
+    assert not again.frozen.any()
+    expected, found = optimizer.state[model.trained], fresh.state[again.trained]
+    assert found.keys() == expected.keys()
+    assert expected["step"] == found["step"] == 2
+    for name, value in expected.items():
+        assert type(found[name]) is type(value)
+        if isinstance(value, torch.Tensor):
+            assert found[name] is held[name], "read in place"
+            assert found[name].dtype == value.dtype
+            assert torch.equal(found[name], value)
+
+
+def test_collect_state_keeps_nothing_where_nothing_is_written() -> None:
+    assert collect_state(*after_two_steps("float32"), keep=False) == {}
+
+
+def test_read_optimizer_without_a_folder_keeps_room_for_what_the_first_process_sends() -> None:
+    model, optimizer = after_two_steps("8bit")
+    shapes = {name: getattr(value, "shape", None) for name, value in optimizer.state[model.trained].items()}
+    read_optimizer(model, optimizer, None, torch.device("cpu"))
+    state = optimizer.state[model.trained]
+    assert {name: getattr(value, "shape", None) for name, value in state.items()} == shapes
+
+
+@pytest.mark.parametrize(("key", "other"), [("trained.step", torch.ones(2)), ("trained.step", torch.tensor(2))])
+def test_a_training_state_of_another_shape_or_type_is_refused(
+    key: str, other: torch.Tensor, tmp_path: Path
+) -> None:
+    model, optimizer = after_two_steps("float32")
+    gathered = collect_state(model, optimizer, keep=True)
+    gathered["optimizer.safetensors"][key] = other
+    write_state(tmp_path, gathered, {})
+    with pytest.raises(
+        OutputError, match=r"belongs to another run: trained\.step is .* \(expected \(\) torch\.float32"
+    ):
+        read_optimizer(model, optimizer, tmp_path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("saved", "shared"),
+    [
+        ({"trained": torch.ones(2, 300), "frozen": torch.ones(2, 3)}, True),
+        ({"trained": torch.ones(2, 300, dtype=torch.bfloat16)}, False),
+        ({"trained": torch.ones(300, 2)}, False),
+        ({"other": torch.ones(2, 300)}, False),
+        (None, False),
+    ],
+    ids=["the same", "another type", "another shape", "another name", "no file"],
+)
+def test_the_state_shares_the_weights_of_a_model_file_that_holds_the_same(
+    saved: dict[str, torch.Tensor] | None, shared: bool, tmp_path: Path
+) -> None:
+    if saved is not None:
+        save_file(saved, tmp_path / "model.safetensors")
+    folder = tmp_path / "training_state"
+    folder.mkdir()
+    weights = {"trained": torch.ones(2, 300)}
+    write_state(folder, {"weights.safetensors": weights, "optimizer.safetensors": {}}, {})
+    assert torch.equal(load_file(folder / "weights.safetensors")["trained"], weights["trained"])
+    assert (folder / "weights.safetensors").stat().st_nlink == (2 if shared else 1)
+
+
+def write_more(folder: Path) -> None:
+    (folder / "more.txt").write_text("more")
+
+
+def test_save_checkpoint_writes_the_card_and_what_else_is_asked_for(tiny_chat: ChatModel, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-step-7"
+    save_checkpoint(
+        tiny_chat,
+        folder,
+        dtype=torch.float32,
+        facts={"step": 7},
+        card="Trained on é.",
+        more=write_more,
+        training_state=write_two,
+    )
+    assert (folder / "README.md").read_text(encoding="utf-8") == "Trained on é."
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    assert {"README.md", "more.txt", "config.json", "model.safetensors"} <= manifest["files"].keys()
+    assert step_of(folder) == step_of(folder / "training_state") == 7
+    assert unknown_files(folder) == edited_files(folder) == []
+    link_checkpoint(folder, tmp_path / "linked", facts={"step": 8}, training_state=write_two)
+    assert step_of(tmp_path / "linked") == 7
+    assert step_of(tmp_path / "linked" / "training_state") == 8
+
+
+def a_folder(path: Path, **facts: Any) -> Path:
+    """A folder as a checkpoint is, with a file and a training state."""
+    (path / "training_state").mkdir(parents=True)
+    (path / "a.txt").write_text("written by Handspun")
+    write_manifest(path, facts)
+    write_two(path / "training_state")
+    write_manifest(path / "training_state", facts)
+    return path
+
+
+def test_step_of_a_truth_value_is_none(tmp_path: Path) -> None:
+    assert step_of(a_folder(tmp_path / "a", step=True)) is None
+    assert step_of(a_folder(tmp_path / "b", step=0)) == 0
+    assert step_of(a_folder(tmp_path / "c")) is None
+
+
+def test_unknown_files_are_those_of_no_manifest(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path / "checkpoint-step-1")
+    assert unknown_files(folder) == []
+    added = [folder / "notes.txt", folder / "training_state" / "mine.txt"]
+    for path in added:
+        path.write_text("mine")
+    assert unknown_files(folder) == added
+    assert unknown_files(folder / "a.txt") == [folder / "a.txt"]
+    remove_checkpoint(folder)
+    assert all(path.exists() for path in added)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-step-1", "training_state"])
+def test_remove_checkpoint_leaves_nothing_of_it(name: str, tmp_path: Path) -> None:
+    around = tmp_path / "checkpoint-best"
+    folder = a_folder(around / name)
+    remove_checkpoint(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-best"]
+    assert list(around.iterdir()) == []
+
+
+def test_edited_files_by_their_content_and_large_ones_by_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = a_folder(tmp_path / "checkpoint-step-1")
+    small, large = folder / "a.txt", folder / "training_state" / "weights.safetensors"
+    monkeypatch.setattr(checkpoint_module, "_SMALL", 7)  # "weights" has 7 bytes
+    saved = (large.parent / "manifest.json").stat().st_mtime_ns
+    for path in (small, large):
+        path.write_bytes(path.read_bytes()[::-1])
+        os.utime(path, ns=(saved, saved))
+    assert edited_files(folder) == [small, large]
+    monkeypatch.setattr(checkpoint_module, "_SMALL", 6)
+    os.utime(small, ns=(0, 0))
+    assert edited_files(folder) == []  # both are larger, and no newer than their manifests
+    os.utime(large, ns=(saved + 1, saved + 1))
+    assert large in edited_files(folder)
+    large.write_bytes(b"")
+    assert large not in edited_files(folder)
+
+
+def test_keep_aside_takes_the_first_free_name(tmp_path: Path) -> None:
+    for name in ("kept-a", "kept-a-2", "kept-a-3"):
+        (tmp_path / "a").mkdir()
+        assert keep_aside(tmp_path / "a", "kept") == tmp_path / name
+    assert {path.name for path in tmp_path.iterdir()} == {"kept-a", "kept-a-2", "kept-a-3"}
+
+
+def test_a_folder_with_a_users_files_is_renamed_and_not_replaced(tiny_chat: ChatModel, tmp_path: Path) -> None:
+    folder = save_tiny(tiny_chat, tmp_path / "checkpoint-best")
+    (folder / "notes.txt").write_text("mine")
+    save_tiny(tiny_chat, folder)
+    assert not (folder / "notes.txt").exists()
+    assert (tmp_path / "kept-checkpoint-best" / "notes.txt").read_text() == "mine"

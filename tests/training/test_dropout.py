@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.models.lora import add_lora
-from handspun.training.loop import Evaluation, Loop, Step, TrainingState, evaluate, start, train
+from handspun.training.distributed import Distributed
+from handspun.training.loop import Evaluation, Loop, Step, TrainingState, evaluate, start, train, train_step
 from handspun.training.objectives import PaddedRunner
 from handspun.training.runner import select_runner
 from tiny import tiny_model
@@ -91,6 +92,33 @@ def test_the_held_out_loss_has_no_dropout_and_training_goes_on_with_it(kind: str
     assert held_out == pytest.approx([without] * 4, rel=1e-5)
     undisturbed, _ = losses_of(kind, batching)
     assert steps == pytest.approx(undisturbed, rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_the_seed_of_a_step_is_the_same_in_every_version(rank: int) -> None:
+    """So a run that another version began drops the same values: (seed * 1,000,003 + step) * 1,009 + rank."""
+    model, config = a_model("LoRA"), TrainConfig(num_epochs=1, batch_size=1, seed=2, lora=True)
+    runner, processes = PaddedRunner(model, torch.float32, 0), Distributed(rank=rank)
+    state = start(model, config)
+    state.step = 5
+    list(train_step(Loop(config=config, examples=ROWS, runner=runner, processes=processes), state, ROWS, 1))
+    assert torch.initial_seed() == (2 * 1_000_003 + 5) * 1_009 + rank
+
+
+class Two(Distributed):
+    """As if another process had the same rows: sums are twice as large."""
+
+    def sum(self, value: float) -> float:
+        return 2 * value
+
+
+def test_held_out_losses_are_summed_over_the_processes() -> None:
+    model, config = a_model("LoRA"), TrainConfig(num_epochs=1, batch_size=1, lora=True)
+    runner = PaddedRunner(model, torch.float32, 0)
+    loop = Loop(config=config, examples=ROWS, held_out=ROWS, runner=runner, processes=Two())
+    evaluation = next(train(loop, start(model, config)))
+    assert isinstance(evaluation, Evaluation)
+    assert evaluation.loss == pytest.approx(2 * loss_without_dropout("LoRA"), rel=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])
