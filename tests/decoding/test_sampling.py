@@ -71,8 +71,15 @@ def test_draws_have_the_frequencies_of_the_softmax() -> None:
     assert (p > 1e-3, bins) == (True, 5)
 
 
+def test_noise_of_the_least_and_the_most_bits_by_hand() -> None:
+    """Half of 2 ** -52 from 0 and from 1: -log(53 log 2) = -3.604, and 53 log 2 = 36.737."""
+    noise = sampling._gumbel(np.array([0, 2**52 - 1], dtype=np.uint64))
+    assert noise.tolist() == pytest.approx([-3.60378, 36.73680], abs=1e-5)
+
+
 def test_noise_is_standard_gumbel() -> None:
     """Its mean is Euler's constant, its variance pi ** 2 / 6."""
+    assert gumbel_noise((1, 2, 3), 4, 5).dtype == torch.float32
     noise = gumbel_noise((1, 2, 3), 4, 100_000).double()
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.03)
@@ -80,7 +87,7 @@ def test_noise_is_standard_gumbel() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [(0, 0, 0), (2**63 - 1, 5, 3), (2**63 - 2, 5, 3), (-3, 5, 3), (8, 2**32 + 5, 2**32 + 3)]
+    "name", [(0, 0, 0), (2**63 - 1, 5, 3), (2**63 - 2, 5, 3), (-3, 5, 3), (8, 2**32 + 4, 2**32 + 3)]
 )
 def test_noise_of_a_name_is_the_same_in_every_version(name: tuple[int, int, int]) -> None:
     """Philox under the key (seed, prompt * 2 ** 32 + answer) at the counter (0, step, 0, 0): its upper 52 bits.
