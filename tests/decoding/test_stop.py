@@ -179,3 +179,19 @@ def test_a_copy_of_another_vocabulary_s_text_goes_its_own_way(
     other.push(2)
     answer.push(3)
     assert (answer.text, other.text) == ("Hi!", "Hi there")
+
+
+def test_text_of_a_token_by_itself() -> None:
+    """A special token's is its name, and what is no whole character is U+FFFD."""
+    assert [_WORDS.text_of(token) for token in [*_ids("Hi"), _IM_END]] == ["H", "i", "<|im_end|>"]
+    assert _WORDS.text_of(_ids("好")[0]) == "\ufffd"
+
+
+def test_byte_level_vocabularies_are_decoded_byte_by_byte() -> None:
+    assert isinstance(_WORDS.detokenizer(), ByteDetokenizer)
+
+
+def test_finish_a_second_time_adds_nothing() -> None:
+    _, answer = _written(["one\nUse"], ("\nUser:",))
+    assert answer.finish() == ""
+    assert answer.text == "one\nUse"

@@ -413,6 +413,41 @@ def test_remove_checkpoint_leaves_nothing_of_it(name: str, tmp_path: Path) -> No
     assert list(around.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "work"),
+    [
+        ("checkpoint-step-1", "checkpoint-best/.checkpoint-step-1.handspun"),
+        ("training_state", ".checkpoint-best.handspun"),
+    ],
+)
+def test_remove_checkpoint_that_is_interrupted_leaves_no_half_of_it_under_its_name(
+    name: str, work: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = a_folder(tmp_path / "checkpoint-best" / name)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    with pytest.raises(OutputError):
+        remove_checkpoint(folder)
+    assert not folder.exists()
+    assert [path for path in tmp_path.rglob("a.txt") if path.is_relative_to(tmp_path / work)]
+
+
+def test_link_checkpoint_links_files_in_folders_of_it(tmp_path: Path) -> None:
+    source = tmp_path / "checkpoint-best"
+    (source / "templates" / "more").mkdir(parents=True)
+    for name in ("a.txt", "templates/b.txt", "templates/more/c.txt"):
+        (source / name).write_text(name)
+    write_manifest(source, {"step": 3})
+    (source / "notes.txt").write_text("a user's")
+    link_checkpoint(source, tmp_path / "linked", facts={})
+    assert is_checkpoint(tmp_path / "linked")
+    assert (tmp_path / "linked" / "templates" / "more" / "c.txt").stat().st_nlink == 2
+    assert not (tmp_path / "linked" / "notes.txt").exists()
+
+
 def test_edited_files_by_their_content_and_large_ones_by_their_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
