@@ -27,6 +27,7 @@ from handspun.display import (
     ProtectedStream,
     UnprintedError,
     captured_log,
+    command_here,
     escaped,
     join_names,
     json_line,
@@ -287,3 +288,23 @@ def test_captured_log_has_the_lines_of_its_own_thread(capsys: pytest.CaptureFixt
         other.join()
     logger.info("later")
     assert (lines, capsys.readouterr().err) == (["here"], "there\nlater\n")
+
+
+def test_command_here_is_a_path_where_the_shell_finds_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / ".venv" / "bin" / "handspun"
+    own.parent.mkdir(parents=True)
+    own.touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(own)])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert command_here() == ".venv/bin/handspun"
+    monkeypatch.setenv("PATH", str(own.parent))
+    assert command_here() == "handspun"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "train_inference.py")])
+    assert command_here() == "handspun"
+    monkeypatch.setattr("sys.argv", [str(own)])
+    monkeypatch.chdir("/")
+    assert command_here() in (str(own), str(own.relative_to("/")))

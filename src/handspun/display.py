@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -328,3 +329,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def command_here() -> str:
+    """Return what to type in this shell for `handspun`: its path if the shell would not find this one."""
+    own, found = Path(sys.argv[0]), shutil.which("handspun")
+    if own.name != "handspun" or (found and Path(found).resolve() == own.resolve()):
+        return "handspun"
+    return os.path.relpath(own) if own.is_relative_to(Path.cwd()) else str(own)

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from handspun.config import TrainConfig
 from handspun.decoding.generate import generate
-from handspun.display import log_lines_to, unfailing, visible, write_text
+from handspun.display import command_here, log_lines_to, unfailing, visible, write_text
 from handspun.kernels.allocator import disable_malloc_trim, malloc_trim
 from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.load import ChatModel, load
@@ -71,7 +71,7 @@ def run_demo(
     assert run.model is not None
     _show_answers(console, before, _answers(run.model))
     show_three_decodings(run.model, console)
-    _say(console, f"\nTalk to it: handspun chat --model {run.checkpoints[-1]}")
+    _say(console, f"\nTalk to it: {command_here()} chat --model {run.checkpoints[-1]}")
     return run
 
 
