@@ -2,8 +2,9 @@
 
 from typing import Any, Literal
 
+from handspun.config.columns import parse_columns
 from handspun.config.names import options
-from handspun.config.ranges import MOST, Ranges, wrong_values
+from handspun.config.ranges import MOST, Ranges, option_name, wrong_values
 from handspun.config.role_map import parse_role_map
 from handspun.config.template_args import read_template_args
 from handspun.errors import ConfigError
@@ -21,6 +22,10 @@ class DataConfig:
 
     data_format: DataFormat = "auto"
     """Format of the rows. "auto" recognizes it from the columns and logs it."""
+
+    columns: tuple[str, ...] | dict[str, str] | None = None
+    """Columns of other names, for example instruction=Frage,output=Antwort. Repeatable, or a mapping in a --config
+    file. Common pairs such as question and answer are recognized without it."""
 
     system_prompt: str | None = None
     """System message for conversations without one. Default: the template's own default."""
@@ -52,13 +57,18 @@ class DataConfig:
         return read_template_args(self.template_args)[0]
 
     def __post_init__(self) -> None:
-        if problems := wrong_values(self, _DATA_RANGES) or _role_map_problems(self) + _read_template_args(self):
+        if problems := wrong_values(self, _DATA_RANGES) or _map_problems(self) + _read_template_args(self):
             raise ConfigError(problems)
 
     @property
     def roles(self) -> dict[str, str]:
         """The role map: normalized name -> role."""
         return parse_role_map(self.role_map or ())
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """The map of columns: column -> its name in the file."""
+        return parse_columns(self.columns or ())
 
 
 @options
@@ -201,7 +211,7 @@ class TrainConfig(DataConfig):
     def __post_init__(self) -> None:
         if problems := wrong_values(self, {**_DATA_RANGES, **_TRAIN_RANGES}):
             raise ConfigError(problems)
-        problems += _role_map_problems(self) + _read_template_args(self)
+        problems += _map_problems(self) + _read_template_args(self)
         if self.eval_data is not None and self.eval_ratio > 0:
             problems.append(
                 "--eval-data and --eval-ratio exclude each other: held-out rows come either from their own file "
@@ -242,14 +252,16 @@ class TrainConfig(DataConfig):
         return 5e-4 if self.lora else 5e-5
 
 
-def _role_map_problems(config: DataConfig) -> list[str]:
-    """Return what is wrong with the role map. Store a valid one as a mapping, whatever its form was."""
-    # run.json holds the mapping, and a resumed run compares it.
-    try:
-        object.__setattr__(config, "role_map", config.roles or None)
-    except ValueError as error:
-        return [f"--role-map: {error}"]
-    return []
+def _map_problems(config: DataConfig) -> list[str]:
+    """Return what is wrong with the maps of roles and columns. Store valid ones as mappings."""
+    # run.json holds the mappings, and a resumed run compares them, whatever form they were given in.
+    problems = []
+    for name, parsed in (("role_map", "roles"), ("columns", "column_names")):
+        try:
+            object.__setattr__(config, name, getattr(config, parsed) or None)
+        except ValueError as error:
+            problems.append(f"{option_name(name)}: {error}")
+    return problems
 
 
 def _read_template_args(config: DataConfig) -> list[str]:

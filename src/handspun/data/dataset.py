@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -197,6 +197,7 @@ def load_splits(
         seed=seed,
         notes=notes,
         held_out_notes=held_out_notes,
+        columns=config.column_names,
     )
 
     def set_of(some: Sequence[Row], file_notes: FileNotes) -> Dataset:
@@ -253,6 +254,7 @@ def read_split(
     seed: int,
     notes: FileNotes | None = None,
     held_out_notes: FileNotes | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[Sequence[Row], Sequence[Row]]:
     """Return (training rows, held-out rows). The same files give the same rows.
 
@@ -263,10 +265,11 @@ def read_split(
         seed: decides which rows are held out.
         notes: filled with what was skipped in the files of `data`; see `read_rows`.
         held_out_notes: the same for `eval_data`.
+        columns: columns that the user has named, as in `read_rows`.
     """
-    rows = read_rows(data, notes)
+    rows = read_rows(data, notes, columns)
     if eval_data is not None:
-        return rows, read_rows(eval_data, held_out_notes)
+        return rows, read_rows(eval_data, held_out_notes, columns)
     return hold_out(rows, eval_ratio, seed) if eval_ratio > 0 else (rows, [])
 
 

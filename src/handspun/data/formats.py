@@ -172,6 +172,30 @@ def used_columns(data_format: str) -> set[str]:
     return used | ({"input", "history"} if data_format == "alpaca" else {"label"})
 
 
+_PAIRS = {
+    ("instruction", "output"): "instruction response, instruction answer, instruction completion",
+    ("prompt", "completion"): "question answer, question response, query answer, query response, prompt response, "
+    "prompt answer, prompt output, user assistant, human assistant, human gpt, problem solution, input output",
+}
+"""Pairs of names that mean what a format needs."""
+_MORE_THAN_A_PAIR = {"context", "passage", "document", "rejected", "chosen", "annotations", "turns", "text"}
+"""Columns next to which a pair may not be the whole row: the user decides."""
+
+
+def common_pair(columns: Collection[str]) -> dict[str, str]:
+    """Return common names -> a format's, for the only such pair among the columns. Empty if it is unclear."""
+    spelled = {column.strip().lower(): column for column in columns}
+    if fits_a_format(columns) or _MORE_THAN_A_PAIR & spelled.keys():
+        return {}
+    found = [
+        dict(zip((spelled[name] for name in pair.split()), needed, strict=True))
+        for needed, pairs in _PAIRS.items()
+        for pair in pairs.split(", ")
+        if spelled.keys() >= set(pair.split())
+    ]
+    return found[0] if len(found) == 1 else {}
+
+
 def fits_a_format(columns: Collection[str]) -> bool:
     """Return whether the columns, in any case, fit a format."""
     spelled = {name.strip().lower() for name in columns}

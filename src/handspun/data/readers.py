@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from handspun.data.csv_headers import (
     without_empty,
     wrong_count,
 )
-from handspun.data.formats import fits_a_format, known_spellings
+from handspun.data.formats import common_pair, fits_a_format, known_spellings
 from handspun.data.json_shapes import (
     MOST_LEVELS,
     Values,
@@ -164,16 +164,21 @@ def _check_unique(names: list[str], file: str) -> None:
         )
 
 
-def read_file(path: Path, notes: list[str] | None = None) -> list[Values]:
+def read_file(
+    path: Path, notes: list[str] | None = None, columns: Mapping[str, str] | None = None
+) -> list[Values]:
     """Return the file's rows in order, at least one. Raises DataError, and OSError if the system cannot read it.
 
-    notes: filled with what was skipped, or changed when it was read.
+    Args:
+        path: the file.
+        notes: filled with what was skipped, or changed when it was read.
+        columns: columns that the user has named: column -> its name in the file.
     """
     read = _READERS.get(path.suffix.lower())
     if read is None:
         raise DataError(_about_the_suffix(path), file=file_name(path))
     notes = [] if notes is None else notes
-    rows = with_known_names(read(path, notes), notes)
+    rows = with_known_names(read(path, notes), notes, columns or {}, file_name(path))
     if not rows:
         raise DataError("the file has no rows (expected at least one).", file=file_name(path))
     for number, values in enumerate(rows, 1):
@@ -322,17 +327,52 @@ def _opens(record: str) -> bool:
     return record.lstrip().startswith("[") or record.strip() == "{"
 
 
-def with_known_names(rows: list[Values], notes: list[str]) -> list[Values]:
-    """Return the rows with known column names. Names that differ only in case or white space are renamed."""
-    renamed = known_spellings(
-        dict.fromkeys(name for names in {tuple(values): None for values in rows} for name in names)
-    )
+def with_known_names(rows: list[Values], notes: list[str], columns: Mapping[str, str], file: str) -> list[Values]:
+    """Return the rows with the columns' names that the formats know.
+
+    Names that differ only in case or white space are renamed, and so are common pairs such as question and answer.
+    Raises DataError for a column that the user has named, and that does not exist.
+
+    Args:
+        rows: the rows of a file.
+        notes: filled with what was renamed.
+        columns: columns that the user has named: column -> its name in the file.
+        file: the file's name, for the error.
+    """
+    names = dict.fromkeys(name for names in {tuple(values): None for values in rows} for name in names)
+    renamed = _named_by_user(names, columns, file)
+    renamed |= {old: new for old, new in known_spellings(names).items() if old not in renamed}
+    if not columns:
+        spelled = {name: renamed.get(name, name) for name in names}
+        pair = common_pair(spelled.values())
+        renamed |= {name: pair[now] for name, now in spelled.items() if pair.get(now, now) != now}
     if not renamed:
         return rows
     notes.append(
         "columns read as " + ", ".join(f"{new} (written '{printable(old)}')" for old, new in renamed.items())
     )
     return [{renamed.get(name, name): value for name, value in values.items()} for values in rows]
+
+
+def _named_by_user(names: Collection[str], columns: Mapping[str, str], file: str) -> dict[str, str]:
+    """Return old name -> column. A file that has the column itself needs no renaming."""
+    renamed = {}
+    for column, name in columns.items():
+        if name in names:
+            if column in names and column != name and column not in columns.values():
+                raise DataError(
+                    f"--columns reads '{printable(name)}' as {column}, but there is a column {column} too. Rename "
+                    "or remove one of them.",
+                    file=file,
+                )
+            renamed[name] = column
+        elif column not in names:
+            raise DataError(
+                f"--columns reads {column} from '{printable(name)}', which is no column (found: "
+                f"{join_names(names)}). Correct its name.",
+                file=file,
+            )
+    return renamed
 
 
 class _DuplicateKeyError(Exception):

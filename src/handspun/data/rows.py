@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -82,22 +83,24 @@ def check_data_exists(*sources: str | None) -> None:
             return
 
 
-def read_rows(source: str, notes: FileNotes | None = None) -> list[Row]:
+def read_rows(source: str, notes: FileNotes | None = None, columns: Mapping[str, str] | None = None) -> list[Row]:
     """Return all rows of a file, of the files in a folder, or of a hub dataset; at least one.
 
     A folder means the csv, tsv, json, jsonl, ndjson and parquet files directly in it, sorted by name. If there are
     none, it means the files in its folder `train`, or else `data`. Hidden files and `datasets`' own metadata are
     ignored. In a folder, only links that stay inside it are followed (or inside the hub's cache that it belongs
     to). A hub dataset is `org/name`, `org/name:split` or `org/name:config:split`; the default split is train.
-    `notes` is filled, per file, with what was skipped or changed when it was read. Raises DataError.
+    `notes` is filled, per file, with what was skipped or changed when it was read. `columns` are columns that the
+    user has named: column -> its name in the file. Raises DataError.
     """
+    columns = columns or {}
     notes = {} if notes is None else notes
     try:
         path = _path_or_hub(source)
         if isinstance(path, re.Match):
-            return _hub_rows(source, path, notes)
+            return _hub_rows(source, path, notes, columns)
         files = _folder_files(path, notes) if path.is_dir() else [path]
-        return [row for file in files for row in _file_rows(file, notes)]
+        return [row for file in files for row in _file_rows(file, notes, columns)]
     except OSError as error:
         raise DataError(
             f"the system cannot read it ({error.strerror or error}). Check its permissions and the disk.",
@@ -124,7 +127,7 @@ def _path_or_hub(source: str) -> Path | re.Match[str]:
     raise _missing(path)
 
 
-def _file_rows(path: Path, notes: FileNotes) -> list[Row]:
+def _file_rows(path: Path, notes: FileNotes, columns: Mapping[str, str]) -> list[Row]:
     file, status = file_name(path), path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise DataError(
@@ -134,7 +137,7 @@ def _file_rows(path: Path, notes: FileNotes) -> list[Row]:
     if not status.st_size:  # includes files in /proc, where reading may block forever
         raise DataError("the file is empty; at least one row is expected.", file=file)
     noted: list[str] = []
-    rows = [Row(file, number, values) for number, values in enumerate(read_file(path, noted), 1)]
+    rows = [Row(file, number, values) for number, values in enumerate(read_file(path, noted, columns), 1)]
     if noted:
         notes.setdefault(file, []).extend(dict.fromkeys(noted))
     return rows
@@ -226,7 +229,7 @@ def _is_loop(link: Path) -> bool:
     return False
 
 
-def _hub_rows(source: str, hub: re.Match[str], notes: FileNotes) -> list[Row]:
+def _hub_rows(source: str, hub: re.Match[str], notes: FileNotes, columns: Mapping[str, str]) -> list[Row]:
     """Return the rows of a hub dataset as `datasets` reads them. It turns csv cells into numbers if it can."""
     check_installed("datasets", "hub", f"{source}: a hub dataset")
     import datasets
@@ -246,7 +249,7 @@ def _hub_rows(source: str, hub: re.Match[str], notes: FileNotes) -> list[Row]:
     if not found:
         raise DataError(f"the split {split!r} has no rows; at least one is expected.", file=source)
     noted: list[str] = []
-    found = with_known_names(found, noted)
+    found = with_known_names(found, noted, columns, source)
     if noted:
         notes[source] = noted
     return [Row(source, number, values) for number, values in enumerate(found, 1)]

@@ -98,7 +98,7 @@ def score(
     if batch_size < 1:
         raise ConfigError(f"--batch-size is {batch_size}: expected at least 1.")
     file_notes: dict[str, list[str]] = {}
-    rows = read_rows(config.data, file_notes)
+    rows = read_rows(config.data, file_notes, config.column_names)
     max_length = resolve_max_length(config.max_length, context_length(chat.model.config))
     made = example_set(
         rows,

@@ -80,7 +80,13 @@ def write_batch(skipped: SkippedStep, config: TrainConfig, training: Dataset) ->
     """
     path = Path(config.output_dir) / f"nonfinite-step-{skipped.step}.jsonl"
     try:
-        rows, _ = read_split(config.data, eval_data=None, eval_ratio=config.eval_ratio, seed=config.seed)
+        rows, _ = read_split(
+            config.data,
+            eval_data=None,
+            eval_ratio=config.eval_ratio,
+            seed=config.seed,
+            columns=config.column_names,
+        )
     except DataError as error:
         return f"its rows are not in {path}, since the data cannot be read any more: {error}"
     if fingerprint(rows) != training.fingerprint:

@@ -70,12 +70,13 @@ def kill_and_compare(config: TrainConfig, *, steps: int, kills: int, rng: random
 
 def _config(config: TrainConfig, work: Path, steps: int) -> TrainConfig:
     """Return options for two epochs of half the steps each, on just enough rows, with frequent checkpoints."""
-    rows = read_rows(config.data)[: max(steps // 2, 1) * config.batch_size]
+    rows = read_rows(config.data, columns=config.column_names)[: max(steps // 2, 1) * config.batch_size]
     data = work / "rows.jsonl"
     data.write_text("".join(json.dumps(row.values, default=str) + "\n" for row in rows), encoding="utf-8")
     return replace(
         config,
         data=str(data),
+        columns=None,  # the rows have the formats' names now
         num_epochs=2,
         save_steps=config.save_steps or max(steps // 5, 1),
         sample_answers=False,

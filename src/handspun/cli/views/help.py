@@ -9,7 +9,7 @@ from rich.text import Text
 GROUPS = {
     "Prompts": "prompts prompts-file system-prompt prefill chat",
     "Model": "model-a model-b model weights device threads chat-template template-args",
-    "Rows": "data data-format role-map max-length strict cache-examples",
+    "Rows": "data data-format columns role-map max-length strict cache-examples",
     "Training": "num-epochs batch-size learning-rate lr-schedule warmup-ratio weight-decay max-grad-norm",
     "LoRA": "lora lora-rank lora-alpha lora-dropout base-weights",
     "Evaluation": "eval-data eval-ratio eval-steps generate per-row",
