@@ -43,7 +43,9 @@ def test_columns_of_no_format_are_listed_with_what_is_near(columns: list[str], h
 def test_no_hint_where_nothing_is_near() -> None:
     with pytest.raises(DataError) as caught:
         recognize_format(["instruction", "input"], "a.csv")
-    assert str(caught.value).endswith("sharegpt needs conversations.")
+    assert str(caught.value).endswith(
+        "sharegpt needs conversations. Or name yours, as in --columns prompt=Question,completion=Reply."
+    )
 
 
 def test_columns_of_several_formats_are_for_the_user_to_choose() -> None:

@@ -163,7 +163,8 @@ def recognize_format(columns: Collection[str], file: str) -> DataFormat:
         )
     formats = "; ".join(f"{name} needs {' and '.join(needed)}" for name, needed in NEEDED.items())
     message = f"the columns fit no format. Found: {names}. Expected: {formats}."
-    raise DataError(" ".join([message, *hints(columns, dict(NEEDED.items()))]), file=file)
+    remedy = "Or name yours, as in --columns prompt=Question,completion=Reply."
+    raise DataError(" ".join([message, *hints(columns, dict(NEEDED.items())), remedy]), file=file)
 
 
 def used_columns(data_format: str) -> set[str]:
