@@ -65,9 +65,9 @@ def refusal(source: str) -> str:
     return str(caught.value)
 
 
-def turns(source: str) -> list[list[tuple[str, str]]]:
+def turns(source: str, columns: dict[str, str] | None = None) -> list[list[tuple[str, str]]]:
     """The conversations of a file, as (role, content)."""
-    rows = read_rows(source)
+    rows = read_rows(source, columns=columns)
     data_format = recognize_format(list(rows[0].values), source)
     conversations = [to_conversation(row, data_format, system_prompt=None).messages for row in rows]
     return [[(message["role"], message["content"]) for message in messages] for messages in conversations]
@@ -224,7 +224,7 @@ def test_json_of_every_shape_is_read(write: Write, value: Any, name: str, indent
 
 
 def test_columns_that_no_format_has_are_read_by_rows_too(write: Write) -> None:
-    rows = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
+    rows = [{"first": "a", "second": "b"}, {"first": "c", "second": "d"}]
     for value in (columns_of(rows), {name: numbered(cells) for name, cells in columns_of(rows).items()}):
         assert read(write("train.json", value))[0] == rows
     assert read(write("train.json", numbered(rows)))[0] == rows
@@ -329,22 +329,25 @@ def test_a_part_of_the_hubs_rows_is_told_of(write: Write) -> None:
     assert read(write("a.json", value)) == (ROWS[:1], ["rows of the hub's API, 1 of the data set's 52002"])
 
 
+PAIRS: list[dict[str, Any]] = [
+    {"prompt": "a", "answer": "b"},
+    {"prompt": "a", "response": "b"},
+    {"prompt": "a", "output": "b"},
+    {"id": 1, "prompt": "a", "answer": "b", "annotator": 1, "lead_time": 4.2},
+    {"instruction": "a", "response": "b"},
+    {"instruction": "a", "answer": "b"},
+    {"instruction": "a", "completion": "b"},
+    {"question": "a", "answer": "b"},
+    {"Question": "a", "Answer": "b"},
+    {"query": "a", "response": "b"},
+    {"input": "a", "output": "b"},
+    {"user": "a", "assistant": "b"},
+    {"Human": "a", "Assistant": "b"},
+    {"problem": "a", "solution": "b"},
+]
 RENAMINGS = [
-    ({"prompt": "a", "answer": "b"}, {"answer": "completion"}),
-    ({"prompt": "a", "response": "b"}, {"response": "completion"}),
-    ({"prompt": "a", "output": "b"}, {"output": "completion"}),
-    ({"id": 1, "prompt": "a", "answer": "b", "annotator": 1, "lead_time": 4.2}, {"answer": "completion"}),
-    ({"instruction": "a", "response": "b"}, {"response": "output"}),
     ({"instruction": "a", "context": "", "response": "b"}, {"response": "output"}),
-    ({"instruction": "a", "answer": "b"}, {"answer": "output"}),
-    ({"instruction": "a", "completion": "b"}, {"completion": "output"}),
-    ({"question": "a", "answer": "b"}, {"question": "prompt", "answer": "completion"}),
-    ({"Question": "a", "Answer": "b"}, {"Question": "prompt", "Answer": "completion"}),
-    ({"query": "a", "response": "b"}, {"query": "prompt", "response": "completion"}),
-    ({"input": "a", "output": "b"}, {"input": "prompt", "output": "completion"}),
-    ({"user": "a", "assistant": "b"}, {"user": "prompt", "assistant": "completion"}),
-    ({"Human": "a", "Assistant": "b"}, {"Human": "prompt", "Assistant": "completion"}),
-    ({"problem": "a", "solution": "b"}, {"problem": "prompt", "solution": "completion"}),
+    ({"question": "a", "reply": "b"}, {"question": "prompt", "reply": "completion"}),
     ({"instructions": "a", "output": "b"}, {"instructions": "instruction"}),
     ({"prompts": "a", "completions": "b"}, {"prompts": "prompt", "completions": "completion"}),
     ({"message": CHATS[0]}, {"message": "messages"}),
@@ -355,10 +358,17 @@ RENAMINGS = [
 ]
 
 
+@pytest.mark.parametrize("values", PAIRS, ids="-".join)
+def test_a_common_pair_is_read_as_what_it_means(write: Write, values: dict[str, Any]) -> None:
+    assert turns(write("train.jsonl", values)) == TWO[:1]
+
+
 @pytest.mark.parametrize(("values", "renaming"), RENAMINGS, ids=lambda value: "-".join(value))
 def test_a_renaming_that_is_advised_works(write: Write, values: dict[str, Any], renaming: dict[str, str]) -> None:
-    message = refusal(write("train.jsonl", values))
-    assert message.endswith("Rename " + " and ".join(f"'{a}' to '{b}'" for a, b in renaming.items()) + ".")
+    """In the file, and with --columns."""
+    message = refusal(source := write("train.jsonl", values))
+    assert "Rename " + " and ".join(f"'{a}' to '{b}'" for a, b in renaming.items()) + ". Or name" in message
+    assert turns(source, {new: old for old, new in renaming.items()}) == TWO[:1]
     assert turns(write("train.jsonl", {renaming.get(k, k): v for k, v in values.items()})) == TWO[:1]
 
 
@@ -534,9 +544,9 @@ def test_a_file_is_read_once(
     write("train.csv", "sep=;\ninstruction;output\na;b\na;b\nc;N/A\n")
     read: list[str] = []
 
-    def read_and_count(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    def read_and_count(path: Path, *arguments: Any) -> list[dict[str, Any]]:
         read.append(path.name)
-        return read_file(path, notes)
+        return read_file(path, *arguments)
 
     monkeypatch.setattr("handspun.data.rows.read_file", read_and_count)
     assert main([command, "--data", "train.csv", "--model", str(tiny_folder), "--no-cache-examples"]) == 0
