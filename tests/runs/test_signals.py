@@ -144,7 +144,8 @@ def training(tiny_folder: Path, folder: Path, *options: str, processes: int) -> 
         *("--model", str(tiny_folder), "--data", str(folder / "train.csv"), "--dtype", "float32"),
         *("--output-dir", str(folder / "output"), "--num-epochs", "2000", "--threads", "1", *options),
     ]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with hangups(signal.SIG_DFL):  # under nohup, the run would inherit that they are ignored
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         while not (folder / "output" / "checkpoint-epoch-2").exists():
             assert run.poll() is None, run.communicate()
