@@ -8,7 +8,7 @@ from handspun.config import DataFormat
 from handspun.display import join_names, printable
 from handspun.errors import DataError
 
-_SEARCHED = 1000
+MOST_SEARCHED = 1000
 """Limit on the columns that are compared with the formats' columns."""
 
 # Other names of the columns that the formats need, the most common first.
@@ -87,7 +87,7 @@ def hints(columns: Collection[str], needed: Mapping[str, Sequence[str]]) -> list
     exports = [hint for keys, hint in _EXPORTS if names.issuperset(keys)]
     if exports:
         return exports[:1]
-    found = list(islice(columns, _SEARCHED))
+    found = list(islice(columns, MOST_SEARCHED))
     renamings = [renaming for wanted in needed.values() if (renaming := _renaming(found, wanted)) is not None]
     meanings = [hint for column, hint in _MEANINGS.items() if column in names]
     if renamings:

@@ -16,7 +16,7 @@ from handspun.data.csv_headers import (
     without_empty,
     wrong_count,
 )
-from handspun.data.formats import common_pair, fits_a_format, known_spellings
+from handspun.data.formats import MOST_SEARCHED, common_pair, fits_a_format, known_spellings
 from handspun.data.json_shapes import (
     MOST_LEVELS,
     Values,
@@ -342,7 +342,7 @@ def with_known_names(rows: list[Values], notes: list[str], columns: Mapping[str,
     names = dict.fromkeys(name for names in {tuple(values): None for values in rows} for name in names)
     renamed = _named_by_user(names, columns, file)
     renamed |= {old: new for old, new in known_spellings(names).items() if old not in renamed}
-    if not columns:
+    if not columns and len(names) <= MOST_SEARCHED:
         spelled = {name: renamed.get(name, name) for name in names}
         pair = common_pair(spelled.values())
         renamed |= {name: pair[now] for name, now in spelled.items() if pair.get(now, now) != now}
