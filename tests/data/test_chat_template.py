@@ -282,6 +282,8 @@ def test_a_template_that_trims_and_forgets_thoughts_gives_an_example_for_each_tu
         decode(tokenizer, [i for i, on in zip(e.input_ids, e.loss_mask, strict=True) if on]) for e in examples
     ]
     assert sorted(target_ids) == ["<think>ha</think> a2<|im_end|>", "<think>hm</think> a1<|im_end|>"]
+    (first,) = template.encode(messages[:3])  # what the whole conversation shows is not trained on
+    assert first.input_ids in [example.input_ids for example in examples]
 
 
 CHINESE = [

@@ -2,13 +2,23 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.dataset import fingerprint, load_splits, resolve_max_length
-from handspun.data.examples import build_examples, hold_out
+from handspun.data.examples import (
+    DataReport,
+    Example,
+    RowIssue,
+    build_examples,
+    check_rows_left,
+    concatenate,
+    hold_out,
+)
 from handspun.data.rows import Row
 from handspun.errors import ConfigError, DataError
 from handspun.preflight.print import account_lines, length_lines
@@ -171,3 +181,66 @@ def test_lengths_are_told_with_quantiles_and_bars() -> None:
         in lines[0]
     )
     assert sum(int(line.split()[-1]) for line in lines[1:-1]) == 10
+
+
+def test_concatenate_keeps_the_types_of_its_columns_beside_an_empty_part() -> None:
+    dataset = concatenate([[Example([1, 2], [False, True], "a", 1)], []])
+    assert (dataset.input_ids.dtype, dataset.loss_mask.dtype) == (np.int32, np.bool_)
+    assert [(e.input_ids, e.loss_mask, e.file, e.row) for e in dataset] == [([1, 2], [False, True], "a", 1)]
+
+
+def test_new_reports_are_empty_and_share_nothing() -> None:
+    first, second = DataReport(), DataReport()
+    first.formats["a"] = "alpaca"
+    assert second.formats == second.unused_columns == second.file_notes == {}
+    assert second.dropped == second.truncated == second.notes == []
+
+
+def test_progress_counts_rows_up_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("handspun.data.examples._ROWS_AT_ONCE", 20)
+    done: list[int] = []
+    build_examples(rows_of(*[("a", "b")] * 50), TEMPLATE, max_length=30, progress=done.append)
+    assert done == [20, 40, 50]
+
+
+def test_tools_of_a_row_reach_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    template, tool = ChatTemplate(tiny_tokenizer()), {"type": "function", "function": {"name": "look_up"}}
+    lay_out = template.lay_out
+    monkeypatch.setattr(template, "lay_out", lambda messages, tools: seen.append(tools) or lay_out(messages))
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    build_examples([Row("chat.jsonl", 1, {"messages": turns, "tools": [tool]})], template, max_length=100)
+    assert [[tool["function"]["name"] for tool in tools] for tools in seen] == [["look_up"]]
+
+
+def test_keys_of_messages_that_are_ignored_are_unused_columns_of_their_file() -> None:
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello.", "id": 7}]
+    rows = [*rows_of(("a", "b")), *(Row("chat.jsonl", number, {"messages": turns}) for number in (1, 2))]
+    _, account = build_examples(rows, TEMPLATE, max_length=100)
+    assert account.unused_columns == {"chat.jsonl": ["id (of messages)"]}
+
+
+def test_what_is_not_tokenized_is_told_as_more_than_what_is() -> None:
+    """No token has a thousand characters, so a hundred thousand cannot fit in 50 tokens."""
+    (made,), account = build_examples(rows_of(("Hi.", "abc " * 25_000)), TEMPLATE, max_length=50)
+    assert len(made) == 50
+    [issue] = account.truncated
+    assert (issue.row, issue.text.startswith("more than ")) == (1, True)
+
+
+@pytest.mark.parametrize(("reasons", "more"), [(1, ""), (20, ""), (21, "; and 1 more reasons")])
+def test_check_rows_left_names_twenty_reasons(reasons: int, more: str) -> None:
+    dropped = [RowIssue("a.csv", number, f"reason {number}") for number in range(reasons)]
+    listed = "; ".join(f"reason {number}: 1" for number in range(min(reasons, 20)))
+    with pytest.raises(DataError) as caught:
+        check_rows_left(DataReport(rows=reasons, dropped=dropped), strict=False)
+    assert f"none of its {reasons} rows can be trained on ({listed}{more}). Run" in str(caught.value)
+
+
+@pytest.mark.parametrize(("rows", "more"), [(1, ""), (20, ""), (21, "\n  and 1 more")])
+def test_check_rows_left_lists_twenty_rows_under_strict(rows: int, more: str) -> None:
+    lost = [RowIssue("a.csv", number, "empty") for number in range(rows)]
+    listed = "\n".join(f"  a.csv, row {number}: empty" for number in range(min(rows, 20)))
+    with pytest.raises(DataError) as caught:
+        check_rows_left(DataReport(rows=99, kept=99 - rows, dropped=lost[:1], truncated=lost[1:]), strict=True)
+    assert f"does not allow:\n{listed}{more}\nFix the rows" in str(caught.value)

@@ -72,6 +72,8 @@ def test_texts_agree_where_tokens_do_not() -> None:
             answer.add(token)
     assert ids[0] != letters[0]
     assert agreed([whole, spelled]) == (" the", [])
+    [chunk] = BeamStream(1).grow([whole, spelled])
+    assert (chunk.text, chunk.token_ids) == (" the", [])
 
 
 def test_only_what_may_still_be_returned_counts() -> None:

@@ -72,6 +72,11 @@ def test_the_numbers_of_a_step_worked_out_by_hand() -> None:
     ]
 
 
+@pytest.mark.parametrize(("token", "rank"), [(0, 3), (1, 1), (2, 2)])
+def test_the_rank_of_a_token_by_hand(token: int, rank: int) -> None:
+    assert _explained(torch.tensor([[0.2, 0.5, 0.3]]).log(), SamplingParams(), token).rank == rank
+
+
 def test_the_runner_up_of_a_draw_is_the_next_in_logit_and_noise() -> None:
     logits, noise = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.0, 9.0, 5.0]])
     assert _explained(logits, SamplingParams(do_sample=True), 1, noise=noise).runner_up.token_id == 2

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from handspun.decoding import filters
+from handspun.decoding.constraint import make_constraint
 from handspun.decoding.options import SamplingParams
 from handspun.decoding.processors import History, check_some_left, make_processors, process
 from handspun.errors import ConfigError
 from handspun.verification.processors import process_both
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 _VOCAB = 12
 _INF = math.inf
@@ -232,6 +233,19 @@ def test_a_function_whose_logits_leave_no_token_is_named(returned: list[float], 
     made = make_processors(SamplingParams(), [broken])
     with pytest.raises(ConfigError, match=message):
         process(torch.zeros(1, 3), [History([1], [2])], made)
+
+
+def test_a_constraint_sees_each_rows_answer_and_not_its_prompt() -> None:
+    tokenizer = tiny_tokenizer()
+    constraint = make_constraint(SamplingParams(choice=("yes", "no"), eos_token_ids=(3,)), tokenizer)
+    assert constraint is not None
+    begun = tokenizer("yes")["input_ids"][:1]
+    rows, logits = [History([1, 2]), History([1], begun)], torch.zeros(2, 330)
+    processed = process(logits, rows, make_processors(SamplingParams(), constraint=constraint))
+    assert torch.equal(processed, constraint.apply(logits, [[], begun]))
+    assert processed[0, begun[0]] == 0.0
+    assert (processed == -_INF).any(-1).tolist() == [True, True]
+    assert not torch.equal(processed[0], processed[1])
 
 
 def test_excluding_everything_is_an_error_that_names_the_options() -> None:

@@ -83,6 +83,8 @@ def test_step_answers_as_alone_whatever_else_is_decoded(
     monkeypatch.setattr(scheduler_module, "_PROMPT_TOKENS", 8)
     requests, dice = requests_for(int8_chat), random.Random(seed)
     expected = {request: alone(int8_chat, request) for request in requests}
+    explained = [result for request, results in expected.items() if request.explain for result in results]
+    assert [len(result.explanation or []) for result in explained] == [5]
     waiting, steps = dice.sample(requests, len(requests)), list[tuple[Request, Any]]()
     scheduler = Scheduler(int8_chat, BatchLimits(rows=dice.choice([4, 9, 32])))
     while waiting or not scheduler.is_idle:

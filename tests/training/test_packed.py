@@ -88,6 +88,18 @@ def test_loss_and_gradients_are_those_of_padded_rows(family: str, share_prefix: 
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
 
 
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_row_losses_are_those_of_padded_rows(share_prefix: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, although training is in bfloat16, and whatever chunks the head sees."""
+    model, batch = model_of("qwen2"), rows(6)
+    expected = PaddedRunner(model, torch.float32, 0).row_losses(batch)
+    monkeypatch.setattr(packed_module, "LOGITS_CHUNK_BYTES", 4 * 330 * 16)
+    with packed_attention(model):
+        packed = Packed(model, torch.bfloat16, Batching("packed", share_prefix))
+        assert packed.row_losses(batch) == pytest.approx(expected, rel=1e-5)
+        assert packed.loss(batch) == pytest.approx(sum(expected), rel=1e-5)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
 @pytest.mark.parametrize("share_prefix", [True, False])
 def test_all_sequences_at_once_as_on_a_gpu(
