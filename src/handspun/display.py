@@ -331,6 +331,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return `1 row` or `1,234 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def command_here() -> str:
     """Return what to type in this shell for `handspun`: its path if the shell would not find this one."""
     own, found = Path(sys.argv[0]), shutil.which("handspun")

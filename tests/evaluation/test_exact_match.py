@@ -1,7 +1,7 @@
 """A model that says exactly what it was trained to say matches, whatever its template writes around the answer."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from chat_templates import KINDS, chat_of
 from handspun.config import DataConfig
 from handspun.data.rows import Row
-from handspun.decoding.generate import generate
-from handspun.decoding.results import GenerationResult
+from handspun.decoding.generate import generate, stream
+from handspun.decoding.results import GenerationChunk
 from handspun.display import captured_log
 from handspun.evaluation.answers import is_exact_match, question_of, trained_answer_ids
 from handspun.evaluation.score import RowScore, score
@@ -109,10 +109,10 @@ def test_score_of_a_perfect_model_is_all_matches(
         ids = trained_answer_ids(chat, [*asked, {"role": "assistant", "content": row["completion"].strip()}])
         wanted[tuple(chat.template.encode_prompt(asked))] = ids
 
-    def as_a_perfect_model(*arguments: Any, **options: Any) -> list[GenerationResult]:
-        return generate(*arguments, processors=[follows(wanted)], **options)
+    def as_a_perfect_model(*arguments: Any, **options: Any) -> Iterator[GenerationChunk]:
+        return stream(*arguments, processors=[follows(wanted)], **options)
 
-    monkeypatch.setattr("handspun.evaluation.answers.generate", as_a_perfect_model)
+    monkeypatch.setattr("handspun.evaluation.answers.stream", as_a_perfect_model)
     config = DataConfig(data=str(tmp_path / "rows.jsonl"), cache_examples=False)
     scores = score(chat, config, ask=True, max_new_tokens=80)
     assert [row.exact_match for row in scores.rows] == [True] * 4

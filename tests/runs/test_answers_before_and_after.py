@@ -8,9 +8,11 @@ import pytest
 
 import handspun
 from handspun.runs.metrics import read_metrics
-from handspun.runs.sample_answers import DECODINGS, sample_answers
+from handspun.runs.sample_answers import SamplePrompt, sample_answers
 from handspun.runs.train import train
 from small_runs import ROWS, config, quiet_console
+
+PROMPTS = [SamplePrompt("Say 3.", [{"role": "user", "content": "Say 3."}])]
 
 
 @pytest.mark.slow
@@ -31,18 +33,17 @@ def test_sample_answers_change_nothing_of_the_training(tiny_folder: Path, tmp_pa
 
 def test_weights_lie_as_they_lay_before_the_answers(tiny_chat: handspun.ChatModel) -> None:
     before = {name: weight.clone() for name, weight in tiny_chat.model.state_dict().items()}
-    sample_answers(tiny_chat, ["Say 3."])
+    sample_answers(tiny_chat, PROMPTS, seconds=60)
     assert tiny_chat.model.state_dict().keys() == before.keys() > set()
     for name, weight in tiny_chat.model.state_dict().items():
         assert weight.untyped_storage().nbytes() == weight.nbytes
         assert weight.equal(before[name])
 
 
-def test_the_time_for_answers_is_bounded_and_shared(tiny_chat: handspun.ChatModel) -> None:
+def test_the_time_for_answers_is_bounded(tiny_chat: handspun.ChatModel) -> None:
     ticks = iter(range(1_000_000))
-    made = sample_answers(tiny_chat, ["Say 3."], seconds=30, clock=lambda: float(next(ticks)))
-    assert [answer.decoding for answer in made.answers] == list(DECODINGS)
-    assert {answer.finish_reason for answer in made.answers} == {"cancelled"}
+    made = sample_answers(tiny_chat, PROMPTS, seconds=30, clock=lambda: float(next(ticks)))
+    assert [answer.finish_reason for answer in made.answers] == ["cancelled"]
     assert next(ticks) < 40
 
 
@@ -53,5 +54,5 @@ def test_an_int8_base_answers_without_float_copies(tiny_folder: Path, tmp_path: 
     options = {"lora": True, "base_weights": "int8", "sample_prompts": ("Say 3.",)}
     run = train(config(tiny_folder, data, **options), console=quiet_console())
     kept = json.loads((run.output_dir / "report_data.json").read_text(encoding="utf-8"))
-    assert len(kept["before"]["answers"]) == len(kept["after"]["answers"]) == len(DECODINGS)
+    assert len(kept["before"]["answers"]) == len(kept["after"]["answers"]) == 1
     assert any("float copies" in note for note in kept["before"]["notes"])

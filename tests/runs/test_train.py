@@ -62,7 +62,7 @@ def test_the_log_is_plain_lines_in_file_and_output(tiny_folder: Path, data: Path
         assert "\r" not in text
         assert "rows: 16 read, 16 kept, 0 dropped" in text
         assert re.search(r"step 1/4  epoch 1  loss \d\.\d{4}  lr 1\.00e-03  grad ", text)
-        assert re.search(r"held-out loss \d\.\d{4} before, \d\.\d{4} after; best", text)
+        assert re.search(r"held-out loss \d\.\d{4} before, \d\.\d{4} after\n", text)
     assert re.sub(r"^\d\d:\d\d:\d\d ", "", logged, flags=re.MULTILINE) == printed
     assert "".join(f"{line}\n" for line in lines) == printed
 

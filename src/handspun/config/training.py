@@ -185,11 +185,11 @@ class TrainConfig(DataConfig):
     fail if there is none. --no-resume: never."""
 
     sample_answers: bool = True
-    """Answer a few prompts before the first step and after the last, for report.html. Takes at most a minute each
-    time."""
+    """Answer a few prompts before the first step and after the last. Answers and row losses take at most a tenth of
+    the steps' time (ten seconds are always allowed)."""
 
     sample_prompts: tuple[str, ...] | None = None
-    """Prompts for the sample answers. Default: the demo's three prompts."""
+    """Prompts for the sample answers. Default: those of three held-out rows, or else training rows."""
 
     sample_every: int | None = None
     """Also answer the sample prompts greedily every N optimizer steps, and show how the answers change."""
@@ -199,8 +199,8 @@ class TrainConfig(DataConfig):
     its package."""
 
     report_rows: int = 256
-    """Number of evenly spaced rows per data set whose final losses appear in report.html, the worst and best with
-    their text. 0 leaves them out."""
+    """Most evenly spaced rows per data set whose final losses are computed. The hardest are in report.html, and in
+    hardest_rows.csv. 0 leaves them out."""
 
     overwrite: bool = False
     """Replace an earlier run in the output folder."""

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -160,9 +160,9 @@ class Dataset:
     rows: list[Row] = field(default_factory=list, repr=False)
     """All rows, for the checks before the run. `release_rows` frees them."""
 
-    def release_rows(self) -> None:
-        """Free all rows except the ones that the report names."""
-        self.rows.clear()
+    def release_rows(self, keep: Collection[tuple[str, int]] = ()) -> None:
+        """Free all rows except those to keep, as (file, row number), and those that the report names."""
+        self.rows[:] = [row for row in self.rows if (row.file, row.number) in keep]
 
 
 def load_splits(

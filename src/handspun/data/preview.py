@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import TypeVar
 
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from handspun.data.examples import Example
 from handspun.display import visible
+
+_Item = TypeVar("_Item")
 
 
 def target_runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
@@ -42,7 +45,13 @@ def _cut(run: str, most: int | None) -> str:
     return f"{head} … {len(run) - len(head) - len(tail)} characters … {tail}"
 
 
-def spread(examples: Sequence[Example], count: int) -> list[Example]:
-    """Return the first example and others at even distances, so that a preview covers the whole file."""
-    count = min(count, len(examples))
-    return [examples[i * len(examples) // count] for i in range(count)]
+def spread(items: Sequence[_Item], count: int) -> list[_Item]:
+    """Return the first item and others at even distances, so that they represent all."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def spread_order(count: int) -> list[int]:
+    """Return the indices in an order of which every beginning is about evenly spaced: 0, 4, 2, 6, 1, 5, 3, 7."""
+    bits = max(count - 1, 1).bit_length()
+    return sorted(range(count), key=lambda i: f"{i:0{bits}b}"[::-1])

@@ -1,6 +1,6 @@
 """Answer the prompts of rows greedily and compare with the rows' outputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -8,7 +8,7 @@ from handspun.config import GenerationOptions
 from handspun.data.conversations import to_conversation
 from handspun.data.messages import Message
 from handspun.data.rows import Row
-from handspun.decoding.generate import generate
+from handspun.decoding.generate import stream
 from handspun.decoding.options import resolve
 from handspun.decoding.results import GenerationResult
 from handspun.decoding.text import StreamingText, vocabulary
@@ -94,6 +94,8 @@ def greedy_answers(
     system_prompt: str | None,
     max_new_tokens: int,
     batch_size: int,
+    should_stop: Callable[[], bool] | None = None,
+    on_answer: Callable[[int], None] | None = None,
 ) -> list[GenerationResult]:
     """Return one greedy answer per question. A stop string that occurs in an expected answer is not used.
 
@@ -103,6 +105,8 @@ def greedy_answers(
         system_prompt: System message for conversations without one.
         max_new_tokens: Maximum number of tokens per answer.
         batch_size: Number of answers decoded together.
+        should_stop: Called before every step. Once it returns True, unfinished answers end as "cancelled".
+        on_answer: Called with the number of complete answers whenever one is.
     """
     stop_strings = resolve(GenerationOptions(), chat, chat=True)[0].stop_strings
     harmless = tuple(s for s in stop_strings if not any(s in (question.trained or "") for question in questions))
@@ -111,7 +115,8 @@ def greedy_answers(
             f"{too_long} of {len(questions)} rows expect more than {max_new_tokens} tokens and cannot match: "
             "raise --max-new-tokens"
         )
-    return generate(
+    results: list[GenerationResult] = []
+    for chunk in stream(
         chat,
         [question.messages for question in questions],
         options=GenerationOptions(
@@ -119,7 +124,19 @@ def greedy_answers(
         ),
         system_prompt=system_prompt,
         batch_size=batch_size,
-    )
+        should_stop=should_stop,
+    ):
+        if chunk.result is not None:
+            results.append(chunk.result)
+            if on_answer is not None:
+                on_answer(len(results))
+    return sorted(results, key=lambda result: result.prompt_index)
+
+
+def is_right(question: Question, answer: str) -> bool:
+    """Return whether an answer matches the row's output, or the text that training on the row teaches."""
+    expected = {question.expected, question.trained or question.expected}
+    return any(is_exact_match(answer, text) for text in expected)
 
 
 def is_exact_match(answer: str, expected: str) -> bool:

@@ -11,7 +11,7 @@ from handspun.data.rows import Row, read_rows
 from handspun.decoding.results import GenerationResult
 from handspun.display import logger
 from handspun.errors import ConfigError
-from handspun.evaluation.answers import Question, greedy_answers, is_exact_match, question_of
+from handspun.evaluation.answers import Question, greedy_answers, is_right, question_of
 from handspun.evaluation.losses import RowKey, row_losses
 from handspun.files import cache_folder
 from handspun.models.embedding_rows import check_examples, embedding_rows
@@ -41,8 +41,7 @@ class RowScore:
         """True if the answer matches the row's output or its trained text; None if the model was not asked."""
         if self.answer is None:
             return None
-        right = {self.question.expected, self.question.trained or self.question.expected}
-        return any(is_exact_match(self.answer.text, text) for text in right)
+        return is_right(self.question, self.answer.text)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from handspun.config import TrainConfig
 from handspun.data.examples import DataReport, Example, RowIssue, learned_tokens_of, lengths_of, notes_by_text
 from handspun.data.preview import bracketed, colored, spread
-from handspun.display import duration, join_names, logger
+from handspun.display import count_of, duration, join_names, logger
 from handspun.files import readable_size
 from handspun.preflight.checks import EndOfTurn, Finding, Preflight, check_findings, headline, rows_named
 from handspun.preflight.time_estimate import MEASURED_ON
@@ -101,8 +101,8 @@ def plan_lines(plan: Plan, config: TrainConfig, max_length: int) -> list[str]:
     return [
         f"model {config.model}: {plan.parameters / 1e6:.1f}M parameters, {what}"
         f"{plan.trainable / 1e6:.1f}M trained",
-        f"plan: {plan.examples} examples x {config.num_epochs} epochs in batches of {config.batch_size}: "
-        f"{plan.steps} steps",
+        f"plan: {count_of(plan.examples, 'example')} x {count_of(config.num_epochs, 'epoch')} in batches of "
+        f"{config.batch_size}: {count_of(plan.steps, 'step')}",
         f"tokens per epoch: {plan.tokens}, {plan.learned_tokens} of them targets,",
         f"  {plan.computed_tokens} computed ({plan.batching}); rows of at most {max_length}",
         f"  in {plan.micro_batches} micro-batches of at most {config.max_tokens}",

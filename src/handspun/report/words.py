@@ -7,7 +7,7 @@ from typing import Any
 
 from handspun.config import TrainConfig, option_name
 from handspun.data.examples import DataReport, RowIssue
-from handspun.display import duration
+from handspun.display import count_of, duration
 from handspun.preflight.checks import Preflight, headline, rows_named
 from handspun.report.pictures import SET_NAMES
 from handspun.runs.metrics import RunFiles
@@ -243,16 +243,12 @@ def _time_figure(run: RunFiles) -> tuple[str, str, str]:
     whole = seconds if seconds is not None else in_steps
     predicted = run.record.preflight.predicted_seconds if run.record.preflight else None
     guess = f"; {duration(predicted)} predicted for the steps" if predicted is not None else ""
-    return "Time", duration(whole), f"{_count(len(steps), 'step')}, {rate}{guess}" if rate else "no steps"
+    return "Time", duration(whole), f"{count_of(len(steps), 'step')}, {rate}{guess}" if rate else "no steps"
 
 
 def _memory_figure(run: RunFiles) -> tuple[str, str, str]:
     peak, predicted = run.record.peak_memory_bytes, run.plan.peak_memory
     return "Peak memory", f"{peak / 1e9:.1f} GB" if peak else "unknown", f"{predicted / 1e9:.1f} GB predicted"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _last_part(name: str) -> str:

@@ -1,125 +1,102 @@
-"""What a report needs besides run.json and metrics.jsonl, collected while it is at hand."""
+"""What a report needs besides run.json and metrics.jsonl, collected while it is at hand and time allows."""
 
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from handspun.config import TrainConfig
 from handspun.data.dataset import Dataset
 from handspun.data.examples import Example, lengths_of
-from handspun.data.preview import spread, target_runs
-from handspun.data.rows import Row
-from handspun.display import captured_log, duration, logger
+from handspun.data.preview import spread
+from handspun.display import captured_log, count_of, logger
 from handspun.errors import HandspunError
-from handspun.files import output_errors, write_json
+from handspun.evaluation.answers import Question, question_of
+from handspun.files import output_errors, sha256_of, write_json, write_text
 from handspun.models.fingerprints import weight_checksums
 from handspun.models.load import ChatModel, model_source
 from handspun.report.page import write_report
-from handspun.runs.metrics import KEPT, read_kept
-from handspun.runs.sample_answers import prompts_of, sample_answers
-from handspun.training.runner import BatchRunner, select_runner
+from handspun.runs.log import RunLog
+from handspun.runs.metrics import HARDEST, KEPT, METRICS, read_kept, read_metrics
+from handspun.runs.row_losses import hardest_rows_csv, loss_facts, losses_by_row, texts_of
+from handspun.runs.sample_answers import (
+    RowAnswer,
+    SamplePrompt,
+    row_answers,
+    rows_to_ask,
+    sample_answers,
+    short_questions,
+)
+from handspun.training.runner import select_runner
 
-SHOWN = 10
-"""How many of the worst and of the best rows are shown with their text."""
-
-MOST_CHARACTERS = 4000
-"""Longest text that is kept of one cell."""
-
-
-def losses_by_row(
-    runner: BatchRunner,
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    most: int,
-    max_tokens: int,
-) -> dict[str, Any]:
-    """Return the mean loss per target token of each row, and the ten worst and the ten best rows with their text.
-
-    No row is among both. "mean" is over all their target tokens, "of" the number of rows that there are; a row's
-    "runs" are [text, is it a target].
-
-    Args:
-        runner: computes the losses.
-        examples: the rows.
-        tokenizer: decodes the rows that are shown.
-        most: at most so many rows are computed, at even distances.
-        max_tokens: of a micro-batch.
-    """
-    rows = spread(examples, most)
-    by_row: dict[int, float] = {}
-    for micro_batch in runner.batching.split(rows, max_tokens):
-        by_row.update(zip(map(id, micro_batch), runner.row_losses(micro_batch), strict=True))
-    sums = [by_row[id(row)] for row in rows]
-    losses = [total / row.learned_tokens for total, row in zip(sums, rows, strict=True)]
-    order = sorted(range(len(rows)), key=lambda i: -losses[i])
-
-    def shown(i: int) -> dict[str, Any]:
-        runs = [[cut(text), is_target] for text, is_target in target_runs(rows[i], tokenizer)]
-        return {"file": rows[i].file, "row": rows[i].row, "loss": losses[i], "runs": runs}
-
-    return {
-        "of": len(examples),
-        "mean": sum(sums) / sum(row.learned_tokens for row in rows),
-        "losses": losses,
-        "worst": [shown(i) for i in order[:SHOWN]],
-        "best": [shown(i) for i in reversed(order[SHOWN:][-SHOWN:])],
-    }
+SHARE = 0.1
+"""Most of the steps' time that answers and row losses may take together."""
+LEAST_SECONDS = 10.0
+"""Allowed all the same: a tenth of a run of seconds would show nothing, and nobody minds ten seconds."""
+_SHARE_BEFORE = 0.4
+"""Of the time allowed. The answers after training take as long, and the row losses get the rest. Before training
+the time of the steps is only predicted; if it turns out to be half of that, there is still time for the rest."""
+_IN_SHARES = {"missing": "the model is in shares on several processes (--shard), and whole in none"}
 
 
-def texts_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return rows as they are in their files: {"file", "row", "values": column -> text}."""
-    return [
-        {"file": row.file, "row": row.number, "values": {name: cut(_text(v)) for name, v in row.values.items()}}
-        for row in rows
-    ]
+def allowed_seconds(seconds_of_steps: float) -> float:
+    """Return how long answers and row losses may take."""
+    return max(SHARE * seconds_of_steps, LEAST_SECONDS)
 
 
-def cut(text: str) -> str:
-    """Return the text, or its beginning and how much more there is."""
-    if len(text) <= MOST_CHARACTERS:
-        return text
-    return f"{text[:MOST_CHARACTERS]} … ({len(text) - MOST_CHARACTERS} more characters)"
+@dataclass(frozen=True)
+class Material:
+    """What the report is collected from."""
+
+    chat: ChatModel
+    config: TrainConfig
+    training: Dataset
+    held_out: Dataset | None
+    prompts: list[SamplePrompt]
+    log: RunLog
+    predicted_seconds: float | None = None
+    clock: Callable[[], float] = time.perf_counter
+
+    @property
+    def sets(self) -> dict[str, Dataset]:
+        """The sets that there are, by their names in the files."""
+        return {"train": self.training} | ({"held_out": self.held_out} if self.held_out else {})
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.output_dir)
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-_BARS = 30
-"""Most bars of the histogram of lengths."""
+def rows_for_report(dataset: Dataset, config: TrainConfig) -> set[tuple[str, int]]:
+    """Return the rows that the report may ask or show, as (file, row number)."""
+    return rows_to_ask(dataset) | {(one.file, one.row) for one in spread(dataset.examples, config.report_rows)}
 
 
 @contextmanager
-def report_around(
-    chat: ChatModel, config: TrainConfig, training: Dataset, held_out: Dataset | None
-) -> Iterator[None]:
+def report_around(material: Material) -> Iterator[None]:
     """Collect what the report needs around the loop, and write report.html however the run ends.
 
     That is answers before and after it, and the losses of rows. A resumed run keeps the answers from its
     beginning. What cannot be collected is left out, and the report says why. A failed report never ends a run: it
     is a line in the log.
     """
-    folder = Path(config.output_dir)
-    kept = read_kept(folder) or _at_the_start(chat, config, training, held_out)
+    folder = material.folder
+    kept = read_kept(folder) or _at_the_start(material)
     with _never_the_end():
         _write_kept(folder, kept)
     try:
         yield
-        kept["after"] = _answers(chat, config, kept["prompts"], "after")
-        kept["row_losses"] = _row_losses(chat, config, training, held_out)
+        _at_the_end(material, kept)
     finally:  # the run's own error is the one to be told
         with _never_the_end():
             _write_kept(folder, kept)
-            logger.info(f"report: {write_report(folder)}")
+            write_report(folder)
 
 
 @contextmanager
@@ -135,18 +112,39 @@ def _write_kept(folder: Path, kept: dict[str, Any]) -> None:
         write_json(folder / KEPT, kept)
 
 
-def _at_the_start(
-    chat: ChatModel, config: TrainConfig, training: Dataset, held_out: Dataset | None
-) -> dict[str, Any]:
-    prompts = prompts_of(config)
-    sets = {"train": training, "held_out": held_out}
-    return {
-        "model": model_fingerprints(config.model, chat),
-        "lengths": {name: length_histogram(some) for name, some in sets.items() if some},
-        "accounted": {name: texts_of(some.accounted) for name, some in sets.items() if some},
-        "prompts": list(prompts),
-        "before": _answers(chat, config, prompts, "before"),
+def _at_the_start(material: Material) -> dict[str, Any]:
+    kept: dict[str, Any] = {
+        "model": model_fingerprints(material.config.model, material.chat),
+        "lengths": {name: length_histogram(some) for name, some in material.sets.items()},
+        "accounted": {name: texts_of(some.accounted) for name, some in material.sets.items()},
+        "prompts": [asdict(prompt) for prompt in material.prompts],
     }
+    began = material.clock()
+    until = began + _SHARE_BEFORE * allowed_seconds(material.predicted_seconds or 0.0)
+    questions = _short_questions(material)
+    half = began + (until - began) / 2 if questions else until
+    kept["before"] = _answers(material, material.prompts, "before", half)
+    kept["row_answers"] = {"before": _row_answers(material, questions, "before", until)} if questions else {}
+    kept["seconds"] = material.clock() - began
+    return kept
+
+
+def _at_the_end(material: Material, kept: dict[str, Any]) -> None:
+    """Add the answers after training and the losses of rows, as far as the time of the steps allows."""
+    steps = read_metrics(material.folder / METRICS).steps
+    began = material.clock()
+    left = allowed_seconds(sum(step["seconds"] for step in steps)) - kept.get("seconds", 0.0)
+    until = began + left
+    asked = {(one["file"], one["row"]) for one in kept.get("row_answers", {}).get("before", [])}
+    questions = [one for one in _short_questions(material) if (one.file, one.row) in asked]
+    share = (0.4 if questions else 0.65) if material.config.report_rows else (0.5 if questions else 1.0)
+    prompts = [SamplePrompt(**prompt) for prompt in kept["prompts"]]
+    kept["after"] = _answers(material, prompts, "after", began + share * left)
+    if questions:
+        now = material.clock()
+        end = now + (until - now) * (0.5 if material.config.report_rows else 1.0)
+        kept["row_answers"]["after"] = _row_answers(material, questions, "after", end)
+    kept["row_losses"] = _row_losses(material, kept, until)
 
 
 def model_fingerprints(name: str, chat: ChatModel) -> dict[str, str]:
@@ -159,58 +157,141 @@ def model_fingerprints(name: str, chat: ChatModel) -> dict[str, str]:
     return {f"sha256 of {name}": checksum for name, checksum in weight_checksums(source).items()}
 
 
+_BARS = 30
+"""Most bars of the histogram of lengths."""
+
+
 def length_histogram(some: Dataset) -> dict[str, Any]:
-    """Return examples by length: edges of bars (growing, the last one exclusive), counts, and the median."""
+    """Return examples by length: edges of bars of one width (the last one exclusive), counts, and the median."""
     lengths = lengths_of(some.examples)
-    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, _BARS + 1).round().astype(int))
+    least, most = int(lengths.min()), int(lengths.max())
+    width = -(-(most - least + 1) // _BARS)  # whole, so that each bar covers as many lengths
+    edges = np.arange(least, most + width + 1, width)
     counts, _ = np.histogram(lengths, edges)
-    return {"edges": edges.tolist(), "counts": counts.tolist(), "median": int(np.median(lengths))}
+    return {
+        "edges": edges.tolist(),
+        "counts": counts.tolist(),
+        "median": int(np.median(lengths)),
+        "most": most,
+    }
 
 
-def _answers(chat: ChatModel, config: TrainConfig, prompts: Any, when: str) -> dict[str, Any]:
+def _short_questions(material: Material) -> list[Question]:
+    if not material.config.sample_answers or material.config.shard:
+        return []
+    return short_questions(material.chat, material.config, material.held_out)
+
+
+def _answers(material: Material, prompts: list[SamplePrompt], when: str, until: float) -> dict[str, Any]:
     """Return {"answers", "notes"}, or {"missing": why}."""
-    if not config.sample_answers or not prompts:
+    if not material.config.sample_answers or not prompts:
         return {"missing": "they were not asked for (--no-sample-answers)"}
-    if config.shard:
-        return {"missing": "the model is in shares on several processes (--shard), and whole in none"}
-    began = time.perf_counter()
-    chat.model.eval()
+    if material.config.shard:
+        return _IN_SHARES
+    if (seconds := until - material.clock()) <= 0:
+        return _no_time(f"no sample answers {when} training")
+    state = "untrained" if when == "before" else "trained"
     try:
-        made = asdict(sample_answers(chat, prompts, system_prompt=config.system_prompt))
+        with material.log.phase(f"answering {count_of(len(prompts), 'prompt')} with the {state} model"):
+            material.chat.model.eval()
+            return asdict(
+                sample_answers(
+                    material.chat, prompts, system_prompt=material.config.system_prompt, seconds=seconds
+                )
+            )
     except HandspunError as error:
         logger.info(f"no sample answers {when} training: {error}")
         return {"missing": str(error)}
-    logger.info(
-        f"{len(made['answers'])} sample answers {when} training in {duration(time.perf_counter() - began)}"
-    )
-    return made
 
 
-def _row_losses(
-    chat: ChatModel, config: TrainConfig, training: Dataset, held_out: Dataset | None
-) -> dict[str, Any]:
-    """Return what `losses_by_row` gives for each set, or {"missing": why}."""
+def _row_answers(material: Material, questions: list[Question], when: str, until: float) -> list[dict[str, Any]]:
+    """Return the answers to held-out rows with short answers that are complete in time."""
+    what = count_of(len(questions), "held-out row")
+    if (seconds := until - material.clock()) <= 0:
+        _no_time(f"exact matches on {what} {when} training are not counted")
+        return []
+    state = "untrained" if when == "before" else "trained"
+    answers: list[RowAnswer] = []
+    try:
+        with material.log.phase(f"answering {what} with the {state} model, to count exact matches"):
+            material.chat.model.eval()
+            answers = row_answers(
+                material.chat, questions, system_prompt=material.config.system_prompt, seconds=seconds
+            )
+    except HandspunError as error:
+        logger.info(f"exact matches {when} training are not counted: {error}")
+    if 0 < len(answers) < len(questions):
+        logger.info(f"  {len(answers)} of {len(questions)} answered: {_LIMIT}")
+    return [asdict(answer) for answer in answers]
+
+
+_LIMIT = f"answers and row losses may take {SHARE:.0%} of the steps' time"
+
+
+def _no_time(what: str) -> dict[str, str]:
+    logger.info(f"{what}: {_LIMIT}")
+    return {"missing": _LIMIT}
+
+
+def _row_losses(material: Material, kept: dict[str, Any], until: float) -> dict[str, Any]:
+    """Return the `loss_facts` of each set, or {"missing": why}. Write the hardest training rows."""
+    config = material.config
     if not config.report_rows:
         return {"missing": "they were not asked for (--report-rows 0)"}
     if config.shard:
-        return {"missing": "the model is in shares on several processes (--shard), and whole in none"}
-    began = time.perf_counter()
-    pad_token_id = chat.tokenizer.pad_token_id
+        return _IN_SHARES
+    if until <= material.clock():
+        return _no_time("no losses of rows")
+    wanted = sum(min(config.report_rows, len(some.examples)) for some in material.sets.values())
+    pad_token_id = material.chat.tokenizer.pad_token_id
     runner_of = select_runner(
-        chat.model,
+        material.chat.model,
         config,
-        training.examples,
+        material.training.examples,
         dtype=torch.float32,
         pad_token_id=pad_token_id if pad_token_id is not None else 0,
     )
-    with captured_log(), runner_of as runner:
-        found = {
-            name: losses_by_row(
-                runner, some.examples, chat.tokenizer, most=config.report_rows, max_tokens=config.max_tokens
+    facts: dict[str, Any] = {}
+    with (
+        material.log.phase(f"computing the losses of {count_of(wanted, 'row')}"),
+        captured_log(),
+        runner_of as runner,
+    ):
+        for place, (name, some) in enumerate(material.sets.items()):
+            found = losses_by_row(
+                runner,
+                some.examples,
+                most=config.report_rows,
+                max_tokens=config.max_tokens,
+                seconds=max((until - material.clock()) / (len(material.sets) - place), 0.0),
             )
-            for name, some in (("train", training), ("held_out", held_out))
-            if some is not None
-        }
-    rows = sum(len(some["losses"]) for some in found.values())
-    logger.info(f"losses of {rows} rows by the final weights in {duration(time.perf_counter() - began)}")
-    return found
+            if found:
+                some_facts = loss_facts(found, len(some.examples), material.chat.tokenizer)
+                facts[name] = _with_prompts(some_facts, material, some)
+                if name == "train":
+                    _write_hardest([row for row, _ in found], material, kept)
+    if (done := sum(len(some["losses"]) for some in facts.values())) < wanted:
+        logger.info(f"  {done} of {wanted} computed: {_LIMIT}")
+    return facts or {"missing": _LIMIT}
+
+
+def _with_prompts(facts: dict[str, Any], material: Material, some: Dataset) -> dict[str, Any]:
+    """Add to the hardest rows what their prompts are: the last user messages."""
+    rows = {(row.file, row.number): row for row in some.rows}
+    config = material.config
+    for one in facts["worst"]:
+        row = rows[one["file"], one["row"]]
+        question = question_of(
+            row, some.account.formats, system_prompt=config.system_prompt, role_map=config.roles
+        )
+        one["prompt"] = question.prompt
+    return facts
+
+
+def _write_hardest(hardest: list[Example], material: Material, kept: dict[str, Any]) -> None:
+    """Write the hardest training rows as a file, and keep its checksum: once edited, it is the user's."""
+    text, count = hardest_rows_csv(hardest, material.training)
+    file = material.folder / HARDEST
+    with _never_the_end(), output_errors(file):
+        write_text(file, text)
+        kept["hardest_rows"] = {"rows": count, "sha256": sha256_of(file)}

@@ -18,10 +18,11 @@ from types import TracebackType
 from typing import Any, Self, TextIO, TypeVar
 
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from handspun.config import Tracker
-from handspun.display import HarmlessConsole, duration, is_terminal, logger, unfailing, visible
+from handspun.display import HarmlessConsole, duration, is_terminal, is_unicode, logger, unfailing, visible
 from handspun.files import output_errors, write_text
 from handspun.runs.incidents import incident_facts, incident_line
 from handspun.runs.live import LiveState, one_line, shown, wrapped
@@ -76,7 +77,7 @@ class RunLog(logging.Handler):
         self._console, self._file = console, console.file
         if folder is not None:  # a dry run is there to be printed; a run goes on in train.log
             console.file = unfailing(console.file)
-        self._clock = clock
+        self._clock, self._began = clock, clock()
         if folder is not None and resumed_at is not None:
             _forget_events_after(folder / "metrics.jsonl", resumed_at)
         mode = "w" if resumed_at is None else "a"
@@ -104,6 +105,11 @@ class RunLog(logging.Handler):
     def steps(self) -> int:
         """Optimizer steps that were logged."""
         return self._steps
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the log began: with the run's own start, and after all else."""
+        return self._clock() - self._began
 
     def move_to(self, folder: Path) -> None:
         """Continue in another folder, and move the files into it."""
@@ -139,6 +145,23 @@ class RunLog(logging.Handler):
                 yield
         finally:
             self._live = None
+
+    @contextmanager
+    def phase(self, text: str) -> Iterator[None]:
+        """Log that work begins which takes a while. On a terminal, a spinner and a clock run until it is done."""
+        logger.info(f"{text} ...")
+        began = self._clock()
+        if self.has_terminal:
+            spinner = SpinnerColumn("dots" if is_unicode(self._console.encoding) else "line", style="")
+            clock = Progress(TextColumn(" "), spinner, TimeElapsedColumn(), console=self._console, transient=True)
+            clock.add_task("")
+            with clock:
+                self._console.show_cursor(True)  # a process that is killed could not bring it back
+                yield
+        else:
+            yield
+        if (seconds := self._clock() - began) >= 1:
+            logger.info(f"  took {duration(seconds)}")
 
     @contextmanager
     def tracked(self, trackers: Sequence[Tracker], record: RunRecord) -> Iterator[None]:

@@ -142,9 +142,12 @@ def _learned(step: dict[str, Any]) -> float:
     return float(step["learned_tokens"])
 
 
+METRICS = "metrics.jsonl"
 REPORT = "report.html"
 KEPT = "report_data.json"
 """What else a report needs: answers, lengths, texts and losses of rows, fingerprints of the model."""
+HARDEST = "hardest_rows.csv"
+"""The training rows with the highest losses, to fix and train again."""
 
 
 @dataclass(frozen=True)
@@ -183,16 +186,32 @@ def read_run(folder: Path) -> RunFiles:
     if isinstance(record, str) or record.plan is None:
         problem = record if isinstance(record, str) else "lacks plan"
         raise OutputError(f"{file} {problem}. Did another program write or change it?")
-    metrics, kept = read_metrics(folder / "metrics.jsonl"), _read(folder / KEPT) or {}
+    metrics, kept = read_metrics(folder / METRICS), _read(folder / KEPT) or {}
     return RunFiles(folder, record, record.plan, metrics, kept)
 
 
 def read_kept(folder: Path) -> dict[str, Any]:
     """Return what was collected for the report so far; {} if it is damaged, since it can be collected again."""
     kept = read_json_object(folder / KEPT) or {}
-    kinds = {"model": dict, "lengths": dict, "accounted": dict, "prompts": list, "before": dict}
+    kinds = {
+        "model": dict,
+        "lengths": dict,
+        "accounted": dict,
+        "prompts": list,
+        "before": dict,
+        "row_answers": dict,
+    }
     is_whole = all(isinstance(kept.get(name), kind) for name, kind in kinds.items())
-    return kept if is_whole and all(isinstance(prompt, str) for prompt in kept["prompts"]) else {}
+    return kept if is_whole and all(_is_prompt(prompt) for prompt in kept["prompts"]) else {}
+
+
+def _is_prompt(value: Any) -> bool:
+    names = {"text": str, "messages": list, "expected": str | None, "source": str | None}
+    return (
+        isinstance(value, dict)
+        and value.keys() == names.keys()
+        and all(isinstance(value[name], kind) for name, kind in names.items())
+    )
 
 
 def _read(file: Path) -> dict[str, Any] | None:

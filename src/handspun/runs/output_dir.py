@@ -10,17 +10,16 @@ from pathlib import Path
 
 from handspun.config import TrainConfig
 from handspun.data.dataset import Dataset
-from handspun.display import duration, logger
+from handspun.display import logger
 from handspun.errors import OutputError, StoppedError, TrainingError
 from handspun.files import exclusive, output_errors, readable_size
 from handspun.models.load import ChatModel
 from handspun.runs.incidents import Incident, write_batch
 from handspun.runs.log import RunLog
-from handspun.runs.metrics import KEPT, REPORT
+from handspun.runs.metrics import KEPT, METRICS, REPORT
 from handspun.runs.record import RUN_FILE, RunRecord, is_finished, peak_memory, read_record
 from handspun.runs.replacing import (
     LOG,
-    METRICS,
     WORK,
     check_no_foreign_files,
     commit,
@@ -227,7 +226,7 @@ def _size_of(paths: Sequence[Path]) -> int:
 
 @contextmanager
 def track_status(run: TrainedRun, record: RunRecord) -> Iterator[None]:
-    """Record in run.json how the run ended, whatever ended it, and log the outcome."""
+    """Record in run.json how the run ended, whatever ended it."""
     began, before = time.perf_counter(), record.seconds or 0.0
     write_record(run, record, "running")
     status = "failed"
@@ -249,7 +248,6 @@ def track_status(run: TrainedRun, record: RunRecord) -> Iterator[None]:
         record.seconds = before + time.perf_counter() - began
         record.peak_memory_bytes = peak_memory()
         write_record(run, record, status)
-    _log_outcome(run, record.seconds)
 
 
 def write_record(run: TrainedRun, record: RunRecord, status: str) -> None:
@@ -277,16 +275,3 @@ def _left(run: TrainedRun) -> str:
     kept = (*run.checkpoints, *run.step_checkpoints, run.best_checkpoint)
     names = [path.name for path in kept if path is not None]
     return f"{run.output_dir} holds {', '.join(names)}" if names else "no checkpoint was saved yet"
-
-
-def _log_outcome(run: TrainedRun, seconds: float) -> None:
-    if run.evaluations:
-        first, last = run.evaluations[0], run.evaluations[-1]
-        best = min(run.evaluations, key=lambda evaluation: evaluation.loss)
-        logger.info(
-            f"held-out loss {first.loss:.4f} before, {last.loss:.4f} after; "
-            f"best {best.loss:.4f} at step {best.step}"
-        )
-    memory = peak_memory()
-    used = f", peak memory {memory / 1e9:.1f} GB (predicted {run.plan.peak_memory / 1e9:.1f})" if memory else ""
-    logger.info(f"finished in {duration(seconds)}{used}")

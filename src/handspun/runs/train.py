@@ -21,8 +21,8 @@ from handspun.data.chat_template import ChatTemplate
 from handspun.data.dataset import Dataset, ExampleCache, load_splits, resolve_max_length
 from handspun.data.rendering import choose_template, with_defaults
 from handspun.data.rows import check_data_exists
-from handspun.display import captured_log, logger
-from handspun.errors import StoppedError
+from handspun.display import captured_log, duration, logger
+from handspun.errors import OutputError, StoppedError
 from handspun.files import cache_folder
 from handspun.kernels.allocator import disable_malloc_trim, malloc_trim
 from handspun.kernels.onednn import limit_primitive_cache
@@ -57,10 +57,12 @@ from handspun.preflight.print import (
     show_preflight,
 )
 from handspun.preflight.time_estimate import Forecast, operations, predicted_seconds
-from handspun.runs.artifacts import report_around
+from handspun.runs.artifacts import Material, report_around, rows_for_report
 from handspun.runs.checkpoints import CheckpointManager
 from handspun.runs.live import LiveState
 from handspun.runs.log import RunLog, plain_console
+from handspun.runs.metrics import read_run
+from handspun.runs.outcome import end_lines
 from handspun.runs.output_dir import (
     Prepared,
     TrainedRun,
@@ -72,10 +74,10 @@ from handspun.runs.output_dir import (
     record_incident,
     track_status,
 )
-from handspun.runs.record import Resumed, RunRecord, new_record
+from handspun.runs.record import Resumed, RunRecord, new_record, peak_memory
 from handspun.runs.replacing import check_inputs_outside, pending
 from handspun.runs.resume import ResumePoint, check_same_run, execution_changes, make_way
-from handspun.runs.sample_answers import Sampler, sampler_of
+from handspun.runs.sample_answers import Sampler, sample_prompts, sampler_of
 from handspun.runs.signals import StopRequest, stop_requests
 from handspun.runs.trackers import check_trackers_installed
 from handspun.training.agreement import check_same_options, check_same_rows, check_same_weights
@@ -135,6 +137,7 @@ class RunPlan:
         dtype: of the matmuls.
         ending: the end of turn that the rows teach.
         memory_doubts: why the run may not fit into memory.
+        seconds: predicted for the steps; None if unknown.
     """
 
     plan: Plan
@@ -144,6 +147,7 @@ class RunPlan:
     dtype: torch.dtype
     ending: EndOfTurn
     memory_doubts: list[str]
+    seconds: float | None
 
 
 def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
@@ -227,8 +231,8 @@ def load_data(run: RunContext) -> LoadedData:
     _log_rows(data)
     if processes.is_first:
         data.findings.extend(_odd_rows(config, data))
-    for dataset in data.datasets:
-        dataset.release_rows()  # before memory is measured
+    for dataset in data.datasets:  # before memory is measured
+        dataset.release_rows(rows_for_report(dataset, config) if processes.is_first else ())
     return data
 
 
@@ -252,7 +256,14 @@ def plan_run(run: RunContext, data: LoadedData) -> RunPlan:
     dtype = _compute_dtype(run, record, point)
     shape = shapes_of(config)
     plan = make_plan(shape, examples, config)
-    return RunPlan(plan, shape, record, point, dtype, ending, doubts)
+    seconds = predicted_seconds(
+        operations(shape, plan, examples, config),
+        config,
+        dtype=dtype,
+        device=processes.device,
+        threads=torch.get_num_threads() * processes.count,
+    )
+    return RunPlan(plan, shape, record, point, dtype, ending, doubts, seconds)
 
 
 def check(run: RunContext, data: LoadedData, planned: RunPlan) -> None:
@@ -261,15 +272,8 @@ def check(run: RunContext, data: LoadedData, planned: RunPlan) -> None:
     if not processes.is_first:
         return
     log_lines(plan_lines(planned.plan, config, data.max_length), template_lines(data.template))
-    seconds = predicted_seconds(
-        operations(planned.shape, planned.plan, data.training.examples, config),
-        config,
-        dtype=planned.dtype,
-        device=processes.device,
-        threads=torch.get_num_threads() * processes.count,
-    )
     findings = [*data.findings, *doubts_about_memory(planned.memory_doubts)]
-    found = show_preflight(config, findings, planned.ending, seconds)
+    found = show_preflight(config, findings, planned.ending, planned.seconds)
     if planned.record is not None:
         planned.record.preflight = found
 
@@ -310,12 +314,14 @@ def fit(run: RunContext, data: LoadedData, planned: RunPlan, chat: ChatModel) ->
     """Run the training loop, and hand each of its events to the listeners. Raise TrainingError or StoppedError."""
     config, processes, log, model = run.config, run.processes, run.log, chat.model
     trained = TrainedRun(Path(config.output_dir), planned.plan, chat)
+    prompts = sample_prompts(chat, config, data.training, data.held_out) if planned.record is not None else []
     with ExitStack() as around:
         if (record := planned.record) is not None:
             check_disk_space(planned.plan, config, run.prepared.replaces)
             record.plan = planned.plan
             around.enter_context(in_place_of(run.prepared.replaces, trained, record, log))
-            around.enter_context(report_around(chat, config, data.training, data.held_out))
+            material = Material(chat, config, data.training, data.held_out, prompts, log, planned.seconds)
+            around.enter_context(report_around(material))
         with ExitStack() as inside:
             if record is not None:
                 inside.enter_context(track_status(trained, record))
@@ -327,7 +333,7 @@ def fit(run: RunContext, data: LoadedData, planned: RunPlan, chat: ChatModel) ->
             if record is not None and planned.point is not None:
                 log_resume(planned.point, record, planned.plan)
             checkpoints = CheckpointManager(trained, config, processes, record)
-            sampler = sampler_of(chat, config)
+            sampler = sampler_of(chat, config, prompts)
             request = inside.enter_context(stop_requests(say=not log.has_terminal))
             inside.enter_context(log.watched(_live_state(run, data, planned, sampler, request)))
             inside.enter_context(processes.losses_explained())
@@ -354,6 +360,9 @@ def fit(run: RunContext, data: LoadedData, planned: RunPlan, chat: ChatModel) ->
                 model.activation_checkpointing_disable()
             model.eval()
         checkpoints.cleanup()
+    if record is not None:
+        earlier = planned.point.state.run.seconds if planned.point is not None else None
+        _log_end(trained, (earlier or 0.0) + run.log.seconds)
     return trained
 
 
@@ -406,6 +415,19 @@ def _listeners(
             raise StoppedError(number, step=event.step, total_steps=loop.total_steps)
 
     return [log_event, keep_incidents, sample_answers, checkpoints.on_event, save_or_stop]
+
+
+def _log_end(trained: TrainedRun, seconds: float) -> None:
+    """Log what the run came to. The last line says how long it took."""
+    try:
+        log_lines(end_lines(read_run(trained.output_dir)))
+    except OutputError as error:  # the weights are saved
+        logger.info(str(error))
+    memory = peak_memory()
+    used = (
+        f", peak memory {memory / 1e9:.1f} GB (predicted {trained.plan.peak_memory / 1e9:.1f})" if memory else ""
+    )
+    logger.info(f"finished in {duration(seconds)}{used}")
 
 
 def _finished(config: TrainConfig, record: RunRecord, console: Console) -> TrainedRun:
@@ -462,7 +484,7 @@ def _live_state(
         total_steps=planned.plan.steps,
         num_epochs=run.config.num_epochs,
         held_out=data.held_out is not None,
-        prompts=sampler.prompts if sampler else (),
+        prompts=tuple(prompt.text for prompt in sampler.prompts) if sampler else (),
         stopping=lambda: bool(request.signal),
     )
 

@@ -1,0 +1,187 @@
+"""The verdict on a run by hand-made losses, exact matches, the next commands, and the end of a run's log."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from handspun.runs.artifacts import allowed_seconds
+from handspun.runs.metrics import Metrics, RunFiles, read_run
+from handspun.runs.outcome import (
+    Matches,
+    checkpoint,
+    end_lines,
+    epoch_losses,
+    matches,
+    next_commands,
+    perplexity,
+    verdict,
+)
+from handspun.runs.train import train
+from records import record_of
+from small_runs import config, printed_to, quiet_console
+
+SHORT = "instruction,input,output\n" + "".join(f"Is {n} even?,,{'no' if n % 2 else 'yes'}\n" for n in range(20))
+
+
+def run_of(
+    training: list[float], held_out: list[float], kept: dict[str, Any] | None = None, **options: Any
+) -> RunFiles:
+    """A run of one step per epoch with these losses; those of held-out rows begin before the first step."""
+    record = record_of(num_epochs=len(training), learning_rate=5e-5, model="m", **options)
+    record.status, record.checkpoints, record.best_checkpoint = (
+        "finished",
+        ["checkpoint-epoch-1"],
+        "checkpoint-best",
+    )
+    steps = [
+        {"step": n, "epoch": n, "loss": loss, "learned_tokens": 10, "seconds": 1.0}
+        for n, loss in enumerate(training, 1)
+    ]
+    found = [{"step": n, "epoch": n, "loss": loss} for n, loss in enumerate(held_out)]
+    assert record.plan is not None
+    return RunFiles(Path("my runs/one"), record, record.plan, Metrics(steps, found), kept or {})
+
+
+@pytest.mark.parametrize(
+    ("training", "held_out", "begins", "advice"),
+    [
+        (
+            [2.0, 1.0, 0.5],
+            [2.0, 1.5, 1.4, 1.45],
+            "Overfitted: the held-out loss rose from 1.4000 (step 2)",
+            "fewer",
+        ),
+        ([2.0, 2.5, 3.0], [2.0, 1.5, 1.6, 1.9], "Unstable: the held-out loss rose from 1.5000", "Lower"),
+        ([2.0, 3.0], [2.0, 2.5, 3.0], "Worse than before: the held-out loss rose", "--learning-rate 1e-05"),
+        ([2.0, 1.9], [2.0, 1.99, 1.98], "Nothing learned: the held-out loss stayed", "raise the learning rate"),
+        (
+            [2.0, 1.5],
+            [2.0, 1.6, 1.4],
+            "Still falling: the held-out loss fell by 30%, and from 1.6000",
+            "-epochs 4",
+        ),
+        ([2.0, 0.5], [2.0, 1.25, 1.2], "Learned: the held-out loss fell by 40%. The training rows", "varied"),
+        ([2.0, 1.1], [2.0, 1.22, 1.2], "Learned: the held-out loss fell by 40%, and has leveled off.", ""),
+        ([1.5], [2.0, 1.2], "Learned: the held-out loss fell by 40% in one epoch.", "--num-epochs 3"),
+        ([1.5, 0.1], [2.0, 0.2, 0.04], "Learned: the held-out loss fell by 98%, and is near zero", ""),
+        ([2.0, 1.0], [], "The training loss fell from 2.0000 in the first epoch to 1.0000", "--eval-ratio 0.05"),
+        ([2.0, 1.99], [], "Nothing learned: the training loss did not fall", "preview"),
+        ([2.0], [], "Nothing learned: the training loss did not fall (from 2.0000 in the first steps", "preview"),
+    ],
+)
+def test_verdict_of_losses(training: list[float], held_out: list[float], begins: str, advice: str) -> None:
+    found = verdict(run_of(training, held_out))
+    assert found is not None
+    assert found.text.startswith(begins)
+    assert advice in found.advice
+    assert bool(found.advice) == bool(advice)
+
+
+def test_verdict_of_a_run_that_did_not_finish() -> None:
+    stopped = run_of([2.0, 1.0], [2.0, 1.0])
+    stopped.record.status = "stopped"
+    assert verdict(stopped) is None
+    assert verdict(run_of([], [2.0])) is None
+
+
+def test_epoch_losses_are_means_over_tokens() -> None:
+    steps = [
+        {"epoch": 1, "loss": 1.0, "learned_tokens": 30},
+        {"epoch": 1, "loss": 3.0, "learned_tokens": 10},
+        {"epoch": 2, "loss": 0.5, "learned_tokens": 5},
+    ]
+    assert epoch_losses(steps) == {1: 1.5, 2: 0.5}
+
+
+def test_perplexity_is_short() -> None:
+    assert [perplexity(loss) for loss in (0.0, 1.0, 7.0, 800.0)] == ["1.00", "2.72", "1,097", "infinite"]
+
+
+def test_matches_are_of_rows_that_were_answered_both_times() -> None:
+    def answers(right: list[bool]) -> list[dict[str, Any]]:
+        return [{"file": "a", "row": n, "is_right": is_right} for n, is_right in enumerate(right)]
+
+    kept = {"row_answers": {"before": answers([True, False, False]), "after": answers([True, True])}}
+    assert matches(run_of([1.0], [], kept)) == Matches(before=1, after=2, asked=2, of=10)
+    assert matches(run_of([1.0], [], {"row_answers": {"before": answers([True])}})) is None
+    assert matches(run_of([1.0], [])) is None
+
+
+def test_next_commands_have_the_runs_paths() -> None:
+    run = run_of([1.0], [], eval_data="held out.csv")
+    assert checkpoint(run) == "my runs/one/checkpoint-best"
+    assert [command for _, command in next_commands(run, ".venv/bin/handspun")] == [
+        ".venv/bin/handspun chat --model 'my runs/one/checkpoint-best'",
+        ".venv/bin/handspun eval --model 'my runs/one/checkpoint-best' --data 'held out.csv' --generate",
+        ".venv/bin/handspun export --model 'my runs/one/checkpoint-best' --gguf q8_0 --output-dir "
+        "'my runs/one/export'",
+    ]
+    run.record.checkpoints, run.record.best_checkpoint = [], None
+    assert next_commands(run) == []
+
+
+def test_allowed_seconds_are_a_tenth_of_the_steps_but_ten_seconds_always() -> None:
+    assert allowed_seconds(600) == 60
+    assert allowed_seconds(20) == 10
+
+
+@pytest.fixture(scope="module")
+def said(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What a run on short answers says, and its folder."""
+    data = tmp_path_factory.mktemp("outcome") / "train.csv"
+    data.write_text(SHORT, encoding="utf-8")
+    console = quiet_console()
+    run = train(config(tiny_folder, data), console=console)
+    return printed_to(console), run.output_dir
+
+
+def test_phases_are_announced_and_the_last_line_is_the_time(said: tuple[str, Path]) -> None:
+    lines = [line.strip() for line in said[0].splitlines()]
+    announced = [
+        "answering 3 prompts with the untrained model ...",
+        "answering 4 held-out rows with the untrained model, to count exact matches ...",
+        "held-out loss",
+        "answering 3 prompts with the trained model ...",
+        "answering 4 held-out rows with the trained model, to count exact matches ...",
+        "computing the losses of 20 rows ...",
+        "exact matches: ",
+        f"report: {said[1] / 'report.html'}",
+        "next:",
+        f"handspun chat --model {said[1] / 'checkpoint-best'}",
+        "finished in ",
+    ]
+    places = [next(i for i, line in enumerate(lines) if line.startswith(text)) for text in announced]
+    assert places == sorted(places)
+    assert lines[-1].startswith("finished in ")
+
+
+def test_sample_prompts_are_three_held_out_rows_with_what_they_expect(said: tuple[str, Path]) -> None:
+    run = read_run(said[1])
+    held_out = {(one["file"], one["row"]) for one in run.kept["row_answers"]["before"]}
+    assert len(held_out) == 4
+    assert len(run.kept["prompts"]) == 3
+    for prompt in run.kept["prompts"]:
+        number = int(prompt["text"].split()[1])
+        assert prompt["expected"] == ("no" if number % 2 else "yes")
+        assert any(prompt["source"] == f"{file}, row {row}, held out" for file, row in held_out)
+    text = "\n".join(end_lines(run))
+    assert f"> {run.kept['prompts'][0]['text']}\n  expected  " in text
+    assert "\n  before  " in text
+    assert "\n  after  " in text
+    assert text in said[0]
+
+
+def test_hardest_rows_are_a_file_that_can_be_trained_on(said: tuple[str, Path], tiny_folder: Path) -> None:
+    folder = said[1]
+    losses = json.loads((folder / "report_data.json").read_text(encoding="utf-8"))["row_losses"]["train"]
+    lines = (folder / "hardest_rows.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "instruction,input,output,file,row"
+    worst = [f",{row['file']},{row['row']}" for row in losses["worst"]]
+    assert [line[line.index(",", line.index("even?,,") + 7) :] for line in lines[1:11]] == worst
+    assert len(lines) == 1 + 16
+    said_again = quiet_console()
+    again = config(tiny_folder, folder / "hardest_rows.csv", num_epochs=1, eval_ratio=0.0, dry_run=True)
+    train(again, console=said_again)
+    assert "rows: 16 read, 16 kept, 0 dropped" in printed_to(said_again)
