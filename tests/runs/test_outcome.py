@@ -141,10 +141,10 @@ def test_phases_are_announced_and_the_last_line_is_the_time(said: tuple[str, Pat
     lines = [line.strip() for line in said[0].splitlines()]
     announced = [
         "answering 3 prompts with the untrained model ...",
-        "answering 4 held-out rows with the untrained model, to count exact matches ...",
+        "counting the untrained model's exact matches on 4 short held-out answers ...",
         "held-out loss",
         "answering 3 prompts with the trained model ...",
-        "answering 4 held-out rows with the trained model, to count exact matches ...",
+        "counting the trained model's exact matches on 4 short held-out answers ...",
         "computing the losses of 20 rows ...",
         "exact matches: ",
         f"report: {said[1] / 'report.html'}",

@@ -206,14 +206,14 @@ def _answers(material: Material, prompts: list[SamplePrompt], when: str, until: 
 
 def _row_answers(material: Material, questions: list[Question], when: str, until: float) -> list[dict[str, Any]]:
     """Return the answers to held-out rows with short answers that are complete in time."""
-    what = count_of(len(questions), "held-out row")
+    what = count_of(len(questions), "short held-out answer")
     if (seconds := until - material.clock()) <= 0:
         _no_time(f"exact matches on {what} {when} training are not counted")
         return []
     state = "untrained" if when == "before" else "trained"
     answers: list[RowAnswer] = []
     try:
-        with material.log.phase(f"answering {what} with the {state} model, to count exact matches"):
+        with material.log.phase(f"counting the {state} model's exact matches on {what}"):
             material.chat.model.eval()
             answers = row_answers(
                 material.chat, questions, system_prompt=material.config.system_prompt, seconds=seconds

@@ -190,7 +190,7 @@ def end_lines(run: RunFiles) -> Iterator[str]:
         yield f"training loss {first:.4f} in the first epoch, {last:.4f} in the last"
     if (count := matches(run)) is not None:
         of = "" if count.asked == count.of else f" of {count.of:,}"
-        rows = f"{count.asked:,}{of} held-out answers"
+        rows = f"{count.asked:,}{of} held-out rows"
         yield f"exact matches: {count.before:,} of {rows} before, {count.after:,} after"
     if (found_verdict := verdict(run)) is not None:
         yield found_verdict.text
