@@ -185,8 +185,8 @@ class TrainConfig(DataConfig):
     fail if there is none. --no-resume: never."""
 
     sample_answers: bool = True
-    """Answer a few prompts before the first step and after the last. Answers and row losses take at most a tenth of
-    the steps' time (ten seconds are always allowed)."""
+    """Answer a few prompts before the first step and after the last. Answers and row losses take at most a tenth
+    of the steps' time (ten seconds are always allowed)."""
 
     sample_prompts: tuple[str, ...] | None = None
     """Prompts for the sample answers. Default: those of three held-out rows, or else training rows."""
