@@ -17,6 +17,7 @@ import handspun
 from handspun.cli import main
 from handspun.errors import OutputError, StoppedError
 from handspun.report.page import comparison_page, report_page, write_report
+from handspun.runs import outcome
 from handspun.runs.metrics import RunFiles, read_metrics, read_run
 from handspun.runs.train import train
 from html_page import Page, points_of
@@ -97,7 +98,6 @@ def test_what_was_known_before_the_first_step_is_in_the_page(copy: Callable[...,
     assert "rows <twice>: 3 of 100 (3%). Leave them out. rows 3 (as row 1), 17 and 1 more" in text
     assert "memory is short. Give --lora." in text
     assert "<|im_end|>, an eos of the base model; the last target token of 96 of 97 examples" in text
-    assert "1m01s predicted for the steps" in text
 
 
 def test_a_run_without_preflight_has_a_page(copy: Callable[..., Path]) -> None:
@@ -114,6 +114,57 @@ def test_answers_before_and_after_stand_under_their_prompts(finished: Path) -> N
         handspun.load(str(finished / "checkpoint-epoch-2")), "Say 3.", do_sample=False, max_new_tokens=64
     )
     assert greedy["text"] == again.text
+
+
+def test_the_page_begins_with_the_outcome(copy: Callable[..., Path]) -> None:
+    """Then come curves, answers, warnings, and rows; how it was made is last."""
+    folder = copy()
+    run = read_run(folder)
+    found = outcome.verdict(run)
+    assert found is not None
+    html = report_page(run)
+    sections = re.findall(r'<h2 id="(\w+)"', html)
+    assert sections == ["curves", "answers", "data", "rows", "what", "again", "appendix"]
+    head = Page(html[: html.index("<nav")]).text
+    for shown in (found.text, "Held-out loss", f"Model to use {folder}/checkpoint-best Talk to it handspun chat"):
+        assert shown in head
+    last = run.metrics.evaluations[-1]["loss"]
+    assert re.search(
+        rf"Epoch Training loss Held-out loss before \d\.\d+ 1 .* {last:.4f} The x axes", Page(html).text
+    )
+
+
+def test_wrong_answers_and_matches_are_shown(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    kept = json.loads((folder / "report_data.json").read_text(encoding="utf-8"))
+    row = {"file": "train.csv", "prompt": "Is it <b>?", "expected": "yes", "text": "no", "is_right": False}
+    right = {**row, "row": 8, "text": "yes", "is_right": True}
+    kept["row_answers"] = {"before": [{**row, "row": 7}, right], "after": [{**row, "row": 7}, right]}
+    (folder / "report_data.json").write_text(json.dumps(kept), encoding="utf-8")
+    text = Page(report_page(read_run(folder))).text
+    assert "Exact matches 1 → 1 of 2 held-out rows (of 4), before and after" in text
+    assert "row 7 Is it <b>? expected yes answer no" in text
+    assert "row 8 Is it" not in text
+
+
+def test_an_expected_answer_stands_beside_those_before_and_after(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    kept = json.loads((folder / "report_data.json").read_text(encoding="utf-8"))
+    answer = {"prompt": "Say 3.", "decoding": "greedy", "finish_reason": "eos", "expected": "It is 3."}
+    kept["before"] = {"answers": [{**answer, "text": "Hm."}], "notes": []}
+    kept["after"] = {"answers": [{**answer, "text": "It is  3."}], "notes": []}
+    (folder / "report_data.json").write_text(json.dumps(kept), encoding="utf-8")
+    text = Page(report_page(read_run(folder))).text
+    assert "Say 3. expected It is 3. before Hm. after It is 3. ✓ as expected" in text
+
+
+def test_the_hardest_rows_are_shown_with_their_prompts_and_without_markers(finished: Path) -> None:
+    html = (finished / "report.html").read_text(encoding="utf-8")
+    summaries = re.findall(r'<details class="row">\s*<summary>(.*?)</summary>', html, re.DOTALL)
+    assert len(summaries) == 10 + 4
+    assert all("Say" in summary or "script" in summary for summary in summaries)
+    assert not any("im_end" in summary for summary in summaries)
+    assert f"rows trained on are in {finished / 'hardest_rows.csv'}" in Page(html).text
 
 
 def test_nothing_is_fetched_and_every_link_leads_somewhere(finished: Path, copy: Callable[..., Path]) -> None:
@@ -207,7 +258,7 @@ def test_a_run_that_ends_early_has_a_report_that_says_so(
     text = Page(data.with_name("output").joinpath("report.html").read_text(encoding="utf-8")).text
     assert "The run was stopped before it finished." in text
     assert "There are no answers after training: the run did not finish." in text
-    assert "Not available: the run did not finish." in text
+    assert "Losses of rows are not available: the run did not finish." in text
 
 
 @pytest.mark.slow
@@ -261,7 +312,7 @@ def test_a_model_in_shares_gives_no_answers_and_says_why(copy: Callable[..., Pat
     text = Page(report_page(read_run(folder))).text
     for beginning in ("There are no answers before training", "There are no answers after training"):
         assert f"{beginning}: the model is in shares on several processes." in text
-    assert "Not available: the model is in shares on several processes." in text
+    assert "Losses of rows are not available: the model is in shares on several processes." in text
 
 
 def test_without_held_out_rows_the_training_loss_is_told(copy: Callable[..., Path]) -> None:

@@ -26,7 +26,7 @@ def test_a_line_goes_through_its_points() -> None:
 
 
 def test_bars_are_as_tall_as_their_counts() -> None:
-    svg = bar_plot("p", [1, 2, 4], [3, 6], x="tokens", label="", log=False)
+    svg = bar_plot("p", [1, 2, 4], [3, 6], x="tokens", label="")
     bars = re.findall(r'<path d="M ([\d.]+) ([\d.]+)\s+L ([\d.]+) [\d.]+\s+L [\d.]+ ([\d.]+)', svg)
     sizes = [(float(x2) - float(x1), float(y1) - float(y2)) for x1, y1, x2, y2 in bars]
     (narrow, low), (wide, high) = [size for size in sizes if size[1] > 0][-2:]
@@ -42,6 +42,19 @@ def test_a_plots_text_and_name_are_escaped_and_its_colors_are_the_pages() -> Non
     assert 'aria-label="&quot;&lt;script&gt;"' in svg
     assert "var(--line-1)" in svg
     assert not re.search(r"#[0-9a-f]{6}\b(?!\))", re.sub(r'="[^"]*#p-[^"]*"', "", svg))
+
+
+def test_legends_and_ticks() -> None:
+    """A legend is text under the plot, ticks have no common factor, and the highest line is not at the edge."""
+    flat = Line("a", [1, 2], [4e-5, 4e-5])
+    svg = line_plot("p", [flat, Line("b", [1, 2], [1e-5, 2e-5])], y="rate", label="", from_zero=True)
+    assert re.findall(r"</span>(\w)</li>", svg) == ["a", "b"]
+    assert ">4e-5<" in re.sub(r"\s", "", svg)
+    assert "1e−5" not in svg
+    alone = line_plot("p", [flat], y="rate", label="", from_zero=True)
+    assert "legend" not in alone
+    top = min(float(y) for y in re.findall(r"M [\d.]+ ([\d.]+)", alone))
+    assert points_of(alone, "a")[0][1] > top + 5
 
 
 def step(number: int, **values: Any) -> dict[str, Any]:

@@ -1,26 +1,40 @@
 """Ask several models the same prompts, one model at a time, so that only one is in memory."""
 
 import gc
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from handspun.config import GenerationOptions
 from handspun.decoding.generate import generate
 from handspun.decoding.results import GenerationResult
-from handspun.display import prefixed_log
+from handspun.display import count_of, prefixed_log
 from handspun.kernels.allocator import malloc_trim
 from handspun.models.load import ChatModel
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The answers of each model: answers[model][prompt] is a list of num_return_sequences results."""
+    """The answers of each model: answers[model][prompt] is a list of num_return_sequences results.
+
+    seconds: how long each model took for its answers, without loading.
+    """
 
     models: list[str]
     prompts: list[str]
     answers: list[list[list[GenerationResult]]]
+    seconds: list[float] = field(default_factory=list)
+
+
+def speed(comparison: Comparison, place: int) -> str:
+    """Return how many tokens a model generated and how fast; "" if its time is unknown."""
+    if len(comparison.seconds) <= place:
+        return ""
+    tokens = sum(len(result.token_ids) for results in comparison.answers[place] for result in results)
+    seconds = comparison.seconds[place]
+    return f"{count_of(tokens, 'token')} in {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s"
 
 
 def compare(
@@ -44,9 +58,10 @@ def compare(
         system_prompt: System message of every prompt.
         batch_size: Number of answers decoded together.
     """
-    answers = []
+    answers, seconds = [], []
     for name in models:
         model = load(name)
+        began = time.perf_counter()
         with prefixed_log(f"{name}: "):
             results = generate(
                 model,
@@ -56,10 +71,11 @@ def compare(
                 system_prompt=system_prompt,
                 batch_size=batch_size,
             )
+        seconds.append(time.perf_counter() - began)
         del model
         answers.append([[r for r in results if r.prompt_index == place] for place in range(len(prompts))])
         _free()
-    return Comparison(list(models), list(prompts), answers)
+    return Comparison(list(models), list(prompts), answers, seconds)
 
 
 def _free() -> None:

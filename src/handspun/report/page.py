@@ -13,12 +13,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from handspun import __version__
-from handspun.display import visible
+from handspun.display import count_of, visible
 from handspun.errors import OutputError
+from handspun.evaluation.answers import is_exact_match
 from handspun.files import output_errors, write_text
 from handspun.report import pictures, sides, words
 from handspun.report.pictures import SET_NAMES
-from handspun.runs.metrics import REPORT, RunFiles, is_report, read_run
+from handspun.runs import outcome
+from handspun.runs.metrics import HARDEST, REPORT, RunFiles, is_report, read_run
 from handspun.runs.sample_answers import MAX_NEW_TOKENS
 
 
@@ -47,21 +49,29 @@ def report_page(run: RunFiles) -> str:
         title=words.title(run),
         run=run,
         begun=words.when(run),
+        end=words.ENDS.get(run.record.status or "", run.record.status),
+        verdict=outcome.verdict(run),
+        figures=words.figures(run),
+        checkpoint=outcome.checkpoint(run),
+        next=outcome.next_commands(run),
+        loss=pictures.loss_curve(run),
+        epochs=words.epochs(run),
+        curves=pictures.curves(run),
         max_new_tokens=MAX_NEW_TOKENS,
         before=run.kept.get("before", {}),
         after=run.kept.get("after", {}),
-        unknown_losses=_missing_losses_reason(run),
-        end=words.ENDS.get(run.record.status or "", run.record.status),
-        outcome=words.outcome(run),
-        about=words.about(run),
-        options=words.options(run),
-        curves=pictures.curves(run),
+        answers=answers([run]),
         account=words.account(run),
         warnings=words.warnings(run),
         lengths=pictures.lengths(run),
-        answers=answers([run]),
+        wrong=words.wrong_answers(run),
         row_losses=_row_losses(run),
+        unknown_losses=_missing_losses_reason(run),
+        hardest=run.kept.get("hardest_rows"),
+        hardest_file=str(run.folder / HARDEST),
         spreads=pictures.losses(run),
+        about=words.about(run),
+        options=words.options(run),
         command=words.how_again(run),
         environment=words.environment(run),
         requirements=words.requirements(run),
@@ -79,6 +89,7 @@ def comparison_page(runs: Sequence[RunFiles]) -> str:
         runs=runs,
         rows=sides.side_by_side(runs),
         warnings=sides.warnings(runs),
+        verdicts=[outcome.verdict(run) for run in runs],
         curves=pictures.curves_side_by_side(runs, names),
         answers=answers(runs),
         max_new_tokens=MAX_NEW_TOKENS,
@@ -87,29 +98,31 @@ def comparison_page(runs: Sequence[RunFiles]) -> str:
 
 
 def answers(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
-    """Return the answers prompt by prompt: {"prompt", "decodings": [{"name", "cells"}]}.
+    """Return the greedy answers prompt by prompt: {"prompt", "expected", "cells"}.
 
     With one run, the two cells are the answers before and after training. With several, there is one cell per run,
-    after training. A cell is an answer or None.
+    after training. A cell is an answer, with `is_right` if the expected one is known, or None.
     """
     columns = [runs[0].kept.get("before"), runs[0].kept.get("after")] if len(runs) == 1 else []
     columns = columns or [run.kept.get("after") for run in runs]
-    by_place = [
-        {(answer["prompt"], answer["decoding"]): answer for answer in (column or {}).get("answers", [])}
+    by_prompt = [
+        {one["prompt"]: one for one in (column or {}).get("answers", []) if one["decoding"] == "greedy"}
         for column in columns
     ]
-    places = list(dict.fromkeys(place for column in by_place for place in column))
-    return [
-        {
+    found = []
+    for prompt in dict.fromkeys(prompt for column in by_prompt for prompt in column):
+        cells = [column.get(prompt) for column in by_prompt]
+        expected = next((one["expected"] for one in cells if one and one.get("expected") is not None), None)
+        found.append({
             "prompt": prompt,
-            "decodings": [
-                {"name": name, "cells": [column.get((prompt, name)) for column in by_place]}
-                for one, name in places
-                if one == prompt
-            ],
-        }
-        for prompt in dict.fromkeys(prompt for prompt, _ in places)
-    ]
+            "expected": expected,
+            "cells": [one and {**one, "is_right": _is_right(one["text"], expected)} for one in cells],
+        })  # fmt: skip
+    return found
+
+
+def _is_right(text: str, expected: str | None) -> bool:
+    return expected is not None and is_exact_match(text, expected)
 
 
 def _row_losses(run: RunFiles) -> list[dict[str, Any]]:
@@ -119,19 +132,13 @@ def _row_losses(run: RunFiles) -> list[dict[str, Any]]:
     sets = []
     for name, some in found.items():
         several_files = len(run.record.data.by_name[name].rows.formats) > 1
-        worst = [_with_heading(row, several_files=several_files) for row in some["worst"]]
-        sets.append({**some, "name": SET_NAMES[name], "worst": worst, "best": []})
+        worst = [{**row, "where": words.where(row, several_files=several_files)} for row in some["worst"]]
+        sets.append({**some, "name": SET_NAMES[name], "worst": worst})
     return sets
 
 
 def _missing_losses_reason(run: RunFiles) -> str:
     return str((run.kept.get("row_losses") or {}).get("missing", "the run did not finish"))
-
-
-def _with_heading(row: dict[str, Any], *, several_files: bool) -> dict[str, Any]:
-    """Return the row with its heading: file and number, and the text that is trained on."""
-    where = f"{row['file']}, row {row['row']}" if several_files else f"row {row['row']}"
-    return {**row, "where": where, "target": " ".join(text for text, is_target in row["runs"] if is_target)}
 
 
 def render(template: str, **context: Any) -> str:
@@ -142,10 +149,12 @@ def render(template: str, **context: Any) -> str:
 
 @cache  # it keeps the compiled templates
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"color": pictures.css_color, "count": count_of}
+    return environment

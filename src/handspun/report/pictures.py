@@ -35,7 +35,11 @@ if TYPE_CHECKING:
 _COLORS = {f"#0{i}0{i}0{i}": f"var(--line-{i})" for i in range(1, 7)}
 _INK, _MUTED, _GRID = "#0a0a0a", "#0b0b0b", "#0c0c0c"
 _NAMES = {**_COLORS, _INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)"}
-_STYLES = ["-", "--", ":", "-.", (0, (6, 1)), (0, (1, 1))]
+_STYLES: list[tuple[Any, str]] = [
+    *(("-", "solid"), ("--", "dashed"), (":", "dotted")),
+    *(("-.", "dashed"), ((0, (6, 1)), "dashed"), ((0, (1, 1)), "dotted")),
+]
+"""Line styles, as matplotlib and as CSS call them."""
 
 _SETTINGS: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -48,8 +52,6 @@ _SETTINGS: dict[Any, Any] = {
     "axes.spines.top": False,
     "font.size": 9,
     "grid.color": _GRID,
-    "legend.frameon": False,
-    "legend.labelcolor": _INK,
     "path.simplify": False,  # draw every point
     "svg.fonttype": "none",  # keep text as text
     "svg.hashsalt": "handspun",
@@ -71,7 +73,7 @@ def line_plot(
     smooth: bool = False,
     from_zero: bool = False,
 ) -> str:
-    """Return an SVG element with lines over optimizer steps.
+    """Return an SVG element with lines over optimizer steps, and their legend under it if there are several.
 
     Args:
         name: Prefix of the element's ids, unique on the page.
@@ -83,31 +85,51 @@ def line_plot(
         smooth: Draw long lines faintly, with their running means on top.
         from_zero: Start the y axis at 0.
     """
+    legend = [(line.name, i) for i, line in enumerate([*lines, *marked])]
     with _settings():
         figure, axes = _axes("optimizer step", y)
         axes.xaxis.set_major_locator(_whole_numbers())
+        axes.yaxis.set_major_formatter(lambda value, _: _tick(value))
         for step in epochs:
             axes.axvline(step, color=_MUTED, linewidth=0.7, linestyle=":")
         for i, line in enumerate(lines):
             mean = smoothed(line) if smooth else None
-            style = {"color": _color(i), "linestyle": _STYLES[i % len(_STYLES)]}
+            style = {"color": _color(i), "linestyle": _STYLES[i % len(_STYLES)][0]}
             if mean is None:
                 _draw(axes, line, **style)
             else:
                 _draw(axes, line, color=_color(i), linewidth=0.7, alpha=0.45)
                 _draw(axes, mean, **style)
+                legend[i] = mean.name, i
         for i, line in enumerate(marked, len(lines)):
-            _draw(axes, line, color=_color(i), marker="o", markersize=4)
+            _draw(axes, line, color=_color(i), marker="o", markersize=4, clip_on=False)
         if from_zero:
-            axes.set_ylim(bottom=0)
-        if len(axes.get_lines()) - len(epochs) > 1:
-            axes.legend()
-        return _svg(figure, name, label)
+            highest = max((value for line in [*lines, *marked] for value in line.y), default=0.0)
+            axes.set_ylim(0, 1.1 * highest or 1.0)
+        return _svg(figure, name, label) + (_legend(legend, len(lines)) if len(legend) > 1 else "")
 
 
-def bar_plot(
-    name: str, edges: Sequence[float], counts: Sequence[int], *, x: str, label: str, log: bool = False
-) -> str:
+def _tick(value: float) -> str:
+    """Return a tick's label, such as `0.5` or `2e-5`: never with a factor that all ticks share."""
+    return f"{value:,g}".replace("e-0", "e-")
+
+
+def _legend(names: Sequence[tuple[str, int]], lines: int) -> str:
+    """Return a legend as HTML: it wraps on a phone, and lies on no curve."""
+    entries = []
+    for name, place in names:
+        style = _STYLES[place % len(_STYLES)][1] if place < lines else "solid"
+        swatch = f'<span class="swatch" style="border-top: 3px {style} {css_color(place)}"></span>'
+        entries.append(f"<li>{swatch}{escape(name)}</li>")
+    return f'<ul class="legend">{"".join(entries)}</ul>'
+
+
+def css_color(place: int) -> str:
+    """Return the page's color of a line, and of the run or model that it belongs to."""
+    return list(_COLORS.values())[place % len(_COLORS)]
+
+
+def bar_plot(name: str, edges: Sequence[float], counts: Sequence[int], *, x: str, label: str) -> str:
     """Return an SVG histogram: bars of `counts` rows between `edges`.
 
     Args:
@@ -116,17 +138,13 @@ def bar_plot(
         counts: Rows per bar.
         x: Label of the x axis.
         label: Description for screen readers.
-        log: Use a logarithmic x axis.
     """
     with _settings():
         figure, axes = _axes(x, "rows")
         widths = [high - low for low, high in pairwise(edges)]
         axes.bar(edges[:-1], counts, widths, align="edge", color=_color(0), edgecolor=_GRID, linewidth=0.5)
         axes.yaxis.set_major_locator(_whole_numbers())
-        if log:
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.minorticks_off()
+        axes.xaxis.set_major_formatter(lambda value, _: _tick(value))
         return _svg(figure, name, label)
 
 
@@ -154,7 +172,7 @@ def _axes(x: str, y: str) -> tuple["Figure", "Axes"]:
 
     figure = Figure(figsize=(4.6, 2.7))
     axes = figure.add_axes(
-        (0.17, 0.17, 0.81, 0.79)
+        (0.17, 0.17, 0.79, 0.79)
     )  # fixed, since fitting the axes to their labels would double the time per plot
     axes.set(xlabel=x, ylabel=y)
     return figure, axes
@@ -197,7 +215,7 @@ def _svg(figure: "Figure", name: str, label: str) -> str:
 SET_NAMES = {"train": "trained on", "held_out": "held out"}
 """As in "rows trained on"."""
 
-_LOSS = "loss per target token"
+_LOSS = "loss"
 _BARS = 30
 
 
@@ -210,26 +228,32 @@ class Picture:
     caption: str
 
 
-def curves(run: RunFiles) -> list[Picture]:
-    """Return plots of what a run's steps recorded."""
+def loss_curve(run: RunFiles) -> list[Picture]:
+    """Return the plot of a run's losses; none without steps."""
     metrics = run.metrics
-    kinds = [("computed_tokens", "computed"), ("tokens", "real"), ("learned_tokens", "target")]
+    caption = (
+        "Training: mean over the target tokens of each batch, before its update. Held out: over all held-out rows."
+        if metrics.evaluations
+        else "Mean over the target tokens of each batch, before its update."
+    )
+    if 0 < len(metrics.evaluations) <= run.record.config["num_epochs"] + 1:
+        caption += " With --eval-steps N it is computed more often."
+    style: dict[str, Any] = {"marked": [held_out_line(metrics)], "epochs": epoch_ends(metrics), "smooth": True}
+    return _lines("loss", "Loss", caption, [loss_line(metrics)], y=_LOSS, **style)
+
+
+def curves(run: RunFiles) -> list[Picture]:
+    """Return plots of what else a run's steps recorded."""
+    metrics = run.metrics
+    kinds = [("computed_tokens", "computed"), ("tokens", "all"), ("learned_tokens", "target")]
     rates = [rate_line(metrics, key, name) for key, name in kinds]
-    loss = "Mean over the target tokens of each batch, before its update. Held-out loss is over all held-out rows."
+    rate = "Used for each step's update."
     norm = f"Before clipping to {run.record.config['max_grad_norm']:g}."
-    speed = "Real tokens are those of the rows. Computed tokens include padding, and count a shared prefix once."
-    memory = "Memory of the process after each step."
-    marked, epochs = [held_out_line(metrics)], epoch_ends(metrics)
+    speed = "All tokens of the rows. Computed tokens include padding, and count a shared prefix once."
+    memory = "Of the process after each step."
+    epochs = epoch_ends(metrics)
     return [
-        *_lines("loss", "Loss", loss, [loss_line(metrics)], y=_LOSS, marked=marked, epochs=epochs, smooth=True),
-        *_lines(
-            "rate",
-            "Learning rate",
-            "Used for each step's update.",
-            [_rate(metrics)],
-            y="learning rate",
-            epochs=epochs,
-        ),
+        *_lines("rate", "Learning rate", rate, [_rate(metrics)], y="learning rate", epochs=epochs),
         *_lines("norm", "Gradient norm", norm, [_norm(metrics)], y="norm", epochs=epochs, smooth=True),
         *_lines("speed", "Throughput", speed, rates, y="tokens per second", epochs=epochs, from_zero=True),
         *_lines("memory", "Memory", memory, [_memory(metrics)], y="GB", epochs=epochs, from_zero=True),
@@ -265,14 +289,16 @@ def curves_side_by_side(runs: Sequence[RunFiles], names: Sequence[str]) -> list[
 
 
 def lengths(run: RunFiles) -> list[Picture]:
-    """Return histograms of example lengths, on a logarithmic axis."""
+    """Return histograms of example lengths."""
     pictures = []
     for name, some in run.kept.get("lengths", {}).items():
         title = f"Lengths of the rows {SET_NAMES[name]}"
         edges, median = some["edges"], some["median"]
-        caption = f"From {edges[0]:,} to {edges[-1] - 1:,} tokens, half of them at most {median:,}."
+        most = some.get("most", edges[-1] - 1)
+        caption = f"From {edges[0]:,} to {most:,} tokens, half of them at most {median:,}."
         label = f"{title}. {caption}"
-        svg = bar_plot(f"lengths-{name}", edges, some["counts"], x="tokens in an example", label=label, log=True)
+        around = [edge - 0.5 for edge in edges]  # a bar stands around its lengths, which are whole
+        svg = bar_plot(f"lengths-{name}", around, some["counts"], x="tokens in an example", label=label)
         pictures.append(Picture(title, svg, caption))
     return pictures
 

@@ -19,7 +19,7 @@ def side_by_side(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
         ("Trained", [words.parameters(run.plan.trainable) for run in runs]),
         *((option_name(name), [words.shown(run.record.config.get(name)) for run in runs]) for name in given),
         ("Machine", [run.record.environment.machine for run in runs]),
-        ("Versions", [words.requirements(run) for run in runs]),
+        ("Versions", _versions(runs)),
     ]
 
 
@@ -37,13 +37,20 @@ def distinct_names(runs: Sequence[RunFiles]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
 
 
+def _versions(runs: Sequence[RunFiles]) -> list[str]:
+    """Return the versions that differ between the runs, of Python and its packages."""
+    found = [{"Python": run.record.environment.python, **run.record.environment.versions} for run in runs]
+    names = dict.fromkeys(name for versions in found for name in versions)
+    differing = [name for name in names if len({versions.get(name) for versions in found}) > 1]
+    if not differing:
+        return ["all the same"] * len(runs)
+    return [", ".join(f"{name} {versions.get(name, 'none')}" for name in differing) for versions in found]
+
+
 def _outcomes(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
-    figures = [words.outcome(run) for run in runs]
-    names = [dict.fromkeys(figure[i][0] for figure in figures) for i in range(len(figures[0]))]
-    return [
-        (" / ".join(names[i]), [f"{figure[i][1]} ({figure[i][2]})" for figure in figures])
-        for i in range(len(names))
-    ]
+    figures = [{name: f"{figure}, {text}" for name, figure, text in words.figures(run)} for run in runs]
+    names = dict.fromkeys(name for some in figures for name in some)
+    return [(name, [some.get(name, "unknown") for some in figures]) for name in names]
 
 
 def _of_sets(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:

@@ -11,10 +11,14 @@ from handspun.display import count_of, duration
 from handspun.preflight.checks import Preflight, headline, rows_named
 from handspun.report.pictures import SET_NAMES
 from handspun.runs.metrics import RunFiles
+from handspun.runs.outcome import epoch_losses, matches, perplexity
 from handspun.runs.record import RowSet, command
 
 Fact = tuple[str, str, list[str]]
 """(name, value, lines of small print)."""
+
+_WRONG = 20
+"""Maximum number of wrong answers that are shown."""
 
 _LINKED = 50
 """Maximum number of rows named per reason. They are links if their text was kept."""
@@ -34,14 +38,43 @@ def title(run: RunFiles) -> str:
     return f"{_last_part(config['model'])} on {_last_part(config['data'])}"
 
 
-def outcome(run: RunFiles) -> list[tuple[str, str, str]]:
-    """Return the outcome as three figures: (name, figure, explanation)."""
-    return [_loss_figure(run), _time_figure(run), _memory_figure(run)]
+def figures(run: RunFiles) -> list[tuple[str, str, str]]:
+    """Return the outcome in figures: (name, figure, explanation)."""
+    return [_loss_figure(run), *_matches_figure(run), _time_figure(run), _memory_figure(run)]
+
+
+def epochs(run: RunFiles) -> list[tuple[str, str, str]]:
+    """Return (epoch, training loss, held-out loss at its end), the first row from before training."""
+    training = epoch_losses(run.metrics.steps)
+    held_out = {event["epoch"]: event["loss"] for event in run.metrics.evaluations}
+    names = sorted({*training, *held_out})
+    return [
+        (
+            "before" if epoch == 0 else str(epoch),
+            f"{training[epoch]:.4f}" if epoch in training else "",
+            f"{held_out[epoch]:.4f}" if epoch in held_out else "",
+        )
+        for epoch in names
+    ]
+
+
+def wrong_answers(run: RunFiles) -> list[dict[str, Any]]:
+    """Return the held-out rows whose answers after training are not the expected ones, with `where`."""
+    answers = run.kept.get("row_answers", {}).get("after", [])
+    several_files = len({one["file"] for one in answers}) > 1
+    wrong = [one for one in answers if not one["is_right"]]
+    return [{**one, "where": where(one, several_files=several_files)} for one in wrong[:_WRONG]]
+
+
+def where(row: dict[str, Any], *, several_files: bool) -> str:
+    """Return where a row is: its number, and its file if there are several."""
+    return f"{row['file']}, row {row['row']}" if several_files else f"row {row['row']}"
 
 
 def about(run: RunFiles) -> list[Fact]:
     """Return the section "Model and data"."""
     record, config, plan = run.record, run.record.config, run.plan
+    examples = count_of(plan.examples, "example")
     how = f"LoRA adapters of rank {config['lora_rank']}" if config["lora"] else "all weights"
     files = [f"{name}: {value}" for name, value in run.kept.get("model", {}).items()]
     kept = [*record.checkpoints, *filter(None, [record.best_checkpoint])]
@@ -51,8 +84,8 @@ def about(run: RunFiles) -> list[Fact]:
         *(_about_rows(name, record.data.by_name.get(key)) for key, name in SET_NAMES.items()),
         (
             "Steps",
-            f"{len(run.metrics.steps):,} of {plan.steps:,}: {config['num_epochs']} epochs of "
-            f"{plan.examples:,} examples in batches of {config['batch_size']}, {plan.batching}, matmuls in "
+            f"{len(run.metrics.steps):,} of {plan.steps:,}: {count_of(config['num_epochs'], 'epoch')} of "
+            f"{examples} in batches of {config['batch_size']}, {plan.batching}, matmuls in "
             f"{record.dtype or 'unknown'}",
             [],
         ),
@@ -224,7 +257,8 @@ def _loss_figure(run: RunFiles) -> tuple[str, str, str]:
             "Held-out loss",
             f"{first:.4f} → {last:.4f}",
             f"{(last - first) / first:+.0%}".replace("-", "−")
-            + ("" if best is found[-1] else f"; best {best['loss']:.4f} at step {best['step']}"),
+            + ("" if best is found[-1] else f"; best {best['loss']:.4f} at step {best['step']}")
+            + f"; perplexity {perplexity(first)} → {perplexity(last)}",
         )
     steps = run.metrics.steps
     if not steps:
@@ -236,14 +270,22 @@ def _loss_figure(run: RunFiles) -> tuple[str, str, str]:
     )
 
 
+def _matches_figure(run: RunFiles) -> list[tuple[str, str, str]]:
+    if (found := matches(run)) is None:
+        return []
+    of = "" if found.asked == found.of else f" (of {found.of:,})"
+    text = f"of {count_of(found.asked, 'held-out row')}{of}, before and after"
+    return [("Exact matches", f"{found.before:,} → {found.after:,}", text)]
+
+
 def _time_figure(run: RunFiles) -> tuple[str, str, str]:
     steps, seconds = run.metrics.steps, run.record.seconds
     in_steps = sum(step["seconds"] for step in steps)
-    rate = f"{sum(step['learned_tokens'] for step in steps) / in_steps:,.0f} target tokens/s" if in_steps else ""
-    whole = seconds if seconds is not None else in_steps
-    predicted = run.record.preflight.predicted_seconds if run.record.preflight else None
-    guess = f"; {duration(predicted)} predicted for the steps" if predicted is not None else ""
-    return "Time", duration(whole), f"{count_of(len(steps), 'step')}, {rate}{guess}" if rate else "no steps"
+    if not in_steps:
+        return "Time", duration(seconds or 0.0), "no steps"
+    rates = [sum(step[key] for step in steps) / in_steps for key in ("tokens", "learned_tokens")]
+    text = f"{count_of(len(steps), 'step')}, {rates[0]:,.0f} tokens/s ({rates[1]:,.0f} target)"
+    return "Training time", duration(seconds if seconds is not None else in_steps), text
 
 
 def _memory_figure(run: RunFiles) -> tuple[str, str, str]:

@@ -1,7 +1,7 @@
 """What a report needs besides run.json and metrics.jsonl, collected while it is at hand and time allows."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from handspun.models.load import ChatModel, model_source
 from handspun.report.page import write_report
 from handspun.runs.log import RunLog
 from handspun.runs.metrics import HARDEST, KEPT, METRICS, read_kept, read_metrics
-from handspun.runs.row_losses import hardest_rows_csv, loss_facts, losses_by_row, texts_of
+from handspun.runs.row_losses import hardest_of, hardest_rows_csv, loss_facts, losses_by_row, texts_of
 from handspun.runs.sample_answers import (
     RowAnswer,
     SamplePrompt,
@@ -36,8 +36,8 @@ from handspun.training.runner import select_runner
 
 SHARE = 0.1
 """Most of the steps' time that answers and row losses may take together."""
-LEAST_SECONDS = 10.0
-"""Allowed all the same: a tenth of a run of seconds would show nothing, and nobody minds ten seconds."""
+LEAST_SECONDS = 15.0
+"""Allowed all the same: a tenth of a run of seconds would show nothing."""
 _SHARE_BEFORE = 0.4
 """Of the time allowed. The answers after training take as long, and the row losses get the rest. Before training
 the time of the steps is only predicted; if it turns out to be half of that, there is still time for the rest."""
@@ -269,7 +269,7 @@ def _row_losses(material: Material, kept: dict[str, Any], until: float) -> dict[
                 some_facts = loss_facts(found, len(some.examples), material.chat.tokenizer)
                 facts[name] = _with_prompts(some_facts, material, some)
                 if name == "train":
-                    _write_hardest([row for row, _ in found], material, kept)
+                    _write_hardest(hardest_of([row for row, _ in found]), material, kept)
     if (done := sum(len(some["losses"]) for some in facts.values())) < wanted:
         logger.info(f"  {done} of {wanted} computed: {_LIMIT}")
     return facts or {"missing": _LIMIT}
@@ -288,7 +288,7 @@ def _with_prompts(facts: dict[str, Any], material: Material, some: Dataset) -> d
     return facts
 
 
-def _write_hardest(hardest: list[Example], material: Material, kept: dict[str, Any]) -> None:
+def _write_hardest(hardest: Sequence[Example], material: Material, kept: dict[str, Any]) -> None:
     """Write the hardest training rows as a file, and keep its checksum: once edited, it is the user's."""
     text, count = hardest_rows_csv(hardest, material.training)
     file = material.folder / HARDEST

@@ -63,7 +63,7 @@ def verdict(run: RunFiles) -> Verdict | None:
     fall = f"the held-out loss fell by {1 - last / first:.0%}"
     before_last = _before_last_epoch(found)
     if last < _CERTAIN:
-        return Verdict(f"Learned: {fall}, and is near zero ({last:.4f}).")
+        return Verdict(f"Learned: the held-out loss fell from {first:.4f} to {last:.4f}, which is nearly none.")
     if epochs > 1 and last < before_last * (1 - _FALLING):
         return Verdict(
             f"Still falling: {fall}, and from {before_last:.4f} to {last:.4f} in the last epoch alone.",

@@ -18,7 +18,7 @@ from handspun.training.runner import BatchRunner
 SHOWN = 10
 """Hardest rows of each set that the report shows."""
 IN_FILE = 50
-"""Hardest training rows in the file."""
+"""Most of the hardest training rows in the file, and no more than a fifth of those whose losses are known."""
 MOST_CHARACTERS = 4000
 """Longest text that is kept of one cell."""
 
@@ -42,7 +42,7 @@ def losses_by_row(
         examples: the rows.
         most: at most so many rows are computed, at even distances.
         max_tokens: of a micro-batch.
-        seconds: about so long at most; the rows computed by then are evenly spaced too.
+        seconds: about so long at most, but at least 16 rows; the rows computed by then are evenly spaced too.
         clock: the time in seconds.
     """
     rows = spread(examples, most)
@@ -51,7 +51,7 @@ def losses_by_row(
     began, longest = clock(), 0.0
     for start in range(0, len(rows), _AT_ONCE):
         before = clock()
-        if before - began + longest > seconds:
+        if start and before - began + longest > seconds:
             break
         for micro_batch in runner.batching.split(rows[start : start + _AT_ONCE], max_tokens):
             found += zip(micro_batch, runner.row_losses(micro_batch), strict=True)
@@ -99,7 +99,7 @@ def hardest_rows_csv(hardest: Sequence[Example], dataset: Dataset) -> tuple[str,
     rows = {(row.file, row.number): row for row in dataset.rows}
     found = [row for key in dict.fromkeys((one.file, one.row) for one in hardest) if (row := rows.get(key))]
     formats = dataset.account.formats
-    found = [row for row in found if formats[row.file] == formats[found[0].file]][:IN_FILE]
+    found = [row for row in found if formats[row.file] == formats[found[0].file]]
     places = [name for name in ("file", "row") if all(name not in row.values for row in found)]
     columns = list(dict.fromkeys(name for row in found for name in row.values))
     text = io.StringIO()
@@ -122,6 +122,11 @@ def texts_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
         }
         for row in rows
     ]
+
+
+def hardest_of(rows: Sequence[Example]) -> Sequence[Example]:
+    """Return those of the rows, the hardest first, that are worth a look."""
+    return rows[: min(IN_FILE, max(SHOWN, len(rows) // 5))]
 
 
 def text_of(value: Any) -> str:

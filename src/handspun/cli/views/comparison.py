@@ -7,7 +7,7 @@ from rich.text import Text
 
 from handspun.decoding.results import GenerationResult
 from handspun.display import visible
-from handspun.evaluation.compare import Comparison
+from handspun.evaluation.compare import Comparison, speed
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
@@ -22,6 +22,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
             table.add_row(*map(_cell, results), end_section=row < len(of_prompt[0]) - 1)
         console.print(table)
         console.print()
+    for place, name in enumerate(comparison.models):
+        if found := speed(comparison, place):
+            console.print(visible(f"{name}: {found}"), style="dim", soft_wrap=True)
 
 
 def _cell(result: GenerationResult) -> Text:
