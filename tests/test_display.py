@@ -28,6 +28,7 @@ from handspun.display import (
     UnprintedError,
     captured_log,
     command_here,
+    count_of,
     escaped,
     join_names,
     json_line,
@@ -36,6 +37,7 @@ from handspun.display import (
     prefixed_log,
     print_error_line,
     printable,
+    progress,
     protected_streams,
     unfailing,
     visible,
@@ -308,3 +310,17 @@ def test_command_here_is_a_path_where_the_shell_finds_no_other(
     monkeypatch.setattr("sys.argv", [str(own)])
     monkeypatch.chdir("/")
     assert command_here() in (str(own), str(own.relative_to("/")))
+
+
+def test_count_of() -> None:
+    assert [count_of(number, "epoch") for number in (0, 1, 2, 1234)] == [
+        "0 epochs", "1 epoch", "2 epochs", "1,234 epochs",
+    ]  # fmt: skip
+
+
+def test_progress_without_a_terminal_is_a_line_every_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    times = iter([0.0, 4.0, 11.0, 11.0, 15.0, 30.0])
+    with progress("answering 1,200 prompts", 1200, clock=times.__next__) as on_done:
+        for done in (100, 1100, 1150, 1200):
+            on_done(done)
+    assert capsys.readouterr().err == "answering 1,200 prompts ...\n  1,100 of 1,200\n"

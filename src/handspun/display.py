@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.segment import Segment
 from rich.text import Text
 
@@ -153,6 +155,37 @@ def log_lines_to(show: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def progress(
+    text: str, total: int, *, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[int], None]]:
+    """Log that work begins, and yield a function to call with the number of things done.
+
+    On a terminal, standard error shows a bar meanwhile; elsewhere there is a line every ten seconds.
+    """
+    logger.info(f"{text} ...")
+    console = HarmlessConsole(stderr=True)
+    if console.is_interactive and is_terminal(sys.stderr):
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("", total=total)
+            console.show_cursor(True)  # a process that is killed could not bring it back
+            yield lambda done: bar.update(task, completed=done)
+        return
+    logged_at = clock()
+
+    def on_done(done: int) -> None:
+        nonlocal logged_at
+        if clock() - logged_at >= _SECONDS_BETWEEN_LINES and done < total:
+            logged_at = clock()
+            logger.info(f"  {done:,} of {total:,}")
+
+    yield on_done
 
 
 @contextmanager

@@ -129,8 +129,8 @@ def test_a_run_does_not_end_by_its_own_printing(tiny_folder: Path, tmp_path: Pat
     with standard("stdout", STREAMS[case]()), standard("stderr", STREAMS[case]()):
         handspun.train(config)
     log = (tmp_path / "output" / "train.log").read_text(encoding="utf-8")
-    assert "finished in" in log
-    assert log.splitlines()[-1][9:].startswith("report: ")
+    assert "report: " in log
+    assert log.splitlines()[-1][9:].startswith("finished in ")
 
 
 def test_a_run_of_the_command_line_ends_with_its_own_exit_code(tiny_folder: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from handspun.display import captured_log
 from handspun.errors import ModelError, TemplateError
 from handspun.models import embedded
 from handspun.models.end_of_turn import end_of_turn_is_new, eos_token_ids, make_end_of_turn_eos
-from handspun.models.load import ChatModel, checkpoint_of_run, load
+from handspun.models.load import ChatModel, checkpoint_of_run, load, resolve_device
 from handspun.models.lora import add_lora
 from handspun.models.save import save_model
 from tiny import tiny_model, tiny_tokenizer
@@ -233,3 +233,16 @@ def test_load_a_runs_folder_loads_its_checkpoint_and_says_so(tmp_path: Path) -> 
         chat = load(str(tmp_path / "output"))
     assert torch.equal(chat.model.lm_head.weight, model.lm_head.weight)
     assert f"{tmp_path / 'output'}: checkpoint-epoch-2 of this run" in lines
+
+
+@pytest.mark.parametrize(
+    ("device", "hint"),
+    [("gpu", "cuda"), ("GPU:0", "cuda"), ("metal", "mps"), ("cudaa", "cuda"), ("toaster", None)],
+)
+def test_resolve_device_of_a_wrong_name_says_which_one_was_meant(device: str, hint: str | None) -> None:
+    with pytest.raises(ModelError) as raised:
+        resolve_device(device)
+    said = f" Did you mean {hint}?" if hint else ""
+    assert str(raised.value).endswith(
+        f"--device {device}: no such device (expected auto, cpu, cuda, cuda:1, or mps).{said}"
+    )

@@ -22,6 +22,7 @@ from handspun.preflight.checks import (
     unfilled_field,
 )
 from handspun.preflight.duplicates import Alike, most_in_common, near_duplicate_rows, words_of
+from handspun.preflight.print import slow_lines
 from handspun.preflight.time_estimate import Forecast, operations, predicted_seconds
 from handspun.training.loop import EpochEnd, Step
 from handspun.training.memory import make_plan
@@ -250,6 +251,25 @@ def test_the_faster_one_of_two_steps_says_how_long_the_rest_takes() -> None:
     assert resumed.after(step(9, 2.0)) == 2.0
     short = Forecast(plan, 10)
     assert [short.after(step(1, 4.0, total=2)), short.after(step(2, 2.0, total=2))] == [None, None]
+    assert short.times_predicted is None
+
+
+def test_steps_far_slower_than_predicted_are_a_warning_with_a_remedy() -> None:
+    """10 steps of 0.5 s each were predicted, and the faster of the first two takes 2 s."""
+    config = TrainConfig(batch_size=4, num_epochs=10)
+    forecast = Forecast(make_plan(tiny_model("llama"), rows(4, 10, 3), config), 10, predicted_seconds=5.0)
+    forecast.after(step(1, 4.0))
+    assert forecast.times_predicted is None
+    forecast.after(step(2, 2.0))
+    assert forecast.times_predicted == 4.0
+    first, *others = slow_lines(4.0, config, torch.float32)
+    assert first == "warning: steps take 4 times as long as predicted"
+    assert "other programs use the CPU" in " ".join(others)
+    assert max(map(len, others)) <= 80
+    assert "--dtype float32" in " ".join(slow_lines(9.0, config, torch.bfloat16))
+    int8 = TrainConfig(lora=True, base_weights="int8")
+    assert "without --base-weights int8" in " ".join(slow_lines(9.0, int8, torch.float32))
+    assert list(slow_lines(3.9, config, torch.float32)) == []
 
 
 def test_an_answer_that_decoding_would_cut_is_found() -> None:

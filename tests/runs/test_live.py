@@ -3,6 +3,7 @@
 import io
 import re
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from handspun.runs.live import LiveState, Trace, one_line, panel, sparkline, wra
 from handspun.runs.log import RunLog
 from handspun.runs.sample_answers import SampleAnswer, Samples
 from handspun.training.loop import Evaluation, Step
+from small_runs import printed_to
 
 CURSOR = re.compile(r"\x1b\[\d*[A-HJKSTfsu]|\x1b\[\?25l")
 
@@ -151,6 +153,41 @@ def test_anywhere_else_there_are_lines_alone(how: str, tmp_path: Path, monkeypat
     assert not CURSOR.search(printed)
     assert ("step 10/10  epoch 2  loss 12.5000" in printed) == (how != "quiet")
     assert max(map(len, (tmp_path / "train.log").read_text(encoding="utf-8").splitlines())) <= 110
+
+
+def test_the_time_left_does_not_count_the_first_step(tmp_path: Path) -> None:
+    """It took a minute, and the others two seconds each."""
+    console = Console(file=io.StringIO(), width=120)
+    with RunLog(tmp_path, console, clock=iter(range(0, 1000, 2)).__next__) as log:
+        log.event(replace(step(1, 2.0), seconds=60.0))
+        log.event(step(2, 2.0))
+        log.event(step(3, 2.0))
+    lines = (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()
+    assert lines[0].endswith(" target)")
+    assert [line.rpartition("  left ")[2] for line in lines[1:]] == ["16s", "14s"]
+
+
+def test_a_phase_is_announced_before_it_begins_and_timed(tmp_path: Path) -> None:
+    file = io.StringIO()
+    times = iter([0.0, 10.0, 13.0, 20.0, 20.5])
+    with RunLog(tmp_path, Console(file=file, width=80), clock=times.__next__) as log:
+        with log.phase("answering 3 prompts"):
+            assert file.getvalue() == "answering 3 prompts ...\n"
+        with log.phase("answering more"):
+            pass
+    assert file.getvalue() == "answering 3 prompts ...\n  took 3s\nanswering more ...\n"
+
+
+def test_on_a_terminal_a_spinner_runs_during_a_phase_and_the_cursor_comes_back(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, no_color=True)
+    with RunLog(tmp_path, console) as log, suppress(KeyboardInterrupt), log.phase("answering 3 prompts"):
+        raise KeyboardInterrupt
+    printed = printed_to(console)
+    assert printed.startswith("answering 3 prompts ...")
+    assert "⠋" in printed
+    assert printed.rindex("\x1b[?25h") > printed.rindex("⠋")
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", printed)
+    assert "⠋" not in (tmp_path / "train.log").read_text(encoding="utf-8")
 
 
 def test_a_resumed_run_shows_what_was_before_it(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_all_three_have_the_figures_of_metrics_jsonl_and_nothing_leaves_the_mach
     assert [(step, facts["eval/loss"]) for step, facts in rows if "eval/loss" in facts] == held_out
     assert "trackio show --project handspun" in said.stdout
     assert "\x1b" not in said.stdout
-    assert said.stdout.endswith(f"report: {output}/report.html\n")
+    assert f"\nreport: {output}/report.html\n" in said.stdout
 
 
 @pytest.mark.slow

@@ -23,7 +23,11 @@ RowKey = tuple[str, int]
 
 
 def row_losses(
-    chat: ChatModel, examples: Sequence[Example], *, batch_size: int
+    chat: ChatModel,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    on_example: Callable[[int], None] | None = None,
 ) -> dict[RowKey, tuple[float, int]]:
     """Return (loss summed over target tokens, number of target tokens) of every row.
 
@@ -34,15 +38,20 @@ def row_losses(
         chat: The model.
         examples: Tokenized examples; a row may have several.
         batch_size: Examples computed together.
+        on_example: Called with the number of examples done.
     """
     is_float32 = chat.fused is None and chat.model.dtype == torch.float32
     losses_of = _by_execution if is_float32 else _by_engine
     sums: dict[RowKey, tuple[float, int]] = {}
+    done = 0
     with losses_of(chat, examples) as compute:
         for batch in batches(examples, range(len(examples)), batch_size):
             for example, loss in compute(batch):
                 before, tokens = sums.get((example.file, example.row), (0.0, 0))
                 sums[example.file, example.row] = (before + loss, tokens + example.learned_tokens)
+            done += len(batch)
+            if on_example is not None:
+                on_example(done)
     return sums
 
 

@@ -9,7 +9,7 @@ from handspun.data.dataset import ExampleCache, example_set, fingerprint, resolv
 from handspun.data.examples import DataReport
 from handspun.data.rows import Row, read_rows
 from handspun.decoding.results import GenerationResult
-from handspun.display import logger
+from handspun.display import count_of, progress
 from handspun.errors import ConfigError
 from handspun.evaluation.answers import Question, greedy_answers, is_right, question_of
 from handspun.evaluation.losses import RowKey, row_losses
@@ -108,19 +108,22 @@ def score(
         cache=ExampleCache(cache_folder() / "examples"),
     )
     check_examples(made.examples, embedding_rows(chat.model), chat.tokenizer, chat.name)
-    losses = row_losses(chat, made.examples, batch_size=batch_size)
+    what = f"computing the losses of {count_of(len(made.examples), 'example')}"
+    with progress(what, len(made.examples)) as on_example:
+        losses = row_losses(chat, made.examples, batch_size=batch_size, on_example=on_example)
     questions = _questions(rows, made.account, config, chat if ask else None)
     answers: dict[RowKey, GenerationResult] = {}
     if ask:
         asked = [question for question in questions if not question.needs_tools]
-        logger.info(f"answering {len(asked)} prompts")
-        found = greedy_answers(
-            chat,
-            asked,
-            system_prompt=config.system_prompt,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-        )
+        with progress(f"answering {count_of(len(asked), 'prompt')}", len(asked)) as on_answer:
+            found = greedy_answers(
+                chat,
+                asked,
+                system_prompt=config.system_prompt,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                on_answer=on_answer,
+            )
         answers = {(q.file, q.row): answer for q, answer in zip(asked, found, strict=True)}
     scored = [_row_score(question, losses, answers) for question in questions]
     return Scores(chat.name, config.data, fingerprint(rows), max_length, scored, made.account)

@@ -31,7 +31,7 @@ from handspun.config import TemplateArgs, Weights, read_template_args
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.rendering import choose_template
 from handspun.data.rows import stay_offline_if_unreachable
-from handspun.display import logger
+from handspun.display import logger, printable
 from handspun.errors import ConfigError, ModelError, check_installed
 from handspun.kernels import native
 from handspun.kernels.allocator import disable_malloc_trim, malloc_trim
@@ -240,6 +240,11 @@ def load_generation_config(source: ModelSource) -> GenerationConfig | None:
     return None
 
 
+_DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+_OTHER_NAMES = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "hip": "cuda", "amd": "cuda", "metal": "mps"}
+"""PyTorch calls AMD's GPUs cuda too."""
+
+
 def resolve_device(device: str) -> torch.device:
     """Return the named device, or a GPU (if there is one) for "auto". Raises ModelError if it is not available."""
     if device == "auto":
@@ -248,6 +253,16 @@ def resolve_device(device: str) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
+        kind = device.partition(":")[0]
+        if kind not in _DEVICES:
+            meant = _OTHER_NAMES.get(kind.lower()) or next(
+                iter(difflib.get_close_matches(kind.lower(), _DEVICES)), None
+            )
+            hint = f" Did you mean {meant}?" if meant else ""
+            expected = "auto, cpu, cuda, cuda:1, or mps"
+            raise ModelError(
+                f"--device {printable(device)}: no such device (expected {expected}).{hint}"
+            ) from error
         reason = str(error).splitlines()[0]
         raise ModelError(f"--device {device} is not available here ({reason}). Use cpu or auto.") from error
     return found

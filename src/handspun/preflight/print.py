@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice, pairwise
 
 import numpy as np
+import torch
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +15,7 @@ from handspun.data.preview import bracketed, colored, spread
 from handspun.display import count_of, duration, join_names, logger
 from handspun.files import readable_size
 from handspun.preflight.checks import EndOfTurn, Finding, Preflight, check_findings, headline, rows_named
-from handspun.preflight.time_estimate import MEASURED_ON
+from handspun.preflight.time_estimate import MEASURED_ON, SLOW
 from handspun.training.memory import Plan, disk_at_most
 
 _SHOWN = 12
@@ -61,14 +62,14 @@ def row_numbers(notes: Sequence[RowIssue]) -> str:
     return f"row{'s' if len(notes) > 1 else ''} {shown}{more}"
 
 
-def length_lines(examples: Sequence[Example]) -> list[str]:
-    """Return quantiles of the lengths, a small histogram, and the share of target tokens."""
+def length_lines(examples: Sequence[Example], *, is_brief: bool = False) -> list[str]:
+    """Return quantiles of the lengths, a small histogram unless brief, and the share of target tokens."""
     lengths: list[int] = np.sort(lengths_of(examples)).tolist()
     targets = learned_tokens_of(examples)
     quantiles = "  ".join(f"{name} {_quantile(lengths, q)}" for name, q in _QUANTILES)
     return [
         f"tokens in an example: {quantiles}",
-        *_histogram(lengths),
+        *([] if is_brief else _histogram(lengths)),
         f"target tokens: {targets} of {sum(lengths)} ({targets / sum(lengths):.0%})",
     ]
 
@@ -96,22 +97,35 @@ def _histogram(ordered: Sequence[int], width: int = 40) -> list[str]:
 
 
 def plan_lines(plan: Plan, config: TrainConfig, max_length: int) -> list[str]:
-    """Return lines on steps, tokens, memory, and disk."""
+    """Return lines on steps, tokens, memory, and disk: all of them in a dry run, and the main ones in a run.
+
+    In a run they would push the rendered examples out of sight.
+    """
     what = f"LoRA rank {config.lora_rank}, " if config.lora else ""
-    return [
+    head = [
         f"model {config.model}: {plan.parameters / 1e6:.1f}M parameters, {what}"
         f"{plan.trainable / 1e6:.1f}M trained",
         f"plan: {count_of(plan.examples, 'example')} x {count_of(config.num_epochs, 'epoch')} in batches of "
         f"{config.batch_size}: {count_of(plan.steps, 'step')}",
+    ]
+    memory = f"predicted peak memory {plan.peak_memory / 1e9:.1f} GB{' without --shard' if config.shard else ''}"
+    disk = readable_size(disk_at_most(plan, config))
+    rate = (
+        f"learning rate {config.peak_learning_rate:g}, {config.lr_schedule} after {config.warmup_ratio:.0%} "
+        f"warm-up; seed {config.seed}"
+    )
+    if not config.dry_run:
+        return [*head, rate, f"{memory}; disk: at most {disk}"]
+    return [
+        *head,
         f"tokens per epoch: {plan.tokens}, {plan.learned_tokens} of them targets,",
         f"  {plan.computed_tokens} computed ({plan.batching}); rows of at most {max_length}",
         f"  in {plan.micro_batches} micro-batches of at most {config.max_tokens}",
-        f"learning rate {config.peak_learning_rate:g}, {config.lr_schedule} after "
-        f"{config.warmup_ratio:.0%} warm-up; seed {config.seed}",
-        f"predicted peak memory {plan.peak_memory / 1e9:.1f} GB{' without --shard' if config.shard else ''}",
+        rate,
+        memory,
         f"disk: each checkpoint {readable_size(plan.checkpoint_size)}, the last {config.keep_last} with "
         f"{readable_size(plan.training_state_size)} to resume from;",
-        f"  at most {readable_size(disk_at_most(plan, config))} in all",
+        f"  at most {disk} in all",
     ]
 
 
@@ -144,7 +158,9 @@ def show_preflight(
 
     Raises ConfigError under --strict if there is a warning.
     """
-    log_lines(time_lines(seconds), end_of_turn_lines(ending, config), warning_lines(found))
+    log_lines(
+        time_lines(seconds, is_brief=not config.dry_run), end_of_turn_lines(ending, config), warning_lines(found)
+    )
     if config.strict:
         check_findings(found)
     return Preflight(list(found), ending, seconds)
@@ -159,7 +175,10 @@ def doubts_about_memory(doubts: Sequence[str]) -> list[Finding]:
 
 
 def end_of_turn_lines(found: EndOfTurn, config: TrainConfig) -> Iterator[str]:
-    """Yield what the end of turn is, and where it will be saved."""
+    """Yield what the end of turn is, and where it will be saved. A run is brief about one that is in order."""
+    if not config.dry_run and found.is_eos and found.learned == found.examples:
+        yield f"end of turn {found.token}: an eos of the base model, and the last target token of all examples"
+        return
     known = "an eos of the base model" if found.is_eos else "not an eos of the base model, which may not know it"
     yield f"end of turn {found.token}: {known};"
     yield f"  the last target token of {found.learned} of {found.examples} examples;"
@@ -168,10 +187,13 @@ def end_of_turn_lines(found: EndOfTurn, config: TrainConfig) -> Iterator[str]:
     yield f"  eos of what is saved, in generation_config too: {' '.join(found.saved)}"
 
 
-def time_lines(seconds: float | None) -> Iterator[str]:
+def time_lines(seconds: float | None, *, is_brief: bool = False) -> Iterator[str]:
     """Yield the predicted time, and how reliable it is."""
     if seconds is None:
         yield "predicted time: known after two steps (no rates were measured on this device)"
+        return
+    if is_brief:
+        yield f"predicted time {duration(seconds)} of steps, a guess that the first two steps correct"
         return
     yield f"predicted time {duration(seconds)} of steps, a guess by rates that were measured on"
     yield f"  {MEASURED_ON}; the first two steps correct it"
@@ -180,6 +202,22 @@ def time_lines(seconds: float | None) -> Iterator[str]:
 def corrected_line(left: float, step: int) -> str:
     """Return the time left as the first steps predict it."""
     return f"by the first steps, those after step {step} will take {duration(left)}"
+
+
+def slow_lines(times: float, config: TrainConfig, dtype: torch.dtype) -> Iterator[str]:
+    """Yield a warning about steps that take many times as long as predicted, with what may help."""
+    if times < SLOW:
+        return
+    if config.base_weights == "int8":
+        remedy = "int8 layers may be slow on this CPU: try without --base-weights int8"
+    elif dtype == torch.bfloat16:
+        remedy = "bfloat16 may be slow on this CPU: try --dtype float32"
+    else:
+        remedy = (
+            "see whether other programs use the CPU (top), or plan a shorter run: fewer --num-epochs, or --lora"
+        )
+    yield f"warning: steps take {times:.0f} times as long as predicted"
+    yield from _wrapped(f"-> {remedy}; Ctrl-C stops after a step and saves", "  ", "     ")
 
 
 def warning_lines(found: Sequence[Finding]) -> Iterator[str]:

@@ -74,10 +74,20 @@ def predicted_seconds(
     return config.num_epochs * operations_of_an_epoch / rate
 
 
-class Forecast:
-    """Predicts the time of the remaining steps from the faster of this process's first two steps."""
+SLOW = 4.0
+"""Times the predicted time from which a run gets a warning. A core of an old laptop may take three times as long
+as one of those that the rates were measured on; more than that has a reason of its own."""
 
-    def __init__(self, plan: Plan, num_epochs: int) -> None:
+
+class Forecast:
+    """Predicts the time of the remaining steps from the faster of this process's first two steps.
+
+    times_predicted: how many times as long as predicted they take; None as long as that is unknown.
+    """
+
+    def __init__(self, plan: Plan, num_epochs: int, predicted_seconds: float | None = None) -> None:
+        self.times_predicted: float | None = None
+        self._predicted_seconds = predicted_seconds
         self._tokens_of_a_step = plan.computed_tokens * num_epochs / plan.steps
         self._rates: list[float] = []
 
@@ -90,4 +100,7 @@ class Forecast:
         if len(self._rates) < 2 or not left:
             return None
         # The first step is usually slower because it touches its memory for the first time.
-        return left * self._tokens_of_a_step / max(self._rates)
+        seconds = left * self._tokens_of_a_step / max(self._rates)
+        if self._predicted_seconds:
+            self.times_predicted = seconds / (self._predicted_seconds * left / event.total_steps)
+        return seconds

@@ -85,7 +85,7 @@ class RunLog(logging.Handler):
         self._metrics = _open(folder, "metrics.jsonl", mode)
         self._live: LiveState | None = None
         self._send: Callable[[Mapping[str, Any]], None] | None = None
-        self._seconds, self._steps = 0.0, 0
+        self._seconds, self._first_seconds, self._steps = 0.0, 0.0, 0
         self._last_step_line = -_LEAST_SECONDS_BETWEEN_STEPS
 
     def __enter__(self) -> Self:
@@ -200,6 +200,7 @@ class RunLog(logging.Handler):
         if self._send is not None:
             self._send(record)
         if isinstance(event, Step):
+            self._first_seconds = self._first_seconds or event.seconds
             self._seconds += event.seconds
             self._steps += 1
         if self._live is not None:
@@ -222,7 +223,8 @@ class RunLog(logging.Handler):
         if now - self._last_step_line < _LEAST_SECONDS_BETWEEN_STEPS and step.step < step.total_steps:
             return
         self._last_step_line = now
-        self._info_beside_panel(f"{_step_line(step)}  left {duration(self._seconds_left(step))}")
+        left = self._seconds_left(step)
+        self._info_beside_panel(_step_line(step) + ("" if left is None else f"  left {duration(left)}"))
 
     def _samples(self, samples: Samples) -> None:
         """Log all answers, each on its own lines; on a terminal the panel has them."""
@@ -239,9 +241,14 @@ class RunLog(logging.Handler):
         """Log what the panel, if there is one, shows already."""
         logger.info(text, extra={"only_in_file": self._live is not None})
 
-    def _seconds_left(self, step: Step) -> float:
-        """Return the seconds left by the mean of all steps so far, without evaluation and saving."""
-        return (step.total_steps - step.step) * self._seconds / self._steps
+    def _seconds_left(self, step: Step) -> float | None:
+        """Return the seconds left by the mean of the steps so far, without evaluation and saving.
+
+        The first step does not count, since it may take many times as long as the others; None after it.
+        """
+        if self._steps < 2:
+            return None
+        return (step.total_steps - step.step) * (self._seconds - self._first_seconds) / (self._steps - 1)
 
 
 def _step_line(step: Step) -> str:

@@ -21,7 +21,7 @@ from handspun.data.chat_template import ChatTemplate
 from handspun.data.dataset import Dataset, ExampleCache, load_splits, resolve_max_length
 from handspun.data.rendering import choose_template, with_defaults
 from handspun.data.rows import check_data_exists
-from handspun.display import captured_log, duration, logger
+from handspun.display import captured_log, count_of, duration, logger
 from handspun.errors import OutputError, StoppedError
 from handspun.files import cache_folder
 from handspun.kernels.allocator import disable_malloc_trim, malloc_trim
@@ -55,6 +55,7 @@ from handspun.preflight.print import (
     plan_lines,
     show_examples,
     show_preflight,
+    slow_lines,
 )
 from handspun.preflight.time_estimate import Forecast, operations, predicted_seconds
 from handspun.runs.artifacts import Material, report_around, rows_for_report
@@ -228,7 +229,7 @@ def load_data(run: RunContext) -> LoadedData:
         check_examples(dataset.examples, embedding_rows_of(source), tokenizer, config.model)
     if processes.is_first:
         show_examples(training.examples, tokenizer)
-    _log_rows(data)
+    _log_rows(data, is_brief=not config.dry_run)
     if processes.is_first:
         data.findings.extend(_odd_rows(config, data))
     for dataset in data.datasets:  # before memory is measured
@@ -285,6 +286,7 @@ def load_model(run: RunContext, data: LoadedData) -> ChatModel:
     """
     config, processes = run.config, run.processes
     device = torch.device("cpu") if processes.sharded else processes.device
+    logger.info(f"loading {config.model} ...")
     chat = load_trainable(data.source, data.template, device)
     check_same_weights(chat.model, processes)
     # What is saved renders as it was trained, in every program.
@@ -349,7 +351,9 @@ def fit(run: RunContext, data: LoadedData, planned: RunPlan, chat: ChatModel) ->
             if planned.point is not None:
                 checkpoints.restore(planned.point)
                 _restore_state(planned.point, state, trained, run)
-            listeners = _listeners(run, data, loop, trained, checkpoints, sampler, request)
+            if loop.held_out and state.step == 0:
+                logger.info(f"computing the loss of {count_of(len(loop.held_out), 'held-out row')} ...")
+            listeners = _listeners(run, data, planned, loop, trained, checkpoints, sampler, request)
             for event in training_events(loop, state):
                 for listener in listeners:
                     listener(event, state)
@@ -383,6 +387,7 @@ def _runner(
 def _listeners(
     run: RunContext,
     data: LoadedData,
+    planned: RunPlan,
     loop: Loop,
     trained: TrainedRun,
     checkpoints: CheckpointManager,
@@ -391,12 +396,13 @@ def _listeners(
 ) -> list[Listener]:
     """Return the listeners in the order in which they get each event."""
     config, processes, log = run.config, run.processes, run.log
-    forecast = Forecast(trained.plan, config.num_epochs)
+    forecast = Forecast(trained.plan, config.num_epochs, planned.seconds)
 
     def log_event(event: Event, _state: TrainingState) -> None:
         log.event(event)
         if (left := forecast.after(event)) is not None:
             logger.info(corrected_line(left, event.step))
+            log_lines(slow_lines(forecast.times_predicted or 0.0, config, planned.dtype))
 
     def keep_incidents(event: Event, _state: TrainingState) -> None:
         if isinstance(event, SkippedStep | Spike | OutOfMemory):
@@ -547,9 +553,10 @@ def _odd_rows(config: TrainConfig, data: LoadedData) -> list[Finding]:
     return check_rows(config, data.training, data.held_out, max_length=data.max_length, markers=markers)
 
 
-def _log_rows(data: LoadedData) -> None:
+def _log_rows(data: LoadedData, *, is_brief: bool) -> None:
     log_lines(
-        account_lines(data.training.account, max_length=data.max_length), length_lines(data.training.examples)
+        account_lines(data.training.account, max_length=data.max_length),
+        length_lines(data.training.examples, is_brief=is_brief),
     )
     if data.held_out is not None:
         lines = account_lines(data.held_out.account, max_length=data.max_length)
