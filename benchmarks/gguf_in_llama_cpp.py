@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import handspun
-from handspun.export.gguf_file import write_gguf
+from handspun.exports.gguf_file import write_gguf
 from handspun.models.embedded import EMBEDDED_NAME
 from measurements import HERE, run_process, table
 

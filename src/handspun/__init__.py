@@ -1,10 +1,11 @@
-"""Fine-tune small chat models, and decode from them, with a loop and a decoding written by hand.
+"""Fine-tune small chat models and generate text with them, using a training loop and decoding written by hand.
 
     import handspun
 
-    model = handspun.load("Qwen/Qwen2.5-0.5B")
-    run = handspun.train(handspun.TrainConfig(model="...", data="train.csv", output_dir="output"))
-    answers = handspun.generate(model, ["Tell me a joke."] * 3, do_sample=True, temperature=0.7)
+    run = handspun.train("train.csv", model="Qwen/Qwen2.5-0.5B", lora=True)
+    answers = handspun.generate(run.model, ["Tell me a joke."] * 3, temperature=0.7)
+    for answer in answers:
+        print(answer.text)
 
 The names are imported when they are first used: `import handspun` brings in neither torch nor transformers.
 """
@@ -13,8 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from handspun.config import GenerationOptions, TrainConfig
-    from handspun.decoding.generate import generate, stream
+    from handspun.api import compare, evaluate, export, generate, load, preview, stream, train
+    from handspun.config import DataConfig, ExportConfig, GenerationOptions, TrainConfig
     from handspun.decoding.results import GenerationChunk, GenerationResult
     from handspun.errors import (
         ConfigError,
@@ -26,31 +27,42 @@ if TYPE_CHECKING:
         TemplateError,
         TrainingError,
     )
-    from handspun.models.load import ChatModel, load
+    from handspun.evaluation.compare import Comparison
+    from handspun.evaluation.score import Scores
+    from handspun.models.load import ChatModel
+    from handspun.preflight.preview_data import Preview
     from handspun.runs.output_dir import TrainedRun
-    from handspun.runs.train import train
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "ChatModel": "models.load",
+    "Comparison": "evaluation.compare",
     "ConfigError": "errors",
+    "DataConfig": "config",
     "DataError": "errors",
+    "ExportConfig": "config",
     "GenerationChunk": "decoding.results",
     "GenerationOptions": "config",
     "GenerationResult": "decoding.results",
     "HandspunError": "errors",
     "ModelError": "errors",
     "OutputError": "errors",
+    "Preview": "preflight.preview_data",
+    "Scores": "evaluation.score",
     "StoppedError": "errors",
     "TemplateError": "errors",
     "TrainConfig": "config",
     "TrainedRun": "runs.output_dir",
     "TrainingError": "errors",
-    "generate": "decoding.generate",
-    "load": "models.load",
-    "stream": "decoding.generate",
-    "train": "runs.train",
+    "compare": "api",
+    "evaluate": "api",
+    "export": "api",
+    "generate": "api",
+    "load": "api",
+    "preview": "api",
+    "stream": "api",
+    "train": "api",
 }
 
 
@@ -66,21 +78,30 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "ChatModel",
+    "Comparison",
     "ConfigError",
+    "DataConfig",
     "DataError",
+    "ExportConfig",
     "GenerationChunk",
     "GenerationOptions",
     "GenerationResult",
     "HandspunError",
     "ModelError",
     "OutputError",
+    "Preview",
+    "Scores",
     "StoppedError",
     "TemplateError",
     "TrainConfig",
     "TrainedRun",
     "TrainingError",
+    "compare",
+    "evaluate",
+    "export",
     "generate",
     "load",
+    "preview",
     "stream",
     "train",
 ]

@@ -23,10 +23,10 @@ import handspun
 from handspun.config import ExportConfig
 from handspun.display import captured_log
 from handspun.errors import ConfigError, ModelError, OutputError
-from handspun.export.export import export
-from handspun.export.gguf_file import write_gguf
-from handspun.export.gguf_tokenizer import _pre_tokenizer_name
-from handspun.export.hub import hub, push_folder
+from handspun.exports.export import export
+from handspun.exports.gguf_file import write_gguf
+from handspun.exports.gguf_tokenizer import _pre_tokenizer_name
+from handspun.exports.hub import hub, push_folder
 from handspun.models.load import ChatModel
 from handspun.runs.train import train
 from handspun.training.checkpoint import is_checkpoint
@@ -220,7 +220,7 @@ def test_a_failed_export_leaves_nothing(adapter: Path, tmp_path: Path, monkeypat
     def broken(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("handspun.export.gguf_file.GGUFWriter.write_tensor_data", broken)
+    monkeypatch.setattr("handspun.exports.gguf_file.GGUFWriter.write_tensor_data", broken)
     with pytest.raises(OutputError, match="no space left on the disk"):
         export(ExportConfig(model=str(adapter), output_dir=str(tmp_path), gguf="f16"))
     assert list(tmp_path.iterdir()) == []
@@ -271,7 +271,7 @@ def test_a_push_makes_the_repository_and_sends_the_folder(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in, tokens = Hub(), []
-    monkeypatch.setattr("handspun.export.hub.HfApi", lambda token: tokens.append(token) or stand_in)
+    monkeypatch.setattr("handspun.exports.hub.HfApi", lambda token: tokens.append(token) or stand_in)
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_environment")
     folder = tmp_path / "merged"
     wanted = ExportConfig(model=str(adapter), output_dir=str(folder), merge=True, push="me/model")
@@ -288,7 +288,7 @@ def test_a_push_makes_the_repository_and_sends_the_folder(
 
 def test_push_of_an_adapter_on_a_local_base_is_refused(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = Hub()
-    monkeypatch.setattr("handspun.export.hub.HfApi", lambda token: stand_in)  # noqa: ARG005
+    monkeypatch.setattr("handspun.exports.hub.HfApi", lambda token: stand_in)  # noqa: ARG005
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_environment")
     with pytest.raises(OutputError, match=r"adapter_config\.json refers to its base model by a local path, /"):
         export(ExportConfig(model=str(adapter), push="me/model"))

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from handspun.config import ExportConfig
 from handspun.errors import HandspunError, OutputError
-from handspun.export.export import export
-from handspun.export.gguf_file import is_written_here
+from handspun.exports.export import export
+from handspun.exports.gguf_file import is_written_here
 from handspun.training.checkpoint import is_checkpoint
 
 

@@ -36,7 +36,7 @@ from rich.console import Console
 
 from handspun import TrainConfig, train
 from handspun.config import ExportConfig
-from handspun.export.export import export
+from handspun.exports.export import export
 from handspun.files import work_folder
 from handspun.training import checkpoint as training_state
 from handspun.training.checkpoint import TRAINING_STATE, is_checkpoint

@@ -10,6 +10,7 @@ import cyclopts
 
 from handspun.cli.app import app
 from handspun.config import option_name, unknown_option
+from handspun.config.spelling import command_line
 from handspun.display import (
     HarmlessConsole,
     UnprintedError,
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     tokens = [argument for argument in arguments if argument != "--traceback"]
     try:
-        with protected_streams():
+        with protected_streams(), command_line():
             return _run(tokens, with_traceback="--traceback" in arguments)
     except UnprintedError as unprinted:
         return _output_error_code(unprinted)

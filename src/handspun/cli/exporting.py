@@ -9,6 +9,6 @@ from handspun.config import ExportConfig
 @app.command
 def export(*, config: Annotated[ExportConfig, FLAT]) -> None:
     """Export a checkpoint: a merged folder, a GGUF file for llama.cpp, or a repository on the Hugging Face hub."""
-    from handspun.export.export import export as run_export
+    from handspun.exports.export import export as run_export
 
     run_export(config)

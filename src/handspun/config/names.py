@@ -6,8 +6,10 @@ from collections.abc import Callable, Collection
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar, dataclass_transform
 
+from handspun.config.docs import FieldDocs
 from handspun.config.foreign_names import FOREIGN_NAMES
 from handspun.config.ranges import option_name
+from handspun.config.spelling import python_words
 from handspun.config.typed import short
 from handspun.errors import ConfigError
 
@@ -43,24 +45,35 @@ def foreign_note(name: str, known: Collection[str], typed: Callable[[str], str])
 def options(config: type[Made]) -> type[Made]:
     """Make a frozen dataclass of options. An unknown or missing name raises ConfigError."""
     made = dataclass(frozen=True, kw_only=True)(config)
-    init = made.__init__
+    init, known = made.__init__, {field.name for field in fields(made)}  # type: ignore[arg-type]  # a dataclass
 
     @functools.wraps(init)
+    @python_words()
     def checked(self: Any, *values: Any, **given: Any) -> None:
         problems = wrong_names(made, given)
         if values:
             problems.append(f"{made.__name__} takes options by name, but {short(values[0])} has no name.")
+        named = {name: given[name] for name in given if name in known}
+        if needed_names(made) <= named.keys():
+            try:
+                init(self, **named)
+            except ConfigError as error:
+                problems += error.problems
         if problems:
             raise ConfigError(problems)
-        init(self, **given)
 
     made.__init__ = checked  # type: ignore[method-assign]
+    made.__doc__ = FieldDocs(config.__doc__ or "")  # type: ignore[assignment]
     return made
 
 
 def wrong_names(config: type, given: Collection[str]) -> list[str]:
     """Return what is wrong with the names of these options, as written in Python."""
-    known = {field.name: field for field in fields(config)}
+    known = {field.name for field in fields(config)}
     problems = [unknown_option(name, known, str) for name in given if name not in known]
-    needed = [name for name, field in known.items() if field.default is field.default_factory is MISSING]
-    return problems + [f"{option_name(name)} is missing." for name in needed if name not in given]
+    return problems + [f"{option_name(name)} is missing." for name in sorted(needed_names(config) - {*given})]
+
+
+def needed_names(config: type) -> set[str]:
+    """Return the names of the options that have no default."""
+    return {field.name for field in fields(config) if field.default is field.default_factory is MISSING}

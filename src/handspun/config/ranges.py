@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any, get_type_hints
 
+from handspun.config.rows_in_memory import rows_in_memory
 from handspun.config.typed import as_type, short
 
 Ranges = dict[str, tuple[float, float, bool, bool]]
@@ -128,6 +129,8 @@ def _short_number(number: float) -> str:
 
 
 def _path(name: str, value: Any, hint: Any) -> Any:
+    if name in _FILES_OF_ANY_NAME and (rows := rows_in_memory(value)) is not None:
+        return rows
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not (isinstance(path, str) and name in _FILES_OF_ANY_NAME and _is_encodable(path)):
         path = as_type(path, hint)

@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -181,14 +181,19 @@ def read_file(
     rows = with_known_names(read(path, notes), notes, columns or {}, file_name(path))
     if not rows:
         raise DataError("the file has no rows (expected at least one).", file=file_name(path))
+    check_depth(rows, file_name(path))
+    return rows
+
+
+def check_depth(rows: Iterable[Values], file: str) -> None:
+    """Raise DataError for a row that is nested too deeply to work on."""
     for number, values in enumerate(rows, 1):
         if exceeds_depth(values):
             raise DataError(
                 f"the value is nested more than {MOST_LEVELS} levels deep. Fix or remove the row.",
-                file=file_name(path),
+                file=file,
                 row=number,
             )
-    return rows
 
 
 def read_csv(path: Path, notes: list[str], *, separator: str = ",") -> list[Values]:

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 
-from handspun.data.readers import SUFFIXES, read_file, with_known_names, without_nulls
+from handspun.config.rows_in_memory import RowsInMemory
+from handspun.data.readers import SUFFIXES, check_depth, read_file, with_known_names, without_nulls
 from handspun.display import file_name, join_names, logger, printable
 from handspun.errors import DataError, check_installed
 
@@ -77,14 +78,14 @@ def check_data_exists(*sources: str | None) -> None:
     """
     for source in sources:
         try:
-            if source is not None:
+            if source is not None and not isinstance(source, RowsInMemory):
                 _path_or_hub(source)
         except OSError:  # read_rows raises the proper error
             return
 
 
 def read_rows(source: str, notes: FileNotes | None = None, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Return all rows of a file, of the files in a folder, or of a hub dataset; at least one.
+    """Return all rows of a file, of the files in a folder, of a hub dataset, or of a caller; at least one.
 
     A folder means the csv, tsv, json, jsonl, ndjson and parquet files directly in it, sorted by name. If there are
     none, it means the files in its folder `train`, or else `data`. Hidden files and `datasets`' own metadata are
@@ -96,6 +97,8 @@ def read_rows(source: str, notes: FileNotes | None = None, columns: Mapping[str,
     columns = columns or {}
     notes = {} if notes is None else notes
     try:
+        if isinstance(source, RowsInMemory):
+            return _rows_in_memory(source, notes, columns)
         path = _path_or_hub(source)
         if isinstance(path, re.Match):
             return _hub_rows(source, path, notes, columns)
@@ -248,6 +251,19 @@ def _hub_rows(source: str, hub: re.Match[str], notes: FileNotes, columns: Mappin
         ) from error
     if not found:
         raise DataError(f"the split {split!r} has no rows; at least one is expected.", file=source)
+    return _named_rows(found, source, notes, columns)
+
+
+def _rows_in_memory(given: RowsInMemory, notes: FileNotes, columns: Mapping[str, str]) -> list[Row]:
+    name = str.__str__(given)
+    check_depth(given.rows, name)
+    found = [_values(values) for values in given.rows] if given.is_from_arrow else given.rows
+    return _named_rows(found, name, notes, columns)
+
+
+def _named_rows(
+    found: list[dict[str, Any]], source: str, notes: FileNotes, columns: Mapping[str, str]
+) -> list[Row]:
     noted: list[str] = []
     found = with_known_names(found, noted, columns, source)
     if noted:

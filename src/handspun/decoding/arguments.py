@@ -27,17 +27,21 @@ class CallOptions:
     """Continue each conversation's last message, which must be an assistant's. The answer holds only the
     continuation."""
     processors: Sequence[Function] = ()
-    """Custom logits processors, (logits, token_ids) -> logits."""
+    """Custom logits processors, (logits, token_ids) -> logits. Each gets one row's logits, (vocab,), and the ids of
+    its prompt and output so far. They run after the penalties, and before the constraint and the sampling filters."""
     logprobs: bool = False
     """Also return each token's log-probability in the model's own distribution."""
     explain: bool = False
-    """Also return how each token was chosen."""
+    """Also return how each token was chosen: each processor's effect, the tokens left, the draw. Not available for
+    beam search."""
     show_tree: bool = False
     """Also return the tree that a beam search explored, with each prompt's best answer."""
     batch_size: int = 32
-    """Maximum number of answers (or beams) decoded at a time."""
+    """Maximum number of answers (or beams) decoded at a time. It does not change the answers. A finished answer makes
+    room for the next."""
     max_batch_tokens: int = 32768
-    """Maximum number of prompt and answer tokens in a batch, which bounds its memory."""
+    """Maximum number of prompt and answer tokens in a batch, which bounds its memory. A longer answer is decoded
+    alone."""
     should_stop: Callable[[], bool] | None = None
     """Called before every step. Once it returns True, unfinished answers end as "cancelled"."""
 

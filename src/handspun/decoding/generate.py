@@ -41,38 +41,7 @@ def generate(
     options: GenerationOptions | None = None,
     **arguments: Unpack[GenerateArguments],
 ) -> list[GenerationResult]:
-    """Return the answers to the prompts: a flat list, prompt by prompt, num_return_sequences per prompt.
-
-    Args:
-        model: The model, from `handspun.load`.
-        prompts: One or several. A string is a user message (plain text with chat=False); a list of messages is a
-            conversation.
-        options: GenerationOptions. Single options can also be given by name (`temperature=0.7`), and override it.
-        **arguments: Fields of `GenerationOptions`, and these:
-
-            chat (True): Put the prompts into the chat template.
-            system_prompt: System message of every prompt. None leaves the template's default.
-            tools: Tool definitions (JSON schemas) for the chat template.
-            template_args: Values for the chat template's variables, such as {"enable_thinking": False}.
-            continue_final_message (False): Continue each conversation's last message, which must be an
-                assistant's. The answer holds only the continuation.
-            processors: Custom logits processors, (logits, token_ids) -> logits. Each gets one row's logits,
-                (vocab,), and the ids of its prompt and output so far. They run after the penalties, and before
-                the constraint and the sampling filters.
-            logprobs (False): Also return each token's log-probability in the model's own distribution.
-            explain (False): Also return how each token was chosen: each processor's effect, the tokens left, the
-                draw. Not available for beam search.
-            show_tree (False): Also return the tree that a beam search explored, with each prompt's best answer.
-            batch_size (32): Maximum number of answers (or beams) decoded at a time. It does not change the
-                answers. A finished answer makes room for the next.
-            max_batch_tokens (32768): Maximum number of prompt and answer tokens in a batch, which bounds its
-                memory. A longer answer is decoded alone.
-            should_stop: Called before every step. Once it returns True, unfinished answers end as "cancelled".
-
-    The log tells which settings come from the model, and every ten seconds how far a long prompt is.
-
-    Raises ConfigError, DataError, TemplateError.
-    """
+    """Return the answers to the prompts, in order. `handspun.generate` documents the arguments and errors."""
     chunks = stream(model, prompts, options=options, **arguments)
     return _in_order([chunk.result for chunk in chunks if chunk.result])
 
@@ -84,16 +53,7 @@ def stream(
     options: GenerationOptions | None = None,
     **arguments: Unpack[GenerateArguments],
 ) -> Iterator[GenerationChunk]:
-    """Yield every answer's text as it grows. The last chunk of each answer holds its result.
-
-    The arguments are those of `generate`.
-
-    A beam search streams the prefix that all of its possible answers share, as soon as it is certain: one chunk
-    for each of a prompt's num_return_sequences answers, and the rest of each at the end. If tokens are excluded
-    (by a constraint, say), a search may find fewer answers; then only the best is streamed before the end.
-
-    Raises the same errors as `generate`, when it is called rather than at the first chunk.
-    """
+    """Yield every answer's text as it grows. `handspun.stream` documents the arguments and errors."""
     call, own = read_arguments(options, arguments)
     requests = make_requests(model, prompts, own, call)
     limits = BatchLimits(rows=call.batch_size, tokens=call.max_batch_tokens)

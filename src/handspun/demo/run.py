@@ -68,7 +68,6 @@ def run_demo(
     del untrained
     malloc_trim()
     run = train(config, console=console)
-    assert run.model is not None
     _show_answers(console, before, _answers(run.model))
     show_three_decodings(run.model, console)
     _say(console, f"\nTalk to it: {command_here()} chat --model {run.checkpoints[-1]}")

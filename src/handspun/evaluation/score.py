@@ -44,7 +44,7 @@ class RowScore:
         return is_right(self.question, self.answer.text)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores:
     """A model's scores on a set of rows. account: the rows read, kept and dropped."""
 
@@ -73,6 +73,18 @@ class Scores:
         if self.loss is None:
             return None
         return math.inf if self.loss > 700 else math.exp(self.loss)
+
+    @property
+    def exact_match(self) -> float | None:
+        """Share of the answers that match; None if the model was not asked."""
+        matches = [row.exact_match for row in self.rows if row.exact_match is not None]
+        return sum(matches) / len(matches) if matches else None
+
+    def __repr__(self) -> str:
+        """Return one line: the model, the rows, and the scores."""
+        loss = f", loss {self.loss:.4f}" if self.loss is not None else ""
+        share = f", exact match {self.exact_match:.1%}" if self.exact_match is not None else ""
+        return f"Scores({self.model!r}, {count_of(len(self.rows), 'row')}{loss}{share})"
 
 
 def score(

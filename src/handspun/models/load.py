@@ -66,9 +66,10 @@ def _nonfinite(model: nn.Module) -> Iterator[str]:
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _INDEX = "model.safetensors.index.json"
+_SIZES = ((1e9, 1, "B"), (1e6, 0, "M"), (1e3, 0, "K"))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class ChatModel:
     """A causal language model in eval mode, its tokenizer, and the name it was loaded by.
 
@@ -83,6 +84,15 @@ class ChatModel:
     in_training: bool = False
     template_args: dict[str, Any] = field(default_factory=dict)
     """Values for the chat template's variables, such as enable_thinking."""
+
+    def __repr__(self) -> str:
+        """Return one line: its name, size, type of weights, and device."""
+        count = self.model.num_parameters()
+        size = next(
+            (f"{count / unit:.{digits}f}{sign}" for unit, digits, sign in _SIZES if count >= unit), str(count)
+        )
+        weights = "int8" if self.fused is not None else str(self.model.dtype).removeprefix("torch.")
+        return f"ChatModel({self.name!r}, {size}, {weights}, {self.device})"
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -103,19 +113,7 @@ def load(
     chat_template: str | None = None,
     template_args: TemplateArgs | None = None,
 ) -> ChatModel:
-    """Load a chat model by name.
-
-    Raises ModelError if the model does not exist, is incomplete, or does not support int8. Raises ConfigError for
-    an unknown template or template variable.
-
-    Args:
-        name: hub id, folder, folder of a LoRA adapter (merged into its base), .gguf file, or "smollm2-135m".
-        weights: type of the weights. "auto" is float32 on a CPU, and bfloat16 on a GPU that supports it. "int8" is
-            for decoding, with one scale per channel and one per row of activations.
-        device: "auto" (a GPU if there is one), or a torch device such as "cpu".
-        chat_template: name of one of the tokenizer's templates, or a Jinja file; by default the tokenizer's own.
-        template_args: values for the template's variables, such as {"enable_thinking": False}.
-    """
+    """Load a chat model by name. `handspun.load` documents the arguments and errors."""
     disable_malloc_trim()
     limit_primitive_cache()
     args, problems = read_template_args(template_args)

@@ -149,7 +149,7 @@ class CheckpointManager:
         return self._seconds_before + self._clock() - self._began
 
     def _save(self, folder: Path, facts: Mapping[str, object], training_state: WriteFiles | None = None) -> None:
-        chat = self._run.model
+        chat = self._run.model_in_memory
         assert chat is not None
         state = self._processes.state_to_save(chat.model)
         dtype = torch.bfloat16 if self._config.save_dtype == "bfloat16" else torch.float32

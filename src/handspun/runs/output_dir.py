@@ -10,10 +10,10 @@ from pathlib import Path
 
 from handspun.config import TrainConfig
 from handspun.data.dataset import Dataset
-from handspun.display import logger
-from handspun.errors import OutputError, StoppedError, TrainingError
+from handspun.display import count_of, logger
+from handspun.errors import ConfigError, OutputError, StoppedError, TrainingError
 from handspun.files import exclusive, output_errors, readable_size
-from handspun.models.load import ChatModel
+from handspun.models.load import ChatModel, load
 from handspun.runs.incidents import Incident, write_batch
 from handspun.runs.log import RunLog
 from handspun.runs.metrics import KEPT, METRICS, REPORT
@@ -41,17 +41,16 @@ from handspun.training.loop import Evaluation
 from handspun.training.memory import Plan, disk_at_most
 
 
-@dataclass
+@dataclass(repr=False)
 class TrainedRun:
     """The result of a run: its folder, checkpoints, held-out losses, incidents, and the model.
 
-    The model is None after a dry run, after a run that had finished earlier, and after a sharded run, whose model
-    is in no single process.
+    model_in_memory: None after a dry run, after a run that had finished earlier, and after a sharded run.
     """
 
     output_dir: Path
     plan: Plan
-    model: ChatModel | None = None
+    model_in_memory: ChatModel | None = None
     checkpoints: list[Path] = field(default_factory=list)
     """One per epoch."""
     step_checkpoints: list[Path] = field(default_factory=list)
@@ -59,6 +58,23 @@ class TrainedRun:
     best_checkpoint: Path | None = None
     evaluations: list[Evaluation] = field(default_factory=list)
     incidents: list[Incident] = field(default_factory=list)
+
+    @property
+    def model(self) -> ChatModel:
+        """The trained model, read from the last epoch's checkpoint if it is not in memory. Raises ConfigError."""
+        if self.model_in_memory is None:
+            if not self.checkpoints:
+                raise ConfigError(
+                    f"the run in {self.output_dir} has saved no model: it was a dry run, or has ended early."
+                )
+            self.model_in_memory = load(str(self.checkpoints[-1]))
+        return self.model_in_memory
+
+    def __repr__(self) -> str:
+        """Return one line: the folder, the checkpoints, and the best held-out loss."""
+        losses = [evaluation.loss for evaluation in self.evaluations]
+        best = f", best held-out loss {min(losses):.4f}" if losses else ""
+        return f"TrainedRun({str(self.output_dir)!r}, {count_of(len(self.checkpoints), 'checkpoint')}{best})"
 
 
 @dataclass(frozen=True)

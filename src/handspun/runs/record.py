@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from handspun.config import TrainConfig, option_name
+from handspun.config.rows_in_memory import IN_MEMORY
 from handspun.data.dataset import Dataset
 from handspun.data.examples import DataReport, learned_tokens_of
 from handspun.files import from_json, output_errors, read_json_object, to_json, write_json
@@ -222,11 +223,18 @@ def options_given(config: TrainConfig) -> dict[str, Any]:
 
 
 def command(given: Mapping[str, Any], *, processes: int = 1) -> str:
-    """Return `handspun train ...` with these options, one per line for a shell; torchrun for several processes."""
+    """Return `handspun train ...` with these options, one per line for a shell; torchrun for several processes.
+
+    Rows that a Python program gave are named as files that stand for them.
+    """
     start = "handspun train"
     if processes > 1:
         start = f"torchrun --standalone --nproc-per-node {processes} -m {start}"
-    return " \\\n    ".join([start, *(option for name, value in given.items() for option in _typed(name, value))])
+    in_memory = {name: value for name, value in given.items() if IN_MEMORY.fullmatch(str(value))}
+    given = {name: f"{name}.jsonl" if name in in_memory else value for name, value in given.items()}
+    notes = [f"# {name}.jsonl: the {rows}, which a Python program gave" for name, rows in in_memory.items()]
+    options = [option for name, value in given.items() for option in _typed(name, value)]
+    return "\n".join([" \\\n    ".join([start, *options]), *notes])
 
 
 def _typed(name: str, value: Any) -> list[str]:

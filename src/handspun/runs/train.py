@@ -358,7 +358,7 @@ def fit(run: RunContext, data: LoadedData, planned: RunPlan, chat: ChatModel) ->
                 for listener in listeners:
                     listener(event, state)
             if config.shard:
-                trained.model = None
+                trained.model_in_memory = None
         if not config.shard:
             if config.activation_checkpointing:
                 model.activation_checkpointing_disable()

@@ -10,46 +10,29 @@ from rich.text import Text
 
 from handspun.cli.views.explain import explanation_table, search_tree
 from handspun.config import DataConfig, GenerationOptions
-from handspun.data.chat_template import ChatTemplate
-from handspun.data.dataset import ExampleCache, load_splits, resolve_max_length
 from handspun.data.messages import Message
-from handspun.data.preview import bracketed, colored, spread
-from handspun.data.rendering import choose_template
-from handspun.data.rows import check_data_exists
+from handspun.data.preview import bracketed, colored
 from handspun.decoding.arguments import GenerateArguments
 from handspun.decoding.generate import stream
 from handspun.decoding.options import resolve
 from handspun.decoding.results import GenerationResult
 from handspun.display import json_line, write_text
-from handspun.files import cache_folder
-from handspun.models.embedding_rows import check_examples, embedding_rows_of
-from handspun.models.load import ChatModel, context_length, load_config, load_tokenizer, model_source
-from handspun.preflight.print import account_lines, length_lines
+from handspun.models.load import ChatModel
+from handspun.preflight.preview_data import preview_data
 
 
 def show_preview(config: DataConfig, model: str, console: Console, *, examples: int, plain: bool) -> None:
     """Print rendered examples, the length distribution, and the data report."""
-    check_data_exists(config.data)
-    source = model_source(model)
-    tokenizer = load_tokenizer(source)
-    choose_template(tokenizer, config.chat_template)
-    max_length = resolve_max_length(config.max_length, context_length(load_config(source)))
-    made, _ = load_splits(
-        config,
-        ChatTemplate(tokenizer, config.template_values),
-        max_length=max_length,
-        cache=ExampleCache(cache_folder() / "examples"),
-    )
-    check_examples(made.examples, embedding_rows_of(source), tokenizer, model)
+    found = preview_data(config, model, examples=examples)
     how = "between ⟦ and ⟧" if plain else "in green"
     console.print(f"tokens trained on are {how}\n", markup=False)
-    for example in spread(made.examples, examples):
-        title = f"{example.file}, row {example.row}: {len(example)} tokens, {example.learned_tokens} trained on"
+    for example in found.shown:
+        title = found.title(example)
         console.print(f"--- {title}" if plain else Rule(title, align="left"), markup=False)
-        text = Text(bracketed(example, tokenizer)) if plain else colored(example, tokenizer)
+        text = Text(bracketed(example, found.tokenizer)) if plain else colored(example, found.tokenizer)
         console.print(text, soft_wrap=True)
     console.print("---\n" if plain else Rule(), markup=False)
-    for line in [*length_lines(made.examples), "", *account_lines(made.account, max_length=max_length)]:
+    for line in found.summary():
         console.print(line, markup=False, soft_wrap=True)
 
 

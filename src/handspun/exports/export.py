@@ -10,7 +10,7 @@ import torch
 from handspun.config import ExportConfig
 from handspun.display import captured_log, join_names, logger
 from handspun.errors import OutputError, check_installed
-from handspun.export.hub import check_base_on_hub, hub, push_folder
+from handspun.exports.hub import check_base_on_hub, hub, push_folder
 from handspun.files import is_partial, locked, whole_file
 from handspun.models.load import ChatModel, ModelSource, load, model_source
 from handspun.runs.model_card import license_of, model_card
@@ -92,7 +92,7 @@ def _write_file(wanted: ExportConfig, folder: Path) -> None:
 
 
 def _write_gguf(chat: ChatModel, wanted: ExportConfig, path: Path) -> None:
-    from handspun.export.gguf_file import write_gguf  # here: it needs an extra
+    from handspun.exports.gguf_file import write_gguf  # here: it needs an extra
 
     assert wanted.gguf is not None
     write_gguf(chat, path, wanted.gguf)
@@ -102,7 +102,7 @@ def _is_our_gguf(path: Path) -> bool:
     """Return whether `write_gguf` wrote a file. Without the package that reads it, no file counts as ours."""
     if find_spec("gguf") is None:
         return False
-    from handspun.export.gguf_file import is_written_here
+    from handspun.exports.gguf_file import is_written_here
 
     return is_written_here(path)
 

@@ -18,7 +18,7 @@ from handspun import __version__
 from handspun.config import GgufType
 from handspun.display import logger
 from handspun.errors import ModelError
-from handspun.export.gguf_tokenizer import ANOTHER_WAY, left_out, write_tokenizer
+from handspun.exports.gguf_tokenizer import ANOTHER_WAY, left_out, write_tokenizer
 from handspun.models.load import ChatModel
 
 _ARCHITECTURES = {
