@@ -1,6 +1,7 @@
 """Spell options as the caller does: `--max-length 512` on the command line, `max_length=512` in Python.
 
-Messages are written in the words of the command line. Those that reach a Python caller are respelled here, in one place.
+Messages are written in the words of the command line. Those that reach a Python caller are respelled here, in one
+place.
 """
 
 import re

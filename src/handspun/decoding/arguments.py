@@ -27,8 +27,9 @@ class CallOptions:
     """Continue each conversation's last message, which must be an assistant's. The answer holds only the
     continuation."""
     processors: Sequence[Function] = ()
-    """Custom logits processors, (logits, token_ids) -> logits. Each gets one row's logits, (vocab,), and the ids of
-    its prompt and output so far. They run after the penalties, and before the constraint and the sampling filters."""
+    """Custom logits processors, (logits, token_ids) -> logits. Each gets one row's logits, (vocab,), and the ids
+    of its prompt and output so far. They run after the penalties, and before the constraint and the sampling
+    filters."""
     logprobs: bool = False
     """Also return each token's log-probability in the model's own distribution."""
     explain: bool = False
