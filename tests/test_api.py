@@ -29,6 +29,7 @@ BRIEF: dict[str, Any] = {"num_epochs": 1, "sample_answers": False, "report_rows"
     [
         ("--temperature is 3: expected at most 2.", "temperature is 3: expected at most 2."),
         ("--num-beams 2 and --do-sample exclude", "num_beams=2 and do_sample=True exclude"),
+        ("--lora is 1: expected true or false.", "lora is 1: expected true or false."),
         ("use --no-do-sample.", "use do_sample=False."),
         ("--no-repeat-ngram-size 3 is", "no_repeat_ngram_size=3 is"),
         ("--no-stop-strings turns them off", "stop_strings=() turns them off"),
@@ -95,7 +96,7 @@ def test_signatures_name_the_options_that_a_function_takes() -> None:
         (handspun.export, handspun.ExportConfig),
     ):
         assert {field.name for field in fields(config)} <= inspect.signature(function).parameters.keys()  # type: ignore[arg-type]
-    assert list(inspect.signature(handspun.train).parameters)[0] == "data"
+    assert next(iter(inspect.signature(handspun.train).parameters)) == "data"
 
 
 def test_train_takes_rows_and_generate_takes_the_run(tiny_folder: Path, tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_missing_cells_of_a_dataframe_are_missing(tiny_folder: Path) -> None:
     ("data", "expected"),
     [
         ([], r"data is \[\]: expected at least one row"),
-        ({"train": ROWS}, r"of a mapping, name one value, as in data\['train'\]"),
+        ({"train": ROWS}, r"of a mapping, take one value, as in data\['train'\]"),
         ([{"instruction": "a"}, 3], "list of 2 rows, row 2: expected a dict of column -> value, found int"),
         ([{1: "a"}], "the column 1 is not text"),
         ([{"output": {1}}], r"list of 1 row, row 1, column 'output': a set cannot be read"),

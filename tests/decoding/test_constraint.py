@@ -165,7 +165,7 @@ def test_an_eos_is_allowed_only_where_the_answer_is_complete() -> None:
         ({"regex": "a(b"}, "--regex a.b cannot be used: .*unclosed group"),
         ({"regex": "(?=a)b"}, "look-around.* is not supported"),
         ({"regex": r"[^\s\S]"}, "no answer can match it"),
-        ({"regex": "a", "choice": ("b",)}, "--regex and --choice exclude each other"),
+        ({"regex": "a", "choice": ("b",)}, "regex and choice exclude each other"),
         ({"regex": "a", "min_new_tokens": 9}, "--min-new-tokens, --regex together exclude every next token"),
         ({"regex": "a", "min_new_tokens": 9, "num_beams": 2}, "--min-new-tokens, --regex together exclude every"),
     ],
@@ -365,7 +365,7 @@ def test_schemas_that_are_no_json_are_one_error(schema: Any, tmp_path: Path) -> 
     ],
 )
 def test_what_regular_expressions_cannot_have_here_is_refused(regex: str, words: str) -> None:
-    with pytest.raises(ConfigError, match=f"(?s)--regex .*{words}"):
+    with pytest.raises(ConfigError, match=f"(?s)regex .*{words}"):
         _answers(_PROMPTS[:1], regex=regex)
 
 

@@ -340,5 +340,5 @@ def test_int8_of_another_kind_of_model_is_refused(tmp_path: Any) -> None:
     model = AutoModelForCausalLM.from_config(MistralConfig(**SHAPES, head_dim=8, sliding_window=16))
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"does not support int8 decoding: .* Use --weights float32\."):
+    with pytest.raises(ModelError, match=r"does not support int8 decoding: .* Use weights=\"float32\"\."):
         handspun.load(str(tmp_path), weights="int8")

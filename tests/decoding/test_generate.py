@@ -261,7 +261,7 @@ def test_what_was_held_back_is_shown_when_the_answer_ends_otherwise(limit: int, 
 
 
 def test_mistakes_are_said_at_once_and_not_at_the_first_chunk(chat: ChatModel) -> None:
-    with pytest.raises(ConfigError, match="--num-beams 2 and --do-sample exclude each other"):
+    with pytest.raises(ConfigError, match="num_beams=2 and do_sample=True exclude each other"):
         stream(chat, "Hi", num_beams=2, do_sample=True)
 
 

@@ -104,12 +104,12 @@ def test_malformed_biases_and_ids_are_errors_that_say_what_was_expected() -> Non
     with pytest.raises(ConfigError) as error:
         _resolve(_model(), logit_bias={"x": 1}, suppress_tokens=(-1,), bad_words_ids=((),), sequence_bias={"": 1})
     assert [problem.split(" is ")[0] for problem in error.value.problems] == [
-        "--logit-bias", "--sequence-bias", "--bad-words-ids", "--suppress-tokens",
+        "logit_bias", "sequence_bias", "bad_words_ids", "suppress_tokens",
     ]  # fmt: skip
     assert error.value.problems[0] == (
-        "--logit-bias is {'x': 1}: expected a token id before each bias. For example {\"42\": -100}."
+        "logit_bias is {'x': 1}: expected a token id before each bias. For example {\"42\": -100}."
     )
-    assert error.value.problems[3] == "--suppress-tokens is (-1,): expected at least 0."
+    assert error.value.problems[3] == "suppress_tokens is (-1,): expected at least 0."
 
 
 @pytest.mark.parametrize(
@@ -133,9 +133,9 @@ def test_ids_that_the_model_has_no_logits_for_are_errors(name: str, value: Any) 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300, "1", True, None])
 def test_a_bias_is_a_number(value: Any) -> None:
-    with pytest.raises(ConfigError, match="--logit-bias is"):
+    with pytest.raises(ConfigError, match="logit_bias is"):
         _resolve(_model(), logit_bias={"5": value})
-    with pytest.raises(ConfigError, match="--sequence-bias is"):
+    with pytest.raises(ConfigError, match="sequence_bias is"):
         _resolve(_model(), sequence_bias=[[[5, 7], value]])
 
 
@@ -216,7 +216,7 @@ def test_resolve_a_temperature_of_0_is_greedy_whatever_else_is_given() -> None:
 
 
 def test_resolve_sampling_options_against_no_sampling_are_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"--temperature only affects sampling, and --no-do-sample does not"):
+    with pytest.raises(ConfigError, match=r"temperature only affects sampling, and do_sample=False does not"):
         _resolve(_model(), temperature=0.5, do_sample=False)
 
 

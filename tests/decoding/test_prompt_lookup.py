@@ -271,11 +271,11 @@ def test_rows_of_transformers_forget_what_they_took_back(chats: dict[str, ChatMo
 
 
 def test_what_cannot_be_speculated_is_refused_with_a_remedy(tiny_chat: ChatModel) -> None:
-    with pytest.raises(ConfigError, match=r"--num-beams 3\)\. Remove it, or use --num-beams 1"):
+    with pytest.raises(ConfigError, match=r"num_beams=3\)\. Remove it, or use num_beams=1"):
         handspun.generate(tiny_chat, "Hi", num_beams=3, prompt_lookup_num_tokens=5)
-    with pytest.raises(ConfigError, match="for example --prompt-lookup-num-tokens 10"):
+    with pytest.raises(ConfigError, match="for example prompt_lookup_num_tokens=10"):
         handspun.generate(tiny_chat, "Hi", max_matching_ngram_size=3)
-    with pytest.raises(ConfigError, match="--max-matching-ngram-size is 0: expected at least 1"):
+    with pytest.raises(ConfigError, match="max_matching_ngram_size is 0: expected at least 1"):
         handspun.generate(tiny_chat, "Hi", max_matching_ngram_size=0, prompt_lookup_num_tokens=5)
     window = MistralConfig(vocab_size=330, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
                            num_attention_heads=4, num_key_value_heads=2, sliding_window=16)  # fmt: skip

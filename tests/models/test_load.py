@@ -74,7 +74,7 @@ def test_an_unknown_hub_model_names_the_embedded_one(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="nobody/nothing cannot be downloaded from the hub") as caught:
         handspun.load("nobody/nothing")
-    assert "--model smollm2-135m" in str(caught.value)
+    assert "model smollm2-135m" in str(caught.value)
 
 
 def test_a_tokenizer_without_a_chat_template(tiny_folder: Path, tmp_path: Path) -> None:

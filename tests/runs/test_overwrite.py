@@ -397,7 +397,7 @@ def test_an_output_folder_that_is_refused_is_not_left_behind(tiny_folder: Path, 
 
 def test_a_name_that_is_not_utf_8_is_refused_before_anything(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text(ROWS)
-    with pytest.raises(ConfigError, match=r"--output-dir is .*: expected text that UTF-8 can encode"):
+    with pytest.raises(ConfigError, match=r"output_dir is .*: expected text that UTF-8 can encode"):
         config(tiny_folder, tmp_path, output_dir=os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
     assert os.listdir(tmp_path) == ["train.csv"]
 

@@ -176,7 +176,7 @@ def test_resume_and_its_opposites(tiny_folder: Path, data: Path, crash_after: Ca
         ConfigError, match=r"holds a finished run, but this run differs:\n  --num-epochs: 3 then, 4"
     ):
         train(config(tiny_folder, data, "output", resume=True, num_epochs=4))
-    with pytest.raises(ConfigError, match="--resume and --overwrite exclude each other"):
+    with pytest.raises(ConfigError, match="resume=True and overwrite=True exclude each other"):
         config(tiny_folder, data, "output", resume=True, overwrite=True)
 
 

@@ -117,5 +117,5 @@ def test_a_finite_loss_with_an_infinite_gradient_is_left_out_too(batching: Liter
 
 
 def test_a_limit_of_none_at_all_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--max-skipped-steps is 0: expected at least 1"):
+    with pytest.raises(ConfigError, match="max_skipped_steps is 0: expected at least 1"):
         TrainConfig(max_skipped_steps=0)

@@ -12,7 +12,6 @@ from handspun.errors import DataError
 
 IN_MEMORY = re.compile(r"\w+ of \d+ rows? \(sha256 [0-9a-f]{12}\)")
 """The text of rows in memory, as run.json has it."""
-_TEXT = "list of rows, each a dict of column -> value"
 
 
 class RowsInMemory(str):
@@ -65,7 +64,7 @@ def _records(value: Any) -> list[Any] | None:
     """Return the rows of a list, or of a table of pandas, polars, Arrow or datasets, none of which is imported."""
     if isinstance(value, Mapping):
         inner = ", ".join(map(repr, list(value)[:3]))
-        raise ValueError(f"a {_TEXT}; of a mapping, name one value, as in data[{inner or '...'}]")
+        raise ValueError(f"text, or a list of rows; of a mapping, take one value, as in data[{inner or '...'}]")
     if isinstance(value, list | tuple):
         return list(value) if not value or any(isinstance(row, Mapping) for row in value) else None
     for method in ("to_dicts", "to_pylist"):  # polars, Arrow

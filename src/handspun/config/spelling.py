@@ -25,7 +25,7 @@ _OF_FUNCTIONS: dict[str, Any] = {
 """Arguments of functions that are no field of a dataclass of options."""
 
 _COMMAND = r"handspun [a-z-]+(?: (?:--?[a-z][^\s)`,;]*|[^-\s)`,;][^\s)`,;]*))*"
-_VALUE = r"-?\d+(?:\.\d+)?(?:e-?\d+)?|'\{[^']*\}'|\"[^\"]*\"|[A-Z]+\b|[\w-]+=[\w=,.-]*\w|[a-z][\w-]*"
+_VALUE = r"8bit|-?\d+(?:\.\d+)?(?:e-?\d+)?|'\{[^']*\}'|\"[^\"]*\"|[A-Z]+\b|[\w-]+=[\w=,.-]*\w|[a-z][\w-]*"
 _OPTION = re.compile(
     rf"(?P<command>{_COMMAND})|(?<![\w-])--(?P<no>no-)?(?P<name>[a-z][a-z0-9]*(?:-[a-z0-9]+)*)"
     rf"(?:\.(?P<key>\w+)=(?P<item>-?\d+)|[ =](?P<value>{_VALUE}))?"
@@ -75,16 +75,17 @@ def _respelled(match: re.Match[str]) -> str:
         return f"{name}={'False' if bool in members else '()'}{rest}"
     if value:
         return f"{name}={value}"
-    return f"{name}=True{rest}" if bool in members else f"{name}{rest}"
+    is_subject = match["value"] == "is"  # "--lora is 1: expected true or false"
+    return f"{name}=True{rest}" if bool in members and not is_subject else f"{name}{rest}"
 
 
 def _value(text: str, members: list[Any]) -> str:
     """Return the value in Python's spelling; "" if the word after the option is prose."""
     if text.startswith("'{"):
         return text.strip("'")
-    if re.match(r'-?\d|"|[A-Z]+$', text):
-        return text
-    return f'"{text}"' if "=" in text or text in members else ""
+    if "=" in text or text in members:
+        return f'"{text}"'
+    return text if re.match(r'-?\d|"|[A-Z]+$', text) else ""
 
 
 def _members(hint: Any) -> list[Any]:

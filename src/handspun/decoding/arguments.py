@@ -38,8 +38,8 @@ class CallOptions:
     show_tree: bool = False
     """Also return the tree that a beam search explored, with each prompt's best answer."""
     batch_size: int = 32
-    """Maximum number of answers (or beams) decoded at a time. It does not change the answers. A finished answer makes
-    room for the next."""
+    """Maximum number of answers (or beams) decoded at a time. It does not change the answers. A finished answer
+    makes room for the next."""
     max_batch_tokens: int = 32768
     """Maximum number of prompt and answer tokens in a batch, which bounds its memory. A longer answer is decoded
     alone."""

@@ -21,7 +21,7 @@ from handspun.preflight.print import account_lines, length_lines
 
 @dataclass(frozen=True, repr=False)
 class Preview:
-    """Examples as they would be trained on. Its text shows some of them, all lengths, and what became of every row.
+    """Examples as they would be trained on. Its text shows some, all lengths, and what became of every row.
 
     dataset: all examples, with a report on their rows. shown: the examples in the text.
     """
