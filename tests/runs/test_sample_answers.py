@@ -79,7 +79,7 @@ def test_a_run_may_go_on_with_more_answers(tiny_folder: Path, data: Path, crash_
 
 def test_what_cannot_be_answered_is_said_before_the_first_step(tiny_folder: Path, data: Path) -> None:
     with pytest.raises(
-        ConfigError, match="--sample-every needs the whole model in one process, and --shard splits it"
+        ConfigError, match="sample_every needs the whole model in one process, and shard=True splits it"
     ):
         config(tiny_folder, data, "output", sample_every=1, shard=True)
     with pytest.raises(DataError):
