@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pandas
+import pandas  # type: ignore[import-untyped]
 import pytest
 
 import handspun
@@ -69,7 +69,7 @@ def test_options_report_wrong_names_and_wrong_values_together() -> None:
 
 
 def test_help_of_options_has_the_text_of_each_field() -> None:
-    page = " ".join(pydoc.render_doc(handspun.TrainConfig, renderer=pydoc.plaintext).replace("|", " ").split())
+    page = " ".join(pydoc.plain(pydoc.render_doc(handspun.TrainConfig)).replace("|", " ").split())
     texts = field_texts(handspun.TrainConfig)
     assert list(texts) == [field.name for field in fields(handspun.TrainConfig)]
     assert all(texts.values())
@@ -95,7 +95,7 @@ def test_signatures_name_the_options_that_a_function_takes() -> None:
         (handspun.compare, handspun.GenerationOptions),
         (handspun.export, handspun.ExportConfig),
     ):
-        assert {field.name for field in fields(config)} <= inspect.signature(function).parameters.keys()  # type: ignore[arg-type]
+        assert {field.name for field in fields(config)} <= inspect.signature(function).parameters.keys()
     assert next(iter(inspect.signature(handspun.train).parameters)) == "data"
 
 
