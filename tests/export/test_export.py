@@ -244,7 +244,7 @@ def test_a_merge_does_not_replace_the_folder_that_it_reads(adapter: Path) -> Non
 def test_an_export_of_nothing_says_what_there_is() -> None:
     with pytest.raises(ConfigError, match="merge=True, gguf or push"):
         ExportConfig(model="m")
-    with pytest.raises(ConfigError, match="--output-dir is missing"):
+    with pytest.raises(ConfigError, match="output_dir is missing"):
         ExportConfig(model="m", merge=True)
     with pytest.raises(ConfigError, match="Add --merge or --gguf"):
         ExportConfig(model="Qwen/Qwen2.5-0.5B", push="me/model")
