@@ -1,11 +1,17 @@
 """The verdict on a run by hand-made losses, exact matches, the next commands, and the end of a run's log."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from handspun.config import DataConfig
+from handspun.data.rows import read_rows
+from handspun.errors import OutputError
+from handspun.evaluation.score import score
+from handspun.models.load import load
 from handspun.runs.artifacts import allowed_seconds
 from handspun.runs.metrics import Metrics, RunFiles, read_run
 from handspun.runs.outcome import (
@@ -18,6 +24,7 @@ from handspun.runs.outcome import (
     perplexity,
     verdict,
 )
+from handspun.runs.replacing import check_no_foreign_files, earlier_run
 from handspun.runs.train import train
 from records import record_of
 from small_runs import config, printed_to, quiet_console
@@ -153,7 +160,8 @@ def test_phases_are_announced_and_the_last_line_is_the_time(said: tuple[str, Pat
         "computing the losses of 20 rows ...",
         "exact matches: ",
         f"report: {said[1] / 'report.html'}",
-        "next:",
+        f"hardest rows: {said[1] / 'hardest_rows.csv'}",
+        "talk to it:",
         f"handspun chat --model {said[1] / 'checkpoint-best'}",
         "finished in ",
     ]
@@ -190,3 +198,49 @@ def test_hardest_rows_are_a_file_that_can_be_trained_on(said: tuple[str, Path], 
     again = config(tiny_folder, folder / "hardest_rows.csv", num_epochs=1, eval_ratio=0.0, dry_run=True)
     train(again, console=said_again)
     assert "rows: 10 read, 10 kept, 0 dropped" in printed_to(said_again)
+
+
+def test_held_out_rows_are_a_file_to_evaluate_on(said: tuple[str, Path]) -> None:
+    folder = said[1]
+    run = read_run(folder)
+    lines = (folder / "held_out_rows.csv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1 + 4
+    command = f"eval --model {folder / 'checkpoint-best'} --data {folder / 'held_out_rows.csv'} --generate"
+    assert f"  handspun {command}\n" in said[0]
+    scores = score(load(str(folder / "checkpoint-best")), DataConfig(data=str(folder / "held_out_rows.csv")))
+    assert scores.loss == pytest.approx(run.metrics.evaluations[-1]["loss"], rel=1e-5)
+
+
+def test_rows_of_conversations_are_read_again_from_csv(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f'Say {n},\n"please".'},
+                {"role": "assistant", "content": str(n)},
+            ]
+        }
+        for n in range(10)
+    ]
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run = train(config(tiny_folder, data, num_epochs=1, sample_answers=False), console=quiet_console())
+    again = read_rows(str(run.output_dir / "hardest_rows.csv"))
+    assert len(again) == 8
+    for row in again:
+        assert json.loads(row.values["messages"]) == rows[int(row.values["row"]) - 1]["messages"]
+    console = quiet_console()
+    options = {"eval_data": str(run.output_dir / "held_out_rows.csv"), "eval_ratio": 0.0, "dry_run": True}
+    train(config(tiny_folder, run.output_dir / "hardest_rows.csv", **options), console=console)
+    assert "rows: 8 read, 8 kept" in printed_to(console)
+    assert "rows: 2 read, 2 kept" in printed_to(console)
+
+
+def test_an_edited_file_of_hardest_rows_is_the_users(said: tuple[str, Path], tmp_path: Path) -> None:
+    for name in ("hardest_rows.csv", "report_data.json", "run.json"):
+        shutil.copy(said[1] / name, tmp_path)
+    file = tmp_path / "hardest_rows.csv"
+    check_no_foreign_files(tmp_path)
+    assert file in earlier_run(tmp_path)
+    file.write_text(file.read_text(encoding="utf-8").replace("yes", "Yes"), encoding="utf-8")
+    with pytest.raises(OutputError, match="did not write.*hardest_rows.csv"):
+        check_no_foreign_files(tmp_path)

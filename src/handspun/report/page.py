@@ -67,7 +67,7 @@ def report_page(run: RunFiles) -> str:
         wrong=words.wrong_answers(run),
         row_losses=_row_losses(run),
         unknown_losses=_missing_losses_reason(run),
-        hardest=run.kept.get("hardest_rows"),
+        hardest=run.kept.get(HARDEST),
         hardest_file=str(run.folder / HARDEST),
         spreads=pictures.losses(run),
         about=words.about(run),

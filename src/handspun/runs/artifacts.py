@@ -1,9 +1,10 @@
 """What a report needs besides run.json and metrics.jsonl, collected while it is at hand and time allows."""
 
+import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,18 @@ import torch
 
 from handspun.config import TrainConfig
 from handspun.data.dataset import Dataset
-from handspun.data.examples import Example, lengths_of
+from handspun.data.examples import lengths_of
 from handspun.data.preview import spread
 from handspun.display import captured_log, count_of, logger
 from handspun.errors import HandspunError
 from handspun.evaluation.answers import Question, question_of
-from handspun.files import output_errors, sha256_of, write_json, write_text
+from handspun.files import output_errors, write_json, write_text
 from handspun.models.fingerprints import weight_checksums
 from handspun.models.load import ChatModel, model_source
 from handspun.report.page import write_report
 from handspun.runs.log import RunLog
-from handspun.runs.metrics import HARDEST, KEPT, METRICS, read_kept, read_metrics
-from handspun.runs.row_losses import hardest_of, hardest_rows_csv, loss_facts, losses_by_row, texts_of
+from handspun.runs.metrics import HARDEST, HELD_OUT, KEPT, METRICS, read_kept, read_metrics
+from handspun.runs.row_losses import hardest_of, loss_facts, losses_by_row, rows_csv, texts_of
 from handspun.runs.sample_answers import (
     RowAnswer,
     SamplePrompt,
@@ -33,6 +34,9 @@ from handspun.runs.sample_answers import (
     short_questions,
 )
 from handspun.training.runner import select_runner
+
+Kept = dict[str, Any]
+"""The content of report_data.json."""
 
 SHARE = 0.1
 """Most of the steps' time that answers and row losses may take together."""
@@ -60,6 +64,8 @@ class Material:
     prompts: list[SamplePrompt]
     log: RunLog
     predicted_seconds: float | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    """Files of rows to write, by name."""
     clock: Callable[[], float] = time.perf_counter
 
     @property
@@ -73,8 +79,11 @@ class Material:
         return Path(self.config.output_dir)
 
 
-def rows_for_report(dataset: Dataset, config: TrainConfig) -> set[tuple[str, int]]:
-    """Return the rows that the report may ask or show, as (file, row number)."""
+def rows_for_report(dataset: Dataset, config: TrainConfig, *, is_held_out: bool) -> set[tuple[str, int]]:
+    """Return the rows that the report may ask or show, as (file, row number), and all held-out rows."""
+    if is_held_out and config.eval_data is None:
+        dropped = {(note.file, note.row) for note in dataset.account.dropped}
+        return {(row.file, row.number) for row in dataset.rows} - dropped
     return rows_to_ask(dataset) | {(one.file, one.row) for one in spread(dataset.examples, config.report_rows)}
 
 
@@ -89,13 +98,13 @@ def report_around(material: Material) -> Iterator[None]:
     folder = material.folder
     kept = read_kept(folder) or _at_the_start(material)
     with _never_the_end():
-        _write_kept(folder, kept)
+        _write_kept(material, kept)
     try:
         yield
         _at_the_end(material, kept)
     finally:  # the run's own error is the one to be told
         with _never_the_end():
-            _write_kept(folder, kept)
+            _write_kept(material, kept)
             write_report(folder)
 
 
@@ -107,18 +116,26 @@ def _never_the_end() -> Iterator[None]:
         logger.info(f"no report: {error or type(error).__name__}")
 
 
-def _write_kept(folder: Path, kept: dict[str, Any]) -> None:
-    with output_errors(folder / KEPT):
-        write_json(folder / KEPT, kept)
+def _write_kept(material: Material, kept: Kept) -> None:
+    """Write what was collected, and then the files of rows: what is in KEPT shows whose they are."""
+    with output_errors(material.folder / KEPT):
+        write_json(material.folder / KEPT, kept)
+    for name, text in material.files.items():
+        with output_errors(material.folder / name):
+            write_text(material.folder / name, text)
+    material.files.clear()
 
 
-def _at_the_start(material: Material) -> dict[str, Any]:
-    kept: dict[str, Any] = {
+def _at_the_start(material: Material) -> Kept:
+    kept: Kept = {
         "model": model_fingerprints(material.config.model, material.chat),
         "lengths": {name: length_histogram(some) for name, some in material.sets.items()},
         "accounted": {name: texts_of(some.accounted) for name, some in material.sets.items()},
         "prompts": [asdict(prompt) for prompt in material.prompts],
     }
+    if material.held_out is not None and material.config.eval_data is None:
+        keys = ((row.file, row.number) for row in material.held_out.rows)
+        _add_file(HELD_OUT, keys, material.held_out, material, kept)
     began = material.clock()
     until = began + _SHARE_BEFORE * allowed_seconds(material.predicted_seconds or 0.0)
     questions = _short_questions(material)
@@ -129,7 +146,7 @@ def _at_the_start(material: Material) -> dict[str, Any]:
     return kept
 
 
-def _at_the_end(material: Material, kept: dict[str, Any]) -> None:
+def _at_the_end(material: Material, kept: Kept) -> None:
     """Add the answers after training and the losses of rows, as far as the time of the steps allows."""
     steps = read_metrics(material.folder / METRICS).steps
     began = material.clock()
@@ -233,8 +250,8 @@ def _no_time(what: str) -> dict[str, str]:
     return {"missing": _LIMIT}
 
 
-def _row_losses(material: Material, kept: dict[str, Any], until: float) -> dict[str, Any]:
-    """Return the `loss_facts` of each set, or {"missing": why}. Write the hardest training rows."""
+def _row_losses(material: Material, kept: Kept, until: float) -> dict[str, Any]:
+    """Return the `loss_facts` of each set, or {"missing": why}. Add the file of the hardest training rows."""
     config = material.config
     if not config.report_rows:
         return {"missing": "they were not asked for (--report-rows 0)"}
@@ -269,7 +286,8 @@ def _row_losses(material: Material, kept: dict[str, Any], until: float) -> dict[
                 some_facts = loss_facts(found, len(some.examples), material.chat.tokenizer)
                 facts[name] = _with_prompts(some_facts, material, some)
                 if name == "train":
-                    _write_hardest(hardest_of([row for row, _ in found]), material, kept)
+                    hardest = hardest_of([row for row, _ in found])
+                    _add_file(HARDEST, ((row.file, row.row) for row in hardest), some, material, kept)
     if (done := sum(len(some["losses"]) for some in facts.values())) < wanted:
         logger.info(f"  {done} of {wanted} computed: {_LIMIT}")
     return facts or {"missing": _LIMIT}
@@ -288,10 +306,8 @@ def _with_prompts(facts: dict[str, Any], material: Material, some: Dataset) -> d
     return facts
 
 
-def _write_hardest(hardest: Sequence[Example], material: Material, kept: dict[str, Any]) -> None:
-    """Write the hardest training rows as a file, and keep its checksum: once edited, it is the user's."""
-    text, count = hardest_rows_csv(hardest, material.training)
-    file = material.folder / HARDEST
-    with _never_the_end(), output_errors(file):
-        write_text(file, text)
-        kept["hardest_rows"] = {"rows": count, "sha256": sha256_of(file)}
+def _add_file(name: str, keys: Iterable[tuple[str, int]], some: Dataset, material: Material, kept: Kept) -> None:
+    """Add a file of rows to those to write, and keep its checksum: once edited, it is the user's."""
+    text, count = rows_csv(keys, some)
+    material.files[name] = text
+    kept[name] = {"rows": count, "sha256": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()}

@@ -57,8 +57,9 @@ def plain_console() -> Console:
 class RunLog(logging.Handler):
     """Shows and writes the lines of the log, and a run's events, within a block.
 
-    A record may have `only_in_file`: it is shown elsewhere, such as the error that ends the run; or `styled`: a
-    rich text to show on terminals that have colors. With a folder of None (a dry run) no files are written.
+    A record may have `only_in_file`: it is shown elsewhere, such as the error that ends the run; `styled`: a rich
+    text to show on terminals that have colors; or `unwrapped`: a command that is copied as one line. With a folder
+    of None (a dry run) no files are written.
 
     resumed_at: the step that the run resumes after. Events of later steps are removed from metrics.jsonl, since
     they will be written again.
@@ -189,8 +190,9 @@ class RunLog(logging.Handler):
         if styled is not None and self._console.is_terminal and not self._console.no_color:
             self._console.print(styled, soft_wrap=not self._console.is_interactive)
             return
+        is_whole = not self._console.is_interactive or getattr(record, "unwrapped", False)
         for line in lines:  # wrapped between words on a terminal, and whole in a file
-            self._console.print(line, markup=False, highlight=False, soft_wrap=not self._console.is_interactive)
+            self._console.print(line, markup=False, highlight=False, soft_wrap=is_whole)
 
     def event(self, event: Event | Samples) -> None:
         """Log one event of the loop, or sample answers after a step, as lines and as a record."""

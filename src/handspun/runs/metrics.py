@@ -148,6 +148,8 @@ KEPT = "report_data.json"
 """What else a report needs: answers, lengths, texts and losses of rows, fingerprints of the model."""
 HARDEST = "hardest_rows.csv"
 """The training rows with the highest losses, to fix and train again."""
+HELD_OUT = "held_out_rows.csv"
+"""The rows that were held out of the training data, to evaluate on."""
 
 
 @dataclass(frozen=True)

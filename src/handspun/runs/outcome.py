@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from handspun.display import command_here
 from handspun.runs.live import one_line, wrapped
-from handspun.runs.metrics import RunFiles
+from handspun.runs.metrics import HARDEST, HELD_OUT, REPORT, RunFiles
+from handspun.runs.record import option_words
 
 _FLAT = 0.02
 """A change of the held-out loss by less than 2 % is none: with a few hundred target tokens, other held-out rows
@@ -21,6 +21,9 @@ _CERTAIN = 0.05
 _BY_HEART = 0.5
 """If the training rows' loss is half of the held-out rows', the model knows its rows better than what they have in
 common. It is 0.8 to 1 in a short run on varied rows."""
+
+_OF_ROWS = ("data_format", "system_prompt", "role_map", "max_length")
+"""Options by which rows are read, so evaluation needs them too."""
 
 _WIDTH = 84
 """Columns of a prompt or an answer."""
@@ -164,21 +167,26 @@ def checkpoint(run: RunFiles) -> str | None:
 
 
 def next_commands(run: RunFiles, handspun: str = "handspun") -> list[tuple[str, str]]:
-    """Return (what for, command), with this run's paths."""
+    """Return (what for, command), with this run's paths. handspun: what to type for it."""
     if (path := checkpoint(run)) is None:
         return []
-    data = run.record.config.get("eval_data")
+    data = str(run.folder / HELD_OUT) if HELD_OUT in run.kept else run.record.config.get("eval_data")
+    given = {name: value for name, value in run.record.given.items() if name in _OF_ROWS}
     export = ["export", "--model", path, "--gguf", "q8_0", "--output-dir", str(run.folder / "export")]
     commands = [
         ("talk to it", ["chat", "--model", path]),
-        *([("score it", ["eval", "--model", path, "--data", data, "--generate"])] if data else []),
+        *(
+            [("score it", ["eval", "--model", path, "--data", data, *option_words(given), "--generate"])]
+            if data
+            else []
+        ),
         ("for Ollama, llama.cpp, LM Studio", export),
     ]
     return [(what, f"{handspun} {shlex.join(words)}") for what, words in commands]
 
 
 def end_lines(run: RunFiles) -> Iterator[str]:
-    """Yield the end of a run's log: answers and figures before and after, the verdict, and what to do next."""
+    """Yield the end of a run's log: answers and figures before and after, the verdict, the files to look at."""
     yield from _answer_lines(run)
     found = run.metrics.evaluations
     if len(found) > 1:
@@ -196,10 +204,9 @@ def end_lines(run: RunFiles) -> Iterator[str]:
         yield found_verdict.text
         if found_verdict.advice:
             yield f"  {found_verdict.advice}"
-    yield f"report: {run.folder / 'report.html'}"
-    if commands := next_commands(run, command_here()):
-        yield "next:"
-        yield from (f"  {command}   # {what}" for what, command in commands)
+    yield f"report: {run.folder / REPORT}"
+    if HARDEST in run.kept:
+        yield f"hardest rows: {run.folder / HARDEST}"
 
 
 def _answer_lines(run: RunFiles) -> Iterator[str]:
@@ -216,7 +223,8 @@ def _answer_lines(run: RunFiles) -> Iterator[str]:
             yield from _labeled("expected", answer["expected"])
         for name, answers in columns:
             if prompt in answers:
-                yield from _labeled(name, answers[prompt]["text"])
+                is_cut = answers[prompt]["finish_reason"] in ("length", "cancelled")
+                yield from _labeled(name, answers[prompt]["text"] + " (cut off)" * is_cut)
 
 
 def _labeled(name: str, text: str) -> Iterator[str]:

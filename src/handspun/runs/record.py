@@ -233,22 +233,27 @@ def command(given: Mapping[str, Any], *, processes: int = 1) -> str:
     in_memory = {name: value for name, value in given.items() if IN_MEMORY.fullmatch(str(value))}
     given = {name: f"{name}.jsonl" if name in in_memory else value for name, value in given.items()}
     notes = [f"# {name}.jsonl: the {rows}, which a Python program gave" for name, rows in in_memory.items()]
-    options = [option for name, value in given.items() for option in _typed(name, value)]
+    options = [shlex.join(words) for name, value in given.items() for words in _typed(name, value)]
     return "\n".join([" \\\n    ".join([start, *options]), *notes])
 
 
-def _typed(name: str, value: Any) -> list[str]:
+def option_words(given: Mapping[str, Any]) -> list[str]:
+    """Return options as the words of a command."""
+    return [word for name, value in given.items() for words in _typed(name, value) for word in words]
+
+
+def _typed(name: str, value: Any) -> list[list[str]]:
     option = option_name(name)
     if value is True:
-        return [option]
+        return [[option]]
     if value is False:
-        return ["--no-" + option.removeprefix("--")]
+        return [["--no-" + option.removeprefix("--")]]
     if isinstance(value, list | tuple):
         return [part for one in value for part in _typed(name, one)]
     if isinstance(value, Mapping):
         return _typed(name, json.dumps(value, ensure_ascii=False))
     is_like_one = str(value).startswith("-")
-    return [shlex.join([f"{option}={value}"] if is_like_one else [option, str(value)])]
+    return [[f"{option}={value}"] if is_like_one else [option, str(value)]]
 
 
 def new_record(config: TrainConfig, training: Dataset, held_out: Dataset | None, max_length: int) -> RunRecord:

@@ -20,7 +20,7 @@ from handspun.files import (
     sha256_of,
     sync,
 )
-from handspun.runs.metrics import HARDEST, KEPT, METRICS, REPORT, is_report
+from handspun.runs.metrics import HARDEST, HELD_OUT, KEPT, METRICS, REPORT, is_report
 from handspun.runs.record import RUN_FILE, is_finished
 from handspun.runs.resume import checkpoints_in, resumable
 from handspun.runs.trackers import TRACKERS
@@ -35,7 +35,8 @@ from handspun.training.checkpoint import (
 WORK = ".handspun"
 """The work folder of an output folder: its lock, and what is described above."""
 LOG = "train.log"
-_RECORDS = (RUN_FILE, LOG, METRICS, REPORT, KEPT, HARDEST)
+_TABLES = (HARDEST, HELD_OUT)
+_RECORDS = (RUN_FILE, LOG, METRICS, REPORT, KEPT, *_TABLES)
 _REPLACING, _REPLACED, _DELETED, _PENDING = "replacing", "replaced-", "deleted", "pending"
 _NONFINITE = re.compile(r"nonfinite-step-[0-9]+\.jsonl")
 _LOG_LINE = re.compile(r"[0-9]{2}:[0-9]{2}:[0-9]{2} ")
@@ -223,14 +224,14 @@ def _is_proven(path: Path) -> bool:
         start = file.read(_ENOUGH)
     if not start.strip(b"\0"):
         return True  # nothing can be lost
-    return _looks_like_ours(path, start) or (path.name not in (REPORT, HARDEST) and _has_run(path.parent))
+    return _looks_like_ours(path, start) or (path.name not in (REPORT, *_TABLES) and _has_run(path.parent))
 
 
 def _looks_like_ours(path: Path, start: bytes) -> bool:
     if path.name == REPORT:
         return is_report(path)
-    if path.name == HARDEST:  # it is there to be edited, and then it is the user's
-        written = (read_json_object(path.parent / KEPT) or {}).get("hardest_rows")
+    if path.name in _TABLES:  # they are there to be edited, and then they are the user's
+        written = (read_json_object(path.parent / KEPT) or {}).get(path.name)
         return isinstance(written, dict) and written.get("sha256") == sha256_of(path)
     text = start.decode("utf-8", "replace")
     lines = text.splitlines()[: None if len(start) < _ENOUGH else -1]

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -90,14 +90,14 @@ def _answer(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
 
 
-def hardest_rows_csv(hardest: Sequence[Example], dataset: Dataset) -> tuple[str, int]:
-    """Return the hardest rows as a csv file that training reads, and their number.
+def rows_csv(keys: Iterable[tuple[str, int]], dataset: Dataset) -> tuple[str, int]:
+    """Return rows, by (file, row number), as a csv file that training reads, and their number.
 
-    The columns `file` and `row` say where each row came from. Rows of another format than the hardest one's are
-    left out, since a file has one format.
+    The columns `file` and `row` say where each row came from. Rows of another format than the first one's are left
+    out, since a file has one format.
     """
     rows = {(row.file, row.number): row for row in dataset.rows}
-    found = [row for key in dict.fromkeys((one.file, one.row) for one in hardest) if (row := rows.get(key))]
+    found = [row for key in dict.fromkeys(keys) if (row := rows.get(key))]
     formats = dataset.account.formats
     found = [row for row in found if formats[row.file] == formats[found[0].file]]
     places = [name for name in ("file", "row") if all(name not in row.values for row in found)]

@@ -21,7 +21,7 @@ from handspun.data.chat_template import ChatTemplate
 from handspun.data.dataset import Dataset, ExampleCache, load_splits, resolve_max_length
 from handspun.data.rendering import choose_template, with_defaults
 from handspun.data.rows import check_data_exists
-from handspun.display import captured_log, count_of, duration, logger
+from handspun.display import captured_log, command_here, count_of, duration, logger
 from handspun.errors import OutputError, StoppedError
 from handspun.files import cache_folder
 from handspun.kernels.allocator import disable_malloc_trim, malloc_trim
@@ -63,7 +63,7 @@ from handspun.runs.checkpoints import CheckpointManager
 from handspun.runs.live import LiveState
 from handspun.runs.log import RunLog, plain_console
 from handspun.runs.metrics import read_run
-from handspun.runs.outcome import end_lines
+from handspun.runs.outcome import end_lines, next_commands
 from handspun.runs.output_dir import (
     Prepared,
     TrainedRun,
@@ -233,7 +233,9 @@ def load_data(run: RunContext) -> LoadedData:
     if processes.is_first:
         data.findings.extend(_odd_rows(config, data))
     for dataset in data.datasets:  # before memory is measured
-        dataset.release_rows(rows_for_report(dataset, config) if processes.is_first else ())
+        is_held_out = dataset is data.held_out
+        keep = rows_for_report(dataset, config, is_held_out=is_held_out) if processes.is_first else ()
+        dataset.release_rows(keep)
     return data
 
 
@@ -426,7 +428,11 @@ def _listeners(
 def _log_end(trained: TrainedRun, seconds: float) -> None:
     """Log what the run came to. The last line says how long it took."""
     try:
-        log_lines(end_lines(read_run(trained.output_dir)))
+        run = read_run(trained.output_dir)
+        log_lines(end_lines(run))
+        for what, command in next_commands(run, command_here()):
+            logger.info(f"{what}:")
+            logger.info(f"  {command}", extra={"unwrapped": True})  # to be copied
     except OutputError as error:  # the weights are saved
         logger.info(str(error))
     memory = peak_memory()
