@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from handspun.config import DataConfig
+from handspun.config import DataConfig, TrainConfig
 from handspun.data.rows import read_rows
 from handspun.errors import OutputError
 from handspun.evaluation.score import score
@@ -233,6 +233,22 @@ def test_rows_of_conversations_are_read_again_from_csv(tiny_folder: Path, tmp_pa
     train(config(tiny_folder, run.output_dir / "hardest_rows.csv", **options), console=console)
     assert "rows: 8 read, 8 kept" in printed_to(console)
     assert "rows: 2 read, 2 kept" in printed_to(console)
+
+
+def test_rows_in_memory_are_written_to_evaluate_on(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {n}.", "completion": f"It is {n}."} for n in range(8)]
+    made = TrainConfig(
+        model=str(tiny_folder),
+        data=rows[:6],
+        eval_data=rows[6:],
+        output_dir=str(tmp_path / "output"),
+        num_epochs=1,
+    )
+    console = quiet_console()
+    train(made, console=console)
+    written = read_rows(str(tmp_path / "output" / "held_out_rows.csv"))
+    assert [row.values["completion"] for row in written] == ["It is 6.", "It is 7."]
+    assert f"--data {tmp_path / 'output' / 'held_out_rows.csv'} --generate" in printed_to(console)
 
 
 def test_an_edited_file_of_hardest_rows_is_the_users(said: tuple[str, Path], tmp_path: Path) -> None:

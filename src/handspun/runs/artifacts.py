@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from handspun.config import TrainConfig
+from handspun.config.rows_in_memory import RowsInMemory
 from handspun.data.dataset import Dataset
 from handspun.data.examples import lengths_of
 from handspun.data.preview import spread
@@ -81,10 +82,15 @@ class Material:
 
 def rows_for_report(dataset: Dataset, config: TrainConfig, *, is_held_out: bool) -> set[tuple[str, int]]:
     """Return the rows that the report may ask or show, as (file, row number), and all held-out rows."""
-    if is_held_out and config.eval_data is None:
+    if is_held_out and not _has_own_file(config):
         dropped = {(note.file, note.row) for note in dataset.account.dropped}
         return {(row.file, row.number) for row in dataset.rows} - dropped
     return rows_to_ask(dataset) | {(one.file, one.row) for one in spread(dataset.examples, config.report_rows)}
+
+
+def _has_own_file(config: TrainConfig) -> bool:
+    """Return whether the held-out rows are in a file of their own."""
+    return config.eval_data is not None and not isinstance(config.eval_data, RowsInMemory)
 
 
 @contextmanager
@@ -133,7 +139,7 @@ def _at_the_start(material: Material) -> Kept:
         "accounted": {name: texts_of(some.accounted) for name, some in material.sets.items()},
         "prompts": [asdict(prompt) for prompt in material.prompts],
     }
-    if material.held_out is not None and material.config.eval_data is None:
+    if material.held_out is not None and not _has_own_file(material.config):
         keys = ((row.file, row.number) for row in material.held_out.rows)
         _add_file(HELD_OUT, keys, material.held_out, material, kept)
     began = material.clock()
