@@ -236,7 +236,7 @@ def test_rows_of_conversations_are_read_again_from_csv(tiny_folder: Path, tmp_pa
 
 
 def test_rows_in_memory_are_written_to_evaluate_on(tiny_folder: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": f"Say {n}.", "completion": f"It is {n}."} for n in range(8)]
+    rows: Any = [{"prompt": f"Say {n}.", "completion": f"It is {n}."} for n in range(8)]
     made = TrainConfig(
         model=str(tiny_folder),
         data=rows[:6],
