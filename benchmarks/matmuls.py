@@ -3,11 +3,13 @@
     python benchmarks/matmuls.py [--model FOLDER] [--rows 1 2 4 8 16 32] [--threads 2]
 
 float32 by F.linear (MKL on x86), by oneDNN with the weights as they lie, and by oneDNN with the weights laid out
-anew for it, which takes their memory again; int8 by oneDNN, and by the native kernel. The weights are random, of
-the shapes of the model. The ways take turns; medians of several rounds, the fastest and the slowest beside them.
+anew for it, which takes their memory again; int8 by the kernels of each instruction set that this CPU has. The
+weights are random, of the shapes of the model. The ways take turns; medians of several rounds, the fastest and
+the slowest beside them.
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from unittest.mock import patch
@@ -16,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from handspun.kernels import native
 from handspun.kernels.allocator import disable_malloc_trim
+from handspun.kernels.native import supported_sets
 from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.fused import FloatProduct, Int8Product
 from handspun.models.load import load_config, model_source
@@ -63,14 +65,13 @@ def ways_of(weights: list[Tensor]) -> dict[str, list[Way]]:
         "oneDNN, laid out": [
             lambda x, w=weight: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "") for weight in packed
         ],
-        "int8, oneDNN": int8_without_kernel(weights),
-        "int8": [Int8Product(weight, None) for weight in weights],
+        **{f"int8, {name}": int8_with(name, weights) for name in supported_sets()},
     }
 
 
-def int8_without_kernel(weights: list[Tensor]) -> list[Way]:
-    """Rows are rounded by the kernels all the same."""
-    with patch.object(native, "can_multiply", lambda: False):
+def int8_with(name: str, weights: list[Tensor]) -> list[Way]:
+    """With the kernels of an instruction set."""
+    with patch.dict(os.environ, {"HANDSPUN_KERNELS": name}):
         return [Int8Product(weight, None) for weight in weights]
 
 

@@ -14,7 +14,7 @@ def main() -> None:
     job = job_of_this_process()
     torch.set_num_threads(job.threads)
     if not job.native:
-        os.environ["HANDSPUN_NATIVE"] = "0"  # read when the first int8 layer is made
+        os.environ["HANDSPUN_KERNELS"] = "reference"  # read when the first int8 layer is made
     model = handspun.load(job.model, **job.options)
     weights = job.options["weights"]
     measure(

@@ -1,11 +1,11 @@
 """The engines: the fused one has transformers' logits, rows come and go in both, and int8 rows stand alone."""
 
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import handspun
+from backends import BACKENDS, chosen
 from handspun.decoding.beam import CopyingBeamCache, TreeBeamCache
 from handspun.decoding.engines.base import Engine, ModelInput
 from handspun.decoding.engines.choose import make_engine
@@ -26,9 +27,7 @@ from handspun.decoding.request import Request
 from handspun.decoding.scheduler import run
 from handspun.display import captured_log
 from handspun.errors import ModelError
-from handspun.kernels import native
-from handspun.kernels.int8_matmul import fwht_torch
-from handspun.models.fused import FusedWeights, _gated, _unsigned, fused_weights, fusing_unsupported_reason
+from handspun.models.fused import FusedWeights, fused_weights, fusing_unsupported_reason
 from handspun.models.load import ChatModel
 from handspun.models.lora import add_lora
 from handspun.models.save import save_model
@@ -36,10 +35,6 @@ from parity import requests_of
 from tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cpu
-needs_kernels = pytest.mark.skipif(
-    native.kernels() is None, reason=f"native kernels: {native.reason_for_none() or 'HANDSPUN_NATIVE=0'}"
-)
-BACKENDS = [pytest.param(True, id="native", marks=needs_kernels), pytest.param(False, id="PyTorch")]
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 SHAPES: dict[str, Any] = {
     "vocab_size": 330, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
@@ -227,12 +222,15 @@ def int8_chat() -> ChatModel:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_native", BACKENDS)
-def test_int8_answers_do_not_depend_on_batch_mates(is_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", ["fastest", "none"])
+def test_int8_answers_do_not_depend_on_batch_mates(kernels: str) -> None:
     """100 batches, of any answers in any order, that join and leave as they may: the same text, bit for bit."""
-    if not is_native:
-        monkeypatch.setattr(native, "kernels", lambda: None)
-    chat, choose = int8_chat(), random.Random(0)
+    with chosen(kernels) if kernels == "none" else nullcontext():
+        answers_stay_the_same(int8_chat())
+
+
+def answers_stay_the_same(chat: ChatModel) -> None:
+    choose = random.Random(0)
     prompts = [f"{'Tell me more. ' * (n % 4)}Say {n}." for n in range(12)]
     options: dict[str, Any] = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 12, "stop_strings": ()}
 
@@ -277,41 +275,18 @@ def int8_lean(name: str) -> FusedWeights:
     return fused_weights(model, int8=True)
 
 
-@needs_kernels
+@pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
-def test_native_kernels_give_what_pytorch_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To rounding: a value half way between two integers may go either way. Qwen3 norms queries and keys."""
-    found = fed(FusedEngine(int8_lean(name)))
-    monkeypatch.setattr(native, "kernels", lambda: None)
-    plain = fed(FusedEngine(int8_lean(name)))
-    for one, other in zip(found, plain, strict=True):
-        assert (one - other).norm() < 0.02 * other.norm()
-    assert not torch.equal(found[1], plain[1])  # they did take part
-
-
-@pytest.mark.parametrize("is_native", BACKENDS)
-@pytest.mark.parametrize("width", [16, 33, 200])
-def test_rows_are_rounded_as_in_float64(width: int, is_native: bool) -> None:
-    """To one step where a value lies half way between two integers; scales to float32."""
-    torch.manual_seed(0)
-    library, x, norm = native.kernels(), torch.randn(5, 2 * width) * 3, torch.randn(width)
-    x[3] = 0
-    half, wide = x[:, :width].double(), x.double()
-    exact = [half, F.rms_norm(half, (width,), norm.double(), 1e-6), F.silu(wide[:, :width]) * wide[:, width:]]
-    if is_native:
-        rounded = [native.quantize(library, x[:, :width]), native.norm_quantize(library, x[:, :width], norm, 1e-6)]
-        rounded.append(native.gate_quantize(library, x))
-    else:
-        after_rms_norm, after_swiglu = F.rms_norm(x[:, :width], (width,), norm, 1e-6), _gated(x)
-        rounded = [_unsigned(values) for values in (x[:, :width], after_rms_norm, after_swiglu)]
-    assert len(rounded) == len(exact) == 3
-    for (found, scale), values in zip(rounded, exact, strict=True):
-        transformed = fwht_torch(values)
-        expected_scale = (transformed.abs().amax(1, keepdim=True) / 127).clamp_min(1e-12)
-        torch.testing.assert_close(scale.double(), expected_scale, rtol=1e-5, atol=0)
-        difference = (found.int() - 128) - (transformed / expected_scale).round().int()
-        assert difference.abs().max() <= 1
-        assert (difference != 0).float().mean() < 0.02
+def test_logits_are_the_same_with_all_kernels(name: str, kernels: str) -> None:
+    """Qwen3 norms queries and keys. Where PyTorch attends, a value between two integers may go either way."""
+    engines = []
+    for one in (kernels, "reference"):
+        with chosen(one):
+            engines.append(FusedEngine(int8_lean(name)))
+    assert engines[0]._attends is (kernels != "none")
+    for logits, expected in zip(*map(fed, engines), strict=True):
+        assert (logits - expected).norm() < 0.02 * expected.norm()
+        assert kernels == "none" or torch.equal(logits, expected)
 
 
 def test_int8_weights_take_the_place_of_the_float_ones() -> None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, MistralConfig
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 import handspun
+from backends import BACKENDS, chosen
 from handspun.decoding.engines.base import ModelInput
 from handspun.decoding.engines.fused import FusedEngine
 from handspun.decoding.engines.transformers import TransformersEngine
@@ -21,7 +22,6 @@ from handspun.decoding.results import GenerationResult
 from handspun.decoding.scheduler import run
 from handspun.display import captured_log
 from handspun.errors import ConfigError
-from handspun.kernels import native
 from handspun.models.fused import fused_weights
 from handspun.models.load import ChatModel
 from parity import answers_to, requests_of
@@ -213,20 +213,19 @@ def test_a_cancelled_answer_has_all_tokens_that_were_checked() -> None:
 # The engines
 
 
-@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "PyTorch"])
+@pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("heads", [(2, 1), (1, 1)], ids=str)
-def test_int8_logits_of_a_draft_are_those_of_its_tokens_alone(
-    kernels: bool, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_int8_logits_of_a_draft_are_those_of_its_tokens_alone(kernels: str, heads: tuple[int, int]) -> None:
     """Bit for bit, behind prompts of several lengths; heads of 40 have no kernel."""
-    if not kernels:
-        monkeypatch.setattr(native, "kernels", lambda: None)
     width = 64 if heads == (2, 1) else 40
     model = tiny_model("qwen2", hidden_size=width, num_attention_heads=heads[0], num_key_value_heads=heads[1])
-    fused, dice = fused_weights(model, int8=True), random.Random(0)
+    dice = random.Random(0)
+    with chosen(kernels):
+        fused = fused_weights(model, int8=True)
+        engines = iter([FusedEngine(fused) for _ in range(8)])
     for length in (1, 7, 70, 300):
         prompt, new = ([dice.randrange(330) for _ in range(count)] for count in (length, 9))
-        one, many, mate = FusedEngine(fused), FusedEngine(fused), FusedEngine(fused).add()
+        one, many = next(engines), next(engines)
         assert (
             one.forward([ModelInput(one.add(), prompt)]) == many.forward([ModelInput(many.add(), prompt)])
         ).all()

@@ -9,6 +9,7 @@ import torch
 
 from handspun.kernels.allocator import disable_malloc_trim
 
+# 64 MB: glibc maps what is larger than 32 MB anew each time, and smaller ones only sometimes.
 FAULTS = """
 import resource, sys
 from handspun.kernels.allocator import disable_malloc_trim
@@ -16,10 +17,10 @@ if sys.argv[1] == "keep":
     assert disable_malloc_trim()
 import torch
 for _ in range(3):
-    torch.ones(8_000_000)
+    torch.ones(16_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
-    torch.ones(8_000_000)
+    torch.ones(16_000_000)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from handspun.kernels import native
+from backends import chosen
+from handspun.kernels.native import TiledInt8Weight
 from handspun.models import int8
 from handspun.models.int8 import (
     Int8Linear,
@@ -55,7 +56,7 @@ def small_layer() -> tuple[nn.Linear, Int8Linear]:
 
 def test_a_product_by_hand() -> None:
     linear, layer = small_layer()
-    assert layer.weight.tolist() == [[127, -2, 1], [1, 127, -10]]
+    assert layer.matrix.rows(torch.arange(2)).tolist() == [[127, -2, 1], [1, 127, -10]]
     assert layer.scale.tolist() == [0.5, 0.25]
     x = torch.tensor([[127.0, 2.0, -3.0]])
     # 63.5 * 127 - 2 - 1.5 + 1 and 0.25 * 127 + 31.75 * 2 + 7.5 - 1: nothing is rounded
@@ -98,7 +99,8 @@ def test_a_quarter_of_the_memory() -> None:
     layer = int8_linear(linear)
     held = sum(tensor.nbytes for tensor in layer.buffers())
     # The weights, a scale and a bias for each channel; and natively a sum of each channel and each column.
-    assert held == 256 * 512 + 2 * 4 * 512 + (4 * 512 + 4 * 256 if layer.tiles else 0)
+    sums = 4 * 512 + 4 * 256 if isinstance(layer.matrix, TiledInt8Weight) else 0
+    assert held == 256 * 512 + 2 * 4 * 512 + sums
     assert not list(layer.parameters())
 
 
@@ -116,10 +118,11 @@ def test_only_the_layers_under_adapters_are_rounded() -> None:
 @pytest.mark.parametrize("is_fast", [False, True])
 def test_a_base_that_saves_no_time_says_so(is_fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "has_fast_int_mm", lambda: is_fast)
-    monkeypatch.setattr(native, "slower_without", lambda device: "no kernels" if device.type == "cpu" else None)
-    found = speed_notices(torch.device("cpu"))
-    assert [notice[:30] for notice in found] == [
-        "no kernels",
-        *([] if is_fast else ["without AVX-512 VNNI, int8 lay"]),
-    ]
+    with chosen("none"):
+        found = speed_notices(torch.device("cpu"))
+    assert found[0] == (
+        "int8 runs without native kernels, which is slower: they were not compiled when the package was "
+        "installed, for want of a C compiler"
+    )
+    assert [notice[:36] for notice in found[1:]] == ([] if is_fast else ["int8 layers are computed in float32:"])
     assert speed_notices(torch.device("cuda")) == []

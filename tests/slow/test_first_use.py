@@ -5,8 +5,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
-import sys
 import time
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -17,12 +15,9 @@ import pytest
 from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.dataset import ExampleCache, load_splits
-from handspun.files import cache_folder
-from handspun.kernels.native import load_library
 from handspun.models import embedded
 from tiny import tiny_tokenizer
 
-HAS_COMPILER = sys.platform == "linux" and shutil.which("cc") is not None
 PROCESSES = 3
 ROUNDS = 5
 
@@ -32,18 +27,13 @@ def use_everything(folder: str, at_once: Barrier, results: Any) -> None:
     os.environ["XDG_CACHE_HOME"] = folder
     embedded.dequantize = write_slowly
     template = ChatTemplate(tiny_tokenizer())
-    found: dict[str, list[str]] = {"examples": [], "embedded": [], "native": []}
+    found: dict[str, list[str]] = {"examples": [], "embedded": []}
     for i in range(ROUNDS):
         os.environ["XDG_CACHE_HOME"] = f"{folder}/{i}"
         at_once.wait()
         found["examples"].append(examples(f"{folder}/rows.jsonl", Path(folder) / str(i) / "examples", template))
         at_once.wait()
         found["embedded"].append(content(embedded.embedded_folder()))
-    at_once.wait()
-    if HAS_COMPILER:
-        assert load_library(Path(folder) / "answer.c", ("-shared", "-fPIC")).answer() == 42
-        [library] = (cache_folder() / "native").glob("*.so")
-        found["native"].append(content(library))
     results.put(found)
 
 
@@ -75,7 +65,6 @@ def content(path: Path) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("first")
     rows = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(200)]
-    (folder / "answer.c").write_text("int answer(void) { return 42; }")
     (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return folder
 
@@ -110,19 +99,10 @@ def test_all_processes_find_the_same_and_it_is_whole(
     assert [len(process[cache]) for process in found] == [ROUNDS] * PROCESSES
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not HAS_COMPILER, reason="needs Linux and a C compiler")
-def test_a_native_library_is_built_once_for_all(found: list[dict[str, list[str]]]) -> None:
-    assert [len(process["native"]) for process in found] == [1] * PROCESSES
-    assert len({digest for process in found for digest in process["native"]}) == 1
-
-
 def test_nothing_half_made_is_left(found: list[dict[str, list[str]]], folder: Path) -> None:
     assert found
     for i in range(ROUNDS):
-        [model] = [path for path in (folder / str(i) / "handspun").iterdir() if path.name != "native"]
+        [model] = (folder / str(i) / "handspun").iterdir()
         assert len(list(model.iterdir())) == 3
         [examples_set] = (folder / str(i) / "examples").iterdir()
         assert ExampleCache(folder / str(i) / "examples").find(examples_set.name) is not None
-    for library in (folder / str(ROUNDS - 1) / "handspun").glob("native/*"):
-        assert library.suffix == ".so"

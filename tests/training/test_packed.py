@@ -13,7 +13,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwe
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.display import captured_log
-from handspun.models import int8
+from handspun.kernels import reference
 from handspun.models.int8 import quantize_base
 from handspun.models.lora import add_lora
 from handspun.training import packed as packed_module
@@ -358,7 +358,8 @@ def test_noise_of_an_int8_base_is_not_taken_for_another_attention(monkeypatch: p
     """Rounded coarsely, sums in another order make another loss; unrounded, they do not."""
     model: Any = add_lora(tiny_model("qwen2"), "tiny", rank=2, alpha=4, dropout=0.0)
     quantize_base(model)
-    monkeypatch.setattr(int8, "quantize_rows", coarsely_quantized)
+    monkeypatch.setenv("HANDSPUN_KERNELS", "reference")
+    monkeypatch.setattr(reference, "quantize_rows", coarsely_quantized)
     config = TrainConfig(num_epochs=1, lora=True, base_weights="int8")
     with captured_log() as log, select_runner(model, config, rows(8), **RUNNER) as runner:
         assert isinstance(runner, Packed)

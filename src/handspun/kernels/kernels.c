@@ -1,97 +1,104 @@
-/* Kernels of a decoding step, for x86-64 CPUs with AVX-512 and its int8 dot product (VNNI): quantizing rows (also of
- * normalized and gated inputs), matmuls with int8 weights, and attention of single queries. Int8 layers in training use
- * `hadamard`, `quantize`, `scale_quantize`, and both matmuls.
+/* Kernels of decoding and of int8 training, compiled once for each instruction set (simd.h, CMakeLists.txt).
  *
- * Each function computes what models/fused.py and decoding/engines/fused.py compute with PyTorch, without intermediate
- * arrays. Each row is computed separately, always by the same instructions, so its result does not depend on the other
- * rows or on the number of threads.
+ * Each function computes what reference.py computes with PyTorch, bit for bit, on every CPU. Each row is computed
+ * separately, in an order that depends on nothing else, so its result does not depend on the other rows, on the
+ * number of threads, or on the CPU.
  */
-#include <immintrin.h>
+#define _GNU_SOURCE
+#if defined(__clang__) && defined(__linux__)
+#error "clang would link an OpenMP runtime of its own beside the one that torch brings: compile with gcc"
+#endif
+#include "simd.h"
+
 #include <math.h>
 #include <omp.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+#include <stdlib.h>
 
-#define LANES 16 /* float32 values per register */
+/* Adding this to a float of less than 2^22 rounds it to an integer (halves to even), which its last bits then hold. */
+#define ROUNDING 12582912.0f
+#define ROUNDING_BITS 0x4B400000
+#define INFINITY_BITS 0x7F800000
 
-/* The mask of the lanes that hold one of the `left` remaining values. */
-static inline __mmask16 lanes(int64_t left) {
-    return left >= LANES ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+INLINE int32_t bits_of(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
 }
 
-/* Return e^x with a relative error of 2e-7: x = n ln 2 + r, and a polynomial in r (Cephes' expf). */
-static inline __m512 exp512(__m512 x) {
-    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.3f));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(p, n);
+/* Return e^x with a relative error of 3e-7: x = n ln 2 + r, and a polynomial in r (Cephes' expf). NaN stays NaN. */
+INLINE lanes exponential(lanes x) {
+    x = smaller(splat(88.3f), larger(splat(-87.3f), x));
+    lanes rounded = plus(times(x, splat(1.44269504f)), splat(ROUNDING));
+    lanes n = minus(rounded, splat(ROUNDING));
+    lanes r = minus(minus(x, times(n, splat(0.693359375f))), times(n, splat(-2.12194440e-4f)));
+    lanes p = splat(1.9875691500e-4f);
+    p = plus(times(p, r), splat(1.3981999507e-3f));
+    p = plus(times(p, r), splat(8.3334519073e-3f));
+    p = plus(times(p, r), splat(4.1665795894e-2f));
+    p = plus(times(p, r), splat(1.6666665459e-1f));
+    p = plus(times(p, r), splat(5.0000001201e-1f));
+    p = plus(times(times(p, r), r), plus(r, splat(1.0f)));
+    float powers[LANES]; /* 2^n, whose exponent is n + 127 */
+    int32_t bits[LANES];
+    store(powers, rounded);
+    memcpy(bits, powers, sizeof bits);
+    EACH(i, LANES) bits[i] = (int32_t)((uint32_t)(bits[i] - ROUNDING_BITS + 127) << 23);
+    memcpy(powers, bits, sizeof bits);
+    return times(p, load(powers));
 }
 
 /* Transform a row in place, by sums and differences of values that are width / block apart, then twice that, and so on
- * (see kernels/int8_matmul.py). */
+ * (see reference.py). */
 static void hadamard_row(float *x, int64_t width) {
     int64_t block = width & -width;
     for (int64_t distance = width / (block < 64 ? block : 64); distance < width; distance *= 2)
         for (int64_t first = 0; first < width; first += 2 * distance)
             for (int64_t i = 0; i < distance; i += LANES) {
                 float *a = x + first + i, *b = a + distance;
-                __mmask16 mask = lanes(distance - i);
-                __m512 low = _mm512_maskz_loadu_ps(mask, a), high = _mm512_maskz_loadu_ps(mask, b);
-                _mm512_mask_storeu_ps(a, mask, _mm512_add_ps(low, high));
-                _mm512_mask_storeu_ps(b, mask, _mm512_sub_ps(low, high));
+                lanes low = load_some(a, distance - i), high = load_some(b, distance - i);
+                store_some(a, plus(low, high), distance - i);
+                store_some(b, minus(low, high), distance - i);
             }
 }
 
-/* Quantize a row to unsigned bytes: 128 + value / scale, where the largest magnitude becomes 127. Return the scale. */
-static float quantize_row(const float *x, uint8_t *out, int64_t width) {
-    __m512 largest = _mm512_setzero_ps();
-    for (int64_t i = 0; i < width; i += LANES)
-        largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(lanes(width - i), x + i)));
-    float scale = _mm512_reduce_max_ps(largest) / 127.0f;
-    if (scale < 1e-12f) scale = 1e-12f;
-    __m512 divisor = _mm512_set1_ps(scale);
-    __m512i middle = _mm512_set1_epi32(128);
-    for (int64_t i = 0; i < width; i += LANES) {
-        __mmask16 mask = lanes(width - i);
-        __m512 steps = _mm512_div_ps(_mm512_maskz_loadu_ps(mask, x + i), divisor);
-        __m512i rounded = _mm512_add_epi32(_mm512_cvtps_epi32(steps), middle); /* halves to even */
-        _mm512_mask_cvtepi32_storeu_epi8(out + i, mask, rounded);
+/* Quantize a row to int8: value / scale, where the largest magnitude becomes 127. Return the scale. The row is filled
+ * with zeros up to `padded`. If a value is not finite, the scale is NaN and all values are 0. */
+static float quantize_row(const float *x, int8_t *out, int64_t width, int64_t padded) {
+    int32_t largest = 0; /* the bits of positive floats are ordered as the floats are */
+    for (int64_t i = 0; i < width; i++) {
+        int32_t magnitude = bits_of(x[i]) & 0x7FFFFFFF;
+        largest = magnitude > largest ? magnitude : largest;
     }
+    memset(out + width, 0, padded - width);
+    if (largest >= INFINITY_BITS) {
+        memset(out, 0, width);
+        return NAN;
+    }
+    float scale;
+    memcpy(&scale, &largest, sizeof scale);
+    scale /= 127.0f;
+    if (scale < 1e-12f) scale = 1e-12f;
+    for (int64_t i = 0; i < width; i++) out[i] = (int8_t)(bits_of(x[i] / scale + ROUNDING) - ROUNDING_BITS);
     return scale;
 }
 
-/* RMSNorm of a row: x * weight / sqrt(mean(x^2) + eps). */
+/* RMSNorm of a row: x * (1 / sqrt(mean(x^2) + eps)) * weight. */
 static void norm_row(const float *x, const float *weight, float eps, float *out, int64_t width) {
-    __m512 squares = _mm512_setzero_ps();
+    lanes squares = splat(0.0f);
     for (int64_t i = 0; i < width; i += LANES) {
-        __m512 value = _mm512_maskz_loadu_ps(lanes(width - i), x + i);
-        squares = _mm512_fmadd_ps(value, value, squares);
+        lanes value = load_some(x + i, width - i);
+        squares = plus(squares, times(value, value));
     }
-    __m512 factor = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)width + eps));
-    for (int64_t i = 0; i < width; i += LANES) {
-        __mmask16 mask = lanes(width - i);
-        __m512 normed = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), factor);
-        _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(normed, _mm512_maskz_loadu_ps(mask, weight + i)));
-    }
+    float factor = 1.0f / sqrtf(sum(squares) / (float)width + eps);
+    for (int64_t i = 0; i < width; i++) out[i] = x[i] * factor * weight[i];
 }
 
-/* SwiGLU of a row: silu(gate) * up. x: gate, then up. */
+/* SwiGLU of a row: gate / (1 + e^-gate) * up. x: gate, then up. */
 static void gate_row(const float *x, float *out, int64_t width) {
     for (int64_t i = 0; i < width; i += LANES) {
-        __mmask16 mask = lanes(width - i);
-        __m512 gate = _mm512_maskz_loadu_ps(mask, x + i), up = _mm512_maskz_loadu_ps(mask, x + width + i);
-        __m512 one = _mm512_set1_ps(1.0f);
-        __m512 below = _mm512_add_ps(one, exp512(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
-        _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(_mm512_div_ps(gate, below), up));
+        lanes gate = load_some(x + i, width - i), up = load_some(x + width + i, width - i);
+        lanes below = plus(splat(1.0f), exponential(minus(splat(0.0f), gate)));
+        store_some(out + i, times(over(gate, below), up), width - i);
     }
 }
 
@@ -104,222 +111,510 @@ void hadamard(const float *x, int64_t rows, int64_t width, float *out, int threa
     }
 }
 
-/* Transform the rows of x, (rows, width), and quantize them. work: (rows, width). */
-void quantize(const float *x, int64_t rows, int64_t width, float *work, uint8_t *out, float *scales, int threads) {
+/* The quantizing functions. out: (rows, padded), int8. scales: (rows). work: (rows, width). */
+
+/* Transform the rows of x, (rows, width), and quantize them. */
+void quantize(const float *x, int64_t rows, int64_t width, int64_t padded, float *work, int8_t *out, float *scales,
+              int threads) {
 #pragma omp parallel for num_threads(threads) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
         memcpy(work + row * width, x + row * width, width * sizeof(float));
         hadamard_row(work + row * width, width);
-        scales[row] = quantize_row(work + row * width, out + row * width, width);
+        scales[row] = quantize_row(work + row * width, out + row * padded, width, padded);
     }
 }
 
 /* Quantize x * weight, not transformed. x: (rows, width). weight: (width). */
-void scale_quantize(const float *x, const float *weight, int64_t rows, int64_t width, float *work, uint8_t *out,
-                    float *scales, int threads) {
+void scale_quantize(const float *x, const float *weight, int64_t rows, int64_t width, int64_t padded, float *work,
+                    int8_t *out, float *scales, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
         const float *values = x + row * width;
         float *scaled = work + row * width;
         for (int64_t i = 0; i < width; i++) scaled[i] = values[i] * weight[i];
-        scales[row] = quantize_row(scaled, out + row * width, width);
+        scales[row] = quantize_row(scaled, out + row * padded, width, padded);
     }
 }
 
 /* `quantize` of RMSNorm(x). */
-void norm_quantize(const float *x, const float *weight, float eps, int64_t rows, int64_t width, float *work,
-                   uint8_t *out, float *scales, int threads) {
+void norm_quantize(const float *x, const float *weight, float eps, int64_t rows, int64_t width, int64_t padded,
+                   float *work, int8_t *out, float *scales, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
         norm_row(x + row * width, weight, eps, work + row * width, width);
         hadamard_row(work + row * width, width);
-        scales[row] = quantize_row(work + row * width, out + row * width, width);
+        scales[row] = quantize_row(work + row * width, out + row * padded, width, padded);
     }
 }
 
 /* `quantize` of SwiGLU(x). x: (rows, 2 * width). */
-void gate_quantize(const float *x, int64_t rows, int64_t width, float *work, uint8_t *out, float *scales, int threads) {
+void gate_quantize(const float *x, int64_t rows, int64_t width, int64_t padded, float *work, int8_t *out,
+                   float *scales, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
         gate_row(x + row * 2 * width, work + row * width, width);
         hadamard_row(work + row * width, width);
-        scales[row] = quantize_row(work + row * width, out + row * width, width);
+        scales[row] = quantize_row(work + row * width, out + row * padded, width, padded);
     }
 }
 
-/* Compute (base + x @ weight) * scale * row_scale + bias for up to ROWS rows of bytes and the TILE channels of a tile.
- * scale, bias: null for none. left: number of channels that exist. The sums must stay in registers. So all loops over
- * them are unrolled, and the instruction is written as inline assembly: with its intrinsic, gcc 12 copies all sums, at
- * half the speed. */
-#define ROWS 6
+/* int8 matrices, (channels, depth), lie in tiles of TILE channels, so that memory is read sequentially: (tiles,
+ * depth / GROUP, TILE, GROUP). Channels are filled with zeros up to a multiple of TILE, depth up to one of PAD.
+ * `accumulate` sums up to ROWS rows with BLOCK channels of a tile. Its sums stay in registers, so it is inlined once
+ * for each number of rows. */
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define GROUP 8
+#else
+#define GROUP 4
+#endif
+#if defined(__AVX512VNNI__)
 #define TILE 64
-#define QUARTERS (TILE / LANES)
-#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
+#define ROWS 6
+#define BLOCK_OF(rows) 64
+#elif defined(__AVXVNNI__)
+#define TILE 32
+#define ROWS 6
+#define BLOCK_OF(rows) ((rows) < 4 ? 32 : 16)
+#elif defined(__AVX2__)
+#define TILE 32
+#define ROWS 4
+#define BLOCK_OF(rows) ((rows) == 1 ? 32 : 16)
+#else
+#define TILE 32
+#define ROWS 4
+#define BLOCK_OF(rows) ((rows) == 1 && GROUP == 4 ? 32 : 16)
+#endif
+#if defined(__AMX_INT8__)
+#define PAD 64
+#else
+#define PAD 8
+#endif
+/* A tile of TILE channels is finished at a time, for this many rows. */
+#if defined(__AMX_INT8__)
+#define MOST_ROWS 32
+#else
+#define MOST_ROWS ROWS
+#endif
 
-static inline __attribute__((always_inline)) void multiply(const uint8_t *x, const float *row_scale, const int rows,
-                                                           int64_t width, const int8_t *weight, const int32_t *base,
-                                                           const float *scale, const float *bias, int64_t left,
-                                                           float *out, int64_t channels) {
-    __m512i sums[ROWS][QUARTERS];
-    EACH(r, rows) EACH(q, QUARTERS) sums[r][q] = _mm512_loadu_si512(base + q * LANES);
-    for (int64_t k = 0; k < width; k += 4, weight += 4 * TILE) {
-        __m512i weights[QUARTERS];
-        EACH(q, QUARTERS) weights[q] = _mm512_loadu_si512(weight + 4 * LANES * q);
+/* Return the layout: TILE, GROUP and PAD. */
+void layout(int64_t *sizes) {
+    sizes[0] = TILE;
+    sizes[1] = GROUP;
+    sizes[2] = PAD;
+}
+
+/* sums: (rows, TILE), of which `block` channels are written. base: the sums' starts if SHIFTED. */
+#if GROUP == 4
+INLINE void accumulate(const int8_t *x, int64_t stride, const int rows, const int block, int64_t depth,
+                       const int8_t *weight, const int32_t *base, int32_t *sums) {
+    const int vectors = block / WIDTH;
+    sums_of_four found[ROWS][TILE / WIDTH];
+    EACH(r, rows) EACH(v, vectors) {
+        if (SHIFTED) memcpy(&found[r][v], base + v * WIDTH, sizeof(sums_of_four));
+        else memset(&found[r][v], 0, sizeof(sums_of_four));
+    }
+    for (int64_t k = 0; k < depth; k += 4, weight += 4 * TILE) {
+        ints weights[TILE / WIDTH];
+        EACH(v, vectors) memcpy(&weights[v], weight + 4 * WIDTH * v, sizeof(ints));
         EACH(r, rows) {
             int32_t four;
-            memcpy(&four, x + r * width + k, 4);
-            __m512i bytes = _mm512_set1_epi32(four);
-            EACH(q, QUARTERS) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[r][q]) : "v"(bytes), "v"(weights[q]));
+            memcpy(&four, x + r * stride + k, 4);
+            ints bytes = four_bytes(four);
+            EACH(v, vectors) dot(found[r][v], bytes, weights[v]);
         }
     }
-    EACH(q, QUARTERS) {
-        __mmask16 mask = lanes(left - q * LANES);
-        __m512 scales = scale ? _mm512_maskz_loadu_ps(mask, scale + q * LANES) : _mm512_set1_ps(1.0f);
-        __m512 biases = bias ? _mm512_maskz_loadu_ps(mask, bias + q * LANES) : _mm512_setzero_ps();
-        EACH(r, rows) {
-            __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][q]), scales), _mm512_set1_ps(row_scale[r]));
-            _mm512_mask_storeu_ps(out + r * channels + q * LANES, mask, _mm512_add_ps(y, biases));
+    EACH(r, rows) EACH(v, vectors) memcpy(sums + r * TILE + v * WIDTH, &found[r][v], sizeof(sums_of_four));
+}
+#else
+/* i8mm multiplies 2 rows with 2 channels, 8 bytes of each, into 4 sums. A last single row is paired with itself. */
+INLINE void accumulate(const int8_t *x, int64_t stride, const int rows, const int block, int64_t depth,
+                       const int8_t *weight, const int32_t *base, int32_t *sums) {
+    const int pairs = (rows + 1) / 2, vectors = block / 2;
+    (void)base;
+    sums_of_four found[(ROWS + 1) / 2][TILE / 2];
+    EACH(r, pairs) EACH(v, vectors) found[r][v] = vdupq_n_s32(0);
+    for (int64_t k = 0; k < depth; k += 8, weight += 8 * TILE) {
+        EACH(r, pairs) {
+            const int8_t *first = x + 2 * r * stride + k, *second = 2 * r + 1 < rows ? first + stride : first;
+            int8x16_t bytes = vcombine_s8(vld1_s8(first), vld1_s8(second));
+            EACH(v, vectors) found[r][v] = vmmlaq_s32(found[r][v], bytes, vld1q_s8(weight + 16 * v));
+        }
+    }
+    EACH(r, pairs) EACH(v, vectors) {
+        vst1_s32(sums + 2 * r * TILE + 2 * v, vget_low_s32(found[r][v]));
+        if (2 * r + 1 < rows) vst1_s32(sums + (2 * r + 1) * TILE + 2 * v, vget_high_s32(found[r][v]));
+    }
+}
+#endif
+
+#define SUM(n)                                                                                               \
+    for (int block = 0; block < TILE; block += BLOCK_OF(n))                                                  \
+    accumulate(x, stride, n, BLOCK_OF(n), depth, weight + block * GROUP, SHIFTED ? base + block : NULL, sums + block)
+static void sum_1(const int8_t *x, int64_t stride, int64_t depth, const int8_t *weight, const int32_t *base,
+                  int32_t *sums) {
+    SUM(1);
+}
+static void sum_some(const int8_t *x, int64_t stride, int64_t rows, int64_t depth, const int8_t *weight,
+                     const int32_t *base, int32_t *sums) {
+    if (rows == 1) sum_1(x, stride, depth, weight, base, sums);
+    else if (rows == 2) SUM(2);
+    else if (rows == 3) SUM(3);
+    else if (rows == 4) SUM(4);
+#if ROWS > 4
+    else if (rows == 5) SUM(5);
+    else SUM(6);
+#endif
+}
+
+#if defined(__AMX_INT8__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Ask Linux for the registers of AMX. Return whether this process has them. */
+int prepare(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; } /* ARCH_REQ_XCOMP_PERM, XTILEDATA */
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes_per_row[16];
+    uint8_t rows[16];
+} tile_shapes;
+
+/* Registers 0 to 3: sums of 2 x 16 rows and 2 x 16 channels. 4 and 5: rows. 6 and 7: weights. */
+static void shape_tiles(int64_t rows) {
+    tile_shapes shapes = {.palette = 1};
+    uint8_t upper = rows > 16 ? 16 : rows, lower = rows > 16 ? rows - 16 : 1;
+    const uint8_t counts[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
+    EACH(i, 8) {
+        shapes.bytes_per_row[i] = 64;
+        shapes.rows[i] = counts[i];
+    }
+    _tile_loadconfig(&shapes);
+}
+
+/* Sum up to 32 rows with a whole tile. `shape_tiles` was called with the same number of rows. */
+static void sum_many(const int8_t *x, int64_t stride, int64_t rows, int64_t depth, const int8_t *weight, int32_t *sums) {
+    for (int block = 0; block < TILE; block += 32) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t k = 0; k < depth; k += 64) {
+            const int8_t *some = weight + k * TILE + block * GROUP;
+            _tile_loadd(6, some, GROUP * TILE);
+            _tile_loadd(7, some + 16 * GROUP, GROUP * TILE);
+            _tile_loadd(4, x + k, stride);
+            _tile_dpbssd(0, 4, 6);
+            _tile_dpbssd(1, 4, 7);
+            if (rows > 16) {
+                _tile_loadd(5, x + 16 * stride + k, stride);
+                _tile_dpbssd(2, 5, 6);
+                _tile_dpbssd(3, 5, 7);
+            }
+        }
+        _tile_stored(0, sums + block, TILE * sizeof(int32_t));
+        _tile_stored(1, sums + block + 16, TILE * sizeof(int32_t));
+        if (rows > 16) {
+            _tile_stored(2, sums + 16 * TILE + block, TILE * sizeof(int32_t));
+            _tile_stored(3, sums + 16 * TILE + block + 16, TILE * sizeof(int32_t));
         }
     }
 }
+#else
+int prepare(void) { return 1; }
+#endif
 
-/* Multiply all rows with one tile, in even groups of at most ROWS rows. */
-static void multiply_tile(const uint8_t *x, const float *row_scale, int64_t rows, int64_t width, const int8_t *weight,
-                          const int32_t *base, const float *scale, const float *bias, int64_t left, float *out,
-                          int64_t channels) {
-    int64_t parts = (rows + ROWS - 1) / ROWS;
+/* Write sums * scale * row_scale + bias for the `left` channels of a tile that exist. scale, bias: null for none. */
+static void finish(const int32_t *sums, const float *row_scale, int64_t rows, const float *scale, const float *bias,
+                   int64_t left, float *out, int64_t channels) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < TILE && c < left; c++) {
+            float y = (float)sums[r * TILE + c];
+            if (scale) y *= scale[c];
+            y *= row_scale[r];
+            out[r * channels + c] = bias ? y + bias[c] : y;
+        }
+}
+
+/* Rows as the instructions take them. */
+typedef struct {
+    const int8_t *values, *shifted; /* shifted: by 128, or null */
+    const float *scale;
+    int64_t count, stride;
+} quantized_rows;
+
+/* Multiply all rows with one tile, in even groups. */
+static void multiply_tile(quantized_rows x, int64_t depth, const int8_t *weight, const int32_t *base,
+                          const float *scale, const float *bias, int64_t left, float *out, int64_t channels) {
+    int32_t sums[MOST_ROWS * TILE];
+    int64_t most = MOST_ROWS > ROWS && x.count > ROWS ? MOST_ROWS : ROWS, parts = (x.count + most - 1) / most;
+#if defined(__AMX_INT8__)
+    int64_t shaped = 0;
+#endif
     for (int64_t part = 0; part < parts; part++) {
-        int64_t first = part * rows / parts, count = (part + 1) * rows / parts - first;
-#define OF(n) multiply(x + first * width, row_scale + first, n, width, weight, base, scale, bias, left, \
-                       out + first * channels, channels)
-        if (count == 1) OF(1);
-        else if (count == 2) OF(2);
-        else if (count == 3) OF(3);
-        else if (count == 4) OF(4);
-        else if (count == 5) OF(5);
-        else OF(ROWS);
+        int64_t first = part * x.count / parts, count = (part + 1) * x.count / parts - first;
+#if defined(__AMX_INT8__)
+        if (x.count > ROWS) {
+            if (count != shaped) shape_tiles(shaped = count);
+            sum_many(x.values + first * x.stride, x.stride, count, depth, weight, sums);
+        } else
+#endif
+            sum_some((SHIFTED ? x.shifted : x.values) + first * x.stride, x.stride, count, depth, weight, base, sums);
+        finish(sums, x.scale + first, count, scale, bias, left, out + first * channels, channels);
     }
 }
 
-/* Multiply rows of bytes with zero point 128, (rows, width), with int8 weights, (channels, width). out: float32,
- * (rows, channels). weight: in tiles of 64 channels, each (width / 4, 64, 4), so memory is read sequentially; the last
- * one is padded with zeros. base: -128 times the sums of the channels, padded too. */
-void matmul(const uint8_t *x, const float *row_scale, int64_t rows, int64_t width, const int8_t *weight,
-             const int32_t *base, const float *scale, const float *bias, int64_t channels, float *out, int threads) {
+/* Return the rows for `multiply_tile`, shifted by 128 if needed. The caller frees `shifted`. */
+static quantized_rows prepared(const int8_t *values, const float *scale, int64_t count, int64_t stride) {
+    quantized_rows x = {values, NULL, scale, count, stride};
+    if (SHIFTED && !(MOST_ROWS > ROWS && count > ROWS)) {
+        int8_t *shifted = malloc(count * stride);
+        for (int64_t i = 0; i < count * stride; i++) shifted[i] = values[i] ^ -128;
+        x.shifted = shifted;
+    }
+    return x;
+}
+
+/* Multiply rows of int8, (rows, depth), with an int8 matrix in tiles. out: float32, (rows, channels).
+ * base: -128 times the sums of the channels, filled up to a multiple of TILE. */
+void matmul(const int8_t *x, const float *row_scale, int64_t rows, int64_t depth, const int8_t *weight,
+            const int32_t *base, const float *scale, const float *bias, int64_t channels, float *out, int threads) {
+    quantized_rows all = prepared(x, row_scale, rows, depth);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t c = 0; c < channels; c += TILE)
-        multiply_tile(x, row_scale, rows, width, weight + c * width, base + c, scale + c, bias ? bias + c : NULL,
-                      channels - c, out + c, channels);
+        multiply_tile(all, depth, weight + c * depth, base + c, scale + c, bias ? bias + c : NULL, channels - c,
+                      out + c, channels);
+    free((void *)all.shifted);
 }
 
-/* Multiply with the transposed matrix: (rows, channels) to (rows, width). 64 columns at a time are rearranged as a
- * tile, 4 x 16 bytes per instruction, and used for all rows. base: -128 times the sums of the columns, padded.
- * work: (threads, padded channels, 64). */
-void transposed_matmul(const uint8_t *x, const float *row_scale, int64_t rows, int64_t channels, const int8_t *weight,
-                        const int32_t *base, int64_t width, float *out, int8_t *work, int threads) {
-    const __m512i turned = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    int64_t filled = (channels + TILE - 1) / TILE * TILE;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t c = 0; c < width; c += TILE) {
-        int8_t *panel = work + omp_get_thread_num() * filled * TILE;
-        int64_t groups = (width - c < TILE ? width - c : TILE) / 4;
-        for (int64_t tile = 0; tile < filled; tile += TILE)
-            for (int64_t group = 0; group < groups; group++)
-                EACH(q, QUARTERS) {
-                    const int8_t *four = weight + tile * width + (c / 4 + group) * 4 * TILE + q * 4 * LANES;
-                    __m512i columns = _mm512_shuffle_epi8(_mm512_loadu_si512(four), turned);
-                    __m128i *place = (__m128i *)(panel + (tile / 4 + q * 4) * 4 * TILE + group * 16);
-                    _mm_storeu_si128(place, _mm512_extracti32x4_epi32(columns, 0));
-                    _mm_storeu_si128(place + TILE / 4, _mm512_extracti32x4_epi32(columns, 1));
-                    _mm_storeu_si128(place + TILE / 2, _mm512_extracti32x4_epi32(columns, 2));
-                    _mm_storeu_si128(place + TILE / 4 * 3, _mm512_extracti32x4_epi32(columns, 3));
+/* Multiply with the transposed matrix: (rows, filled) to (rows, width). TILE columns at a time are rearranged as a
+ * tile, and used for all rows. x: (rows, x_stride), of which the matrix's channels, filled up to TILE, are read.
+ * depth: of the tiles. base: -128 times the sums of the columns, filled up to TILE. */
+void transposed_matmul(const int8_t *x, const float *row_scale, int64_t rows, int64_t filled, const int8_t *weight,
+                       const int32_t *base, int64_t depth, int64_t width, float *out, int threads) {
+    quantized_rows all = prepared(x, row_scale, rows, filled);
+#pragma omp parallel num_threads(threads)
+    {
+        int8_t *panel = calloc(filled, TILE); /* (filled / GROUP, TILE, GROUP) */
+#pragma omp for schedule(static)
+        for (int64_t c = 0; c < width; c += TILE) {
+            int64_t columns = depth - c < TILE ? depth - c : TILE;
+            for (int64_t tile = 0; tile < filled; tile += TILE)
+                for (int64_t k = 0; k < columns; k += GROUP) {
+                    const int8_t *from = weight + tile * depth + (c + k) * TILE; /* (TILE, GROUP) */
+                    int8_t *to = panel + tile * TILE + k * GROUP;
+                    for (int64_t i = 0; i < TILE; i += GROUP, from += GROUP * GROUP, to += TILE * GROUP) {
+                        int8_t some[GROUP * GROUP];
+                        EACH(a, GROUP) EACH(b, GROUP) some[b * GROUP + a] = from[a * GROUP + b];
+                        memcpy(to, some, sizeof some);
+                    }
                 }
-        multiply_tile(x, row_scale, rows, channels, panel, base + c, NULL, NULL, width - c, out + c, width);
+            multiply_tile(all, filled, panel, base + c, NULL, NULL, width - c, out + c, width);
+        }
+        free(panel);
     }
+    free((void *)all.shifted);
 }
 
 /* Normalize (if q_norm or k_norm, (size), are given) and rotate the queries and keys of qkv,
  * (tokens, heads + 2 * kv_heads, size). Queries stay in place. Keys and values are written to `places` of the pool,
- * (2 * kv_heads, pool_tokens, size). cosines, sines: (tokens, size), the first half of the sines negated.
- * size: a multiple of 32. */
+ * (2 * kv_heads, pool_tokens, size). cosines, sines: (tokens, size), the first half of the sines negated. */
 void rotate(float *qkv, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size, const float *q_norm,
             const float *k_norm, float eps, const float *cosines, const float *sines, const int64_t *places,
-            float *pool, int64_t pool_tokens) {
-    for (int64_t token = 0; token < tokens; token++, cosines += size, sines += size)
-        for (int64_t head = 0; head < heads + 2 * kv_heads; head++, qkv += size) {
-            int64_t kept = head - heads;
+            float *pool, int64_t pool_tokens, int threads) {
+    const int64_t all = heads + 2 * kv_heads;
+#pragma omp parallel for num_threads(threads) if (tokens > 16)
+    for (int64_t token = 0; token < tokens; token++)
+        for (int64_t head = 0; head < all; head++) {
+            float *x = qkv + (token * all + head) * size;
+            int64_t kept = head - heads, half = size / 2;
             const float *norm = kept < 0 ? q_norm : kept < kv_heads ? k_norm : NULL;
-            if (norm) norm_row(qkv, norm, eps, qkv, size);
-            float *out = kept < 0 ? qkv : pool + (kept * pool_tokens + places[token]) * size;
-            for (int64_t i = 0; i < size / 2; i += LANES) {
-                __m512 low = _mm512_loadu_ps(qkv + i), high = _mm512_loadu_ps(qkv + size / 2 + i);
-                if (kept < kv_heads) {
-                    __m512 turned = _mm512_add_ps(_mm512_mul_ps(low, _mm512_loadu_ps(cosines + i)),
-                                                  _mm512_mul_ps(high, _mm512_loadu_ps(sines + i)));
-                    high = _mm512_add_ps(_mm512_mul_ps(high, _mm512_loadu_ps(cosines + size / 2 + i)),
-                                         _mm512_mul_ps(low, _mm512_loadu_ps(sines + size / 2 + i)));
-                    low = turned;
-                }
-                _mm512_storeu_ps(out + i, low);
-                _mm512_storeu_ps(out + size / 2 + i, high);
+            const float *cosine = cosines + token * size, *sine = sines + token * size;
+            if (norm) norm_row(x, norm, eps, x, size);
+            float *out = kept < 0 ? x : pool + (kept * pool_tokens + places[token]) * size;
+            if (kept >= kv_heads) {
+                memcpy(out, x, size * sizeof(float));
+                continue;
+            }
+            for (int64_t i = 0; i < half; i++) {
+                float low = x[i], high = x[half + i];
+                out[i] = low * cosine[i] + high * sine[i];
+                out[half + i] = high * cosine[half + i] + low * sine[half + i];
             }
         }
 }
 
-/* Attention of the `group` queries that share one key head, over the same keys. size: 16 * chunks. */
-static inline __attribute__((always_inline)) void attend_head(const float *queries, const float *keys,
-                                                              const float *values, int64_t length, int64_t group,
-                                                              int chunks, const uint8_t *seen, float scaling,
-                                                              float *scores, float *out) {
-    const int64_t size = chunks * LANES;
-    for (int64_t g = 0; g < group; g++, queries += size, out += size) {
-        float highest = -INFINITY;
-        for (int64_t i = 0; i < length; i++) {
-            __m512 sum = _mm512_setzero_ps();
-            for (int c = 0; c < chunks; c++)
-                sum = _mm512_fmadd_ps(_mm512_loadu_ps(queries + c * LANES),
-                                      _mm512_loadu_ps(keys + i * size + c * LANES), sum);
-            scores[i] = seen && !seen[i] ? -INFINITY : _mm512_reduce_add_ps(sum) * scaling;
-            if (scores[i] > highest) highest = scores[i];
+/* out = a @ b, or out += a @ b, for a few rows and a multiple of 16 columns. Each sum is a chain of fused multiply-adds
+ * over `depth`, from 0. Strides are in floats. */
+typedef struct {
+    const float *a, *b;
+    float *out;
+    int64_t a_stride, b_stride, out_stride, depth;
+    int adds;
+} product;
+
+#if WIDTH == 16
+#define PRODUCT_ROWS 6
+#define PRODUCT_VECTORS 4
+#elif WIDTH == 8
+#define PRODUCT_ROWS 6
+#define PRODUCT_VECTORS 1
+#else
+#define PRODUCT_ROWS 4
+#define PRODUCT_VECTORS 1
+#endif
+
+INLINE void product_block(product p, const int rows, const int vectors) {
+    lanes sums[PRODUCT_ROWS][PRODUCT_VECTORS];
+    EACH(r, rows) EACH(v, vectors) sums[r][v] = splat(0.0f);
+    for (int64_t k = 0; k < p.depth; k++) {
+        lanes b[PRODUCT_VECTORS];
+        EACH(v, vectors) b[v] = load(p.b + k * p.b_stride + v * LANES);
+        EACH(r, rows) {
+            lanes a = splat(p.a[r * p.a_stride + k]);
+            EACH(v, vectors) sums[r][v] = fused(a, b[v], sums[r][v]);
         }
-        __m512 total = _mm512_setzero_ps(), minus = _mm512_set1_ps(-INFINITY);
-        for (int64_t i = 0; i < length; i += LANES) {
-            __mmask16 mask = lanes(length - i);
-            __m512 score = _mm512_mask_loadu_ps(minus, mask, scores + i);
-            __mmask16 is_seen = _mm512_cmp_ps_mask(score, minus, _CMP_NEQ_OQ);
-            __m512 weight = _mm512_maskz_mov_ps(is_seen, exp512(_mm512_sub_ps(score, _mm512_set1_ps(highest))));
-            _mm512_mask_storeu_ps(scores + i, mask, weight);
-            total = _mm512_add_ps(total, weight);
-        }
-        __m512 sums[8], share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
-        for (int c = 0; c < chunks; c++) sums[c] = _mm512_setzero_ps();
-        for (int64_t i = 0; i < length; i++)
-            for (int c = 0; c < chunks; c++)
-                sums[c] = _mm512_fmadd_ps(_mm512_set1_ps(scores[i]), _mm512_loadu_ps(values + i * size + c * LANES),
-                                          sums[c]);
-        for (int c = 0; c < chunks; c++) _mm512_storeu_ps(out + c * LANES, _mm512_mul_ps(sums[c], share));
+    }
+    EACH(r, rows) EACH(v, vectors) {
+        float *out = p.out + r * p.out_stride + v * LANES;
+        store(out, p.adds ? plus(load(out), sums[r][v]) : sums[r][v]);
     }
 }
 
-/* Attention of single queries, each over its sequence's keys. A job is a query token. Its keys are at starts[job] to
- * starts[job] + lengths[job] of the pool, (2 * kv_heads, pool_tokens, size), keys first, then values. masks[job] has
- * one byte per key, or is null to attend to all. stride: floats from one token's queries to the next.
- * out: (jobs, kv_heads * group, size). work: (jobs * kv_heads, longest). size: 32, 64, 96 or 128. */
-void attend(const float *queries, int64_t stride, const float *pool, int64_t pool_tokens, int64_t kv_heads,
-            int64_t group, int64_t size, int64_t jobs, const int64_t *starts, const int64_t *lengths,
-            const uint8_t *const *masks, float scaling, float *work, int64_t longest, float *out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t one = 0; one < jobs * kv_heads; one++) {
-        int64_t job = one / kv_heads, head = one % kv_heads;
-        const float *query = queries + job * stride + head * group * size;
-        const float *keys = pool + (head * pool_tokens + starts[job]) * size;
-        const float *values = keys + kv_heads * pool_tokens * size;
-        float *scores = work + one * longest, *result = out + one * group * size;
-        if (size == 64) attend_head(query, keys, values, lengths[job], group, 4, masks[job], scaling, scores, result);
-        else if (size == 128)
-            attend_head(query, keys, values, lengths[job], group, 8, masks[job], scaling, scores, result);
-        else if (size == 96)
-            attend_head(query, keys, values, lengths[job], group, 6, masks[job], scaling, scores, result);
-        else attend_head(query, keys, values, lengths[job], group, 2, masks[job], scaling, scores, result);
+#define PRODUCT_OF(n)                                                     \
+    case n:                                                               \
+        if (vectors == PRODUCT_VECTORS) product_block(p, n, PRODUCT_VECTORS); \
+        else product_block(p, n, 1);                                      \
+        break;
+static void multiply_floats(product all, int64_t rows, int64_t columns) {
+    for (int64_t row = 0; row < rows; row += PRODUCT_ROWS)
+        for (int64_t c = 0; c < columns;) {
+            int vectors = columns - c >= PRODUCT_VECTORS * LANES ? PRODUCT_VECTORS : 1;
+            product p = all;
+            p.a += row * p.a_stride, p.b += c, p.out += row * p.out_stride + c;
+            switch (rows - row < PRODUCT_ROWS ? rows - row : PRODUCT_ROWS) {
+                PRODUCT_OF(1) PRODUCT_OF(2) PRODUCT_OF(3) PRODUCT_OF(4)
+#if PRODUCT_ROWS > 4
+                PRODUCT_OF(5) PRODUCT_OF(6)
+#endif
+            }
+            c += vectors * LANES;
+        }
+}
+
+typedef float four_floats __attribute__((vector_size(16)));
+#define PAIRED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+
+/* Transpose up to KEYS keys, (count, size), to (size, KEYS). size: a multiple of 4. The others become 0. */
+#define KEYS 64
+static void transpose_keys(const float *keys, int64_t count, int64_t size, float *out) {
+    int64_t whole = count / 4 * 4;
+    for (int64_t key = 0; key < whole; key += 4)
+        for (int64_t d = 0; d < size; d += 4) {
+            four_floats x[4], low[2], high[2], y[4];
+            EACH(i, 4) memcpy(&x[i], keys + (key + i) * size + d, sizeof x[i]);
+            EACH(i, 2) low[i] = PAIRED(x[2 * i], x[2 * i + 1], 0, 4, 1, 5);
+            EACH(i, 2) high[i] = PAIRED(x[2 * i], x[2 * i + 1], 2, 6, 3, 7);
+            y[0] = PAIRED(low[0], low[1], 0, 1, 4, 5), y[1] = PAIRED(low[0], low[1], 2, 3, 6, 7);
+            y[2] = PAIRED(high[0], high[1], 0, 1, 4, 5), y[3] = PAIRED(high[0], high[1], 2, 3, 6, 7);
+            EACH(i, 4) memcpy(out + (d + i) * KEYS + key, &y[i], sizeof y[i]);
+        }
+    for (int64_t d = 0; d < size && whole < KEYS; d++)
+        for (int64_t key = whole; key < KEYS; key++) out[d * KEYS + key] = key < count ? keys[key * size + d] : 0.0f;
+}
+
+/* Softmax of the first `length` scores, in place, without its division. Return the factor that is left. What is not
+ * seen, and what follows up to `padded`, a multiple of 16, becomes 0. seen: a byte per key, or null for all. */
+static float soften(float *scores, int64_t length, int64_t padded, const uint8_t *seen, float scaling) {
+    float highest = -INFINITY;
+    for (int64_t i = 0; i < length; i++) {
+        scores[i] = seen && !seen[i] ? -INFINITY : scores[i] * scaling;
+        highest = scores[i] > highest ? scores[i] : highest;
     }
+    lanes total = splat(0.0f);
+    for (int64_t i = 0; i < length; i += LANES) {
+        lanes weights = exponential(minus(load(scores + i), splat(highest)));
+        if (length - i < LANES || seen) {
+            float some[LANES];
+            store(some, weights);
+            for (int64_t j = 0; j < LANES; j++) some[j] = i + j < length && (!seen || seen[i + j]) ? some[j] : 0.0f;
+            weights = load(some);
+        }
+        store(scores + i, weights);
+        total = plus(total, weights);
+    }
+    for (int64_t i = (length + LANES - 1) / LANES * LANES; i < padded; i++) scores[i] = 0.0f;
+    return 1.0f / sum(total);
+}
+
+/* A span of consecutive tokens of one sequence: `count` queries from `first`. The keys are at `start` of the pool. The
+ * last query attends to `length` keys, and each query before it to one less; or all to those of `length` keys where
+ * `seen`, (count, length), is not 0. */
+typedef struct {
+    int64_t first, count, start, length;
+    const uint8_t *seen;
+} span;
+
+/* Query rows that are attended together. */
+#define TOGETHER 48
+
+/* Attend the tokens from `first` to `first + count` of a span, for the `group` query heads of one key head.
+ * queries, out: of the span's first token. scores: (TOGETHER, padded longest). */
+static void attend_tokens(const float *queries, int64_t stride, const float *keys, const float *values, span all,
+                          int64_t first, int64_t count, int64_t group, int64_t size, float scaling, float *scores,
+                          float *work, float *out, int64_t out_stride) {
+    int64_t rows = count * group, last = all.seen ? all.length : all.length - all.count + first + count;
+    int64_t padded = (last + KEYS - 1) / KEYS * KEYS;
+    float *gathered = work, *turned = gathered + TOGETHER * size, *sums = turned + size * KEYS;
+    for (int64_t r = 0; r < rows; r++)
+        memcpy(gathered + r * size, queries + (first + r / group) * stride + r % group * size, size * sizeof(float));
+    for (int64_t key = 0; key < last; key += KEYS) {
+        int64_t some = last - key < KEYS ? last - key : KEYS;
+        transpose_keys(keys + key * size, some, size, turned);
+        product p = {gathered, turned, scores + key, size, KEYS, padded, size, 0};
+        multiply_floats(p, rows, (some + LANES - 1) / LANES * LANES);
+    }
+    float factors[TOGETHER];
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t token = first + r / group, length = all.seen ? all.length : all.length - all.count + token + 1;
+        const uint8_t *seen = all.seen ? all.seen + token * all.length : NULL;
+        factors[r] = soften(scores + r * padded, length, padded, seen, scaling);
+    }
+    memset(sums, 0, rows * size * sizeof(float));
+    for (int64_t key = 0; key < last; key += KEYS) {
+        product p = {scores + key, values + key * size, sums, padded, size, size, last - key < KEYS ? last - key : KEYS, 1};
+        multiply_floats(p, rows, size);
+    }
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t d = 0; d < size; d++)
+            out[(first + r / group) * out_stride + r % group * size + d] = sums[r * size + d] * factors[r];
+}
+
+/* Attention of the tokens of some spans. stride: floats from one token's queries to the next. pool: keys, then values,
+ * (2 * kv_heads, pool_tokens, size). out: (tokens, kv_heads * group, size). size: a multiple of 16.
+ * group: at most TOGETHER. longest: of the spans' lengths. */
+void attend(const float *queries, int64_t stride, const float *pool, int64_t pool_tokens, int64_t kv_heads,
+            int64_t group, int64_t size, const span *spans, int64_t count, int64_t longest, float scaling, float *out,
+            int threads) {
+    int64_t tokens = TOGETHER / group, jobs = 0, *ends = malloc((count + 1) * sizeof(int64_t));
+    for (int64_t i = 0; i < count; i++) ends[i] = jobs += (spans[i].count + tokens - 1) / tokens;
+#pragma omp parallel num_threads(threads) if (jobs * kv_heads > 1)
+    {
+        int64_t padded = (longest + KEYS - 1) / KEYS * KEYS;
+        float *scores = malloc((TOGETHER * padded + (2 * TOGETHER + KEYS) * size) * sizeof(float));
+#pragma omp for schedule(dynamic)
+        for (int64_t one = 0; one < jobs * kv_heads; one++) {
+            int64_t head = one % kv_heads, job = one / kv_heads, i = 0;
+            while (job >= ends[i]) i++;
+            span all = spans[i];
+            int64_t first = (job - (i ? ends[i - 1] : 0)) * tokens;
+            const float *keys = pool + (head * pool_tokens + all.start) * size;
+            attend_tokens(queries + all.first * stride + head * group * size, stride, keys,
+                          keys + kv_heads * pool_tokens * size, all, first,
+                          all.count - first < tokens ? all.count - first : tokens, group, size, scaling, scores,
+                          scores + TOGETHER * padded, out + (all.first * kv_heads + head) * group * size,
+                          kv_heads * group * size);
+        }
+        free(scores);
+    }
+    free(ends);
 }

@@ -13,11 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from handspun.kernels import native
-from handspun.kernels.int8_matmul import PackedInt8, hadamard, int_mm, packed_int8
+from handspun.kernels import kernels_for
 from handspun.kernels.onednn import linear_padded_rows
-from handspun.kernels.tiles import TiledInt8Weight, can_tile
-from handspun.models.int8 import bytes_of, check_exact, int8_of, quantize_channels, quantize_rows
+from handspun.models.int8 import check_exact, quantize_channels
 from handspun.models.lora import has_adapter, merged_weight
 
 
@@ -62,72 +60,34 @@ class FloatProduct:
 
 
 class Int8Product:
-    """An `InferenceLinear` in int8, with one scale per output channel and one per token.
+    """An `InferenceLinear` in int8, with one scale per output channel and one per token."""
 
-    On a CPU, the native kernel or oneDNN's matmul takes unsigned rows; both give the same sums.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, is_embedding: bool = False) -> None:
-        """Quantize the weights. weight: (out, in), float. bias: (out,). is_embedding: `embed` will be called."""
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Quantize the weights. weight: (out, in), float. bias: (out,)."""
         matrix, self._scale = quantize_channels(weight)
         self._bias = None if bias is None else bias.float()
-        self._native = native.kernels() if weight.device.type == "cpu" else None
-        self._matrix = Int8Matrix(matrix, keeps_rows=is_embedding)
+        self._kernels = kernels_for(weight.device)
+        self._matrix = self._kernels.int8_weight(matrix)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (tokens, in) to (tokens, out)."""
-        return self._matmul(*(native.quantize(self._native, x) if self._native else _unsigned(x)))
+        return self._matmul(*self._kernels.quantize(x))
 
     def after_rms_norm(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
         """Apply RMSNorm, then the layer."""
-        if self._native:
-            return self._matmul(*native.norm_quantize(self._native, x, norm, eps))
-        return self(F.rms_norm(x, norm.shape, norm, eps))
+        return self._matmul(*self._kernels.norm_quantize(x, norm, eps))
 
     def after_swiglu(self, gate_up: Tensor) -> Tensor:
         """Apply SwiGLU, then the layer."""
-        if self._native:
-            return self._matmul(*native.gate_quantize(self._native, gate_up))
-        return self(_gated(gate_up))
+        return self._matmul(*self._kernels.gate_quantize(gate_up))
 
     def embed(self, rows: Tensor) -> Tensor:
         """Look up rows of the matrix."""
-        return hadamard(self._matrix.rows(rows).float().mul_(self._scale[rows, None]))
+        return self._kernels.hadamard(self._matrix.rows(rows).float().mul_(self._scale[rows, None]))
 
     def _matmul(self, rows: Tensor, row_scale: Tensor) -> Tensor:
-        """Multiply quantized rows. rows: (tokens, in), bytes with zero point 128. row_scale: (tokens, 1)."""
+        """Multiply quantized rows. rows: (tokens, in), int8. row_scale: (tokens, 1)."""
         return self._matrix.matmul(rows, row_scale, self._scale, self._bias)
-
-
-class Int8Matrix:
-    """A frozen int8 matrix, (out, in), laid out for the fastest matmul that is exact on its device."""
-
-    def __init__(self, weight: Tensor, *, keeps_rows: bool) -> None:
-        """Lay out the matrix. weight: (out, in), int8. keeps_rows: `rows` will be called."""
-        self._tiles = TiledInt8Weight(weight) if can_tile(weight) else None
-        self._packed = _packed(weight) if self._tiles is None and weight.device.type == "cpu" else None
-        # One copy of the matrix: an embedding's rows are read from the tiles too.
-        is_kept = self._tiles is None and (self._packed is None or keeps_rows)
-        self._weight = weight if is_kept else weight[:0].clone()
-
-    def rows(self, rows: Tensor) -> Tensor:
-        """Return rows of the matrix, (count, in). rows: (count,)."""
-        return self._weight[rows] if self._tiles is None else self._tiles.rows(rows)
-
-    def matmul(self, rows: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """Return row_scale * scale * ((rows - 128) @ weight.T) + bias: (count, out), float32.
-
-        Args:
-            rows: (count, in), bytes.
-            row_scale: (count, 1).
-            scale: (out,).
-            bias: (out,), or None.
-        """
-        laid_out = self._tiles or self._packed
-        if laid_out is not None:
-            return laid_out.matmul(rows, row_scale, scale, bias)
-        matmuls = int_mm(int8_of(rows), self._weight.t()).float().mul_(scale).mul_(row_scale)
-        return matmuls if bias is None else matmuls.add_(bias)
 
 
 def check_exact_decoding(device: torch.device) -> None:
@@ -139,26 +99,13 @@ def check_exact_decoding(device: torch.device) -> None:
 
 
 def decoded_sums(rows: Tensor, weight: Tensor) -> Tensor:
-    """Return (rows - 128) @ weight.T as decoding computes it: (count, out), float32.
+    """Return rows @ weight.T as decoding computes it: (count, out), float32.
 
-    rows: (count, in), bytes. weight: (out, in), int8.
+    rows: (count, in), int8. weight: (out, in), int8.
     """
     ones = torch.ones(len(weight), device=rows.device)
     row_scale = torch.ones(len(rows), 1, device=rows.device)
-    return Int8Matrix(weight, keeps_rows=False).matmul(rows, row_scale, ones, None)
-
-
-def _unsigned(x: Tensor) -> tuple[Tensor, Tensor]:
-    rows, scale = quantize_rows(hadamard(x))
-    return bytes_of(rows), scale
-
-
-def _packed(weight: Tensor) -> PackedInt8 | None:
-    """Return the matrix in oneDNN's layout, or None if this PyTorch does not support it."""
-    try:
-        return packed_int8(weight)
-    except (AttributeError, RuntimeError, NotImplementedError):
-        return None
+    return kernels_for(weight.device).int8_weight(weight).matmul(rows, row_scale, ones, None)
 
 
 def _gated(gate_up: Tensor) -> Tensor:
@@ -288,7 +235,7 @@ def _fused_float(linears: Sequence[Any]) -> InferenceLinear:
 
 def _fused_int8(linears: Sequence[Any]) -> InferenceLinear:
     weight = torch.cat([merged_weight(linear) for linear in linears])
-    matmul = Int8Product(weight, _fused_bias(linears), is_embedding=isinstance(linears[0], nn.Embedding))
+    matmul = Int8Product(weight, _fused_bias(linears))
     for linear in linears:
         # Layer by layer, so that the model is never held twice.
         linear.to("meta")

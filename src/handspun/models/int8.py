@@ -1,7 +1,7 @@
 """int8 linear layers: weights with one scale per output channel, activations with one scale per row.
 
 The symmetric scheme of LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339). Instead of separate outlier columns, a
-Hadamard transform spreads outliers over their neighbors (kernels/int8_matmul.py):
+Hadamard transform spreads outliers over their neighbors (kernels/reference.py):
 
     hadamard(x) = row_scale * x_int8                hadamard(w) / block = channel_scale * w_int8
     y = row_scale * channel_scale * (x_int8 @ w_int8.T)
@@ -21,12 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from handspun.errors import ModelError
-from handspun.kernels import native
-from handspun.kernels.int8_matmul import block_of, hadamard, has_fast_int_mm, int_mm, is_exact
-from handspun.kernels.tiles import TiledInt8Weight, can_tile
+from handspun.kernels import kernels_for, slower_without
+from handspun.kernels.reference import block_of, has_fast_int_mm, is_exact, quantize_rows
 
-# A row of zeros must not divide by zero.
-_SMALLEST_SCALE = 1e-12
 # Bounds the memory of float copies: an embedding has 150,000 channels.
 _CHANNELS_AT_ONCE = 8192
 
@@ -48,8 +45,10 @@ def int8_linear(linear: nn.Linear) -> "Int8Linear":
 
 def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return (hadamard(weight) / block in int8, (out, in); scales, (out,)). weight: (out, in), float."""
-    block = block_of(weight.shape[1])
-    parts = [quantize_rows(hadamard(part.float()) / block) for part in weight.detach().split(_CHANNELS_AT_ONCE)]
+    block, kernels = block_of(weight.shape[1]), kernels_for(weight.device)
+    parts = [
+        quantize_rows(kernels.hadamard(part.float()) / block) for part in weight.detach().split(_CHANNELS_AT_ONCE)
+    ]
     rows, scales = zip(*parts, strict=True)
     return torch.cat(rows), torch.cat(scales).squeeze(1)
 
@@ -64,13 +63,16 @@ def check_exact_matmuls(device: torch.device) -> None:
 
 def speed_notices(device: torch.device) -> list[str]:
     """Return messages for the user about the speed of int8 training on the device."""
-    notices = [native.slower_without(device)]
-    if device.type == "cpu" and not has_fast_int_mm():
-        notices.append(
-            "without AVX-512 VNNI, int8 layers are computed in float32: they take a quarter of the memory, but as "
-            "much time as --base-weights float32"
-        )
-    return [notice for notice in notices if notice is not None]
+    slower = slower_without(device)
+    if slower is None:
+        return []
+    if has_fast_int_mm():
+        return [slower]
+    return [
+        slower,
+        "int8 layers are computed in float32: they take a quarter of the memory, but as much time as "
+        "--base-weights float32",
+    ]
 
 
 def check_exact(
@@ -96,32 +98,14 @@ def training_matmuls() -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Te
 
 def _sums_forward(rows: Tensor, weight: Tensor) -> Tensor:
     ones = torch.ones(len(weight), device=rows.device)
-    return Int8Linear(weight, ones, None).matmul_of_bytes(rows, torch.ones(len(rows), 1, device=rows.device))
+    matrix = Int8Linear(weight, ones, None).matrix
+    return matrix.matmul(rows, torch.ones(len(rows), 1, device=rows.device), ones, None)
 
 
 def _sums_backward(rows: Tensor, weight: Tensor) -> Tensor:
     """Return the same sums from the gradient's matmul, with the transposed matrix (which it transposes again)."""
     layer = Int8Linear(weight.T.contiguous(), torch.ones(weight.shape[1], device=rows.device), None)
-    return layer.transposed_matmul_of_bytes(rows, torch.ones(len(rows), 1, device=rows.device))
-
-
-def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (int8, (rows, width); float32 scales, (rows, 1)). values: (rows, width), float.
-
-    values ≈ int8 * scale, with an error of at most scale / 2: 1/254 of the row's largest value.
-    """
-    scale = values.abs().amax(1, keepdim=True).float().div_(127).clamp_min_(_SMALLEST_SCALE)
-    return (values / scale).round_().to(torch.int8), scale
-
-
-def bytes_of(rows: Tensor) -> Tensor:
-    """Return int8 values as bytes: each value + 128."""
-    return (rows ^ -128).view(torch.uint8)
-
-
-def int8_of(rows: Tensor) -> Tensor:
-    """Return bytes as int8 values: each byte - 128."""
-    return rows.view(torch.int8) ^ -128
+    return layer.matrix.transposed_matmul(rows, torch.ones(len(rows), 1, device=rows.device))
 
 
 class Int8Linear(nn.Module):
@@ -131,9 +115,8 @@ class Int8Linear(nn.Module):
         """Lay out the weights. weight: (out, in), int8. scale: (out,). bias: (out,)."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.tiles = TiledInt8Weight(weight) if can_tile(weight) else None
-        # One of the two holds the matrix: there is no second copy.
-        self.weight = nn.Buffer(weight if self.tiles is None else weight[:0].clone())
+        self.kernels = kernels_for(weight.device)
+        self.matrix = self.kernels.int8_weight(weight)
         self.scale = nn.Buffer(scale)
         self.bias = None if bias is None else nn.Buffer(bias)
         self.quantize_activations = True
@@ -146,39 +129,20 @@ class Int8Linear(nn.Module):
 
     def float_weight(self) -> Tensor:
         """Return the dequantized weights, (out, in), float32."""
-        weight = self.weight if self.tiles is None else self.tiles.rows(torch.arange(self.out_features))
-        return hadamard(weight.float().mul_(self.scale[:, None]))
+        rows = self.matrix.rows(torch.arange(self.out_features, device=self.scale.device))
+        return self.kernels.hadamard(rows.float().mul_(self.scale[:, None]))
 
     def matmul(self, x: Tensor) -> Tensor:
         """Return the layer's output, (tokens, out), float32. x: (tokens, in)."""
         if not self.quantize_activations:
             return nn.functional.linear(x.float(), self.float_weight(), self.bias)
-        if self.tiles is not None:
-            return self.matmul_of_bytes(*native.quantize(native.kernels(), x.float()))
-        rows, row_scale = quantize_rows(hadamard(x.float()))
-        return self.matmul_of_bytes(bytes_of(rows), row_scale)
-
-    def matmul_of_bytes(self, rows: Tensor, row_scale: Tensor) -> Tensor:
-        """Return row_scale * scale * ((rows - 128) @ weight.T) + bias. rows: (tokens, in), bytes."""
-        if self.tiles is not None:
-            return self.tiles.matmul(rows, row_scale, self.scale, self.bias)
-        y = int_mm(int8_of(rows), self.weight.t()).float().mul_(self.scale).mul_(row_scale)
-        return y if self.bias is None else y.add_(self.bias)
+        return self.matrix.matmul(*self.kernels.quantize(x.float()), self.scale, self.bias)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """Return the gradient of the input, (tokens, in), float32. grad: (tokens, out)."""
-        if self.tiles is not None:
-            in_bytes = native.scale_quantize(native.kernels(), grad.float(), self.scale)
-            return hadamard(self.transposed_matmul_of_bytes(*in_bytes))
         # The channels' scales go into the gradient before it is rounded: what is summed must have one scale.
-        rows, row_scale = quantize_rows(grad.float() * self.scale)
-        return hadamard(self.transposed_matmul_of_bytes(bytes_of(rows), row_scale))
-
-    def transposed_matmul_of_bytes(self, rows: Tensor, row_scale: Tensor) -> Tensor:
-        """Return row_scale * ((rows - 128) @ weight). rows: (tokens, out), bytes."""
-        if self.tiles is not None:
-            return self.tiles.transposed_matmul(rows, row_scale)
-        return int_mm(int8_of(rows), self.weight).float().mul_(row_scale)
+        rows, row_scale = self.kernels.scale_quantize(grad.float(), self.scale)
+        return self.kernels.hadamard(self.matrix.transposed_matmul(rows, row_scale))
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from handspun.data.rendering import choose_template
 from handspun.data.rows import stay_offline_if_unreachable
 from handspun.display import logger, printable
 from handspun.errors import ConfigError, ModelError, check_installed
-from handspun.kernels import native
+from handspun.kernels import slower_without
 from handspun.kernels.allocator import disable_malloc_trim, malloc_trim
 from handspun.kernels.onednn import limit_primitive_cache
 from handspun.models.embedded import EMBEDDED_NAME, embedded_folder
@@ -398,7 +398,7 @@ def _load_int8(source: ModelSource, device: torch.device) -> ChatModel:
     if reason := fusing_unsupported_reason(config):
         raise ModelError(f"{source.name} does not support int8 decoding: {reason}. Use --weights float32.")
     check_exact_decoding(device)
-    if slower := native.slower_without(device):
+    if slower := slower_without(device):
         logger.warning(slower)
     model = _load_merged(source, "auto")  # the type of the files
     # Rounding to int8 would turn them into wrong but finite numbers.

@@ -38,7 +38,7 @@ _SWITCHES = (
     "NVIDIA_TF32_OVERRIDE",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     "CUBLAS_WORKSPACE_CONFIG",
-    "HANDSPUN_NATIVE",
+    "HANDSPUN_KERNELS",
 )
 """Environment variables that change the results."""
 

@@ -151,7 +151,7 @@ def predicted_peak(
 def weights_of(model: PreTrainedModel) -> list[Tensor]:
     """Return all weights of a model, int8 ones included."""
     int8 = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
-    return [*model.parameters(), *(layer.tiles.weight if layer.tiles else layer.weight for layer in int8)]
+    return [*model.parameters(), *(layer.matrix.weight for layer in int8)]
 
 
 def _embedding_and_head(model: PreTrainedModel) -> list[Tensor]:

@@ -1,8 +1,9 @@
 """The forward pass of Llama-like models over rows of any lengths, concatenated without padding.
 
 Prompts and single tokens share one pass. Linear layers see all tokens at once. Attention is computed row by row,
-over exactly that row's keys, so with int8 weights a row's logits do not depend on the other rows. Tokens that are
-not part of a prompt are attended in one call if there is a kernel for it: the native one, or any on a GPU.
+over exactly that row's keys, so with int8 weights a row's logits do not depend on the other rows. The native
+kernel attends all tokens in one call, each by itself: nor do logits depend on how a prompt was cut, or on draft
+tokens. On a GPU, tokens that are not part of a prompt are attended in one call.
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from handspun.decoding.engines.base import ModelInput
 from handspun.decoding.engines.kv_cache import KVCache
-from handspun.kernels import native
+from handspun.kernels import kernels_for
 from handspun.kernels.onednn import without_cudnn
+from handspun.kernels.reference import AttendedSpan
 from handspun.models.fused import FusedLayer, FusedWeights
 
 _MASK_MULTIPLE = 64
@@ -103,11 +105,13 @@ class TokenSpan:
 class StepLayout:
     """The layout of one step's tokens, shared by all layers.
 
-    parts: spans that are attended one after another. alone: the keys of each token that is attended in one call
-    with others. at: (alone,), indices of these tokens, None if they are all. slot_mapping: (tokens,), the slots of
-    the new keys in the pool. rotation: cosines and sines, (tokens, size) each.
+    spans: all tokens, if a kernel of ours attends them; the next three are empty then. parts: spans that are
+    attended one after another. alone: the keys of each token that is attended in one call with others. at:
+    (alone,), indices of these tokens, None if they are all. slot_mapping: (tokens,), the slots of the new keys in
+    the pool. rotation: cosines and sines, (tokens, size) each.
     """
 
+    spans: list[AttendedSpan]
     parts: list[TokenSpan]
     alone: list[KVRange]
     at: Tensor | None
@@ -124,7 +128,8 @@ class FusedEngine:
         self.cache = KVCache(
             len(model.layers), model.kv_heads, model.head_size, dtype=model.cache_dtype, device=model.device
         )
-        self._native = model.is_int8 and native.can_attend(model.head_size, model.cache_dtype, model.device)
+        self._kernels = kernels_for(model.device)
+        self._attends = model.is_int8 and self._kernels.can_attend(model.heads, model.kv_heads, model.head_size)
         # On a GPU a call costs more than its work: one call over gathered keys decodes 32 rows at 2,090 tokens per
         # second instead of 552. On a CPU, padding to the longest row would cost more than it saves.
         self._gathers = not model.is_int8 and model.device.type == "cuda"
@@ -179,15 +184,23 @@ class FusedEngine:
         return layout, torch.tensor(ids, device=device), torch.tensor(wanted, device=device)
 
     def _layout(self, laid: Sequence[TokenSpan], positions: Sequence[int], places: Tensor) -> StepLayout:
+        if self._attends:
+            starts = [self.cache.start(part.row) for part in laid]
+            spans = [
+                AttendedSpan(part.start, part.stop - part.start, start, part.length, part.mask)
+                for part, start in zip(laid, starts, strict=True)
+            ]
+            return StepLayout(spans, [], [], None, None, places, self._rotation(positions))
         together = [part for part in laid if self._is_attended_jointly(part)]
         alone = [token for part in together for token in self._kv_ranges(part)]
         numbers = [i for part in together for i in range(part.start, part.stop)]
         at = None if len(together) == len(laid) else torch.tensor(numbers, dtype=torch.long, device=places.device)
         return StepLayout(
+            spans=[],
             parts=[part for part in laid if not self._is_attended_jointly(part)],
             alone=alone,
             at=at,
-            gathered=gather(alone, self.cache.layer(0)) if alone and self._gathers else None,
+            gathered=gather(alone, self.cache.layer(0)) if alone else None,
             slot_mapping=places,
             rotation=self._rotation(positions),
         )
@@ -195,9 +208,7 @@ class FusedEngine:
     def _is_attended_jointly(self, part: TokenSpan) -> bool:
         """Return whether the span's tokens are attended in one call with those of other rows."""
         # Gathering copies the row's keys once per token, so it only pays for few tokens.
-        return not part.is_prompt and (
-            self._native or (self._gathers and part.stop - part.start <= _MAX_GATHERED_TOKENS)
-        )
+        return self._gathers and not part.is_prompt and part.stop - part.start <= _MAX_GATHERED_TOKENS
 
     def _kv_ranges(self, part: TokenSpan) -> list[KVRange]:
         count, start = part.stop - part.start, self.cache.start(part.row)
@@ -207,6 +218,8 @@ class FusedEngine:
     def _spans(self, feed: ModelInput, before: int, start: int) -> list[TokenSpan]:
         """Return the spans of one input."""
         count = len(feed.token_ids)
+        if self._attends:
+            return [TokenSpan(feed.row, start, start + count, before + count, feed.mask)]
         # With int8, draft tokens are attended one by one, so that logits equal those without drafting bit for bit:
         # SDPA over several queries rounds differently from SDPA over one, and quantization can amplify the
         # difference. In float, the matmuls differ already.
@@ -224,13 +237,14 @@ class FusedEngine:
         """Compute one layer's attention: (tokens, hidden) to (tokens, heads * head_size)."""
         model = self.model
         qkv = layer.qkv.after_rms_norm(x, layer.attention_norm, model.norm_eps).view(len(x), -1, model.head_size)
-        if self._native:
+        if self._attends:
             norms, pool = (layer.q_norm, layer.k_norm), self.cache.layer(number)
-            native.rotate(qkv, model.heads, norms, model.norm_eps, *layout.rotation, layout.slot_mapping, pool)
-            queries = qkv[:, : model.heads]
-        else:
-            queries, keys = self._rotate(layer, qkv, *layout.rotation)
-            self.cache.write(number, layout.slot_mapping, keys, qkv[:, model.heads + model.kv_heads :])
+            self._kernels.rotate(
+                qkv, model.heads, norms, model.norm_eps, *layout.rotation, layout.slot_mapping, pool
+            )
+            return self._kernels.attend(qkv[:, : model.heads], pool, layout.spans)
+        queries, keys = self._rotate(layer, qkv, *layout.rotation)
+        self.cache.write(number, layout.slot_mapping, keys, qkv[:, model.heads + model.kv_heads :])
         return self._attend_all(number, queries, layout)
 
     def _rotate(self, layer: FusedLayer, qkv: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,11 +273,8 @@ class FusedEngine:
 
     def _attend_jointly(self, number: int, queries: Tensor, layout: StepLayout) -> Tensor:
         """Attend the tokens that go in one call."""
-        pool = self.cache.layer(number)
-        if layout.gathered is not None:
-            return attend(queries, pool, layout.gathered)
-        starts, lengths = [seen.start for seen in layout.alone], [seen.length for seen in layout.alone]
-        return native.attend(queries, pool, starts, lengths, [seen.mask for seen in layout.alone])
+        assert layout.gathered is not None
+        return attend(queries, self.cache.layer(number), layout.gathered)
 
     def _attend_span(self, number: int, queries: Tensor, part: TokenSpan) -> Tensor:
         """Attend one row's queries: (tokens, heads, size) to (tokens, heads * size)."""
@@ -296,7 +307,9 @@ class FusedEngine:
         if needed > self._rotations.shape[1]:
             steps = torch.arange(2 * needed, device=device).float()
             angles = torch.outer(steps, self.model.frequencies)
-            pairs = [torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)]
+            # Through float64, whose last bits may differ between CPUs: those of float32 hardly ever do then.
+            cosines, sines = angles.double().cos().float(), angles.double().sin().float()
+            pairs = [torch.cat([cosines, cosines], -1), torch.cat([-sines, sines], -1)]
             self._rotations = torch.stack(pairs) * self.model.attention_scaling
         cosines, sines = self._rotations[:, torch.tensor(positions, device=device)]
         return cosines, sines

@@ -1,0 +1,135 @@
+/* The few operations that differ between instruction sets. kernels.c is written with them, once for all CPUs.
+ *
+ * A `lanes` holds 16 float32 values on every CPU: one register of AVX-512, two of AVX2, four of NEON. Every sum over
+ * a row runs over these 16 lanes, and `sum` adds them in one order. So results do not depend on the width of the CPU's
+ * registers. Nothing is contracted (-ffp-contract=off): a fused multiply-add happens only where `fused` is written.
+ */
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+#define EACH(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < (count); i++)
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512VNNI__)
+#include <immintrin.h>
+#define WIDTH 16
+typedef __m512 floats;
+typedef __m512i ints;
+INLINE floats fused_one(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE floats larger_one(floats a, floats b) { return _mm512_max_ps(a, b); }
+INLINE floats smaller_one(floats a, floats b) { return _mm512_min_ps(a, b); }
+INLINE floats splat_one(float a) { return _mm512_set1_ps(a); }
+INLINE ints four_bytes(int32_t four) { return _mm512_set1_epi32(four); }
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#define WIDTH 8
+typedef __m256 floats;
+typedef __m256i ints;
+INLINE floats fused_one(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE floats larger_one(floats a, floats b) { return _mm256_max_ps(a, b); }
+INLINE floats smaller_one(floats a, floats b) { return _mm256_min_ps(a, b); }
+INLINE floats splat_one(float a) { return _mm256_set1_ps(a); }
+INLINE ints four_bytes(int32_t four) { return _mm256_set1_epi32(four); }
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define WIDTH 4
+typedef float32x4_t floats;
+typedef int8x16_t ints;
+INLINE floats fused_one(floats a, floats b, floats c) { return vfmaq_f32(c, a, b); }
+/* As on x86: the second one if either is NaN. */
+INLINE floats larger_one(floats a, floats b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+INLINE floats smaller_one(floats a, floats b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+INLINE floats splat_one(float a) { return vdupq_n_f32(a); }
+INLINE ints four_bytes(int32_t four) { return vreinterpretq_s8_s32(vdupq_n_s32(four)); }
+#else
+#error "kernels.c needs AVX2, AVX-512 with VNNI, or 64-bit ARM"
+#endif
+
+/* Sums of products of bytes: sums[i] += x[4i] * w[4i] + ... + x[4i + 3] * w[4i + 3], exact for |w| <= 127.
+ * SHIFTED: x is unsigned here, so it is shifted by 128, and sums start at -128 times the sum of the weights. */
+#if defined(__AVX512VNNI__)
+#define SHIFTED 1
+typedef __m512i sums_of_four;
+/* With its intrinsic, gcc 12 copies all sums, at half the speed. */
+#define dot(sums, x, w) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w))
+#elif defined(__AVXVNNI__)
+#define SHIFTED 1
+typedef __m256i sums_of_four;
+#define dot(sums, x, w) __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(x), "x"(w))
+#elif defined(__AVX2__)
+#define SHIFTED 0
+typedef __m256i sums_of_four;
+/* |x| * (w with x's sign): two products of at most 128 * 127 fit into 16 bits. */
+#define dot(sums, x, w)                                                                                          \
+    (sums) = _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x)), \
+                                                      _mm256_set1_epi16(1)))
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+#define SHIFTED 0
+typedef int32x4_t sums_of_four;
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define SHIFTED 0
+typedef int32x4_t sums_of_four;
+#define dot(sums, x, w) (sums) = vdotq_s32(sums, x, w)
+#else
+#define SHIFTED 0
+typedef int32x4_t sums_of_four;
+/* Products of -128 * 127 fit into 16 bits, and so do their sums by two. */
+#define dot(sums, x, w)                                                                             \
+    (sums) = vpadalq_s16(sums, vpaddq_s16(vmull_s8(vget_low_s8(x), vget_low_s8(w)), vmull_high_s8(x, w)))
+#endif
+
+#define PARTS (LANES / WIDTH)
+typedef struct {
+    floats part[PARTS];
+} lanes;
+
+INLINE lanes load(const float *x) {
+    lanes a;
+    EACH(p, PARTS) memcpy(&a.part[p], x + p * WIDTH, sizeof(floats));
+    return a;
+}
+
+INLINE void store(float *x, lanes a) { EACH(p, PARTS) memcpy(x + p * WIDTH, &a.part[p], sizeof(floats)); }
+
+/* The first `left` of 16 values; 0 for the others. */
+INLINE lanes load_some(const float *x, int64_t left) {
+    if (left >= LANES) return load(x);
+    float some[LANES] = {0};
+    memcpy(some, x, left * sizeof(float));
+    return load(some);
+}
+
+INLINE void store_some(float *x, lanes a, int64_t left) {
+    if (left >= LANES) {
+        store(x, a);
+        return;
+    }
+    float some[LANES];
+    store(some, a);
+    memcpy(x, some, left * sizeof(float));
+}
+
+#define OF_EACH_PART(name, arguments, value) \
+    INLINE lanes name arguments {            \
+        lanes y;                             \
+        EACH(p, PARTS) y.part[p] = value;    \
+        return y;                            \
+    }
+OF_EACH_PART(splat, (float a), splat_one(a))
+OF_EACH_PART(plus, (lanes a, lanes b), a.part[p] + b.part[p])
+OF_EACH_PART(minus, (lanes a, lanes b), a.part[p] - b.part[p])
+OF_EACH_PART(times, (lanes a, lanes b), a.part[p] * b.part[p])
+OF_EACH_PART(over, (lanes a, lanes b), a.part[p] / b.part[p])
+OF_EACH_PART(fused, (lanes a, lanes b, lanes c), fused_one(a.part[p], b.part[p], c.part[p]))
+OF_EACH_PART(larger, (lanes a, lanes b), larger_one(a.part[p], b.part[p]))   /* a > b ? a : b */
+OF_EACH_PART(smaller, (lanes a, lanes b), smaller_one(a.part[p], b.part[p])) /* a < b ? a : b */
+
+/* The sum of 16 lanes: those 8 apart first, then 4, 2 and 1. */
+INLINE float sum(lanes a) {
+    float x[LANES];
+    store(x, a);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
+}
