@@ -88,7 +88,8 @@ def add_attention(calls: Calls) -> None:
     for group, kv_heads, size in [(3, 1, 64), (1, 2, 32), (7, 2, 64), (2, 1, 128)]:
         heads, slots, spans = group * kv_heads, 120, [(0, 20, 3, 20), (20, 1, 30, 77), (21, 4, 10, 90)]
         qkv, pool = torch.randn(25, heads + 2 * kv_heads, size), torch.randn(2 * kv_heads, slots, size)
-        cosines, sines, norm, slot = *torch.randn(2, 25, size), torch.randn(size), torch.randperm(slots)[:25]
+        (cosines, sines), norm = torch.randn(2, 25, size), torch.randn(size)
+        slot = torch.randperm(slots)[:25]
         turned, cache = qkv.clone(), pool.clone()
         PLAIN.rotate(turned, heads, (norm, norm), 1e-6, cosines, sines, slot, cache)
         arrays = [qkv, norm, norm, cosines, sines, slot, pool]
