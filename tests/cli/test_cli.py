@@ -31,7 +31,7 @@ def test_data_that_is_not_there_is_named_before_a_model_is_looked_for(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     message = fail(capsys, command, "--model", "nobody/no-such-model", "--data", "trian.csv")
-    assert message.startswith("error: trian.csv: there is no file or folder trian.csv.")
+    assert message.startswith("error: trian.csv: there is no such file or folder.")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,6 +1,7 @@
 """The help pages: every option is in one group, commands stand in the order of work, texts fill the window."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -43,7 +44,17 @@ def test_help_shows_groups_in_order_and_wraps_at_the_window() -> None:
     environment = {**os.environ, "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"}
     page = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     titles = [line.split()[1] for line in page.splitlines() if line.startswith("╭─")]
-    assert titles[:4] == ["Prompts", "Model", "Length", "Sampling"]
+    assert titles[:5] == ["Arguments", "Prompts", "Model", "Length", "Sampling"]
     assert page.index("--model STR") < page.index("--device STR")
     text = " ".join(line.strip("│ ") for line in page.splitlines())
     assert '"float16", or "int8" (a third' in " ".join(text.split())
+
+
+def test_help_shows_repeatable_options_without_dots() -> None:
+    """`--choice STR...` would invite several values after one option, which become prompts."""
+    command = [sys.executable, "-m", "handspun", "help", "generate"]
+    environment = {**os.environ, "COLUMNS": "120", "PYTHONIOENCODING": "utf-8"}
+    page = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    line = next(line for line in page.splitlines() if "--choice" in line)
+    assert re.search(r"--choice STR .*Constrain answers to one of these texts\. Repeatable\.", line)
+    assert "..." not in page.replace("[ARGS...]", "")

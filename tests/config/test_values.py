@@ -305,7 +305,9 @@ def test_a_schema_in_a_config_file_has_the_types_of_yaml_1_2(
 
 
 def test_numbers_and_flags_of_a_config_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    content = "learning_rate: 1e-4\nlora: on\ncache_examples: No\nlog_to: wandb\nsample_prompts: [yes]\n"
+    content = (
+        "data: rows.csv\nlearning_rate: 1e-4\nlora: on\ncache_examples: No\nlog_to: wandb\nsample_prompts: [yes]\n"
+    )
     config = parsed(monkeypatch, tmp_path, content, "train")
     assert (config.learning_rate, config.lora, config.cache_examples) == (1e-4, True, False)
     assert (config.log_to, config.sample_prompts) == (("wandb",), ("yes",))

@@ -246,7 +246,7 @@ def test_an_export_of_nothing_says_what_there_is() -> None:
         ExportConfig(model="m")
     with pytest.raises(ConfigError, match="output_dir is missing"):
         ExportConfig(model="m", merge=True)
-    with pytest.raises(ConfigError, match="Add --merge or --gguf"):
+    with pytest.raises(ConfigError, match="Add merge=True or gguf"):
         ExportConfig(model="Qwen/Qwen2.5-0.5B", push="me/model")
 
 

@@ -194,7 +194,7 @@ def test_an_error_of_one_rank_reaches_the_others(tiny_folder: Path, tmp_path: Pa
         _, errors = ranks[0].communicate(timeout=400)
         _, own = ranks[1].communicate(timeout=200)
     assert [process.returncode for process in ranks] == [2, 2]
-    cause = f"{tmp_path / 'missing.csv'}: there is no file or folder"
+    cause = f"{tmp_path / 'missing.csv'}: there is no such file or folder"
     assert f"error: rank 1 failed, so this run stops: {cause}" in errors
     assert f"error on rank 1: {cause}" in own
     assert not (tmp_path / "output" / "run.json").exists()

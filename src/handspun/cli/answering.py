@@ -9,8 +9,10 @@ from handspun.cli.app import (
     PromptOptions,
     TemplateOptions,
     app,
+    check_no_model_among,
     load_model,
     read_prompts,
+    with_name,
 )
 from handspun.config import GenerationOptions
 from handspun.config.names import options as option_class
@@ -60,6 +62,7 @@ def generate(
     """
     from handspun.cli.views.answers import show_answers
 
+    check_no_model_among(prompts, source)
     show_answers(
         load_model(source, template),
         read_prompts(prompts, prompts_file),
@@ -78,6 +81,8 @@ def generate(
 
 @app.command
 def chat(
+    name: str | None = None,
+    /,
     *,
     source: Annotated[ModelOptions, FLAT] = ModelOptions(),  # noqa: B008
     options: Annotated[GenerationOptions, FLAT] = GenerationOptions(),  # noqa: B008
@@ -88,9 +93,11 @@ def chat(
 
     Parameters
     ----------
+    name
+        The model, the same as --model.
     system_prompt
         System message. If not given, the chat template's default applies.
     """
     from handspun.cli.views.chat import Chat
 
-    Chat(load_model(source, template), options, HarmlessConsole(), system_prompt).loop()
+    Chat(load_model(with_name(source, name), template), options, HarmlessConsole(), system_prompt).loop()

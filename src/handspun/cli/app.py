@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import App, Parameter
 from rich.console import Console
@@ -27,13 +28,17 @@ app = App(
     "Every command also takes --config FILE (YAML with the same option names; the command line overrides it) and "
     "--traceback (show the full traceback of an error).",
     version=__version__,
+    version_flags=("--version", "-V"),
     help_format="plaintext",
     help_formatter=GroupedHelp(),
     default_parameter=Parameter(negative_iterable=("no-",), converter=convert_or_refuse, json_list=False),
 )
 
+app.register_install_completion_command(help="Let the shell complete commands and options with the Tab key.")
+
 FLAT = Parameter(name="*", converter=convert)
 """For a dataclass parameter: its fields are the options. The dataclass validates them itself, all at once."""
+Rows = TypeVar("Rows", bound=DataConfig)
 Count = Annotated[int, Parameter(validator=check_at_least_1)]
 """An integer of 1 or more."""
 
@@ -96,6 +101,47 @@ class TemplateOptions:
 
     template_args: tuple[str, ...] | dict[str, Any] | None = None
     """Values for the chat template's variables, such as enable_thinking=false. May be given more than once."""
+
+
+def with_files(config: Rows, files: Sequence[str], command: str) -> Rows:
+    """Return the configuration with the files that were named without --data.
+
+    Raises ConfigError if both name files, and if neither does and the default file is missing.
+    """
+    default = next(field.default for field in fields(config) if field.name == "data")
+    if not files:
+        if config.data == default and not Path(default).exists():
+            raise ConfigError(
+                f"no rows are named, and there is no {default} here. Name a file, as in "
+                f"handspun {command} tickets.csv."
+            )
+        return config
+    if config.data != default:
+        raise ConfigError(f"{files[0]} and --data {config.data} both name rows. Use one of them.")
+    data: Any = tuple(files) if len(files) > 1 else files[0]
+    return replace(config, data=data)
+
+
+def with_name(source: ModelOptions, name: str | None) -> ModelOptions:
+    """Return the options with a model that was named without --model. Raises ConfigError if both are."""
+    if name is None:
+        return source
+    if source.model is not None:
+        raise ConfigError(f"{name} and --model {source.model} both name a model. Use one of them.")
+    return replace(source, model=name)
+
+
+def check_no_model_among(prompts: Sequence[str], source: ModelOptions) -> None:
+    """Raise ConfigError if the first of several prompts is a model's name: `generate MODEL PROMPT`."""
+    if source.model is None and len(prompts) > 1:
+        path = Path(prompts[0])
+        files = ("config.json", "adapter_config.json", "run.json")
+        if (
+            prompts[0] == "smollm2-135m"
+            or path.suffix == ".gguf"
+            or any((path / file).is_file() for file in files)
+        ):
+            raise ConfigError(f"{prompts[0]} is a model, not a prompt: write -m before it, as in -m {prompts[0]}.")
 
 
 def load_model(source: ModelOptions, template: TemplateOptions | DataConfig | None = None) -> "ChatModel":

@@ -1,5 +1,6 @@
 """Run one command from its arguments, and turn its errors into an exit code."""
 
+import difflib
 import os
 import re
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 import cyclopts
 
 from handspun.cli.app import app
+from handspun.cli.views.help import COMMANDS
 from handspun.config import option_name, unknown_option
 from handspun.config.spelling import command_line
 from handspun.display import (
@@ -38,16 +40,15 @@ def main(arguments: Sequence[str]) -> int:
 def _run(tokens: list[str], *, with_traceback: bool) -> int:
     errors = HarmlessConsole(stderr=True)
     try:
-        tokens, app.config = _take_config(_expand_aliases(tokens))
+        tokens, app.config = _take_config(_expand_aliases(_expand_commands(tokens)))
         app(tokens, exit_on_error=False, print_error=False, result_action="return_none")
     except UnprintedError:
         raise
     except cyclopts.UnknownOptionError as error:
-        return _print_error(errors, "\n".join(_unknown_options(error, tokens)), _help_hint(tokens))
-    except cyclopts.ValidationError as error:
-        return _print_error(errors, _with_unknown_options(_validation_message(error), tokens), _help_hint(tokens))
+        problems = _unknown_options(error, tokens) + _wrong_values(tokens)
+        return _print_error(errors, "\n".join(problems), _help_hint(tokens))
     except cyclopts.CycloptsError as error:
-        return _print_error(errors, _with_unknown_options(f"{error}", tokens), _help_hint(tokens))
+        return _print_error(errors, _with_unknown_options(_message(error, tokens), tokens), _help_hint(tokens))
     except StoppedError as stopped:  # already logged
         return stopped.exit_code
     except HandspunError as error:
@@ -131,10 +132,37 @@ def _take_config(tokens: list[str]) -> tuple[list[str], tuple[Any, ...]]:
     return rest, tuple(configs)
 
 
-def _validation_message(error: cyclopts.ValidationError) -> str:
-    if error.argument is None or not error.argument.tokens:
-        return str(error)
-    return f"{error.argument.name} is {error.argument.tokens[0].value}: {error.exception_message}"
+def _message(error: cyclopts.CycloptsError, tokens: list[str]) -> str:
+    """Return what is wrong with the arguments, and what to do."""
+    name = error.argument.name if error.argument is not None else ""
+    if isinstance(error, cyclopts.ValidationError) and error.argument is not None and error.argument.tokens:
+        return f"{name} is {error.argument.tokens[0].value}: {error.exception_message}"
+    if isinstance(error, cyclopts.UnknownCommandError):
+        near = difflib.get_close_matches(tokens[0], COMMANDS, 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return f"there is no command {tokens[0]}.{hint} Commands: {', '.join(COMMANDS)}."
+    if isinstance(error, cyclopts.UnusedCliTokensError):
+        left = ", ".join(error.unused_tokens or ())
+        return f"{left}: no option, and {tokens[0]} takes no such argument. Write a value right after its option."
+    if isinstance(error, cyclopts.MissingArgumentError) and name:
+        if name in tokens:
+            return f"{name} has no value. Write one after it."
+        what = f"{name} is missing" if name.startswith("--") and tokens[0] != "compare" else "a model is missing"
+        return f"{what}. Usage: handspun {USAGE.get(tokens[0], tokens[0] + ' [OPTIONS]')}."
+    return str(error)
+
+
+USAGE = {"compare": "compare MODEL_A MODEL_B [OPTIONS]", "export": "export MODEL [OPTIONS]"}
+"""How to call the commands that need an argument."""
+
+
+def _expand_commands(tokens: list[str]) -> list[str]:
+    """Return the arguments with `help COMMAND` as `COMMAND --help`, and export's model as its option."""
+    if tokens[:1] == ["help"]:
+        return [*tokens[1:2], "--help"]
+    if tokens[:1] == ["export"] and len(tokens) > 1 and not tokens[1].startswith("-"):
+        return ["export", "--model", *tokens[1:]]
+    return tokens
 
 
 def _help_hint(tokens: list[str]) -> str:
@@ -150,6 +178,20 @@ def _unknown_options(error: cyclopts.UnknownOptionError, tokens: list[str]) -> l
     where = f"--config {error.token.source}: "
     found = _unknown_in([f"--{name}" for name in config.config], error.argument_collection)
     return [f"{where}{text}" for text in found] or [f"{error}"]
+
+
+def _wrong_values(tokens: list[str]) -> list[str]:
+    """Return the problems with the values of known options, which the parser has not read after an unknown one."""
+    arguments = app[tokens[0]].assemble_argument_collection(parse_docstring=False)
+    try:
+        app.parse_args(
+            [one for one in tokens if not _unknown_in([one], arguments)], exit_on_error=False, print_error=False
+        )
+    except ConfigError as error:
+        return error.problems
+    except cyclopts.CycloptsError:  # the value of an unknown option is left over
+        pass
+    return []
 
 
 def _with_unknown_options(message: str, tokens: list[str]) -> str:

@@ -17,6 +17,7 @@ from handspun.cli.app import (
     app,
     load_model,
     read_prompts,
+    with_files,
 )
 from handspun.config import DataConfig, GenerationOptions
 from handspun.display import HarmlessConsole, json_line, logger
@@ -35,7 +36,7 @@ class HeldOutData(DataConfig):
 
 @app.command(name="eval")
 def evaluate(
-    *,
+    *files: str,
     source: Annotated[ModelOptions, FLAT] = ModelOptions(),  # noqa: B008
     config: Annotated[HeldOutData, FLAT] = HeldOutData(),
     batch_size: Count = 8,
@@ -50,6 +51,8 @@ def evaluate(
 
     Parameters
     ----------
+    files
+        Held-out rows, the same as --data.
     batch_size
         Rows computed together. It does not change the scores.
     per_row
@@ -67,6 +70,7 @@ def evaluate(
     from handspun.files import whole_file
     from handspun.preflight.print import account_lines
 
+    config = with_files(config, files, "eval")
     check_data_exists(config.data)
     with ExitStack() as stack:
         partial = stack.enter_context(whole_file(per_row, option="--per-row")) if per_row else None

@@ -3,37 +3,47 @@
 from dataclasses import replace
 from typing import Annotated
 
-from handspun.cli.app import FLAT, Count, app, is_colorless
+from handspun.cli.app import FLAT, Count, app, is_colorless, with_files
 from handspun.config import DataConfig, TrainConfig
 from handspun.display import HarmlessConsole
 
 
 @app.command
-def train(*, config: Annotated[TrainConfig, FLAT] = TrainConfig()) -> None:  # noqa: B008  (frozen)
+def train(*files: str, config: Annotated[TrainConfig, FLAT] = TrainConfig()) -> None:  # noqa: B008  (frozen)
     """Fine-tune a model on instruction data: all weights, or LoRA adapters with --lora.
 
     Writes checkpoint-epoch-N/ and checkpoint-best/ (ordinary transformers or peft folders), train.log,
     metrics.jsonl, run.json and report.html.
+
+    Parameters
+    ----------
+    files
+        Training rows, the same as --data.
     """
     from handspun.runs.train import train as run_training
 
-    run_training(config)
+    run_training(with_files(config, files, "train"))
 
 
 @app.command
-def preflight(*, config: Annotated[TrainConfig, FLAT] = TrainConfig()) -> None:  # noqa: B008  (frozen)
+def preflight(*files: str, config: Annotated[TrainConfig, FLAT] = TrainConfig()) -> None:  # noqa: B008  (frozen)
     """Show what a run would train on, problems in its rows, and its cost. Nothing is trained or written.
 
     Takes the options of train. With --strict, warnings are errors.
+
+    Parameters
+    ----------
+    files
+        Training rows, the same as --data.
     """
     from handspun.runs.train import train as run_training
 
-    run_training(replace(config, dry_run=True))
+    run_training(replace(with_files(config, files, "preflight"), dry_run=True))
 
 
 @app.command
 def preview(
-    *,
+    *files: str,
     config: Annotated[DataConfig, FLAT] = DataConfig(),  # noqa: B008
     model: str = "Qwen/Qwen2.5-0.5B",
     examples: Count = 3,
@@ -43,6 +53,8 @@ def preview(
 
     Parameters
     ----------
+    files
+        Rows to show, the same as --data.
     model
         Model whose tokenizer and chat template are used. Its weights are not read.
 
@@ -54,7 +66,13 @@ def preview(
     from handspun.cli.views.answers import show_preview
 
     console = HarmlessConsole()
-    show_preview(config, model, console, examples=examples, plain=plain or is_colorless(console))
+    show_preview(
+        with_files(config, files, "preview"),
+        model,
+        console,
+        examples=examples,
+        plain=plain or is_colorless(console),
+    )
 
 
 @app.command

@@ -163,6 +163,7 @@ FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
     ("num_beam_groups diversity_penalty", "{num_beams} searches without groups."),
     ("ctx_size n_ctx num_ctx max_model_len context_length", "The model's own context length applies."),
     ("prompt_file input_file prompts file f", "{prompts_file}"),
+    ("prompt", "{sample_prompts}"),
     ("prompt p input message", "Write the prompt itself, without an option name before it."),
     ("raw no_chat_template plain_text", "Use --no-chat to take prompts as they are."),
     ("output output_file o", "Answers go to standard output, as in > answers.txt."),

@@ -217,8 +217,9 @@ def _missing(path: Path) -> DataError:
     )
     close = [siblings[name] for name in difflib.get_close_matches(missing.name.lower(), siblings)]
     hint = f" Did you mean {' or '.join(file_name(missing.with_name(name)) for name in close)}?" if close else ""
+    what = "no such file or folder" if missing == path else f"no file or folder {file_name(missing)}"
     return DataError(
-        f"there is no file or folder {file_name(missing)}.{hint} Expected a file ({', '.join(SUFFIXES)}), a "
+        f"there is {what}.{hint} Expected a file ({', '.join(SUFFIXES)}), a "
         "folder of such files, or a dataset on the hub, which would look like org/name.",
         file=file_name(path),
     )

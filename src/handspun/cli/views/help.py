@@ -3,10 +3,12 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from attrs import evolve
 from cyclopts.help import DefaultFormatter, HelpEntry, HelpPanel
 from rich.text import Text
 
 GROUPS = {
+    "Arguments": "files name",
     "Prompts": "prompts prompts-file system-prompt prefill chat",
     "Model": "model-a model-b model weights device threads chat-template template-args",
     "Rows": "data data-format columns role-map max-length strict cache-examples",
@@ -48,7 +50,7 @@ class GroupedHelp(DefaultFormatter):
             entries = sorted(panel.entries, key=lambda entry: _rank(COMMANDS, entry.names[0]))
             super().__call__(console, options, panel.copy(entries=entries))
             return
-        by_name = {option_of(entry): entry for entry in panel.entries}
+        by_name = {option_of(entry): _repeatable(entry) for entry in panel.entries}
         for title, names in groups_of(by_name).items():
             super().__call__(console, options, panel.copy(title=title, entries=[by_name[name] for name in names]))
 
@@ -61,7 +63,17 @@ class GroupedHelp(DefaultFormatter):
 
 def option_of(entry: HelpEntry) -> str:
     """Return an option's or argument's own name without hyphens."""
-    return str(entry.names[0] if entry.names else entry.positional_label).removeprefix("--").lower()
+    return str(entry.names[0] if entry.names else entry.positional_label).removeprefix("--").lower().rstrip(".")
+
+
+def _repeatable(entry: HelpEntry) -> HelpEntry:
+    """Return the entry without the dots of `STR...`, which would invite several values after one option."""
+    if not (entry.names and entry.metavar and entry.metavar.endswith("...")):
+        return entry
+    text = getattr(entry.description, "primary_renderable", None)
+    if isinstance(text, Text) and "epeatable" not in text.plain:
+        text.append(" Repeatable.")
+    return evolve(entry, metavar=entry.metavar.rstrip("."))
 
 
 def groups_of(names: Collection[str]) -> dict[str, list[str]]:
