@@ -1,10 +1,17 @@
 """Two models' answers as a page: names, speeds, and the words that differ."""
 
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+
 from handspun.config import GenerationOptions
 from handspun.decoding.results import GenerationResult
 from handspun.evaluation.compare import Comparison, speed
 from handspun.report.compare import comparison_html, marked_differences
 from html_page import Page
+from report_in_a_browser import SCHEMES, WIDTHS, browser, overflow, violations
 
 
 def answer(text: str, tokens: int = 3) -> list[GenerationResult]:
@@ -34,6 +41,15 @@ def test_comparison_html_names_models_speeds_and_differences() -> None:
     assert "(nothing)" in text
     assert html.count('<mark class="differs">') == 2 + 1  # and in the line that explains it
     assert html.count('style="color: var(--line-1)">smollm2-135m') == 1 + 3
+
+
+@pytest.mark.skipif(browser() is None or "AXE" not in os.environ, reason="needs Chromium, and $AXE: axe.min.js")
+@pytest.mark.parametrize(("device", "scheme"), list(itertools.product(WIDTHS, SCHEMES)))
+def test_axe_finds_nothing_in_a_comparison(tmp_path: Path, device: str, scheme: str) -> None:
+    page = tmp_path / "compare.html"
+    page.write_text(comparison_html(COMPARISON, GenerationOptions()), encoding="utf-8")
+    assert violations(page, Path(os.environ["AXE"]), width=WIDTHS[device], scheme=scheme) == []
+    assert overflow(page, width=WIDTHS[device]) == 0
 
 
 def test_marked_differences_of_unlike_answers_are_none() -> None:

@@ -129,7 +129,9 @@ def css_color(place: int) -> str:
     return list(_COLORS.values())[place % len(_COLORS)]
 
 
-def bar_plot(name: str, edges: Sequence[float], counts: Sequence[int], *, x: str, label: str) -> str:
+def bar_plot(
+    name: str, edges: Sequence[float], counts: Sequence[int], *, x: str, label: str, is_whole: bool = False
+) -> str:
     """Return an SVG histogram: bars of `counts` rows between `edges`.
 
     Args:
@@ -138,9 +140,12 @@ def bar_plot(name: str, edges: Sequence[float], counts: Sequence[int], *, x: str
         counts: Rows per bar.
         x: Label of the x axis.
         label: Description for screen readers.
+        is_whole: Whether only whole numbers occur on the x axis.
     """
     with _settings():
         figure, axes = _axes(x, "rows")
+        if is_whole:
+            axes.xaxis.set_major_locator(_whole_numbers())
         widths = [high - low for low, high in pairwise(edges)]
         axes.bar(edges[:-1], counts, widths, align="edge", color=_color(0), edgecolor=_GRID, linewidth=0.5)
         axes.yaxis.set_major_locator(_whole_numbers())
@@ -298,7 +303,9 @@ def lengths(run: RunFiles) -> list[Picture]:
         caption = f"From {edges[0]:,} to {most:,} tokens, half of them at most {median:,}."
         label = f"{title}. {caption}"
         around = [edge - 0.5 for edge in edges]  # a bar stands around its lengths, which are whole
-        svg = bar_plot(f"lengths-{name}", around, some["counts"], x="tokens in an example", label=label)
+        svg = bar_plot(
+            f"lengths-{name}", around, some["counts"], x="tokens in an example", label=label, is_whole=True
+        )
         pictures.append(Picture(title, svg, caption))
     return pictures
 

@@ -43,6 +43,8 @@ SHARE = 0.1
 """Most of the steps' time that answers and row losses may take together."""
 LEAST_SECONDS = 15.0
 """Allowed all the same: a tenth of a run of seconds would show nothing."""
+MOST_SECONDS = 600.0
+"""However long the run: the other ranks wait meanwhile, and give up after half an hour."""
 _SHARE_BEFORE = 0.4
 """Of the time allowed. The answers after training take as long, and the row losses get the rest. Before training
 the time of the steps is only predicted; if it turns out to be half of that, there is still time for the rest."""
@@ -51,7 +53,7 @@ _IN_SHARES = {"missing": "the model is in shares on several processes (--shard),
 
 def allowed_seconds(seconds_of_steps: float) -> float:
     """Return how long answers and row losses may take."""
-    return max(SHARE * seconds_of_steps, LEAST_SECONDS)
+    return min(max(SHARE * seconds_of_steps, LEAST_SECONDS), MOST_SECONDS)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from handspun.config import TrainConfig
 from handspun.data.dataset import Dataset
@@ -11,6 +13,7 @@ from handspun.data.preview import spread, spread_order
 from handspun.decoding.generate import generate
 from handspun.decoding.prompts import Prompt, encode_prompts
 from handspun.display import captured_log
+from handspun.errors import TemplateError
 from handspun.evaluation.answers import Question, greedy_answers, is_right, question_of
 from handspun.models.fused import unfuse_weights
 from handspun.models.load import ChatModel
@@ -87,15 +90,15 @@ def rows_to_ask(dataset: Dataset) -> set[tuple[str, int]]:
 
 
 def questions_of(chat: ChatModel, config: TrainConfig, dataset: Dataset) -> list[Question]:
-    """Return the questions of the rows that may be asked. Rows with tools are left out."""
-    asked = rows_to_ask(dataset)
-    questions = [
-        question_of(
-            row, dataset.account.formats, system_prompt=config.system_prompt, role_map=config.roles, chat=chat
-        )
-        for row in dataset.rows
-        if (row.file, row.number) in asked
-    ]
+    """Return the questions of the rows that may be asked. Rows with tools are left out, and those that fail."""
+    asked, questions = rows_to_ask(dataset), list[Question]()
+    how: dict[str, Any] = {"system_prompt": config.system_prompt, "role_map": config.roles, "chat": chat}
+    for row in dataset.rows:
+        if (row.file, row.number) in asked:
+            # A template may render a conversation that is cut after its prompt in another way. Such a row can be
+            # trained on, and not asked.
+            with suppress(TemplateError, ValueError, IndexError):
+                questions.append(question_of(row, dataset.account.formats, **how))
     return [question for question in questions if not question.needs_tools]
 
 
