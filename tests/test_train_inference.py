@@ -233,7 +233,7 @@ def test_the_demo_is_the_packages(tmp_path: Path) -> None:
     demo = demo_config(str(tmp_path))
     assert options.model == demo.model
     assert [Path(file).resolve() for file in (options.data, options.eval_data)] == [
-        Path(file).resolve() for file in (demo.data, str(demo.eval_data))
+        Path(file).resolve() for file in (*demo.sources, *demo.eval_sources)
     ]
     assert options.num_epochs == demo.num_epochs
     assert demo.learning_rate == TrainConfig().peak_learning_rate

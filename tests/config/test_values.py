@@ -114,7 +114,19 @@ def test_paths_are_taken_where_a_file_is_named(tmp_path: Path) -> None:
     schema: Any = tmp_path / "s.json"
     assert GenerationOptions(json_schema=schema).json_schema == str(schema)
     assert "expected text" in problems(TrainConfig, system_prompt=tmp_path)[0]
-    assert "put them in a folder" in problems(TrainConfig, data=["a.csv", "b.csv"])[0]
+
+
+def test_data_takes_several_files_and_each_only_once(tmp_path: Path) -> None:
+    several: Any = [tmp_path / "a.csv", "b.csv"]
+    config = TrainConfig(data=several, eval_data=("c.csv",))
+    assert config.data == config.sources == (str(tmp_path / "a.csv"), "b.csv")
+    assert (config.eval_data, config.eval_sources) == ("c.csv", ("c.csv",))
+    assert TrainConfig().sources == ("train.csv",)
+    assert TrainConfig().eval_sources == ()
+    assert "expected each file once" in problems(TrainConfig, data=["a.csv", "a.csv"])[0]
+    assert "expected at least one file" in problems(TrainConfig, eval_data=[])[0]
+    assert "expected text" in problems(TrainConfig, data=["a.csv", 3])[0]
+    assert "expected text" in problems(TrainConfig, output_dir=["a", "b"])[0]
 
 
 @pytest.mark.parametrize("name", ["model", "data", "eval_data", "output_dir"])

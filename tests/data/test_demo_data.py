@@ -57,6 +57,5 @@ def test_sums_are_right(path: Path) -> None:
 def test_the_configuration_is_a_valid_one() -> None:
     config = demo_config("output")
     assert config.model == "smollm2-135m"
-    assert Path(config.data).absolute() == DEMO_DATA
-    assert config.eval_data is not None
-    assert Path(config.eval_data).absolute() == HELD_OUT_DATA
+    assert [Path(file).absolute() for file in config.sources] == [DEMO_DATA]
+    assert [Path(file).absolute() for file in config.eval_sources] == [HELD_OUT_DATA]

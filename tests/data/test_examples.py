@@ -120,6 +120,14 @@ def test_holding_out_is_by_rows_seeded_and_complete() -> None:
     assert [len(part) for part in hold_out(rows[:2], 0.01, seed=0)] == [1, 1]
 
 
+@pytest.mark.parametrize(("rows", "held_out"), [(1, 0), (99, 0), (100, 5), (330, 16), (3990, 200), (9000, 200)])
+def test_by_default_a_twentieth_is_held_out_at_most_200_and_none_of_few_rows(rows: int, held_out: int) -> None:
+    of = rows_of(*[(f"question {i}", "answer") for i in range(rows)])
+    kept, held = hold_out(of, None, seed=0)
+    assert (len(kept), len(held)) == (rows - held_out, held_out)
+    assert hold_out(of, 0.0, seed=0) == (of, [])
+
+
 def test_one_row_cannot_be_shared() -> None:
     with pytest.raises(DataError, match="too few to hold some out"):
         hold_out(rows_of(("a", "b")), 0.5, seed=0)

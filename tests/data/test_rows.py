@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from handspun.data.rows import Row, read_rows
+from handspun.data.rows import FileNotes, Row, read_rows, read_sources
 from handspun.errors import DataError
 
 Write = Callable[[str, str | bytes], str]
@@ -198,6 +198,42 @@ def test_a_folder_without_data_says_what_it_holds(write: Write) -> None:
     assert "found readme.md, sub/." in refusal("d")
     Path("empty").mkdir()
     assert "found nothing." in refusal("empty")
+
+
+def test_several_files_are_read_in_order_each_by_its_own_columns(write: Write) -> None:
+    tickets = write("tickets.csv", "Question,Answer\na,b\nc,d\n")
+    chats = write("chats.jsonl", '{"prompt": "e", "completion": "f"}\n')
+    notes: FileNotes = {}
+    rows = read_sources([chats, tickets], notes)
+    assert [(Path(row.file).name, row.number, row.values) for row in rows] == [
+        ("chats.jsonl", 1, {"prompt": "e", "completion": "f"}),
+        ("tickets.csv", 1, {"prompt": "a", "completion": "b"}),
+        ("tickets.csv", 2, {"prompt": "c", "completion": "d"}),
+    ]
+    assert list(notes) == [tickets]
+
+
+def test_a_limit_is_of_all_files_together_and_noted(write: Write) -> None:
+    files = [write(name, f"prompt,completion\n{name},1\n{name},2\n") for name in ("a.csv", "b.csv")]
+    notes: FileNotes = {}
+    rows = read_sources(files, notes, limit=3)
+    assert [row.values["prompt"] for row in rows] == ["a.csv", "a.csv", "b.csv"]
+    assert notes == {"--limit 3": ["the first 3 of 4 rows are used"]}
+    notes.clear()
+    assert len(read_sources(files, notes, limit=4)) == 4
+    assert not notes
+
+
+def test_a_file_that_two_sources_name_is_an_error(write: Write) -> None:
+    file = write("a.csv", "prompt,completion\na,b\n")
+    with pytest.raises(DataError, match=r"a\.csv: --data reads this file twice"):
+        read_sources([file, str(Path(file).parent)])
+
+
+def test_of_several_files_the_one_with_a_mistake_is_named(write: Write) -> None:
+    whole, other = write("a.csv", "prompt,completion\na,b\n"), write("b.csv", "prompt,completion\na\n")
+    with pytest.raises(DataError, match=r"b\.csv, "):
+        read_sources([whole, other])
 
 
 def test_a_misspelt_file_is_guessed(write: Write) -> None:

@@ -226,10 +226,10 @@ def test_frozen_weights_have_no_gradient_of_their_own_and_int8_ones_count_too() 
 
 
 def test_the_time_is_operations_over_the_rate_of_all_threads() -> None:
-    config = TrainConfig(num_epochs=2)
+    config = TrainConfig()
     on_cpu: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
-    assert predicted_seconds(75e9, config, threads=1, **on_cpu) == 2.0
-    assert predicted_seconds(75e9, config, threads=4, **on_cpu) == 0.5
+    assert predicted_seconds(150e9, config, threads=1, **on_cpu) == 2.0
+    assert predicted_seconds(150e9, config, threads=4, **on_cpu) == 0.5
     assert predicted_seconds(75e9, config, threads=1, dtype=torch.float32, device=torch.device("cuda")) is None
 
 

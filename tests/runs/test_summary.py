@@ -56,8 +56,7 @@ def config(tiny_folder: Path, tmp_path: Path) -> handspun.TrainConfig:
 
 
 def options(config: handspun.TrainConfig) -> list[str]:
-    assert config.eval_data is not None
-    return ["--model", config.model, "--data", config.data, "--eval-data", config.eval_data]
+    return ["--model", config.model, "--data", *config.sources, "--eval-data", *config.eval_sources]
 
 
 FOUND = [
@@ -105,7 +104,7 @@ def test_preflight_alone_writes_nothing(config: handspun.TrainConfig, capsys: py
 def test_strict_makes_one_error_of_all_warnings(
     config: handspun.TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write(Path(config.data), [row for row in ROWS if row[1]])
+    write(Path(config.sources[0]), [row for row in ROWS if row[1]])
     for command in ("preflight", "train"):
         assert main([command, *options(config), "--output-dir", config.output_dir, "--strict"]) == 2
         message = capsys.readouterr().err

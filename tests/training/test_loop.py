@@ -71,6 +71,31 @@ def test_every_row_is_trained_once_an_epoch_the_last_shorter_batch_too() -> None
     assert sum(step.learned_tokens for step in made) == 2 * sum(e.learned_tokens for e in examples)
 
 
+@pytest.mark.parametrize(
+    ("max_steps", "rows", "epochs"),
+    [
+        (1, [3], [1]),
+        (3, [3, 3, 1], [3]),
+        (4, [3, 3, 1, 3], [3, 4]),
+        (6, [3, 3, 1, 3, 3, 1], [3, 6]),
+        (99, [3, 3, 1, 3, 3, 1], [3, 6]),
+    ],
+)
+def test_max_steps_ends_the_run_in_the_middle_of_an_epoch(
+    max_steps: int, rows: list[int], epochs: list[int]
+) -> None:
+    """The steps are the first ones of the whole run, and the cut epoch has its end and its evaluation."""
+    config = TrainConfig(num_epochs=2, batch_size=3, lr_schedule="constant", warmup_ratio=0.0)
+    examples, held_out = random_examples(7), random_examples(2, seed=9)
+    events = run(replace(config, max_steps=max_steps), examples, held_out)
+    made = steps(events)
+    assert [step.rows for step in made] == rows
+    assert {step.total_steps for step in made} == {len(rows)}
+    assert [event.step for event in events if isinstance(event, EpochEnd)] == epochs
+    assert [event.step for event in events if isinstance(event, Evaluation)] == [0, *epochs]
+    assert [step.loss for step in made] == [step.loss for step in steps(run(config, examples))][: len(rows)]
+
+
 @pytest.mark.parametrize("batching", ["packed", "padded"])
 def test_how_a_batch_is_cut_does_not_change_losses_or_gradients(batching: Any) -> None:
     config = TrainConfig(num_epochs=2, batch_size=6, learning_rate=1e-3, batching=batching)

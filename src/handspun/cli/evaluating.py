@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 class HeldOutData(DataConfig):
     """Rows to evaluate a model on."""
 
-    data: str = "held_out.csv"
-    """Held-out rows: a csv, tsv, json, jsonl or parquet file, a folder of them, or a hub dataset id."""
+    data: tuple[str, ...] | str = "held_out.csv"
+    """Held-out rows: a csv, tsv, json, jsonl or parquet file, a folder of them, or a hub dataset id.
+    Repeatable."""
 
 
 @app.command(name="eval")
@@ -71,7 +72,7 @@ def evaluate(
     from handspun.preflight.print import account_lines
 
     config = with_files(config, files, "eval")
-    check_data_exists(config.data)
+    check_data_exists(*config.sources)
     with ExitStack() as stack:
         partial = stack.enter_context(whole_file(per_row, option="--per-row")) if per_row else None
         scores = score(

@@ -44,10 +44,8 @@ FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
     # training: steps
     ("lr peak_lr max_lr base_lr learningrate", "{learning_rate}"),
     ("num_train_epochs epochs n_epochs epoch max_epochs num_epoch train_epochs", "{num_epochs}"),
-    (
-        "max_steps total_steps max_train_steps iters num_iterations max_iters num_train_steps steps_per_epoch",
-        "A run is {num_epochs} passes over the rows, and `handspun preflight` shows the number of steps.",
-    ),
+    ("total_steps max_train_steps iters num_iterations max_iters num_train_steps", "{max_steps}"),
+    ("steps_per_epoch", "A step is {batch_size} rows, and `handspun preflight` shows the number of steps."),
     ("per_device_train_batch_size per_device_batch_size train_batch_size micro_batch_size mini_batch_size", _STEPS),
     ("micro_train_batch_size global_batch_size total_batch_size per_gpu_train_batch_size b bs", _STEPS),
     ("gradient_accumulation_steps gradient_accumulation grad_accum grad_accumulation_steps", _STEPS),
@@ -95,7 +93,8 @@ FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
     ("dataset_text_field text_column prompt_column response_column input_key output_key", _COLUMNS),
     ("prompt_field text_field columns field_messages messages_key", _COLUMNS),
     ("stage do_train do_eval", "Remove it: `handspun train` trains and evaluates."),
-    ("max_samples max_train_samples max_eval_samples num_samples limit", "Shorten the file instead, as in head -n 1001 train.csv > few.csv."),
+    ("max_samples max_train_samples num_samples max_rows", "{limit}"),
+    ("max_eval_samples", "Shorten the file of held-out rows instead."),
     ("streaming", "Rows are read once and kept tokenized."),
     # training: evaluation, saving, logs
     ("eval_every val_check_interval steps_per_eval validation_steps eval_interval evaluation_steps", "{eval_steps}"),

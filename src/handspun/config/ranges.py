@@ -1,7 +1,7 @@
 """Check the values of options against types and ranges."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, get_type_hints
 
@@ -14,7 +14,8 @@ Ranges = dict[str, tuple[float, float, bool, bool]]
 PATHS = frozenset({"model", "data", "eval_data", "output_dir", "json_schema"})
 """Options that name a file or folder. They also accept a pathlib.Path."""
 _FILES_OF_ANY_NAME = frozenset({"data", "eval_data"})
-"""Files that are only read, so their names may contain bytes that are not UTF-8 (lone surrogates in Python)."""
+"""Files that are only read, so their names may contain bytes that are not UTF-8 (lone surrogates in Python). Each
+option may name several."""
 MOST = 10**9
 """Limit of counts. More is a typo, and would fill the memory with lists."""
 _LONGEST_NAME = 255
@@ -28,8 +29,6 @@ _REMEDIES = {
     "max_new_tokens": "Remove it for 512; the model's context limits it in any case.",
     "logit_bias": 'For example {"42": -100}.',
     "sequence_bias": 'For example {"42 7": -5}.',
-    "data": "To train on several files, put them in a folder and name the folder.",
-    "eval_data": "To hold out several files, put them in a folder and name the folder.",
 }
 
 
@@ -67,7 +66,7 @@ def read_value(name: str, value: Any, hint: Any, ranges: Ranges) -> Any:
         ranges: the ranges of number options.
     """
     try:
-        typed = _path(name, value, hint) if name in PATHS else as_type(value, hint)
+        typed = _paths(name, value, hint) if name in PATHS else as_type(value, hint)
     except ValueError as error:
         raise ValueError(problem_with(name, value, str(error))) from None
     for number in _numbers_in(typed) if name in ranges else ():
@@ -128,12 +127,23 @@ def _short_number(number: float) -> str:
     return f"{number:g}" if abs(number) < 10_000 else f"{number:,.0f}"
 
 
+def _paths(name: str, value: Any, hint: Any) -> Any:
+    """Return one path, or a tuple of several if the option allows that."""
+    several = name in _FILES_OF_ANY_NAME and isinstance(value, list | tuple) and value
+    if not several or any(isinstance(one, Mapping) for one in value):
+        return _path(name, value, hint)
+    paths = tuple(_path(name, path, str) for path in value)
+    if len(set(paths)) < len(paths):
+        raise ValueError("each file once")
+    return paths[0] if len(paths) == 1 else paths
+
+
 def _path(name: str, value: Any, hint: Any) -> Any:
     if name in _FILES_OF_ANY_NAME and (rows := rows_in_memory(value)) is not None:
         return rows
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not (isinstance(path, str) and name in _FILES_OF_ANY_NAME and _is_encodable(path)):
-        path = as_type(path, hint)
+        path = as_type(path, str if name in _FILES_OF_ANY_NAME and path is not None else hint)
     if isinstance(path, str):
         if not path:
             raise ValueError("a name that is not empty")

@@ -17,8 +17,12 @@ Tracker = Literal["tensorboard", "wandb", "trackio"]
 class DataConfig:
     """Which rows to read, and how to turn them into examples."""
 
-    data: str = "train.csv"
-    """Training rows: a csv, tsv, json, jsonl or parquet file, a folder of them, or a hub dataset id."""
+    data: tuple[str, ...] | str = "train.csv"
+    """Training rows: a csv, tsv, json, jsonl or parquet file, a folder of them, or a hub dataset id. Repeatable;
+    each file may have its own format."""
+
+    limit: int | None = None
+    """Use only the first N rows of --data. Default: all."""
 
     data_format: DataFormat = "auto"
     """Format of the rows. "auto" recognizes it from the columns and logs it."""
@@ -52,6 +56,11 @@ class DataConfig:
     """Cache tokenized rows in ~/.cache/handspun/examples, and reuse them if nothing has changed."""
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The files, folders or hub datasets of `data`."""
+        return (self.data,) if isinstance(self.data, str) else self.data
+
+    @property
     def template_values(self) -> dict[str, Any]:
         """Values for the chat template's variables, by name."""
         return read_template_args(self.template_args)[0]
@@ -81,17 +90,22 @@ class TrainConfig(DataConfig):
     output_dir: str = "output"
     """Folder for checkpoints, train.log, metrics.jsonl, run.json and report.html."""
 
-    eval_data: str | None = None
-    """Held-out rows, in any form that --data accepts."""
+    eval_data: tuple[str, ...] | str | None = None
+    """Held-out rows, in any form that --data accepts. Repeatable. --limit does not apply to them."""
 
-    eval_ratio: float = 0.0
-    """Share of the training rows to hold out (0 to 1), chosen with the seed. Excludes --eval-data."""
+    eval_ratio: float | None = None
+    """Share of the training rows to hold out (0 to 1), chosen with the seed. Default: 5 % but at most 200 rows, if
+    there are at least 100 rows and no --eval-data. 0: train on all."""
 
     eval_steps: int | None = None
     """Evaluate every N optimizer steps, in addition to the start of the run and the end of each epoch."""
 
     num_epochs: int = 3
     """Passes over the training rows."""
+
+    max_steps: int | None = None
+    """Stop after at most N optimizer steps, even in the middle of an epoch. The learning rate falls to zero there.
+    Default: all steps of --num-epochs."""
 
     batch_size: int = 8
     """Rows per optimizer step. Splitting them into micro-batches to fit memory does not change the result."""
@@ -212,7 +226,7 @@ class TrainConfig(DataConfig):
         if problems := wrong_values(self, {**_DATA_RANGES, **_TRAIN_RANGES}):
             raise ConfigError(problems)
         problems += _map_problems(self) + _read_template_args(self)
-        if self.eval_data is not None and self.eval_ratio > 0:
+        if self.eval_data is not None and self.eval_ratio:
             problems.append(
                 "--eval-data and --eval-ratio exclude each other: held-out rows come either from their own file "
                 "or from the training rows. Use one of them."
@@ -245,6 +259,11 @@ class TrainConfig(DataConfig):
             raise ConfigError(problems)
 
     @property
+    def eval_sources(self) -> tuple[str, ...]:
+        """The files, folders or hub datasets of `eval_data`."""
+        return (self.eval_data,) if isinstance(self.eval_data, str) else self.eval_data or ()
+
+    @property
     def peak_learning_rate(self) -> float:
         """The learning rate at the end of warm-up."""
         if self.learning_rate is not None:
@@ -275,6 +294,7 @@ def _read_template_args(config: DataConfig) -> list[str]:
 
 _DATA_RANGES: Ranges = {
     "max_length": (2, MOST, True, True),
+    "limit": (1, MOST, True, True),
 }
 _TRAIN_RANGES: Ranges = {
     "eval_ratio": (0, 1, True, False),
@@ -285,6 +305,7 @@ _TRAIN_RANGES: Ranges = {
     "report_rows": (0, MOST, True, True),
     "sample_every": (1, MOST, True, True),
     "num_epochs": (1, MOST, True, True),
+    "max_steps": (1, MOST, True, True),
     "batch_size": (1, MOST, True, True),
     "max_tokens": (1, MOST, True, True),
     "learning_rate": (0, float("inf"), False, False),

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.examples import DataReport, TokenDataset, build_examples, check_rows_left, hold_out
-from handspun.data.rows import FileNotes, Row, read_rows
+from handspun.data.rows import FileNotes, Row, read_sources
 from handspun.display import logger, printable
 from handspun.errors import ConfigError
 from handspun.files import from_json, sha256_of
@@ -170,8 +170,8 @@ def load_splits(
     template: ChatTemplate,
     *,
     max_length: int,
-    eval_data: str | None = None,
-    eval_ratio: float = 0.0,
+    eval_data: Sequence[str] = (),
+    eval_ratio: float | None = 0.0,
     seed: int = 0,
     cache: ExampleCache | None = None,
 ) -> tuple[Dataset, Dataset | None]:
@@ -182,22 +182,21 @@ def load_splits(
         template: the model's chat template.
         max_length: most tokens per example.
         eval_data: where held-out rows come from, if not from the training rows.
-        eval_ratio: share of the training rows to hold out.
+        eval_ratio: share of the training rows to hold out, or None for the default of `hold_out`.
         seed: decides which rows are held out.
         cache: where to look for examples, and to keep them.
     """
     notes: FileNotes = {}
     held_out_notes: FileNotes = {}
-    for source in filter(None, (config.data, eval_data)):
+    for source in (*config.sources, *eval_data):
         _log_if_large(source)
     rows, held_out = read_split(
-        config.data,
+        config,
         eval_data=eval_data,
         eval_ratio=eval_ratio,
         seed=seed,
         notes=notes,
         held_out_notes=held_out_notes,
-        columns=config.column_names,
     )
 
     def set_of(some: Sequence[Row], file_notes: FileNotes) -> Dataset:
@@ -247,30 +246,28 @@ def _log_if_large(source: str) -> None:
 
 
 def read_split(
-    data: str,
+    config: DataConfig,
     *,
-    eval_data: str | None,
-    eval_ratio: float,
+    eval_data: Sequence[str],
+    eval_ratio: float | None,
     seed: int,
     notes: FileNotes | None = None,
     held_out_notes: FileNotes | None = None,
-    columns: Mapping[str, str] | None = None,
 ) -> tuple[Sequence[Row], Sequence[Row]]:
     """Return (training rows, held-out rows). The same files give the same rows.
 
     Args:
-        data: training rows: a file, a folder, or a hub data set.
-        eval_data: held-out rows, or None to hold out some of the training rows.
-        eval_ratio: share of the training rows to hold out.
+        config: which rows to read.
+        eval_data: where held-out rows come from, if not from the training rows.
+        eval_ratio: share of the training rows to hold out, or None for the default of `hold_out`.
         seed: decides which rows are held out.
-        notes: filled with what was skipped in the files of `data`; see `read_rows`.
+        notes: filled with what was skipped in the files of `config.data`; see `read_rows`.
         held_out_notes: the same for `eval_data`.
-        columns: columns that the user has named, as in `read_rows`.
     """
-    rows = read_rows(data, notes, columns)
-    if eval_data is not None:
-        return rows, read_rows(eval_data, held_out_notes, columns)
-    return hold_out(rows, eval_ratio, seed) if eval_ratio > 0 else (rows, [])
+    rows = read_sources(config.sources, notes, config.column_names, config.limit)
+    if eval_data:
+        return rows, read_sources(eval_data, held_out_notes, config.column_names)
+    return hold_out(rows, eval_ratio, seed)
 
 
 def _examples(

@@ -174,17 +174,27 @@ def notes_by_text(notes: Iterable[RowIssue]) -> dict[str, list[RowIssue]]:
     return found
 
 
-def hold_out(rows: Sequence[Row], ratio: float, seed: int) -> tuple[list[Row], list[Row]]:
+HELD_OUT_SHARE, MOST_HELD_OUT, FEWEST_TO_HOLD_OUT = 0.05, 200, 100
+"""By default this share of the rows is held out, at most so many rows, if there are at least so many."""
+
+
+def hold_out(rows: Sequence[Row], ratio: float | None, seed: int) -> tuple[list[Row], list[Row]]:
     """Return (training rows, held-out rows), each in the original order. The seed decides which rows are held out.
 
-    At least one row is held out and at least one is left, whatever the ratio.
+    With a ratio, at least one row is held out and at least one is left. None is the default: 5 % of the rows, at
+    most 200, and none of fewer than 100 rows.
     """
+    if ratio == 0 or (ratio is None and len(rows) < FEWEST_TO_HOLD_OUT):
+        return list(rows), []
     if len(rows) < 2:
         raise DataError(
             f"rows: {len(rows)}, too few to hold some out (expected at least 2). Add rows, or use --eval-ratio 0.",
             file=rows[0].file if rows else None,
         )
-    count = min(max(round(len(rows) * ratio), 1), len(rows) - 1)
+    if ratio is None:
+        count = min(round(len(rows) * HELD_OUT_SHARE), MOST_HELD_OUT)
+    else:
+        count = min(max(round(len(rows) * ratio), 1), len(rows) - 1)
     held = set(random.Random(seed).sample(range(len(rows)), count))
     kept = [row for i, row in enumerate(rows) if i not in held]
     return kept, [row for i, row in enumerate(rows) if i in held]

@@ -5,7 +5,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -115,6 +115,39 @@ def read_rows(source: str, notes: FileNotes | None = None, columns: Mapping[str,
             "of it.",
             file=printable(source, most=4096),
         ) from error
+
+
+def read_sources(
+    sources: Sequence[str],
+    notes: FileNotes | None = None,
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+) -> list[Row]:
+    """Return all rows of several files, folders, or hub datasets, in order. Raises DataError.
+
+    Args:
+        sources: what to read, each as for `read_rows`.
+        notes: as for `read_rows`. A limit is noted too.
+        columns: as for `read_rows`.
+        limit: most rows in all; the first ones.
+    """
+    rows: list[Row] = []
+    sources_of: dict[str, str] = {}
+    for source in sources:
+        found = read_rows(source, notes, columns)
+        for file in dict.fromkeys(row.file for row in found):
+            if sources_of.setdefault(file, source) != source:
+                raise DataError(
+                    f"--data reads this file twice, by {printable(sources_of[file])} and by {printable(source)}. "
+                    "Remove one of them.",
+                    file=file,
+                )
+        rows += found
+    if limit is None or limit >= len(rows):
+        return rows
+    if notes is not None:
+        notes[f"--limit {limit}"] = [f"the first {limit} of {len(rows)} rows are used"]
+    return rows[:limit]
 
 
 def _path_or_hub(source: str) -> Path | re.Match[str]:

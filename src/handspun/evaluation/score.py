@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from handspun.config import DataConfig
 from handspun.data.dataset import ExampleCache, example_set, fingerprint, resolve_max_length
 from handspun.data.examples import DataReport
-from handspun.data.rows import Row, read_rows
+from handspun.data.rows import Row, read_sources
 from handspun.decoding.results import GenerationResult
 from handspun.display import count_of, progress
 from handspun.errors import ConfigError
@@ -109,7 +109,7 @@ def score(
     if batch_size < 1:
         raise ConfigError(f"--batch-size is {batch_size}: expected at least 1.")
     file_notes: dict[str, list[str]] = {}
-    rows = read_rows(config.data, file_notes, config.column_names)
+    rows = read_sources(config.sources, file_notes, config.column_names, config.limit)
     max_length = resolve_max_length(config.max_length, context_length(chat.model.config))
     made = example_set(
         rows,
@@ -138,7 +138,7 @@ def score(
             )
         answers = {(q.file, q.row): answer for q, answer in zip(asked, found, strict=True)}
     scored = [_row_score(question, losses, answers) for question in questions]
-    return Scores(chat.name, config.data, fingerprint(rows), max_length, scored, made.account)
+    return Scores(chat.name, ", ".join(config.sources), fingerprint(rows), max_length, scored, made.account)
 
 
 def _questions(

@@ -62,7 +62,7 @@ def preview_data(config: DataConfig, model: str, *, examples: int) -> Preview:
     """Return what would be trained on. Reads no weights. Raises DataError, ModelError, or TemplateError."""
     if examples < 1:
         raise ConfigError(f"examples is {examples}: expected at least 1.")
-    check_data_exists(config.data)
+    check_data_exists(*config.sources)
     source = model_source(model)
     tokenizer = load_tokenizer(source)
     choose_template(tokenizer, config.chat_template)

@@ -10,12 +10,24 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from handspun.config import TrainConfig
-from handspun.data.examples import DataReport, Example, RowIssue, learned_tokens_of, lengths_of, notes_by_text
+from handspun.data.dataset import Dataset
+from handspun.data.examples import (
+    FEWEST_TO_HOLD_OUT,
+    HELD_OUT_SHARE,
+    MOST_HELD_OUT,
+    DataReport,
+    Example,
+    RowIssue,
+    learned_tokens_of,
+    lengths_of,
+    notes_by_text,
+)
 from handspun.data.preview import bracketed, colored, spread
 from handspun.display import count_of, duration, join_names, logger
 from handspun.files import readable_size
 from handspun.preflight.checks import EndOfTurn, Finding, Preflight, check_findings, headline, rows_named
 from handspun.preflight.time_estimate import MEASURED_ON, SLOW
+from handspun.training.batching import epochs_of_run, steps_of_epoch
 from handspun.training.memory import Plan, disk_at_most
 
 _SHOWN = 12
@@ -106,7 +118,7 @@ def plan_lines(plan: Plan, config: TrainConfig, max_length: int) -> list[str]:
         f"model {config.model}: {plan.parameters / 1e6:.1f}M parameters, {what}"
         f"{plan.trainable / 1e6:.1f}M trained",
         f"plan: {count_of(plan.examples, 'example')} x {count_of(config.num_epochs, 'epoch')} in batches of "
-        f"{config.batch_size}: {count_of(plan.steps, 'step')}",
+        f"{config.batch_size}: {count_of(plan.steps, 'step')}{_cut_by_max_steps(plan, config)}",
     ]
     memory = f"predicted peak memory {plan.peak_memory / 1e9:.1f} GB{' without --shard' if config.shard else ''}"
     disk = readable_size(disk_at_most(plan, config))
@@ -127,6 +139,27 @@ def plan_lines(plan: Plan, config: TrainConfig, max_length: int) -> list[str]:
         f"{readable_size(plan.training_state_size)} to resume from;",
         f"  at most {disk} in all",
     ]
+
+
+def _cut_by_max_steps(plan: Plan, config: TrainConfig) -> str:
+    steps = steps_of_epoch(plan.examples, config) * config.num_epochs
+    return f" of {steps} (--max-steps)" if plan.steps < steps else ""
+
+
+def held_out_lines(training: Dataset, held_out: Dataset | None, config: TrainConfig) -> Iterator[str]:
+    """Yield how many rows are held out, and why so many."""
+    if held_out is None:
+        fewest = FEWEST_TO_HOLD_OUT if config.eval_ratio is None else 0
+        why = f": fewer than {fewest} rows (--eval-ratio 0.1 would hold some out)" if fewest else ""
+        yield f"held out: no rows{why}"
+        return
+    count = held_out.account.rows
+    if config.eval_data is not None:
+        yield f"held out: {count} rows of {join_names(config.eval_sources)}"
+        return
+    yield f"held out: {count} of {count + training.account.rows} rows, chosen with seed {config.seed}"
+    if config.eval_ratio is None:
+        yield f"  ({HELD_OUT_SHARE:.0%}, at most {MOST_HELD_OUT}, by default; --eval-ratio 0 trains on all)"
 
 
 _WIDTH = 80

@@ -56,12 +56,12 @@ def operations(model: PreTrainedModel, plan: Plan, examples: Sequence[Example], 
 
 
 def predicted_seconds(
-    operations_of_an_epoch: float, config: TrainConfig, *, dtype: torch.dtype, device: torch.device, threads: int
+    operations_of_run: float, config: TrainConfig, *, dtype: torch.dtype, device: torch.device, threads: int
 ) -> float | None:
     """Return the seconds for all steps, without evaluation and saving; None for a device without measured rates.
 
     Args:
-        operations_of_an_epoch: from `operations`.
+        operations_of_run: those of an epoch, from `operations`, times the epochs.
         config: the run's options.
         dtype: type of the matmuls.
         device: where the run computes.
@@ -71,7 +71,7 @@ def predicted_seconds(
         return None
     matmuls = "int8" if config.base_weights == "int8" else str(dtype).removeprefix("torch.")
     rate = _RATES["lora" if config.lora else "full", matmuls] * threads
-    return config.num_epochs * operations_of_an_epoch / rate
+    return operations_of_run / rate
 
 
 SLOW = 4.0
@@ -85,10 +85,10 @@ class Forecast:
     times_predicted: how many times as long as predicted they take; None as long as that is unknown.
     """
 
-    def __init__(self, plan: Plan, num_epochs: int, predicted_seconds: float | None = None) -> None:
+    def __init__(self, plan: Plan, epochs: float, predicted_seconds: float | None = None) -> None:
         self.times_predicted: float | None = None
         self._predicted_seconds = predicted_seconds
-        self._tokens_of_a_step = plan.computed_tokens * num_epochs / plan.steps
+        self._tokens_of_a_step = plan.computed_tokens * epochs / plan.steps
         self._rates: list[float] = []
 
     def after(self, event: Event) -> float | None:

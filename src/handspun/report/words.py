@@ -1,6 +1,8 @@
 """Turn a run's record into the texts and figures of its report."""
 
+import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import PurePath
 from typing import Any
@@ -35,7 +37,7 @@ ENDS = {
 def title(run: RunFiles) -> str:
     """Return the report's title, such as `SmolLM2-135M on train.csv`."""
     config = run.record.config
-    return f"{_last_part(config['model'])} on {_last_part(config['data'])}"
+    return f"{_last_part(config['model'])} on {_data_name(config['data'])}"
 
 
 def figures(run: RunFiles) -> list[tuple[str, str, str]]:
@@ -75,6 +77,7 @@ def about(run: RunFiles) -> list[Fact]:
     """Return the section "Model and data"."""
     record, config, plan = run.record, run.record.config, run.plan
     examples = count_of(plan.examples, "example")
+    begun = math.ceil(plan.steps / math.ceil(plan.examples / config["batch_size"]))  # --max-steps may cut the last
     how = f"LoRA adapters of rank {config['lora_rank']}" if config["lora"] else "all weights"
     files = [f"{name}: {value}" for name, value in run.kept.get("model", {}).items()]
     kept = [*record.checkpoints, *filter(None, [record.best_checkpoint])]
@@ -84,7 +87,7 @@ def about(run: RunFiles) -> list[Fact]:
         *(_about_rows(name, record.data.by_name.get(key)) for key, name in SET_NAMES.items()),
         (
             "Steps",
-            f"{len(run.metrics.steps):,} of {plan.steps:,}: {count_of(config['num_epochs'], 'epoch')} of "
+            f"{len(run.metrics.steps):,} of {plan.steps:,}: {count_of(begun, 'epoch')} of "
             f"{examples} in batches of {config['batch_size']}, {plan.batching}, matmuls in "
             f"{record.dtype or 'unknown'}",
             [],
@@ -291,6 +294,11 @@ def _time_figure(run: RunFiles) -> tuple[str, str, str]:
 def _memory_figure(run: RunFiles) -> tuple[str, str, str]:
     peak, predicted = run.record.peak_memory_bytes, run.plan.peak_memory
     return "Peak memory", f"{peak / 1e9:.1f} GB" if peak else "unknown", f"{predicted / 1e9:.1f} GB predicted"
+
+
+def _data_name(data: str | Sequence[str]) -> str:
+    first, *others = [data] if isinstance(data, str) else data
+    return _last_part(first) + (f" and {len(others)} more" if others else "")
 
 
 def _last_part(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from handspun.config import TrainConfig
 from handspun.data.conversations import to_conversation
 from handspun.data.dataset import Dataset, fingerprint, read_split
-from handspun.display import json_line
+from handspun.display import join_names, json_line
 from handspun.errors import DataError
 from handspun.files import output_errors
 from handspun.training.guards import OutOfMemory, SkippedStep, Spike
@@ -81,16 +81,15 @@ def write_batch(skipped: SkippedStep, config: TrainConfig, training: Dataset) ->
     path = Path(config.output_dir) / f"nonfinite-step-{skipped.step}.jsonl"
     try:
         rows, _ = read_split(
-            config.data,
-            eval_data=None,
-            eval_ratio=config.eval_ratio,
+            config,
+            eval_data=(),
+            eval_ratio=0.0 if config.eval_sources else config.eval_ratio,
             seed=config.seed,
-            columns=config.column_names,
         )
     except DataError as error:
         return f"its rows are not in {path}, since the data cannot be read any more: {error}"
     if fingerprint(rows) != training.fingerprint:
-        return f"its rows are not in {path}, since {config.data} has changed while the run went on"
+        return f"its rows are not in {path}, since {join_names(config.sources)} has changed while the run went on"
     wanted = set(skipped.batch)
     with output_errors(path), path.open("w", encoding="utf-8") as file:
         for row in rows:

@@ -83,7 +83,7 @@ def _front_matter(config: Mapping[str, Any], base: str | None, adapter: bool, li
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         license=license,
-        datasets=[config["data"]] if hub_id(config["data"]) and not PurePath(config["data"]).suffix else None,
+        datasets=[name for name in _names(config["data"]) if hub_id(name) and not PurePath(name).suffix] or None,
         tags=["handspun", "lora" if config["lora"] else "full-fine-tuning", "sft"],
         base_model_relation=("adapter" if adapter else "finetune") if base else None,
     )
@@ -106,10 +106,12 @@ def _trained(record: RunRecord, checkpoint: Mapping[str, Any]) -> Iterator[tuple
     else:
         yield "method", "full fine-tuning"
     yield "parameters", f"{plan.parameters / 1e6:.1f}M, {plan.trainable / 1e6:.1f}M trained"
-    yield "training rows", _rows(config["data"], record.data.train)
-    if record.data.held_out:
-        source = config["eval_data"] or f"{config['eval_ratio']:.0%} of the training file"
-        yield "held-out rows", _rows(source, record.data.held_out)
+    train, held_out = record.data.train, record.data.held_out
+    yield "training rows", f"{_sources(config['data'])}: {_rows(train)}"
+    if held_out:
+        share = held_out.rows.rows / (held_out.rows.rows + train.rows.rows)
+        source = _sources(config["eval_data"]) if config["eval_data"] else f"{share:.0%} of the rows read"
+        yield "held-out rows", f"{source}: {_rows(held_out)}"
     yield "this checkpoint", f"step {checkpoint['step']} of {plan.steps}, epoch {checkpoint['epoch']}"
 
 
@@ -118,13 +120,20 @@ def base_name(model: str) -> str:
     return hub_id(model) or PurePath(model).name
 
 
-def _rows(source: str, some: RowSet) -> str:
+def _names(sources: str | Sequence[str]) -> Sequence[str]:
+    return [sources] if isinstance(sources, str) else sources
+
+
+def _sources(sources: str | Sequence[str]) -> str:
+    return ", ".join(name if hub_id(name) else PurePath(name).name for name in _names(sources))
+
+
+def _rows(some: RowSet) -> str:
     rows = some.rows
-    name = source if hub_id(source) or "%" in source else PurePath(source).name
     dropped = f", {len(rows.dropped)} dropped" if rows.dropped else ""
     truncated = f", {len(rows.truncated)} truncated" if rows.truncated else ""
     return (
-        f"{name}: {rows.kept} of {rows.rows} rows{dropped}{truncated}; {some.tokens} tokens, "
+        f"{rows.kept} of {rows.rows} rows{dropped}{truncated}; {some.tokens} tokens, "
         f"{some.learned_tokens} of them target tokens; sha256 `{some.sha256}`"
     )
 

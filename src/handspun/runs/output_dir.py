@@ -35,6 +35,7 @@ from handspun.runs.resume import (
     checkpoints_in,
     unfinished_run,
 )
+from handspun.training.batching import epochs_of_run
 from handspun.training.distributed import Distributed
 from handspun.training.guards import SkippedStep
 from handspun.training.loop import Evaluation
@@ -225,10 +226,11 @@ def check_disk_space(plan: Plan, config: TrainConfig, replaces: Sequence[Path] =
     first = min(needed, plan.checkpoint_size * 2 + plan.training_state_size)
     if free >= needed or first <= free >= needed - _size_of(replaces):
         return
+    epochs = epochs_of_run(plan.examples, config)
     meanwhile = " The earlier run stays until the first one is saved." if replaces else ""
     raise OutputError(
-        f"{config.output_dir} has {readable_size(free)} free, and {config.num_epochs} checkpoints with the best "
-        f"one, {config.keep_last} of them with what resuming needs, take {readable_size(needed)}.{meanwhile} Free "
+        f"{config.output_dir} has {readable_size(free)} free, and {epochs} checkpoints with the best one, "
+        f"{config.keep_last} of them with what resuming needs, take {readable_size(needed)}.{meanwhile} Free "
         "some, choose another --output-dir, give fewer --num-epochs or --keep-last 1, or halve the files with "
         "--save-dtype bfloat16."
     )

@@ -33,8 +33,8 @@ _CHANGEABLE_ON_RESUME = {"on_nonfinite", "max_skipped_steps"}
 """Options that may change on resume: they did not affect the steps that are done."""
 _AFFECTS_ROUNDING = {"threads", "max_tokens", "device", "batching", "activation_checkpointing", "shard"}
 """Options that affect only the rounding: a change is logged and recorded."""
-_PATH_OPTIONS = {"data", "eval_data"}
-"""Where rows are; their content shows whether they are the same."""
+_ROW_OPTIONS = {"data", "eval_data", "limit"}
+"""Which rows to read; their content shows whether they are the same."""
 
 _DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
 
@@ -274,10 +274,7 @@ def _option_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> It
     """Yield the options that differ and matter. One that an earlier version did not have had its default then."""
     for name, value in now.items():
         then = before.get(name, _DEFAULTS.get(name))
-        if (
-            _plain(then) != _plain(value)
-            and name not in _IGNORED_ON_RESUME | _PATH_OPTIONS | _CHANGEABLE_ON_RESUME
-        ):
+        if _plain(then) != _plain(value) and name not in _IGNORED_ON_RESUME | _ROW_OPTIONS | _CHANGEABLE_ON_RESUME:
             yield option_name(name), then, value
 
 

@@ -4,6 +4,7 @@ Each stage returns what the next ones need. The loop itself is training/loop.py:
 each event to its listeners (log, incidents, sample answers, checkpoints).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -50,6 +51,7 @@ from handspun.preflight.print import (
     account_lines,
     corrected_line,
     doubts_about_memory,
+    held_out_lines,
     length_lines,
     log_lines,
     plan_lines,
@@ -82,6 +84,7 @@ from handspun.runs.sample_answers import Sampler, sample_prompts, sampler_of
 from handspun.runs.signals import StopRequest, stop_requests
 from handspun.runs.trackers import check_trackers_installed
 from handspun.training.agreement import check_same_options, check_same_rows, check_same_weights
+from handspun.training.batching import steps_of_epoch
 from handspun.training.checkpoint import TRAINING_STATE, read_optimizer, read_weights
 from handspun.training.distributed import Distributed, processes_of_this_run
 from handspun.training.dtype import choose_dtype, use_threads
@@ -177,7 +180,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
     ):
         check_same_options(config, processes)
         check_trackers_installed(config.log_to)
-        check_data_exists(config.data, config.eval_data)
+        check_data_exists(*config.sources, *config.eval_sources)
         console.quiet = console.quiet or not processes.is_first
         folder = Path(config.output_dir) if processes.is_first and not config.dry_run else None
         if folder:
@@ -206,7 +209,7 @@ def load_data(run: RunContext) -> LoadedData:
     source = model_source(config.model)
     if config.lora:
         check_base_is_no_adapter(source)
-    inputs = [config.data, config.eval_data] if config.eval_data is not None else [config.data]
+    inputs = [*config.sources, *config.eval_sources]
     models = [config.model, source.location, source.adapter or config.model]
     remedy = "Choose another --output-dir, or move it out of there first."
     check_inputs_outside(models, inputs, run.prepared.replaces, remedy)
@@ -218,7 +221,7 @@ def load_data(run: RunContext) -> LoadedData:
         config,
         template,
         max_length=max_length,
-        eval_data=config.eval_data,
+        eval_data=config.eval_sources,
         eval_ratio=config.eval_ratio,
         seed=config.seed,
         cache=ExampleCache(cache_folder() / "examples"),
@@ -260,7 +263,7 @@ def plan_run(run: RunContext, data: LoadedData) -> RunPlan:
     shape = shapes_of(config)
     plan = make_plan(shape, examples, config)
     seconds = predicted_seconds(
-        operations(shape, plan, examples, config),
+        _epochs(run, plan) * operations(shape, plan, examples, config),
         config,
         dtype=dtype,
         device=processes.device,
@@ -274,11 +277,20 @@ def check(run: RunContext, data: LoadedData, planned: RunPlan) -> None:
     config, processes = run.config, run.processes
     if not processes.is_first:
         return
-    log_lines(plan_lines(planned.plan, config, data.max_length), template_lines(data.template))
+    log_lines(
+        plan_lines(planned.plan, config, data.max_length),
+        held_out_lines(data.training, data.held_out, config),
+        template_lines(data.template),
+    )
     findings = [*data.findings, *doubts_about_memory(planned.memory_doubts)]
     found = show_preflight(config, findings, planned.ending, planned.seconds)
     if planned.record is not None:
         planned.record.preflight = found
+
+
+def _epochs(run: RunContext, plan: Plan) -> float:
+    """Return the epochs of the run; `max_steps` may cut the last one."""
+    return plan.steps / steps_of_epoch(plan.examples, run.config)
 
 
 def load_model(run: RunContext, data: LoadedData) -> ChatModel:
@@ -398,7 +410,7 @@ def _listeners(
 ) -> list[Listener]:
     """Return the listeners in the order in which they get each event."""
     config, processes, log = run.config, run.processes, run.log
-    forecast = Forecast(trained.plan, config.num_epochs, planned.seconds)
+    forecast = Forecast(trained.plan, _epochs(run, trained.plan), planned.seconds)
 
     def log_event(event: Event, _state: TrainingState) -> None:
         log.event(event)
@@ -494,7 +506,7 @@ def _live_state(
 ) -> LiveState:
     return LiveState(
         total_steps=planned.plan.steps,
-        num_epochs=run.config.num_epochs,
+        num_epochs=math.ceil(_epochs(run, planned.plan)),
         held_out=data.held_out is not None,
         prompts=tuple(prompt.text for prompt in sampler.prompts) if sampler else (),
         stopping=lambda: bool(request.signal),

@@ -1,5 +1,6 @@
 """Batching without a model: row order, batches, micro-batches, packs."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from handspun.config import TrainConfig
 from handspun.data.examples import Example
 
 IGNORED = -100
@@ -24,6 +26,22 @@ def batches(examples: Sequence[Example], order: Sequence[int], batch_size: int) 
     """Yield `batch_size` examples per optimizer step; the last batch may be shorter."""
     for start in range(0, len(order), batch_size):
         yield [examples[i] for i in order[start : start + batch_size]]
+
+
+def steps_of_epoch(rows: int, config: TrainConfig) -> int:
+    """Return the optimizer steps of an epoch over so many rows, the last, shorter batch included."""
+    return math.ceil(rows / config.batch_size)
+
+
+def steps_of_run(rows: int, config: TrainConfig) -> int:
+    """Return the optimizer steps of a run: those of all epochs, at most `max_steps`."""
+    steps = steps_of_epoch(rows, config) * config.num_epochs
+    return min(steps, config.max_steps or steps)
+
+
+def epochs_of_run(rows: int, config: TrainConfig) -> int:
+    """Return the number of epochs that a run begins."""
+    return math.ceil(steps_of_run(rows, config) / steps_of_epoch(rows, config))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from handspun.config import TrainConfig
 from handspun.data.examples import Example, learned_tokens_of
-from handspun.training.batching import batches, epoch_order
+from handspun.training.batching import batches, epoch_order, steps_of_epoch, steps_of_run
 from handspun.training.distributed import Distributed
 from handspun.training.guards import (
     WINDOW,
@@ -132,17 +132,21 @@ class Loop:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch, the last, shorter batch included."""
-        return math.ceil(len(self.examples) / self.config.batch_size)
+        return steps_of_epoch(len(self.examples), self.config)
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.steps_per_epoch * self.config.num_epochs
+        return steps_of_run(len(self.examples), self.config)
+
+    def ends_epoch(self, step: int) -> bool:
+        """Return whether an epoch ends with this step: it is the epoch's last, or the run's."""
+        return step % self.steps_per_epoch == 0 or step == self.total_steps
 
     def evaluates_after(self, step: int) -> bool:
         """Return whether to evaluate the held-out rows after this step."""
         every = self.config.eval_steps
-        return bool(self.held_out) and (step % self.steps_per_epoch == 0 or bool(every and step % every == 0))
+        return bool(self.held_out) and (self.ends_epoch(step) or bool(every and step % every == 0))
 
     def ends_step(self, event: Event) -> bool:
         """Return whether the event is the last of its step, so the run can stop and resume here."""
@@ -153,7 +157,7 @@ class Loop:
             isinstance(event, SkippedStep) and is_fatal(event, self.config)
         ):
             return False
-        if event.step % self.steps_per_epoch == 0:
+        if self.ends_epoch(event.step):
             return isinstance(event, EpochEnd)
         return isinstance(event, Evaluation) or not self.evaluates_after(event.step)
 
@@ -164,23 +168,25 @@ def start(model: PreTrainedModel, config: TrainConfig) -> TrainingState:
 
 
 def train(loop: Loop, state: TrainingState) -> Iterator[Event]:
-    """Train from the state's step to the last epoch's end, yielding events.
+    """Train from the state's step to the last one, yielding events.
 
-    Yields the events of each step and an EpochEnd per epoch. With held-out rows, also an Evaluation at the start,
-    every `eval_steps` steps, and at the end of each epoch. Raises TrainingError where `train_step` does.
+    Yields the events of each step and an EpochEnd per epoch, also where `max_steps` ends the last one early. With
+    held-out rows, also an Evaluation at the start, every `eval_steps` steps, and at the end of each epoch. Raises
+    TrainingError where `train_step` does.
     """
     config = loop.config
     state.model.train()
     if state.step == 0 and loop.held_out:
         yield _evaluation(loop, state, epoch=0)
-    epochs_done, steps_done = divmod(state.step, loop.steps_per_epoch)
-    for epoch in range(epochs_done + 1, config.num_epochs + 1):
+    while state.step < loop.total_steps:
+        epochs_done, steps_done = divmod(state.step, loop.steps_per_epoch)
+        epoch, steps = epochs_done + 1, min(loop.steps_per_epoch, loop.total_steps - state.step + steps_done)
         order = epoch_order(len(loop.examples), seed=config.seed, epoch=epoch)
-        for batch in batches(loop.examples, order[steps_done * config.batch_size :], config.batch_size):
+        left = order[steps_done * config.batch_size : steps * config.batch_size]
+        for batch in batches(loop.examples, left, config.batch_size):
             yield from train_step(loop, state, batch, epoch)
             if loop.evaluates_after(state.step):
                 yield _evaluation(loop, state, epoch)
-        steps_done = 0
         yield EpochEnd(state.step, epoch)
 
 

@@ -17,7 +17,7 @@ from handspun.data.examples import Example, learned_tokens_of, lengths_of
 from handspun.errors import HandspunError, TrainingError
 from handspun.models.int8 import Int8Linear
 from handspun.models.load import resolve_device
-from handspun.training.batching import Batching, batches, epoch_order
+from handspun.training.batching import Batching, batches, epoch_order, epochs_of_run, steps_of_run
 from handspun.training.distributed import Distributed
 from handspun.training.optim import BLOCK
 from handspun.training.packed import LOGITS_CHUNK_BYTES
@@ -261,7 +261,7 @@ def make_plan(model: PreTrainedModel, examples: Sequence[Example], config: Train
     return Plan(
         batching=batching.kind,
         examples=len(examples),
-        steps=-(-len(examples) // config.batch_size) * config.num_epochs,
+        steps=steps_of_run(len(examples), config),
         micro_batches=len(computed),
         tokens=int(lengths_of(examples).sum()),
         learned_tokens=learned_tokens_of(examples),
@@ -291,7 +291,7 @@ def disk_at_most(plan: Plan, config: TrainConfig) -> int:
     """Return the most bytes that a run's checkpoints can take."""
     # One per epoch, the best one, those to resume from, and one more while it is written.
     resuming = (plan.checkpoint_size + plan.training_state_size) * (config.keep_last + 1)
-    return plan.checkpoint_size * (config.num_epochs + 1) + resuming
+    return plan.checkpoint_size * (epochs_of_run(plan.examples, config) + 1) + resuming
 
 
 # Relative error of predictions (docs/results.md). A run is rejected if not even four fifths of its predicted peak

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from handspun.config import TrainConfig
-from handspun.data.rows import read_rows
+from handspun.data.rows import read_sources
 from handspun.display import logger
 from handspun.errors import TrainingError
 from handspun.files import read_json_object, sha256_of
@@ -70,14 +70,19 @@ def kill_and_compare(config: TrainConfig, *, steps: int, kills: int, rng: random
 
 def _config(config: TrainConfig, work: Path, steps: int) -> TrainConfig:
     """Return options for two epochs of half the steps each, on just enough rows, with frequent checkpoints."""
-    rows = read_rows(config.data, columns=config.column_names)[: max(steps // 2, 1) * config.batch_size]
+    rows = read_sources(config.sources, None, config.column_names, config.limit)[
+        : max(steps // 2, 1) * config.batch_size
+    ]
     data = work / "rows.jsonl"
     data.write_text("".join(json.dumps(row.values, default=str) + "\n" for row in rows), encoding="utf-8")
     return replace(
         config,
         data=str(data),
         columns=None,  # the rows have the formats' names now
+        limit=None,
+        eval_ratio=config.eval_ratio or 0.0,
         num_epochs=2,
+        max_steps=None,
         save_steps=config.save_steps or max(steps // 5, 1),
         sample_answers=False,
         report_rows=0,

@@ -11,8 +11,9 @@ GROUPS = {
     "Arguments": "files name",
     "Prompts": "prompts prompts-file system-prompt prefill chat",
     "Model": "model-a model-b model weights device threads chat-template template-args",
-    "Rows": "data data-format columns role-map max-length strict cache-examples",
-    "Training": "num-epochs batch-size learning-rate lr-schedule warmup-ratio weight-decay max-grad-norm",
+    "Rows": "data limit data-format columns role-map max-length strict cache-examples",
+    "Training": "num-epochs max-steps batch-size learning-rate lr-schedule warmup-ratio weight-decay"
+    " max-grad-norm",
     "LoRA": "lora lora-rank lora-alpha lora-dropout base-weights",
     "Evaluation": "eval-data eval-ratio eval-steps generate per-row",
     "Answers during training": "sample-answers sample-prompts sample-every",
