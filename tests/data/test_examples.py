@@ -154,7 +154,7 @@ def test_rows_come_from_files(tmp_path: Path) -> None:
         DataConfig(data=str(tmp_path / "train.csv")),
         TEMPLATE,
         max_length=99,
-        eval_data=str(tmp_path / "held.jsonl"),
+        eval_data=[str(tmp_path / "held.jsonl")],
     )
     assert held_out is not None
     assert (len(training.examples), len(held_out.examples)) == (1, 1)
@@ -168,7 +168,7 @@ def test_examples_begin_with_the_system_prompt_that_is_given(tmp_path: Path) -> 
     for name in ("train.jsonl", "held.jsonl"):
         (tmp_path / name).write_text("".join(lines), encoding="utf-8")
     config = DataConfig(data=str(tmp_path / "train.jsonl"), system_prompt="Be brief.")
-    training, held_out = load_splits(config, TEMPLATE, max_length=99, eval_data=str(tmp_path / "held.jsonl"))
+    training, held_out = load_splits(config, TEMPLATE, max_length=99, eval_data=[str(tmp_path / "held.jsonl")])
     assert held_out is not None
     for examples in (training.examples, held_out.examples):
         texts = [TEMPLATE.tokenizer.decode(example.input_ids) for example in examples]

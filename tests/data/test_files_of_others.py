@@ -516,7 +516,7 @@ def test_what_is_not_read_in_a_folder_is_told(write: Write) -> None:
 def test_notes_of_held_out_files_are_in_their_own_account(write: Write) -> None:
     write("train.csv", "instruction,output\na,b\n")
     write("held.csv", "sep=,\ninstruction,output\na,b\n")
-    made, held_out = load_splits(DataConfig(data="train.csv"), TEMPLATE, max_length=1000, eval_data="held.csv")
+    made, held_out = load_splits(DataConfig(data="train.csv"), TEMPLATE, max_length=1000, eval_data=["held.csv"])
     assert held_out is not None
     assert made.account.file_notes == {}
     assert list(held_out.account.file_notes) == ["held.csv"]

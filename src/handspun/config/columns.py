@@ -6,7 +6,7 @@ from typing import Any
 
 COLUMNS = (
     *("instruction", "input", "output", "prompt", "completion"),
-    *("messages", "conversations", "system", "history", "tools"),
+    *("messages", "conversations", "system", "history", "tools", "text"),
 )
 """Columns that the formats of rows read."""
 _EXPECTED = "COLUMN=NAME, as in --columns instruction=Frage,output=Antwort, and COLUMN one of " + ", ".join(

@@ -9,7 +9,7 @@ from handspun.config.role_map import parse_role_map
 from handspun.config.template_args import read_template_args
 from handspun.errors import ConfigError
 
-DataFormat = Literal["auto", "alpaca", "prompt-completion", "messages", "sharegpt"]
+DataFormat = Literal["auto", "alpaca", "prompt-completion", "messages", "sharegpt", "text"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from handspun.data.formats import MEDIA, NEEDED, used_columns
+from handspun.data.formats import MEDIA, NEEDED, TEXT, used_columns
 from handspun.data.marks import check_parts, row_marks, turn_mark
 from handspun.data.messages import (
     LOST_NULLS,
@@ -90,7 +90,7 @@ class _Read:
 def to_conversation(
     row: Row, data_format: str, *, system_prompt: str | None, role_map: Mapping[str, str] | None = None
 ) -> Conversation:
-    """Return the row's conversation, with its texts unchanged.
+    """Return the row's conversation, with its texts unchanged. Plain text is one assistant turn without a prompt.
 
     It ends with an assistant turn that is trained on. Anything after that is cut off, and noted. Raises DroppedRow
     for a row with nothing to train on, and DataError for a row that does not match the format.
@@ -104,6 +104,11 @@ def to_conversation(
     read = _Read(role_map or {})
     _refuse(row, data_format, read)
     read.notes += row_marks(row.values, _used_columns(data_format))
+    if data_format == TEXT:
+        check_writable(text := _filled(row, TEXT, data_format))
+        return Conversation(
+            [{"role": "assistant", "content": text}], None, row.file, row.number, tuple(read.notes)
+        )
     messages = _messages(row, data_format, read)
     messages = _answered(messages, read)
     read.notes += filter(None, [_unusual_order(messages)])
@@ -260,7 +265,7 @@ def _refuse(row: Row, data_format: str, read: _Read) -> None:
     for column in MEDIA:
         if row.values.get(column):
             raise DroppedRow(f"{column.removesuffix('s')} content")
-    for column in ("kto_tag", "label") if data_format != "alpaca" else ("kto_tag",):
+    for column in ("kto_tag", "label") if data_format not in ("alpaca", TEXT) else ("kto_tag",):
         value = row.values.get(column)
         text = value.strip().lower() if isinstance(value, str) else value  # csv cells are strings
         if text is False or text == "false" or (column == "kto_tag" and text in (0, "0")):
@@ -287,7 +292,7 @@ def _cell(row: Row, column: str) -> Cell:
 
 def _value(row: Row, column: str, data_format: str) -> Any:
     if column not in row.values:
-        needed = next(columns for name, columns in NEEDED.items() if name == data_format)
+        needed = next((columns for name, columns in NEEDED.items() if name == data_format), (TEXT,))
         raise _cell(row, column).error(
             f"this row does not have the column. {data_format} needs {' and '.join(needed)}; the row has "
             f"{join_names(row.values) or 'none'}."

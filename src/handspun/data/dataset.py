@@ -17,7 +17,9 @@ import numpy as np
 
 from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
+from handspun.data.documents import end_of_text
 from handspun.data.examples import DataReport, TokenDataset, build_examples, check_rows_left, hold_out
+from handspun.data.formats import TEXT
 from handspun.data.rows import FileNotes, Row, read_sources
 from handspun.display import logger, printable
 from handspun.errors import ConfigError
@@ -233,6 +235,9 @@ def example_set(
     used = cache if config.cache_examples else None
     examples, account, how = _examples(rows, template, options, config.strict, used)
     account.file_notes = file_notes
+    for file in (file for file, data_format in account.formats.items() if data_format == TEXT):
+        note = f"plain text: every token is trained on, and {end_of_text(template)[1]} ends each row"
+        file_notes.setdefault(file, []).append(note)
     logger.info(how)
     return Dataset(examples, account, fingerprint(rows), _flagged_rows(rows, account), list(rows))
 

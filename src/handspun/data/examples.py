@@ -16,7 +16,8 @@ import numpy.typing as npt
 from handspun.config import DataFormat
 from handspun.data.chat_template import ChatTemplate, Layout, Span, TokenizedExample
 from handspun.data.conversations import to_conversation
-from handspun.data.formats import recognize_format, used_columns
+from handspun.data.documents import SPLIT, lay_out_document, pieces
+from handspun.data.formats import TEXT, check_one_kind, recognize_format, used_columns
 from handspun.data.marks import is_row_mark
 from handspun.data.messages import UNKNOWN_ROLE, role_advice
 from handspun.data.rendering import EndlessTemplateError
@@ -304,13 +305,16 @@ def _lay_out(
     try:
         data_format = account.formats[row.file]
         conversation = to_conversation(row, data_format, system_prompt=system_prompt, role_map=role_map)
-        whole = template.lay_out(conversation.messages, conversation.tools)
+        if data_format == TEXT:
+            whole = [lay_out_document(conversation.messages[0]["content"], template)]
+        else:
+            whole = template.lay_out(conversation.messages, conversation.tools)
     except EndlessTemplateError:
         raise
     except (DroppedRow, TemplateError) as error:
         account.dropped.append(RowIssue(row.file, row.number, str(error)))
         return []
-    layouts = [_tokenizable(layout, max_length) for layout in whole]
+    layouts = whole if data_format == TEXT else [_tokenizable(layout, max_length) for layout in whole]
     damage = detect_mojibake(message["content"] for message in conversation.messages)
     _add_unread_keys(account, row.file, conversation.unread_keys)
     notes = [*conversation.notes, *(layout.note for layout in layouts), *damage, *_changed(layouts, template)]
@@ -351,6 +355,10 @@ def _tokenizable(layout: Layout, max_length: int) -> Layout:
 def _examples_of(
     row: Row, encoded: list[TokenizedExample], account: DataReport, max_length: int
 ) -> Iterator[Example]:
+    if account.formats[row.file] == TEXT:
+        encoded = [piece for example in encoded for piece in pieces(example, max_length)]
+        if len(encoded) > 1:
+            account.notes.append(RowIssue(row.file, row.number, SPLIT))
     whole = [_drop_trailing_prompt(example) for example in encoded]
     longest = max(len(example.input_ids) for example in whole)
     is_cut = any(example.is_cut for example in encoded)
@@ -376,7 +384,7 @@ def _drop_trailing_prompt(encoded: TokenizedExample) -> TokenizedExample:
     return TokenizedExample(encoded.input_ids[:length], loss_mask[:length])
 
 
-_Columns = Iterable[tuple[str, tuple[str, ...]]]
+_Columns = Sequence[tuple[str, tuple[str, ...]]]
 """Files, each with the columns of some of its rows."""
 
 
@@ -385,10 +393,12 @@ def _formats(columns: _Columns, data_format: DataFormat) -> dict[str, str]:
     of_file: dict[str, dict[str, None]] = {}
     for file, names in columns:
         of_file.setdefault(file, {}).update(dict.fromkeys(names))
-    return {
-        file: recognize_format(list(names), file) if data_format == "auto" else data_format
-        for file, names in of_file.items()
-    }
+    if data_format != "auto":
+        return dict.fromkeys(of_file, data_format)
+    formats: dict[str, str] = {file: recognize_format(list(names), file) for file, names in of_file.items()}
+    for file, of_row in columns:
+        check_one_kind(of_row, formats[file], file)
+    return formats
 
 
 def _unused_columns(columns: _Columns, formats: dict[str, str]) -> dict[str, list[str]]:

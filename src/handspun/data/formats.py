@@ -71,7 +71,6 @@ _EXPORTS: tuple[tuple[tuple[str, ...], str], ...] = (
 # Single columns that cannot be trained on as they are.
 _MEANINGS = {
     "chosen": "`chosen` and `rejected` are a preference; to train on the preferred answer, name it `completion`.",
-    "text": "`text` does not say which part to train on; split it into `prompt` and `completion`.",
     "turns": "`turns` are questions without answers, so there is nothing to train on.",
 }
 
@@ -139,14 +138,20 @@ NEEDED: dict[DataFormat, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
 }
-"""Columns that each format needs."""
+"""Columns that each format of conversations needs."""
+
+TEXT: DataFormat = "text"
+"""The format of plain text, and its column."""
+_LABELS = {"label", "labels", "category", "class", "intent", "sentiment", "summary", "translation", "title"}
+_LABELS.update(*(_OTHER_NAMES[name] for name in ("output", "completion")))
+"""Columns next to which `text` may be a prompt rather than all there is to train on."""
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Columns of images, video and sound. A row that has any is dropped."""
 
 # Optional columns of every format.
 _OPTIONAL = {"system", "tools", "kto_tag", *MEDIA}
-_KNOWN = _OPTIONAL.union({"input", "history"}, *NEEDED.values())
+_KNOWN = _OPTIONAL.union({"input", "history", TEXT}, *NEEDED.values())
 _BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -156,19 +161,48 @@ def recognize_format(columns: Collection[str], file: str) -> DataFormat:
     if len(found) == 1:
         return found[0]
     names = join_names(columns) or "none"
+    if not found and TEXT in columns:
+        _check_no_label(columns, file)
+        return TEXT
     if found:
         raise DataError(
             f"the columns ({names}) fit several formats: {', '.join(found)}. Choose one with --data-format.",
             file=file,
         )
     formats = "; ".join(f"{name} needs {' and '.join(needed)}" for name, needed in NEEDED.items())
+    formats = f"plain text needs text; {formats}"
     message = f"the columns fit no format. Found: {names}. Expected: {formats}."
     remedy = "Or name yours, as in --columns prompt=Question,completion=Reply."
     raise DataError(" ".join([message, *hints(columns, dict(NEEDED.items())), remedy]), file=file)
 
 
+def _check_no_label(columns: Collection[str], file: str) -> None:
+    """Raise DataError if another column looks like the answer to `text`."""
+    labels = [name for name in columns if name.strip().lower() in _LABELS]
+    if labels:
+        label = printable(labels[0])
+        raise DataError(
+            f"the columns text and {label} can be read in two ways. To train on {label} as the answer to text, "
+            f"use --columns prompt=text,completion={label}; to train on the text itself, use --data-format text.",
+            file=file,
+        )
+
+
+def check_one_kind(columns: Collection[str], data_format: str, file: str) -> None:
+    """Raise DataError if a row with these columns is plain text in a file of conversations."""
+    needed = next((names for name, names in NEEDED.items() if name == data_format), ())
+    if needed and TEXT in columns and not set(needed) & set(columns):
+        raise DataError(
+            f"some rows are plain text (a text column), and others are conversations ({data_format}). Put them "
+            "into two files, and give --data twice.",
+            file=file,
+        )
+
+
 def used_columns(data_format: str) -> set[str]:
     """Return the columns that are read from a row of this format. Other columns are ignored."""
+    if data_format == TEXT:
+        return {TEXT, *MEDIA}
     used = _OPTIONAL.union(*(needed for name, needed in NEEDED.items() if name == data_format))
     return used | ({"input", "history"} if data_format == "alpaca" else {"label"})
 
@@ -200,7 +234,7 @@ def common_pair(columns: Collection[str]) -> dict[str, str]:
 def fits_a_format(columns: Collection[str]) -> bool:
     """Return whether the columns, in any case, fit a format."""
     spelled = {name.strip().lower() for name in columns}
-    return any(spelled.issuperset(needed) for needed in NEEDED.values())
+    return TEXT in spelled or any(spelled.issuperset(needed) for needed in NEEDED.values())
 
 
 def known_spellings(columns: Collection[str]) -> dict[str, str]:

@@ -22,7 +22,7 @@ _END_OF_THINKING = "</think>"
 class Question:
     """A row's conversation up to its last answer, that answer, and whether the row needs tools.
 
-    Rows that need tools are not evaluated.
+    Rows that need tools are not evaluated, nor is plain text, which has no messages before it.
 
     trained: the text that training on this row teaches, including the think block and anything else that the
     template writes around the answer. trained_tokens: its number of tokens.
@@ -63,7 +63,7 @@ def question_of(
     *asked, last = conversation.messages
     needs_tools = bool(conversation.tools or last.get("tool_calls"))
     question = Question(row.file, row.number, asked, str(last["content"]), needs_tools)
-    if chat is None or needs_tools:
+    if chat is None or needs_tools or not asked:
         return question
     ids = trained_answer_ids(chat, conversation.messages)
     return replace(question, trained=text_of_answer(chat, ids), trained_tokens=len(ids))

@@ -126,7 +126,7 @@ def score(
     questions = _questions(rows, made.account, config, chat if ask else None)
     answers: dict[RowKey, GenerationResult] = {}
     if ask:
-        asked = [question for question in questions if not question.needs_tools]
+        asked = [question for question in questions if question.messages and not question.needs_tools]
         with progress(f"answering {count_of(len(asked), 'prompt')}", len(asked)) as on_answer:
             found = greedy_answers(
                 chat,

@@ -10,6 +10,7 @@ from typing import Any
 from handspun.config import TrainConfig
 from handspun.data.conversations import to_conversation
 from handspun.data.dataset import Dataset, fingerprint, read_split
+from handspun.data.formats import TEXT
 from handspun.display import join_names, json_line
 from handspun.errors import DataError
 from handspun.files import output_errors
@@ -96,8 +97,10 @@ def write_batch(skipped: SkippedStep, config: TrainConfig, training: Dataset) ->
             if (row.file, row.number) in wanted:
                 data_format = training.account.formats[row.file]
                 said = to_conversation(row, data_format, system_prompt=config.system_prompt, role_map=config.roles)
-                written = {"messages": said.messages, "tools": said.tools, "file": row.file, "row": row.number}
-                file.write(json_line(written) + "\n")
+                written: dict[str, Any] = {"messages": said.messages, "tools": said.tools}
+                if data_format == TEXT:
+                    written = {TEXT: said.messages[0]["content"]}
+                file.write(json_line({**written, "file": row.file, "row": row.number}) + "\n")
     return f"its rows are in {path}: handspun preview --data {path} --model {config.model} shows them"
 
 

@@ -170,16 +170,13 @@ def next_commands(run: RunFiles, handspun: str = "handspun") -> list[tuple[str, 
     """Return (what for, command), with this run's paths. handspun: what to type for it."""
     if (path := checkpoint(run)) is None:
         return []
-    data = str(run.folder / HELD_OUT) if HELD_OUT in run.kept else run.record.config.get("eval_data")
+    data = str(run.folder / HELD_OUT) if HELD_OUT in run.kept else run.record.config.get("eval_data") or []
+    rows = [part for source in ([data] if isinstance(data, str) else data) for part in ("--data", source)]
     given = {name: value for name, value in run.record.given.items() if name in _OF_ROWS}
     export = ["export", "--model", path, "--gguf", "q8_0", "--output-dir", str(run.folder / "export")]
     commands = [
         ("talk to it", ["chat", "--model", path]),
-        *(
-            [("score it", ["eval", "--model", path, "--data", data, *option_words(given), "--generate"])]
-            if data
-            else []
-        ),
+        *([("score it", ["eval", "--model", path, *rows, *option_words(given), "--generate"])] if rows else []),
         ("for Ollama, llama.cpp, LM Studio", export),
     ]
     return [(what, f"{handspun} {shlex.join(words)}") for what, words in commands]

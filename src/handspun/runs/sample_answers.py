@@ -90,7 +90,7 @@ def rows_to_ask(dataset: Dataset) -> set[tuple[str, int]]:
 
 
 def questions_of(chat: ChatModel, config: TrainConfig, dataset: Dataset) -> list[Question]:
-    """Return the questions of the rows that may be asked. Rows with tools are left out, and those that fail."""
+    """Return the questions of the rows that may be asked. Rows with tools and plain text are left out, and those that fail."""
     asked, questions = rows_to_ask(dataset), list[Question]()
     how: dict[str, Any] = {"system_prompt": config.system_prompt, "role_map": config.roles, "chat": chat}
     for row in dataset.rows:
@@ -99,7 +99,7 @@ def questions_of(chat: ChatModel, config: TrainConfig, dataset: Dataset) -> list
             # trained on, and not asked.
             with suppress(TemplateError, ValueError, IndexError):
                 questions.append(question_of(row, dataset.account.formats, **how))
-    return [question for question in questions if not question.needs_tools]
+    return [question for question in questions if question.messages and not question.needs_tools]
 
 
 def short_questions(chat: ChatModel, config: TrainConfig, held_out: Dataset | None) -> list[Question]:
