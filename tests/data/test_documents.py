@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from handspun.config import DataConfig
@@ -36,8 +37,9 @@ def test_every_token_is_trained_on_and_the_eos_ends_the_document() -> None:
     eos, token = end_of_text(TEMPLATE)
     assert (eos, token) == (TEMPLATE.tokenizer.eos_token_id, TEMPLATE.tokenizer.eos_token)
     examples, account = build_examples([Row("a.csv", 1, {"text": "Hello, you."})], TEMPLATE, max_length=99)
-    assert list(examples)[0].input_ids == [*ids_of("Hello, you."), eos]
-    assert list(examples)[0].loss_mask == [False] + [True] * (len(ids_of("Hello, you.")))
+    (only,) = examples
+    assert only.input_ids == [*ids_of("Hello, you."), eos]
+    assert only.loss_mask == [False] + [True] * (len(ids_of("Hello, you.")))
     assert account.formats == {"a.csv": "text"}
 
 
@@ -52,8 +54,6 @@ def test_a_tokenizer_that_begins_texts_with_bos_begins_documents_with_it() -> No
     tokenizer: PreTrainedTokenizerBase = tiny_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
     bos = tokenizer.bos_token_id
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", bos)]
     )
@@ -99,9 +99,13 @@ def test_what_is_empty_is_dropped_and_said() -> None:
     assert [(note.row, note.text) for note in account.dropped] == [(2, "empty text")]
 
 
-def test_rows_of_both_kinds_in_one_file_are_an_error_that_says_what_to_do(write: Callable[[str, str], str]) -> None:
+def test_rows_of_both_kinds_in_one_file_are_an_error_that_says_what_to_do(
+    write: Callable[[str, str], str],
+) -> None:
     rows = read_rows(write("mixed.jsonl", '{"text": "a"}\n{"prompt": "b", "completion": "c"}\n'))
-    with pytest.raises(DataError, match=r"mixed\.jsonl: some rows are plain text .* Put them into two files, and g"):
+    with pytest.raises(
+        DataError, match=r"mixed\.jsonl: some rows are plain text .* Put them into two files, and g"
+    ):
         build_examples(rows, TEMPLATE, max_length=99)
 
 

@@ -31,7 +31,10 @@ def test_the_columns_tell_the_format(columns: list[str], data_format: str) -> No
         (["prompt", "chosen", "rejected"], "to train on the preferred answer, name it `completion`"),
         (["question", "answer"], "Rename 'question' to 'prompt' and 'answer' to 'completion'."),
         (["question_id", "turns"], "`turns` are questions without answers"),
-        ([], "Found: none. Expected: plain text needs text; alpaca needs instruction and output; prompt-completion needs"),
+        (
+            [],
+            "Found: none. Expected: plain text needs text; alpaca needs instruction and output; prompt-",
+        ),
     ],
 )
 def test_columns_of_no_format_are_listed_with_what_is_near(columns: list[str], hint: str) -> None:

@@ -27,7 +27,7 @@ from handspun.display import count_of, duration, join_names, logger
 from handspun.files import readable_size
 from handspun.preflight.checks import EndOfTurn, Finding, Preflight, check_findings, headline, rows_named
 from handspun.preflight.time_estimate import MEASURED_ON, SLOW
-from handspun.training.batching import epochs_of_run, steps_of_epoch
+from handspun.training.batching import steps_of_epoch
 from handspun.training.memory import Plan, disk_at_most
 
 _SHOWN = 12
