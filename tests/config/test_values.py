@@ -124,7 +124,7 @@ def test_data_takes_several_files_and_each_only_once(tmp_path: Path) -> None:
     assert TrainConfig().sources == ("train.csv",)
     assert TrainConfig().eval_sources == ()
     assert "expected each file once" in problems(TrainConfig, data=["a.csv", "a.csv"])[0]
-    assert "expected at least one file" in problems(TrainConfig, eval_data=[])[0]
+    assert "expected at least one row" in problems(TrainConfig, eval_data=[])[0]
     assert "expected text" in problems(TrainConfig, data=["a.csv", 3])[0]
     assert "expected text" in problems(TrainConfig, output_dir=["a", "b"])[0]
 
@@ -395,7 +395,7 @@ def test_every_note_on_another_tool_s_option_names_options_that_there_are(names:
         (TrainConfig, "target_modules", "all linear layers"),
         (TrainConfig, "max_seq_length", "--max-length"),
         (TrainConfig, "num_train_epochs", "--num-epochs"),
-        (TrainConfig, "max_steps", "--num-epochs"),
+        (TrainConfig, "total_steps", "--max-steps"),
         (TrainConfig, "warmup_steps", "--warmup-ratio"),
         (TrainConfig, "lora_r", "--lora-rank"),
         (TrainConfig, "model_name_or_path", "--model"),

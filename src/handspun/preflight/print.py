@@ -23,7 +23,7 @@ from handspun.data.examples import (
     notes_by_text,
 )
 from handspun.data.preview import bracketed, colored, spread
-from handspun.display import count_of, duration, join_names, logger
+from handspun.display import count_of, duration, join_names, logger, printable
 from handspun.files import readable_size
 from handspun.preflight.checks import EndOfTurn, Finding, Preflight, check_findings, headline, rows_named
 from handspun.preflight.time_estimate import MEASURED_ON, SLOW
@@ -155,7 +155,7 @@ def held_out_lines(training: Dataset, held_out: Dataset | None, config: TrainCon
         return
     count = held_out.account.rows
     if config.eval_data is not None:
-        yield f"held out: {count} rows of {join_names(config.eval_sources)}"
+        yield f"held out: {count} rows of {', '.join(map(printable, config.eval_sources))}"
         return
     yield f"held out: {count} of {count + training.account.rows} rows, chosen with seed {config.seed}"
     if config.eval_ratio is None:

@@ -11,7 +11,7 @@ from handspun.config import TrainConfig
 from handspun.data.conversations import to_conversation
 from handspun.data.dataset import Dataset, fingerprint, read_split
 from handspun.data.formats import TEXT
-from handspun.display import join_names, json_line
+from handspun.display import json_line
 from handspun.errors import DataError
 from handspun.files import output_errors
 from handspun.training.guards import OutOfMemory, SkippedStep, Spike
@@ -90,7 +90,7 @@ def write_batch(skipped: SkippedStep, config: TrainConfig, training: Dataset) ->
     except DataError as error:
         return f"its rows are not in {path}, since the data cannot be read any more: {error}"
     if fingerprint(rows) != training.fingerprint:
-        return f"its rows are not in {path}, since {join_names(config.sources)} has changed while the run went on"
+        return f"its rows are not in {path}, since {', '.join(config.sources)} has changed while the run went on"
     wanted = set(skipped.batch)
     with output_errors(path), path.open("w", encoding="utf-8") as file:
         for row in rows:
