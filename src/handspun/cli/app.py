@@ -117,7 +117,7 @@ def with_files(config: Rows, files: Sequence[str], command: str) -> Rows:
             )
         return config
     if config.data != default:
-        raise ConfigError(f"{files[0]} and --data {config.data} both name rows. Use one of them.")
+        raise ConfigError(f"{files[0]} and --data {config.sources[0]} both name rows. Use one of them.")
     data: Any = tuple(files) if len(files) > 1 else files[0]
     return replace(config, data=data)
 

@@ -92,7 +92,7 @@ def rows_for_report(dataset: Dataset, config: TrainConfig, *, is_held_out: bool)
 
 def _has_own_file(config: TrainConfig) -> bool:
     """Return whether the held-out rows are in a file of their own."""
-    return config.eval_data is not None and not isinstance(config.eval_data, RowsInMemory)
+    return bool(config.eval_data) and not any(isinstance(one, RowsInMemory) for one in config.eval_sources)
 
 
 @contextmanager

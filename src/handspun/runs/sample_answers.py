@@ -90,7 +90,7 @@ def rows_to_ask(dataset: Dataset) -> set[tuple[str, int]]:
 
 
 def questions_of(chat: ChatModel, config: TrainConfig, dataset: Dataset) -> list[Question]:
-    """Return the questions of the rows that may be asked. Rows with tools and plain text are left out, and those that fail."""
+    """Return the questions of the rows that may be asked. Tools, plain text and failures are left out."""
     asked, questions = rows_to_ask(dataset), list[Question]()
     how: dict[str, Any] = {"system_prompt": config.system_prompt, "role_map": config.roles, "chat": chat}
     for row in dataset.rows:
