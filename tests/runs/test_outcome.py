@@ -91,6 +91,13 @@ def test_verdict_of_losses(training: list[float], held_out: list[float], begins:
     assert bool(found.advice) == bool(advice)
 
 
+def test_verdict_of_a_run_that_max_steps_has_cut_names_that_option() -> None:
+    run = run_of([2.0, 1.5], [2.0, 1.6, 1.4], max_steps=2)
+    found = verdict(run)
+    assert found is not None
+    assert found.advice == "Train for longer (--max-steps 4)."
+
+
 def test_verdict_of_a_run_that_did_not_finish() -> None:
     stopped = run_of([2.0, 1.0], [2.0, 1.0])
     stopped.record.status = "stopped"

@@ -16,7 +16,7 @@ from handspun.config.rows_in_memory import RowsInMemory
 from handspun.data.dataset import Dataset
 from handspun.data.examples import lengths_of
 from handspun.data.preview import spread
-from handspun.display import captured_log, count_of, logger
+from handspun.display import captured_log, count_of, duration, logger
 from handspun.errors import HandspunError
 from handspun.evaluation.answers import Question, question_of
 from handspun.files import output_errors, write_json, write_text
@@ -250,7 +250,7 @@ def _row_answers(material: Material, questions: list[Question], when: str, until
     return [asdict(answer) for answer in answers]
 
 
-_LIMIT = f"answers and row losses may take {SHARE:.0%} of the steps' time"
+_LIMIT = f"answers and row losses may take {SHARE:.0%} of the steps' time, or {duration(LEAST_SECONDS)}"
 
 
 def _no_time(what: str) -> dict[str, str]:

@@ -43,7 +43,7 @@ def verdict(run: RunFiles) -> Verdict | None:
     if run.record.status != "finished" or not steps:
         return None
     training = epoch_losses(steps)
-    epochs = run.record.config["num_epochs"]
+    epochs = max(training)
     if len(found) < 2 or found[0]["step"] != 0:
         return _without_held_out_rows(training, steps)
     first, last = found[0]["loss"], found[-1]["loss"]
@@ -70,7 +70,7 @@ def verdict(run: RunFiles) -> Verdict | None:
     if epochs > 1 and last < before_last * (1 - _FALLING):
         return Verdict(
             f"Still falling: {fall}, and from {before_last:.4f} to {last:.4f} in the last epoch alone.",
-            f"Train for more epochs (--num-epochs {epochs * 2}).",
+            f"Train for longer ({_longer(run, epochs * 2)}).",
         )
     if training[max(training)] < last * _BY_HEART:
         return Verdict(
@@ -83,6 +83,12 @@ def verdict(run: RunFiles) -> Verdict | None:
             f"Learned: {fall} in one epoch.", "Two or three epochs usually learn more (--num-epochs 3)."
         )
     return Verdict(f"Learned: {fall}, and has leveled off.")
+
+
+def _longer(run: RunFiles, epochs: int) -> str:
+    """Return the option of a longer run."""
+    steps = run.record.config.get("max_steps")
+    return f"--max-steps {steps * 2}" if steps else f"--num-epochs {epochs}"
 
 
 def _risen(best: dict[str, Any], last: float, training: dict[int, float]) -> Verdict:

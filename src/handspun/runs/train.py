@@ -577,5 +577,8 @@ def _log_rows(data: LoadedData, *, is_brief: bool) -> None:
         length_lines(data.training.examples, is_brief=is_brief),
     )
     if data.held_out is not None:
-        lines = account_lines(data.held_out.account, max_length=data.max_length)
-        log_lines(["held out:"], (f"  {line}" for line in lines))
+        account = data.held_out.account
+        is_in_order = account.kept == account.rows and not (account.truncated or account.notes)
+        if not is_brief or not is_in_order:  # the plan has their number
+            lines = account_lines(account, max_length=data.max_length)
+            log_lines(["held out:"], (f"  {line}" for line in lines))
