@@ -144,32 +144,28 @@ def _at_the_start(material: Material) -> Kept:
     if material.held_out is not None and not _has_own_file(material.config):
         keys = ((row.file, row.number) for row in material.held_out.rows)
         _add_file(HELD_OUT, keys, material.held_out, material, kept)
-    began = material.clock()
-    until = began + _SHARE_BEFORE * allowed_seconds(material.predicted_seconds or 0.0)
-    questions = _short_questions(material)
-    half = began + (until - began) / 2 if questions else until
-    kept["before"] = _answers(material, material.prompts, "before", half)
-    kept["row_answers"] = {"before": _row_answers(material, questions, "before", until)} if questions else {}
-    kept["seconds"] = material.clock() - began
+    seconds = _SHARE_BEFORE * allowed_seconds(material.predicted_seconds or 0.0)
+    began, questions = material.clock(), _short_questions(material)
+    each = seconds / 2 if questions else seconds
+    kept["before"] = _answers(material, material.prompts, "before", each)
+    kept["row_answers"] = {"before": _row_answers(material, questions, "before", each)} if questions else {}
+    kept["seconds"] = min(material.clock() - began, seconds)  # else a slow start would leave nothing for the end
     return kept
 
 
 def _at_the_end(material: Material, kept: Kept) -> None:
     """Add the answers after training and the losses of rows, as far as the time of the steps allows."""
     steps = read_metrics(material.folder / METRICS).steps
-    began = material.clock()
-    left = allowed_seconds(sum(step["seconds"] for step in steps)) - kept.get("seconds", 0.0)
-    until = began + left
-    asked = {(one["file"], one["row"]) for one in kept.get("row_answers", {}).get("before", [])}
+    seconds = allowed_seconds(sum(step["seconds"] for step in steps)) - kept.get("seconds", 0.0)
+    until = material.clock() + seconds
+    asked = {(one["file"], one["row"]) for one in kept["row_answers"].get("before", [])}
     questions = [one for one in _short_questions(material) if (one.file, one.row) in asked]
-    share = (0.4 if questions else 0.65) if material.config.report_rows else (0.5 if questions else 1.0)
+    parts = 1 + bool(questions) + bool(material.config.report_rows)
     prompts = [SamplePrompt(**prompt) for prompt in kept["prompts"]]
-    kept["after"] = _answers(material, prompts, "after", began + share * left)
+    kept["after"] = _answers(material, prompts, "after", seconds / parts)
     if questions:
-        now = material.clock()
-        end = now + (until - now) * (0.5 if material.config.report_rows else 1.0)
-        kept["row_answers"]["after"] = _row_answers(material, questions, "after", end)
-    kept["row_losses"] = _row_losses(material, kept, until)
+        kept["row_answers"]["after"] = _row_answers(material, questions, "after", seconds / parts)
+    kept["row_losses"] = _row_losses(material, kept, max(until - material.clock(), seconds / parts))
 
 
 def model_fingerprints(name: str, chat: ChatModel) -> dict[str, str]:
@@ -207,13 +203,13 @@ def _short_questions(material: Material) -> list[Question]:
     return short_questions(material.chat, material.config, material.held_out)
 
 
-def _answers(material: Material, prompts: list[SamplePrompt], when: str, until: float) -> dict[str, Any]:
+def _answers(material: Material, prompts: list[SamplePrompt], when: str, seconds: float) -> dict[str, Any]:
     """Return {"answers", "notes"}, or {"missing": why}."""
     if not material.config.sample_answers or not prompts:
         return {"missing": "they were not asked for (--no-sample-answers)"}
     if material.config.shard:
         return _IN_SHARES
-    if (seconds := until - material.clock()) <= 0:
+    if seconds <= 0:
         return _no_time(f"no sample answers {when} training")
     state = "untrained" if when == "before" else "trained"
     try:
@@ -229,10 +225,10 @@ def _answers(material: Material, prompts: list[SamplePrompt], when: str, until: 
         return {"missing": str(error)}
 
 
-def _row_answers(material: Material, questions: list[Question], when: str, until: float) -> list[dict[str, Any]]:
+def _row_answers(material: Material, questions: list[Question], when: str, seconds: float) -> list[dict[str, Any]]:
     """Return the answers to held-out rows with short answers that are complete in time."""
     what = count_of(len(questions), "short held-out answer")
-    if (seconds := until - material.clock()) <= 0:
+    if seconds <= 0:
         _no_time(f"exact matches on {what} {when} training are not counted")
         return []
     state = "untrained" if when == "before" else "trained"
@@ -258,15 +254,16 @@ def _no_time(what: str) -> dict[str, str]:
     return {"missing": _LIMIT}
 
 
-def _row_losses(material: Material, kept: Kept, until: float) -> dict[str, Any]:
+def _row_losses(material: Material, kept: Kept, seconds: float) -> dict[str, Any]:
     """Return the `loss_facts` of each set, or {"missing": why}. Add the file of the hardest training rows."""
     config = material.config
     if not config.report_rows:
         return {"missing": "they were not asked for (--report-rows 0)"}
     if config.shard:
         return _IN_SHARES
-    if until <= material.clock():
+    if seconds <= 0:
         return _no_time("no losses of rows")
+    until = material.clock() + seconds
     wanted = sum(min(config.report_rows, len(some.examples)) for some in material.sets.values())
     pad_token_id = material.chat.tokenizer.pad_token_id
     runner_of = select_runner(
