@@ -20,15 +20,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import handspun
 import train_inference as script
+from handspun.config import TrainConfig
 from handspun.data.dataset import DEFAULT_MAX_LENGTH, load_splits
-from handspun.demo.run import demo_config
 from handspun.runs.record import environment
 from handspun.training.batching import epoch_order
 from handspun.training.loop import Loop, Step, start, train
 from handspun.training.runner import select_runner
-from measurements import table
+from measurements import DEMO_ROWS, table
 
-CONFIG = demo_config("output")
+CONFIG = TrainConfig(
+    model="smollm2-135m",
+    data=str(DEMO_ROWS),
+    eval_data=str(DEMO_ROWS.with_name("held_out.csv")),
+    learning_rate=5e-5,
+)
 PROMPTS = ["Give me a brief introduction to Shanghai Jiao Tong University.", "Tell me a joke about computers."]
 NEW_TOKENS = 32
 DECODINGS = {

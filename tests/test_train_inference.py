@@ -21,13 +21,14 @@ from handspun.data.chat_template import ChatTemplate
 from handspun.data.dataset import DEFAULT_MAX_LENGTH, load_splits
 from handspun.decoding.options import SamplingParams
 from handspun.decoding.processors import History, make_processors, process
-from handspun.demo.run import DEMO_DATA, demo_config
+from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.load import ChatModel
 from handspun.training.batching import collate
 from handspun.training.optim import lr_at
 from small_runs import quiet_console
 from tiny import qwen_tokenizer, tiny_model, tiny_tokenizer
 
+GENERAL_ROWS = Path(handspun.__file__).parent / "demo" / "demo.csv"
 SCRIPT = ROOT / "train_inference.py"
 PROMPTS = ["Give me a brief introduction to the city.", "Red?", "What is the sum of the first numbers? Answer."]
 ROWS = [
@@ -76,7 +77,7 @@ def steps_and_held_out(output: Path) -> tuple[list[float], list[float]]:
 @pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), qwen_tokenizer()], ids=["tiny", "Qwen2.5"])
 @pytest.mark.parametrize("file", ["rows", "demo"])
 def test_examples_and_batches_equal_the_packages(tokenizer: Any, file: str, rows: Path) -> None:
-    data = rows if file == "rows" else DEMO_DATA
+    data = rows if file == "rows" else GENERAL_ROWS
     training, _ = load_splits(
         TrainConfig(data=str(data)), ChatTemplate(tokenizer), max_length=DEFAULT_MAX_LENGTH, cache=None
     )
@@ -228,15 +229,14 @@ def test_every_default_is_the_packages(tmp_path: Path, monkeypatch: pytest.Monke
         assert field.default == getattr(decoding, field.name), field.name
 
 
-def test_the_demo_is_the_packages(tmp_path: Path) -> None:
+def test_the_demo_is_the_embedded_model_and_rows(tmp_path: Path) -> None:
     options = script.parse_options(["--demo", "--output-dir", str(tmp_path)])
-    demo = demo_config(str(tmp_path))
-    assert options.model == demo.model
-    assert [Path(file).resolve() for file in (options.data, options.eval_data)] == [
-        Path(file).resolve() for file in (*demo.sources, *demo.eval_sources)
+    assert options.model == EMBEDDED_NAME
+    assert [Path(file) for file in (options.data, options.eval_data)] == [
+        GENERAL_ROWS,
+        GENERAL_ROWS.with_name("held_out.csv"),
     ]
-    assert options.num_epochs == demo.num_epochs
-    assert demo.learning_rate == TrainConfig().peak_learning_rate
+    assert GENERAL_ROWS.is_file()
 
 
 @pytest.mark.parametrize("step", range(10))

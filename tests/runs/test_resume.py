@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,40 @@ def test_the_weights_are_those_of_a_run_that_nobody_disturbed(
         assert records[1][key] == records[0][key]
     assert [resumed["step"] for resumed in records[1]["resumed"]] == [3, 5, 5, 12]
     assert not any(resumed["changes"] for resumed in records[1]["resumed"])
+
+
+@pytest.mark.slow
+def test_several_files_a_limit_and_a_last_step_resume_to_the_same_bits(
+    tiny_folder: Path, data: Path, crash_after: Callable[[int], None]
+) -> None:
+    """20 conversations and the first 4 of 8 texts make 6 steps per epoch; the run ends one step later."""
+    texts = data.with_name("texts.jsonl")
+    texts.write_text("".join(f'{{"text": "It is {n}. {"So it is. " * n}"}}\n' for n in range(8)), encoding="utf-8")
+    options = {"limit": 24, "max_steps": 7, "save_steps": 2, "eval_ratio": 0.0, "eval_data": str(data)}
+    whole, again = (
+        replace(config(tiny_folder, data, name, **options), data=(str(data), str(texts)))
+        for name in ("whole", "again")
+    )
+    assert "24 examples x 3 epochs in batches of 4: 7 steps of 18 (--max-steps)" in train(whole)
+    for step in (3, 6):
+        crash_after(step)
+        crash(again)
+    crash_after(15)
+    assert "resuming after step 6 of 7" in train(again)
+    folders = [data.with_name(name) for name in ("whole", "again")]
+    assert weights(folders[0]) == weights(folders[1])
+    assert events(folders[0]) == events(folders[1])
+    assert {path.name for path in folders[1].glob("checkpoint-epoch-*")} == {
+        "checkpoint-epoch-1",
+        "checkpoint-epoch-2",
+    }
+    records = [json.loads((folder / "run.json").read_text()) for folder in folders]
+    assert records[0]["data"] == records[1]["data"]
+    assert records[1]["config"]["data"] == [str(data), str(texts)]
+    assert (records[1]["config"]["limit"], records[1]["plan"]["steps"]) == (24, 7)
+    other = replace(again, max_steps=9)
+    with pytest.raises(ConfigError, match="--max-steps: 7 then, 9 now"):
+        train(replace(other, resume=True))
 
 
 def test_a_finished_run_keeps_models_and_nothing_to_resume_from(tiny_folder: Path, data: Path) -> None:

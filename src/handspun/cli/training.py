@@ -79,7 +79,7 @@ def preview(
 def demo(
     *,
     output_dir: str = "output/demo",
-    num_epochs: Count = 3,
+    num_epochs: Count = 2,
     threads: Count | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -90,7 +90,7 @@ def demo(
     output_dir
         Folder for checkpoints, train.log, metrics.jsonl, run.json and report.html.
     num_epochs
-        Passes over the 330 training rows.
+        Passes over the 196 training rows.
     threads
         CPU threads. If not given, PyTorch's default (one per physical core).
     overwrite
