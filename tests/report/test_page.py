@@ -328,6 +328,16 @@ def test_without_held_out_rows_the_training_loss_is_told(copy: Callable[..., Pat
     assert f"Training loss {first:.4f} → {last:.4f} first and last step; no rows held out" in text
 
 
+def test_a_run_stopped_before_its_second_evaluation_shows_one_loss(copy: Callable[..., Path]) -> None:
+    folder = copy(status="stopped")
+    keep_events(folder, lambda event: event["event"] != "evaluation" or event["step"] == 0)
+    run = read_run(folder)
+    [first] = run.metrics.evaluations
+    text = Page(report_page(run)).text
+    assert f"Held-out loss {first['loss']:.4f} at step 0; perplexity" in text
+    assert f"{first['loss']:.4f} →" not in text
+
+
 def test_without_memory_there_is_no_plot_of_it(copy: Callable[..., Path]) -> None:
     folder = copy(peak_memory_bytes=None)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -255,6 +255,8 @@ def _loss_figure(run: RunFiles) -> tuple[str, str, str]:
     found = run.metrics.evaluations
     if found:
         first, last = found[0]["loss"], found[-1]["loss"]
+        if len(found) == 1:
+            return "Held-out loss", f"{first:.4f}", f"at step {found[0]['step']}; perplexity {perplexity(first)}"
         best = min(found, key=lambda event: event["loss"])
         return (
             "Held-out loss",
