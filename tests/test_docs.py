@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from api_page import page as api_page
 from documents import BATCH, FILES, PAGES, README, README_ZH, ROOT, SHORTER, anchors, commands, files, links
 from handspun.cli import main
 from handspun.cli.app import app
@@ -126,4 +127,10 @@ def test_every_page_is_in_the_table_of_the_readme() -> None:
 def test_the_table_of_options_is_that_of_the_code() -> None:
     assert table() in (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), (
         "docs/training.md is not what `python tests/helpers/option_table.py` prints"
+    )
+
+
+def test_the_page_of_the_api_is_that_of_the_code() -> None:
+    assert api_page() == (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), (
+        "docs/api.md is not what `python tests/helpers/api_page.py` prints"
     )

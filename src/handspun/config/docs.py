@@ -31,18 +31,20 @@ def field_texts(config: type) -> dict[str, str]:
 def python_text(name: str, config: type, text: str) -> str:
     """Return an option's text in Python's words, with its default unless that is None or in the text."""
     default = next(field.default for field in fields(config) if field.name == name)
-    for words, instead in _IN_A_LIST:
+    for words, instead in _IN_PYTHON:
         text = text.replace(words, instead)
-    told = default in (None, "", MISSING) or f"default {default}" in text
+    told = default in (None, "", (), MISSING) or f"default {default}" in text
     return in_python(text) if told else f"{in_python(text)} Default: {default!r}."
 
 
-_IN_A_LIST = (
+_IN_PYTHON = (
     ("Repeatable, or a mapping in a --config file.", "Also a list of such texts, or a dict."),
     ("Repeatable.", "Also a list."),
     ("May be given more than once.", "Also a list."),
+    (" or --logit-bias '{\"42\": -100}'", ""),
+    ("or a hub dataset id", "a hub dataset id, or rows in memory (a list of dicts, a DataFrame, a Dataset)"),
 )
-"""How the command line says that an option takes several values, and how Python does."""
+"""What the command line's help says, and what Python's does."""
 
 
 def listed(texts: Mapping[str, str], *, indent: str = "    ", width: int = 100) -> str:

@@ -46,14 +46,17 @@ class RowScore:
 
 @dataclass(frozen=True, repr=False)
 class Scores:
-    """A model's scores on a set of rows. account: the rows read, kept and dropped."""
+    """A model's scores on a set of rows."""
 
     model: str
     data: str
     fingerprint: str
+    """Hash of the rows."""
     max_length: int
     rows: list[RowScore]
+    """Each row's question, loss, answer, and whether it matches."""
     account: DataReport
+    """Rows read, kept and dropped."""
 
     @property
     def tokens(self) -> int:

@@ -44,21 +44,23 @@ from handspun.training.memory import Plan, disk_at_most
 
 @dataclass(repr=False)
 class TrainedRun:
-    """The result of a run: its folder, checkpoints, held-out losses, incidents, and the model.
-
-    model_in_memory: None after a dry run, after a run that had finished earlier, and after a sharded run.
-    """
+    """The result of a run: its folder, checkpoints, held-out losses, incidents, and the model."""
 
     output_dir: Path
     plan: Plan
+    """Steps, tokens, and predicted memory."""
     model_in_memory: ChatModel | None = None
+    """None after a dry run, after a run that had finished earlier, and after a sharded run."""
     checkpoints: list[Path] = field(default_factory=list)
     """One per epoch."""
     step_checkpoints: list[Path] = field(default_factory=list)
     """Between epochs, to resume from."""
     best_checkpoint: Path | None = None
+    """The one with the lowest held-out loss."""
     evaluations: list[Evaluation] = field(default_factory=list)
+    """Losses on the held-out rows."""
     incidents: list[Incident] = field(default_factory=list)
+    """Skipped steps, spikes of the loss, and micro-batches that did not fit into memory."""
 
     @property
     def model(self) -> ChatModel:
