@@ -15,6 +15,8 @@ from option_table import table
 MODELS = {"Qwen/Qwen2.5-0.5B", "smollm2-135m", "M", "MODEL"}
 """What pages call a model; here it is a tiny one."""
 NOT_RUN = {
+    "demo": "it trains for minutes",
+    "4096": "the tiny model reads at most 512 tokens",
     "--push": "it sends a repository to the hub",
     "enable_thinking=false": "tests/data/test_template_args.py runs it, with a template that has it",
     "verify-resume": "it starts process after process, and tests/verification/test_resume_check.py runs it",
@@ -119,9 +121,11 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [(target, name) for target, name in targets if name and name not in anchors(target)] == []
 
 
-def test_every_page_is_in_the_table_of_the_readme() -> None:
-    linked = {(README.parent / file).resolve() for file, _ in links(README)}
+def test_every_page_is_in_the_index() -> None:
+    index = ROOT / "docs" / "README.md"
+    linked = {(index.parent / file).resolve() for file, _ in links(index)} | {index}
     assert not [page.name for page in PAGES if page not in linked]
+    assert index in {(README.parent / file).resolve() for file, _ in links(README)}
 
 
 def test_the_table_of_options_is_that_of_the_code() -> None:

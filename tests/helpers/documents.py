@@ -13,6 +13,9 @@ SUPPORT = BATCH.replace('"role": "user"', '"from": "customer"').replace('"role":
 FILES = {
     **dict.fromkeys(("train.csv", "held_out.csv", "rows/train.csv", "rows/held_out.csv"), ROWS),
     "prompts.txt": "Say 3.\n",
+    "tickets.csv": "ticket,category\n" + "".join(f"Say {n}.,It is {n}.\n" for n in range(120)),
+    "replies.csv": "question,answer\n" + "".join(f"Say {n}.,It is {n}.\n" for n in range(20)),
+    "identity.jsonl": BATCH,
     "support.jsonl": SUPPORT,
     "schema.json": '{"enum": ["red"]}',
     "own.jinja": (
