@@ -10,6 +10,7 @@ from api_page import page as api_page
 from documents import BATCH, FILES, PAGES, README, README_ZH, ROOT, SHORTER, anchors, commands, files, links
 from handspun.cli import main
 from handspun.cli.app import app
+from handspun.cli.entry import expand_aliases, expand_commands
 from option_table import table
 
 MODELS = {"Qwen/Qwen2.5-0.5B", "smollm2-135m", "M", "MODEL"}
@@ -78,7 +79,9 @@ def test_the_commands_of_a_page_run(
 def test_commands_have_options_that_exist(page: Path) -> None:
     several = [arguments[arguments.index("handspun") + 1 :] for arguments in commands(page, program="torchrun")]
     parsed = [
-        app.parse_args(without_config(arguments), exit_on_error=False, print_error=False)
+        app.parse_args(
+            expand_aliases(expand_commands(without_config(arguments))), exit_on_error=False, print_error=False
+        )
         for arguments in commands(page) + several
     ]
     assert len(parsed) == len(commands(page)) + len(several)  # each parsed without an error

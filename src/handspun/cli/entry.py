@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
 def _run(tokens: list[str], *, with_traceback: bool) -> int:
     errors = HarmlessConsole(stderr=True)
     try:
-        tokens, app.config = _take_config(_expand_aliases(_expand_commands(tokens)))
+        tokens, app.config = _take_config(expand_aliases(expand_commands(tokens)))
         app(tokens, exit_on_error=False, print_error=False, result_action="return_none")
     except UnprintedError:
         raise
@@ -100,7 +100,7 @@ ALIASES = {
 """Short names that people know from other tools, and the options that they stand for."""
 
 
-def _expand_aliases(tokens: list[str]) -> list[str]:
+def expand_aliases(tokens: list[str]) -> list[str]:
     """Return the arguments with options by their own names. `generate -p TEXT` is the prompt TEXT."""
     expanded: list[str] = []
     for number, token in enumerate(tokens):
@@ -156,7 +156,7 @@ USAGE = {"compare": "compare MODEL_A MODEL_B [OPTIONS]", "export": "export MODEL
 """How to call the commands that need an argument."""
 
 
-def _expand_commands(tokens: list[str]) -> list[str]:
+def expand_commands(tokens: list[str]) -> list[str]:
     """Return the arguments with `help COMMAND` as `COMMAND --help`, and export's model as its option."""
     if tokens[:1] == ["help"]:
         return [*tokens[1:2], "--help"]
