@@ -127,7 +127,7 @@ def field_table(config: type, *, leave_out: Collection[str]) -> list[str]:
     """Return the lines of a table of a dataclass's fields."""
     texts = field_texts(config)
     lines = ["| field | type | |", "| --- | --- | --- |"]
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+    for field in dataclasses.fields(config):
         if field.name not in leave_out:
             text = python_text(field.name, config, texts[field.name])
             lines.append(f"| `{field.name}` | `{cell(type_text(field.type))}` | {cell(text)} |")
