@@ -3,6 +3,8 @@
     npm install --prefix /tmp/axe axe-core
     python benchmarks/report_in_a_browser.py output/report.html --axe /tmp/axe/node_modules/axe-core/axe.min.js
 
+    python benchmarks/report_in_a_browser.py output/demo/report.html --picture docs/images/report.png
+
 Chromium's headless shell does it (Debian: chromium-headless-shell). It ends with 1 if axe finds a violation.
 """
 
@@ -82,12 +84,30 @@ def screenshot(page: Path, file: Path, *, width: int, scheme: str, height: int |
     run(page, f"--screenshot={file.absolute()}", width=width, height=whole, scheme=scheme)
 
 
+def picture(page: Path, file: Path, *, height: int = 1900) -> None:
+    """The top of the page on a desk in light, and on a phone in dark, side by side at two thirds of their size."""
+    from PIL import Image
+
+    both = Image.new("RGB", (sum(WIDTHS.values()) + 24, height), "#8a8a8a")
+    with tempfile.TemporaryDirectory() as folder:
+        for device, scheme, left in (("desk", "light", 0), ("phone", "dark", WIDTHS["desk"] + 24)):
+            shot = Path(folder) / f"{device}.png"
+            screenshot(page, shot, width=WIDTHS[device], scheme=scheme, height=height)
+            both.paste(Image.open(shot), (left, 0))
+    small = both.resize((both.width * 2 // 3, both.height * 2 // 3), Image.Resampling.LANCZOS)
+    small.quantize(256).save(file, optimize=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="A report in a real browser.")
     parser.add_argument("pages", nargs="+", type=Path)
     parser.add_argument("--axe", type=Path, help="axe.min.js of the npm package axe-core")
     parser.add_argument("--output-dir", type=Path, help="folder for screenshots and PDFs")
+    parser.add_argument("--picture", type=Path, help="file for a desk and a phone side by side, of the first page")
     arguments = parser.parse_args()
+    if arguments.picture:
+        picture(arguments.pages[0], arguments.picture)
+        return
     found = 0
     for page in arguments.pages:
         for device, width in WIDTHS.items():
