@@ -121,7 +121,7 @@ def show_three_decodings(model: ChatModel, console: Console, *, max_new_tokens: 
         console.print(f"\n{title}", style="bold", markup=False)
         console.print(f"> {prompt}", markup=False, soft_wrap=True)
         for result in generate(model, prompt, max_new_tokens=max_new_tokens, **options):
-            write_text(console, f"  {result.text}")
+            write_text(console, f"  {result.text}{' ...' if result.finish_reason == 'length' else ''}")
 
     show("Greedy: always the most probable token", "So who is this?", do_sample=False)
     show(
