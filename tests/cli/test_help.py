@@ -2,13 +2,15 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 from handspun.cli.app import app
-from handspun.cli.views.help import COMMANDS, GROUPS, groups_of
+from handspun.cli.entry import expand_aliases, expand_commands
+from handspun.cli.views.help import COMMANDS, EXAMPLES, GROUPS, groups_of
 
 
 def options_of(command: str) -> list[str]:
@@ -58,3 +60,20 @@ def test_help_shows_repeatable_options_without_dots() -> None:
     line = next(line for line in page.splitlines() if "--choice" in line)
     assert re.search(r"--choice STR .*Constrain answers to one of these texts\. Repeatable\.", line)
     assert "..." not in page.replace("[ARGS...]", "")
+
+
+def test_examples_of_the_help_are_commands_that_can_be_parsed() -> None:
+    examples = [shlex.split(example) for listed in EXAMPLES.values() for example in listed]
+    for arguments in examples:
+        given = [one for one in arguments if one not in ("--config", "run.yaml")]
+        app.parse_args(expand_aliases(expand_commands(given)), exit_on_error=False, print_error=False)
+    assert len(examples) > 10
+
+
+def test_help_ends_with_examples_on_lines_of_their_own() -> None:
+    command = [sys.executable, "-m", "handspun", "train", "--help"]
+    environment = {**os.environ, "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"}
+    page = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    end = page[page.index("Examples:") :].splitlines()
+    assert [line.rstrip() for line in end[1:4]] == [f"  handspun {example}" for example in EXAMPLES["train"]]
+    assert "--traceback" in page[page.index("Examples:") :]

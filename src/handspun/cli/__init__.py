@@ -4,7 +4,12 @@ Heavy modules are imported inside the commands that need them, so that `--help` 
 """
 
 from handspun.cli import answering, evaluating, exporting, reporting, resuming, training, verifying
+from handspun.cli.app import app
 from handspun.cli.entry import console_script, main
+from handspun.cli.views.help import COMMANDS, epilogue
+
+for command in COMMANDS:
+    app[command].help_epilogue = epilogue(command)
 
 __all__ = [
     "answering",

@@ -38,6 +38,34 @@ COMMANDS = ["demo", "preview", "preflight", "train", "chat", "generate", "eval",
 COMMANDS += ["verify", "verify-resume"]
 """The commands in the order of work."""
 
+EXAMPLES = {
+    "preview": ["preview train.csv", "preview tickets.csv --columns prompt=Frage,completion=Antwort"],
+    "preflight": ["preflight train.csv --lora"],
+    "train": [
+        "train train.csv --model smollm2-135m --lora",
+        "train train.csv more.jsonl --epochs 2 --lr 1e-4 --output-dir output",
+        "train --config run.yaml",
+    ],
+    "chat": ["chat", "chat output-lora --temperature 0.7"],
+    "generate": [
+        'generate "Tell me a joke."',
+        'generate -m output --temperature 0.7 --num-return-sequences 3 "Tell me a joke."',
+        'generate -m output --choice yes --choice no "Is 7 a prime number?"',
+    ],
+    "eval": ["eval held_out.csv --generate", "eval held_out.csv -m smollm2-135m --per-row rows.jsonl"],
+    "compare": ["compare smollm2-135m output --prompts prompts.txt --html compare.html"],
+    "report": ["report", "report output output-lora"],
+    "export": ["export output --gguf q8_0 --output-dir exported"],
+}
+"""Examples of commands, at the end of their help."""
+_ALSO = "Also: --config FILE (options from a YAML file), --traceback (where an error comes from)."
+
+
+def epilogue(command: str) -> str:
+    """Return what stands at the end of a command's help."""
+    examples = [f"  handspun {example}" for example in EXAMPLES.get(command, [])]
+    return "\n".join([*(["Examples:", *examples, ""] if examples else []), _ALSO])
+
 
 class GroupedHelp(DefaultFormatter):
     """Prints a panel per group of options, and lets texts wrap where the window ends."""
