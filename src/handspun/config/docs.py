@@ -16,7 +16,11 @@ def field_texts(config: type) -> dict[str, str]:
     """Return the text under each field of a dataclass, on one line, in the order of the fields."""
     found: dict[str, str] = {}
     for base in reversed(config.__mro__[:-1]):
-        [body] = ast.parse(inspect.getsource(base)).body
+        try:
+            source = inspect.getsource(base)
+        except OSError:  # installed without its source: help is shorter then
+            continue
+        [body] = ast.parse(source).body
         assert isinstance(body, ast.ClassDef)
         for field, text in zip(body.body, body.body[1:], strict=False):
             if (
