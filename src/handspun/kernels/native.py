@@ -145,7 +145,8 @@ class NativeKernels:
         bias: Tensor | None,
     ) -> Tensor:
         """Return `matrix.matmul(...)`."""
-        rows = self._padded(rows)
+        if more := -rows.shape[1] % self.pad:  # those of `quantize` are padded already
+            rows = nn.functional.pad(rows, (0, more))
         out = torch.empty(len(rows), matrix.channels)
         weight = (matrix.weight.data_ptr(), matrix.zero_point_correction.data_ptr(), scale.data_ptr())
         self._library.matmul(
@@ -157,7 +158,8 @@ class NativeKernels:
     def transposed_matmul(self, matrix: "TiledInt8Weight", rows: Tensor, row_scale: Tensor) -> Tensor:
         """Return `matrix.transposed_matmul(...)`."""
         tiles, groups = matrix.weight.shape[:2]
-        rows = nn.functional.pad(rows, (0, tiles * self.tile - rows.shape[1]))
+        if more := tiles * self.tile - rows.shape[1]:
+            rows = nn.functional.pad(rows, (0, more))
         out = torch.empty(len(rows), matrix.width)
         self._library.transposed_matmul(
             *(rows.data_ptr(), row_scale.data_ptr(), *rows.shape, matrix.weight.data_ptr()),
@@ -165,10 +167,6 @@ class NativeKernels:
             *(out.data_ptr(), torch.get_num_threads()),
         )
         return out
-
-    def _padded(self, rows: Tensor) -> Tensor:
-        """Return rows whose width is a multiple of `pad`, as those of `quantize` are already."""
-        return nn.functional.pad(rows, (0, -rows.shape[1] % self.pad)).contiguous()
 
     def can_attend(self, heads: int, kv_heads: int, head_size: int) -> bool:
         """Return whether `attend` supports such heads."""

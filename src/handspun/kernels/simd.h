@@ -46,23 +46,27 @@ INLINE ints four_bytes(int32_t four) { return vreinterpretq_s8_s32(vdupq_n_s32(f
 #error "kernels.c needs AVX2, AVX-512 with VNNI, or 64-bit ARM"
 #endif
 
-/* Sums of products of bytes: sums[i] += x[4i] * w[4i] + ... + x[4i + 3] * w[4i + 3], exact for |w| <= 127.
- * SHIFTED: x is unsigned here, so it is shifted by 128, and sums start at -128 times the sum of the weights. */
+/* Sums of products of bytes: sums[i] += x[4i] * w[4i] + ... + x[4i + 3] * w[4i + 3], exact for |w| <= 127. x86 multiplies
+ * unsigned bytes with signed ones, so it takes x also, or only, as `unsigned_x`: OF(x) for each byte.
+ * SHIFTED: that is x + 128, and sums start at -128 times the sum of the weights. */
 #if defined(__AVX512VNNI__)
 #define SHIFTED 1
 typedef __m512i sums_of_four;
 /* With its intrinsic, gcc 12 copies all sums, at half the speed. */
-#define dot(sums, x, w) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w))
+#define OF(x) ((x) ^ -128)
+#define dot(sums, x, unsigned_x, w) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(unsigned_x), "v"(w))
 #elif defined(__AVXVNNI__)
 #define SHIFTED 1
 typedef __m256i sums_of_four;
-#define dot(sums, x, w) __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(x), "x"(w))
+#define OF(x) ((x) ^ -128)
+#define dot(sums, x, unsigned_x, w) __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(unsigned_x), "x"(w))
 #elif defined(__AVX2__)
 #define SHIFTED 0
 typedef __m256i sums_of_four;
 /* |x| * (w with x's sign): two products of at most 128 * 127 fit into 16 bits. */
-#define dot(sums, x, w)                                                                                          \
-    (sums) = _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x)), \
+#define OF(x) ((x) < 0 ? -(x) : (x))
+#define dot(sums, x, unsigned_x, w)                                                                              \
+    (sums) = _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(unsigned_x, _mm256_sign_epi8(w, x)), \
                                                       _mm256_set1_epi16(1)))
 #elif defined(__ARM_FEATURE_MATMUL_INT8)
 #define SHIFTED 0
@@ -70,12 +74,12 @@ typedef int32x4_t sums_of_four;
 #elif defined(__ARM_FEATURE_DOTPROD)
 #define SHIFTED 0
 typedef int32x4_t sums_of_four;
-#define dot(sums, x, w) (sums) = vdotq_s32(sums, x, w)
+#define dot(sums, x, unsigned_x, w) (sums) = vdotq_s32(sums, x, w)
 #else
 #define SHIFTED 0
 typedef int32x4_t sums_of_four;
 /* Products of -128 * 127 fit into 16 bits, and so do their sums by two. */
-#define dot(sums, x, w)                                                                             \
+#define dot(sums, x, unsigned_x, w)                                                                 \
     (sums) = vpadalq_s16(sums, vpaddq_s16(vmull_s8(vget_low_s8(x), vget_low_s8(w)), vmull_high_s8(x, w)))
 #endif
 
@@ -83,6 +87,7 @@ typedef int32x4_t sums_of_four;
 typedef struct {
     floats part[PARTS];
 } lanes;
+typedef uint32_t bits_of_floats __attribute__((vector_size(4 * WIDTH)));
 
 INLINE lanes load(const float *x) {
     lanes a;
@@ -91,6 +96,18 @@ INLINE lanes load(const float *x) {
 }
 
 INLINE void store(float *x, lanes a) { EACH(p, PARTS) memcpy(x + p * WIDTH, &a.part[p], sizeof(floats)); }
+
+/* 16 integers as floats. */
+INLINE lanes converted(const int32_t *x) {
+    typedef int32_t whole __attribute__((vector_size(4 * WIDTH)));
+    lanes a;
+    EACH(p, PARTS) {
+        whole some;
+        memcpy(&some, x + p * WIDTH, sizeof some);
+        a.part[p] = __builtin_convertvector(some, floats);
+    }
+    return a;
+}
 
 /* The first `left` of 16 values; 0 for the others. */
 INLINE lanes load_some(const float *x, int64_t left) {

@@ -129,7 +129,11 @@ class FusedEngine:
             len(model.layers), model.kv_heads, model.head_size, dtype=model.cache_dtype, device=model.device
         )
         self._kernels = kernels_for(model.device)
-        self._attends = model.is_int8 and self._kernels.can_attend(model.heads, model.kv_heads, model.head_size)
+        self._attends = (
+            model.device.type == "cpu"
+            and model.cache_dtype == torch.float32
+            and self._kernels.can_attend(model.heads, model.kv_heads, model.head_size)
+        )
         # On a GPU a call costs more than its work: one call over gathered keys decodes 32 rows at 2,090 tokens per
         # second instead of 552. On a CPU, padding to the longest row would cost more than it saves.
         self._gathers = not model.is_int8 and model.device.type == "cuda"
