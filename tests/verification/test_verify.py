@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 
 import handspun
+from backends import AVAILABLE, backend, needs_kernels
 from handspun.cli import main
 from handspun.cli.views.verification import findings_json, findings_table
 from handspun.data.chat_template import ChatTemplate, TokenizedExample
@@ -21,13 +22,14 @@ from handspun.decoding import beam, filters
 from handspun.decoding import scheduler as decode
 from handspun.decoding.engines.fused import FusedEngine
 from handspun.errors import ConfigError
-from handspun.kernels.reference import exact_sums
+from handspun.kernels import kernels_for
+from handspun.kernels.reference import ReferenceKernels, exact_sums
 from handspun.models.fused import fused_weights
 from handspun.models.load import ChatModel
 from handspun.training import packed
 from handspun.verification import processors as sampling
 from handspun.verification.answers import check_batches, check_beams, check_greedy, check_logits
-from handspun.verification.int8 import check_int8, compared_sums
+from handspun.verification.int8 import check_int8, compared_kernels, compared_sums
 from handspun.verification.processors import check_distributions, check_draws, check_processors, goodness_of_fit
 from handspun.verification.reference import (
     Divergence,
@@ -38,7 +40,7 @@ from handspun.verification.reference import (
     first_difference,
 )
 from handspun.verification.training import check_packed, check_prefix
-from handspun.verification.verify import verify
+from handspun.verification.verify import perplexities, verify
 from tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = ("Say 3.", "Tell me a joke about computers.", "你好, list the colors.")
@@ -357,8 +359,38 @@ def test_the_embedded_model_passes(smollm2: ChatModel) -> None:
 @pytest.mark.cpu
 def test_int8_sums_are_compared_one_by_one() -> None:
     findings = list(check_int8(torch.device("cpu")))
-    assert [finding.case for finding in findings] == ["decoding", "training, forward", "training, backward"]
-    assert statuses(findings) == ["pass"] * 3
+    cases = ["decoding", "training, forward", "training, backward"]
+    name = kernels_for(torch.device("cpu")).name
+    assert [finding.case for finding in findings] == [*cases, f"{name} kernels, compared with the plain form"]
+    assert statuses(findings) == ["pass"] * 3 + ["info" if name == "reference" else "pass"]
+
+
+@needs_kernels
+def test_kernels_that_differ_in_one_bit_fail() -> None:
+    class Wrong(ReferenceKernels):
+        name = "wrong"
+
+        def attend(self, queries: Tensor, pool: Tensor, spans: Any) -> Tensor:
+            found = super().attend(queries, pool, spans)
+            found[7, 7] = found[7, 7].nextafter(torch.tensor(torch.inf))
+            return found
+
+    finding = compared_kernels(Wrong(attends=True))
+    assert finding.status == "fail"
+    assert finding.found.startswith("1 of ")
+    assert compared_kernels(backend(AVAILABLE[0])).status == "pass"
+    assert compared_kernels(ReferenceKernels()).status == "info"
+
+
+def test_perplexities_by_hand() -> None:
+    """A model whose head is zeros takes any of 330 tokens to be as likely."""
+    exact, zeros = tiny_model("llama"), tiny_model("llama")
+    with torch.no_grad():
+        zeros.lm_head.weight.zero_()
+    material = material_of(chat_of(exact))
+    finding = perplexities(material, chat_of(exact), chat_of(zeros), "zeros")
+    assert finding.status == "info"
+    assert finding.found.startswith(f"{zeros.config.vocab_size}.000, float32 ")
 
 
 def test_one_wrong_int8_sum_fails() -> None:

@@ -40,6 +40,11 @@ def main(arguments: Sequence[str]) -> int:
 def _run(tokens: list[str], *, with_traceback: bool) -> int:
     errors = HarmlessConsole(stderr=True)
     try:
+        if sorted(tokens) == ["--verbose", "--version"]:
+            from handspun.runs.record import environment_lines  # imports torch
+
+            HarmlessConsole().print("\n".join(environment_lines()), markup=False, soft_wrap=True)
+            return 0
         tokens, app.config = _take_config(expand_aliases(expand_commands(tokens)))
         app(tokens, exit_on_error=False, print_error=False, result_action="return_none")
     except UnprintedError:

@@ -63,6 +63,8 @@ class Environment:
     python: str
     command: list[str]
     versions: dict[str, str]
+    kernels: str | None = None
+    """Of int8: the CPU's instruction set, or "reference"."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,10 @@ def is_finished(folder: Path) -> bool:
 
 def environment() -> Environment:
     """Return what a reader of the run's numbers needs to know."""
+    import torch  # here: what only reads a run's record needs none of it
+
+    from handspun.kernels import kernels_for
+
     return Environment(
         machine=", ".join([cpu_name(), *gpu_names()]),
         cores=os.cpu_count(),
@@ -146,7 +152,20 @@ def environment() -> Environment:
         python=platform.python_version(),
         command=sys.argv,
         versions={name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        kernels=kernels_for(torch.device("cpu")).name,
     )
+
+
+def environment_lines() -> list[str]:
+    """Return the versions, the machine, and the kernels that int8 would use, a line each."""
+    from handspun.kernels.native import supported_sets  # imports torch
+
+    found = environment()
+    others = [name for name in supported_sets() if name != found.kernels]
+    also = f" (this CPU also has {', '.join(others)})" if others else ""
+    facts = {**found.versions, "Python": found.python, "system": found.system, "CPU": found.machine}
+    facts |= {"cores": str(found.cores), "int8 kernels": f"{found.kernels}{also}"}
+    return [f"{name:<13} {value}" for name, value in facts.items()]
 
 
 def _version(package: str) -> str | None:

@@ -1,11 +1,12 @@
-"""Compare this machine's int8 matmuls with exact sums: every sum, without tolerance."""
+"""Compare this machine's int8 kernels with exact sums and with the plain form, without tolerance."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from handspun.kernels.reference import exact_sums, extremes
+from handspun.kernels import Kernels, kernels_for
+from handspun.kernels.reference import AttendedSpan, ReferenceKernels, exact_sums, extremes
 from handspun.models.fused import decoded_sums
 from handspun.models.int8 import training_matmuls
 from handspun.verification.reference import Finding
@@ -17,11 +18,12 @@ Matmul = Callable[[Tensor, Tensor], Tensor]
 
 
 def check_int8(device: torch.device) -> Iterator[Finding]:
-    """Compare the int8 matmuls of decoding and training with exact sums, for random and extreme values."""
+    """Compare int8 matmuls with exact sums, for random and extreme values, and kernels with the plain form."""
     forward, backward = training_matmuls()
     yield compared_sums("decoding", decoded_sums, device)
     yield compared_sums("training, forward", forward, device)
     yield compared_sums("training, backward", backward, device)
+    yield compared_kernels(kernels_for(device))
 
 
 def compared_sums(case: str, matmul: Matmul, device: torch.device) -> Finding:
@@ -39,6 +41,36 @@ def compared_sums(case: str, matmul: Matmul, device: torch.device) -> Finding:
     if wrong:
         return Finding(check="int8", case=case, status="fail", found=f"{wrong} of {total} sums are not exact")
     return Finding(check="int8", case=case, status="pass", found=f"{total} sums, all exact")
+
+
+def compared_kernels(kernels: Kernels) -> Finding:
+    """Compare what surrounds the matmuls with the plain form, bit for bit."""
+    case = f"{kernels.name} kernels, compared with the plain form"
+    if not kernels.can_attend(6, 2, 64):
+        return Finding(check="int8", case=case, status="info", found="there are no others on this device")
+    results = [_around_matmuls(some) for some in (kernels, ReferenceKernels(attends=True))]
+    wrong = sum(int((ours != plain).sum()) for ours, plain in zip(*results, strict=True))
+    total = sum(values.numel() for values in results[0])
+    if wrong:
+        return Finding(check="int8", case=case, status="fail", found=f"{wrong} of {total} values differ")
+    return Finding(check="int8", case=case, status="pass", found=f"{total} values, all equal")
+
+
+def _around_matmuls(kernels: Kernels) -> list[Tensor]:
+    """Return quantized rows, rotated queries, the KV cache, and attention, of random inputs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x, weight, gate_up = random(9, 576), random(576), random(9, 2 * 576)
+    found = [*kernels.quantize(x), *kernels.norm_quantize(x, weight, 1e-5), *kernels.gate_quantize(gate_up)]
+    qkv, pool, (cosines, sines) = random(40, 6 + 2 * 2, 64), random(4, 120, 64), random(2, 40, 64)
+    slots = torch.randperm(120, generator=generator)[:40]
+    kernels.rotate(qkv, 6, (None, None), 1e-5, cosines, sines, slots, pool)
+    queries = qkv[:, :6]
+    spans = [AttendedSpan(0, 39, 3, 70, None), AttendedSpan(39, 1, 0, 120, None)]
+    return [*found, queries, pool, kernels.attend(queries, pool, spans)]
 
 
 def _random(count: int, width: int, channels: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,10 @@
 """Run all checks of `handspun verify` in order."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from handspun.models.load import ChatModel
 from handspun.verification.answers import check_batches, check_beams, check_greedy, check_logits
@@ -63,6 +65,7 @@ def verify(
     yield from check_batches(material, chat, "float32", exact=False)
     if rounded is not None:
         yield agreement(material, rounded, rounded_name)
+        yield perplexities(material, chat, rounded, rounded_name)
         yield from check_batches(material, rounded, rounded_name, exact=_is_int8(rounded))
     yield from check_int8(chat.device)
     yield from check_packed(material)
@@ -77,6 +80,22 @@ def agreement(material: Reference, rounded: ChatModel, name: str) -> Finding:
     same = sum(token == wanted for token, wanted in zip(chosen, expected, strict=True))
     found = f"{same} of {len(expected)} greedy choices as in float32 ({same / len(expected):.1%})"
     return Finding(check=name, case="compared with float32", status="info", found=found)
+
+
+def perplexities(material: Reference, chat: ChatModel, rounded: ChatModel, name: str) -> Finding:
+    """Report the perplexity of the prompts' own tokens under both weights. It cannot fail."""
+    begun = [prompt[:1] for prompt in material.prompts if len(prompt) > 1]
+    rest = [prompt[1:] for prompt in material.prompts if len(prompt) > 1]
+    if not rest:
+        return Finding(check=name, case="perplexity", status="info", found="all prompts are single tokens")
+    targets = torch.tensor([token for tokens in rest for token in tokens])
+    losses = [
+        F.cross_entropy(torch.cat(engine_logits(one, begun, rest)).double().cpu(), targets).item()
+        for one in (chat, rounded)
+    ]
+    exact, found = (math.exp(loss) for loss in losses)
+    text = f"{found:.3f}, float32 {exact:.3f} ({found / exact - 1:+.1%}), over the prompts' {len(targets)} tokens"
+    return Finding(check=name, case="perplexity", status="info", found=text)
 
 
 def _is_int8(chat: ChatModel) -> bool:
