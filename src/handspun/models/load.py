@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, snapshot_download
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -66,6 +67,9 @@ def _nonfinite(model: nn.Module) -> Iterator[str]:
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _INDEX = "model.safetensors.index.json"
+_HUB_WEIGHTS = ["model.safetensors", "model-*.safetensors", _INDEX]
+"""What transformers reads of a repository; others of its files may hold the same weights once more."""
+_CHECKPOINT = re.compile(r"checkpoint-(step|epoch|best)-?([0-9]*)")
 _SIZES = ((1e9, 1, "B"), (1e6, 0, "M"), (1e3, 0, "K"))
 
 
@@ -173,6 +177,11 @@ def model_source(name: str) -> ModelSource:
     if not _looks_like_hub_id(name):
         near = difflib.get_close_matches(path.name, _sibling_names(path), 1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        if path.parent != path and (there := _checkpoints(path.parent)):
+            raise ModelError(
+                f"{name}: no such folder or file (expected one of the checkpoints in {path.parent}: "
+                f"{', '.join(there)}). Name one of them.{hint}"
+            )
         raise ModelError(
             f"there is no model {name}: no such folder or file, and not a hub id (such as Qwen/Qwen2.5-0.5B). "
             f"Check the path, or use {EMBEDDED_NAME}, which is embedded and needs no network.{hint}"
@@ -191,7 +200,7 @@ def checkpoint_of_run(folder: Path) -> Path | None:
         return None
     found: list[tuple[int, int, Path]] = []
     for path in folder.glob("checkpoint-*"):
-        name = re.fullmatch(r"checkpoint-(step|epoch|best)-?([0-9]*)", path.name)
+        name = _CHECKPOINT.fullmatch(path.name)
         if name and ((path / "config.json").exists() or (path / "adapter_config.json").exists()):
             found.append((("step", "epoch", "best").index(name[1]), int(name[2] or 0), path))
     return max(found)[2] if found else None
@@ -420,6 +429,7 @@ def _load_weights(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedMo
         from transformers import GgufConfig
 
         quantization = {"quantization_config": GgufConfig(dequantize=True)}
+    _download_weights(source)
     model, info = _from_pretrained(
         AutoModelForCausalLM,
         source.name,
@@ -441,6 +451,16 @@ def _load_weights(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedMo
     return model  # type: ignore[no-any-return]
 
 
+def _download_weights(source: ModelSource) -> None:
+    """Download the weights of a hub model with a progress bar. Those in the hub's cache are not asked for again."""
+    if Path(source.location).exists() or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        snapshot_download(source.location, allow_patterns=[*_HUB_WEIGHTS, "config.json"])
+    except Exception as error:  # the network, the hub and a full disk raise many types
+        raise _model_error(error, source.name, source.location) from error
+
+
 def _from_pretrained(auto: Any, name: str, location: str, **arguments: Any) -> Any:
     """Call `auto.from_pretrained` quietly. Raises ModelError with a readable reason."""
     try:
@@ -449,23 +469,38 @@ def _from_pretrained(auto: Any, name: str, location: str, **arguments: Any) -> A
             return auto.from_pretrained(location, trust_remote_code=False, **arguments)
     # transformers, tokenizers, and safetensors raise anything for malformed files.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "trust_remote_code" in str(error):
-            raise ModelError(
-                f"{name} needs its own Python code to be run (auto_map in its configuration), which Handspun "
-                "never does. Use a model whose architecture is in transformers."
-            ) from error
-        if Path(location).exists():
-            raise ModelError(f"{name} cannot be read as a model: {reason}") from error
-        what = name if name == location else f"{location}, the base that {name}'s adapter_config.json names,"
-        raise ModelError(
-            f"{what} cannot be downloaded from the hub: {reason}\nCheck its spelling and the network. Without a "
-            f"network, use a folder that holds it, or the embedded model: --model {EMBEDDED_NAME}"
-        ) from error
+        raise _model_error(error, name, location) from error
+
+
+def _model_error(error: Exception, name: str, location: str) -> ModelError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"{name} needs its own Python code to be run (auto_map in its configuration), which Handspun "
+            "never does. Use a model whose architecture is in transformers."
+        )
+    if Path(location).exists():
+        return ModelError(f"{name} cannot be read as a model: {reason}")
+    what = name if name == location else f"{location}, the base that {name}'s adapter_config.json names,"
+    return ModelError(
+        f"{what} cannot be downloaded from the hub: {reason}\nCheck its spelling and the network. Without a "
+        f"network, use a folder that holds it, or the embedded model: --model {EMBEDDED_NAME}"
+    )
 
 
 def _looks_like_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not name.endswith((".gguf", "/"))
+    """Return whether a name that is no path here may be asked of the hub."""
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")) or name.endswith((".gguf", "/")):
+        return False
+    first, last = name.split("/")
+    return not Path(first).is_dir() and not _CHECKPOINT.fullmatch(last)
+
+
+def _checkpoints(folder: Path) -> list[str]:
+    """Return the checkpoints' names in a folder, by kind and number."""
+    names = _sibling_names(folder / "any")
+    found = [(match[1], int(match[2] or 0), name) for name in names if (match := _CHECKPOINT.fullmatch(name))]
+    return [name for *_, name in sorted(found)]
 
 
 def _sibling_names(path: Path) -> list[str]:
