@@ -25,10 +25,10 @@ class Hub:
         asked: list[str] = []
 
         class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self) -> None:  # noqa: N802 - http.server's name
+            def do_HEAD(self) -> None:
                 self.answer(b"")
 
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 self.answer(None)
 
             def answer(self, body: bytes | None) -> None:

@@ -452,7 +452,7 @@ def _load_weights(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedMo
 
 
 def _download_weights(source: ModelSource) -> None:
-    """Download the weights of a hub model with a progress bar. Those in the hub's cache are not asked for again."""
+    """Download the weights of a hub model with a progress bar, unless they are in the cache."""
     if Path(source.location).exists() or constants.HF_HUB_OFFLINE:
         return
     try:
