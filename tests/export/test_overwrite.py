@@ -61,7 +61,7 @@ def test_a_gguf_file_in_a_folder_is_replaced_alone(tiny_folder: Path, merged: Pa
     assert after.pop("mine.txt")
     assert after == before
     again(tiny_folder, merged.parent / "other", merge=False)
-    assert os.listdir(merged.parent / "other") == ["tiny-qwen2-f32.gguf"]
+    assert sorted(os.listdir(merged.parent / "other")) == ["tiny-qwen2-f32.Modelfile", "tiny-qwen2-f32.gguf"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from handspun.config.names import options
 from handspun.config.ranges import wrong_values
 from handspun.errors import ConfigError
 
-GgufType = Literal["f32", "f16", "q8_0"]
+GgufType = Literal["f32", "f16", "q8_0", "q5_0", "q4_0"]
 
 
 @options

@@ -2,6 +2,9 @@
 
 import glob
 import os
+import re
+import shlex
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,12 +14,15 @@ from handspun.config import ExportConfig
 from handspun.display import captured_log, join_names, logger
 from handspun.errors import OutputError, check_installed
 from handspun.exports.hub import check_base_on_hub, hub, push_folder
-from handspun.files import is_partial, locked, whole_file
-from handspun.models.load import ChatModel, ModelSource, load, model_source
-from handspun.runs.model_card import license_of, model_card
+from handspun.exports.modelfile import modelfile
+from handspun.files import is_partial, locked, output_errors, whole_file, write_text
+from handspun.models.load import ChatModel, ModelSource, checkpoint_of_run, load, model_source
+from handspun.runs.model_card import base_name, license_of, model_card
 from handspun.runs.record import read_record
 from handspun.runs.replacing import check_inputs_outside
 from handspun.training.checkpoint import edited_files, read_manifest, save_checkpoint, unknown_files
+
+_WRITTEN_BY = "# Written by Handspun. The sha256 of the lines below: "
 
 
 def export(wanted: ExportConfig) -> None:
@@ -61,13 +67,18 @@ def _write_folder(wanted: ExportConfig, folder: Path) -> None:
         dtype=torch.bfloat16 if wanted.save_dtype == "bfloat16" else torch.float32,
         facts={"merged_from": Path(wanted.model).name},
         card=card,
-        more=(lambda new: _write_gguf(chat, wanted, gguf_file(wanted, new))) if wanted.gguf else None,
+        more=(lambda new: _write_gguf_folder(chat, wanted, new)) if wanted.gguf else None,
     )
-    logger.info(f"merged: {wanted.folder} ({wanted.save_dtype})")
+    logger.info(f"the merged model is in {wanted.folder} ({wanted.save_dtype})")
     if card is None:
         logger.info(f"no model card: {wanted.model} is not a checkpoint next to its run's run.json")
     if wanted.gguf:
-        _report_gguf(wanted)
+        _say_how_to_run(wanted)
+
+
+def _write_gguf_folder(chat: ChatModel, wanted: ExportConfig, folder: Path) -> None:
+    _write_gguf(chat, wanted, gguf_file(wanted, folder))
+    _write_modelfile(chat, gguf_file(wanted, folder))
 
 
 def _write_file(wanted: ExportConfig, folder: Path) -> None:
@@ -82,13 +93,21 @@ def _write_file(wanted: ExportConfig, folder: Path) -> None:
                 f"{file} was not written by Handspun, so it is not replaced. Move it away, or choose another "
                 "--output-dir."
             )
+        described = _modelfile_of(file)
+        if os.path.lexists(described) and not _is_our_modelfile(described):
+            raise OutputError(
+                f"{described} was not written by Handspun, or has changed since, so it is not replaced. Move it "
+                "away, or choose another --output-dir."
+            )
         chat = _load(wanted)
         for leftover in file.parent.glob(f".{glob.escape(file.name)}.*"):
             if is_partial(leftover):
                 leftover.unlink()
         with whole_file(file, option="--output-dir") as partial:
             _write_gguf(chat, wanted, partial)
-    _report_gguf(wanted)
+        with output_errors(described):
+            _write_modelfile(chat, file)
+    _say_how_to_run(wanted)
 
 
 def _write_gguf(chat: ChatModel, wanted: ExportConfig, path: Path) -> None:
@@ -107,9 +126,32 @@ def _is_our_gguf(path: Path) -> bool:
     return is_written_here(path)
 
 
-def _report_gguf(wanted: ExportConfig) -> None:
+def _modelfile_of(gguf: Path) -> Path:
+    return gguf.with_name(f"{gguf.stem}.Modelfile")
+
+
+def _write_modelfile(chat: ChatModel, gguf: Path) -> None:
+    text = modelfile(chat, gguf)
+    write_text(_modelfile_of(gguf), f"{_WRITTEN_BY}{sha256(text.encode()).hexdigest()}\n{text}")
+
+
+def _is_our_modelfile(path: Path) -> bool:
+    """Return whether a Modelfile is as it was written, by the checksum in its first line."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    first, _, rest = path.read_bytes().partition(b"\n")
+    return first == f"{_WRITTEN_BY}{sha256(rest).hexdigest()}".encode()
+
+
+def _say_how_to_run(wanted: ExportConfig) -> None:
+    """Log what was written, and the commands that run it."""
     file = gguf_file(wanted, wanted.folder)
-    logger.info(f"{wanted.gguf} GGUF: {file} ({file.stat().st_size / 1e6:.0f} MB)")
+    path, described = shlex.quote(str(file)), shlex.quote(str(_modelfile_of(file)))
+    name = shlex.quote(file.stem.lower())
+    logger.info(f"the GGUF file is {file} ({wanted.gguf}, {file.stat().st_size / 1e6:.0f} MB); to run it:")
+    logger.info(f"  ollama create {name} -f {described} && ollama run {name}")
+    logger.info(f"  llama-cli -m {path} --jinja --temp 0    # llama.cpp")
+    logger.info(f"  lms import {path}    # LM Studio")
 
 
 def _load(wanted: ExportConfig) -> ChatModel:
@@ -117,8 +159,20 @@ def _load(wanted: ExportConfig) -> ChatModel:
 
 
 def gguf_file(wanted: ExportConfig, folder: Path) -> Path:
-    """Return the path of the GGUF file, such as `checkpoint-best-f16.gguf` in the folder."""
-    return folder / f"{Path(wanted.model).name.removesuffix('.gguf')}-{wanted.gguf}.gguf"
+    """Return the path of the GGUF file, such as `smollm2-135m-output-q8_0.gguf`: base, run, type.
+
+    A checkpoint other than the best one is named too. Models that are no checkpoints keep their names.
+    """
+    model = Path(os.path.realpath(os.path.expanduser(wanted.model)))
+    model = checkpoint_of_run(model) or model
+    name = Path(wanted.model).name.removesuffix(".gguf")
+    if model.name.startswith("checkpoint-"):
+        record = read_record(model.parent)
+        base = [] if isinstance(record, str) else [base_name(record.config["model"]).rpartition("/")[2]]
+        kind = model.name.removeprefix("checkpoint-")
+        name = "-".join([*base, model.parent.name, *([] if kind == "best" else [kind])])
+        name = re.sub(r"[^\w.-]+", "-", name.lower())
+    return folder / f"{name}-{wanted.gguf}.gguf"
 
 
 def _check_inputs_outside(wanted: ExportConfig, folder: Path, source: ModelSource) -> None:

@@ -31,11 +31,14 @@ _FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
     "f16": LlamaFileType.MOSTLY_F16,
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "q5_0": LlamaFileType.MOSTLY_Q5_0,
+    "q4_0": LlamaFileType.MOSTLY_Q4_0,
 }
 _WRITTEN_BY = "handspun.version"
 """The metadata key by which `is_written_here` recognizes our files."""
 _BLOCK = 32
-"""Number of values that share a scale in q8_0."""
+"""Number of values that share a scale in q8_0, q5_0 and q4_0."""
+_QUANTIZED = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q4_0)
 
 
 def write_gguf(chat: ChatModel, path: Path, kind: GgufType) -> None:
@@ -118,7 +121,7 @@ def _write_config(writer: GGUFWriter, chat: ChatModel, kind: GgufType) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(_vocab_size(chat))
     writer.add_file_type(_FILE_TYPES[kind])
-    if kind == "q8_0":
+    if kind.startswith("q"):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
@@ -136,26 +139,29 @@ def _tensors(chat: ChatModel, architecture: MODEL_ARCH, kind: GgufType) -> Itera
         if written is None:
             raise ModelError(f"{chat.name} has a tensor that llama.cpp does not know: {name}. {ANOTHER_WAY}")
         dtype = GGMLQuantizationType.F32 if tensor.dim() == 1 else GGMLQuantizationType[kind.upper()]
-        if dtype == GGMLQuantizationType.Q8_0 and tensor.shape[-1] % _BLOCK:
+        # The embedding, which often is the head too, suffers most from few bits.
+        if written in ("token_embd.weight", "output.weight") and dtype in _QUANTIZED:
+            dtype = GGMLQuantizationType.Q8_0
+        if dtype in _QUANTIZED and tensor.shape[-1] % _BLOCK:
             dtype = GGMLQuantizationType.F16
             not_cut.append(written)
         yield written, tensor, dtype
     if not_cut:
         logger.warning(
-            f"f16 instead of q8_0, since row lengths are not multiples of {_BLOCK}: {', '.join(not_cut)}"
+            f"f16 instead of {kind}, since row lengths are not multiples of {_BLOCK}: {', '.join(not_cut)}"
         )
 
 
 def _layout(tensor: Tensor, dtype: GGMLQuantizationType) -> tuple[tuple[int, ...], Any]:
     """Return shape and type of the written array."""
-    if dtype == GGMLQuantizationType.Q8_0:
+    if dtype in _QUANTIZED:
         return tuple(gguf.quant_shape_to_byte_shape(tuple(tensor.shape), dtype)), np.uint8
     return tuple(tensor.shape), np.float16 if dtype == GGMLQuantizationType.F16 else np.float32
 
 
 def _values(name: str, tensor: Tensor, dtype: GGMLQuantizationType) -> Any:
     values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
-    if dtype == GGMLQuantizationType.Q8_0:
+    if dtype in _QUANTIZED:
         return gguf.quants.quantize(values, dtype)
     if dtype == GGMLQuantizationType.F16:
         if np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
