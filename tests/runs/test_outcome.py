@@ -143,7 +143,7 @@ def test_next_commands_have_the_runs_paths() -> None:
 
 def test_allowed_seconds_are_a_tenth_of_the_steps_within_limits() -> None:
     assert allowed_seconds(600) == 60
-    assert allowed_seconds(20) == 15
+    assert allowed_seconds(20) == 30
     assert allowed_seconds(10**6) == 600
 
 

@@ -200,7 +200,7 @@ class TrainConfig(DataConfig):
 
     sample_answers: bool = True
     """Answer a few prompts before the first step and after the last. Answers and row losses take at most a tenth
-    of the steps' time (15 seconds are always allowed)."""
+    of the steps' time (30 seconds are always allowed)."""
 
     sample_prompts: tuple[str, ...] | None = None
     """Prompts for the sample answers. Default: those of three held-out rows, or else training rows."""
