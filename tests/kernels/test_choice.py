@@ -12,7 +12,7 @@ import torch
 
 from backends import AVAILABLE, chosen, needs_kernels
 from handspun.errors import ConfigError
-from handspun.kernels import kernels_for, native, slower_without
+from handspun.kernels import cpu, kernels_for, native, slower_without
 from handspun.kernels.native import INSTRUCTION_SETS, supported_sets
 from handspun.kernels.reference import ReferenceKernels
 
@@ -115,3 +115,11 @@ def test_a_wheel_brings_the_kernels_and_needs_no_compiler(tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(packages / "handspun" / "__init__.py"), supported_sets()[0]]
+
+
+def test_pytorchs_names_of_instruction_sets_are_linuxs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no /proc/cpuinfo: an Apple CPU, as PyTorch describes it."""
+    described = {"neon": True, "dot": True, "i8mm": False, "fma3": True, "avx512_f": True, "cpu_name": "M1"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: described, raising=False)
+    monkeypatch.setattr(cpu, "_field", lambda *_: "")
+    assert cpu._flags_of_the_cpu.__wrapped__() == {"asimd", "asimddp", "fma", "avx512f"}

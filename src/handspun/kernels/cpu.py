@@ -61,7 +61,8 @@ def _as_linux_spells(name: str) -> str:
     """Return a flag in Linux's spelling."""
     # PyTorch writes avx512_f for avx512f, but both write avx512_vnni, avx512_bf16, and amx_bf16.
     short = {"avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_cd"}
-    return name.replace("_", "") if name in short else name
+    others = {"fma3": "fma", "neon": "asimd", "dot": "asimddp", "neon_dot": "asimddp"}
+    return name.replace("_", "") if name in short else others.get(name, name)
 
 
 @cache
