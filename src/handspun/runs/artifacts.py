@@ -42,8 +42,8 @@ Kept = dict[str, Any]
 SHARE = 0.1
 """Most of the steps' time that answers and row losses may take together."""
 LEAST_SECONDS = 30.0
-"""Allowed all the same: three answers before and after take that long on a slow laptop, and a run of minutes would show
-half sentences without."""
+"""Allowed all the same: three answers before and after take that long on a slow laptop, and with less a run of
+minutes would show half sentences."""
 MOST_SECONDS = 600.0
 """However long the run: the other ranks wait meanwhile, and give up after half an hour."""
 _SHARE_BEFORE = 0.4
