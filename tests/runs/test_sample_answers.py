@@ -84,4 +84,4 @@ def test_what_cannot_be_answered_is_said_before_the_first_step(tiny_folder: Path
         config(tiny_folder, data, "output", sample_every=1, shard=True)
     with pytest.raises(DataError):
         train(config(tiny_folder, data, "output", sample_every=1, sample_prompts=("too long " * 600,)))
-    assert (data.with_name("output") / "metrics.jsonl").read_text() == ""
+    assert not data.with_name("output").exists()

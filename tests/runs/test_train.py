@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from huggingface_hub import ModelCard
 
 import handspun
 from handspun.display import log_lines_to
-from handspun.errors import DataError, OutputError
+from handspun.errors import DataError, HandspunError, OutputError
 from handspun.runs.train import train
 from handspun.training.checkpoint import is_checkpoint
 from small_runs import ROWS, printed_to, quiet_console
@@ -174,14 +175,38 @@ def test_held_out_rows_of_a_file_that_is_not_there(tiny_folder: Path, data: Path
         train(made, console=quiet_console())
 
 
-def test_a_run_that_never_began_does_not_stand_in_the_way(tiny_folder: Path, data: Path) -> None:
-    """A misspelt column leaves a log in the output folder; the next try needs no --overwrite."""
-    data.with_name("misspelt.csv").write_text("instructoin,output\na,b\n", encoding="utf-8")
-    misspelt = config(tiny_folder, data.with_name("misspelt.csv"))
-    with pytest.raises(DataError):
-        train(misspelt, console=quiet_console())
-    assert (data.with_name("output") / "train.log").exists()
+@pytest.mark.parametrize("option", ["model", "misspelt column", "max_length"])
+def test_a_refused_run_leaves_the_disk_as_it_was(tiny_folder: Path, tmp_path: Path, option: str) -> None:
+    data = tmp_path / "train.csv"
+    column = "instructoin" if option == "misspelt column" else "instruction"
+    data.write_text(f"{column},output\na,b\nc,d\n", encoding="utf-8")
+    refused: dict[str, Any] = {"model": {"model": "./absent"}, "max_length": {"max_length": 10**6}}.get(option, {})
+    for folder in ("new", "new/below/another", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        made = replace(config(tiny_folder, data), output_dir=str(tmp_path / folder), **refused)
+        with pytest.raises(HandspunError):
+            train(made, console=quiet_console())
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "train.csv"]
+        assert not any((tmp_path / "empty").iterdir())
+
+
+def test_a_refused_run_keeps_files_of_others(tiny_folder: Path, data: Path) -> None:
+    output = data.with_name("output")
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(HandspunError):
+        train(config(tiny_folder, data, max_length=10**6), console=quiet_console())
+    assert [path.name for path in output.iterdir()] == ["notes.txt"]
+
+
+def test_a_log_of_a_run_that_never_began_does_not_stand_in_the_way(tiny_folder: Path, data: Path) -> None:
+    """A kill after the first line leaves one."""
+    output = data.with_name("output")
+    output.mkdir()
+    (output / "train.log").write_text("12:00:00 loading rows\n")
+    (output / "metrics.jsonl").write_text("")
     train(config(tiny_folder, data, num_epochs=1), console=quiet_console())
+    assert "loading rows" not in (output / "train.log").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -187,7 +187,7 @@ def model_source(name: str) -> ModelSource:
             f"Check the path, or use {EMBEDDED_NAME}, which is embedded and needs no network.{hint}"
         )
     stay_offline_if_unreachable(name)
-    logger.info(f"{name}: loaded from the hub or its cache")
+    logger.info(f"loading {name} from the hub, or its cache")
     return ModelSource(name, name)
 
 

@@ -111,9 +111,9 @@ def lock_output_dir(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         with output_errors(folder):
             _check_name(folder)
-            is_new = not folder.exists()
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
-            stack.callback(_leave, folder, is_new=is_new)
+            stack.callback(_leave, folder, made)
             stack.enter_context(exclusive(folder / WORK, busy=lambda owner: (
                 f"another run is writing into {folder}{owner}: wait for its end, or choose another --output-dir."
             )))  # fmt: skip
@@ -132,11 +132,12 @@ def _check_name(folder: Path) -> None:
         raise OutputError(f"{folder} is a file: choose another --output-dir.")
 
 
-def _leave(folder: Path, *, is_new: bool) -> None:
+def _leave(folder: Path, made: Sequence[Path]) -> None:
+    """Remove the work folder, and the folders that were made for a run that wrote nothing."""
     with suppress(OSError):
         leave(folder)
-        if is_new:
-            folder.rmdir()  # if nothing was written
+        for path in made:
+            path.rmdir()
 
 
 def prepare_output(folder: Path, config: TrainConfig) -> Prepared:
@@ -197,12 +198,14 @@ def finished_earlier(folder: Path, record: RunRecord) -> TrainedRun:
 
 @contextmanager
 def in_place_of(replaces: list[Path], run: TrainedRun, record: RunRecord, log: RunLog) -> Iterator[None]:
-    """Move an earlier run aside for this one; `drop_replaced` removes it once this one has saved.
+    """Move an earlier run aside for this one, and this one's log into the folder.
 
-    It comes back if this run ends before its first step, whatever the error.
+    `drop_replaced` removes the earlier run once this one has saved. It comes back if this run ends before its
+    first step, whatever the error.
     """
     folder = run.output_dir
     if not replaces:
+        log.move_to(folder)
         yield
         return
     move_aside(folder, replaces)

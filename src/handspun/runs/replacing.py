@@ -75,7 +75,7 @@ def leave(folder: Path) -> None:
 
 
 def pending(folder: Path) -> Path:
-    """Return a folder for the log of a run that has not replaced the earlier one yet."""
+    """Return a folder for the log of a run that has not begun yet."""
     with output_errors(folder):
         (folder / WORK / _PENDING).mkdir(exist_ok=True)
     return folder / WORK / _PENDING

@@ -189,7 +189,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
             prepared = prepare_output(folder, config) if folder else Prepared()
         if (finished := processes.broadcast_object(prepared.finished)) is not None:
             return _finished(config, finished, console)
-        place = pending(folder) if folder and prepared.replaces else folder
+        # A new run that is refused leaves nothing behind.
+        place = pending(folder) if folder and prepared.earlier is None else folder
         log = stack.enter_context(RunLog(place, console, resumed_at=prepared.resumed_at))
         for text in notes:
             logger.warning(text)
@@ -331,6 +332,7 @@ def fit(run: RunContext, data: LoadedData, planned: RunPlan, chat: ChatModel) ->
     config, processes, log, model = run.config, run.processes, run.log, chat.model
     trained = TrainedRun(Path(config.output_dir), planned.plan, chat)
     prompts = sample_prompts(chat, config, data.training, data.held_out) if planned.record is not None else []
+    sampler = sampler_of(chat, config, prompts)
     with ExitStack() as around:
         if (record := planned.record) is not None:
             check_disk_space(planned.plan, config, run.prepared.replaces)
@@ -349,7 +351,6 @@ def fit(run: RunContext, data: LoadedData, planned: RunPlan, chat: ChatModel) ->
             if record is not None and planned.point is not None:
                 log_resume(planned.point, record, planned.plan)
             checkpoints = CheckpointManager(trained, config, processes, record)
-            sampler = sampler_of(chat, config, prompts)
             request = inside.enter_context(stop_requests(say=not log.has_terminal))
             inside.enter_context(log.watched(_live_state(run, data, planned, sampler, request)))
             inside.enter_context(processes.losses_explained())
