@@ -180,7 +180,8 @@ def test_a_refused_run_leaves_the_disk_as_it_was(tiny_folder: Path, tmp_path: Pa
     data = tmp_path / "train.csv"
     column = "instructoin" if option == "misspelt column" else "instruction"
     data.write_text(f"{column},output\na,b\nc,d\n", encoding="utf-8")
-    refused: dict[str, Any] = {"model": {"model": "./absent"}, "max_length": {"max_length": 10**6}}.get(option, {})
+    options: dict[str, dict[str, Any]] = {"model": {"model": "./absent"}, "max_length": {"max_length": 10**6}}
+    refused = options.get(option, {})
     for folder in ("new", "new/below/another", "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
         made = replace(config(tiny_folder, data), output_dir=str(tmp_path / folder), **refused)
