@@ -12,6 +12,7 @@ void quantize(const float *, int64_t, int64_t, int64_t, float *, int8_t *, float
 void scale_quantize(const float *, const float *, int64_t, int64_t, int64_t, float *, int8_t *, float *, int);
 void norm_quantize(const float *, const float *, float, int64_t, int64_t, int64_t, float *, int8_t *, float *, int);
 void gate_quantize(const float *, int64_t, int64_t, int64_t, float *, int8_t *, float *, int);
+void tile(const int8_t *, int64_t, int64_t, int64_t, int8_t *, int32_t *, int32_t *, int);
 void matmul(const int8_t *, const float *, int64_t, int64_t, const int8_t *, const int32_t *, const float *,
             const float *, int64_t, float *, int);
 void transposed_matmul(const int8_t *, const float *, int64_t, int64_t, const int8_t *, const int32_t *, int64_t,
@@ -63,6 +64,10 @@ int main(void) {
             /* spans without masks: tokens, queries per key head, key heads, size, slots, spans, the longest */
             attend(a[0], n[4] * n[5] * n[6], a[1], n[7], n[5], n[4], n[6], a[2], n[8], n[9], *(float *)a[3], out, 2);
             put(out, rows * n[4] * n[5] * n[6] * 4);
+        }
+        else if (n[0] == 10) {
+            tile(a[0], n[4], width, padded, quantized, (int32_t *)out, (int32_t *)work, 2);
+            put(quantized, n[5] * padded), put(out, n[5] * 4), put(work, (padded + 31) / 32 * 32 * 4); /* TILE is 32 */
         }
         free(out), free(work), free(scales), free(quantized);
         for (int64_t i = 0; i < arrays; i++) free(a[i]);

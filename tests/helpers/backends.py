@@ -5,6 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from handspun.kernels import native
 from handspun.kernels.native import INSTRUCTION_SETS, NativeKernels, native_kernels, supported_sets
@@ -47,3 +50,11 @@ def chosen(name: str) -> Iterator[None]:
         native_kernels.cache_clear()
         yield
     native_kernels.cache_clear()
+
+
+def plain_tiles(weight: Tensor, tile: int, group: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an int8 matrix in tiles, and -128 times the sums of its channels and columns, as in kernels.c."""
+    filled = pad(weight, (0, -weight.shape[1] % multiple, 0, -len(weight) % tile))
+    tiles = filled.view(-1, tile, filled.shape[1] // group, group).transpose(1, 2).contiguous()
+    columns = filled.sum(0, dtype=torch.int32)
+    return tiles, -128 * filled.sum(1, dtype=torch.int32), -128 * pad(columns, (0, -len(columns) % tile))

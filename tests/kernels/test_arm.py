@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from backends import plain_tiles
 from handspun.kernels import native
-from handspun.kernels.native import TiledInt8Weight
 from handspun.kernels.reference import AttendedSpan, ReferenceKernels, extremes
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
@@ -66,20 +66,21 @@ def add_matmuls(calls: Calls, sizes: Any) -> None:
     for rows, width, channels in [(1, 64, 32), (2, 33, 70), (7, 576, 40), (13, 8, 1)]:
         for x, weight in (extremes(rows, width, channels), random_bytes(rows, width, channels)):
             row_scale, scale, bias = torch.rand(rows, 1), torch.rand(channels), torch.randn(channels)
-            matrix, plain = TiledInt8Weight(sizes, weight), PLAIN.int8_weight(weight)
-            tiles = matrix.weight
+            plain = PLAIN.int8_weight(weight)
+            tiles, base, column_base = plain_tiles(weight, sizes.tile, sizes.group, sizes.pad)
             depth, filled = tiles.shape[1] * sizes.group, tiles.shape[0] * sizes.tile
             calls.add(
                 6,
                 [rows, width, depth, channels],
-                [padded(x, sizes.pad), row_scale, tiles, matrix.zero_point_correction, scale, bias],
+                [padded(x, sizes.pad), row_scale, tiles, base, scale, bias],
                 plain.matmul(x, row_scale, scale, bias),
             )
+            calls.add(10, [rows, width, depth, channels, filled], [weight], tiles, base, column_base)
             gradient = torch.randint(-127, 128, (rows, channels), dtype=torch.int8)
             calls.add(
                 7,
                 [rows, width, depth, filled],
-                [padded(gradient, filled), row_scale, tiles, matrix.column_correction],
+                [padded(gradient, filled), row_scale, tiles, column_base],
                 plain.transposed_matmul(gradient, row_scale),
             )
 

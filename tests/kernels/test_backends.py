@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from backends import AVAILABLE, NATIVE, backend, chosen, needs_kernels
+from backends import AVAILABLE, NATIVE, backend, chosen, needs_kernels, plain_tiles
 from handspun.kernels.native import NativeKernels
 from handspun.kernels.reference import AttendedSpan, ReferenceKernels, extremes
 from handspun.models.fused import Int8Product
@@ -88,8 +88,11 @@ def test_matmuls_equal_the_reference(name: str, rows: int, width: int, channels:
     matrix, plain = kernels.int8_weight(weight), PLAIN.int8_weight(weight)
     assert_same(matrix.matmul(x, row_scale, scale, bias), plain.matmul(x, row_scale, scale, bias))
     assert_same(matrix.transposed_matmul(gradient, row_scale), plain.transposed_matmul(gradient, row_scale))
-    chosen = torch.randint(channels, (5,), generator=generator)
-    assert_same(matrix.rows(chosen), weight[chosen])
+    some = torch.randint(channels, (5,), generator=generator)
+    assert_same(matrix.rows(some), weight[some])
+    tiles = plain_tiles(weight, kernels.tile, kernels.group, kernels.pad)
+    for found, expected in zip(matrix.buffers(), tiles, strict=True):
+        assert_same(found, expected)
 
 
 @pytest.mark.parametrize("name", NATIVE)

@@ -10,13 +10,13 @@ from torch import nn
 
 from backends import chosen
 from handspun.kernels.native import TiledInt8Weight
+from handspun.kernels.reference import quantize_rows
 from handspun.models import int8
 from handspun.models.int8 import (
     Int8Linear,
     float_activations,
     int8_linear,
     quantize_base,
-    quantize_rows,
     speed_notices,
 )
 from handspun.models.lora import add_lora

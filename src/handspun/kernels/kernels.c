@@ -207,6 +207,31 @@ void layout(int64_t *sizes) {
     sizes[2] = PAD;
 }
 
+/* Lay out an int8 matrix, (channels, width), in tiles. base, filled up to TILE, and column_base, (depth) filled up to
+ * TILE: -128 times the sums of the channels and of the columns, which `matmul` and its transpose need if SHIFTED. */
+void tile(const int8_t *weight, int64_t channels, int64_t width, int64_t depth, int8_t *out, int32_t *base,
+          int32_t *column_base, int threads) {
+    int64_t filled = (channels + TILE - 1) / TILE * TILE, columns = (depth + TILE - 1) / TILE * TILE;
+    memset(out, 0, filled * depth);
+    memset(base, 0, filled * sizeof(int32_t));
+    memset(column_base, 0, columns * sizeof(int32_t));
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t c = 0; c < channels; c++) {
+        const int8_t *row = weight + c * width;
+        int8_t *to = out + c / TILE * TILE * depth + c % TILE * GROUP;
+        int32_t total = 0;
+        for (int64_t k = 0; k < width; k++) total += row[k];
+        base[c] = -128 * total;
+        int64_t k = 0;
+        for (; k + GROUP <= width; k += GROUP) memcpy(to + k * TILE, row + k, GROUP);
+        memcpy(to + k * TILE, row + k, width - k);
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t first = 0; first < width; first += 64)
+        for (int64_t c = 0; c < channels; c++)
+            for (int64_t k = first; k < width && k < first + 64; k++) column_base[k] -= 128 * weight[c * width + k];
+}
+
 /* Rows as the instructions take them. */
 typedef struct {
     const int8_t *values, *unsigned_values; /* unsigned_values: OF each value, or null */

@@ -38,6 +38,7 @@ _SIGNATURES = {
     "norm_quantize": (_ARRAY, _ARRAY, _FLOAT, _INT, _INT, _INT, *_QUANTIZED),
     "gate_quantize": (_ARRAY, _INT, _INT, _INT, *_QUANTIZED),
     "scale_quantize": (_ARRAY, _ARRAY, _INT, _INT, _INT, *_QUANTIZED),
+    "tile": (_ARRAY, _INT, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _THREADS),
     "matmul": (_ARRAY, _ARRAY, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _ARRAY, _INT, _ARRAY, _THREADS),
     "transposed_matmul": (_ARRAY, _ARRAY, _INT, _INT, _ARRAY, _ARRAY, _INT, _INT, _ARRAY, _THREADS),
     "rotate": (
@@ -48,9 +49,6 @@ _SIGNATURES = {
 }
 _LARGEST_GROUP = 48
 """Query heads per key head: TOGETHER in kernels.c."""
-
-# Channels summed at a time, which bounds the memory of int32 copies: an embedding has 150,000.
-_ROWS_AT_ONCE = 8192
 
 
 def library_file(name: str) -> Path:
@@ -135,6 +133,15 @@ class NativeKernels:
     def int8_weight(self, weight: Tensor) -> "TiledInt8Weight":
         """Return the matrix, (out, in), int8, in tiles."""
         return TiledInt8Weight(self, weight)
+
+    def fill_tiles(self, weight: Tensor, tiles: "TiledInt8Weight") -> None:
+        """Write the matrix, (out, in), int8, into the buffers of `tiles`."""
+        depth = tiles.weight.shape[1] * self.group
+        buffers = (tiles.weight, tiles.zero_point_correction, tiles.column_correction)
+        self._library.tile(
+            *(weight.data_ptr(), *weight.shape, depth, *(buffer.data_ptr() for buffer in buffers)),
+            torch.get_num_threads(),
+        )
 
     def matmul(
         self,
@@ -223,18 +230,15 @@ class TiledInt8Weight(nn.Module):
         super().__init__()
         self._kernels = kernels
         self.channels, self.width = weight.shape
-        tile, group = kernels.tile, kernels.group
-        filled = nn.functional.pad(weight, (0, -self.width % kernels.pad, 0, -self.channels % tile))
-        tiles = filled.view(-1, tile, filled.shape[1] // group, group)
-        self.weight = nn.Buffer(tiles.transpose(1, 2).contiguous())
+        depth, tiles = self.width + -self.width % kernels.pad, -(-self.channels // kernels.tile)
+        self.weight = nn.Buffer(
+            torch.empty(tiles, depth // kernels.group, kernels.tile, kernels.group, dtype=torch.int8)
+        )
         """(tiles, padded width / group, tile, group)."""
         # Where rows are bytes with zero point 128, the corrections subtract what it adds to a sum.
-        parts = filled.split(_ROWS_AT_ONCE)
-        self.zero_point_correction = nn.Buffer(
-            torch.cat([part.sum(1, dtype=torch.int32) for part in parts]).mul_(-128)
-        )
-        columns = torch.stack([part.sum(0, dtype=torch.int32) for part in parts]).sum(0, dtype=torch.int32)
-        self.column_correction = nn.Buffer(nn.functional.pad(columns.mul_(-128), (0, -len(columns) % tile)))
+        self.zero_point_correction = nn.Buffer(torch.empty(tiles * kernels.tile, dtype=torch.int32))
+        self.column_correction = nn.Buffer(torch.empty(depth + -depth % kernels.tile, dtype=torch.int32))
+        kernels.fill_tiles(weight.contiguous(), self)
 
     def rows(self, rows: Tensor) -> Tensor:
         """Return rows of the matrix, (count, in). rows: (count,)."""

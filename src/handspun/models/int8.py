@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from handspun.errors import ModelError
 from handspun.kernels import kernels_for, slower_without
-from handspun.kernels.reference import block_of, has_fast_int_mm, is_exact, quantize_rows
+from handspun.kernels.reference import block_of, has_fast_int_mm, is_exact
 
 # Bounds the memory of float copies: an embedding has 150,000 channels.
 _CHANNELS_AT_ONCE = 8192
@@ -46,11 +46,10 @@ def int8_linear(linear: nn.Linear) -> "Int8Linear":
 def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return (hadamard(weight) / block in int8, (out, in); scales, (out,)). weight: (out, in), float."""
     block, kernels = block_of(weight.shape[1]), kernels_for(weight.device)
-    parts = [
-        quantize_rows(kernels.hadamard(part.float()) / block) for part in weight.detach().split(_CHANNELS_AT_ONCE)
-    ]
+    parts = [kernels.quantize(part.float()) for part in weight.detach().split(_CHANNELS_AT_ONCE)]
+    # The block is a power of two, so dividing the scales by it gives the bits of dividing the values.
     rows, scales = zip(*parts, strict=True)
-    return torch.cat(rows), torch.cat(scales).squeeze(1)
+    return torch.cat(rows)[:, : weight.shape[1]], torch.cat(scales).squeeze(1) / block
 
 
 def check_exact_matmuls(device: torch.device) -> None:
