@@ -27,7 +27,7 @@ NEW = OLD | {"avx512f", "avx512_bf16", "amx_bf16"}
 def on_a_new_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A CPU with bfloat16 and an empty cache, whose folder this is."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(dtype_module, "cpu_flags", lambda: NEW)
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: NEW)
     monkeypatch.setattr(dtype_module, "_onednn_has_bfloat16", lambda: True)
     return tmp_path
 
@@ -106,7 +106,7 @@ def test_the_probe_times_real_products() -> None:
 def test_the_flags_are_asked_before_the_clock(
     on_a_new_cpu: Path, flags: frozenset[str], has_onednn: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dtype_module, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: flags)
     monkeypatch.setattr(dtype_module, "_onednn_has_bfloat16", lambda: has_onednn)
     clock = Clock(monkeypatch, bfloat16=1e-12, float32=2e-12)
     assert choose_dtype(CPU, clock)[1] == expected

@@ -42,6 +42,15 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(flag for flag in _flags_of_the_cpu() if not flag.startswith(forbidden))
 
 
+_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")
+"""Linux's CPU flags for bfloat16 dot products, on x86 and ARM."""
+
+
+def has_bfloat16() -> bool:
+    """Return whether the CPU has instructions for bfloat16 dot products."""
+    return not cpu_flags().isdisjoint(_BFLOAT16)
+
+
 def cpu_model() -> str:
     """Return the CPU's name and flags, as a key for cached measurements."""
     return f"{_field('model name', 'CPU implementer')}, {' '.join(sorted(cpu_flags()))}"

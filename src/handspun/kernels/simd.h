@@ -109,6 +109,18 @@ INLINE lanes converted(const int32_t *x) {
     return a;
 }
 
+/* 16 bfloat16 values as floats: they are the upper halves. */
+INLINE lanes widened(const uint16_t *x) {
+    typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+    lanes a;
+    EACH(p, PARTS) {
+        halves some;
+        memcpy(&some, x + p * WIDTH, sizeof some);
+        a.part[p] = (floats)(__builtin_convertvector(some, bits_of_floats) << 16);
+    }
+    return a;
+}
+
 /* The first `left` of 16 values; 0 for the others. */
 INLINE lanes load_some(const float *x, int64_t left) {
     if (left >= LANES) return load(x);

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from handspun.kernels import kernels_for
+from handspun.kernels.cpu import has_bfloat16
 from handspun.kernels.onednn import linear_padded_rows
 from handspun.models.int8 import check_exact, quantize_channels
 from handspun.models.lora import has_adapter, merged_weight
@@ -35,16 +36,30 @@ class InferenceLinear(Protocol):
         """Look up rows of the matrix, as an embedding: (tokens,) to (tokens, in)."""
 
 
+_FEW_ROWS, _SOME_ROWS = 2, 32
+"""Most rows for which our kernel is the fastest, with and without the CPU's instructions for bfloat16."""
+
+
 class FloatProduct:
     """An `InferenceLinear` in the weights' own float type."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Keep the weights. weight: (out, in). bias: (out,)."""
         self.weight, self._bias = weight, bias
+        self._kernels, self._has_bfloat16 = kernels_for(weight.device), has_bfloat16()
+        is_bfloat16 = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        self._widens = is_bfloat16 and self._kernels.can_multiply_bfloat16(weight.shape[1])
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (tokens, in) to (tokens, out)."""
-        return linear_padded_rows(x.to(self.weight.dtype), self.weight, self._bias).float()
+        # On a CPU without instructions for bfloat16, PyTorch takes 1.3 times as long as our kernel for one row,
+        # and 2.3 times for 4 to 32. It also rounds activations.
+        if self._widens and len(x) <= (_FEW_ROWS if self._has_bfloat16 else _SOME_ROWS):
+            bias = None if self._bias is None else self._bias.float()
+            return self._kernels.bfloat16_matmul(x.float(), self.weight, bias)
+        dtype = torch.float32 if self._widens and not self._has_bfloat16 else self.weight.dtype
+        bias = None if self._bias is None else self._bias.to(dtype)
+        return linear_padded_rows(x.to(dtype), self.weight.to(dtype), bias).float()
 
     def after_rms_norm(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
         """Apply RMSNorm, then the layer."""
@@ -199,7 +214,8 @@ def fused_weights(model: PreTrainedModel, *, int8: bool = False) -> FusedWeights
         norm=body.norm.weight.detach().float(),
         head=head,
         device=device,
-        cache_dtype=torch.float32 if int8 else dtype,
+        # On a CPU, attention in float32 is faster than in bfloat16, and has a kernel.
+        cache_dtype=torch.float32 if int8 or device.type == "cpu" else dtype,
         is_int8=int8,
     )
 

@@ -12,7 +12,7 @@ import torch
 
 from handspun import files
 from handspun.files import cache_folder
-from handspun.kernels.cpu import cpu_flags, cpu_model
+from handspun.kernels.cpu import cpu_model, has_bfloat16
 
 
 def use_threads(threads: int | None) -> None:
@@ -42,8 +42,6 @@ _MIN_SPEEDUP = 1.2
 _CLEARLY_SLOWER = 0.5
 _SIZES = ((8, 256), (64, 512), (256, 1024))
 """(tokens, width) of the timed matmuls, smallest first. The last decides: it is like a small model's."""
-_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")
-"""Linux's CPU flags for bfloat16 dot products, on x86 and ARM."""
 _SECONDS = 0.25
 """After this time no larger size is tried, and the last measurement decides."""
 
@@ -70,7 +68,7 @@ def _reason_against_bfloat16(device: torch.device) -> str | None:
     """Return why bfloat16 cannot be faster on the device, or None if it may be."""
     if device.type == "cuda":
         return None if torch.cuda.is_bf16_supported() else "this GPU does not support bfloat16"
-    if device.type == "cpu" and not (_onednn_has_bfloat16() and cpu_flags().intersection(_INSTRUCTIONS)):
+    if device.type == "cpu" and not (_onednn_has_bfloat16() and has_bfloat16()):
         return "this CPU has no bfloat16 instructions"
     return None
 
