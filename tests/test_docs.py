@@ -2,9 +2,11 @@
 
 import re
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from api_page import page as api_page
 from documents import BATCH, FILES, PAGES, README, README_ZH, ROOT, SHORTER, anchors, commands, files, links
@@ -117,7 +119,7 @@ def test_scripts_and_targets_are_there(page: Path) -> None:
     assert [one for one in options if f'"{one[1]}"' not in (ROOT / one[0]).read_text(encoding="utf-8")] == []
 
 
-@pytest.mark.parametrize("page", [README, README_ZH, *PAGES], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [README, README_ZH, ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     targets = [((page.parent / file).resolve() if file else page, anchor) for file, anchor in links(page)]
     assert [target for target, _ in targets if not target.exists()] == []
@@ -141,3 +143,9 @@ def test_the_page_of_the_api_is_that_of_the_code() -> None:
     assert api_page() == (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), (
         "docs/api.md is not what `python tests/helpers/api_page.py` prints"
     )
+
+
+def test_the_citation_is_of_this_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert [citation[name] for name in ("version", "license")] == [project["version"], project["license"]]
