@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from handspun.config import ExportConfig
+from handspun.display import captured_log
 from handspun.exports.export import _is_our_modelfile, gguf_file
 from handspun.exports.modelfile import modelfile, plain_template
 from handspun.models.load import ChatModel
@@ -38,7 +39,9 @@ def test_plain_template_chatml() -> None:
 
 
 def test_modelfile_default_system_and_parameters() -> None:
-    text = modelfile(chat_of(WITH_SYSTEM), Path("folder/m-q8_0.gguf"))
+    with captured_log() as said:
+        text = modelfile(chat_of(WITH_SYSTEM), Path("folder/m-q8_0.gguf"))
+    assert said == []
     assert text.startswith('FROM ./m-q8_0.gguf\nTEMPLATE """{{ range')
     assert '\nSYSTEM """Be kind."""\n' in text
     assert '\nPARAMETER stop "<|im_end|>"\n' in text
@@ -53,8 +56,10 @@ def test_modelfile_default_system_and_parameters() -> None:
         CHATML.replace("<|im_end|>\n", "{{<|im_end|>\n"),
     ],
 )
-def test_modelfile_without_certainty_has_no_template(template: str) -> None:
-    assert "TEMPLATE" not in modelfile(chat_of(template), Path("m.gguf"))
+def test_modelfile_without_certainty_has_no_template_and_says_so(template: str) -> None:
+    with captured_log() as said:
+        assert "TEMPLATE" not in modelfile(chat_of(template), Path("m.gguf"))
+    assert [line.partition(":")[0] for line in said] == ["the Modelfile has no TEMPLATE"]
 
 
 def test_gguf_file_names_run_and_checkpoint(tmp_path: Path) -> None:

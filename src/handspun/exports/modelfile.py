@@ -10,6 +10,7 @@ from pathlib import Path
 
 from handspun.data.messages import Message
 from handspun.data.rendering import render
+from handspun.display import logger
 from handspun.errors import TemplateError
 from handspun.models.end_of_turn import eos_token_ids
 from handspun.models.load import ChatModel, context_length
@@ -97,6 +98,11 @@ def modelfile(chat: ChatModel, gguf: Path) -> str:
     """Return the text of a Modelfile beside a GGUF file."""
     lines = [f"FROM ./{gguf.name}"]
     template = plain_template(chat) if chat.tokenizer.chat_template else None
+    if template is None and chat.tokenizer.chat_template:
+        logger.warning(
+            "the Modelfile has no TEMPLATE: none that gives the same text could be derived from the chat template. "
+            "Write one yourself, or use llama.cpp, which reads the chat template."
+        )
     if template is not None:
         lines.append(f'TEMPLATE """{template.in_go()}"""')
         if template.system is not None:
