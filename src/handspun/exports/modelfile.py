@@ -100,8 +100,8 @@ def modelfile(chat: ChatModel, gguf: Path) -> str:
     template = plain_template(chat) if chat.tokenizer.chat_template else None
     if template is None and chat.tokenizer.chat_template:
         logger.warning(
-            "the Modelfile has no TEMPLATE: none that gives the same text could be derived from the chat template. "
-            "Write one yourself, or use llama.cpp, which reads the chat template."
+            "the Modelfile has no TEMPLATE: none that gives the same text could be derived from the chat "
+            "template. Write one yourself, or use llama.cpp, which reads the chat template."
         )
     if template is not None:
         lines.append(f'TEMPLATE """{template.in_go()}"""')
