@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,33 @@ def test_verdict_of_losses(training: list[float], held_out: list[float], begins:
     assert found.text.startswith(begins)
     assert advice in found.advice
     assert bool(found.advice) == bool(advice)
+
+
+@pytest.mark.parametrize(
+    ("training", "lost", "text"),
+    [
+        (
+            [2.0, 1.0],
+            [0],
+            "The held-out loss went from 1.5000 (step 1) to 1.4000 (step 2); the one before training",
+        ),
+        (
+            [2.0, 1.0],
+            [0, 1],
+            "The held-out loss was 1.4000 after step 2; the one before training was not recorded.",
+        ),
+        ([2.0, 1.0], [1, 2], "The held-out loss was 2.0000 before training; none after it was recorded."),
+        ([2.0, 1.0, 0.5], [0], "Overfitted: the held-out loss rose from 1.4000 (step 2) to 1.9000"),
+    ],
+)
+def test_verdict_of_lost_evaluations_says_what_is_known(training: list[float], lost: list[int], text: str) -> None:
+    run = run_of(training, [2.0, 1.5, 1.4, 1.9][: len(training) + 1])
+    kept = [event for event in run.metrics.evaluations if event["step"] not in lost]
+    run = replace(run, metrics=replace(run.metrics, evaluations=kept))
+    found = verdict(run)
+    assert found.text.startswith(text)
+    assert "held-out rows" not in found.text + found.advice
+    assert not any("1.5000 before" in line for line in end_lines(run))
 
 
 def test_verdict_of_a_run_that_max_steps_has_cut_names_that_option() -> None:

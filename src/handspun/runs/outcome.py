@@ -44,8 +44,10 @@ def verdict(run: RunFiles) -> Verdict | None:
         return None
     training = epoch_losses(steps)
     epochs = max(training)
-    if len(found) < 2 or found[0]["step"] != 0:
+    if not found:
         return _without_held_out_rows(training, steps)
+    if len(found) < 2 or found[0]["step"] != 0:
+        return _without_both_ends(found, training)
     first, last = found[0]["loss"], found[-1]["loss"]
     best = min(found, key=lambda event: event["loss"])
     losses = f"{first:.4f} before, {last:.4f} after"
@@ -100,6 +102,29 @@ def _risen(best: dict[str, Any], last: float, training: dict[int, float]) -> Ver
             "Use checkpoint-best, which is from before that. Train for fewer epochs, or add rows.",
         )
     return Verdict(f"Unstable: {rise}, and so did the training loss.", "Lower the learning rate.")
+
+
+def _without_both_ends(found: Sequence[dict[str, Any]], training: dict[int, float]) -> Verdict:
+    """Return the verdict on held-out losses without the one before training, or without any after it."""
+    first, last = found[0], found[-1]
+    if last["step"] == 0:
+        return Verdict(
+            f"The held-out loss was {last['loss']:.4f} before training; none after it was recorded.",
+            "Compute it (handspun eval).",
+        )
+    best = min(found, key=lambda event: event["loss"])
+    if last["loss"] > best["loss"] * (1 + _FLAT):
+        return _risen(best, last["loss"], training)
+    known = f"The held-out loss was {last['loss']:.4f} after step {last['step']}"
+    if first is not last:
+        known = (
+            f"The held-out loss went from {first['loss']:.4f} (step {first['step']}) to {last['loss']:.4f} "
+            f"(step {last['step']})"
+        )
+    return Verdict(
+        f"{known}; the one before training was not recorded.",
+        "Compute it with the model that was trained (handspun eval) to see what was learned.",
+    )
 
 
 def _without_held_out_rows(training: dict[int, float], steps: Sequence[dict[str, Any]]) -> Verdict:
@@ -195,7 +220,8 @@ def end_lines(run: RunFiles) -> Iterator[str]:
     if len(found) > 1:
         best = min(found, key=lambda event: event["loss"])
         at = "" if best is found[-1] else f"; best {best['loss']:.4f} at step {best['step']}"
-        yield f"held-out loss {found[0]['loss']:.4f} before, {found[-1]['loss']:.4f} after{at}"
+        when = "before" if found[0]["step"] == 0 else f"at step {found[0]['step']}"
+        yield f"held-out loss {found[0]['loss']:.4f} {when}, {found[-1]['loss']:.4f} after{at}"
     if (training := epoch_losses(run.metrics.steps)) and len(training) > 1:
         first, last = training[min(training)], training[max(training)]
         yield f"training loss {first:.4f} in the first epoch, {last:.4f} in the last"
