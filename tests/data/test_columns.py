@@ -121,7 +121,7 @@ def test_parse_columns_a_name_may_hold_an_equals_sign() -> None:
 def test_parse_columns_says_what_is_wrong(given: tuple[str, ...] | dict[str, str], problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         DataConfig(columns=given)
-    assert str(caught.value).startswith("--columns: ")
+    assert str(caught.value).startswith("columns: ")
     assert problem in str(caught.value)
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from handspun.cli import main
 from handspun.config import DataConfig
+from handspun.config.spelling import in_python
 from handspun.data import readers as parquet_files
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.dataset import Dataset, load_splits
@@ -55,7 +56,7 @@ def check(case: Case, source: str) -> None:
     if case.error:
         with pytest.raises((DataError, ConfigError)) as caught:
             prepared(source)
-        assert str(caught.value).startswith(case.error)
+        assert str(caught.value).startswith(in_python(case.error))
         assert len(str(caught.value)) < 10_000
         return
     made = prepared(source)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from handspun import HandspunError, TrainConfig, train
+from handspun.config.spelling import command_line
 
 
 def outcome(case: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -23,7 +24,8 @@ def outcome(case: dict[str, Any], rank: int) -> dict[str, Any]:
         options |= case.get("of_rank_1", {})
         os.environ.update(case.get("switches_of_rank_1", {}))
     try:
-        train(TrainConfig(**options))
+        with command_line():  # as torchrun starts it
+            train(TrainConfig(**options))
         error: dict[str, Any] = {"type": None, "message": ""}
     except HandspunError as caught:
         error = {"type": type(caught).__name__, "message": str(caught)}

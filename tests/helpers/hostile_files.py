@@ -290,7 +290,7 @@ NO_FILES = [
         kept=1,
     ),
     Case(
-        "rows to test on beside those to train on",
+        "test rows next to training rows",
         made(file("d/train.csv", GOOD), file("d/test.csv", GOOD), name="d"),
         "d: this folder contains both training files and test files",
     ),

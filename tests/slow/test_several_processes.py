@@ -103,8 +103,8 @@ def test_an_empty_micro_batch_has_a_gradient_of_zeros_for_all_that_is_trained(ba
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shard": True}, "--shard splits the model over several processes, but this is a single process"),
-        ({"shard": True, "lora": True, "base_weights": "int8"}, "--shard cannot split int8 weights"),
+        ({"shard": True}, "shard=True splits the model over several processes, but this is a single process"),
+        ({"shard": True, "lora": True, "base_weights": "int8"}, "shard=True cannot split int8 weights"),
     ],
 )
 def test_what_cannot_be_sharded_is_said(tmp_path: Path, options: dict[str, Any], message: str) -> None:

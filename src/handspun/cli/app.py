@@ -1,5 +1,6 @@
 """The command-line app, and the options that several commands share."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -110,7 +111,7 @@ def with_files(config: Rows, files: Sequence[str], command: str) -> Rows:
     """
     default = next(field.default for field in fields(config) if field.name == "data")
     if not files:
-        if config.data == default and not Path(default).exists():
+        if config.data == default and not os.path.lexists(default):
             raise ConfigError(
                 f"no rows are named, and there is no {default} here. Name a file, as in "
                 f"handspun {command} tickets.csv."

@@ -95,6 +95,8 @@ def wrong_argument(name: str, value: Any, hint: Any, low: float | None = None) -
 
 def problem_with(name: str, value: Any, wanted: str) -> str:
     """Return the error message for an option's value. wanted: what was expected."""
+    if name in PATHS and isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
     remedy = f" {_REMEDIES[name]}" if name in _REMEDIES else ""
     return f"{option_name(name)} is {short(value)}: expected {wanted}.{remedy}"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from handspun.config import ExportConfig
-from handspun.display import captured_log, join_names, logger
+from handspun.display import join_names, logger
 from handspun.errors import OutputError, check_installed
 from handspun.exports.hub import check_base_on_hub, hub, push_folder
 from handspun.exports.modelfile import modelfile
@@ -38,8 +38,12 @@ def export(wanted: ExportConfig) -> None:
     if wanted.push and not wanted.makes:
         check_base_on_hub(folder)
     if wanted.makes:
-        with captured_log():  # loading logs the same
+        level = logger.level
+        logger.setLevel("WARNING")  # loading says the rest again; that the hub does not answer is said once
+        try:
             source = model_source(wanted.model)
+        finally:
+            logger.setLevel(level)
         _check_inputs_outside(wanted, folder, source)
         if wanted.merge:
             with locked(folder, busy=lambda owner: _busy(folder, owner)):

@@ -1,4 +1,4 @@
-/* Kernels of decoding and of int8 training, compiled once for each instruction set (simd.h, CMakeLists.txt).
+/* Kernels of decoding and of int8 training, compiled once for each instruction set (simd.h, setup.py).
  *
  * Each function computes what reference.py computes with PyTorch, bit for bit, on every CPU. Each row is computed
  * separately, in an order that depends on nothing else, so its result does not depend on the other rows, on the

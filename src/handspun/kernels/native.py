@@ -1,6 +1,6 @@
 """The compiled kernels (kernels.c): found beside this file, chosen by the CPU's instructions, and called.
 
-Each instruction set has a library of its own, compiled when the package is built (CMakeLists.txt). All of them
+Each instruction set has a library of its own, compiled when the package is built (setup.py). All of them
 return the same bits as reference.py.
 """
 
@@ -74,7 +74,10 @@ def native_kernels(name: str) -> "NativeKernels | str":
         return f"{file} cannot be loaded ({error})"
     if not library.prepare():
         return "the system does not let this process use AMX"
-    return NativeKernels(name, library)
+    try:
+        return NativeKernels(name, library)
+    except AttributeError as error:
+        return f"{file} is of another version ({error}). Install the package again"
 
 
 class NativeKernels:

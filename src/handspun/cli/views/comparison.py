@@ -24,7 +24,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print()
     for place, name in enumerate(comparison.models):
         if found := speed(comparison, place):
-            console.print(visible(f"{name}: {found}"), style="dim", soft_wrap=True)
+            console.print(Text(visible(f"{name}: {found}"), style="dim", overflow="fold"))
 
 
 def _cell(result: GenerationResult) -> Text:
