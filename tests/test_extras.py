@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"datasets": "hub", "matplotlib": "report", "gguf": "gguf", "llguidance": "constraints"}
+PACKAGES = {"datasets": "hub", "matplotlib": "report", "llguidance": "constraints"}
 
 
 def run(arguments: list[str], folder: Path, *packages: str) -> subprocess.CompletedProcess[str]:
@@ -36,7 +36,7 @@ def test_all_holds_every_other_extra_that_is_not_a_tracker() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
         "optional-dependencies"
     ]
-    assert extras["all"] == ["handspun[hub,report,gguf,constraints]"]
+    assert extras["all"] == ["handspun[hub,report,constraints]"]
     assert set(PACKAGES.values()) | {"all", "tensorboard", "trackio", "wandb"} == set(extras)
 
 
@@ -44,20 +44,12 @@ def test_all_holds_every_other_extra_that_is_not_a_tracker() -> None:
     ("package", "arguments"),
     [
         ("datasets", ["preview", "--model", "M", "--data", "somebody/rows"]),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("gguf", ["export", "--model", "M", "--gguf", "f16", "--output-dir", "out"]),
-                ("gguf", ["generate", "--model", "model.gguf", "Hi"]),
-                ("llguidance", ["generate", "--model", "M", "--choice", "yes", "Hi"]),
-            )
-        ),
+        pytest.param("llguidance", ["generate", "--model", "M", "--choice", "yes", "Hi"], marks=pytest.mark.slow),
     ],
 )
 def test_an_absent_extra_is_one_error_with_the_install_line(
     tiny_folder: Path, tmp_path: Path, package: str, arguments: list[str]
 ) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"")
     given = [str(tiny_folder) if argument == "M" else argument for argument in arguments]
     done = run(given, tmp_path, package)
     assert done.returncode == 2, done.stderr

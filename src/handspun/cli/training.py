@@ -83,7 +83,7 @@ def demo(
     threads: Count | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Fine-tune the embedded model on the embedded data, with answers before and after. Takes minutes, no network.
+    """Fine-tune the embedded model on the embedded data, with answers before and after. Takes minutes, no hub.
 
     Parameters
     ----------

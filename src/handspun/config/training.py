@@ -85,7 +85,7 @@ class TrainConfig(DataConfig):
     """One fine-tuning run, from rows to checkpoints."""
 
     model: str = "Qwen/Qwen2.5-0.5B"
-    """Hub id, folder, .gguf file, or "smollm2-135m" (embedded: needs no network)."""
+    """Hub id, folder, .gguf file, or "smollm2-135m" (embedded: needs no hub)."""
 
     output_dir: str = "output"
     """Folder for checkpoints, train.log, metrics.jsonl, run.json and report.html."""

@@ -12,7 +12,7 @@ import torch
 
 from handspun.config import ExportConfig
 from handspun.display import join_names, logger
-from handspun.errors import OutputError, check_installed
+from handspun.errors import OutputError
 from handspun.exports.hub import check_base_on_hub, hub, push_folder
 from handspun.exports.modelfile import modelfile
 from handspun.files import is_partial, locked, output_errors, whole_file, write_text
@@ -31,8 +31,6 @@ def export(wanted: ExportConfig) -> None:
     Existing output is replaced only if Handspun wrote it, and only once the new output is complete. Raises a
     HandspunError, before any work that would be in vain.
     """
-    if wanted.gguf:
-        check_installed("gguf", "gguf", "--gguf")
     api = hub(wanted.token) if wanted.push else None
     folder = Path(os.path.realpath(wanted.folder))  # keeps a symbolic link in place, and gives `.` a name
     if wanted.push and not wanted.makes:

@@ -33,7 +33,7 @@ from handspun.data.chat_template import ChatTemplate
 from handspun.data.rendering import choose_template
 from handspun.data.rows import stay_offline_if_unreachable
 from handspun.display import logger, printable
-from handspun.errors import ConfigError, ModelError, check_installed
+from handspun.errors import ConfigError, ModelError
 from handspun.kernels import slower_without
 from handspun.kernels.allocator import disable_malloc_trim, malloc_trim
 from handspun.kernels.onednn import limit_primitive_cache
@@ -162,7 +162,6 @@ def model_source(name: str) -> ModelSource:
     if name == EMBEDDED_NAME:
         return ModelSource(name, str(embedded_folder()))
     if path.is_file() and path.suffix == ".gguf":
-        check_installed("gguf", "gguf", f"{name}: a GGUF file")
         return ModelSource(name, str(path.parent), gguf_file=path.name)
     if path.is_dir():
         if (checkpoint := checkpoint_of_run(path)) is not None:
@@ -184,7 +183,7 @@ def model_source(name: str) -> ModelSource:
             )
         raise ModelError(
             f"there is no model {name}: no such folder or file, and not a hub id (such as Qwen/Qwen2.5-0.5B). "
-            f"Check the path, or use {EMBEDDED_NAME}, which is embedded and needs no network.{hint}"
+            f"Check the path, or use {EMBEDDED_NAME}, which needs no hub.{hint}"
         )
     stay_offline_if_unreachable(name)
     logger.info(f"loading {name} from the hub, or its cache")
@@ -483,8 +482,8 @@ def _model_error(error: Exception, name: str, location: str) -> ModelError:
         return ModelError(f"{name} cannot be read as a model: {reason}")
     what = name if name == location else f"{location}, the base that {name}'s adapter_config.json names,"
     return ModelError(
-        f"{what} cannot be downloaded from the hub: {reason}\nCheck its spelling and the network. Without a "
-        f"network, use a folder that holds it, or the embedded model: --model {EMBEDDED_NAME}"
+        f"{what} cannot be downloaded from the hub: {reason}\nCheck its spelling and the network. Without "
+        f"the hub, use a folder that holds it, or the embedded model: --model {EMBEDDED_NAME}"
     )
 
 
