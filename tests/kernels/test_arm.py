@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backends import plain_tiles
 from handspun.kernels import native
-from handspun.kernels.reference import AttendedSpan, ReferenceKernels, extremes
+from handspun.kernels.reference import AttendedSpan, HeadNorms, ReferenceKernels, Rotation, extremes
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 FLAGS = {"neon": "-march=armv8-a", "dotprod": "-march=armv8.2-a+dotprod", "i8mm": "-march=armv8.2-a+dotprod+i8mm"}
@@ -92,7 +92,7 @@ def add_attention(calls: Calls) -> None:
         (cosines, sines), norm = torch.randn(2, 25, size), torch.randn(size)
         slot = torch.randperm(slots)[:25]
         turned, cache = qkv.clone(), pool.clone()
-        PLAIN.rotate(turned, heads, (norm, norm), 1e-6, cosines, sines, slot, cache)
+        PLAIN.rotate(turned, HeadNorms(norm, norm, 1e-6), Rotation(cosines, sines, slot), cache)
         arrays = [qkv, norm, norm, cosines, sines, slot, pool]
         calls.add(8, [25, 0, 0, heads, kv_heads, size, slots], list(arrays), turned[:, :heads].clone(), cache)
         queries = torch.randn(25, heads, size)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from backends import AVAILABLE, NATIVE, backend, chosen, needs_kernels, plain_tiles
 from handspun.kernels.native import NativeKernels
-from handspun.kernels.reference import AttendedSpan, ReferenceKernels, extremes
+from handspun.kernels.reference import AttendedSpan, HeadNorms, ReferenceKernels, Rotation, extremes
 from handspun.models.fused import Int8Product
 from handspun.models.int8 import int8_linear
 
@@ -157,7 +157,7 @@ def test_rotating_and_attending_equal_the_reference(
     found = []
     for one in (kernels, PLAIN):
         x, cache = qkv.clone(), pool.clone()
-        one.rotate(x, queries, norms, 1e-6, cosines, sines, torch.tensor(mapping), cache)
+        one.rotate(x, HeadNorms(*norms, 1e-6), Rotation(cosines, sines, torch.tensor(mapping)), cache)
         found.append((x[:, :queries], cache, one.attend(x[:, :queries], cache, spans)))
     for native, plain in zip(*found, strict=True):
         assert_same(native, plain)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from handspun.errors import ConfigError
 from handspun.kernels.native import INSTRUCTION_SETS, native_kernels, supported_sets
-from handspun.kernels.reference import AttendedSpan, ReferenceKernels
+from handspun.kernels.reference import AttendedSpan, HeadNorms, ReferenceKernels, Rotation
 
 SWITCH = "HANDSPUN_KERNELS"
 """Environment variable that forces a backend: "reference", or an instruction set."""
@@ -68,17 +68,7 @@ class Kernels(Protocol):
     def can_attend(self, heads: int, kv_heads: int, head_size: int) -> bool:
         """Return whether `rotate` and `attend` support such heads, and are worth using."""
 
-    def rotate(
-        self,
-        qkv: Tensor,
-        heads: int,
-        norms: tuple[Tensor | None, Tensor | None],
-        eps: float,
-        cosines: Tensor,
-        sines: Tensor,
-        slot_mapping: Tensor,
-        pool: Tensor,
-    ) -> None:
+    def rotate(self, qkv: Tensor, norms: HeadNorms, rotation: Rotation, pool: Tensor) -> None:
         """Normalize and rotate queries and keys, and write keys and values to the KV cache."""
 
     def attend(self, queries: Tensor, pool: Tensor, spans: Sequence[AttendedSpan]) -> Tensor:

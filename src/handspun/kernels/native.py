@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from handspun.kernels.cpu import cpu_flags
-from handspun.kernels.reference import LANES, AttendedSpan
+from handspun.kernels.reference import LANES, AttendedSpan, HeadNorms, Rotation
 
 _AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"}
 INSTRUCTION_SETS = {
@@ -204,28 +204,26 @@ class NativeKernels:
         """Return whether `attend` supports such heads."""
         return head_size % LANES == 0 and heads // kv_heads <= _LARGEST_GROUP
 
-    def rotate(
-        self,
-        qkv: Tensor,
-        heads: int,
-        norms: tuple[Tensor | None, Tensor | None],
-        eps: float,
-        cosines: Tensor,
-        sines: Tensor,
-        slot_mapping: Tensor,
-        pool: Tensor,
-    ) -> None:
-        """Rotate as `reference.rotate` does."""
+    def rotate(self, qkv: Tensor, norms: HeadNorms, rotation: Rotation, pool: Tensor) -> None:
+        """Rotate as the reference does."""
         assert qkv.is_contiguous() and pool.is_contiguous()  # noqa: PT018
+        weights = (None if norm is None else norm.data_ptr() for norm in (norms.queries, norms.keys))
         self._library.rotate(
-            *(qkv.data_ptr(), len(qkv), heads, len(pool) // 2, qkv.shape[2]),
-            *(None if norm is None else norm.data_ptr() for norm in norms),
-            *(eps, cosines.data_ptr(), sines.data_ptr(), slot_mapping.data_ptr(), pool.data_ptr(), pool.shape[1]),
-            torch.get_num_threads(),
+            *(
+                qkv.data_ptr(),
+                len(qkv),
+                qkv.shape[1] - len(pool),
+                len(pool) // 2,
+                qkv.shape[2],
+                *weights,
+                norms.eps,
+            ),
+            *(rotation.cosines.data_ptr(), rotation.sines.data_ptr(), rotation.slot_mapping.data_ptr()),
+            *(pool.data_ptr(), pool.shape[1], torch.get_num_threads()),
         )
 
     def attend(self, queries: Tensor, pool: Tensor, spans: Sequence[AttendedSpan]) -> Tensor:
-        """Attend as `reference.attend` does. queries: contiguous per token."""
+        """Attend as the reference does. queries: contiguous per token."""
         (tokens, heads, size), kv_heads = queries.shape, len(pool) // 2
         assert queries.stride()[1:] == (size, 1) and pool.is_contiguous()  # noqa: PT018
         out = queries.new_empty(tokens, heads * size)

@@ -115,6 +115,27 @@ def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class HeadNorms:
+    """RMSNorms of each head's queries and keys: weights, (size,), or None for no norm. eps: their epsilon."""
+
+    queries: Tensor | None
+    keys: Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Where tokens are: cosines and sines of their positions, (tokens, size), the first half of the sines negated.
+
+    slot_mapping: (tokens,), each token's slot in the KV cache.
+    """
+
+    cosines: Tensor
+    sines: Tensor
+    slot_mapping: Tensor
+
+
+@dataclass(frozen=True)
 class AttendedSpan:
     """Consecutive tokens of one sequence, and the keys that they attend to.
 
@@ -128,18 +149,6 @@ class AttendedSpan:
     start: int
     length: int
     mask: Tensor | None
-
-
-def attend(queries: Tensor, pool: Tensor, spans: Sequence[AttendedSpan]) -> Tensor:
-    """Return attention, (tokens, heads * size), of queries, (tokens, heads, size), all float32.
-
-    pool: the KV cache, (2 * kv_heads, slots, size): keys, then values.
-    """
-    output = queries.new_empty(len(queries), queries.shape[1] * queries.shape[2])
-    for span in spans:
-        tokens = slice(span.first, span.first + span.count)
-        output[tokens] = _attend_span(queries[tokens], pool, span)
-    return output
 
 
 def _attend_span(queries: Tensor, pool: Tensor, span: AttendedSpan) -> Tensor:
@@ -169,37 +178,6 @@ def _attend_span(queries: Tensor, pool: Tensor, span: AttendedSpan) -> Tensor:
         total = total + block
     total = total * factor[..., None]
     return total.view(kv_heads, count, -1, size).transpose(0, 1).reshape(count, -1)
-
-
-def rotate(
-    qkv: Tensor,
-    heads: int,
-    norms: tuple[Tensor | None, Tensor | None],
-    eps: float,
-    cosines: Tensor,
-    sines: Tensor,
-    slot_mapping: Tensor,
-    pool: Tensor,
-) -> None:
-    """Normalize queries and keys, rotate queries in place, and write rotated keys and values to the KV cache.
-
-    Args:
-        qkv: (tokens, heads + 2 * kv_heads, size); queries are overwritten.
-        heads: number of query heads.
-        norms: weights of the norms of queries and keys, (size,); None for no norm.
-        eps: epsilon of the norms.
-        cosines: (tokens, size).
-        sines: (tokens, size), the first half negated.
-        slot_mapping: (tokens,), each token's slot in the pool.
-        pool: the KV cache, (2 * kv_heads, slots, size).
-    """
-    kv_heads = len(pool) // 2
-    for norm, part in zip(norms, (qkv[:, :heads], qkv[:, heads : heads + kv_heads]), strict=True):
-        if norm is not None:
-            part.copy_(rms_norm(part, norm, eps))
-    both = qkv[:, : heads + kv_heads]
-    both.copy_(both * cosines[:, None] + both.roll(qkv.shape[2] // 2, -1) * sines[:, None])
-    pool.index_copy_(1, slot_mapping, qkv[:, heads:].transpose(0, 1))
 
 
 class ReferenceKernels:
@@ -251,23 +229,34 @@ class ReferenceKernels:
         """Return the matrix, (out, in), int8, laid out for `matmul`."""
         return PlainInt8Weight(weight)
 
-    def rotate(
-        self,
-        qkv: Tensor,
-        heads: int,
-        norms: tuple[Tensor | None, Tensor | None],
-        eps: float,
-        cosines: Tensor,
-        sines: Tensor,
-        slot_mapping: Tensor,
-        pool: Tensor,
-    ) -> None:
-        """Normalize and rotate queries and keys, and write keys and values to the KV cache."""
-        rotate(qkv, heads, norms, eps, cosines, sines, slot_mapping, pool)
+    def rotate(self, qkv: Tensor, norms: HeadNorms, rotation: Rotation, pool: Tensor) -> None:
+        """Normalize queries and keys, rotate queries in place, and write rotated keys and values to the KV cache.
+
+        Args:
+            qkv: (tokens, heads + 2 * kv_heads, size); queries are overwritten.
+            norms: the norms of queries and keys.
+            rotation: where the tokens are.
+            pool: the KV cache, (2 * kv_heads, slots, size).
+        """
+        heads, kv_heads = qkv.shape[1] - len(pool), len(pool) // 2
+        for norm, part in ((norms.queries, qkv[:, :heads]), (norms.keys, qkv[:, heads : heads + kv_heads])):
+            if norm is not None:
+                part.copy_(rms_norm(part, norm, norms.eps))
+        both = qkv[:, : heads + kv_heads]
+        turned = both.roll(qkv.shape[2] // 2, -1)
+        both.copy_(both * rotation.cosines[:, None] + turned * rotation.sines[:, None])
+        pool.index_copy_(1, rotation.slot_mapping, qkv[:, heads:].transpose(0, 1))
 
     def attend(self, queries: Tensor, pool: Tensor, spans: Sequence[AttendedSpan]) -> Tensor:
-        """Return the attention of tokens over their sequences' keys."""
-        return attend(queries, pool, spans)
+        """Return attention, (tokens, heads * size), of queries, (tokens, heads, size), all float32.
+
+        pool: the KV cache, (2 * kv_heads, slots, size): keys, then values.
+        """
+        output = queries.new_empty(len(queries), queries.shape[1] * queries.shape[2])
+        for span in spans:
+            tokens = slice(span.first, span.first + span.count)
+            output[tokens] = _attend_span(queries[tokens], pool, span)
+        return output
 
 
 class PlainInt8Weight(nn.Module):

@@ -11,26 +11,24 @@
 #define EACH(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < (count); i++)
 #define INLINE static inline __attribute__((always_inline))
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#if defined(__AVX512VNNI__)
 #define WIDTH 16
+#define MM(operation) _mm512_##operation
 typedef __m512 floats;
 typedef __m512i ints;
-INLINE floats fused_one(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE floats larger_one(floats a, floats b) { return _mm512_max_ps(a, b); }
-INLINE floats smaller_one(floats a, floats b) { return _mm512_min_ps(a, b); }
-INLINE floats splat_one(float a) { return _mm512_set1_ps(a); }
-INLINE ints four_bytes(int32_t four) { return _mm512_set1_epi32(four); }
-#elif defined(__AVX2__)
-#include <immintrin.h>
+#else
 #define WIDTH 8
+#define MM(operation) _mm256_##operation
 typedef __m256 floats;
 typedef __m256i ints;
-INLINE floats fused_one(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE floats larger_one(floats a, floats b) { return _mm256_max_ps(a, b); }
-INLINE floats smaller_one(floats a, floats b) { return _mm256_min_ps(a, b); }
-INLINE floats splat_one(float a) { return _mm256_set1_ps(a); }
-INLINE ints four_bytes(int32_t four) { return _mm256_set1_epi32(four); }
+#endif
+INLINE floats fused_one(floats a, floats b, floats c) { return MM(fmadd_ps)(a, b, c); }
+INLINE floats larger_one(floats a, floats b) { return MM(max_ps)(a, b); }
+INLINE floats smaller_one(floats a, floats b) { return MM(min_ps)(a, b); }
+INLINE floats splat_one(float a) { return MM(set1_ps)(a); }
+INLINE ints four_bytes(int32_t four) { return MM(set1_epi32)(four); }
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #define WIDTH 4

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from handspun.kernels import Kernels, kernels_for
-from handspun.kernels.reference import AttendedSpan, ReferenceKernels, exact_sums, extremes
+from handspun.kernels.reference import AttendedSpan, HeadNorms, ReferenceKernels, Rotation, exact_sums, extremes
 from handspun.models.fused import decoded_sums
 from handspun.models.int8 import training_matmuls
 from handspun.verification.reference import Finding
@@ -67,7 +67,7 @@ def _around_matmuls(kernels: Kernels) -> list[Tensor]:
     found = [*kernels.quantize(x), *kernels.norm_quantize(x, weight, 1e-5), *kernels.gate_quantize(gate_up)]
     qkv, pool, (cosines, sines) = random(40, 6 + 2 * 2, 64), random(4, 120, 64), random(2, 40, 64)
     slots = torch.randperm(120, generator=generator)[:40]
-    kernels.rotate(qkv, 6, (None, None), 1e-5, cosines, sines, slots, pool)
+    kernels.rotate(qkv, HeadNorms(None, None, 1e-5), Rotation(cosines, sines, slots), pool)
     queries = qkv[:, :6]
     spans = [AttendedSpan(0, 39, 3, 70, None), AttendedSpan(39, 1, 0, 120, None)]
     return [*found, queries, pool, kernels.attend(queries, pool, spans)]

@@ -17,7 +17,7 @@ from handspun.decoding.engines.base import ModelInput
 from handspun.decoding.engines.kv_cache import KVCache
 from handspun.kernels import kernels_for
 from handspun.kernels.onednn import without_cudnn
-from handspun.kernels.reference import AttendedSpan
+from handspun.kernels.reference import AttendedSpan, HeadNorms, Rotation
 from handspun.models.fused import FusedLayer, FusedWeights
 
 _MASK_MULTIPLE = 64
@@ -107,8 +107,7 @@ class StepLayout:
 
     spans: all tokens, if a kernel of ours attends them; the next three are empty then. parts: spans that are
     attended one after another. alone: the keys of each token that is attended in one call with others. at:
-    (alone,), indices of these tokens, None if they are all. slot_mapping: (tokens,), the slots of the new keys in
-    the pool. rotation: cosines and sines, (tokens, size) each.
+    (alone,), indices of these tokens, None if they are all. rotation: the tokens' positions and key slots.
     """
 
     spans: list[AttendedSpan]
@@ -116,8 +115,7 @@ class StepLayout:
     alone: list[KVRange]
     at: Tensor | None
     gathered: GatheredKV | None
-    slot_mapping: Tensor
-    rotation: tuple[Tensor, Tensor]
+    rotation: Rotation
 
 
 class FusedEngine:
@@ -194,7 +192,7 @@ class FusedEngine:
                 AttendedSpan(part.start, part.stop - part.start, start, part.length, part.mask)
                 for part, start in zip(laid, starts, strict=True)
             ]
-            return StepLayout(spans, [], [], None, None, places, self._rotation(positions))
+            return StepLayout(spans, [], [], None, None, self._rotation(positions, places))
         together = [part for part in laid if self._is_attended_jointly(part)]
         alone = [token for part in together for token in self._kv_ranges(part)]
         numbers = [i for part in together for i in range(part.start, part.stop)]
@@ -205,8 +203,7 @@ class FusedEngine:
             alone=alone,
             at=at,
             gathered=gather(alone, self.cache.layer(0)) if alone else None,
-            slot_mapping=places,
-            rotation=self._rotation(positions),
+            rotation=self._rotation(positions, places),
         )
 
     def _is_attended_jointly(self, part: TokenSpan) -> bool:
@@ -242,13 +239,12 @@ class FusedEngine:
         model = self.model
         qkv = layer.qkv.after_rms_norm(x, layer.attention_norm, model.norm_eps).view(len(x), -1, model.head_size)
         if self._attends:
-            norms, pool = (layer.q_norm, layer.k_norm), self.cache.layer(number)
-            self._kernels.rotate(
-                qkv, model.heads, norms, model.norm_eps, *layout.rotation, layout.slot_mapping, pool
-            )
+            pool = self.cache.layer(number)
+            norms = HeadNorms(layer.q_norm, layer.k_norm, model.norm_eps)
+            self._kernels.rotate(qkv, norms, layout.rotation, pool)
             return self._kernels.attend(qkv[:, : model.heads], pool, layout.spans)
-        queries, keys = self._rotate(layer, qkv, *layout.rotation)
-        self.cache.write(number, layout.slot_mapping, keys, qkv[:, model.heads + model.kv_heads :])
+        queries, keys = self._rotate(layer, qkv, layout.rotation.cosines, layout.rotation.sines)
+        self.cache.write(number, layout.rotation.slot_mapping, keys, qkv[:, model.heads + model.kv_heads :])
         return self._attend_all(number, queries, layout)
 
     def _rotate(self, layer: FusedLayer, qkv: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
@@ -301,11 +297,8 @@ class FusedEngine:
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self.model.norm_eps)
 
-    def _rotation(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines of the positions, each (tokens, head_size).
-
-        The first half of the sines is negated: rotation subtracts the second half of a head from the first.
-        """
+    def _rotation(self, positions: Sequence[int], slot_mapping: Tensor) -> Rotation:
+        """Return what rotates tokens at these positions. slot_mapping: (tokens,), the slots of their keys."""
         device = self.model.device
         needed = max(positions) + 1
         if needed > self._rotations.shape[1]:
@@ -313,7 +306,8 @@ class FusedEngine:
             angles = torch.outer(steps, self.model.frequencies)
             # Through float64, whose last bits may differ between CPUs: those of float32 hardly ever do then.
             cosines, sines = angles.double().cos().float(), angles.double().sin().float()
+            # The first half of the sines is negated: rotation subtracts the second half of a head from the first.
             pairs = [torch.cat([cosines, cosines], -1), torch.cat([-sines, sines], -1)]
             self._rotations = torch.stack(pairs) * self.model.attention_scaling
         cosines, sines = self._rotations[:, torch.tensor(positions, device=device)]
-        return cosines, sines
+        return Rotation(cosines, sines, slot_mapping)
