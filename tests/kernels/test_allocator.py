@@ -18,10 +18,12 @@ if sys.argv[1] == "keep":
 import torch
 for _ in range(3):
     torch.ones(16_000_000)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
+faults = []
+for _ in range(21):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(16_000_000)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(faults)[10])
 """
 
 KERNELS = """
@@ -57,7 +59,11 @@ def printed(program: str, how: str) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_a_tensor_of_the_same_size_faults_no_new_pages_in() -> None:
-    assert printed(FAULTS, "keep") < 100 < printed(FAULTS, "leave")
+    """The median of 21 tensors: the heap may still grow once, where memory is short and huge pages are not to be had.
+
+    A tensor's 64 MB are 31 huge pages or 15,625 small ones.
+    """
+    assert printed(FAULTS, "keep") < 5 < 30 < printed(FAULTS, "leave")
 
 
 @pytest.mark.slow
