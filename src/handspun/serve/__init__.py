@@ -1,0 +1,1 @@
+"""`handspun serve`: an HTTP server with OpenAI's interface."""
