@@ -25,7 +25,7 @@ ROOMS = [
     {"verification", "evaluation", "preflight"},
     {"runs"},
     {"report", "exports"},
-    {"demo", "api"},
+    {"demo", "api", "serve"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -59,7 +59,7 @@ def printed(program: str, how: str) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_a_tensor_of_the_same_size_faults_no_new_pages_in() -> None:
-    """The median of 21 tensors: the heap may still grow once, where memory is short and huge pages are not to be had.
+    """The median of 21 tensors: the heap may still grow once, where memory is short and huge pages are rare.
 
     A tensor's 64 MB are 31 huge pages or 15,625 small ones.
     """
