@@ -5,10 +5,13 @@ of the tokens generated so far. So states are cached by their tokens and rebuilt
 a beam that branches or a rejected draft needs no bookkeeping.
 """
 
+import copy
+import json
 import re
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from handspun.config import option_name
 from handspun.decoding.options import SamplingParams
+from handspun.decoding.schema import read_schema
 from handspun.display import printable
 from handspun.errors import ConfigError, check_installed
 
@@ -29,6 +33,8 @@ _WHITESPACE = r"\n?[ ]{0,24}"
 _ESCAPES = 'nrbtf"\\'
 """Characters allowed after a backslash in JSON strings. Not u: JSON readers take "\\u0061" as the property "a",
 but llguidance treats it as a different property and would not enforce the type of "a"."""
+
+_JSON_OPTIONS = {"whitespace_pattern": _WHITESPACE, "json_allowed_escapes": _ESCAPES}
 
 
 class _State(NamedTuple):
@@ -68,15 +74,22 @@ class Constraint:
         """Return whether any answer can match."""
         return bool(self._start.allowed.any())
 
+    def fresh(self) -> "Constraint":
+        """Return the same constraint for another request, with a cache of its own."""
+        other = copy.copy(self)
+        other._states, other._most_rows = {}, 0
+        return other
+
     def _state_after(self, tokens: tuple[int, ...]) -> _State:
         if not tokens:
             return self._start
         state = self._states.pop(tokens, None)
         if state is None:
             before = self._states.get(tokens[:-1])
-            matcher = (before or self._start).matcher.deep_copy()
-            matcher.consume_tokens(list(tokens[-1:] if before else tokens))
-            state = self._state(matcher)
+            with panics_as_errors(option_name(self.name)):
+                matcher = (before or self._start).matcher.deep_copy()
+                matcher.consume_tokens(list(tokens[-1:] if before else tokens))
+                state = self._state(matcher)
         self._states[tokens] = state  # the newest last
         return state
 
@@ -93,11 +106,28 @@ class Constraint:
             del self._states[tokens]
 
 
+class Grammar(NamedTuple):
+    """What answers must match."""
+
+    name: str
+    """The option that asks for it."""
+    shown: str
+    """What was given, for messages."""
+    text: str
+    """The same in llguidance's form."""
+
+
 def make_constraint(options: SamplingParams, tokenizer: PreTrainedTokenizerBase) -> Constraint | None:
     """Return the constraint that the options ask for, or None.
 
     Raises ConfigError if it is malformed, if no answer can match it, or if it cannot be enforced.
     """
+    grammar = grammar_of(options)
+    return None if grammar is None else compile_grammar(grammar, tokenizer, options.eos_token_ids)
+
+
+def grammar_of(options: SamplingParams) -> Grammar | None:
+    """Return the grammar that the options ask for, or None. Raises ConfigError."""
     if options.json_schema is not None:
         name, given = "json_schema", options.json_schema
     elif options.regex is not None:
@@ -107,30 +137,98 @@ def make_constraint(options: SamplingParams, tokenizer: PreTrainedTokenizerBase)
     else:
         return None
     check_installed("llguidance", "constraints", option_name(name))
-    from llguidance import LLMatcher  # here: decoding without constraints does not need it
+    shown = printable(given, most=200)
+    with _as_config_error(name, shown):
+        return Grammar(name, shown, _grammar_text(options))
 
-    what = f"{option_name(name)} {printable(given, most=200)} cannot be used"
-    try:
-        grammar = _grammar(options)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{what}: {error}.") from error
-    eos = tuple(token for token in options.eos_token_ids if token < len(tokenizer))
-    _check(name, eos, tokenizer)
-    matcher = LLMatcher(_token_table(tokenizer, eos), grammar, log_level=0)
-    if matcher.is_error():
-        raise ConfigError(f"{what}: {matcher.get_error()}")
-    constraint = Constraint(name, matcher, eos)
+
+def tool_call_grammar(
+    tools: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, several: bool
+) -> Grammar:
+    """Return the grammar of answers that are calls of some tools. Raises ConfigError.
+
+    Args:
+        tools: Their definitions, [{"function": {"name": str, "parameters": JSON schema}}].
+        tokenizer: The model's tokenizer. Where <tool_call> is one of its tokens, the grammar asks for that token.
+        several: Whether several calls may follow each other.
+    """
+    check_installed("llguidance", "constraints", "a tool call that is required")
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    opening, closing = (tag if tag in added else json.dumps(tag) for tag in ("<tool_call>", "</tool_call>"))
+    block = rf'{opening} "\n" call "\n" {closing}'
+    rules = [f'start: {block} ("\\n" {block})*' if several else f"start: {block}"]
+    rules.append("call: " + " | ".join(f"call_{number}" for number in range(len(tools))))
+    for number, tool in enumerate(tools):
+        function = tool["function"]
+        schema = {"type": "object", **(function.get("parameters") or {})}
+        text = json.loads(read_schema(schema))
+        head = json.dumps(f'{{"name": {json.dumps(function["name"])}, "arguments": ')
+        rules.append(f'call_{number}: {head} arguments_{number} "}}"')
+        rules.append(f"arguments_{number}: %json " + json.dumps({**text, "x-guidance": _JSON_OPTIONS}))
+    from llguidance import LLMatcher
+
+    return Grammar("tools", "the tools", LLMatcher.grammar_from_lark("\n".join(rules)))
+
+
+def compile_grammar(
+    grammar: Grammar,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_token_ids: tuple[int, ...],
+    limits: Mapping[str, Any] | None = None,
+) -> Constraint:
+    """Return the constraint of a grammar.
+
+    Raises ConfigError if it is malformed, if no answer can match it, or if it cannot be enforced.
+
+    Args:
+        grammar: What answers must match.
+        tokenizer: The model's tokenizer.
+        eos_token_ids: Tokens that end an answer.
+        limits: llguidance's limits on the size of grammar and states (`LLParserLimits`), if not its defaults.
+    """
+    from llguidance import LLMatcher, LLParserLimits  # here: decoding without constraints does not need it
+
+    eos = tuple(token for token in eos_token_ids if token < len(tokenizer))
+    _check(grammar.name, eos, tokenizer)
+    bounds = LLParserLimits(**limits, verbose_errors=False) if limits else None
+    with _as_config_error(grammar.name, grammar.shown):
+        matcher = LLMatcher(token_table(tokenizer, eos), grammar.text, log_level=0, limits=bounds)
+        if matcher.is_error():
+            raise ValueError(matcher.get_error())
+        constraint = Constraint(grammar.name, matcher, eos)
     if not constraint.can_begin():
-        raise ConfigError(f"{what}: no answer can match it.")
+        raise ConfigError(f"{option_name(grammar.name)} {grammar.shown} cannot be used: no answer can match it.")
     return constraint
 
 
-def _grammar(options: SamplingParams) -> str:
+@contextmanager
+def _as_config_error(name: str, shown: str) -> Iterator[None]:
+    """Raise what llguidance cannot do as a ConfigError."""
+    what = f"{option_name(name)} {shown} cannot be used"
+    try:
+        with panics_as_errors(what):
+            yield
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{what}: {error}") from error
+
+
+@contextmanager
+def panics_as_errors(what: str) -> Iterator[None]:
+    """Raise a panic of llguidance as a ConfigError. It is a BaseException, which would end the whole program."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # pyo3 does not export the class
+            raise
+        raise ConfigError(f"{what}: it made the constraint library fail. Use another constraint.") from error
+
+
+def _grammar_text(options: SamplingParams) -> str:
     """Return the options' llguidance grammar. Raises ValueError for a schema that is nested too deeply."""
     from llguidance import LLMatcher
 
     if options.json_schema is not None:
-        overrides: Any = {"whitespace_pattern": _WHITESPACE, "json_allowed_escapes": _ESCAPES}
+        overrides: Any = _JSON_OPTIONS
         return LLMatcher.grammar_from_json_schema(options.json_schema, overrides=overrides)
     regex = options.regex if options.regex is not None else "|".join(map(re.escape, options.choice))
     return LLMatcher.grammar_from_regex(regex)
@@ -152,9 +250,17 @@ def _check(name: str, eos_token_ids: tuple[int, ...], tokenizer: PreTrainedToken
         raise ConfigError(problems)
 
 
-@lru_cache(maxsize=1)
-def _token_table(tokenizer: PreTrainedTokenizerFast, eos_token_ids: tuple[int, ...]) -> "LLTokenizer":
-    """Return llguidance's tokenizer. Qwen's takes seconds to build, hence the cache."""
+_TOKEN_TABLES: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, ...], "LLTokenizer"]] = (
+    WeakKeyDictionary()
+)
+
+
+def token_table(tokenizer: PreTrainedTokenizerBase, eos_token_ids: tuple[int, ...]) -> "LLTokenizer":
+    """Return llguidance's tokenizer. Qwen's takes seconds to build, so it is kept as long as the tokenizer is."""
     from llguidance.hf import from_tokenizer
 
-    return from_tokenizer(tokenizer, eos_token=list(eos_token_ids))
+    tables = _TOKEN_TABLES.setdefault(tokenizer, {})
+    if eos_token_ids not in tables:
+        assert isinstance(tokenizer, PreTrainedTokenizerFast)
+        tables[eos_token_ids] = from_tokenizer(tokenizer, eos_token=list(eos_token_ids))
+    return tables[eos_token_ids]

@@ -148,11 +148,11 @@ def encode_prompts(
     """
     if not chat:
         _check_plain(prompts, system_prompt, tools, continue_final_message)
-    tools = _read_tools(tools)
+    tools = read_tool_definitions(tools)
     encoded = []
     for number, prompt in enumerate(prompts, start=1):
         if chat:
-            messages = _conversation(prompt, number, system_prompt)
+            messages = read_conversation(prompt, number, system_prompt)
             _check_last(messages, number, continue_final_message)
             ids = model.template.encode_prompt(messages, tools, continue_final_message=continue_final_message)
         else:
@@ -190,7 +190,7 @@ def unencodable_notice(
 def _text_of(prompt: Prompt, number: int, system_prompt: str | None) -> str:
     if isinstance(prompt, str):
         return f"{system_prompt or ''}{prompt}"
-    return "".join(message["content"] for message in _conversation(prompt, number, system_prompt))
+    return "".join(message["content"] for message in read_conversation(prompt, number, system_prompt))
 
 
 def rendered_already(model: ChatModel, prompts: list[Prompt], *, chat: bool) -> Iterator[str]:
@@ -199,7 +199,7 @@ def rendered_already(model: ChatModel, prompts: list[Prompt], *, chat: bool) -> 
         yield from notices_about_plain(model.tokenizer, [str(prompt) for prompt in prompts])
         return
     numbered = enumerate(prompts, start=1)
-    yield from notices_about_chat(model.template, [_conversation(prompt, n, None) for n, prompt in numbered])
+    yield from notices_about_chat(model.template, [read_conversation(prompt, n, None) for n, prompt in numbered])
 
 
 def said_in(
@@ -219,11 +219,11 @@ def said_in(
         tools: Tool definitions for the chat template.
         continue_final_message: As in `encode_prompts`.
     """
-    numbered, tools = enumerate(prompts, start=1), _read_tools(tools)
+    numbered, tools = enumerate(prompts, start=1), read_tool_definitions(tools)
     return [
         content_token_ids(
             model.template,
-            _conversation(prompt, n, system_prompt),
+            read_conversation(prompt, n, system_prompt),
             tools,
             continue_final_message=continue_final_message,
         )
@@ -237,7 +237,8 @@ def context_length(model: ChatModel) -> int | None:
     return int(length) if length is not None and length > 0 else None
 
 
-def _conversation(prompt: Prompt, number: int, system_prompt: str | None) -> list[Message]:
+def read_conversation(prompt: Prompt, number: int, system_prompt: str | None) -> list[Message]:
+    """Return a prompt's messages in the template's form. number: of the prompt, for messages. Raises DataError."""
     messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not messages:
         raise DataError(f"prompt {number} is a conversation without messages (expected at least one).")
@@ -252,7 +253,8 @@ def _conversation(prompt: Prompt, number: int, system_prompt: str | None) -> lis
     return read
 
 
-def _read_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+def read_tool_definitions(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """Return tools in the template's form. Raises DataError."""
     with _dropped_as_data_error("the tools"):
         read = read_tools(tools, Cell("the tools"))
         check_writable(read)

@@ -98,6 +98,13 @@ class Vocabulary:
         detokenizer = self.detokenizer()
         return self.special.get(token_id) or detokenizer.push(token_id) + detokenizer.finish()
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """Return the bytes of a single token, which may be a part of a character."""
+        detokenizer = self.detokenizer()
+        if token_id not in self.special and isinstance(detokenizer, ByteDetokenizer):
+            return detokenizer.bytes_of(token_id)
+        return self.text_of(token_id).encode()
+
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """Return a tokenizer's vocabulary for decoding token by token."""
