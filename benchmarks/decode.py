@@ -44,7 +44,9 @@ def main() -> None:
     template = ChatTemplate(load_tokenizer(model_source(str(folder))))
     settings = {key: getattr(arguments, key) for key in ("new_tokens", "threads")}
     settings["excluded"] = end_ids(template, folder)
-    results = open_results(f"decode-{Path(arguments.model).name}", settings, fresh=arguments.fresh)
+    results = open_results(
+        f"decode-{arguments.results or Path(arguments.model).name}", settings, fresh=arguments.fresh
+    )
     contenders = with_models(chosen(CONTENDERS, arguments.only), arguments.model, folder, arguments.gguf)
     measure_all(results, contenders, arguments, folder, template)
     print(summary(results))
@@ -64,6 +66,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--columns", nargs="+", metavar="NAME", choices=COLUMNS, default=list(COLUMNS), help=f"of {names}"
     )
+    parser.add_argument("--results", metavar="NAME", help="of the saved figures (default: the model's folder)")
     parser.add_argument("--fresh", action="store_true")
     return parser.parse_args(words)
 
