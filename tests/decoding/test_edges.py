@@ -29,8 +29,8 @@ def test_a_batch_is_full_while_prompts_are_waiting(chat: ChatModel, monkeypatch:
     """805 prompts whose answers end at different steps: batch_size rows are under way until none waits."""
     rows: list[int] = []
 
-    def watched(model: ChatModel) -> Any:
-        engine: Any = make_engine(model)
+    def watched(model: ChatModel, kv_tokens: int | None) -> Any:
+        engine: Any = make_engine(model, kv_tokens)
         forward = engine.forward
         engine.forward = lambda feeds: rows.append(len(feeds)) or forward(feeds)
         return engine

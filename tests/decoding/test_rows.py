@@ -48,18 +48,18 @@ class Watch:
         self.forwards = 0
         self._look = look
 
-    def make_engine(self, chat: ChatModel) -> Engine:
-        engine: Any = make_engine(chat)
+    def make_engine(self, chat: ChatModel, kv_tokens: int | None = None) -> Engine:
+        engine: Any = make_engine(chat, kv_tokens)
         add, fork, free, forward = engine.add, engine.fork, engine.free, engine.forward
         truncate = engine.truncate
 
-        def watched_add() -> int:
-            row: int = add()
+        def watched_add(tokens: int = 0) -> int:
+            row: int = add(tokens)
             self.rows[row] = 0
             return row
 
-        def watched_fork(row: int) -> int:
-            new: int = fork(row)
+        def watched_fork(row: int, tokens: int = 0) -> int:
+            new: int = fork(row, tokens)
             self.rows[new] = self.rows[row]
             return new
 

@@ -25,7 +25,7 @@ from handspun.decoding.engines.base import Engine, ModelInput
 from handspun.decoding.engines.fused import FusedEngine
 from handspun.decoding.explain import BeamTrace
 from handspun.decoding.processors import nothing_left, process
-from handspun.decoding.request import Completion, Request
+from handspun.decoding.request import Completion, Request, Score
 from handspun.decoding.results import GenerationChunk, GenerationResult
 
 
@@ -147,6 +147,7 @@ class BeamStream:
             return_index=result.return_index,
             text=result.text[len(text) :],
             token_ids=result.token_ids[tokens:],
+            logprobs=result.logprobs or [],
             finish_reason=result.finish_reason,
             result=result,
         )
@@ -212,6 +213,12 @@ class BeamState:
     def max_total_tokens(self) -> int:
         """Number of prompt and answer tokens of all beams at full length."""
         return self.rows * self.beams[0].max_total_tokens
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Most slots that its row takes: `TreeBeamCache` compacts it once most of its tokens are dead."""
+        request = self.request
+        return len(request.prompt_token_ids) + self.rows * (2 * request.max_new_tokens + 1)
 
     @property
     def length(self) -> int:
@@ -343,6 +350,6 @@ def _candidates(
     candidates = []
     for parent, token, logprob in zip(parents, tokens, logprobs, strict=True):
         candidate = search.beams[parent].copy()
-        candidate.add(token, logprob)
+        candidate.add(token, Score(logprob, []))
         candidates.append(candidate)
     return candidates

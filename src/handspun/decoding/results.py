@@ -6,6 +6,8 @@ from typing import Any, Literal
 from handspun.decoding.explain import Explanation, TreeNode
 
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
+TopLogprobs = list[tuple[int, float]]
+"""Token ids with their natural log-probabilities in the model's own distribution."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,14 @@ class GenerationResult:
     """The stop string that fired."""
     logprobs: list[float] | None = None
     """On request: natural log-probability of each token in the model's own distribution."""
+    top_logprobs: list[TopLogprobs] | None = None
+    """On request: the most probable tokens of each step, best first."""
+    prompt_logprobs: list[float | None] | None = None
+    """On request: the same of the prompt's tokens. None for the first, which nothing precedes."""
+    prompt_top_logprobs: list[TopLogprobs] | None = None
+    """With prompt_logprobs and top_logprobs: the most probable tokens in each place; none for the first."""
+    cached_tokens: int = 0
+    """Number of prompt tokens whose keys and values were known from earlier requests."""
     explanation: list[Explanation] | None = None
     """On request: how each token was chosen."""
     tree: list[TreeNode] | None = None
@@ -49,6 +59,10 @@ class GenerationChunk:
     return_index: int
     text: str
     token_ids: list[int]
+    logprobs: list[float] = field(default_factory=list)
+    """On request: log-probabilities of token_ids."""
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    """On request: the most probable tokens in the place of each of token_ids, best first."""
     finish_reason: FinishReason | None = None
     """Set on an answer's last chunk."""
     result: GenerationResult | None = None

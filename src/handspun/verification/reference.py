@@ -18,7 +18,7 @@ from handspun.decoding.processors import make_processors
 from handspun.decoding.prompts import context_length, encode_prompts
 from handspun.decoding.request import Request
 from handspun.decoding.results import GenerationResult
-from handspun.decoding.scheduler import BatchLimits, prompt_pieces
+from handspun.decoding.scheduler import BatchLimits
 from handspun.decoding.text import vocabulary
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
@@ -315,10 +315,7 @@ def engine_logits(chat: ChatModel, prompts: Sequence[list[int]], answers: Sequen
     engine = make_engine(chat)
     feeds = []
     for prompt in prompts:
-        *first, last = prompt_pieces(engine.add(), prompt)
-        for piece in first:
-            engine.forward([piece])
-        feeds.append(last)
+        feeds.append(ModelInput(engine.add(), prompt))
     found: list[list[Tensor]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
     while running:

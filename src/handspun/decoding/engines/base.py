@@ -28,11 +28,11 @@ class ModelInput:
 class Engine(Protocol):
     """A model with a KV cache of rows."""
 
-    def add(self) -> int:
-        """Add an empty row and return its id."""
+    def add(self, tokens: int = 0) -> int:
+        """Add an empty row and return its id. tokens: reserve room for this many, if rows have a room."""
 
-    def fork(self, row: int) -> int:
-        """Add a row that continues from this one's tokens and return its id."""
+    def fork(self, row: int, tokens: int = 0) -> int:
+        """Add a row that continues from this one's tokens and return its id. tokens: as for `add`."""
 
     def truncate(self, row: int, length: int) -> None:
         """Drop all but the row's first `length` tokens. See `truncation_unsupported_reason`."""

@@ -18,13 +18,16 @@ def fused_decoding_unsupported_reason(chat: ChatModel) -> str | None:
     return fusing_unsupported_reason(chat.model.config)
 
 
-def make_engine(chat: ChatModel) -> Engine:
-    """Return an engine without rows: the fused one if it supports the model."""
+def make_engine(chat: ChatModel, kv_tokens: int | None = None) -> Engine:
+    """Return an engine without rows: the fused one if it supports the model.
+
+    kv_tokens: the fixed size of the fused engine's KV cache; None for one that grows.
+    """
     assert not chat.model.training, "decoding needs a model in eval mode"
     if chat.fused is not None:
-        return FusedEngine(chat.fused)
+        return FusedEngine(chat.fused, kv_tokens)
     if fused_decoding_unsupported_reason(chat) is None:
-        return FusedEngine(fused_weights(chat.model))
+        return FusedEngine(fused_weights(chat.model), kv_tokens)
     return TransformersEngine(chat.model)
 
 

@@ -119,13 +119,12 @@ class StepLayout:
 
 
 class FusedEngine:
-    """A fused model with its KV cache."""
+    """A fused model with its KV cache. kv_tokens: the cache's fixed size; None for one that grows."""
 
-    def __init__(self, model: FusedWeights) -> None:
+    def __init__(self, model: FusedWeights, kv_tokens: int | None = None) -> None:
         self.model = model
-        self.cache = KVCache(
-            len(model.layers), model.kv_heads, model.head_size, dtype=model.cache_dtype, device=model.device
-        )
+        shape = (len(model.layers), model.kv_heads, model.head_size)
+        self.cache = KVCache(shape, dtype=model.cache_dtype, device=model.device, fixed_tokens=kv_tokens)
         self._kernels = kernels_for(model.device)
         self._attends = (
             model.device.type == "cpu"
@@ -137,13 +136,22 @@ class FusedEngine:
         self._gathers = not model.is_int8 and model.device.type == "cuda"
         self._rotations = torch.empty(2, 0, model.head_size, device=model.device)  # cosines, and sines
 
-    def add(self) -> int:
-        """Add an empty row and return its id."""
-        return self.cache.add()
+    @property
+    def is_exact(self) -> bool:
+        """True if no bit of the logits depends on other rows, or on which tokens were fed together."""
+        return self._attends and self.model.is_int8
 
-    def fork(self, row: int) -> int:
-        """Add a row with a copy of this one's tokens and return its id."""
-        return self.cache.fork(row)
+    def add(self, tokens: int = 0) -> int:
+        """Add an empty row and return its id. tokens: reserve room for this many."""
+        return self.cache.add(tokens)
+
+    def fork(self, row: int, tokens: int = 0) -> int:
+        """Add a row with a copy of this one's tokens and return its id. tokens: reserve room for this many."""
+        return self.cache.fork(row, tokens)
+
+    def length(self, row: int) -> int:
+        """Return the number of tokens in the row."""
+        return self.cache.length(row)
 
     def truncate(self, row: int, length: int) -> None:
         """Drop all but the row's first `length` tokens."""

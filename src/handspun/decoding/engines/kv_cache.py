@@ -1,7 +1,7 @@
 """The KV cache of the fused engine.
 
-Every row has a region of one pool. A full region doubles its size, and so does the pool. Rows are never padded,
-and deleting a row moves no other.
+Every row has a region of one pool. A full region doubles its size, and so does the pool unless its size is fixed.
+Rows are never padded, and deleting a row moves no other.
 """
 
 from dataclasses import dataclass
@@ -23,26 +23,55 @@ class Region:
 
 
 class KVCache:
-    """A pool of keys, then values, for all layers: (layers, 2 * kv_heads, tokens, head_size)."""
+    """A pool of keys, then values, for all layers: (layers, 2 * kv_heads, tokens, head_size).
+
+    shape: (layers, kv_heads, head_size). fixed_tokens: the pool's size; None for one that grows.
+    """
 
     def __init__(
-        self, layers: int, kv_heads: int, head_size: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        shape: tuple[int, int, int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        fixed_tokens: int | None = None,
     ) -> None:
-        self._kv_heads = kv_heads
-        self._pool = torch.empty(layers, 2 * kv_heads, 0, head_size, dtype=dtype, device=device)
+        layers, self._kv_heads, head_size = shape
+        self._is_fixed = fixed_tokens is not None
+        slots = fixed_tokens or 0
+        self._pool = torch.empty(layers, 2 * self._kv_heads, slots, head_size, dtype=dtype, device=device)
         self._rows: dict[int, Region] = {}
         self._next_row = 0
 
-    def add(self) -> int:
-        """Add an empty row and return its id."""
+    def add(self, tokens: int = 0) -> int:
+        """Add an empty row and return its id. tokens: reserve room for this many."""
         row, self._next_row = self._next_row, self._next_row + 1
         self._rows[row] = Region(0, 0)
+        try:
+            self._make_room(row, tokens)
+        except MemoryError:
+            self.free(row)
+            raise
         return row
 
-    def fork(self, row: int) -> int:
-        """Add a row with a copy of this one's keys and values and return its id."""
-        new, length = self.add(), self.length(row)
-        self._make_room(new, length)
+    def has_room(self, tokens: int) -> bool:
+        """Return whether a row of this many tokens can be added."""
+        return not self._is_fixed or self._gap(tokens) is not None
+
+    @property
+    def used_tokens(self) -> int:
+        """Number of slots that rows have reserved."""
+        return sum(region.capacity for region in self._rows.values())
+
+    @property
+    def tokens(self) -> int:
+        """Number of slots in the pool."""
+        return self._pool.shape[2]
+
+    def fork(self, row: int, tokens: int = 0) -> int:
+        """Add a row with a copy of this one's keys and values and return its id. tokens: as for `add`."""
+        length = self.length(row)
+        new = self.add(max(tokens, length))
         source, target = self._rows[row], self._rows[new]
         self._copy(source.start, target.start, length)
         target.length = length
@@ -75,6 +104,16 @@ class KVCache:
         start = region.start + region.length
         region.length += count
         return range(start, start + count)
+
+    def copy_of(self, row: int, start: int, stop: int) -> Tensor:
+        """Return a copy of some tokens' keys and values: (layers, 2 * kv_heads, stop - start, head_size)."""
+        first = self._rows[row].start
+        return self._pool[:, :, first + start : first + stop].clone()
+
+    def append(self, row: int, keys_values: Tensor) -> None:
+        """Append tokens whose keys and values are known: (layers, 2 * kv_heads, tokens, head_size)."""
+        slots = self.extend(row, keys_values.shape[2])
+        self._pool[:, :, slots.start : slots.stop] = keys_values
 
     def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write keys and values of tokens to one layer of the pool.
@@ -112,19 +151,30 @@ class KVCache:
         self._copy(region.start, start, region.length)
         region.start, region.capacity = start, capacity
 
-    def _find_gap(self, capacity: int) -> int:
-        """Return the first slot of a free range of `capacity` slots. Grows the pool if there is none."""
+    def _gap(self, capacity: int) -> int | None:
+        """Return the first slot of a free range of `capacity` slots, or None if there is none."""
         end = 0
         for region in sorted(self._rows.values(), key=lambda region: region.start):
             if region.start - end >= capacity:
                 return end
             end = max(end, region.start + region.capacity)
-        size = self._pool.shape[2]
-        if end + capacity > size:
-            layers, heads, _, head_size = self._pool.shape
-            grown = self._pool.new_empty(layers, heads, max(end + capacity, 2 * size), head_size)
-            grown[:, :, :size] = self._pool
-            self._pool = grown
+        return end if end + capacity <= self.tokens else None
+
+    def _find_gap(self, capacity: int) -> int:
+        """Return the first slot of a free range of `capacity` slots. Grows the pool if there is none.
+
+        Raises MemoryError if the pool's size is fixed.
+        """
+        gap = self._gap(capacity)
+        if gap is not None:
+            return gap
+        if self._is_fixed:
+            raise MemoryError(f"no room for {capacity:,} tokens in a KV cache of {self.tokens:,}")
+        layers, heads, size, head_size = self._pool.shape
+        end = max((region.start + region.capacity for region in self._rows.values()), default=0)
+        grown = self._pool.new_empty(layers, heads, max(end + capacity, 2 * size), head_size)
+        grown[:, :, :size] = self._pool
+        self._pool = grown
         return end
 
     def _copy(self, source: int, target: int, length: int) -> None:

@@ -43,11 +43,11 @@ class TransformersEngine:
     _rows: dict[int, Row] = field(default_factory=dict)
     _next_row: int = 0
 
-    def add(self) -> int:
+    def add(self, tokens: int = 0) -> int:  # noqa: ARG002  # its cache reserves nothing
         """Add an empty row and return its id."""
         return self._register(Row())
 
-    def fork(self, row: int) -> int:
+    def fork(self, row: int, tokens: int = 0) -> int:  # noqa: ARG002
         """Add a row that continues from this one's tokens and return its id."""
         return self._register(Row(self._rows[row].batch, self._rows[row].place))
 
@@ -68,8 +68,12 @@ class TransformersEngine:
         """Append tokens to rows. Return logits, (tokens requested, vocab), float32, in the order of feeds."""
         assert not any(feed.mask is not None or feed.positions is not None for feed in feeds)
         logits: dict[int, Tensor] = {}
-        by_batch = sorted(feeds, key=lambda feed: id(self._rows[feed.row].batch))
-        for _, some in groupby(by_batch, key=lambda feed: id(self._rows[feed.row].batch)):
+
+        def batch_of(feed: ModelInput) -> tuple[int, bool]:
+            batch = self._rows[feed.row].batch
+            return id(batch), batch is None and feed.all_logits  # new rows that differ in this are two batches
+
+        for _, some in groupby(sorted(feeds, key=batch_of), key=batch_of):
             together = list(some)
             logits |= zip((feed.row for feed in together), self._feed(together), strict=True)
         return torch.cat([logits[feed.row] for feed in feeds])
