@@ -222,8 +222,7 @@ class Worker:
                     self._wake.wait(_IDLE_SECONDS)
                 self._wake.clear()
         except BaseException:
-            logger.exception("the engine failed")  # health says so; no request's text is in it
-            raise
+            logger.exception("the engine failed")  # from now on, `state` says so
         finally:
             stopped = ApiError("The server stopped.", "unavailable_error", code="draining")
             for ticket in {*self._tickets.values(), *self._incoming}:
@@ -296,9 +295,9 @@ class Worker:
                 scheduler.cancel(request)
             self._forget(ticket)
         for ticket, items in chunks.items():
-            ticket.deliver(items)
             if ticket.unfinished == 0 and ticket.error is None:
                 self._forget(ticket)
+            ticket.deliver(items)
 
     def _note_start(self, ticket: Ticket, started: float) -> None:
         ticket.first_step = started
