@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"datasets": "hub", "matplotlib": "report", "llguidance": "constraints"}
+PACKAGES = {"datasets": "hub", "matplotlib": "report", "llguidance": "constraints", "uvicorn": "serve"}
 
 
 def run(arguments: list[str], folder: Path, *packages: str) -> subprocess.CompletedProcess[str]:
@@ -36,7 +36,7 @@ def test_all_holds_every_other_extra_that_is_not_a_tracker() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
         "optional-dependencies"
     ]
-    assert extras["all"] == ["handspun[hub,report,constraints]"]
+    assert extras["all"] == ["handspun[hub,report,constraints,serve]"]
     assert set(PACKAGES.values()) | {"all", "tensorboard", "trackio", "wandb"} == set(extras)
 
 
