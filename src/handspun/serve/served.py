@@ -24,6 +24,8 @@ from handspun.serve.errors import ApiError
 
 if TYPE_CHECKING:
     from handspun.config.serving import ServeOptions
+    from handspun.serve.metrics import Metrics
+    from handspun.serve.worker import Worker
 
 _MAX_CONSTRAINTS = 64
 _GRAMMAR_LIMITS = {
@@ -125,11 +127,12 @@ class Context:
     """What a handler is given besides the body."""
 
     models: Mapping[str, ServedModel]
-    worker: Any
+    worker: "Worker"
     limits: "ServeOptions"
     request_id: str
     namespace: str = ""
     """Whose cached prompts may be used: from the API key."""
+    metrics: "Metrics | None" = None
     log: dict[str, Any] = field(default_factory=dict)
     """What the request's line in the log says besides: model, token counts, seed, finish reason."""
 
