@@ -30,14 +30,12 @@ from pathlib import Path
 import httpx
 
 import handspun
+from decode_prompts import QUESTIONS
 from measurements import Results, open_results, table
 
 NEW_TOKENS = 128
-PROMPT_WORDS = 125
-"""About as many tokens, since each is a common word."""
-WORDS = "the of and to in is was for on are as with his they at be this have from or one had by word but".split(
-    " "
-)
+PROMPT_WORDS = sorted({word for question in QUESTIONS for word in question.split()})
+WORDS = sorted({word for question in QUESTIONS for word in question.split()})
 SERVER_STARTS = 180.0
 
 
@@ -225,14 +223,14 @@ async def gap_beside_long_prompt(server: Server) -> dict[str, float]:
     """Four streams run; then a prompt of some 2,000 tokens comes in."""
     streams = [asyncio.create_task(server.complete(server.prompt(), 200)) for _ in range(4)]
     await asyncio.sleep(1.5)
-    long = await server.complete(server.prompt(2000), 1)
+    long = await server.complete(server.prompt(1450), 1)
     answers = await asyncio.gather(*streams)
     return {"worst_gap": max(max(answer.gaps) for answer in answers), "first_of_long": long.arrivals[0]}
 
 
 async def second_turn(server: Server) -> dict[str, float]:
     """Some 1,500 tokens that are new, and the same with a few more behind them."""
-    prompt = server.prompt(1500)
+    prompt = server.prompt(1080)
     cold = await server.complete(prompt, 1)
     warm = await server.complete(prompt + " and then?", 1)
     return {"cold": cold.arrivals[0], "warm": warm.arrivals[0]}
