@@ -223,14 +223,14 @@ async def gap_beside_long_prompt(server: Server) -> dict[str, float]:
     """Four streams run; then a prompt of some 2,000 tokens comes in."""
     streams = [asyncio.create_task(server.complete(server.prompt(), 200)) for _ in range(4)]
     await asyncio.sleep(1.5)
-    long = await server.complete(server.prompt(1450), 1)
+    long = await server.complete(server.prompt(1600), 1)
     answers = await asyncio.gather(*streams)
     return {"worst_gap": max(max(answer.gaps) for answer in answers), "first_of_long": long.arrivals[0]}
 
 
 async def second_turn(server: Server) -> dict[str, float]:
     """Some 1,500 tokens that are new, and the same with a few more behind them."""
-    prompt = server.prompt(1080)
+    prompt = server.prompt(1180)
     cold = await server.complete(prompt, 1)
     warm = await server.complete(prompt + " and then?", 1)
     return {"cold": cold.arrivals[0], "warm": warm.arrivals[0]}
