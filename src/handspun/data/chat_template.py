@@ -506,6 +506,14 @@ def _without_added_tokens(backend: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
     return first, later
 
 
+class TracedPrompt(NamedTuple):
+    """A prompt's text and token ids, and for each token whether any of it comes from the user's content."""
+
+    text: str
+    token_ids: list[int]
+    is_content: list[bool]
+
+
 def content_token_ids(
     template: ChatTemplate,
     messages: list[Message],
@@ -513,7 +521,19 @@ def content_token_ids(
     *,
     continue_final_message: bool = False,
 ) -> list[int]:
-    """Return the token ids of a prompt that come from the user's content rather than from the template.
+    """Return the token ids of a prompt that come from the user's content. Arguments: as of `trace_prompt`."""
+    traced = trace_prompt(template, messages, tools, continue_final_message=continue_final_message)
+    return [id for id, is_content in zip(traced.token_ids, traced.is_content, strict=True) if is_content]
+
+
+def trace_prompt(
+    template: ChatTemplate,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None = None,
+    *,
+    continue_final_message: bool = False,
+) -> TracedPrompt:
+    """Return a prompt, and which of its tokens come from the user's content rather than from the template.
 
     Args:
         template: renders and tokenizes the prompt.
@@ -527,7 +547,7 @@ def content_token_ids(
         new = hidden.data_of(part)[0] if isinstance(part, Placeholder) else part[0]
         text += new
         is_content += [isinstance(part, Placeholder)] * len(new)
-    ids, position = list[int](), 0
+    ids, of_content, position = list[int](), list[bool](), 0
     for span in template._spans(frame.segments, lambda slot: template._data(slot, hidden)):
         position = text.index(span.text, position)  # a span may have lost the space around it
         if span.token_ids is not None:  # an added token
@@ -536,6 +556,7 @@ def content_token_ids(
             tokenizer = template._first_tokenizer if span.first else template._later_tokenizer
             encoding = tokenizer.encode(span.text, add_special_tokens=False)
             offsets = list(zip(encoding.ids, encoding.offsets, strict=True))
-        ids += [id for id, (start, end) in offsets if any(is_content[position + start : position + end])]
+        ids += [id for id, _ in offsets]
+        of_content += [any(is_content[position + start : position + end]) for _, (start, end) in offsets]
         position += len(span.text)
-    return ids
+    return TracedPrompt(text, ids, of_content)

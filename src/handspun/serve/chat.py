@@ -12,7 +12,7 @@ from handspun.decoding.tool_calls import CLOSING_TAG
 from handspun.models.embedding_rows import check_prompt
 from handspun.serve.answers import TicketStream, collect, details, finish_reason, log_answers, usage
 from handspun.serve.logprobs import ScoredToken, ShownTokens, chat_logprobs, shown_tokens
-from handspun.serve.schemas import ChatMessage, ChatRequest, NamedTool, RefusalPart, Tool
+from handspun.serve.schemas import ChatMessage, ChatRequest, ExplainRequest, NamedTool, RefusalPart, Tool
 from handspun.serve.served import Context, ServedModel
 from handspun.serve.tool_deltas import ToolDeltas, delta_of
 from handspun.serve.translate import Prepared, Wanted, as_api_errors, at_most, prepare, refuse
@@ -118,7 +118,7 @@ def check_conversation(context: Context, messages: Sequence[ChatMessage], tools:
             raise refuse(f"messages[{index}].reasoning_content", "only an assistant's message has it.")
 
 
-def called_tools(body: ChatRequest) -> list[dict[str, Any]]:
+def called_tools(body: ChatRequest | ExplainRequest) -> list[dict[str, Any]]:
     """Return the tools of which one must be called; none if the model may choose. Raises ApiError."""
     choice = body.tool_choice
     if choice not in (None, "none") and not body.tools:
@@ -229,8 +229,8 @@ def _choice(form: ChatForm, result: GenerationResult, index: int) -> dict[str, A
 
 
 @dataclass
-class _Choice:
-    """One choice of a stream."""
+class StreamedChoice:
+    """One choice of a stream: what its chunks add."""
 
     index: int
     calls: ToolDeltas | None
@@ -259,7 +259,7 @@ async def chat_events(
     header = form.header("chat.completion.chunk")
     unused: dict[str, Any] = {"usage": None} if has_usage else {}
     choices = [
-        _Choice(
+        StreamedChoice(
             index,
             ToolDeltas(f"{form.id}/{index}") if form.reads_calls else None,
             ShownTokens(prepared.model.vocabulary) if body.logprobs else None,
@@ -290,7 +290,7 @@ async def chat_events(
         yield {**header, "choices": [], "usage": counts}
 
 
-def _choice_events(choice: _Choice, chunk: GenerationChunk, form: ChatForm) -> list[dict[str, Any]]:
+def _choice_events(choice: StreamedChoice, chunk: GenerationChunk, form: ChatForm) -> list[dict[str, Any]]:
     """Return what a chunk adds to a choice: its role first, then text or calls, and at last the finish reason."""
     events: list[dict[str, Any]] = []
 

@@ -236,6 +236,7 @@ class ExplainRequest(SamplingBody):
     tools: Annotated[list[Tool], Field(min_length=1)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    continue_final_message: bool | None = None
     prompt: str | list[TokenId] | None = Field(None, description="Instead of messages: a text, or token ids.")
     answer_token_ids: list[TokenId] = Field(
         default_factory=list, description="The answer's tokens before the one to explain."
