@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -43,6 +44,9 @@ class WorkerLimits:
     step_seconds: float = 0.1
 
 
+Item = GenerationChunk | ApiError
+
+
 class Ticket:
     """The answers of some requests, as they grow."""
 
@@ -57,8 +61,8 @@ class Ticket:
         self.newest: dict[tuple[int, int], float] = {}
         """When each answer had its newest chunk."""
         self._worker = worker
-        self._loop = asyncio.get_running_loop()
-        self._items: asyncio.Queue[GenerationChunk | ApiError] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        self._items: asyncio.Queue[Item] = asyncio.Queue()
 
     async def __aiter__(self) -> AsyncIterator[GenerationChunk]:
         """Yield the chunks until every answer has had its last. Raises ApiError where one failed."""
@@ -74,14 +78,8 @@ class Ticket:
         """End what is not finished. Its rows are free within one step."""
         self._worker.cancel(self)
 
-    def deliver(self, items: Sequence[GenerationChunk | ApiError]) -> None:
-        """Hand chunks over to the event loop. Called by the engine thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._put, list(items))
-        except RuntimeError:  # the loop has been closed: nobody waits
-            return
-
-    def _put(self, items: Sequence[GenerationChunk | ApiError]) -> None:
+    def put(self, items: Sequence[Item]) -> None:
+        """Add what `__aiter__` yields or raises. Called in the event loop."""
         for item in items:
             self._items.put_nowait(item)
 
@@ -225,8 +223,7 @@ class Worker:
             logger.exception("the engine failed")  # from now on, `state` says so
         finally:
             stopped = ApiError("The server stopped.", "unavailable_error", code="draining")
-            for ticket in {*self._tickets.values(), *self._incoming}:
-                ticket.deliver([stopped])
+            _deliver({ticket: [stopped] for ticket in {*self._tickets.values(), *self._incoming}})
             self._unfinished = 0
 
     def _take_orders(self) -> None:
@@ -262,7 +259,7 @@ class Worker:
             self._schedulers[ticket.model].cancel(request)
         self._forget(ticket)
         if why is not None:
-            ticket.deliver([ApiError(why, "timeout_error", code="timeout")])
+            _deliver({ticket: [ApiError(why, "timeout_error", code="timeout")]})
 
     def _forget(self, ticket: Ticket) -> None:
         for request in ticket.requests:
@@ -283,21 +280,21 @@ class Worker:
         for ticket in {ticket for ticket in self._tickets.values() if ticket.model == name}:
             if ticket.first_step is None and not waiting.issuperset(ticket.requests):
                 self._note_start(ticket, started)
-        chunks: dict[Ticket, list[GenerationChunk | ApiError]] = {}
+        items: dict[Ticket, list[Item]] = {}
         for request, chunk in added:
             ticket = self._tickets[request]
-            chunks.setdefault(ticket, []).append(chunk)
+            items.setdefault(ticket, []).append(chunk)
             self._note_chunk(ticket, chunk, ended)
         for ticket in {ticket for ticket in self._tickets.values() if ticket.error is not None}:
             assert ticket.error is not None
-            chunks.setdefault(ticket, []).append(ticket.error)
+            items.setdefault(ticket, []).append(ticket.error)
             for request in ticket.requests:
                 scheduler.cancel(request)
             self._forget(ticket)
-        for ticket, items in chunks.items():
+        for ticket in items:
             if ticket.unfinished == 0 and ticket.error is None:
                 self._forget(ticket)
-            ticket.deliver(items)
+        _deliver(items)
 
     def _note_start(self, ticket: Ticket, started: float) -> None:
         ticket.first_step = started
@@ -331,6 +328,18 @@ class Worker:
             kv_capacity=capacity,
             cache_bytes=sum(scheduler.cache_bytes() for scheduler in self._schedulers.values()),
         )
+
+
+def _deliver(items: Mapping[Ticket, Sequence[Item]]) -> None:
+    """Hand a step's chunks over to the event loop, in one call: each wakes it up."""
+
+    def put() -> None:
+        for ticket, own in items.items():
+            ticket.put(own)
+
+    for loop in {ticket.loop for ticket in items}:
+        with suppress(RuntimeError):  # the loop has been closed: nobody waits
+            loop.call_soon_threadsafe(put)
 
 
 def _as_api_error(error: BaseException) -> ApiError:
