@@ -333,13 +333,14 @@ class Worker:
 def _deliver(items: Mapping[Ticket, Sequence[Item]]) -> None:
     """Hand a step's chunks over to the event loop, in one call: each wakes it up."""
 
-    def put() -> None:
+    def put(loop: asyncio.AbstractEventLoop) -> None:
         for ticket, own in items.items():
-            ticket.put(own)
+            if ticket.loop is loop:
+                ticket.put(own)
 
     for loop in {ticket.loop for ticket in items}:
         with suppress(RuntimeError):  # the loop has been closed: nobody waits
-            loop.call_soon_threadsafe(put)
+            loop.call_soon_threadsafe(put, loop)
 
 
 def _as_api_error(error: BaseException) -> ApiError:
