@@ -3,7 +3,7 @@
 Heavy modules are imported inside the commands that need them, so that `--help` is fast.
 """
 
-from handspun.cli import answering, evaluating, exporting, reporting, resuming, training, verifying
+from handspun.cli import answering, evaluating, exporting, reporting, resuming, serving, training, verifying
 from handspun.cli.app import app
 from handspun.cli.entry import console_script, main
 from handspun.cli.views.help import COMMANDS, epilogue
@@ -19,6 +19,7 @@ __all__ = [
     "main",
     "reporting",
     "resuming",
+    "serving",
     "training",
     "verifying",
 ]

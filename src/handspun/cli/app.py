@@ -154,7 +154,7 @@ def load_model(source: ModelOptions, template: TemplateOptions | DataConfig | No
     if source.threads is not None:
         torch.set_num_threads(source.threads)
     return load(
-        source.model or _default_model(),
+        source.model or default_model(),
         weights=source.weights,
         device=source.device,
         chat_template=template.chat_template if template else None,
@@ -162,7 +162,7 @@ def load_model(source: ModelOptions, template: TemplateOptions | DataConfig | No
     )
 
 
-def _default_model() -> str:
+def default_model() -> str:
     """Return the default output folder if a run has left a model there, else the default base model."""
     from handspun.models.load import checkpoint_of_run
 

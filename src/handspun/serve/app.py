@@ -187,6 +187,7 @@ class _Endpoint:
             request_id=exchange.request_id,
             namespace=namespace,
             log=exchange.log,
+            metrics=service.metrics,
         )
         found = await answer(
             lambda: handler(context, body),

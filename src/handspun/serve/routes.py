@@ -3,7 +3,20 @@
 from collections.abc import Mapping, Sequence
 
 from handspun.serve.app import Endpoint, Page, Service
+from handspun.serve.chat import chat_completions
+from handspun.serve.completions import completions
 from handspun.serve.pages import health, metrics, models, one_model, openapi, version
+from handspun.serve.responses import responses
+from handspun.serve.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ExplainRequest,
+    ResponsesRequest,
+    TemplateRequest,
+    TokenizeRequest,
+)
+from handspun.serve.tokens import apply_template, detokenize, explain, tokenize
 
 ABOUT = (
     Endpoint("/health", "Whether requests can be answered.", page=health, needs_key=False, needs_models=False),
@@ -27,4 +40,40 @@ def with_openapi(endpoints: Sequence[Endpoint]) -> list[Endpoint]:
     return table
 
 
-ENDPOINTS = with_openapi(ABOUT)
+ENDPOINTS = with_openapi(
+    [
+        *ABOUT,
+        Endpoint(
+            "/v1/chat/completions",
+            "Answer a conversation.",
+            handler=chat_completions,
+            body=ChatRequest,
+            streams=True,
+        ),
+        Endpoint(
+            "/v1/completions",
+            "Continue or score a text.",
+            handler=completions,
+            body=CompletionRequest,
+            streams=True,
+        ),
+        Endpoint(
+            "/v1/responses",
+            "Answer a conversation, in the newer form.",
+            handler=responses,
+            body=ResponsesRequest,
+            streams=True,
+            is_named=True,
+        ),
+        Endpoint("/v1/explain", "How the next token is chosen.", handler=explain, body=ExplainRequest),
+        Endpoint("/tokenize", "The tokens of a text or a conversation.", handler=tokenize, body=TokenizeRequest),
+        Endpoint("/detokenize", "The text of tokens.", handler=detokenize, body=DetokenizeRequest),
+        Endpoint(
+            "/apply-template",
+            "A conversation as the model sees it, and who wrote each token.",
+            handler=apply_template,
+            body=TemplateRequest,
+        ),
+    ]
+)
+"""All routes of the server."""

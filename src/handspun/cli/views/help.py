@@ -8,7 +8,7 @@ from cyclopts.help import DefaultFormatter, HelpEntry, HelpPanel
 from rich.text import Text
 
 GROUPS = {
-    "Arguments": "files name",
+    "Arguments": "files models name",
     "Prompts": "prompts prompts-file system-prompt prefill chat",
     "Model": "model-a model-b model weights device threads chat-template template-args",
     "Rows": "data limit data-format columns role-map max-length strict cache-examples",
@@ -24,7 +24,12 @@ GROUPS = {
     "Words and tokens": "no-repeat-ngram-size logit-bias sequence-bias bad-words bad-words-ids suppress-tokens"
     " begin-suppress-tokens",
     "Constraints": "json-schema regex choice",
-    "Memory and speed": "max-tokens batching activation-checkpointing optimizer-states dtype shard"
+    "Server": "host port api-key-file without-key allowed-host allowed-origin log-requests",
+    "Load": "max-rows max-queue kv-tokens cache-mb target-step-ms queue-seconds request-seconds drain-seconds",
+    "Limits of a request": "max-choices max-prompts max-messages max-tools max-stop-strings max-logit-bias"
+    " max-top-logprobs max-schema-kb max-regex-kb grammar-seconds max-body-mb max-json-depth",
+    "Connections": "max-connections read-seconds send-seconds keep-alive-seconds ping-seconds",
+    "Memory and speed": "batching activation-checkpointing optimizer-states dtype shard"
     " prompt-lookup-num-tokens max-matching-ngram-size",
     "Faults": "on-nonfinite max-skipped-steps",
     "Files": "runs output-dir output-file save-dtype save-steps save-minutes keep-last resume overwrite dry-run"
@@ -34,8 +39,8 @@ GROUPS = {
     "Output": "json logprobs explain show-tree examples plain",
 }
 """The names of each group's options, in order, without hyphens."""
-COMMANDS = ["demo", "preview", "preflight", "train", "chat", "generate", "eval", "compare", "report", "export"]
-COMMANDS += ["verify", "verify-resume"]
+COMMANDS = ["demo", "preview", "preflight", "train", "chat", "generate", "serve", "eval", "compare", "report"]
+COMMANDS += ["export", "verify", "verify-resume"]
 """The commands in the order of work."""
 
 EXAMPLES = {
@@ -52,6 +57,7 @@ EXAMPLES = {
         'generate -m output --temperature 0.7 --num-return-sequences 3 "Tell me a joke."',
         'generate -m output --choice yes --choice no "Is 7 a prime number?"',
     ],
+    "serve": ["serve output", "serve --model tuned=output --model base=smollm2-135m --weights int8"],
     "eval": ["eval held_out.csv --generate", "eval held_out.csv -m smollm2-135m --per-row rows.jsonl"],
     "compare": ["compare smollm2-135m output --prompts prompts.txt --html compare.html"],
     "report": ["report", "report output output-lora"],
@@ -108,8 +114,10 @@ def _repeatable(entry: HelpEntry) -> HelpEntry:
 def groups_of(names: Collection[str]) -> dict[str, list[str]]:
     """Return the names of a command's options by group. Raises ValueError for a name that has no group."""
     wanted = {title: [name for name in listed.split() if name in names] for title, listed in GROUPS.items()}
-    # A run's seed decides more than its samples.
+    # A run's seed decides more than its samples. --max-tokens is a micro-batch's, or the limit of an answer.
     wanted["Training" if "num-epochs" in names else "Sampling"] += [name for name in ("seed",) if name in names]
+    group = "Limits of a request" if "max-choices" in names else "Memory and speed"
+    wanted[group] = [name for name in ("max-tokens",) if name in names] + wanted[group]
     if missing := set(names) - {name for listed in wanted.values() for name in listed}:
         raise ValueError(f"no group of the help has {', '.join(sorted(missing))}.")
     return {title: listed for title, listed in wanted.items() if listed}
