@@ -88,8 +88,8 @@ class Constraint:
             before = self._states.get(tokens[:-1])
             with panics_as_errors(option_name(self.name)):
                 matcher = (before or self._start).matcher.deep_copy()
-                matcher.consume_tokens(list(tokens[-1:] if before else tokens))
-                state = self._state(matcher)
+                is_possible = matcher.consume_tokens(list(tokens[-1:] if before else tokens))
+                state = self._state(matcher) if is_possible else self._dead(matcher)
         self._states[tokens] = state  # the newest last
         return state
 
@@ -97,9 +97,16 @@ class Constraint:
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")).bool()
         allowed[self._eos] = matcher.is_accepting()
-        if matcher.is_error():  # a row that violates the grammar (a dead beam) cannot continue
+        if matcher.is_error():
             allowed[:] = False
+            reason = matcher.get_error().partition("\n")[0]
+            if not reason.startswith("NoExtension"):  # otherwise there is no next token, as `can_begin` tells
+                raise ConfigError(f"{option_name(self.name)} is too complex: {reason}. Use a simpler one.")
         return _State(matcher, allowed)
+
+    def _dead(self, matcher: "LLMatcher") -> _State:
+        """Return the state of a row that violates the grammar (a dead beam), which cannot continue."""
+        return _State(matcher, torch.zeros_like(self._start.allowed))
 
     def _evict(self, keep: int) -> None:
         for tokens in list(self._states)[:-keep]:

@@ -16,6 +16,8 @@ from handspun.serve.errors import ApiError
 
 _MOST_NAMED = 5
 _MOST = 10**9
+_MOST_MESSAGES = 20_000
+"""Whatever the server's own limit is: more are refused before each of them is read."""
 
 
 def _whole(value: Any) -> Any:
@@ -201,7 +203,7 @@ class SamplingBody(Body):
 class PromptFields(Body):
     """What a chat prompt is made of."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=_MOST_MESSAGES)]
     tools: Annotated[list[Tool], Field(min_length=1)] | None = None
     continue_final_message: bool | None = Field(None, description="Go on with the last message, an assistant's.")
     add_generation_prompt: bool | None = None

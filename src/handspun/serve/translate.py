@@ -180,7 +180,7 @@ def as_api_errors(param: str | None) -> Iterator[None]:
     try:
         yield
     except HandspunError as error:
-        text = _in_fields(str(error))
+        text = in_fields(str(error))
         first = re.match(r"\w+", text)
         is_field = first is not None and isinstance(error, ConfigError) and first[0] in _FIELDS
         raise ApiError(text, code="invalid_value", param=first[0] if first and is_field else param) from error
@@ -205,7 +205,7 @@ def _field(option: str) -> str:
     return _FIELD_OF.get(name, name) if name in _OPTIONS else option
 
 
-def _in_fields(text: str) -> str:
+def in_fields(text: str) -> str:
     """Return a message about options, as the command line or Python spells them, in the fields of a request."""
     text = _OPTION.sub(lambda match: _field(match[1]), text)
     return re.sub(r"^prompt \d+(, message \d+)?(?= )", lambda match: (match[1] or ", the prompt")[2:], text)
@@ -294,9 +294,8 @@ def _constraint_options(
 
 def _schema(value: Any, param: str, limits: ServeOptions) -> dict[str, Any]:
     """Return a schema as an object, never as text: the text of an option may be the name of a file."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    at_most(len(text.encode()), 1024 * limits.max_schema_kb, param, "bytes of a schema")
     if isinstance(value, str):
+        at_most(len(value.encode()), 1024 * limits.max_schema_kb, param, "bytes of a schema")
         try:
             value = load_json(value)
         except (ValueError, RecursionError):
@@ -305,6 +304,7 @@ def _schema(value: Any, param: str, limits: ServeOptions) -> dict[str, Any]:
         raise refuse(param, "the schema is no object.")
     if exceeds_depth(value, _MAX_SCHEMA_DEPTH):
         raise refuse(param, f"the schema is nested more than {_MAX_SCHEMA_DEPTH} levels deep. Use $ref.")
+    at_most(len(json.dumps(value).encode()), 1024 * limits.max_schema_kb, param, "bytes of a schema")
     return value
 
 

@@ -17,9 +17,11 @@ from handspun.decoding.request import Completion, Request
 from handspun.decoding.results import GenerationChunk
 from handspun.decoding.scheduler import BatchLimits, Scheduler
 from handspun.display import logger
+from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
 from handspun.serve.errors import ApiError
 from handspun.serve.metrics import Metrics
+from handspun.serve.translate import in_fields
 
 State = Literal["ready", "draining", "failed"]
 _STUCK_SECONDS = 30.0
@@ -345,6 +347,8 @@ def _deliver(items: Mapping[Ticket, Sequence[Item]]) -> None:
 
 def _as_api_error(error: BaseException) -> ApiError:
     """Return what a client is told about a failed step. The log has the traceback's last line, without prompts."""
+    if isinstance(error, ConfigError):  # options that leave no token, or a constraint that becomes too complex
+        return ApiError(in_fields(str(error)), code="invalid_value")
     logger.error("a request failed: %s", type(error).__name__)
     if isinstance(error, MemoryError):
         return ApiError("The server's memory is full. Try later.", "unavailable_error", code="engine_failed")
