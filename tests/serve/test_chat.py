@@ -323,3 +323,10 @@ def test_a_model_without_settings_samples_and_one_with_them_obeys() -> None:
         assert len(set(answers)) == 1
         assert greedy.models["tiny"].describe()["defaults"]["do_sample"] is False
         assert _ask(greedy, n=3)["usage"]["completion_tokens"] % 3 == 0
+
+
+def test_a_beam_search_may_find_fewer_answers_than_were_asked_for(server: Asker) -> None:
+    body = {"num_beams": 4, "n": 3, "structured_outputs": {"choice": ["yes", "no"]}}
+    answer, events = _ask(server, **body), _stream(server, **body)
+    assert sorted(choice["message"]["content"] for choice in answer["choices"]) == ["no", "yes"]
+    assert sorted(choice["content"] for choice in _rebuilt(events)) == ["no", "yes"]

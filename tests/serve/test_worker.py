@@ -181,6 +181,21 @@ def test_submit_refuses_what_can_never_fit(chat: ChatModel) -> None:
     run(check())
 
 
+def test_a_ticket_ends_though_a_search_finds_fewer_answers_than_were_asked_for(chat: ChatModel) -> None:
+    """Two texts match, and three answers are asked for."""
+    request = request_for(chat, "Hi", num_beams=4, num_return_sequences=3, regex="yes|no")
+    expected = [one.text for one in answer_all(chat, [request])]
+    assert sorted(expected) == ["no", "yes"]
+
+    async def check() -> None:
+        async with running(chat) as worker:
+            ticket = worker.submit("tiny", [request])
+            assert [chunk.result.text async for chunk in ticket if chunk.result is not None] == expected
+            assert worker._unfinished == 0
+
+    run(check())
+
+
 class Panic(BaseException):
     """No Exception, as llguidance's."""
 

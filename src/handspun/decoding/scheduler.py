@@ -163,9 +163,16 @@ class Scheduler:
 
     def waiting(self) -> set[Request]:
         """Return the requests of which nothing has begun."""
+        return {unit.request for unit in self._waiting} - self._begun()
+
+    def unfinished(self) -> set[Request]:
+        """Return the requests of which an answer is not complete."""
+        return {unit.request for unit in self._waiting} | self._begun()
+
+    def _begun(self) -> set[Request]:
         begun = [member.request for prompt in self._prompts for member in prompt.members]
         begun += [one.answer.request for one in self._sequences] + [search.request for search in self._searches]
-        return {unit.request for unit in self._waiting} - set(begun)
+        return set(begun)
 
     def kv_tokens(self) -> tuple[int, int]:
         """Return (tokens reserved, tokens in all) of the KV cache; zeros if the engine does not count them."""

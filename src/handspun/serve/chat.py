@@ -198,8 +198,8 @@ def _is_constrained(body: ChatRequest) -> bool:
 
 def chat_completion(context: Context, results: Sequence[GenerationResult], form: ChatForm) -> dict[str, Any]:
     """Return the whole answer."""
-    choices = [_choice(form, results[0 if form.prepared.copies > 1 else index], index)
-               for index in range(form.prepared.choices)]  # fmt: skip
+    given = [*results] * form.prepared.copies  # a search may find fewer than were asked for
+    choices = [_choice(form, result, index) for index, result in enumerate(given)]
     counts = usage(form.prepared, results)
     log_answers(context, counts, [choice["finish_reason"] for choice in choices])
     answer: dict[str, Any] = {**form.header("chat.completion"), "choices": choices, "usage": counts}

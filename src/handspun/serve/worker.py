@@ -46,7 +46,8 @@ class WorkerLimits:
     step_seconds: float = 0.1
 
 
-Item = GenerationChunk | ApiError
+Item = GenerationChunk | ApiError | None
+"""None ends a ticket: how many answers there are is not known before, since a search may find fewer."""
 
 
 class Ticket:
@@ -59,7 +60,6 @@ class Ticket:
         self.submitted = time.monotonic()
         self.first_step: float | None = None
         self.error: ApiError | None = None
-        self.unfinished = sum(one.options.num_return_sequences for one in requests)
         self.newest: dict[tuple[int, int], float] = {}
         """When each answer had its newest chunk."""
         self._worker = worker
@@ -68,12 +68,9 @@ class Ticket:
 
     async def __aiter__(self) -> AsyncIterator[GenerationChunk]:
         """Yield the chunks until every answer has had its last. Raises ApiError where one failed."""
-        left = sum(one.options.num_return_sequences for one in self.requests)
-        while left:
-            item = await self._items.get()
+        while (item := await self._items.get()) is not None:
             if isinstance(item, ApiError):
                 raise item
-            left -= item.finish_reason is not None
             yield item
 
     def cancel(self) -> None:
@@ -293,9 +290,11 @@ class Worker:
             for request in ticket.requests:
                 scheduler.cancel(request)
             self._forget(ticket)
-        for ticket in items:
-            if ticket.unfinished == 0 and ticket.error is None:
+        unfinished = scheduler.unfinished()
+        for ticket, own in items.items():
+            if ticket.error is None and unfinished.isdisjoint(ticket.requests):
                 self._forget(ticket)
+                own.append(None)
         _deliver(items)
 
     def _note_start(self, ticket: Ticket, started: float) -> None:
@@ -316,7 +315,6 @@ class Worker:
         ticket.newest[answer] = now
         self._metrics.tokens(generated=len(chunk.token_ids))
         if chunk.result is not None:
-            ticket.unfinished -= 1
             self._metrics.tokens(drafted=chunk.result.drafted_tokens, accepted=chunk.result.accepted_tokens)
 
     def _count(self) -> None:
