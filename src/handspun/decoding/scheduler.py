@@ -20,13 +20,11 @@ from handspun.decoding.beam import Beams, BeamState, CopyingBeamCache, TreeBeamC
 from handspun.decoding.engines.base import ModelInput
 from handspun.decoding.engines.choose import make_engine
 from handspun.decoding.engines.fused import FusedEngine
-from handspun.decoding.explain import explain
+from handspun.decoding.next_tokens import next_tokens, score_tokens, select_rows
 from handspun.decoding.prefix_cache import BLOCK, PrefixCache
-from handspun.decoding.processors import check_some_left, process
 from handspun.decoding.prompt_lookup import draft
-from handspun.decoding.request import Completion, Request, Score, check_finite
+from handspun.decoding.request import Completion, Request, check_finite
 from handspun.decoding.results import GenerationChunk
-from handspun.decoding.sampling import gumbel_noise, select_tokens, stream_of
 from handspun.decoding.step_budget import StepBudget
 from handspun.models.load import ChatModel
 
@@ -433,7 +431,9 @@ class Scheduler:
         """Choose a token for each answer of a group. If that fails, for each alone; end those that fail again."""
         answers = [one.answer for one in group]
         try:
-            tokens, scores = self._next_tokens(_select_rows(logits, [one.index + depth for one in group]), answers)
+            tokens, scores = next_tokens(
+                select_rows(logits, [one.index + depth for one in group]), answers, self._model
+            )
         except BaseException as error:
             if len(group) > 1 and all(answer.request.on_error is not None for answer in answers):
                 alone = [one for one in group if one in self._sequences]
@@ -445,25 +445,6 @@ class Scheduler:
             one.answer.accepted_tokens += _is_drafted(one, depth, token)
             chunks.append((one.answer.request, one.answer.add(token, score)))
         return chunks
-
-    def _next_tokens(self, logits: Tensor, answers: Sequence[Completion]) -> tuple[Tensor, Sequence[Score | None]]:
-        """Return the next token of each answer, (answers,), and its score if requested.
-
-        logits: (answers, vocab). answers: those of one group.
-        """
-        processors = answers[0].request.processors
-        check_finite(logits, answers, self._model)
-        filtered = process(logits, answers, processors)
-        check_some_left(filtered, answers, processors)
-        tokens = select_tokens(filtered, draws=_random_streams(answers))
-        _append_explanations(logits, answers, tokens)
-        if not any(answer.request.logprobs for answer in answers):
-            return tokens, [None] * len(answers)
-        found = score_tokens(logits, tokens.tolist(), max(answer.request.top_logprobs for answer in answers))
-        return tokens, [
-            Score(one.logprob, one.top[: answer.request.top_logprobs]) if answer.request.logprobs else None
-            for one, answer in zip(found, answers, strict=True)
-        ]
 
     def _search(self, logits: Tensor) -> list[tuple[Request, GenerationChunk]]:
         """Advance the beam searches. logits: (tokens, vocab)."""
@@ -482,7 +463,7 @@ class Scheduler:
         return [(search.request, chunk) for search in self._searches for chunk in search.chunks()]
 
     def _advance_searches(self, searches: Sequence[BeamState], logits: Tensor) -> None:
-        own = _select_rows(logits, [index for search in searches for index in search.indices])
+        own = select_rows(logits, [index for search in searches for index in search.indices])
         try:
             check_finite(own, [beam for search in searches for beam in search.beams], self._model)
             advance(searches, own)
@@ -510,17 +491,6 @@ class Scheduler:
             read = one.answer.request.prompt_token_ids + one.answer.token_ids
             fed = read[: self._engine.length(one.row)]  # not the last token, nor rejected drafts
             self._remember(one.row, one.answer.request, fed)
-
-
-def score_tokens(logits: Tensor, token_ids: Sequence[int], top: int) -> list[Score]:
-    """Return the score of each token, with the `top` most probable ones. logits: (tokens, vocab)."""
-    logprobs = logits.log_softmax(-1)
-    chosen = logprobs.gather(-1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
-    if not top:
-        return [Score(logprob, []) for logprob in chosen]
-    best, ids = logprobs.topk(min(top, logits.shape[-1]))
-    tops = [list(zip(*row, strict=True)) for row in zip(ids.tolist(), best.tolist(), strict=True)]
-    return [Score(logprob, row) for logprob, row in zip(chosen, tops, strict=True)]
 
 
 def run(
@@ -569,36 +539,3 @@ def _grouped(active: Sequence[ActiveSequence]) -> list[list[ActiveSequence]]:
 
 def _is_drafted(one: ActiveSequence, depth: int, token: int) -> bool:
     return depth < len(one.draft) and one.draft[depth] == token
-
-
-def _select_rows(logits: Tensor, indices: list[int]) -> Tensor:
-    """Select rows, (tokens, vocab) -> (indices, vocab), without a copy if all are selected in order."""
-    return logits if indices == list(range(len(logits))) else logits[indices]
-
-
-def _append_explanations(logits: Tensor, answers: Sequence[Completion], tokens: Tensor) -> None:
-    """Append the explanation of its next token to each answer that asks for one."""
-    chosen = [i for i, answer in enumerate(answers) if answer.request.explain]
-    if not chosen:
-        return
-    asking = [answers[i] for i in chosen]
-    draws, noise = _random_streams(asking), None
-    if draws is not None:
-        noise = torch.stack([gumbel_noise(stream, step, logits.shape[-1]) for stream, step in draws])
-    request = asking[0].request
-    explained = explain(
-        _select_rows(logits, chosen), asking, request.processors,
-        tokens=tokens[chosen], noise=noise, text_of=request.vocabulary.text_of,
-    )  # fmt: skip
-    for answer, explanation in zip(asking, explained, strict=True):
-        answer.explanation.append(explanation)
-
-
-def _random_streams(answers: Sequence[Completion]) -> list[tuple[tuple[int, int, int], int]] | None:
-    """Return each answer's random stream and step, or None for greedy decoding."""
-    if not answers[0].request.options.do_sample:
-        return None
-    return [
-        (stream_of(a.request.options.seed, a.request.prompt_index, a.return_index), len(a.token_ids))
-        for a in answers
-    ]
