@@ -19,6 +19,7 @@ MODELS = {"Qwen/Qwen2.5-0.5B", "smollm2-135m", "M", "MODEL"}
 """What pages call a model; here it is a tiny one."""
 NOT_RUN = {
     "demo": "it trains for minutes",
+    "serve": "it serves until it is stopped; tests/serve/ has servers of its own",
     "4096": "the tiny model reads at most 512 tokens",
     "--push": "it sends a repository to the hub",
     "enable_thinking=false": "tests/data/test_template_args.py runs it, with a template that has it",

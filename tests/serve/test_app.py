@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from openapi_spec_validator import OpenAPIV31SpecValidator
 from prometheus_client.parser import text_string_to_metric_families
 
 from handspun import __version__
@@ -192,6 +193,13 @@ def test_openapi_describes_the_table(port: int) -> None:
     assert found["paths"]["/health"]["get"]["security"] == []
     assert cook["security"] == [{"key": []}]
     assert found["components"]["schemas"]["Order"]["additionalProperties"] is False
+
+
+def test_openapi_of_the_product_is_valid() -> None:
+    [page] = [endpoint.page for endpoint in ENDPOINTS if endpoint.path == "/openapi.json"]
+    document = page(None, {}).value  # the same for every service
+    OpenAPIV31SpecValidator(document).validate()
+    assert len(document["paths"]) > 10
 
 
 def test_openapi_of_the_product_has_no_dangling_reference() -> None:

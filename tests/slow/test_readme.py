@@ -22,7 +22,8 @@ def test_the_readme_commands_run(
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(content, encoding="utf-8")
     monkeypatch.setattr("builtins.input", lambda *_: "/quit")
-    found = commands(README)
+    # `serve` runs until it is stopped; tests/serve/ has servers of its own.
+    found = [arguments for arguments in commands(README) if arguments[0] != "serve"]
     assert len(found) >= 3
     for arguments in found:
         given = [argument.replace("Qwen/Qwen2.5-0.5B", "smollm2-135m") for argument in arguments]
