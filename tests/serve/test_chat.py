@@ -165,6 +165,16 @@ def test_a_required_tool_is_called(server: Asker) -> None:
     assert (streamed["content"], streamed["finish_reason"]) == ("", "tool_calls")
 
 
+def test_required_calls_may_be_several_but_not_endless(server: Asker) -> None:
+    """The bias makes the end of an answer impossible, as far as the grammar lets it go on."""
+    never = {"320": -100, "322": -100}
+    body = {"tools": [_TOOL], "tool_choice": "required", "max_tokens": 560, "logit_bias": never, "temperature": 0}
+    messages = [{"role": "user", "content": "x"}]
+    [choice] = _ask(server, messages=messages, **body)["choices"]
+    assert len(choice["message"]["tool_calls"]) in range(2, 17)
+    assert len({call["id"] for call in choice["message"]["tool_calls"]}) == len(choice["message"]["tool_calls"])
+
+
 def test_a_named_tool_is_called_with_its_arguments(server: Asker) -> None:
     choice = {"type": "function", "function": {"name": "weather"}}
     [answer] = _ask(server, tools=[_TIME, _TOOL], tool_choice=choice, max_tokens=200)["choices"]

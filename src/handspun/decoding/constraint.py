@@ -37,6 +37,10 @@ but llguidance treats it as a different property and would not enforce the type 
 _JSON_OPTIONS = {"whitespace_pattern": _WHITESPACE, "json_allowed_escapes": _ESCAPES}
 
 
+_MOST_CALLS = 16
+"""Most tool calls of a constrained answer. Without a limit, small models would call forever."""
+
+
 class _State(NamedTuple):
     """The grammar's state after some tokens, and the tokens allowed next: (tokenizer's vocabulary,), bool."""
 
@@ -163,7 +167,7 @@ def tool_call_grammar(
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     opening, closing = (tag if tag in added else json.dumps(tag) for tag in ("<tool_call>", "</tool_call>"))
     block = rf'{opening} "\n" call "\n" {closing}'
-    rules = [f'start: {block} ("\\n" {block})*' if several else f"start: {block}"]
+    rules = [f'start: {block} ("\\n" {block}){{0,{_MOST_CALLS - 1}}}' if several else f"start: {block}"]
     rules.append("call: " + " | ".join(f"call_{number}" for number in range(len(tools))))
     for number, tool in enumerate(tools):
         function = tool["function"]

@@ -5,6 +5,7 @@ messages, stop strings, answers...) are checked where a body is translated.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -57,6 +58,7 @@ class CalledFunction(Body):
 
     name: Name
     arguments: str = Field(description="JSON text of an object.")
+    parsed_arguments: Ignored = None
 
 
 class ToolCall(Body):
@@ -79,6 +81,7 @@ class ChatMessage(Body):
     reasoning_content: str | None = Field(None, description="Of an assistant's message.")
     refusal: str | None = None
     annotations: Ignored = None
+    parsed: Ignored = None
     audio: None = None
     function_call: None = None
 
@@ -279,6 +282,7 @@ class ResponseText(Body):
     text: str
     annotations: Ignored = None
     logprobs: Ignored = None
+    parsed: Ignored = None
 
 
 class ResponseItem(Body):
@@ -287,11 +291,15 @@ class ResponseItem(Body):
     type: Literal["message", "function_call", "function_call_output"] = "message"
     id: str | None = None
     status: Ignored = None
+    phase: Ignored = None
+    caller: Ignored = None
+    namespace: Ignored = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: str | list[ResponseText] | None = None
     call_id: str | None = None
     name: Name | None = None
     arguments: str | None = None
+    parsed_arguments: Ignored = None
     output: str | list[ResponseText] | None = None
 
 
@@ -417,6 +425,7 @@ def _problem(model: type[BaseModel], value: Any, error: ErrorDetails) -> _Proble
     if error["type"] == "missing":
         return path, f"{path} is missing.", "missing_required_parameter"
     wanted = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    wanted = re.sub("^(?=greater|less)", "a value ", wanted)
     got = error["input"]
     found = f", got {short(got)}" if isinstance(got, bool | int | float) or got is None else ""
     return path, f"{path or 'the body'}: expected {wanted}{found}.", "invalid_value"
