@@ -22,7 +22,8 @@ def _ids(text: str) -> list[int]:
 def _written(pieces: list[str], stops: tuple[str, ...]) -> tuple[list[str], StreamingText]:
     """The deltas that pieces of text give, each as a token of its own."""
     table = [piece.encode() for piece in pieces]
-    answer = StreamingText.start(Vocabulary(lambda: ByteDetokenizer(table.__getitem__), {}), stops)
+    words = Vocabulary(lambda: ByteDetokenizer(table.__getitem__), {}, table.__getitem__)
+    answer = StreamingText.start(words, stops)
     deltas = [answer.push(i) for i in range(len(pieces))]
     return [*deltas, answer.finish()], answer
 
@@ -185,6 +186,13 @@ def test_text_of_a_token_by_itself() -> None:
     """A special token's is its name, and what is no whole character is U+FFFD."""
     assert [_WORDS.text_of(token) for token in [*_ids("Hi"), _IM_END]] == ["H", "i", "<|im_end|>"]
     assert _WORDS.text_of(_ids("好")[0]) == "\ufffd"
+
+
+def test_bytes_of_a_token_may_be_a_part_of_a_character(sentence_piece_like: PreTrainedTokenizerFast) -> None:
+    assert [_WORDS.bytes_of(token) for token in _ids("é")] == [b"\xc3", b"\xa9"]
+    assert _WORDS.bytes_of(_IM_END) == b"<|im_end|>"
+    other = vocabulary(sentence_piece_like)
+    assert [other.bytes_of(token) for token in (1, 3, 4 + 0xC3, 9999)] == [b" Hi", b"!", b"\xc3", b""]
 
 
 def test_byte_level_vocabularies_are_decoded_byte_by_byte() -> None:

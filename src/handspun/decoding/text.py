@@ -1,6 +1,7 @@
 """Incremental detokenization, and stop strings."""
 
 import codecs
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -11,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _REPLACEMENT = "\ufffd"
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
+"""SentencePiece's name for a byte of a character that has no token of its own."""
 _LONGEST_CHARACTER = 4
 """Maximum bytes of a character in UTF-8, and so the number of tokens it can be split into."""
 
@@ -92,6 +95,8 @@ class Vocabulary:
 
     detokenizer: Callable[[], Detokenizer]
     special: dict[int, str]
+    ordinary_bytes: Callable[[int], bytes]
+    """The bytes of a token that is not special."""
 
     def text_of(self, token_id: int) -> str:
         """Return the text of a single token; a special token's is its name."""
@@ -100,10 +105,8 @@ class Vocabulary:
 
     def bytes_of(self, token_id: int) -> bytes:
         """Return the bytes of a single token, which may be a part of a character."""
-        detokenizer = self.detokenizer()
-        if token_id not in self.special and isinstance(detokenizer, ByteDetokenizer):
-            return detokenizer.bytes_of(token_id)
-        return self.text_of(token_id).encode()
+        name = self.special.get(token_id)
+        return self.ordinary_bytes(token_id) if name is None else name.encode()
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
@@ -113,14 +116,22 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(backend, Tokenizer) and isinstance(backend.decoder, decoders.ByteLevel):
         bytes_of = cache(_byte_lookup(backend))
-        return Vocabulary(lambda: ByteDetokenizer(bytes_of), special)
+        return Vocabulary(lambda: ByteDetokenizer(bytes_of), special, bytes_of)
 
     def decode(ids: list[int]) -> str:
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 
-    return Vocabulary(lambda: WindowDetokenizer(decode), special)
+    def bytes_of_piece(token_id: int) -> bytes:
+        token = tokenizer.convert_ids_to_tokens(token_id)
+        if not isinstance(token, str):  # an LM head can be padded to more rows than there are tokens
+            return b""
+        if byte := _BYTE_PIECE.fullmatch(token):
+            return bytes([int(byte[1], 16)])
+        return token.replace("\u2581", " ").encode()  # SentencePiece's sign for a space
+
+    return Vocabulary(lambda: WindowDetokenizer(decode), special, bytes_of_piece)
 
 
 def _byte_lookup(backend: Tokenizer) -> Callable[[int], bytes]:
