@@ -149,5 +149,5 @@ def _statuses(endpoint: Endpoint, path: str) -> list[str]:
 def _content(endpoint: Endpoint) -> dict[str, Any]:
     if endpoint.page is metrics:
         return {"text/plain": {"schema": {"type": "string"}}}
-    events = {"text/event-stream": {"schema": {"type": "string"}}} if endpoint.streams else {}
+    events: dict[str, Any] = {"text/event-stream": {}} if endpoint.streams else {}
     return {"application/json": {"schema": {"type": "object"}}, **events}
