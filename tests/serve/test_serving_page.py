@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,32 +14,12 @@ import pytest
 
 from documents import ROOT, files
 from handspun.cli import main
-from handspun.config.serving import ServeOptions
-from handspun.models.load import ChatModel
-from handspun.serve.app import Service, make_app
-from handspun.serve.guard import Keys
-from handspun.serve.metrics import Metrics
 from handspun.serve.routes import ENDPOINTS
-from handspun.serve.served import ServedModel
-from handspun.serve.worker import Worker, WorkerLimits
-from serving import served
 
 PAGE = ROOT / "docs" / "serving.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^curl .*$", TEXT, flags=re.MULTILINE)
 PROGRAMS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-
-
-@pytest.fixture(scope="module")
-def port(chat: ChatModel) -> Iterator[int]:
-    models = {name: ServedModel.of(name, chat) for name in ("tuned", "base")}
-    metrics = Metrics(list(models))
-    worker = Worker({name: one.chat for name, one in models.items()}, WorkerLimits(kv_tokens=4096), metrics)
-    worker.start()
-    options = ServeOptions(log_requests=False)
-    with served(make_app(Service(options, metrics, Keys([]), models, worker), ENDPOINTS), options) as port:
-        yield port
-    worker.stop()
 
 
 def here(text: str, port: int) -> str:
@@ -49,9 +28,9 @@ def here(text: str, port: int) -> str:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: re.sub(r".*8000(\S+).*", r"\1", command))
-def test_a_command_of_the_page_answers(command: str, port: int) -> None:
+def test_a_command_of_the_page_answers(command: str, product: int) -> None:
     done = subprocess.run(
-        [*shlex.split(here(command, port)), "--silent", "--show-error", "--fail-with-body"],
+        [*shlex.split(here(command, product)), "--silent", "--show-error", "--fail-with-body"],
         capture_output=True,
         text=True,
         check=False,
@@ -66,13 +45,13 @@ def test_a_command_of_the_page_answers(command: str, port: int) -> None:
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda text: re.search(r"(?:from|import) (\w+)", text)[1])
-def test_a_program_of_the_page_answers(program: str, port: int) -> None:
+def test_a_program_of_the_page_answers(program: str, product: int) -> None:
     package = re.search(r"(?:from|import) (\w+)", program)[1]
     if find_spec(package) is None:
         pytest.skip(f"{package} is not installed here")
     printed = io.StringIO()
     with redirect_stdout(printed):
-        exec(compile(here(program, port), PAGE.name, "exec"), {})
+        exec(compile(here(program, product), PAGE.name, "exec"), {})
     assert printed.getvalue()
     if "schema" in program:
         text = printed.getvalue()
