@@ -44,6 +44,7 @@ def test_all_holds_every_other_extra_that_is_not_a_tracker() -> None:
     ("package", "arguments"),
     [
         ("datasets", ["preview", "--model", "M", "--data", "somebody/rows"]),
+        ("uvicorn", ["serve", "--model", "M"]),
         pytest.param("llguidance", ["generate", "--model", "M", "--choice", "yes", "Hi"], marks=pytest.mark.slow),
     ],
 )
