@@ -1,7 +1,7 @@
 """The real server over a tiny model with int8 weights: uvicorn on a free port, the engine's thread, all routes."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -77,13 +77,21 @@ def live_chat() -> ChatModel:
 
 
 @contextmanager
-def live(chat: ChatModel, options: ServeOptions | None = None, **limits: Any) -> Iterator[Live]:
-    """Serve one model as "tiny"."""
-    metrics, options = Metrics(["tiny"]), options or ServeOptions(log_requests=False)
+def live(
+    chat: ChatModel,
+    options: ServeOptions | None = None,
+    *,
+    keys: Sequence[str] = (),
+    names: Sequence[str] = ("tiny",),
+    **limits: Any,
+) -> Iterator[Live]:
+    """Serve one model under some names. limits: of the engine."""
+    metrics, options = Metrics(list(names)), options or ServeOptions(log_requests=False)
     values = {"rows": 16, "kv_tokens": 16_000, "cache_bytes": 2**22, **limits}
-    worker = Worker({"tiny": chat}, WorkerLimits(**values), metrics)
+    worker = Worker(dict.fromkeys(names, chat), WorkerLimits(**values), metrics)
     worker.start()
-    service = Service(options, metrics, Keys([]), {"tiny": ServedModel.of("tiny", chat)}, worker)
+    models = {name: ServedModel.of(name, chat) for name in names}
+    service = Service(options, metrics, Keys(keys), models, worker)
     try:
         with served(make_app(service, ENDPOINTS), options) as port:
             yield Live(port, service)

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from live import HI, Live, live, live_chat
 
 SAMPLED: dict[str, Any] = {"model": "tiny", "messages": HI, "max_tokens": 12, "seed": 5}
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "weather",
@@ -181,15 +181,17 @@ def test_vllm_extras_are_taken(client: openai.OpenAI) -> None:
     def text(**extra: Any) -> str | None:
         return client.chat.completions.create(**SAMPLED, extra_body=extra).choices[0].message.content
 
-    assert text(top_k=1) == client.chat.completions.create(**{**SAMPLED, "temperature": 0}).choices[0].message.content
+    assert (
+        text(top_k=1) == client.chat.completions.create(**{**SAMPLED, "temperature": 0}).choices[0].message.content
+    )
     assert text(guided_choice=["red", "green"]) in ("red", "green")
     assert text(structured_outputs={"regex": "[ab]{3}c"})[-1] == "c"
     assert text(num_beams=3) == text(use_beam_search=True, num_beams=3)
 
 
-def test_completions_take_text_ids_and_several(client: openai.OpenAI) -> None:
+def test_completions_take_text_ids_and_several(server: Live, client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "tiny", "max_tokens": 6, "temperature": 0}
-    ids = client.post("/../tokenize", body={"content": "Give me a"}, cast_to=object)["tokens"]
+    ids = server.answer("/tokenize", content="Give me a")["tokens"]
     one = client.completions.create(**asked, prompt="Give me a")
     assert client.completions.create(**asked, prompt=ids).choices[0].text == one.choices[0].text
     several = client.completions.create(**asked, prompt=["Give me a", "List"], n=2)
@@ -223,7 +225,9 @@ def test_best_of_is_the_best_of_its_answers(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "tiny", "prompt": "Hi", "max_tokens": 4, "seed": 2}
     four = client.completions.create(**asked, n=4, logprobs=0, extra_body={"ignore_eos": True}).choices
     best = max(four, key=lambda choice: sum(choice.logprobs.token_logprobs))
-    assert client.completions.create(**asked, best_of=4, extra_body={"ignore_eos": True}).choices[0].text == best.text
+    assert (
+        client.completions.create(**asked, best_of=4, extra_body={"ignore_eos": True}).choices[0].text == best.text
+    )
 
 
 def test_errors_are_the_client_s_exceptions(client: openai.OpenAI) -> None:
@@ -265,14 +269,14 @@ def test_a_response_is_parsed(client: openai.OpenAI) -> None:
 
 
 def test_a_response_calls_a_tool(client: openai.OpenAI) -> None:
-    tool = {"type": "function", **WEATHER["function"]}
+    tool: Any = {"type": "function", **WEATHER["function"]}
     response = client.responses.create(
         model="tiny", input="Hi", tools=[tool], tool_choice="required", max_output_tokens=200
     )
     [call] = [item for item in response.output if item.type == "function_call"][:1]
     assert (call.name, json.loads(call.arguments)["city"] in ("Paris", "Rome")) == ("weather", True)
     output = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
-    items = [{"role": "user", "content": "Hi"}, call.model_dump(exclude_none=True), output]
+    items: Any = [{"role": "user", "content": "Hi"}, call.model_dump(exclude_none=True), output]
     assert client.responses.create(model="tiny", input=items, tools=[tool], max_output_tokens=4).output
 
 
