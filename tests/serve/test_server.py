@@ -84,7 +84,7 @@ def test_serve_says_503_until_the_models_have_answered_once(
     assert re.fullmatch(
         rf"ready: http://127\.0\.0\.1:{port}/v1 \(without an API key\), "
         r"models: base \(float32\), tuned \(float32\), memory \d+\.\d GB, "
-        r"up to 32 answers at a time and 64 requests waiting",
+        rf"up to 32 answers at a time and 64 requests waiting; chat page: http://127\.0\.0\.1:{port}/",
         line,
     )
 

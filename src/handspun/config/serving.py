@@ -45,6 +45,9 @@ class ServeOptions:
     allowed_origin: tuple[str, ...] = ()
     """Web origin, such as https://chat.example, whose pages may call the server from a browser. Repeatable."""
 
+    page: bool = True
+    """Serve the chat page at /."""
+
     log_requests: bool = True
     """Print one line per request: status, seconds and token counts, never a prompt."""
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
+from handspun.config.serving import ServeOptions
 from handspun.serve.app import Endpoint, Page, Service
 from handspun.serve.chat import chat_completions
+from handspun.serve.chat_page import PAGE
 from handspun.serve.completions import completions
 from handspun.serve.pages import health, metrics, models, one_model, openapi, version
 from handspun.serve.responses import responses
@@ -76,4 +78,9 @@ ENDPOINTS = with_openapi(
         ),
     ]
 )
-"""All routes of the server."""
+"""All routes of the interface."""
+
+
+def routes(options: ServeOptions) -> list[Endpoint]:
+    """Return all routes of a server."""
+    return [*ENDPOINTS, *(PAGE if options.page else ())]

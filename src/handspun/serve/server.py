@@ -23,7 +23,7 @@ from handspun.serve.completions import completions
 from handspun.serve.connection import HttpConfig, listen
 from handspun.serve.guard import Keys
 from handspun.serve.metrics import Metrics
-from handspun.serve.routes import ENDPOINTS
+from handspun.serve.routes import routes
 from handspun.serve.schemas import CompletionRequest, read
 from handspun.serve.served import Context, ServedModel
 from handspun.serve.worker import Worker, WorkerLimits
@@ -75,7 +75,8 @@ class _Life:
 
     def __init__(self, service: Service, sock: socket.socket, load: Callable[[], dict[str, ServedModel]]) -> None:
         self._service, self._sock, self._load = service, sock, load
-        self._server = _Server(HttpConfig(make_app(service, ENDPOINTS), service.options))
+        app = make_app(service, routes(service.options))
+        self._server = _Server(HttpConfig(app, service.options))
         self._signals = 0
 
     async def run(self) -> None:
@@ -235,4 +236,5 @@ def _print_ready(service: Service, url: str) -> None:
     logger.info(
         f"ready: {url}/v1 ({key}), models: {names}, memory {(current_memory() or 0) / 1e9:.1f} GB, up to "
         f"{options.max_rows} answers at a time and {options.max_queue} requests waiting"
+        f"{f'; chat page: {url}/' if options.page else ''}"
     )

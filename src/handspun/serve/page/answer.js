@@ -1,0 +1,73 @@
+// One answer: asks for it, and notes in its message what comes.
+
+import { stream } from "./api.js";
+import { toMessages } from "./store.js";
+import { toRequest } from "./options.js";
+
+/** Return the body of a request for an answer. */
+export function requestFor(answer, before) {
+  return {
+    model: answer.model,
+    messages: toMessages(answer.system, before),
+    ...toRequest(answer.options),
+  };
+}
+
+/**
+ * Fill a message with the model's answer.
+ *
+ * answer: a message with model, system, and options. before: the messages that it answers. onchange: called whenever
+ * more is known. signal: ends it; what came until then stays.
+ */
+export async function receive(answer, before, onchange, signal) {
+  Object.assign(answer, { tokens: [], finish: null, error: null });
+  const ids = [];
+  const tokens = [];
+  let first, last;
+  try {
+    const body = {
+      ...requestFor(answer, before),
+      stream: true,
+      stream_options: { include_usage: true },
+      return_token_ids: true,
+      logprobs: true,
+    };
+    for await (const event of stream("/v1/chat/completions", body, signal)) {
+      if (event.handspun) answer.seed = event.handspun.seed;
+      if (event.usage) answer.usage = event.usage;
+      const [choice] = event.choices;
+      if (!choice) continue;
+      answer.content += choice.delta.content ?? "";
+      ids.push(...(choice.token_ids ?? []));
+      tokens.push(...(choice.logprobs?.content ?? []));
+      if (choice.token_ids?.length) {
+        last = performance.now();
+        first ??= { at: last, tokens: ids.length };
+      }
+      answer.finish = choice.finish_reason ?? answer.finish;
+      onchange();
+    }
+  } catch (error) {
+    if (signal.aborted) answer.finish = "stopped";
+    else answer.error = error.message;
+  }
+  // An answer's last tokens may not be shown, so there can be more ids than texts.
+  answer.tokens = tokens.map(({ token, logprob }, index) => ({ id: ids[index], token, logprob }));
+  answer.count = ids.length;
+  if (first && ids.length > first.tokens) answer.rate = (1000 * (ids.length - first.tokens)) / (last - first.at);
+}
+
+/** Return what is known of an answer, in words. */
+export function facts(answer) {
+  const found = [];
+  if (answer.rate) found.push(`${answer.rate.toFixed(1)} tokens per second`);
+  if (answer.count) found.push(`${answer.count} ${answer.count === 1 ? "token" : "tokens"}`);
+  if (answer.usage) {
+    const cached = answer.usage.prompt_tokens_details.cached_tokens;
+    found.push(`prompt ${answer.usage.prompt_tokens}${cached ? `, ${cached} of them cached` : ""}`);
+  }
+  if (answer.seed !== undefined) found.push(`seed ${answer.seed}`);
+  if (answer.finish === "length") found.push("ended at the limit of tokens");
+  if (answer.finish === "stopped") found.push("stopped");
+  return found.join(" · ");
+}

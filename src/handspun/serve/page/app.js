@@ -1,0 +1,265 @@
+// The page: conversations on the left, messages in the middle, settings on the right.
+
+import { ask } from "./api.js";
+import { receive } from "./answer.js";
+import { byId } from "./dom.js";
+import { MessageView, Speaker } from "./message.js";
+import * as options from "./options.js";
+import * as sidebar from "./sidebar.js";
+import * as store from "./store.js";
+
+let conversations = [];
+let current = store.create();
+let models = [];
+let running = null; // {controller, node}: the answer that is being received
+const views = new Map(); // of the messages that are shown, by their ids
+const speaker = new Speaker(byId("spoken"));
+
+// What is shown
+
+function showConversation() {
+  views.clear();
+  const shown = store.path(current).map((node) => {
+    const alternatives = store.siblings(current, node);
+    const place = { index: alternatives.indexOf(node), count: alternatives.length };
+    const view = new MessageView(node, place, { edit, again, move });
+    if (running?.node === node) view.update(false);
+    views.set(node.id, view);
+    return view.root;
+  });
+  byId("messages").replaceChildren(...shown);
+  byId("system").value = current.system;
+  showList();
+  updateControls();
+  scrollToEnd();
+}
+
+function showList() {
+  sidebar.list(conversations, current, { open, rename, remove });
+}
+
+function updateControls() {
+  byId("send").hidden = running !== null;
+  byId("stop").hidden = running === null;
+  document.title = current.title ? `${current.title} – Handspun` : "Handspun";
+  document.body.classList.toggle("empty", current.leaf === null);
+}
+
+function say(text) {
+  byId("notice").textContent = text;
+  byId("notice").hidden = !text;
+}
+
+const isAtEnd = () => byId("scroller").scrollHeight - byId("scroller").scrollTop - byId("scroller").clientHeight < 60;
+const scrollToEnd = () => (byId("scroller").scrollTop = byId("scroller").scrollHeight);
+
+// Conversations
+
+async function keep() {
+  current.title ||= store.titleOf(current);
+  await save(current);
+}
+
+async function save(conversation) {
+  conversation.changed = Date.now();
+  if (!conversations.includes(conversation)) conversations.push(conversation);
+  await store.save(conversation);
+  showList();
+}
+
+function open(conversation) {
+  current = conversation;
+  say("");
+  showConversation();
+  showSidebar(false);
+}
+
+function startNew() {
+  open(store.create(current.system));
+  byId("prompt").focus();
+}
+
+function rename(conversation, title) {
+  conversation.title = title;
+  return save(conversation);
+}
+
+async function remove(conversation) {
+  if (conversation === current) stop();
+  conversations = conversations.filter((one) => one !== conversation);
+  await store.remove(conversation.id);
+  if (conversation === current) startNew();
+  else showList();
+}
+
+async function bringIn(found) {
+  for (const conversation of found) await save(conversation);
+  if (found.length) open(found[0]);
+}
+
+// Messages
+
+function send(text) {
+  if (running || !text.trim()) return;
+  answerTo(store.add(current, current.leaf, "user", text));
+}
+
+function edit(node, text) {
+  if (running) return;
+  answerTo(store.add(current, node.parent, "user", text));
+}
+
+function again(node) {
+  if (running) return;
+  answerTo(current.nodes[node.parent] ?? null);
+}
+
+function move(node, by) {
+  const alternatives = store.siblings(current, node);
+  store.show(current, alternatives[alternatives.indexOf(node) + by]);
+  showConversation();
+  store.save(current);
+}
+
+/** Have the model answer a message. */
+async function answerTo(message) {
+  say("");
+  const conversation = current;
+  const node = store.add(conversation, message?.id ?? null, "assistant", "");
+  Object.assign(node, { model: byId("model").value, system: current.system, options: options.values() });
+  running = { controller: new AbortController(), node };
+  speaker.restart();
+  showConversation();
+  await keep();
+  let isDrawn = false;
+  const draw = () => {
+    isDrawn = false;
+    if (running?.node !== node) return;
+    const follows = isAtEnd();
+    views.get(node.id)?.update(false);
+    speaker.update(node.content, false);
+    if (follows && views.has(node.id)) scrollToEnd();
+  };
+  const onchange = () => {
+    if (!isDrawn) requestAnimationFrame(draw);
+    isDrawn = true;
+  };
+  await receive(node, store.path(conversation, node.parent), onchange, running.controller.signal);
+  running = null;
+  const follows = isAtEnd();
+  views.get(node.id)?.update(true);
+  speaker.update(node.content, true);
+  updateControls();
+  if (follows && views.has(node.id)) scrollToEnd();
+  if (conversations.includes(conversation)) await save(conversation);
+}
+
+function stop() {
+  running?.controller.abort();
+}
+
+// Controls
+
+function showSidebar(isOpen) {
+  document.body.classList.toggle("with-sidebar", isOpen);
+  byId("open-sidebar").setAttribute("aria-expanded", String(isOpen));
+}
+
+function showSettings(isOpen) {
+  byId("settings").hidden = !isOpen;
+  byId("settings-button").setAttribute("aria-expanded", String(isOpen));
+  byId(isOpen ? "system" : "settings-button").focus();
+}
+
+function fitPrompt() {
+  const box = byId("prompt");
+  box.rows = Math.min(8, box.value.split("\n").length);
+}
+
+function saveOptions() {
+  localStorage.setItem("options", JSON.stringify(options.values()));
+}
+
+function chooseModel() {
+  localStorage.setItem("model", byId("model").value);
+  options.showDefaults(models.find((model) => model.id === byId("model").value).defaults);
+}
+
+function connect() {
+  byId("composer").addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (running) return;
+    send(byId("prompt").value);
+    byId("prompt").value = "";
+    fitPrompt();
+  });
+  byId("prompt").addEventListener("input", fitPrompt);
+  byId("prompt").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      byId("composer").requestSubmit();
+    } else if (event.key === "ArrowUp" && !byId("prompt").value && !running) {
+      event.preventDefault();
+      views.get(store.path(current).findLast((node) => node.role === "user")?.id)?.edit();
+    }
+  });
+  byId("stop").addEventListener("click", stop);
+  byId("new").addEventListener("click", startNew);
+  byId("search").addEventListener("input", showList);
+  byId("system").addEventListener("change", () => {
+    current.system = byId("system").value;
+    if (current.leaf) save(current);
+  });
+  byId("model").addEventListener("change", chooseModel);
+  byId("reset-options").addEventListener("click", () => {
+    options.fill({});
+    saveOptions();
+  });
+  byId("settings-button").addEventListener("click", () => showSettings(byId("settings").hidden));
+  byId("close-settings").addEventListener("click", () => showSettings(false));
+  byId("open-sidebar").addEventListener("click", () => showSidebar(true));
+  byId("close-sidebar").addEventListener("click", () => showSidebar(false));
+  sidebar.connectFiles(() => conversations, bringIn, say);
+  document.addEventListener("keydown", onKey);
+}
+
+function onKey(event) {
+  const shortcuts = {
+    KeyN: startNew,
+    KeyS: () => showSettings(byId("settings").hidden),
+    KeyR: () => {
+      const last = current.nodes[current.leaf];
+      if (last?.role === "assistant") again(last);
+    },
+  };
+  if (event.key === "Escape") {
+    if (running) stop();
+    else if (!byId("settings").hidden) showSettings(false);
+    else showSidebar(false);
+  } else if (event.altKey && !event.ctrlKey && !event.metaKey && event.code in shortcuts) {
+    event.preventDefault();
+    shortcuts[event.code]();
+  }
+}
+
+async function start() {
+  options.build(saveOptions);
+  connect();
+  try {
+    options.fill(JSON.parse(localStorage.getItem("options") ?? "{}"));
+    await store.open();
+    conversations = await store.load();
+    showConversation();
+    models = (await ask("/v1/models")).data;
+    byId("model").replaceChildren(...models.map(({ id }) => new Option(id, id)));
+    const last = localStorage.getItem("model");
+    if (models.some(({ id }) => id === last)) byId("model").value = last;
+    chooseModel();
+    document.body.dataset.ready = "true";
+    byId("prompt").focus();
+  } catch (error) {
+    say(error.message);
+  }
+}
+
+start();
