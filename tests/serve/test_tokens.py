@@ -111,7 +111,7 @@ def test_explain_names_the_tokens_of_other_choices_and_of_plain_prompts(server: 
         (explain, schemas.ExplainRequest, {"messages": _HI, "seed": 1, "answer_token_ids": [1] * 4096},
          "answer_token_ids"),
     ],
-    ids=str,
+    ids=range(11),
 )  # fmt: skip
 def test_what_cannot_be_is_refused(
     server: Asker, handler: Any, model: Any, body: dict[str, Any], param: str
