@@ -215,6 +215,23 @@ def test_continue_final_message_goes_on_inside_the_message(server: Asker) -> Non
     assert goes_on["choices"][0]["message"]["content"] == expected.text
 
 
+def test_an_answer_goes_on_behind_its_own_tokens_as_if_they_had_been_drawn(server: Asker) -> None:
+    body = {"return_token_ids": True, "logprobs": True}
+    [whole] = _ask(server, **body)["choices"]
+    begun = whole["token_ids"][:5]
+    answer = _ask(server, **body, answer_token_ids=begun)
+    [choice] = answer["choices"]
+    assert choice["message"] == whole["message"]
+    assert choice["token_ids"] == whole["token_ids"]
+    assert answer["usage"]["completion_tokens"] == len(whole["token_ids"])
+    [streamed] = _rebuilt(_stream(server, **body, answer_token_ids=begun))
+    assert streamed["ids"] == whole["token_ids"][5:]
+    assert whole["message"]["content"].endswith(streamed["content"])
+    assert [one["logprob"] for one in streamed["logprobs"]] == [
+        one["logprob"] for one in whole["logprobs"]["content"][5:]
+    ]
+
+
 def test_harmless_fields_change_nothing(server: Asker) -> None:
     harmless = {
         "user": "me",
@@ -254,6 +271,9 @@ def test_progress_of_a_prompt_is_told(server: Asker) -> None:
     ("body", "param"),
     [
         ({"max_tokens": 0}, "max_tokens"),
+        ({"answer_token_ids": [330]}, "answer_token_ids"),
+        ({"answer_token_ids": [1] * 12}, "answer_token_ids"),
+        ({"answer_token_ids": [1], "num_beams": 2}, "answer_token_ids"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
         ({"n": 17}, "n"),
         ({"num_beams": 2, "n": 3}, "n"),

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 
 import handspun
 from chromium import Chromium
+from handspun.cli.views.explain import _noise, _percent
 from handspun.config.serving import ServeOptions
 from handspun.models.load import ChatModel
 from handspun.serve.app import Endpoint, Service, make_app
@@ -191,14 +192,63 @@ def test_a_message_is_answered_by_the_model(tab: Chromium, servers: Servers, cha
     send(tab, "Say 3.")
     last_answer(tab)
     [expected] = handspun.generate(chat, ["Say 3."], do_sample=True, temperature=1.0, seed=5, max_new_tokens=12)
-    found = tab.run("import('/static/store.js').then(async (store) => (await store.open(), store.load()))")
-    [answer] = [node for node in found[0]["nodes"].values() if node["role"] == "assistant"]
+    [answer] = conversation_answers(tab)
     assert answer["content"] == expected.text
     assert answer["count"] == len(expected.token_ids)
     facts = tab.run("document.querySelector('.assistant .facts').textContent")
     assert f"{len(expected.token_ids)} tokens · prompt {len(expected.prompt_token_ids)} · seed 5" in facts.replace(
         "token ·", "tokens ·"
     )
+
+
+@needs_browser
+def test_a_token_is_explained_as_by_the_command_line(tab: Chromium, servers: Servers, chat: ChatModel) -> None:
+    """And the answer goes on from another token by ids, as if that one had been drawn."""
+    sampling: dict[str, Any] = {"temperature": 0.8, "top_k": 20, "repetition_penalty": 1.2}
+    tab.open(servers.real)
+    for name, value in {**sampling, "seed": 5, "max_tokens": 12}.items():
+        fill(tab, name, str(value))
+    send(tab, "Say 3.")
+    last_answer(tab)
+    [told] = handspun.generate(
+        chat, ["Say 3."], do_sample=True, top_p=1.0, seed=5, max_new_tokens=12, explain=True, **sampling
+    )
+    assert told.explanation is not None
+    tab.click(".assistant [title^='Why these']")
+    shown = tab.run("document.querySelectorAll('.token').length")
+    assert shown > 4
+    for index in range(shown):
+        step = told.explanation[index]
+        tab.run(f"document.querySelectorAll('.token')[{index}].click()")
+        rows = tab.until(
+            f"document.querySelector('.why h3')?.textContent.startsWith('Token {index + 1}:') && "
+            "[...document.querySelectorAll('.why dd')].map((one) => one.textContent)"
+        )
+        assert rows[0] == f"{_percent(step.probability)}, rank {step.rank:,}"
+        assert [row.split()[-1] for row in rows[1:-3]] == [_percent(one.probability) for one in step.effects]
+        assert rows[-3] == f"{step.left:,} tokens, {_percent(step.left_mass)} of the probability"
+        for row, one in zip(rows[-2:], (step.chosen, step.runner_up), strict=True):
+            assert one is not None
+            assert f"(id {one.token_id}), {_percent(one.probability)}, noise {_noise(one)}" in row
+    tab.run("document.querySelectorAll('.token')[2].click()")
+    tab.until("document.querySelector('.why h3')?.textContent.startsWith('Token 3:')")
+    tab.click(".why td button")
+    tab.until("document.querySelector('.branches')?.textContent.includes('2 of 2')")
+    last_answer(tab)
+    first, second = conversation_answers(tab)
+    ids = [[token["id"] for token in answer["tokens"]] for answer in (first, second)]
+    assert ids[0][:2] == ids[1][:2]
+    assert ids[0][2] != ids[1][2]
+    port = int(servers.real.split(":")[2].strip("/"))
+    body = {"model": "tuned", "messages": [{"role": "user", "content": "Say 3."}], "seed": 5, "max_tokens": 12}
+    again = ask(port, "/v1/chat/completions", {**body, **sampling, "answer_token_ids": ids[1][:3]}).json()
+    assert second["content"] == again["choices"][0]["message"]["content"]
+
+
+def conversation_answers(tab: Chromium) -> list[dict[str, Any]]:
+    """The answers of the only conversation, in order, as they are kept."""
+    found = tab.run("import('/static/store.js').then(async (store) => (await store.open(), store.load()))")
+    return [node for node in found[0]["nodes"].values() if node["role"] == "assistant"]
 
 
 @needs_browser

@@ -11,6 +11,7 @@ from handspun.decoding.results import GenerationChunk, GenerationResult
 from handspun.decoding.tool_calls import CLOSING_TAG
 from handspun.models.embedding_rows import check_prompt
 from handspun.serve.answers import TicketStream, collect, details, finish_reason, log_answers, usage
+from handspun.serve.completions import check_token_ids
 from handspun.serve.logprobs import ScoredToken, ShownTokens, chat_logprobs, shown_tokens
 from handspun.serve.schemas import ChatMessage, ChatRequest, ExplainRequest, NamedTool, RefusalPart, Tool
 from handspun.serve.served import Context, ServedModel
@@ -90,13 +91,23 @@ async def prepare_chat(context: Context, body: ChatRequest, *, max_tokens: int |
         more_stop_strings=(CLOSING_TAG,) if ends_behind_call else (),
         logprobs=bool(body.logprobs),
         top_logprobs=body.top_logprobs or 0,
+        answer_token_ids=body.answer_token_ids,
     )
     if reads_calls and not called and _is_constrained(body):
         raise refuse(
             "tools",
             "an answer that is constrained cannot call a tool. Use tool_choice none, or remove the constraint.",
         )
-    prepared = await prepare(context, body, wanted, lambda model: [encode_messages(model, body)])
+    if body.answer_token_ids and (body.use_beam_search or (body.num_beams or 1) > 1):
+        raise refuse("answer_token_ids", "a beam search begins at the answer's beginning. Remove one of them.")
+
+    def prompts(model: ServedModel) -> list[list[int]]:
+        check_token_ids(model, body.answer_token_ids, "answer_token_ids")
+        return [encode_messages(model, body)]
+
+    prepared = await prepare(context, body, wanted, prompts)
+    if len(body.answer_token_ids) >= (most := prepared.requests[0].max_new_tokens):
+        raise refuse("answer_token_ids", f"the answer ends after {most:,} tokens, and they are as many.")
     identity = f"chatcmpl-{body.request_id or context.request_id}"
     return ChatForm(identity, prepared, body, int(time.time()), ends_behind_call)
 

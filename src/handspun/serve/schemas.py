@@ -220,6 +220,9 @@ class ChatRequest(SamplingBody, PromptFields):
     top_logprobs: Annotated[Int, Field(ge=0)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    answer_token_ids: list[TokenId] = Field(
+        default_factory=list, description="The answer's first tokens: it goes on behind them."
+    )
     modalities: list[Literal["text"]] | None = None
     return_progress: bool | None = Field(None, description="In a stream: tell how far a long prompt is read.")
 

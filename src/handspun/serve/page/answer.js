@@ -16,12 +16,13 @@ export function requestFor(answer, before) {
 /**
  * Fill a message with the model's answer.
  *
- * answer: a message with model, system, and options. before: the messages that it answers. onchange: called whenever
- * more is known. signal: ends it; what came until then stays.
+ * answer: a message with model, system, options, and perhaps start, its first tokens. before: the messages that it
+ * answers. onchange: called whenever more is known. signal: ends it; what came until then stays.
  */
 export async function receive(answer, before, onchange, signal) {
-  Object.assign(answer, { tokens: [], finish: null, error: null });
-  const ids = [];
+  const start = answer.start ?? [];
+  Object.assign(answer, { content: textOf(start), tokens: [], finish: null, error: null });
+  const ids = start.map(({ id }) => id);
   const tokens = [];
   let first, last;
   try {
@@ -31,6 +32,7 @@ export async function receive(answer, before, onchange, signal) {
       stream_options: { include_usage: true },
       return_token_ids: true,
       logprobs: true,
+      ...(start.length && { answer_token_ids: ids.slice() }),
     };
     for await (const event of stream("/v1/chat/completions", body, signal)) {
       if (event.handspun) answer.seed = event.handspun.seed;
@@ -52,9 +54,16 @@ export async function receive(answer, before, onchange, signal) {
     else answer.error = error.message;
   }
   // An answer's last tokens may not be shown, so there can be more ids than texts.
-  answer.tokens = tokens.map(({ token, logprob }, index) => ({ id: ids[index], token, logprob }));
+  const shown = tokens.map(({ token, logprob, bytes }, index) => ({ id: ids[start.length + index], token, logprob, bytes }));
+  answer.tokens = [...start, ...shown];
   answer.count = ids.length;
   if (first && ids.length > first.tokens) answer.rate = (1000 * (ids.length - first.tokens)) / (last - first.at);
+}
+
+/** Return the text of tokens. The bytes of half a character at the end are left out, as the server does. */
+export function textOf(tokens) {
+  const bytes = tokens.flatMap((one) => one.bytes ?? [...new TextEncoder().encode(one.token)]);
+  return new TextDecoder().decode(new Uint8Array(bytes), { stream: true });
 }
 
 /** Return what is known of an answer, in words. */

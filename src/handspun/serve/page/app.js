@@ -22,7 +22,7 @@ function showConversation() {
   const shown = store.path(current).map((node) => {
     const alternatives = store.siblings(current, node);
     const place = { index: alternatives.indexOf(node), count: alternatives.length };
-    const view = new MessageView(node, place, { edit, again, move });
+    const view = new MessageView(node, place, { edit, again, move, goOn, before });
     if (running?.node === node) view.update(false);
     views.set(node.id, view);
     return view.root;
@@ -114,6 +114,16 @@ function again(node) {
   answerTo(current.nodes[node.parent] ?? null);
 }
 
+/** Answer again, beginning with tokens of an answer. The rest is drawn as there: options and seed are the same. */
+function goOn(answer, tokens) {
+  if (running) return;
+  const { model, system, seed } = answer;
+  const options = { ...answer.options, seed: String(seed) };
+  answerTo(current.nodes[answer.parent] ?? null, { model, system, options, start: tokens });
+}
+
+const before = (node) => store.path(current, node.parent);
+
 function move(node, by) {
   const alternatives = store.siblings(current, node);
   store.show(current, alternatives[alternatives.indexOf(node) + by]);
@@ -121,12 +131,12 @@ function move(node, by) {
   store.save(current);
 }
 
-/** Have the model answer a message. */
-async function answerTo(message) {
+/** Have the model answer a message. given: what is not as the controls say. */
+async function answerTo(message, given = {}) {
   say("");
   const conversation = current;
   const node = store.add(conversation, message?.id ?? null, "assistant", "");
-  Object.assign(node, { model: byId("model").value, system: current.system, options: options.values() });
+  Object.assign(node, { model: byId("model").value, system: current.system, options: options.values(), ...given });
   running = { controller: new AbortController(), node };
   speaker.restart();
   showConversation();

@@ -3,10 +3,11 @@
 import { facts } from "./answer.js";
 import { button, element } from "./dom.js";
 import { GrowingMarkdown } from "./markdown.js";
+import { tokenView } from "./tokens.js";
 
 /**
  * A message on the page. actions: what its buttons do, each called with the message: edit(node, text), again(node),
- * move(node, by).
+ * move(node, by), goOn(node, tokens); before(node) are the messages that it answers.
  */
 export class MessageView {
   constructor(node, place, actions) {
@@ -39,8 +40,13 @@ export class MessageView {
       setTimeout(() => (copy.textContent = "Copy"), 1500);
     });
     const buttons = [copy];
-    if (isAnswer) buttons.push(button("Again", "Answer again, on a branch of its own", () => actions.again(node)));
-    else buttons.push(button("Edit", "Edit and send again, on a branch of its own", () => this.edit()));
+    if (isAnswer) {
+      this.tokens = button("Why", "Why these words: show the tokens", () => this.showTokens());
+      this.tokens.setAttribute("aria-pressed", "false");
+      buttons.push(button("Again", "Answer again, on a branch of its own", () => actions.again(node)), this.tokens);
+    } else {
+      buttons.push(button("Edit", "Edit and send again, on a branch of its own", () => this.edit()));
+    }
     if (count > 1) {
       const back = button("‹", "Previous branch", () => actions.move(node, -1));
       const on = button("›", "Next branch", () => actions.move(node, 1));
@@ -60,8 +66,18 @@ export class MessageView {
     }
     this.root.classList.toggle("growing", !isFinal);
     this.facts.textContent = isFinal ? facts(node) : "";
+    if (this.tokens) this.tokens.hidden = !node.tokens?.length;
     this.error.hidden = !node.error;
     this.error.textContent = node.error ?? "";
+  }
+
+  /** Show the answer as its tokens, or as Markdown again. */
+  showTokens() {
+    const { node, actions } = this;
+    const shows = this.tokens.getAttribute("aria-pressed") === "false";
+    this.tokens.setAttribute("aria-pressed", String(shows));
+    if (shows) this.body.replaceChildren(tokenView(node, actions.before(node), actions.goOn));
+    else this.markdown.finish(node.content);
   }
 
   /** Replace the text with a box in which it is edited. */
