@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from starlette.types import ASGIApp
@@ -243,6 +244,39 @@ def test_a_token_is_explained_as_by_the_command_line(tab: Chromium, servers: Ser
     body = {"model": "tuned", "messages": [{"role": "user", "content": "Say 3."}], "seed": 5, "max_tokens": 12}
     again = ask(port, "/v1/chat/completions", {**body, **sampling, "answer_token_ids": ids[1][:3]}).json()
     assert second["content"] == again["choices"][0]["message"]["content"]
+
+
+@needs_browser
+def test_a_link_gives_the_same_answer_again(tab: Chromium, servers: Servers) -> None:
+    tab.open(servers.real)
+    fill(tab, "system", "Be brief.")
+    fill(tab, "temperature", "1.3")
+    fill(tab, "max_tokens", "12")
+    send(tab, "Say 3. % # & 🙂")
+    first = last_answer(tab)
+    asked = len([url for url in tab.requests if url.endswith("completions")])
+    [answer] = conversation_answers(tab)
+    call = f"linkTo({json.dumps(answer)}, [{{role: 'user', content: 'Say 3. % # & 🙂'}}])"
+    link = tab.run(f"import('/static/replay.js').then(({{linkTo}}) => {call})")
+    assert link.startswith(servers.real + "#answer=")
+    tab.call("Page.navigate", url="about:blank")
+    tab.run("1")
+    tab.open(link)
+    tab.until("document.querySelector('.offer') !== null")
+    assert len([url for url in tab.requests if url.endswith("completions")]) == asked
+    assert tab.run("location.hash") == ""
+    tab.click(".offer button")
+    assert last_answer(tab) == first
+    facts = tab.run("document.querySelector('.assistant .facts').textContent")
+    assert f"seed {answer['seed']}" in facts
+    assert "not the model" not in facts
+
+
+@needs_browser
+@pytest.mark.parametrize("told", ["{", "null", "{}", '{"messages": [{"role": "system", "content": "x"}]}'])
+def test_a_damaged_link_is_told(tab: Chromium, servers: Servers, told: str) -> None:
+    tab.open(servers.real + "#answer=" + quote(told))
+    assert tab.until("document.querySelector('#notice').textContent") == "The link is damaged. Copy all of it."
 
 
 def conversation_answers(tab: Chromium) -> list[dict[str, Any]]:

@@ -36,6 +36,7 @@ export async function receive(answer, before, onchange, signal) {
     };
     for await (const event of stream("/v1/chat/completions", body, signal)) {
       if (event.handspun) answer.seed = event.handspun.seed;
+      answer.fingerprint = event.system_fingerprint;
       if (event.usage) answer.usage = event.usage;
       const [choice] = event.choices;
       if (!choice) continue;
@@ -76,6 +77,7 @@ export function facts(answer) {
     found.push(`prompt ${answer.usage.prompt_tokens}${cached ? `, ${cached} of them cached` : ""}`);
   }
   if (answer.seed !== undefined) found.push(`seed ${answer.seed}`);
+  if (answer.expected && answer.expected !== answer.fingerprint) found.push("not the model or server of the link");
   if (answer.finish === "length") found.push("ended at the limit of tokens");
   if (answer.finish === "stopped") found.push("stopped");
   return found.join(" · ");

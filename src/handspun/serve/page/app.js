@@ -2,9 +2,10 @@
 
 import { ask } from "./api.js";
 import { receive } from "./answer.js";
-import { byId } from "./dom.js";
+import { button, byId, element } from "./dom.js";
 import { MessageView, Speaker } from "./message.js";
 import * as options from "./options.js";
+import { readLink } from "./replay.js";
 import * as sidebar from "./sidebar.js";
 import * as store from "./store.js";
 
@@ -120,6 +121,22 @@ function goOn(answer, tokens) {
   const { model, system, seed } = answer;
   const options = { ...answer.options, seed: String(seed) };
   answerTo(current.nodes[answer.parent] ?? null, { model, system, options, start: tokens });
+}
+
+/** Show what the address's link holds. The model is only asked once the reader says so. */
+function offerLink() {
+  const link = readLink(location.hash);
+  if (!link) return;
+  history.replaceState(null, "", "/");
+  const { model, system, options: saved, start, fingerprint: expected, messages } = link;
+  const conversation = store.create(system);
+  for (const { role, content } of messages) store.add(conversation, conversation.leaf, role, content);
+  open(conversation);
+  const isServed = models.some(({ id }) => id === model);
+  const given = { model: isServed ? model : byId("model").value, system, options: saved, start, expected };
+  const text = isServed ? `This link leads to an answer of ${model}.` : `This link leads to an answer of ${model}, which is not served here.`;
+  const ask = button("Answer", "Have the model answer", () => answerTo(conversation.nodes[conversation.leaf] ?? null, given));
+  byId("messages").append(element("p", { class: "offer row" }, element("span", { class: "grow" }, text), ask));
 }
 
 const before = (node) => store.path(current, node.parent);
@@ -267,6 +284,14 @@ async function start() {
     chooseModel();
     document.body.dataset.ready = "true";
     byId("prompt").focus();
+    offerLink();
+    addEventListener("hashchange", () => {
+      try {
+        if (!running) offerLink();
+      } catch (error) {
+        say(error.message);
+      }
+    });
   } catch (error) {
     say(error.message);
   }

@@ -20,6 +20,16 @@ export function button(text, about, onclick) {
   return element("button", { type: "button", title: about, "aria-label": about, onclick }, text);
 }
 
+/** Return a button that copies what text() returns. */
+export function copyButton(name, about, text) {
+  const made = button(name, about, async () => {
+    await navigator.clipboard.writeText(text());
+    made.textContent = "Copied";
+    setTimeout(() => (made.textContent = name), 1500);
+  });
+  return made;
+}
+
 /** Have the browser save a text as a file. */
 export function saveFile(name, text) {
   const url = URL.createObjectURL(new Blob([text], { type: "application/jsonl" }));

@@ -2,7 +2,7 @@
 
 import MarkdownIt from "./vendor/markdown-it.mjs";
 import DOMPurify from "./vendor/purify.mjs";
-import { button, element } from "./dom.js";
+import { copyButton, element } from "./dom.js";
 
 const parser = new MarkdownIt({ html: false, linkify: true, breaks: false }).disable("image");
 parser.linkify.set({ fuzzyLink: false, fuzzyEmail: false });
@@ -48,11 +48,7 @@ function addCopyButton(block) {
   const code = block.querySelector("code");
   const language = code?.className.match(/^language-([\w+#.-]{1,20})$/)?.[1] ?? "text";
   code?.removeAttribute("class");
-  const copy = button("Copy", "Copy this code", async () => {
-    await navigator.clipboard.writeText(block.textContent);
-    copy.textContent = "Copied";
-    setTimeout(() => (copy.textContent = "Copy"), 1500);
-  });
+  const copy = copyButton("Copy", "Copy this code", () => block.textContent);
   block.tabIndex = 0; // a wide block is scrolled by keyboard
   const frame = element("div", { class: "code" }, element("div", { class: "row" }, element("span", {}, language), copy));
   block.replaceWith(frame);

@@ -1,8 +1,9 @@
 // How a message is shown.
 
 import { facts } from "./answer.js";
-import { button, element } from "./dom.js";
+import { button, copyButton, element } from "./dom.js";
 import { GrowingMarkdown } from "./markdown.js";
+import { linkTo } from "./replay.js";
 import { tokenView } from "./tokens.js";
 
 /**
@@ -34,16 +35,13 @@ export class MessageView {
 
   makeButtons(isAnswer, { index, count }) {
     const { node, actions } = this;
-    const copy = button("Copy", "Copy this message", async () => {
-      await navigator.clipboard.writeText(node.content);
-      copy.textContent = "Copied";
-      setTimeout(() => (copy.textContent = "Copy"), 1500);
-    });
-    const buttons = [copy];
+    const buttons = [copyButton("Copy", "Copy this message", () => node.content)];
     if (isAnswer) {
       this.tokens = button("Why", "Why these words: show the tokens", () => this.showTokens());
       this.tokens.setAttribute("aria-pressed", "false");
       buttons.push(button("Again", "Answer again, on a branch of its own", () => actions.again(node)), this.tokens);
+      this.link = copyButton("Link", "Copy a link that gives this answer again", () => linkTo(node, actions.before(node)));
+      buttons.push(this.link);
     } else {
       buttons.push(button("Edit", "Edit and send again, on a branch of its own", () => this.edit()));
     }
@@ -66,7 +64,7 @@ export class MessageView {
     }
     this.root.classList.toggle("growing", !isFinal);
     this.facts.textContent = isFinal ? facts(node) : "";
-    if (this.tokens) this.tokens.hidden = !node.tokens?.length;
+    if (this.tokens) this.tokens.hidden = this.link.hidden = !node.tokens?.length;
     this.error.hidden = !node.error;
     this.error.textContent = node.error ?? "";
   }
