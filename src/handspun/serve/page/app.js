@@ -19,20 +19,31 @@ const speaker = new Speaker(byId("spoken"));
 // What is shown
 
 function showConversation() {
+  const earlier = new Map(views);
   views.clear();
-  const shown = store.path(current).map((node) => {
-    const alternatives = store.siblings(current, node);
-    const place = { index: alternatives.indexOf(node), count: alternatives.length };
-    const view = new MessageView(node, place, { edit, again, move, goOn, before });
+  const places = store.places(current);
+  for (const node of store.path(current)) {
+    // A long conversation would take long to show again: what is shown already is kept.
+    const old = earlier.get(node.id);
+    const isSame = old?.node === node && old.place.count === places.get(node).count;
+    const view = isSame ? old : new MessageView(node, places.get(node), { edit, again, move, goOn, before });
     if (running?.node === node) view.update(false);
     views.set(node.id, view);
-    return view.root;
-  });
-  byId("messages").replaceChildren(...shown);
+  }
+  place([...views.values()].map((view) => view.root));
   byId("system").value = current.system;
   showList();
   updateControls();
   scrollToEnd();
+}
+
+/** Show messages: those at the beginning that are shown already are left alone. */
+function place(shown) {
+  const list = byId("messages");
+  let same = 0;
+  while (same < shown.length && list.childNodes[same] === shown[same]) same++;
+  while (list.childNodes.length > same) list.lastChild.remove();
+  list.append(...shown.slice(same));
 }
 
 function showList() {

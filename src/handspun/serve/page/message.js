@@ -13,6 +13,7 @@ import { tokenView } from "./tokens.js";
 export class MessageView {
   constructor(node, place, actions) {
     this.node = node;
+    this.place = place;
     this.actions = actions;
     const isAnswer = node.role === "assistant";
     this.body = element("div", { class: "body" });

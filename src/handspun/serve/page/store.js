@@ -51,6 +51,16 @@ export function siblings(conversation, node) {
   return Object.values(conversation.nodes).filter((other) => other.parent === node.parent);
 }
 
+/** Return where each message stands among its alternatives: {index, count}. */
+export function places(conversation) {
+  const families = Map.groupBy(Object.values(conversation.nodes), ({ parent }) => parent);
+  const found = new Map();
+  for (const family of families.values()) {
+    for (const [index, node] of family.entries()) found.set(node, { index, count: family.length });
+  }
+  return found;
+}
+
 /** Show the branch of a node: from it on, the newest messages. */
 export function show(conversation, node) {
   const children = (id) => Object.values(conversation.nodes).filter((other) => other.parent === id);
