@@ -104,7 +104,7 @@ async function remove(conversation) {
   else showList();
 }
 
-async function bringIn(found) {
+async function importFile(found) {
   for (const conversation of found) await save(conversation);
   if (found.length) open(found[0]);
 }
@@ -257,7 +257,7 @@ function connect() {
   byId("close-settings").addEventListener("click", () => showSettings(false));
   byId("open-sidebar").addEventListener("click", () => showSidebar(true));
   byId("close-sidebar").addEventListener("click", () => showSidebar(false));
-  sidebar.connectFiles(() => conversations, bringIn, say);
+  sidebar.connectFiles(() => conversations, importFile, say);
   document.addEventListener("keydown", onKey);
 }
 
