@@ -1,6 +1,7 @@
 """Fixtures: a tiny random model's folder, and the embedded model."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,17 @@ def pytest_configure(config: pytest.Config) -> None:
     """Try fewer examples of properties while you work, where a test names no number itself."""
     if config.option.markexpr == "not slow":
         hypothesis.settings.load_profile("brief")
+
+
+@pytest.fixture(autouse=True)
+def without_pydantic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide pydantic from tests that run commands, as a process of their own would not have imported it yet.
+
+    If the server's tests have imported it before, cyclopts checks values with it, in words of its own.
+    """
+    runs_commands = not vars(request.module).keys().isdisjoint({"main", "app", "fail"})
+    if runs_commands and "serve" not in request.path.parts:
+        monkeypatch.delitem(sys.modules, "pydantic", raising=False)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,8 +18,7 @@ from backends import AVAILABLE, backend, needs_kernels
 from handspun.cli import main
 from handspun.cli.views.verification import findings_json, findings_table
 from handspun.data.chat_template import ChatTemplate, TokenizedExample
-from handspun.decoding import beam, filters
-from handspun.decoding import scheduler as decode
+from handspun.decoding import beam, filters, next_tokens
 from handspun.decoding.engines.fused import FusedEngine
 from handspun.errors import ConfigError
 from handspun.kernels import kernels_for
@@ -148,7 +147,7 @@ def test_a_tie_is_told_from_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(statuses(list(check_beams(material)))) <= {"pass", "tie"}
 
     material = material_of(chat_of(tiny_model("qwen2")))
-    monkeypatch.setattr(decode, "select_tokens", lambda logits, **_: logits.topk(2).indices[:, 1])
+    monkeypatch.setattr(next_tokens, "select_tokens", lambda logits, **_: logits.topk(2).indices[:, 1])
     assert statuses(list(check_greedy(material))) == ["fail", "fail"]
 
 
