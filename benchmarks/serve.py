@@ -34,7 +34,8 @@ from decode_prompts import QUESTIONS
 from measurements import Results, open_results, table
 
 NEW_TOKENS = 128
-PROMPT_WORDS = sorted({word for question in QUESTIONS for word in question.split()})
+PROMPT_WORDS = 90
+"""About 120 tokens."""
 WORDS = sorted({word for question in QUESTIONS for word in question.split()})
 SERVER_STARTS = 180.0
 
@@ -239,9 +240,10 @@ async def second_turn(server: Server) -> dict[str, float]:
 def offline_rate(arguments: argparse.Namespace) -> float:
     """New tokens per second of `handspun.generate` over 32 prompts like the clients', in a process of its own."""
     program = f"""
-import time, handspun
+import time, handspun, torch
 from serve import NEW_TOKENS, Server
-chat = handspun.load({arguments.model!r}, weights="int8", device="cpu", threads={arguments.threads})
+torch.set_num_threads({arguments.threads})
+chat = handspun.load({arguments.model!r}, weights="int8", device="cpu")
 server = Server(None, "")
 def run(count, tokens):
     prompts = [server.prompt() for _ in range(count)]
