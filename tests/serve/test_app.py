@@ -147,8 +147,8 @@ def printed_lines(capfd: pytest.CaptureFixture[str], count: int) -> list[str]:
     text = ""
     end = time.monotonic() + 5
     while text.count("\n") < count and time.monotonic() < end:
+        time.sleep(0.3)  # first: what is written while capfd empties its file is lost
         text += capfd.readouterr().err
-        time.sleep(0.01)
     lines = (text + capfd.readouterr().err).splitlines()
     assert len(lines) == count
     return lines
