@@ -70,6 +70,14 @@ def test_add_drops_what_was_not_used_for_longest_and_never_a_parent_first() -> N
     assert cache.bytes == 3 * ONE
 
 
+def test_add_continues_a_prompt_that_was_not_used_for_longest() -> None:
+    cache = PrefixCache(3 * ONE)
+    old, other, longer = [1] * BLOCK, [2] * 2 * BLOCK, [1] * 2 * BLOCK
+    for ids in (old, other, longer):
+        cache.add("a", ids, keys_of(ids))
+    assert [len(found(cache, "a", [*ids, 0])) // BLOCK for ids in (longer, other)] == [2, 1]
+
+
 def test_add_keeps_the_beginning_of_what_is_larger_than_all_room() -> None:
     cache, ids = PrefixCache(2 * ONE + 1), list(range(5 * BLOCK))
     cache.add("a", ids, keys_of(ids))

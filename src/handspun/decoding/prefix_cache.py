@@ -72,6 +72,7 @@ class PrefixCache:
 
     def _make_room(self, block: Block, chain: Sequence[Block]) -> bool:
         """Drop the least recently used blocks. Return whether there is room without dropping the chain's."""
+        self._use(chain)
         while self.bytes + block.keys_values.nbytes > self._max_bytes:
             oldest = next(iter(self._blocks.values()), None)
             if oldest is None or oldest in chain:
