@@ -198,9 +198,10 @@ class Worker:
                     "(--max-rows).",
                     param="num_beams" if beams > 1 else "n",
                 )
-            if max(unit.reserved_tokens, unit.max_total_tokens) > self._limits.kv_tokens:
+            needed = max(unit.reserved_tokens, unit.max_total_tokens)
+            if needed > self._limits.kv_tokens:
                 raise ApiError(
-                    f"Prompt and answers need {unit.reserved_tokens:,} tokens of the KV cache, which has "
+                    f"Prompt and answers need {needed:,} tokens of the KV cache, which has "
                     f"{self._limits.kv_tokens:,} (--kv-tokens). Ask for fewer tokens or beams.",
                     param="max_tokens",
                 )
@@ -344,7 +345,7 @@ def _deliver(items: Mapping[Ticket, Sequence[Item]]) -> None:
 
 
 def _as_api_error(error: BaseException) -> ApiError:
-    """Return what a client is told about a failed step. The log has the traceback's last line, without prompts."""
+    """Return what a client is told about a failed step. The log has the error's type, and no text of it."""
     if isinstance(error, ConfigError):  # options that leave no token, or a constraint that becomes too complex
         return ApiError(in_fields(str(error)), code="invalid_value")
     logger.error("a request failed: %s", type(error).__name__)
