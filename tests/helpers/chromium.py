@@ -13,7 +13,7 @@ from typing import Any
 from report_in_a_browser import browser
 
 _SEPARATOR = b"\0"
-_KEYS = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowUp": 38}
+_KEYS = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowUp": 38, "ArrowRight": 39, "PageUp": 33, "PageDown": 34}
 _WATCH = """
     window.violations = [];
     document.addEventListener("securitypolicyviolation", (event) =>

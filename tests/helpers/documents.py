@@ -16,6 +16,7 @@ FILES = {
     "tickets.csv": "ticket,category\n" + "".join(f"Say {n}.,It is {n}.\n" for n in range(120)),
     "replies.csv": "question,answer\n" + "".join(f"Say {n}.,It is {n}.\n" for n in range(20)),
     "identity.jsonl": BATCH,
+    "corrections.jsonl": BATCH,
     "support.jsonl": SUPPORT,
     "schema.json": '{"enum": ["red"]}',
     "own.jinja": (

@@ -374,7 +374,7 @@ def test_settings_are_in_the_request(tab: Chromium, servers: Servers) -> None:
     tab.open(servers.parrot)
     tab.press("s", code="KeyS", modifiers=1)
     tab.type("Be brief.")
-    for name, value in {"temperature": "0.5", "top_k": "40", "stop": "a\nb", "choices": "yes\nno"}.items():
+    for name, value in {"temperature": "0.5", "top_k": "40", "stop_strings": "a\nb", "choices": "yes\nno"}.items():
         fill(tab, name, value)
     tab.run("document.querySelector('#system').dispatchEvent(new Event('change'))")
     fill(tab, "model", "base")
@@ -427,6 +427,7 @@ def test_exported_conversations_are_rows_to_train_on(
     tab.press("Enter")
     last_answer(tab)
     tab.click("#export")
+    tab.click("#export-shown")
     file, end = tmp_path / "conversations.jsonl", time.monotonic() + 10
     while not file.exists():
         assert time.monotonic() < end, "nothing was saved"

@@ -48,6 +48,10 @@ class ServeOptions:
     page: bool = True
     """Serve the chat page at /."""
 
+    collect: str | None = None
+    """File (.jsonl) to which POST /collect appends rows to train on, such as answers corrected on the chat page.
+    If not given, the server writes nothing."""
+
     log_requests: bool = True
     """Print one line per request: status, seconds and token counts, never a prompt."""
 
@@ -157,6 +161,8 @@ _RANGES: Ranges = {
     **dict.fromkeys(("queue_seconds", "request_seconds", "grammar_seconds", "read_seconds"), _SECONDS),
     **dict.fromkeys(("send_seconds", "ping_seconds"), _SECONDS),
 }
+_ROW_FILES = (".jsonl", ".ndjson")
+"""What training reads as JSON lines."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]*")
 """Names that stand in a URL's path, in a log line and in a label as they are."""
 
@@ -202,6 +208,8 @@ def _wrong_texts(config: ServeOptions) -> list[str]:
             problems.append(problem_with("model", model, "a model, or NAME=MODEL"))
     if not config.host.strip():
         problems.append(problem_with("host", config.host, "an address, such as 127.0.0.1"))
+    if config.collect is not None and ("\0" in config.collect or not config.collect.endswith(_ROW_FILES)):
+        problems.append(problem_with("collect", config.collect, "a file that ends with .jsonl"))
     for host in config.allowed_host:
         if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", host):
             problems.append(problem_with("allowed_host", host, "a host name without a port, such as chat.example"))

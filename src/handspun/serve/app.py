@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import time
 from asyncio import Event
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -104,6 +105,8 @@ class Page:
     status: int = 200
     content_type: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict)
+    packed: bytes | None = None
+    """The text, compressed by gzip once and for all."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class _Endpoint:
         if endpoint.needs_models:
             service.check_ready()
         if endpoint.page is not None:
-            await _send_page(send, endpoint.page(service, scope["path_params"]))
+            await _send_page(send, endpoint.page(service, scope["path_params"]), headers)
             return
         body = await self._read(headers, receive, exchange)
         service.in_flight += 1
@@ -198,12 +201,28 @@ class _Endpoint:
             as_error=lambda error: as_api_error(error, exchange),
         )
         if found is not None:
-            await _send_page(send, Page(found))
+            await _send_page(send, Page(found), Headers())
 
 
-async def _send_page(send: Send, page: Page) -> None:
-    text = to_json(page.value) if page.content_type == "application/json" else str(page.value).encode()
-    headers = {"content-type": page.content_type, "content-length": str(len(text)), **page.headers}
+async def _send_page(send: Send, page: Page, asked: Headers) -> None:
+    """Send a page. asked: headers of the request, which say how it may be packed, and what the client has."""
+    status, headers = page.status, {"content-type": page.content_type, **page.headers}
+    if "ETag" in page.headers and page.headers["ETag"] in asked.get("if-none-match", ""):
+        status, body = 304, b""
+    else:
+        body = to_json(page.value) if page.content_type == "application/json" else str(page.value).encode()
+        if page.packed is not None and takes_gzip(asked.get("accept-encoding", "")):
+            body, headers["content-encoding"] = page.packed, "gzip"
+        headers["content-length"] = str(len(body))
     raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": page.status, "headers": raw})
-    await send({"type": "http.response.body", "body": text, "more_body": False})
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def takes_gzip(accepted: str) -> bool:
+    """Return whether a request's Accept-Encoding names gzip, and does not refuse it with q=0."""
+    for one in accepted.lower().split(","):
+        name, *parameters = (part.replace(" ", "") for part in one.split(";"))
+        if name == "gzip":
+            return not any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters)
+    return False

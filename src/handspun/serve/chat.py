@@ -171,13 +171,13 @@ def conversation_of(body: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if has_tools else []
         read_tools = read_tool_definitions(tools or None)
     with as_api_errors("messages"):
-        messages = read_conversation([_as_message(message) for message in body.messages], 1, None)
+        messages = read_conversation([as_message(message) for message in body.messages], 1, None)
     if goes_on and (messages[-1].get("tool_calls") or not messages[-1]["content"].strip()):
         raise refuse("continue_final_message", "the last message has no text to go on from.")
     return messages, read_tools, goes_on
 
 
-def _as_message(message: ChatMessage) -> dict[str, Any]:
+def as_message(message: ChatMessage) -> dict[str, Any]:
     """Return a message in the form of training data, with the content as one text."""
     parts = [message.content] if isinstance(message.content, str) else message.content or []
     texts = [part if isinstance(part, str) else part.refusal if isinstance(part, RefusalPart) else part.text

@@ -28,7 +28,7 @@ def metrics(service: Service, _: Mapping[str, str]) -> Page:
 
 
 def version(service: Service, _: Mapping[str, str]) -> Page:
-    """Return the versions of the package and of PyTorch, threads, and each model's type of weights."""
+    """Return versions, threads, each model's type of weights, and whether /collect keeps rows."""
     import torch
 
     from handspun.kernels import kernels_for
@@ -40,6 +40,7 @@ def version(service: Service, _: Mapping[str, str]) -> Page:
             "threads": torch.get_num_threads(),
             "int8_kernels": kernels_for(torch.device("cpu")).name,
             "weights": {name: served.describe()["weights"] for name, served in service.models.items()},
+            "collects_rows": service.options.collect is not None,
         }
     )
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from handspun.config.serving import ServeOptions
 from handspun.serve.app import Endpoint, Page, Service
 from handspun.serve.chat import chat_completions
-from handspun.serve.chat_page import PAGE
+from handspun.serve.chat_page import PAGE, page_files
+from handspun.serve.collect import collect
 from handspun.serve.completions import completions
 from handspun.serve.pages import health, metrics, models, one_model, openapi, version
 from handspun.serve.responses import responses
@@ -15,6 +16,7 @@ from handspun.serve.schemas import (
     DetokenizeRequest,
     ExplainRequest,
     ResponsesRequest,
+    RowRequest,
     TemplateRequest,
     TokenizeRequest,
 )
@@ -76,6 +78,7 @@ ENDPOINTS = with_openapi(
             handler=apply_template,
             body=TemplateRequest,
         ),
+        Endpoint("/collect", "Append a row to train on to the server's file.", handler=collect, body=RowRequest),
     ]
 )
 """All routes of the interface."""
@@ -83,4 +86,6 @@ ENDPOINTS = with_openapi(
 
 def routes(options: ServeOptions) -> list[Endpoint]:
     """Return all routes of a server."""
+    if options.page:
+        page_files()  # read and packed before anyone waits for them
     return [*ENDPOINTS, *(PAGE if options.page else ())]

@@ -227,6 +227,21 @@ class ChatRequest(SamplingBody, PromptFields):
     return_progress: bool | None = Field(None, description="In a stream: tell how far a long prompt is read.")
 
 
+class RowMessage(ChatMessage):
+    """One message of a row."""
+
+    weight: Annotated[int, BeforeValidator(_whole), Field(ge=0, le=1)] | None = Field(
+        None, description="Of an assistant's message. 0: it is context, and not trained on."
+    )
+
+
+class RowRequest(Body):
+    """A body of /collect: a row to train on, in the format `messages`."""
+
+    messages: Annotated[list[RowMessage], Field(min_length=1, max_length=_MOST_MESSAGES)]
+    tools: Annotated[list[Tool], Field(min_length=1)] | None = None
+
+
 class CompletionRequest(SamplingBody):
     """Body of POST /v1/completions."""
 

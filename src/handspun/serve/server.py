@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import copy_context
+from pathlib import Path
 from types import FrameType
 from typing import TypeVar, cast
 
@@ -19,6 +20,7 @@ from handspun.display import count_of, logger
 from handspun.models.load import ChatModel
 from handspun.runs.record import current_memory
 from handspun.serve.app import Service, make_app
+from handspun.serve.collect import check_collect_file
 from handspun.serve.completions import completions
 from handspun.serve.connection import HttpConfig, listen
 from handspun.serve.guard import Keys
@@ -54,6 +56,8 @@ def serve(options: ServeOptions, load: Callable[[str], ChatModel]) -> None:
         load: loads a model by its path or hub id.
     """
     paths, keys = served_models(options.model), Keys.read(options.api_key_file)
+    if options.collect is not None:
+        check_collect_file(Path(options.collect))
     sock = listen(options.host, options.port)
     service = Service(options, Metrics(list(paths)), keys)
     try:

@@ -24,7 +24,7 @@ GROUPS = {
     "Words and tokens": "no-repeat-ngram-size logit-bias sequence-bias bad-words bad-words-ids suppress-tokens"
     " begin-suppress-tokens",
     "Constraints": "json-schema regex choice",
-    "Server": "host port api-key-file without-key allowed-host allowed-origin page log-requests",
+    "Server": "host port api-key-file without-key allowed-host allowed-origin page collect log-requests",
     "Load": "max-rows max-queue kv-tokens cache-mb target-step-ms queue-seconds request-seconds drain-seconds",
     "Limits of a request": "max-choices max-prompts max-messages max-tools max-stop-strings max-logit-bias"
     " max-top-logprobs max-schema-kb max-regex-kb grammar-seconds max-body-mb max-json-depth",

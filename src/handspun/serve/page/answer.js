@@ -21,7 +21,7 @@ export function requestFor(answer, before) {
  */
 export async function receive(answer, before, onchange, signal) {
   const start = answer.start ?? [];
-  Object.assign(answer, { content: textOf(start), tokens: [], finish: null, error: null });
+  Object.assign(answer, { content: textOf(start), tokens: [], calls: [], finish: null, error: null });
   const ids = start.map(({ id }) => id);
   const tokens = [];
   let first, last;
@@ -41,6 +41,7 @@ export async function receive(answer, before, onchange, signal) {
       const [choice] = event.choices;
       if (!choice) continue;
       answer.content += choice.delta.content ?? "";
+      for (const { index, ...call } of choice.delta.tool_calls ?? []) answer.calls[index] = call;
       ids.push(...(choice.token_ids ?? []));
       tokens.push(...(choice.logprobs?.content ?? []));
       if (choice.token_ids?.length) {
@@ -80,5 +81,7 @@ export function facts(answer) {
   if (answer.expected && answer.expected !== answer.fingerprint) found.push("not the model or server of the link");
   if (answer.finish === "length") found.push("ended at the limit of tokens");
   if (answer.finish === "stopped") found.push("stopped");
+  if (answer.isRow) found.push("a row to train on");
+  if (answer.isRow && answer.collected) found.push(answer.collected);
   return found.join(" · ");
 }

@@ -2,6 +2,7 @@
 
 import { ask } from "./api.js";
 import { receive } from "./answer.js";
+import { sendRow } from "./correct.js";
 import { button, byId, element } from "./dom.js";
 import { MessageView, Speaker } from "./message.js";
 import * as options from "./options.js";
@@ -15,6 +16,8 @@ let models = [];
 let running = null; // {controller, node}: the answer that is being received
 const views = new Map(); // of the messages that are shown, by their ids
 const speaker = new Speaker(byId("spoken"));
+const FILLED_AT_ONCE = 20; // messages at the end of a conversation; others are filled when they come near
+const actions = { edit, again, move, goOn, give, correct, forget, before };
 
 // What is shown
 
@@ -26,11 +29,11 @@ function showConversation() {
     // A long conversation would take long to show again: what is shown already is kept.
     const old = earlier.get(node.id);
     const isSame = old?.node === node && old.place.count === places.get(node).count;
-    const view = isSame ? old : new MessageView(node, places.get(node), { edit, again, move, goOn, before });
-    if (running?.node === node) view.update(false);
-    views.set(node.id, view);
+    views.set(node.id, isSame ? old : new MessageView(node, places.get(node), actions));
   }
-  place([...views.values()].map((view) => view.root));
+  const shown = [...views.values()];
+  for (const view of shown.slice(-FILLED_AT_ONCE)) view.fill(running?.node !== view.node);
+  place(shown.map((view) => view.root));
   byId("system").value = current.system;
   showList();
   updateControls();
@@ -101,7 +104,10 @@ async function remove(conversation) {
   conversations = conversations.filter((one) => one !== conversation);
   await store.remove(conversation.id);
   if (conversation === current) startNew();
-  else showList();
+  else {
+    showList();
+    byId("search").focus();
+  }
 }
 
 async function importFile(found) {
@@ -116,9 +122,44 @@ function send(text) {
   answerTo(store.add(current, current.leaf, "user", text));
 }
 
-function edit(node, text) {
+function edit(node, content) {
+  if (node.results) give(current.nodes[node.parent], content);
+  else if (!running) answerTo(store.add(current, node.parent, "user", content));
+}
+
+/** Give the results of an answer's calls to the model, which goes on. */
+function give(answer, results) {
   if (running) return;
-  answerTo(store.add(current, node.parent, "user", text));
+  const node = store.add(current, answer.id, "tool", results.map(({ content }) => content).join("\n\n"));
+  node.results = results;
+  answerTo(node);
+}
+
+/** Keep what the model should have said as a row: on a branch, unless it said just that. */
+async function correct(answer, content, calls) {
+  const told = (one) => JSON.stringify((one ?? []).map(({ function: called }) => called));
+  const isSame = content === answer.content && told(calls) === told(answer.calls);
+  const { model, system, options } = answer;
+  const node = isSame ? answer : Object.assign(store.add(current, answer.parent, "assistant", content), { model, system: system ?? current.system, options, calls });
+  node.isRow = true;
+  await saveRow(node, () => sendRow(current, node));
+}
+
+async function forget(answer) {
+  answer.isRow = false;
+  await saveRow(answer);
+}
+
+/** Save and show an answer that became a row, or is one no longer. */
+async function saveRow(answer, send) {
+  const conversation = current;
+  await save(conversation);
+  await send?.();
+  if (send) await save(conversation);
+  if (conversation !== current) return;
+  views.delete(answer.id);
+  showConversation();
+  views.get(answer.id)?.focus();
 }
 
 function again(node) {
@@ -141,7 +182,7 @@ function offerLink() {
   history.replaceState(null, "", "/");
   const { model, system, options: saved, start, fingerprint: expected, messages } = link;
   const conversation = store.create(system);
-  for (const { role, content } of messages) store.add(conversation, conversation.leaf, role, content);
+  store.addMessages(conversation, messages);
   open(conversation);
   const isServed = models.some(({ id }) => id === model);
   const given = { model: isServed ? model : byId("model").value, system, options: saved, start, expected };
@@ -150,12 +191,17 @@ function offerLink() {
   byId("messages").append(element("p", { class: "offer row" }, element("span", { class: "grow" }, text), ask));
 }
 
-const before = (node) => store.path(current, node.parent);
+function before(node) {
+  return store.path(current, node.parent);
+}
 
 function move(node, by) {
   const alternatives = store.siblings(current, node);
-  store.show(current, alternatives[alternatives.indexOf(node) + by]);
+  const other = alternatives[alternatives.indexOf(node) + by];
+  if (!other) return;
+  store.show(current, other);
   showConversation();
+  views.get(other.id).focus(by);
   store.save(current);
 }
 
@@ -168,20 +214,15 @@ async function answerTo(message, given = {}) {
   running = { controller: new AbortController(), node };
   speaker.restart();
   showConversation();
+  keepFocus();
   await keep();
-  let isDrawn = false;
-  const draw = () => {
-    isDrawn = false;
+  const onchange = paced(() => {
     if (running?.node !== node) return;
     const follows = isAtEnd();
     views.get(node.id)?.update(false);
     speaker.update(node.content, false);
     if (follows && views.has(node.id)) scrollToEnd();
-  };
-  const onchange = () => {
-    if (!isDrawn) requestAnimationFrame(draw);
-    isDrawn = true;
-  };
+  });
   await receive(node, store.path(conversation, node.parent), onchange, running.controller.signal);
   running = null;
   const follows = isAtEnd();
@@ -190,6 +231,28 @@ async function answerTo(message, given = {}) {
   updateControls();
   if (follows && views.has(node.id)) scrollToEnd();
   if (conversations.includes(conversation)) await save(conversation);
+}
+
+/** Go to the box if the button that had the focus is gone. On a phone that would open its keyboard. */
+function keepFocus() {
+  if (document.activeElement === document.body && !matchMedia("(pointer: coarse)").matches) byId("prompt").focus();
+}
+
+/** Return a function that has something drawn soon. Drawing takes a fourth of the time at most: keys come first. */
+function paced(draw) {
+  let isAsked = false, pause = 0;
+  const run = () => {
+    isAsked = false;
+    const began = performance.now();
+    draw();
+    pause = 3 * (performance.now() - began);
+  };
+  return () => {
+    if (isAsked) return;
+    isAsked = true;
+    if (pause < 16) requestAnimationFrame(run);
+    else setTimeout(() => requestAnimationFrame(run), pause);
+  };
 }
 
 function stop() {
@@ -236,6 +299,9 @@ function connect() {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
       event.preventDefault();
       byId("composer").requestSubmit();
+    } else if (event.key === "PageUp" || event.key === "PageDown") {
+      event.preventDefault();
+      byId("scroller").scrollBy({ top: (event.key === "PageUp" ? -0.9 : 0.9) * byId("scroller").clientHeight });
     } else if (event.key === "ArrowUp" && !byId("prompt").value && !running) {
       event.preventDefault();
       views.get(store.path(current).findLast((node) => node.role === "user")?.id)?.edit();
@@ -262,14 +328,17 @@ function connect() {
 }
 
 function onKey(event) {
+  const answer = store.path(current).findLast((node) => node.role === "assistant");
   const shortcuts = {
     KeyN: startNew,
     KeyS: () => showSettings(byId("settings").hidden),
-    KeyR: () => {
-      const last = current.nodes[current.leaf];
-      if (last?.role === "assistant") again(last);
-    },
+    KeyR: () => answer && again(answer),
+    KeyC: () => answer && !running && views.get(answer.id).correct(),
+    KeyW: () => answer && !running && views.get(answer.id).focusTokens(),
+    Comma: () => answer && move(answer, -1),
+    Period: () => answer && move(answer, 1),
   };
+  if (document.querySelector("dialog[open]")) return;
   if (event.key === "Escape") {
     if (running) stop();
     else if (!byId("settings").hidden) showSettings(false);
@@ -294,6 +363,7 @@ async function start() {
     if (models.some(({ id }) => id === last)) byId("model").value = last;
     chooseModel();
     document.body.dataset.ready = "true";
+    performance.mark("ready");
     byId("prompt").focus();
     offerLink();
     addEventListener("hashchange", () => {

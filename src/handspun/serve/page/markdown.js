@@ -6,6 +6,10 @@ import { copyButton, element } from "./dom.js";
 
 const parser = new MarkdownIt({ html: false, linkify: true, breaks: false }).disable("image");
 parser.linkify.set({ fuzzyLink: false, fuzzyEmail: false });
+// An item would change its form if a later one of its list has a blank line. Then a long list could not grow item by item.
+parser.core.ruler.push("paragraphs_in_items", ({ tokens }) => {
+  for (const token of tokens) if (token.type.startsWith("paragraph_")) token.hidden = false;
+});
 
 const ALLOWED = {
   ALLOWED_TAGS: [
@@ -55,35 +59,96 @@ function addCopyButton(block) {
   frame.append(block);
 }
 
-/** Shows a text that grows. Only its last block is rendered again, so that long answers stay fast. */
+/**
+ * Shows a text that grows. Only its last block is rendered again, and of a list only its last item, so that long
+ * answers stay fast.
+ */
 export class GrowingMarkdown {
   constructor(container) {
     this.container = container;
-    this.finished = 0; // characters of blocks that no longer change
-    this.changing = []; // nodes of the last block
+    this.restart();
+  }
+
+  restart() {
+    this.finished = 0; // characters of blocks and items that no longer change
+    this.changing = []; // nodes of what comes after them
+    this.list = null; // the list whose next item begins there
+    this.code = null; // {text, node}: the code block that is all of it
+    this.isGrowing = false;
   }
 
   update(text) {
+    if (!this.isGrowing) this.container.replaceChildren();
+    this.isGrowing = true;
     const rest = text.slice(this.finished);
-    const starts = parser
-      .parse(rest, {})
-      .filter((token) => token.level === 0 && token.map && token.nesting >= 0)
-      .map((token) => token.map[0]);
-    const cut = starts.length > 1 ? offsetOfLine(rest, starts.at(-1)) : 0;
+    const blocks = parser.parse(rest, {}).filter((token) => token.map && token.nesting >= 0);
+    if (this.growsCode(blocks)) return;
+    const { cut, isItem } = lastBeginning(rest, blocks);
     for (const node of this.changing) node.remove();
     if (cut > 0) {
-      this.container.append(render(rest.slice(0, cut)));
+      this.place(rest.slice(0, cut));
       this.finished += cut;
+      this.list = isItem ? this.last : null;
     }
-    const fragment = render(rest.slice(cut));
-    this.changing = [...fragment.childNodes];
-    this.container.append(fragment);
+    this.changing = this.place(rest.slice(cut));
+    this.watchCode(cut > 0 ? parser.parse(rest.slice(cut), {}) : blocks);
   }
 
-  /** Render all of it once more: a reference at the end may belong to a link at the beginning. */
+  /** Append what a text renders to, and return its nodes. Items of the list that is open join it. */
+  place(text) {
+    const fragment = render(text);
+    const goesOn = this.list && fragment.firstElementChild?.tagName === this.list.tagName;
+    const items = goesOn ? [...fragment.firstElementChild.childNodes] : [];
+    if (goesOn) {
+      fragment.firstElementChild.remove();
+      this.list.append(...items);
+    }
+    this.last = fragment.lastElementChild ?? this.list;
+    const nodes = [...fragment.childNodes];
+    this.container.append(fragment);
+    return [...items, ...nodes];
+  }
+
+  /** Remember the block's node if it is one block of code, which may become long. */
+  watchCode(blocks) {
+    const [block] = blocks;
+    const node = blocks.length === 1 && block.type === "fence" && this.last?.querySelector("code")?.firstChild;
+    this.code = node ? { text: block.content, node } : null;
+  }
+
+  /** Append to a block of code. Returns false if something else has to be done. */
+  growsCode(blocks) {
+    const [block] = blocks;
+    if (!this.code || blocks.length !== 1 || block.type !== "fence" || !block.content.startsWith(this.code.text)) return false;
+    this.code.node.appendData(block.content.slice(this.code.text.length));
+    this.code.text = block.content;
+    return true;
+  }
+
+  /** Show a text that no longer grows. A reference at its end may belong to a link at its beginning. */
   finish(text) {
+    if (!this.finished || /^[\s>*+\-\d.)]*\[[^\]\n]+\]:/m.test(text)) this.show(text);
+    else this.update(text);
+  }
+
+  /** Show a text anew. */
+  show(text) {
+    this.restart();
     this.container.replaceChildren(render(text));
   }
+}
+
+/**
+ * Return where the last block begins, or the last item if that block is a list: {cut, isItem}. cut is 0 if nothing
+ * before it is finished: as long as its first line grows, it may still belong to the block before it.
+ */
+function lastBeginning(text, blocks) {
+  const last = blocks.findLastIndex((token) => token.level === 0);
+  if (last < 0) return { cut: 0 };
+  const items = /_list_open$/.test(blocks[last].type) ? blocks.slice(last).filter((token) => token.type === "list_item_open" && token.level === 1) : [];
+  const isItem = items.length > 1;
+  const cut = offsetOfLine(text, (isItem ? items.at(-1) : blocks[last]).map[0]);
+  return text.includes("\n", cut) ? { cut, isItem } : { cut: 0 };
 }
 
 function offsetOfLine(text, line) {

@@ -1,14 +1,26 @@
 // How a message is shown.
 
 import { facts } from "./answer.js";
-import { button, copyButton, element } from "./dom.js";
+import { correctionEditor } from "./correct.js";
+import { button, byId, copyButton, element } from "./dom.js";
 import { GrowingMarkdown } from "./markdown.js";
 import { linkTo } from "./replay.js";
 import { tokenView } from "./tokens.js";
+import { callViews, resultForm, resultViews } from "./tools.js";
+
+const waiting = new WeakMap(); // views by their elements: those that are filled once they come near
+const near = new IntersectionObserver(
+  (entries) => entries.filter((one) => one.isIntersecting).forEach(({ target }) => waiting.get(target)?.fill()),
+  { root: byId("scroller"), rootMargin: "2000px 0px" },
+);
+const NAMES = { user: "You", tool: "Tools" };
 
 /**
  * A message on the page. actions: what its buttons do, each called with the message: edit(node, text), again(node),
- * move(node, by), goOn(node, tokens); before(node) are the messages that it answers.
+ * move(node, by), goOn(node, tokens), give(node, results), correct(node, content, calls), forget(node); before(node)
+ * are the messages that it answers.
+ *
+ * A message far from what is seen is plain text at first, so that long conversations open fast.
  */
 export class MessageView {
   constructor(node, place, actions) {
@@ -16,22 +28,30 @@ export class MessageView {
     this.place = place;
     this.actions = actions;
     const isAnswer = node.role === "assistant";
-    this.body = element("div", { class: "body" });
-    this.facts = element("p", { class: "facts" });
-    this.error = element("p", { class: "error", role: "alert", hidden: true });
-    this.buttons = element("div", { class: "actions" }, ...this.makeButtons(isAnswer, place));
-    const name = isAnswer ? node.model ?? "Answer" : "You";
+    const name = isAnswer ? node.model ?? "Answer" : NAMES[node.role];
+    this.body = element("div", { class: "body" }, node.content);
     this.root = element(
       "article",
       { class: `message ${node.role}`, "aria-label": name },
-      element("h2", { class: isAnswer ? "name" : "unseen" }, name),
+      element("h2", { class: node.role === "user" ? "unseen" : "name" }, name),
       this.body,
-      this.error,
-      element("div", { class: "under" }, this.buttons, this.facts),
     );
     if (isAnswer) this.markdown = new GrowingMarkdown(this.body);
-    else this.body.textContent = node.content;
-    this.update(true);
+    waiting.set(this.root, this);
+    near.observe(this.root);
+  }
+
+  /** Show all of the message, if only its text is there yet. isFinal: it does not grow. */
+  fill(isFinal = true) {
+    if (!waiting.delete(this.root)) return this;
+    near.unobserve(this.root);
+    this.calls = element("div", { class: "calls" });
+    this.facts = element("p", { class: "facts" });
+    this.error = element("p", { class: "error", role: "alert", hidden: true });
+    this.buttons = element("div", { class: "actions" }, ...this.makeButtons(this.node.role === "assistant", this.place));
+    this.root.append(this.calls, this.error, element("div", { class: "under" }, this.buttons, this.facts));
+    this.update(isFinal);
+    return this;
   }
 
   makeButtons(isAnswer, { index, count }) {
@@ -40,7 +60,8 @@ export class MessageView {
     if (isAnswer) {
       this.tokens = button("Why", "Why these words: show the tokens", () => this.showTokens());
       this.tokens.setAttribute("aria-pressed", "false");
-      buttons.push(button("Again", "Answer again, on a branch of its own", () => actions.again(node)), this.tokens);
+      this.correction = button("Correct", "Correct this answer, as a row to train on", () => this.correct());
+      buttons.push(button("Again", "Answer again, on a branch of its own", () => actions.again(node)), this.correction, this.tokens);
       this.link = copyButton("Link", "Copy a link that gives this answer again", () => linkTo(node, actions.before(node)));
       buttons.push(this.link);
     } else {
@@ -62,12 +83,31 @@ export class MessageView {
     if (this.markdown) {
       if (isFinal) this.markdown.finish(node.content);
       else this.markdown.update(node.content);
-    }
+    } else this.showText();
     this.root.classList.toggle("growing", !isFinal);
     this.facts.textContent = isFinal ? facts(node) : "";
     if (this.tokens) this.tokens.hidden = this.link.hidden = !node.tokens?.length;
+    this.showCalls(isFinal);
     this.error.hidden = !node.error;
     this.error.textContent = node.error ?? "";
+  }
+
+  showText() {
+    const { content, results } = this.node;
+    this.body.replaceChildren(...(results ? resultViews(results) : [content]));
+  }
+
+  /** Show the calls of tools, and a form for their results if nothing follows yet. */
+  showCalls(isFinal) {
+    const { node, actions, place } = this;
+    if (!node.calls?.length) return;
+    this.calls.replaceChildren(...callViews(node.calls));
+    if (!isFinal || !place.isLast) return;
+    const form = resultForm(node.calls, null, (results) => {
+      form.remove();
+      actions.give(node, results);
+    });
+    this.calls.append(form);
   }
 
   /** Show the answer as its tokens, or as Markdown again. */
@@ -76,32 +116,70 @@ export class MessageView {
     const shows = this.tokens.getAttribute("aria-pressed") === "false";
     this.tokens.setAttribute("aria-pressed", String(shows));
     if (shows) this.body.replaceChildren(tokenView(node, actions.before(node), actions.goOn));
-    else this.markdown.finish(node.content);
+    else this.markdown.show(node.content);
   }
 
   /** Replace the text with a box in which it is edited. */
   edit() {
-    const { node, actions } = this;
+    const { node, actions } = this.fill();
+    if (node.results) {
+      const { calls } = actions.before(node).at(-1);
+      this.open(resultForm(calls, node.results, (results) => this.close(() => actions.edit(node, results)), () => this.close()));
+      return;
+    }
     const box = element("textarea", { value: node.content, rows: 3, "aria-label": "Edit the message" });
-    const close = () => {
-      this.body.replaceChildren(node.content);
-      this.buttons.hidden = false;
-    };
-    const send = () => {
-      close();
-      if (box.value.trim()) actions.edit(node, box.value);
-    };
+    const send = () => this.close(() => box.value.trim() && actions.edit(node, box.value));
     box.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") close();
+      if (event.key === "Escape") this.close();
       else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send();
       else return;
       event.preventDefault();
       event.stopPropagation();
     });
-    const row = element("div", { class: "row" }, element("span", { class: "grow" }), button("Cancel", "Cancel", close), button("Send", "Send", send));
-    this.body.replaceChildren(box, row);
-    this.buttons.hidden = true;
-    box.focus();
+    const buttons = [button("Cancel", "Cancel", () => this.close()), button("Send", "Send", send)];
+    this.open(element("div", {}, box, element("div", { class: "row" }, element("span", { class: "grow" }), ...buttons)));
+  }
+
+  /** Replace the answer with a box in which it is corrected. */
+  correct() {
+    const { node, actions } = this.fill();
+    this.tokens.setAttribute("aria-pressed", "false");
+    this.open(correctionEditor(node, {
+      onsave: (content, calls) => this.close(() => actions.correct(node, content, calls)),
+      onremove: () => this.close(() => actions.forget(node)),
+      onclose: () => this.close(),
+    }));
+  }
+
+  /** Put the focus on the button that leads on in this direction, or on the last button. */
+  focus(by) {
+    this.root.scrollIntoView({ block: "nearest" });
+    const enabled = [...this.buttons.querySelectorAll("button:enabled")].filter((one) => !one.hidden);
+    const wanted = enabled.find((one) => one.textContent === { 1: "›", [-1]: "‹" }[by]);
+    (wanted ?? enabled.at(-1)).focus();
+  }
+
+  /** Show the tokens, and put the focus on the first one; or show the text again. */
+  focusTokens() {
+    if (this.fill().tokens.hidden) return;
+    this.showTokens();
+    (this.body.querySelector(".token") ?? this.tokens).focus();
+  }
+
+  open(editor) {
+    this.opener = document.activeElement;
+    this.body.replaceChildren(editor);
+    this.buttons.hidden = this.calls.hidden = true;
+    editor.querySelector("textarea").focus();
+  }
+
+  /** Close an editor. then: what was decided in it. */
+  close(then) {
+    if (this.markdown) this.markdown.show(this.node.content);
+    else this.showText();
+    this.buttons.hidden = this.calls.hidden = false;
+    this.opener.focus();
+    then?.();
   }
 }
 

@@ -19,9 +19,10 @@ const NUMBERS = [
   ["length_penalty", -50, 50, 0.1, "Of beam search: above 0 favors longer answers, below 0 shorter ones."],
 ];
 const TEXTS = [
-  ["stop", "The answer ends before any of these texts, one per line."],
+  ["stop_strings", "The answer ends before any of these texts, one per line."],
   ["choices", "The answer is one of these texts, one per line."],
   ["json_schema", "The answer is JSON of this schema."],
+  ["tools", "Functions that the model may call: a JSON list as OpenAI has it, or of their name, description and parameters."],
 ];
 
 /** Build the fields. onchange is called after each change. */
@@ -72,18 +73,36 @@ export function toRequest(saved) {
     request[name] = value;
   }
   const lines = (text) => text.split("\n").filter((line) => line !== "");
-  if (saved.stop) request.stop = lines(saved.stop);
+  if (saved.stop_strings) request.stop = lines(saved.stop_strings);
   if (saved.choices) request.structured_outputs = { choice: lines(saved.choices) };
   if (saved.json_schema) {
     request.response_format = { type: "json_schema", json_schema: { name: "answer", schema: schemaOf(saved.json_schema) } };
   }
+  const tools = toTools(saved.tools);
+  if (tools) request.tools = tools;
   return request;
 }
 
 function schemaOf(text) {
+  return parsed("json schema", text);
+}
+
+function parsed(name, text) {
   try {
     return JSON.parse(text);
   } catch (error) {
-    throw new Error(`json schema: it is not JSON (${error.message}). Change it in the settings.`);
+    throw new Error(`${name}: it is not JSON (${error.message}). Change it in the settings.`);
   }
+}
+
+/** Return the tools of the field in OpenAI's form, or null if there are none. Throws an Error if they are none. */
+export function toTools(text) {
+  if (!text?.trim()) return null;
+  const found = parsed("tools", text);
+  const tools = Array.isArray(found) ? found : [found];
+  if (!tools.every((one) => typeof (one?.function ?? one)?.name === "string")) {
+    throw new Error("tools: one of them has no name (expected a list of functions). Change it in the settings.");
+  }
+  if (!tools.length) return null;
+  return tools.map((one) => (one.function ? one : { type: "function", function: one }));
 }

@@ -1,9 +1,11 @@
 // Links that give the same answer again. What is behind # in an address is never sent to a server.
 
+import { addMessages, create, toMessages } from "./store.js";
+
 /** Return a link to an answer. before: the messages that it answers. */
 export function linkTo(answer, before) {
   const { model, system, seed, start, fingerprint } = answer;
-  const messages = before.map(({ role, content }) => ({ role, content }));
+  const messages = toMessages("", before);
   const told = { model, system, options: { ...answer.options, seed: String(seed) }, start, fingerprint, messages };
   return `${location.origin}/#answer=${encodeURIComponent(JSON.stringify(told))}`;
 }
@@ -13,8 +15,9 @@ export function readLink(hash) {
   if (!hash.startsWith("#answer=")) return null;
   try {
     const { model, system, options, start, fingerprint, messages } = JSON.parse(decodeURIComponent(hash.slice("#answer=".length)));
-    const texts = [model, system, fingerprint ?? "", ...Object.values(options), ...messages.map(({ content }) => content)];
-    const areRoles = messages.every(({ role }) => role === "user" || role === "assistant");
+    const texts = [model, system, fingerprint ?? "", ...Object.values(options)];
+    addMessages(create(), messages);
+    const areRoles = messages.every(({ role }) => role !== "system");
     const isToken = ({ id, token, logprob, bytes }) =>
       [id, logprob].every(Number.isFinite) && typeof token === "string" && (!bytes || Array.isArray(bytes));
     const areTokens = (start ?? []).every(isToken);

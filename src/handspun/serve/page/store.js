@@ -2,7 +2,8 @@
 //
 // A conversation is a tree of messages: editing or answering again adds a sibling, so nothing is lost.
 //   {id, title, changed, system, leaf, nodes: {id: {id, parent, role, content, ...what is known of an answer}}}
-// `leaf` is the last message of the branch that is shown.
+// `leaf` is the last message of the branch that is shown. An answer may have `calls` of tools, in OpenAI's form; the
+// message after it then has `results`: [{id, name, content}]. `isRow` marks an answer that is to be trained on.
 
 let database;
 
@@ -22,9 +23,53 @@ function result(request) {
 
 const table = (mode) => database.transaction("conversations", mode).objectStore("conversations");
 
-export const load = () => result(table("readonly").getAll());
-export const save = (conversation) => result(table("readwrite").put(conversation));
+/** Return all conversations. Tokens of their answers are read once they are asked for. */
+export async function load() {
+  const conversations = await result(table("readonly").getAll());
+  for (const { nodes } of conversations) Object.values(nodes).forEach(unpack);
+  return conversations;
+}
+
+export const save = (conversation) => result(table("readwrite").put(packed(conversation)));
 export const remove = (id) => result(table("readwrite").delete(id));
+
+// A browser copies one long text much faster than the many small objects of an answer's tokens. Typing would wait.
+const texts = new WeakMap(); // by lists of tokens
+const unread = new WeakMap(); // by messages whose tokens nobody has asked for
+
+function packed(conversation) {
+  const nodes = Object.entries(conversation.nodes).map(([id, node]) => [id, packedNode(node)]);
+  return { ...conversation, nodes: Object.fromEntries(nodes) };
+}
+
+function packedNode(node) {
+  const text = unread.get(node) ?? (node.tokens && textOf(node.tokens));
+  if (text === undefined) return node;
+  const others = Object.keys(node).filter((name) => name !== "tokens").map((name) => [name, node[name]]);
+  return { ...Object.fromEntries(others), tokens: text };
+}
+
+function textOf(tokens) {
+  if (!texts.has(tokens)) texts.set(tokens, JSON.stringify(tokens));
+  return texts.get(tokens);
+}
+
+function unpack(node) {
+  const text = node.tokens;
+  if (typeof text !== "string") return;
+  unread.set(node, text);
+  const set = (value) => {
+    unread.delete(node);
+    Object.defineProperty(node, "tokens", { value, writable: true, enumerable: true, configurable: true });
+    return value;
+  };
+  const get = () => {
+    const tokens = set(JSON.parse(text));
+    texts.set(tokens, text);
+    return tokens;
+  };
+  Object.defineProperty(node, "tokens", { get, set, enumerable: true, configurable: true });
+}
 
 /** Return an empty conversation. */
 export function create(system = "") {
@@ -51,12 +96,14 @@ export function siblings(conversation, node) {
   return Object.values(conversation.nodes).filter((other) => other.parent === node.parent);
 }
 
-/** Return where each message stands among its alternatives: {index, count}. */
+/** Return where each message stands among its alternatives, and whether any follows it: {index, count, isLast}. */
 export function places(conversation) {
   const families = Map.groupBy(Object.values(conversation.nodes), ({ parent }) => parent);
   const found = new Map();
   for (const family of families.values()) {
-    for (const [index, node] of family.entries()) found.set(node, { index, count: family.length });
+    for (const [index, node] of family.entries()) {
+      found.set(node, { index, count: family.length, isLast: !families.has(node.id) });
+    }
   }
   return found;
 }
@@ -71,44 +118,44 @@ export function show(conversation, node) {
 
 /** Return messages as the server and `handspun train` read them. */
 export function toMessages(system, nodes) {
-  const messages = nodes.map(({ role, content }) => ({ role, content }));
+  const messages = nodes.flatMap(messagesOf);
   return system ? [{ role: "system", content: system }, ...messages] : messages;
 }
 
-/** Return conversations as JSON lines: the shown branch of each, up to its last answer. */
-export function toJsonLines(conversations) {
-  return conversations
-    .map((conversation) => {
-      const nodes = path(conversation);
-      while (nodes.length && (nodes.at(-1).role !== "assistant" || !nodes.at(-1).content)) nodes.pop();
-      return nodes.length ? JSON.stringify({ messages: toMessages(conversation.system, nodes) }) + "\n" : "";
-    })
-    .join("");
+function messagesOf({ role, content, calls, results }) {
+  if (results) return results.map(({ id, name, content }) => ({ role, tool_call_id: id, name, content }));
+  return [{ role, content, ...(calls?.length && { tool_calls: calls }) }];
 }
 
-/** Return the conversations of JSON lines. Throws an Error that names the line. */
-export function fromJsonLines(text) {
-  const lines = text.split(/\r?\n/);
-  return lines.flatMap((line, index) => (line.trim() ? [fromRow(line, `line ${index + 1}`)] : []));
+/** Add messages in that form behind those that are shown. Throws an Error that says which one cannot be shown. */
+export function addMessages(conversation, messages) {
+  for (const message of messages) {
+    const { role, content, tool_calls: calls } = message;
+    const last = conversation.nodes[conversation.leaf];
+    if (typeof (content ?? (calls ? "" : null)) !== "string") throw new Error("the content of a message is not text.");
+    if (role === "system" && !last) conversation.system = content;
+    else if (role === "tool" && (last?.calls || last?.results)) addResult(conversation, last, message);
+    else if (role === "user" || role === "assistant") {
+      const node = add(conversation, conversation.leaf, role, content ?? "");
+      if (calls?.length) node.calls = calls.map(readCall);
+    } else throw new Error(`a message with the role ${JSON.stringify(role)} cannot be shown here.`);
+  }
 }
 
-function fromRow(line, where) {
-  let row;
-  try {
-    row = JSON.parse(line);
-  } catch {
-    throw new Error(`${where} is not JSON.`);
-  }
-  if (!Array.isArray(row?.messages)) throw new Error(`${where} has no list "messages".`);
-  const conversation = create();
-  for (const { role, content } of row.messages) {
-    if (typeof content !== "string") throw new Error(`${where}: the content of a message is not text.`);
-    if (role === "system" && !conversation.leaf) conversation.system = content;
-    else if (role === "user" || role === "assistant") add(conversation, conversation.leaf, role, content);
-    else throw new Error(`${where}: messages with the role ${JSON.stringify(role)} cannot be shown.`);
-  }
-  conversation.title = titleOf(conversation);
-  return conversation;
+function readCall({ id, function: called }) {
+  if (typeof called?.name !== "string") throw new Error("a call names no function.");
+  const { name, arguments: given } = called;
+  return { id: String(id ?? crypto.randomUUID()), type: "function", function: { name, arguments: typeof given === "string" ? given : JSON.stringify(given ?? {}) } };
+}
+
+/** Results that belong together are one message on the page. */
+function addResult(conversation, last, { tool_call_id: id, name, content }) {
+  const node = last.results ? last : add(conversation, last.id, "tool", "");
+  const calls = conversation.nodes[node.parent].calls;
+  node.results ??= [];
+  const call = calls.find((one) => one.id === id) ?? calls[node.results.length];
+  node.results.push({ id: id ?? call?.id, name: name ?? call?.function.name ?? "", content });
+  node.content = node.results.map((one) => one.content).join("\n\n");
 }
 
 /** Return a title: the beginning of the first message. */
