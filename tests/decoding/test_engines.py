@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import handspun
-from backends import BACKENDS, chosen
+from backends import BACKENDS, NATIVE, chosen
 from handspun.decoding.beam import CopyingBeamCache, TreeBeamCache
 from handspun.decoding.engines.base import Engine, ModelInput
 from handspun.decoding.engines.choose import make_engine
@@ -47,6 +47,7 @@ CONFIGS = {
     "llama, yarn": LlamaConfig(**SHAPES, head_dim=8, rope_parameters=YARN),
     "qwen2": Qwen2Config(**SHAPES),
     "qwen3": Qwen3Config(**SHAPES, head_dim=16),
+    "llama, wide": LlamaConfig(**SHAPES, head_dim=16, attention_bias=True),
     "mistral": MistralConfig(**SHAPES, head_dim=8, sliding_window=None),
 }
 PROMPTS = [[5, 9, 13, 4], [7], [3, 300, 8, 8, 8, 21, 34, 5, 6], [250, 1]]
@@ -101,7 +102,7 @@ def test_rows_attended_in_one_call_as_on_a_gpu(
         for row in rows:  # behind each row's tokens
             end = engine.cache.start(row) + engine.cache.length(row)
             with torch.inference_mode():
-                engine.cache._pool[:, :, end : end + 10] = torch.nan
+                engine.cache.pool[:, :, end : end + 10] = torch.nan
         logits += [engine.forward([ModelInput(row, [17 + row]) for row in rows])]
         late = engine.add()
         tree = ModelInput(rows[0], [4, 9, 30], positions=[5, 5, 6], mask=mask, all_logits=True)
@@ -114,6 +115,27 @@ def test_rows_attended_in_one_call_as_on_a_gpu(
         found.append(torch.cat(logits))
     near = 1e-4 if dtype == torch.float32 else 0.2
     torch.testing.assert_close(found[1], found[0], rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("name", ["qwen3", "llama, wide"])
+def test_layers_in_one_call_equal_the_loop_over_layers(backend: str, name: str) -> None:
+    """Prompts, tokens, a late row's prompt beside a tree of tokens; with norms of heads, and with biases."""
+    mask = torch.ones(3, len(PROMPTS[0]) + 1 + 3, dtype=torch.bool)
+    mask[1, -3:], mask[2, -3:] = torch.tensor([[False, True, False], [True, False, True]])
+    found = []
+    for one in ("reference", backend):
+        with chosen(one):
+            engine = FusedEngine(fused_weights(model_of(name), int8=True))
+        assert (engine.decoder is None) == (one == "reference")
+        rows = [engine.add() for _ in PROMPTS]
+        logits = [engine.forward([ModelInput(row, ids) for row, ids in zip(rows, PROMPTS, strict=True)])]
+        logits += [engine.forward([ModelInput(row, [17 + row]) for row in rows])]
+        late = ModelInput(engine.add(), list(range(40, 110)))
+        tree = ModelInput(rows[0], [4, 9, 30], positions=[5, 5, 6], mask=mask, all_logits=True)
+        logits += [engine.forward([late, tree, ModelInput(rows[1], [3])])]
+        found.append(torch.cat(logits))
+    assert torch.equal(*found)
 
 
 def engines(model: PreTrainedModel) -> list[Engine]:

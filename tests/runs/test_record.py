@@ -1,6 +1,8 @@
 """run.json is read as it was written, by any version, or is one clear error."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,3 +102,17 @@ def test_read_record_of_a_file_that_is_none(tmp_path: Path, content: str | None,
     if content is not None:
         (tmp_path / "run.json").write_text(content, encoding="utf-8")
     assert str(read_record(tmp_path)).startswith(problem)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count a program from its start")
+def test_peak_memory_of_a_program_is_not_its_parents() -> None:
+    """Linux gives a new program the peak of the one that started it, as ru_maxrss."""
+    parent = """
+import subprocess, sys
+large = bytearray(2_000_000_000)
+large[::4096] = b"x" * len(large[::4096])
+subprocess.run([sys.executable, "-c", sys.argv[1]], check=True)
+"""
+    child = "from handspun.runs.record import peak_memory; print(peak_memory())"
+    answer = subprocess.run([sys.executable, "-c", parent, child], capture_output=True, text=True, check=True)
+    assert 0 < int(answer.stdout) < 1_500_000_000

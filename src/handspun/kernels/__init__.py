@@ -6,13 +6,19 @@ plain form in PyTorch (reference.py). All return the same bits.
 
 import os
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from handspun.errors import ConfigError
-from handspun.kernels.native import INSTRUCTION_SETS, native_kernels, supported_sets
+from handspun.kernels.native import (
+    INSTRUCTION_SETS,
+    DecoderShape,
+    NativeDecoder,
+    native_kernels,
+    supported_sets,
+)
 from handspun.kernels.reference import AttendedSpan, HeadNorms, ReferenceKernels, Rotation
 
 SWITCH = "HANDSPUN_KERNELS"
@@ -73,6 +79,9 @@ class Kernels(Protocol):
 
     def attend(self, queries: Tensor, pool: Tensor, spans: Sequence[AttendedSpan]) -> Tensor:
         """Return the attention of tokens over their sequences' keys."""
+
+    def decoder(self, layers: Sequence[Any], shape: DecoderShape) -> NativeDecoder | None:
+        """Return what runs all int8 layers in one call, or None if the backend has no such thing."""
 
 
 def kernels_for(device: torch.device) -> Kernels:

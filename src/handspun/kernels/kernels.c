@@ -8,6 +8,7 @@
 #if defined(__clang__) && defined(__linux__)
 #error "clang would link an OpenMP runtime of its own beside the one that torch brings: compile with gcc"
 #endif
+#include "kernels.h"
 #include "simd.h"
 
 #include <math.h>
@@ -50,11 +51,32 @@ INLINE lanes exponential(lanes x) {
     return times(p, power_of_two(rounded));
 }
 
+/* Replace 8 vectors, in pairs that are `half` apart, with their sums and differences. */
+INLINE void sums_and_differences(lanes *x, const int half) {
+    EACH(i, 8) {
+        if (i & half) continue;
+        lanes low = x[i], high = x[i + half];
+        x[i] = plus(low, high);
+        x[i + half] = minus(low, high);
+    }
+}
+
 /* Transform a row in place, by sums and differences of values that are width / block apart, then twice that, and so on
- * (see reference.py). */
+ * (see reference.py). Three such stages are done in registers: apart, they took 2 to 3 times as long. */
 static void hadamard_row(float *x, int64_t width) {
-    int64_t block = width & -width;
-    for (int64_t distance = width / (block < 64 ? block : 64); distance < width; distance *= 2)
+    int64_t block = width & -width, distance = width / (block < 64 ? block : 64);
+    for (; 8 * distance <= width; distance *= 8)
+        for (int64_t first = 0; first < width; first += 8 * distance)
+            for (int64_t i = 0; i < distance; i += LANES) {
+                float *at = x + first + i;
+                lanes values[8];
+                EACH(j, 8) values[j] = load_some(at + j * distance, distance - i);
+                sums_and_differences(values, 1);
+                sums_and_differences(values, 2);
+                sums_and_differences(values, 4);
+                EACH(j, 8) store_some(at + j * distance, values[j], distance - i);
+            }
+    for (; distance < width; distance *= 2)
         for (int64_t first = 0; first < width; first += 2 * distance)
             for (int64_t i = 0; i < distance; i += LANES) {
                 float *a = x + first + i, *b = a + distance;
@@ -341,8 +363,10 @@ static void shape_tiles(int64_t rows) {
     _tile_loadconfig(&shapes);
 }
 
-/* Sum up to 32 rows with a whole tile. `shape_tiles` was called with the same number of rows. */
-static void sum_many(quantized_rows x, int64_t rows, int64_t depth, const int8_t *weight, int32_t *sums) {
+/* Sum up to 32 rows with a whole tile. `shape_tiles` was called with the same number of rows. next: the tile that comes
+ * into the cache meanwhile: two passes over half a tile each defeat the CPU's own prefetching. */
+static void sum_many(quantized_rows x, int64_t rows, int64_t depth, const int8_t *weight, const int8_t *next,
+                     int32_t *sums) {
     for (int block = 0; block < TILE; block += 32) {
         _tile_zero(0);
         _tile_zero(1);
@@ -350,6 +374,7 @@ static void sum_many(quantized_rows x, int64_t rows, int64_t depth, const int8_t
         _tile_zero(3);
         for (int64_t k = 0; k < depth; k += 64) {
             const int8_t *some = weight + k * TILE + block * GROUP;
+            for (int line = 0; next && line < 32 * TILE; line += 64, next += 64) __builtin_prefetch(next, 0, 2);
             _tile_loadd(6, some, GROUP * TILE);
             _tile_loadd(7, some + 16 * GROUP, GROUP * TILE);
             _tile_loadd(4, x.values + k, x.stride);
@@ -399,7 +424,7 @@ static void multiply_tile(quantized_rows x, int64_t depth, const int8_t *weight,
 #if defined(__AMX_INT8__)
         if (x.count > ROWS) {
             if (count != shaped) shape_tiles(shaped = count);
-            sum_many(rows_from(x, first), count, depth, weight, sums);
+            sum_many(rows_from(x, first), count, depth, weight, part ? NULL : weight + TILE * depth, sums);
         } else
 #endif
             sum_rows(rows_from(x, first), count, depth, weight, base, sums);
@@ -588,25 +613,19 @@ static void multiply_floats(product all, int64_t rows, int64_t columns) {
         }
 }
 
-typedef float four_floats __attribute__((vector_size(16)));
-#define PAIRED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-
-/* Transpose up to KEYS keys, (count, size), to (size, KEYS). size: a multiple of 4. The others become 0. */
+/* Transpose up to KEYS keys, (count, size), to (size, KEYS): those of the others that fill 16 become 0, the rest is not
+ * written. size: a multiple of 4. */
 #define KEYS 64
 static void transpose_keys(const float *keys, int64_t count, int64_t size, float *out) {
-    int64_t whole = count / 4 * 4;
-    for (int64_t key = 0; key < whole; key += 4)
+    static const float none[4];
+    for (int64_t key = 0; key < (count + LANES - 1) / LANES * LANES; key += WIDTH)
         for (int64_t d = 0; d < size; d += 4) {
-            four_floats x[4], low[2], high[2], y[4];
-            EACH(i, 4) memcpy(&x[i], keys + (key + i) * size + d, sizeof x[i]);
-            EACH(i, 2) low[i] = PAIRED(x[2 * i], x[2 * i + 1], 0, 4, 1, 5);
-            EACH(i, 2) high[i] = PAIRED(x[2 * i], x[2 * i + 1], 2, 6, 3, 7);
-            y[0] = PAIRED(low[0], low[1], 0, 1, 4, 5), y[1] = PAIRED(low[0], low[1], 2, 3, 6, 7);
-            y[2] = PAIRED(high[0], high[1], 0, 1, 4, 5), y[3] = PAIRED(high[0], high[1], 2, 3, 6, 7);
-            EACH(i, 4) memcpy(out + (d + i) * KEYS + key, &y[i], sizeof y[i]);
+            const float *from[WIDTH];
+            EACH(i, WIDTH) from[i] = key + i < count ? keys + (key + i) * size + d : none;
+            floats turned[4];
+            transpose_four(from, turned);
+            EACH(i, 4) memcpy(out + (d + i) * KEYS + key, &turned[i], sizeof(floats));
         }
-    for (int64_t d = 0; d < size && whole < KEYS; d++)
-        for (int64_t key = whole; key < KEYS; key++) out[d * KEYS + key] = key < count ? keys[key * size + d] : 0.0f;
 }
 
 /* Softmax of the first `length` scores, in place, without its division. Return the factor that is left. What is not
@@ -642,14 +661,6 @@ static float soften(float *scores, int64_t length, int64_t padded, const uint8_t
     for (; i < padded; i++) scores[i] = 0.0f;
     return 1.0f / sum(total);
 }
-
-/* A span of consecutive tokens of one sequence: `count` queries from `first`. The keys are at `start` of the pool. The
- * last query attends to `length` keys, and each query before it to one less; or all to those of `length` keys where
- * `seen`, (count, length), is not 0. */
-typedef struct {
-    int64_t first, count, start, length;
-    const uint8_t *seen;
-} span;
 
 /* Query rows that are attended together. */
 #define TOGETHER 48

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,19 @@ _SIGNATURES = {
         *(_ARRAY, _ARRAY, _ARRAY, _ARRAY, _INT, _THREADS),
     ),
     "attend": (_ARRAY, _INT, _ARRAY, _INT, _INT, _INT, _INT, _ARRAY, _INT, _INT, _FLOAT, _ARRAY, _THREADS),
+    "run_layers": (_ARRAY, _ARRAY, _ARRAY, _INT, _THREADS),
 }
+
+
+class DecoderShape(NamedTuple):
+    """What the layers of a model have in common. norm_eps: epsilon of all RMSNorms."""
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    norm_eps: float
+
+
 _LARGEST_GROUP = 48
 """Query heads per key head: TOGETHER in kernels.c."""
 
@@ -226,20 +238,110 @@ class NativeKernels:
         """Attend as the reference does. queries: contiguous per token."""
         (tokens, heads, size), kv_heads = queries.shape, len(pool) // 2
         assert queries.stride()[1:] == (size, 1) and pool.is_contiguous()  # noqa: PT018
-        out = queries.new_empty(tokens, heads * size)
-        masks = [None if span.mask is None else span.mask.contiguous() for span in spans]
-        numbers = [
-            number
-            for span, mask in zip(spans, masks, strict=True)
-            for number in (span.first, span.count, span.start, span.length, 0 if mask is None else mask.data_ptr())
-        ]
-        longest = max(span.length for span in spans)
+        out, given = queries.new_empty(tokens, heads * size), _Spans(spans)
         self._library.attend(
             *(queries.data_ptr(), queries.stride(0), pool.data_ptr(), pool.shape[1], kv_heads, heads // kv_heads),
-            *(size, (_INT * len(numbers))(*numbers), len(spans), longest, size**-0.5, out.data_ptr()),
-            torch.get_num_threads(),
+            *(size, given.array, len(spans), given.longest, size**-0.5, out.data_ptr(), torch.get_num_threads()),
         )
         return out
+
+    def decoder(self, layers: Sequence[Any], shape: DecoderShape) -> "NativeDecoder":
+        """Return what runs all decoder layers in one call."""
+        return NativeDecoder(self._library, layers, shape)
+
+
+class _Spans:
+    """Spans as attend in kernels.c takes them. It keeps the masks alive."""
+
+    def __init__(self, spans: Sequence[AttendedSpan]) -> None:
+        self._masks = [None if span.mask is None else span.mask.contiguous() for span in spans]
+        numbers = [
+            number
+            for span, mask in zip(spans, self._masks, strict=True)
+            for number in (span.first, span.count, span.start, span.length, 0 if mask is None else mask.data_ptr())
+        ]
+        self.array = (_INT * len(numbers))(*numbers)
+        self.longest = max(span.length for span in spans)
+
+
+class _Linear(ctypes.Structure):
+    """As in layers.c, like the next three."""
+
+    _fields_ = (
+        *((name, _ARRAY) for name in ("weight", "zero_point_correction", "scale", "bias")),
+        *((name, _INT) for name in ("width", "depth", "channels")),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _ARRAY) for name in ("attention_norm", "q_norm", "k_norm", "mlp_norm")),
+        *((name, _Linear) for name in ("qkv", "o", "gate_up", "down")),
+    )
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = (
+        ("layers", _ARRAY),
+        *((name, _INT) for name in ("count", "heads", "kv_heads", "size")),
+        *((name, _FLOAT) for name in ("eps", "scaling")),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, _ARRAY) for name in ("cosines", "sines", "places", "spans")),
+        *((name, _INT) for name in ("span_count", "longest")),
+        *(("pool", _ARRAY), ("pool_tokens", _INT)),
+    )
+
+
+class NativeDecoder:
+    """All decoder layers of a model. One token takes 30 layers of 12 calls, which cost as much as their work."""
+
+    def __init__(self, library: ctypes.CDLL, layers: Sequence[Any], shape: DecoderShape) -> None:
+        """Keep the layers and their addresses.
+
+        layers: as `FusedLayer`, whose linear layers have `matrix` (a TiledInt8Weight), `scale`, and `bias`.
+        """
+        self._library, self._layers = library, layers
+        self._array = (_Layer * len(layers))(*(_layer(layer) for layer in layers))
+        self._decoder = _Decoder(
+            *(ctypes.addressof(self._array), len(layers), shape.heads, shape.kv_heads, shape.head_size),
+            *(shape.norm_eps, shape.head_size**-0.5),
+        )
+
+    def run(self, x: Tensor, pool: Tensor, rotation: Rotation, spans: Sequence[AttendedSpan]) -> Tensor:
+        """Return x after all layers, (tokens, hidden), float32. pool: (layers, 2 * kv_heads, slots, size)."""
+        assert pool.is_contiguous() and all(part.is_contiguous() for part in (rotation.cosines, rotation.sines))  # noqa: PT018
+        x, given = x.clone(memory_format=torch.contiguous_format), _Spans(spans)
+        step = _Step(
+            *(rotation.cosines.data_ptr(), rotation.sines.data_ptr(), rotation.slot_mapping.data_ptr()),
+            *(ctypes.addressof(given.array), len(spans), given.longest, pool.data_ptr(), pool.shape[2]),
+        )
+        arrays = (ctypes.addressof(self._decoder), ctypes.addressof(step), x.data_ptr())
+        if self._library.run_layers(*arrays, len(x), torch.get_num_threads()):
+            raise MemoryError(f"no memory for the activations of {len(x):,} tokens")
+        return x
+
+
+def _layer(layer: Any) -> _Layer:
+    norms = (layer.attention_norm, layer.q_norm, layer.k_norm, layer.mlp_norm)
+    linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
+    return _Layer(*(None if norm is None else norm.data_ptr() for norm in norms), *map(_linear, linears))
+
+
+def _linear(linear: Any) -> _Linear:
+    matrix = linear.matrix
+    assert isinstance(matrix, TiledInt8Weight)
+    tensors = (matrix.weight, matrix.zero_point_correction, linear.scale, linear.bias)
+    depth = matrix.weight.shape[1] * matrix.weight.shape[3]
+    return _Linear(
+        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+        matrix.width,
+        depth,
+        matrix.channels,
+    )
 
 
 class TiledInt8Weight(nn.Module):

@@ -258,6 +258,9 @@ class ReferenceKernels:
             output[tokens] = _attend_span(queries[tokens], pool, span)
         return output
 
+    def decoder(self, layers: Sequence[object], shape: object) -> None:
+        """Return None: the engine's own loop over the layers is the reference."""
+
 
 class PlainInt8Weight(nn.Module):
     """A frozen int8 matrix, (out, in), as PyTorch has it."""

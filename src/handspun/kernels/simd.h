@@ -119,12 +119,28 @@ INLINE lanes widened(const uint16_t *x) {
     return a;
 }
 
+#if WIDTH == 8
+/* -1 for the first `left` of 16 values, and 0 for the others: those of the part. */
+INLINE __m256i first_ones(int64_t left, int part) {
+    static const int32_t ones[2 * LANES] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+    return _mm256_loadu_si256((const __m256i *)(ones + LANES - left + part * WIDTH));
+}
+#endif
+
 /* The first `left` of 16 values; 0 for the others. */
 INLINE lanes load_some(const float *x, int64_t left) {
     if (left >= LANES) return load(x);
+#if WIDTH == 16
+    return (lanes){{_mm512_maskz_loadu_ps((__mmask16)((1u << left) - 1), x)}};
+#elif WIDTH == 8
+    lanes a;
+    EACH(p, PARTS) a.part[p] = _mm256_maskload_ps(x + p * WIDTH, first_ones(left, p));
+    return a;
+#else
     float some[LANES] = {0};
     memcpy(some, x, left * sizeof(float));
     return load(some);
+#endif
 }
 
 INLINE void store_some(float *x, lanes a, int64_t left) {
@@ -132,9 +148,15 @@ INLINE void store_some(float *x, lanes a, int64_t left) {
         store(x, a);
         return;
     }
+#if WIDTH == 16
+    _mm512_mask_storeu_ps(x, (__mmask16)((1u << left) - 1), a.part[0]);
+#elif WIDTH == 8
+    EACH(p, PARTS) _mm256_maskstore_ps(x + p * WIDTH, first_ones(left, p), a.part[p]);
+#else
     float some[LANES];
     store(some, a);
     memcpy(x, some, left * sizeof(float));
+#endif
 }
 
 #define OF_EACH_PART(name, arguments, value) \
@@ -159,4 +181,33 @@ INLINE float sum(lanes a) {
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++) x[i] += x[i + half];
     return x[0];
+}
+
+/* Four values each from WIDTH places, transposed: y[i] has the i-th of each place, in order. */
+INLINE void transpose_four(const float *const *from, floats *y) {
+    floats x[4], low[2], high[2]; /* x[i]: places i, 4 + i, ..., four values each */
+#if WIDTH == 4
+    EACH(i, 4) x[i] = vld1q_f32(from[i]);
+    EACH(i, 2) low[i] = vzip1q_f32(x[2 * i], x[2 * i + 1]);
+    EACH(i, 2) high[i] = vzip2q_f32(x[2 * i], x[2 * i + 1]);
+#define PAIRS_OF(half, a, b) (floats) vzip##half##q_f64((float64x2_t)(a), (float64x2_t)(b))
+    y[0] = PAIRS_OF(1, low[0], low[1]), y[1] = PAIRS_OF(2, low[0], low[1]);
+    y[2] = PAIRS_OF(1, high[0], high[1]), y[3] = PAIRS_OF(2, high[0], high[1]);
+#else
+    EACH(i, 4) {
+#if WIDTH == 16
+        __m512 four = _mm512_castps128_ps512(_mm_loadu_ps(from[i]));
+        four = _mm512_insertf32x4(four, _mm_loadu_ps(from[4 + i]), 1);
+        four = _mm512_insertf32x4(four, _mm_loadu_ps(from[8 + i]), 2);
+        x[i] = _mm512_insertf32x4(four, _mm_loadu_ps(from[12 + i]), 3);
+#else
+        x[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from[i])), _mm_loadu_ps(from[4 + i]), 1);
+#endif
+    }
+    EACH(i, 2) low[i] = MM(unpacklo_ps)(x[2 * i], x[2 * i + 1]);
+    EACH(i, 2) high[i] = MM(unpackhi_ps)(x[2 * i], x[2 * i + 1]);
+#define PAIRS_OF(half, a, b) MM(castpd_ps)(MM(unpack##half##_pd)(MM(castps_pd)(a), MM(castps_pd)(b)))
+    y[0] = PAIRS_OF(lo, low[0], low[1]), y[1] = PAIRS_OF(hi, low[0], low[1]);
+    y[2] = PAIRS_OF(lo, high[0], high[1]), y[3] = PAIRS_OF(hi, high[0], high[1]);
+#endif
 }

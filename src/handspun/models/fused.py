@@ -79,10 +79,10 @@ class Int8Product:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Quantize the weights. weight: (out, in), float. bias: (out,)."""
-        matrix, self._scale = quantize_channels(weight)
-        self._bias = None if bias is None else bias.float()
+        matrix, self.scale = quantize_channels(weight)
+        self.bias = None if bias is None else bias.float()
         self._kernels = kernels_for(weight.device)
-        self._matrix = self._kernels.int8_weight(matrix)
+        self.matrix = self._kernels.int8_weight(matrix)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (tokens, in) to (tokens, out)."""
@@ -98,11 +98,11 @@ class Int8Product:
 
     def embed(self, rows: Tensor) -> Tensor:
         """Look up rows of the matrix."""
-        return self._kernels.hadamard(self._matrix.rows(rows).float().mul_(self._scale[rows, None]))
+        return self._kernels.hadamard(self.matrix.rows(rows).float().mul_(self.scale[rows, None]))
 
     def _matmul(self, rows: Tensor, row_scale: Tensor) -> Tensor:
         """Multiply quantized rows. rows: (tokens, in), int8. row_scale: (tokens, 1)."""
-        return self._matrix.matmul(rows, row_scale, self._scale, self._bias)
+        return self.matrix.matmul(rows, row_scale, self.scale, self.bias)
 
 
 def check_exact_decoding(device: torch.device) -> None:

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -218,8 +219,20 @@ def peak_memory() -> int | None:
         import resource
     except ImportError:  # Windows
         return None
+    if (peak := _peak_on_linux()) is not None:
+        return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _peak_on_linux() -> int | None:
+    # Not ru_maxrss: a program starts with that of the one that started it.
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 def _gpu_in_use() -> Any:

@@ -39,7 +39,8 @@ class KVCache:
         layers, self._kv_heads, head_size = shape
         self._is_fixed = fixed_tokens is not None
         slots = fixed_tokens or 0
-        self._pool = torch.empty(layers, 2 * self._kv_heads, slots, head_size, dtype=dtype, device=device)
+        self.pool = torch.empty(layers, 2 * self._kv_heads, slots, head_size, dtype=dtype, device=device)
+        """It is replaced when it grows."""
         self._rows: dict[int, Region] = {}
         self._next_row = 0
 
@@ -66,7 +67,7 @@ class KVCache:
     @property
     def tokens(self) -> int:
         """Number of slots in the pool."""
-        return self._pool.shape[2]
+        return self.pool.shape[2]
 
     def fork(self, row: int, tokens: int = 0) -> int:
         """Add a row with a copy of this one's keys and values and return its id. tokens: as for `add`."""
@@ -93,8 +94,8 @@ class KVCache:
     def keep(self, row: int, places: Tensor) -> None:
         """Keep only these tokens of the row, (count,), moved together in this order."""
         region = self._rows[row]
-        kept = self._pool.index_select(2, places + region.start)
-        self._pool[:, :, region.start : region.start + len(places)] = kept
+        kept = self.pool.index_select(2, places + region.start)
+        self.pool[:, :, region.start : region.start + len(places)] = kept
         region.length = len(places)
 
     def extend(self, row: int, count: int) -> range:
@@ -108,12 +109,12 @@ class KVCache:
     def copy_of(self, row: int, start: int, stop: int) -> Tensor:
         """Return a copy of some tokens' keys and values: (layers, 2 * kv_heads, stop - start, head_size)."""
         first = self._rows[row].start
-        return self._pool[:, :, first + start : first + stop].clone()
+        return self.pool[:, :, first + start : first + stop].clone()
 
     def append(self, row: int, keys_values: Tensor) -> None:
         """Append tokens whose keys and values are known: (layers, 2 * kv_heads, tokens, head_size)."""
         slots = self.extend(row, keys_values.shape[2])
-        self._pool[:, :, slots.start : slots.stop] = keys_values
+        self.pool[:, :, slots.start : slots.stop] = keys_values
 
     def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write keys and values of tokens to one layer of the pool.
@@ -124,14 +125,14 @@ class KVCache:
             keys: (tokens, kv_heads, head_size).
             values: (tokens, kv_heads, head_size).
         """
-        pool = self._pool[layer]
+        pool = self.pool[layer]
         pool[: self._kv_heads].index_copy_(1, places, keys.transpose(0, 1).to(pool.dtype))
         pool[self._kv_heads :].index_copy_(1, places, values.transpose(0, 1).to(pool.dtype))
 
     def read(self, layer: int, row: int, length: int) -> tuple[Tensor, Tensor]:
         """Return keys and values of a row's first tokens in one layer, each (kv_heads, length, head_size)."""
         start = self.start(row)
-        both = self._pool[layer, :, start : start + length]
+        both = self.pool[layer, :, start : start + length]
         return both[: self._kv_heads], both[self._kv_heads :]
 
     def start(self, row: int) -> int:
@@ -140,7 +141,7 @@ class KVCache:
 
     def layer(self, layer: int) -> Tensor:
         """Return the whole pool of one layer, keys and then values: (2 * kv_heads, slots, head_size)."""
-        return self._pool[layer]
+        return self.pool[layer]
 
     def _make_room(self, row: int, length: int) -> None:
         region = self._rows[row]
@@ -170,13 +171,13 @@ class KVCache:
             return gap
         if self._is_fixed:
             raise MemoryError(f"no room for {capacity:,} tokens in a KV cache of {self.tokens:,}")
-        layers, heads, size, head_size = self._pool.shape
+        layers, heads, size, head_size = self.pool.shape
         end = max((region.start + region.capacity for region in self._rows.values()), default=0)
-        grown = self._pool.new_empty(layers, heads, max(end + capacity, 2 * size), head_size)
-        grown[:, :, :size] = self._pool
-        self._pool = grown
+        grown = self.pool.new_empty(layers, heads, max(end + capacity, 2 * size), head_size)
+        grown[:, :, :size] = self.pool
+        self.pool = grown
         return end
 
     def _copy(self, source: int, target: int, length: int) -> None:
         if length:
-            self._pool[:, :, target : target + length] = self._pool[:, :, source : source + length]
+            self.pool[:, :, target : target + length] = self.pool[:, :, source : source + length]
