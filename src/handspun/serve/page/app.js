@@ -16,7 +16,7 @@ let models = [];
 let running = null; // {controller, node}: the answer that is being received
 const views = new Map(); // of the messages that are shown, by their ids
 const speaker = new Speaker(byId("spoken"));
-const FILLED_AT_ONCE = 20; // messages at the end of a conversation; others are filled when they come near
+const FILLED_AT_ONCE = 4000; // characters at the end of a conversation; the rest is filled when it comes near
 const actions = { edit, again, move, goOn, give, correct, forget, before };
 
 // What is shown
@@ -32,7 +32,11 @@ function showConversation() {
     views.set(node.id, isSame ? old : new MessageView(node, places.get(node), actions));
   }
   const shown = [...views.values()];
-  for (const view of shown.slice(-FILLED_AT_ONCE)) view.fill(running?.node !== view.node);
+  let left = FILLED_AT_ONCE;
+  for (let index = shown.length - 1; index >= 0 && left > 0; index--) {
+    left -= 100 + shown[index].node.content.length;
+    shown[index].fill(running?.node !== shown[index].node);
+  }
   place(shown.map((view) => view.root));
   byId("system").value = current.system;
   showList();

@@ -138,17 +138,25 @@ export class GrowingMarkdown {
   }
 }
 
+const ENDED_BY_A_BLANK_LINE = ["paragraph_open", "heading_open", "table_open", "hr"];
+
 /**
- * Return where the last block begins, or the last item if that block is a list: {cut, isItem}. cut is 0 if nothing
- * before it is finished: as long as its first line grows, it may still belong to the block before it.
+ * Return where the last block or item of a list begins that no longer belongs to what is before it, whatever comes:
+ * {cut, isItem}. As long as its first line grows, "1" may still become an item, or a line of the paragraph before.
  */
 function lastBeginning(text, blocks) {
-  const last = blocks.findLastIndex((token) => token.level === 0);
-  if (last < 0) return { cut: 0 };
-  const items = /_list_open$/.test(blocks[last].type) ? blocks.slice(last).filter((token) => token.type === "list_item_open" && token.level === 1) : [];
-  const isItem = items.length > 1;
-  const cut = offsetOfLine(text, (isItem ? items.at(-1) : blocks[last]).map[0]);
-  return text.includes("\n", cut) ? { cut, isItem } : { cut: 0 };
+  const starts = [];
+  for (const { level, type, map } of blocks) {
+    const isItem = level === 1 && type === "list_item_open" && map[0] > starts.at(-1).line;
+    if (level === 0 || isItem) starts.push({ line: map[0], type, isItem });
+  }
+  for (let index = starts.length - 1; index > 0; index--) {
+    const { line, isItem } = starts[index];
+    const cut = offsetOfLine(text, line);
+    const isApart = text[cut - 2] === "\n" && ENDED_BY_A_BLANK_LINE.includes(starts[index - 1].type);
+    if (text.includes("\n", cut) || isApart) return { cut, isItem };
+  }
+  return { cut: 0 };
 }
 
 function offsetOfLine(text, line) {

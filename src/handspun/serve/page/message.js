@@ -9,10 +9,9 @@ import { tokenView } from "./tokens.js";
 import { callViews, resultForm, resultViews } from "./tools.js";
 
 const waiting = new WeakMap(); // views by their elements: those that are filled once they come near
-const near = new IntersectionObserver(
-  (entries) => entries.filter((one) => one.isIntersecting).forEach(({ target }) => waiting.get(target)?.fill()),
-  { root: byId("scroller"), rootMargin: "2000px 0px" },
-);
+const near = new IntersectionObserver(comeNear, { root: byId("scroller"), rootMargin: "1500px 0px" });
+const distances = new Map(); // from the middle of what is seen, by elements that are near and not filled yet
+const FILLING_MS = 6; // of a frame, so that scrolling goes on
 const NAMES = { user: "You", tool: "Tools" };
 
 /**
@@ -45,6 +44,7 @@ export class MessageView {
   fill(isFinal = true) {
     if (!waiting.delete(this.root)) return this;
     near.unobserve(this.root);
+    distances.delete(this.root);
     this.calls = element("div", { class: "calls" });
     this.facts = element("p", { class: "facts" });
     this.error = element("p", { class: "error", role: "alert", hidden: true });
@@ -181,6 +181,26 @@ export class MessageView {
     this.opener.focus();
     then?.();
   }
+}
+
+function comeNear(entries) {
+  if (!distances.size) requestAnimationFrame(fillSome);
+  for (const { isIntersecting, target, boundingClientRect: at, rootBounds: seen } of entries) {
+    if (isIntersecting) distances.set(target, Math.abs(at.top + at.bottom - seen.top - seen.bottom));
+    else distances.delete(target);
+  }
+}
+
+/** Fill the messages that are near, the nearest first. */
+function fillSome() {
+  const end = performance.now() + FILLING_MS;
+  const found = [...distances].sort(([, one], [, other]) => one - other);
+  for (const [root] of found) {
+    distances.delete(root);
+    waiting.get(root)?.fill();
+    if (performance.now() > end) break;
+  }
+  if (distances.size) requestAnimationFrame(fillSome);
 }
 
 /** Speaks a growing text to screen readers, in whole sentences. */
