@@ -1,6 +1,6 @@
 """The tree that is shown is the search that was made."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ from rich.console import Console
 
 from handspun.cli.views.explain import search_tree
 from handspun.decoding.explain import BeamTrace, TreeNode
-from handspun.decoding.generate import generate
+from handspun.decoding.generate import generate, stream
 from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
 from tiny import tiny_model, tiny_tokenizer
@@ -58,6 +58,20 @@ def test_the_answers_are_paths_of_the_tree_with_their_log_probabilities(options:
             assert _path(nodes, ends[answer.return_index]) == answer.token_ids
             if not options:  # without processors the score is the model's own
                 assert nodes[ends[answer.return_index]].score == pytest.approx(sum(answer.logprobs), abs=1e-3)
+
+
+def test_a_stream_has_the_tree_step_by_step() -> None:
+    chunks = list(stream(_CHAT, ["Hi", "Tell me a joke."], show_tree=True, **_OPTIONS))
+    for prompt in range(2):
+        mine = [chunk for chunk in chunks if chunk.prompt_index == prompt]
+        [tree] = [
+            chunk.result.tree for chunk in mine if chunk.result is not None and chunk.result.tree is not None
+        ]
+        steps = [chunk.tree_nodes for chunk in mine if chunk.tree_nodes]
+        assert [node for step in steps for node in step] == [replace(node, return_index=None) for node in tree]
+        assert len(steps) > 4
+    plain = stream(_CHAT, ["Hi", "Tell me a joke."], **_OPTIONS)
+    assert [chunk.text for chunk in plain if chunk.text] == [chunk.text for chunk in chunks if chunk.text]
 
 
 def test_nodes_are_only_of_real_beams_and_each_is_there_once() -> None:

@@ -243,6 +243,27 @@ def test_prompt_logprobs_are_those_of_the_models_own_forward(kind: str, chat: Ch
     assert len(continued.prompt_logprobs or []) == len(other.prompt_token_ids)
 
 
+def test_only_an_end_of_a_prompt_is_scored_and_its_beginning_is_known(chat: ChatModel) -> None:
+    request = replace(request_for(chat, OPENING * 3), prompt_logprobs=True, top_logprobs=2, max_new_tokens=0)
+    ids = request.prompt_token_ids
+    start = len(ids) - 150
+    part = replace(request, scored_from=start, cache_namespace="a")
+    scheduler = Scheduler(chat, BatchLimits(kv_tokens=4000, step_seconds=0.1, cache_bytes=2**24))
+    [[whole], [cold]] = [run_all(scheduler, [one])[0] for one in (request, part)]
+    [[warm]] = run_all(scheduler, [part])
+    assert (cold.cached_tokens, warm.cached_tokens) == (0, (start - 1) // BLOCK * BLOCK)
+    for found in (cold, warm):
+        for name in ("prompt_logprobs", "prompt_ranks", "prompt_top_logprobs"):
+            own, expected = getattr(found, name), getattr(whole, name)
+            assert own[start:] == expected[start:]
+            assert len(own) == len(ids)
+            assert not any(own[:start])
+    assert whole.prompt_ranks is not None
+    assert whole.prompt_top_logprobs is not None
+    tops = zip(ids[1:], whole.prompt_ranks[1:], whole.prompt_top_logprobs[1:], strict=True)
+    assert all((token == top[0][0]) == (rank == 1) for token, rank, top in tops)
+
+
 @pytest.mark.parametrize("given", [1, 5, 11])
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 4, "repetition_penalty": 1.3}])
 def test_answer_token_ids_go_on_as_the_whole_answer_does(

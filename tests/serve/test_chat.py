@@ -261,6 +261,20 @@ def test_beams_can_show_their_tree(server: Asker) -> None:
     assert answer["choices"][0]["tree"][0]["parent"] is None
 
 
+def test_the_tree_of_beams_is_streamed_step_by_step(server: Asker) -> None:
+    whole = _ask(server, num_beams=3, n=3, show_tree=True)["choices"][0]["tree"]
+    choices = [
+        choice for event in _stream(server, num_beams=3, n=3, show_tree=True) for choice in event["choices"]
+    ]
+    steps = [choice["tree_nodes"] for choice in choices if "tree_nodes" in choice]
+    assert len(steps) > 3
+    assert [{**node, "return_index": None} for step in steps for node in step] == [
+        {**node, "return_index": None} for node in whole
+    ]
+    assert [choice["tree"] for choice in choices if "tree" in choice] == [whole]
+    assert b"".join(bytes(node["bytes"]) for node in whole).decode(errors="replace")
+
+
 def test_progress_of_a_prompt_is_told(server: Asker) -> None:
     events = _stream(server, return_progress=True)
     assert _rebuilt(events)[0]["content"] == _ask(server)["choices"][0]["message"]["content"]

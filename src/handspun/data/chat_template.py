@@ -507,11 +507,23 @@ def _without_added_tokens(backend: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
 
 
 class TracedPrompt(NamedTuple):
-    """A prompt's text and token ids, and for each token whether any of it comes from the user's content."""
+    """A prompt's text and token ids, and who wrote each token: TEMPLATE, or the role of the message that has it.
+
+    A token that both wrote counts as the message's. The definitions of tools count as "tool".
+    """
 
     text: str
     token_ids: list[int]
-    is_content: list[bool]
+    writers: list[str]
+
+    @property
+    def is_content(self) -> list[bool]:
+        """For each token, whether any of it comes from the messages or tools."""
+        return [writer != TEMPLATE for writer in self.writers]
+
+
+TEMPLATE = "template"
+"""The writer of text that comes from no message."""
 
 
 def content_token_ids(
@@ -533,7 +545,7 @@ def trace_prompt(
     *,
     continue_final_message: bool = False,
 ) -> TracedPrompt:
-    """Return a prompt, and which of its tokens come from the user's content rather than from the template.
+    """Return a prompt, and who wrote each of its tokens: the template, or whose message it is.
 
     Args:
         template: renders and tokenizes the prompt.
@@ -542,12 +554,15 @@ def trace_prompt(
         continue_final_message: as for `ChatTemplate.encode_prompt`.
     """
     hidden, frame = template.prompt_frame(messages, tools, continue_final_message=continue_final_message)
-    text, is_content = "", list[bool]()
+    text, writer_at = "", list[str]()
     for part in (part for segment in frame.segments for part in segment.parts):
-        new = hidden.data_of(part)[0] if isinstance(part, Placeholder) else part[0]
+        if isinstance(part, Placeholder):
+            new, writer = hidden.data_of(part)[0], hidden.values[part.number].writer
+        else:
+            new, writer = part[0], TEMPLATE
         text += new
-        is_content += [isinstance(part, Placeholder)] * len(new)
-    ids, of_content, position = list[int](), list[bool](), 0
+        writer_at += [writer] * len(new)
+    ids, writers, position = list[int](), list[str](), 0
     for span in template._spans(frame.segments, lambda slot: template._data(slot, hidden)):
         position = text.index(span.text, position)  # a span may have lost the space around it
         if span.token_ids is not None:  # an added token
@@ -557,6 +572,8 @@ def trace_prompt(
             encoding = tokenizer.encode(span.text, add_special_tokens=False)
             offsets = list(zip(encoding.ids, encoding.offsets, strict=True))
         ids += [id for id, _ in offsets]
-        of_content += [any(is_content[position + start : position + end]) for _, (start, end) in offsets]
+        for _, (start, end) in offsets:
+            own = [writer for writer in writer_at[position + start : position + end] if writer != TEMPLATE]
+            writers.append(own[0] if own else TEMPLATE)
         position += len(span.text)
-    return TracedPrompt(text, ids, of_content)
+    return TracedPrompt(text, ids, writers)

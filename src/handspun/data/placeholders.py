@@ -32,11 +32,15 @@ class Placeholder(NamedTuple):
 
 
 class _Hidden(NamedTuple):
-    """A hidden string: its text, its owner ("data" or "assistant"), and what it is, for errors."""
+    """A hidden string: its text, its owner ("data" or "assistant"), and what it is, for errors.
+
+    writer: the role that wrote it; "tool" for tools' definitions.
+    """
 
     text: str
     owner: str
     what: str
+    writer: str
 
 
 class Placeholders:
@@ -51,7 +55,7 @@ class Placeholders:
     ) -> tuple[list[Message], list[dict[str, Any]] | None]:
         """Return the same conversation with all its data hidden."""
         hidden = [self._message(message) for message in messages]
-        return hidden, [self._json(tool, "the tools") for tool in tools] if tools else None
+        return hidden, [self._json(tool, "the tools", "tool") for tool in tools] if tools else None
 
     def _message(self, message: Message) -> Message:
         role = message["role"]
@@ -59,46 +63,52 @@ class Placeholders:
             pieces = self._markers.split(message.get("content") or "")
             marks = [*self._markers.findall(message.get("content") or ""), ""]
             content = "".join(
-                self._hide(piece, "assistant", "an assistant's text") + mark
+                self._hide(piece, "assistant", "an assistant's text", role) + mark
                 for piece, mark in zip(pieces, marks, strict=True)
             )
         else:
-            content = self._hide(message.get("content") or "", "data", f"the {role} message")
+            content = self._hide(message.get("content") or "", "data", f"the {role} message", role)
         hidden: Message = {"role": role, "content": content}
         if message.get("reasoning_content"):
-            hidden["reasoning_content"] = self._hide(message["reasoning_content"], "assistant", "the reasoning")
+            hidden["reasoning_content"] = self._hide(
+                message["reasoning_content"], "assistant", "the reasoning", role
+            )
         if message.get("tool_calls"):
             hidden["tool_calls"] = [self._tool_call(call) for call in message["tool_calls"]]
         if message.get("train") is False:
             hidden["train"] = False
         for key in ("name", "tool_call_id"):
             if message.get(key):
-                hidden[key] = self._hide(message[key], "data", "a name")
+                hidden[key] = self._hide(message[key], "data", "a name", role)
         return hidden
 
     def _tool_call(self, call: dict[str, Any]) -> dict[str, Any]:
         function = call.get("function", call)
         arguments = function.get("arguments", {})
         hidden = {
-            "name": self._hide(function["name"], "data", "the tool calls"),
+            "name": self._hide(function["name"], "data", "the tool calls", "assistant"),
             "arguments": self._json(
-                json.loads(arguments) if isinstance(arguments, str) else arguments, "arguments"
+                json.loads(arguments) if isinstance(arguments, str) else arguments, "arguments", "assistant"
             ),
         }
-        kept = {key: self._json(value, "a tool call's id") for key, value in call.items() if key == "id"}
+        kept = {
+            key: self._json(value, "a tool call's id", "assistant") for key, value in call.items() if key == "id"
+        }
         return {**kept, "type": "function", "function": hidden}
 
-    def _json(self, value: Any, what: str) -> Any:
+    def _json(self, value: Any, what: str, writer: str) -> Any:
         if isinstance(value, str):
-            return value if value in _SCHEMA_WORDS else self._hide(value, "data", what)
+            return value if value in _SCHEMA_WORDS else self._hide(value, "data", what, writer)
         if isinstance(value, dict):
             # Templates look up keys by name, so a key is hidden only if it could forge a turn.
             return {
-                self._hide(key, "data", what) if self._could_forge(key) else key: self._json(item, what)
+                self._hide(key, "data", what, writer) if self._could_forge(key) else key: self._json(
+                    item, what, writer
+                )
                 for key, item in value.items()
             }
         if isinstance(value, list):
-            return [self._json(item, what) for item in value]
+            return [self._json(item, what, writer) for item in value]
         return value
 
     def _could_forge(self, key: str) -> bool:
@@ -110,12 +120,12 @@ class Placeholders:
         lost = [i for i, value in enumerate(self.values) if value.what == "the reasoning" and i not in shown]
         return "the template leaves out the reasoning of an assistant turn" if lost else None
 
-    def _hide(self, text: str, owner: str, what: str) -> str:
+    def _hide(self, text: str, owner: str, what: str, writer: str) -> str:
         """Hide a text but keep white space at both ends, so that templates that trim still trim it."""
         core = text.strip()
         if not core:
             return text
-        self.values.append(_Hidden(core, owner, what))
+        self.values.append(_Hidden(core, owner, what, writer))
         start = text.index(core)
         return f'{text[:start]}{_OPEN}"{len(self.values) - 1}{_CLOSE}{text[start + len(core) :]}'
 

@@ -259,11 +259,20 @@ class BeamState:
         return [beam for beam, score in pairs if score > _DEAD_THRESHOLD or not self.length]
 
     def chunks(self) -> list[GenerationChunk]:
-        """Return chunks with the text that the last step made certain."""
+        """Return chunks with the text that the last step made certain, and with what it added to the tree."""
         if self.done:
-            return self.stream.finish(self.results())
+            return self._with_tree(self.stream.finish(self.results()))
         complete = [answer for _, answer in self.hypotheses[: self.request.options.num_return_sequences]]
-        return self.stream.grow([*complete, *self.live])
+        return self._with_tree(self.stream.grow([*complete, *self.live]))
+
+    def _with_tree(self, chunks: list[GenerationChunk]) -> list[GenerationChunk]:
+        """Return the chunks with the tree's new nodes in the first, which may have nothing else."""
+        if self.tree is None:
+            return chunks
+        if not chunks:
+            index = self.request.prompt_index
+            chunks = [GenerationChunk(prompt_index=index, return_index=0, text="", token_ids=[])]
+        return [replace(chunks[0], tree_nodes=self.tree.new_nodes()), *chunks[1:]]
 
     def cancel(self) -> list[GenerationChunk]:
         """End the search with its current beams as answers."""

@@ -31,6 +31,8 @@ class BeamTrace:
 
     def __init__(self, beams: int, text_of: Callable[[int], str]) -> None:
         self.nodes: list[TreeNode] = []
+        self._told = 0
+        """Number of nodes that `new_nodes` has returned."""
         self._beams: list[int | None] = [None] * beams
         self._text_of = text_of
 
@@ -67,6 +69,12 @@ class BeamTrace:
         for i in ended:
             add(i, has_ended=True)
         self._beams = [None if i is None else add(i, has_ended=False) for i in beams]
+
+    def new_nodes(self) -> list[TreeNode]:
+        """Return the nodes that were recorded since the last call."""
+        new = self.nodes[self._told :]
+        self._told = len(self.nodes)
+        return new
 
     def with_answers(self, answers: Sequence[Sequence[int]]) -> list[TreeNode]:
         """Return the nodes, with the last node of each returned answer marked. answers: their token ids."""

@@ -34,6 +34,14 @@ def next_tokens(
     ]
 
 
+def score_prompt_tokens(logits: Tensor, token_ids: Sequence[int], top: int) -> list[Score]:
+    """Return the score of each token with its rank. Arguments: as of `score_tokens`."""
+    own = logits.gather(-1, torch.tensor(token_ids, device=logits.device)[:, None])
+    ranks = (logits > own).sum(-1) + 1
+    scores = score_tokens(logits, token_ids, top)
+    return [score._replace(rank=rank) for score, rank in zip(scores, ranks.tolist(), strict=True)]
+
+
 def score_tokens(logits: Tensor, token_ids: Sequence[int], top: int) -> list[Score]:
     """Return the score of each token, with the `top` most probable ones. logits: (tokens, vocab)."""
     logprobs = logits.log_softmax(-1)

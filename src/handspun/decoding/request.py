@@ -23,6 +23,8 @@ class Score(NamedTuple):
 
     logprob: float
     top: TopLogprobs
+    rank: int | None = None
+    """Rank in that distribution, 1 for the most probable token. Only of a prompt's tokens."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,6 +50,8 @@ class Request:
     """With logprobs: also the most probable tokens of each step, this many."""
     prompt_logprobs: bool = False
     """Also score the prompt's own tokens. max_new_tokens may be 0 then."""
+    scored_from: int = 1
+    """With prompt_logprobs: index of the first token that is scored. Those before it may be known already."""
     explain: bool = False
     show_tree: bool = False
     with_tools: bool = False
@@ -173,7 +177,7 @@ class Completion:
         """Return the finished answer as the user gets it."""
         assert self.finish_reason is not None
         request, scores = self.request, self.prompt_scores
-        has_top = bool(request.top_logprobs)
+        has_top, before = bool(request.top_logprobs), [None] * request.scored_from
         return GenerationResult(
             text=self.text.text,
             token_ids=self.token_ids,
@@ -182,8 +186,9 @@ class Completion:
             stop_string=self.text.stop_string,
             logprobs=self.logprobs if request.logprobs else None,
             top_logprobs=self.top_logprobs if request.logprobs and has_top else None,
-            prompt_logprobs=[None, *(one.logprob for one in scores)] if request.prompt_logprobs else None,
-            prompt_top_logprobs=[[], *(one.top for one in scores)]
+            prompt_logprobs=[*before, *(one.logprob for one in scores)] if request.prompt_logprobs else None,
+            prompt_ranks=[*before, *(one.rank for one in scores)] if request.prompt_logprobs else None,
+            prompt_top_logprobs=[*([] for _ in before), *(one.top for one in scores)]
             if request.prompt_logprobs and has_top
             else None,
             cached_tokens=self.cached_tokens,

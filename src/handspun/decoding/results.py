@@ -30,6 +30,8 @@ class GenerationResult:
     """On request: the most probable tokens of each step, best first."""
     prompt_logprobs: list[float | None] | None = None
     """On request: the same of the prompt's tokens. None for the first, which nothing precedes."""
+    prompt_ranks: list[int | None] | None = None
+    """With prompt_logprobs: each token's rank in that distribution; 1 is the most probable token."""
     prompt_top_logprobs: list[TopLogprobs] | None = None
     """With prompt_logprobs and top_logprobs: the most probable tokens in each place; none for the first."""
     cached_tokens: int = 0
@@ -63,6 +65,9 @@ class GenerationChunk:
     """On request: log-probabilities of token_ids."""
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     """On request: the most probable tokens in the place of each of token_ids, best first."""
+    tree_nodes: list[TreeNode] = field(default_factory=list)
+    """With show_tree: what the last step added to the tree of the beam search. Their indices go on from those of
+    earlier chunks."""
     finish_reason: FinishReason | None = None
     """Set on an answer's last chunk."""
     result: GenerationResult | None = None

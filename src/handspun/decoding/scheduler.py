@@ -20,7 +20,7 @@ from handspun.decoding.beam import Beams, BeamState, CopyingBeamCache, TreeBeamC
 from handspun.decoding.engines.base import ModelInput
 from handspun.decoding.engines.choose import make_engine
 from handspun.decoding.engines.fused import FusedEngine
-from handspun.decoding.next_tokens import next_tokens, score_tokens, select_rows
+from handspun.decoding.next_tokens import next_tokens, score_prompt_tokens, select_rows
 from handspun.decoding.prefix_cache import BLOCK, PrefixCache
 from handspun.decoding.prompt_lookup import draft
 from handspun.decoding.request import Completion, Request, check_finite
@@ -79,6 +79,17 @@ class Prefill:
     def remaining(self) -> int:
         """Number of its tokens that have not been read."""
         return len(self.token_ids) - (self.done or 0)
+
+    @property
+    def unscored(self) -> int:
+        """Number of its first tokens whose logits are not needed. The last token's always are."""
+        request = self.request
+        return request.scored_from - 1 if request.prompt_logprobs else len(self.token_ids)
+
+    @property
+    def is_scored(self) -> bool:
+        """True if all logits of its next tokens are needed."""
+        return (self.done or 0) >= self.unscored
 
 
 @dataclass
@@ -264,7 +275,7 @@ class Scheduler:
         self.load = StepLoad(index, 0)
         pieces = self._next_pieces()
         for prompt, count in pieces:
-            done, is_scored = prompt.done or 0, prompt.request.prompt_logprobs
+            done, is_scored = prompt.done or 0, prompt.is_scored
             inputs.append(ModelInput(prompt.row, prompt.token_ids[done : done + count], all_logits=is_scored))
             owners.append(prompt.request)
             prompt.index = index
@@ -323,8 +334,9 @@ class Scheduler:
                 if self._is_known_soon(prompt, chosen):
                     continue
                 self._begin_prompt(prompt)
-            most = _SCORED_TOKENS if prompt.request.prompt_logprobs else _PROMPT_TOKENS
-            piece = min(prompt.remaining, most)
+            done = prompt.done or 0
+            piece = _SCORED_TOKENS if prompt.is_scored else min(_PROMPT_TOKENS, prompt.unscored - done)
+            piece = min(prompt.remaining, piece)
             if self._budget is not None:
                 piece = min(piece, room)
             if piece > room or not piece:
@@ -343,11 +355,12 @@ class Scheduler:
         )
 
     def _begin_prompt(self, prompt: Prefill) -> None:
-        """Copy what is known of a prompt's keys and values. Scored prompts need all of their logits."""
+        """Copy what is known of a prompt's keys and values. Scored tokens need their logits."""
         request, prompt.done = prompt.request, 0
-        if self._prefixes is not None and request.cache_namespace is not None and not request.prompt_logprobs:
+        if self._prefixes is not None and request.cache_namespace is not None:
             assert isinstance(self._engine, FusedEngine)
-            for block in self._prefixes.find(request.cache_namespace, prompt.token_ids):
+            unscored = prompt.token_ids[: prompt.unscored + 1]
+            for block in self._prefixes.find(request.cache_namespace, unscored):
                 self._engine.cache.append(prompt.row, block.keys_values)
                 prompt.done += BLOCK
         for member in prompt.members:
@@ -358,8 +371,8 @@ class Scheduler:
     def _advance_prompt(self, prompt: Prefill, count: int, logits: Tensor) -> None:
         """Note that a piece has been read. After the last one, begin with the answers or the search."""
         assert prompt.done is not None
-        request, row = prompt.request, prompt.row
-        if request.prompt_logprobs:
+        request, row, is_scored = prompt.request, prompt.row, prompt.is_scored
+        if is_scored:
             self._score_prompt(prompt, count, logits)
         prompt.done += count
         if prompt.remaining:
@@ -367,7 +380,7 @@ class Scheduler:
                 request.on_prompt(prompt.done, len(prompt.token_ids))
             return
         self._remember(row, request, prompt.token_ids)
-        last = prompt.index + (count - 1 if request.prompt_logprobs else 0)
+        last = prompt.index + (count - 1 if is_scored else 0)
         for number, member in enumerate(prompt.members):
             if isinstance(member, BeamState):
                 member.cache = self._make_beams(self._engine, row, len(prompt.token_ids), member.rows)
@@ -401,7 +414,7 @@ class Scheduler:
         following = following[: max(0, len(prompt.request.prompt_token_ids) - 1 - prompt.done)]
         if following:
             own = logits[prompt.index : prompt.index + len(following)]
-            scores = score_tokens(own, following, prompt.request.top_logprobs)
+            scores = score_prompt_tokens(own, following, prompt.request.top_logprobs)
             for member in prompt.members:
                 _first(member).prompt_scores += scores
 

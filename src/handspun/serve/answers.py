@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from handspun.decoding.explain import TreeNode
 from handspun.decoding.results import FinishReason, GenerationResult
 from handspun.decoding.text import Vocabulary
 from handspun.serve.errors import ApiError
@@ -84,8 +85,13 @@ def details(result: GenerationResult, vocabulary: Vocabulary) -> dict[str, Any]:
         shown = _uncut(result, vocabulary)
         found["explanation"] = [dataclasses.asdict(one) for one in result.explanation[:shown]]
     if result.tree is not None:
-        found["tree"] = [dataclasses.asdict(node) for node in result.tree]
+        found["tree"] = tree_nodes(result.tree, vocabulary)
     return found
+
+
+def tree_nodes(nodes: Sequence[TreeNode], vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    """Return nodes of a beam search's tree. A token may be a part of a character, so its bytes are told too."""
+    return [{**dataclasses.asdict(node), "bytes": list(vocabulary.bytes_of(node.token_id))} for node in nodes]
 
 
 def _uncut(result: GenerationResult, vocabulary: Vocabulary) -> int:

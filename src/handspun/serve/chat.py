@@ -10,7 +10,7 @@ from handspun.decoding.prompts import read_conversation, read_tool_definitions
 from handspun.decoding.results import GenerationChunk, GenerationResult
 from handspun.decoding.tool_calls import CLOSING_TAG
 from handspun.models.embedding_rows import check_prompt
-from handspun.serve.answers import TicketStream, collect, details, finish_reason, log_answers, usage
+from handspun.serve.answers import TicketStream, collect, details, finish_reason, log_answers, tree_nodes, usage
 from handspun.serve.completions import check_token_ids
 from handspun.serve.logprobs import ScoredToken, ShownTokens, chat_logprobs, shown_tokens
 from handspun.serve.schemas import ChatMessage, ChatRequest, ExplainRequest, NamedTool, RefusalPart, Tool
@@ -320,6 +320,8 @@ def _choice_events(choice: StreamedChoice, chunk: GenerationChunk, form: ChatFor
         more["logprobs"] = chat_logprobs(tokens, form.prepared.model.vocabulary)
     if form.body.return_token_ids and chunk.token_ids:
         more["token_ids"] = chunk.token_ids
+    if chunk.tree_nodes:
+        more["tree_nodes"] = tree_nodes(chunk.tree_nodes, form.prepared.model.vocabulary)
     if content or calls or more:
         add(delta, **more)
     if chunk.finish_reason is not None:

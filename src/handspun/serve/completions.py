@@ -8,7 +8,7 @@ from typing import Any
 from handspun.decoding.prompts import plain_ids
 from handspun.decoding.results import GenerationChunk, GenerationResult
 from handspun.models.embedding_rows import check_prompt
-from handspun.serve.answers import TicketStream, collect, details, finish_reason, log_answers, usage
+from handspun.serve.answers import TicketStream, collect, details, finish_reason, log_answers, tree_nodes, usage
 from handspun.serve.logprobs import ShownTokens, completion_logprobs, prompt_tokens, shown_tokens
 from handspun.serve.schemas import CompletionRequest
 from handspun.serve.served import Context, ServedModel
@@ -207,6 +207,8 @@ def _chunk_events(
             more["prompt_token_ids"] = form.prepared.requests[chunk.prompt_index].prompt_token_ids
         if chunk.token_ids:
             more["token_ids"] = chunk.token_ids
+    if chunk.tree_nodes:
+        more["tree_nodes"] = tree_nodes(chunk.tree_nodes, words)
     if text or more or is_first:
         events.append({"text": text, "logprobs": None, "finish_reason": None, **more})
     if chunk.finish_reason is not None:

@@ -17,10 +17,11 @@ from handspun.serve.schemas import (
     ExplainRequest,
     ResponsesRequest,
     RowRequest,
+    ScoreRequest,
     TemplateRequest,
     TokenizeRequest,
 )
-from handspun.serve.tokens import apply_template, detokenize, explain, tokenize
+from handspun.serve.tokens import apply_template, detokenize, explain, score, tokenize
 
 ABOUT = (
     Endpoint("/health", "Whether requests can be answered.", page=health, needs_key=False, needs_models=False),
@@ -70,6 +71,7 @@ ENDPOINTS = with_openapi(
             is_named=True,
         ),
         Endpoint("/v1/explain", "How the next token is chosen.", handler=explain, body=ExplainRequest),
+        Endpoint("/v1/score", "How probable an answer's tokens are.", handler=score, body=ScoreRequest),
         Endpoint("/tokenize", "The tokens of a text or a conversation.", handler=tokenize, body=TokenizeRequest),
         Endpoint("/detokenize", "The text of tokens.", handler=detokenize, body=DetokenizeRequest),
         Endpoint(

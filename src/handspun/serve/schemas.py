@@ -270,6 +270,18 @@ class ExplainRequest(SamplingBody):
     )
 
 
+class ScoreRequest(PromptFields):
+    """Body of POST /v1/score: how probable the tokens of an answer are, whoever wrote it."""
+
+    model: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None  # type: ignore[assignment]
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    prompt: str | list[TokenId] | None = Field(None, description="Instead of messages: a text, or token ids.")
+    answer_token_ids: Annotated[list[TokenId], Field(min_length=1)]
+    top_logprobs: Annotated[Int, Field(ge=0)] | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+
+
 class TokenizeRequest(PromptFields):
     """Body of POST /tokenize."""
 

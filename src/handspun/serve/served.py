@@ -53,6 +53,8 @@ class ServedModel:
     """Most tokens of a prompt and its answer together."""
     fingerprint: str
     """Changes with weights, template, tokenizer, or version of Handspun: the same seed may answer differently."""
+    vocabulary_id: str
+    """The same for models whose token ids mean the same."""
     created: int
     defaults: dict[str, Any]
     """Sampling options of requests that say nothing about them."""
@@ -76,6 +78,7 @@ class ServedModel:
             vocabulary=vocabulary(chat.tokenizer),
             context=context_length(chat),
             fingerprint=_fingerprint(chat),
+            vocabulary_id=_hash_of("v", chat.tokenizer.get_vocab()),
             created=int(time.time()),
             defaults={option: getattr(params, option) for option in _TOLD},
             samples_by_default=samples,
@@ -118,6 +121,7 @@ class ServedModel:
             "max_model_len": self.context,
             "weights": _weights(self.chat),
             "system_fingerprint": self.fingerprint,
+            "vocabulary": self.vocabulary_id,
             "defaults": self.defaults,
         }
 
@@ -176,5 +180,9 @@ def _fingerprint(chat: ChatModel) -> str:
         known |= model_fingerprints(model_source(chat.name), chat.tokenizer)
     except HandspunError:  # a model that was made in memory has no files
         known["name"] = chat.name
-    text = json.dumps(known, sort_keys=True, default=str)
-    return f"fp_{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+    return _hash_of("fp", known)
+
+
+def _hash_of(kind: str, value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return f"{kind}_{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"

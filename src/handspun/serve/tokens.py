@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize, /apply-template and /v1/explain: what the model sees, and how it chose a token."""
+"""/tokenize, /detokenize, /apply-template: what the model sees. /v1/explain, /v1/score: how it chooses tokens."""
 
 import asyncio
 import dataclasses
@@ -11,7 +11,15 @@ from handspun.serve.answers import collect, log_answers, usage
 from handspun.serve.chat import called_tools, check_conversation, conversation_of, encode_messages
 from handspun.serve.completions import check_token_ids, encode_text, text_of
 from handspun.serve.logprobs import ScoredToken, chat_logprobs
-from handspun.serve.schemas import DetokenizeRequest, ExplainRequest, NamedTool, TemplateRequest, TokenizeRequest
+from handspun.serve.schemas import (
+    DetokenizeRequest,
+    ExplainRequest,
+    NamedTool,
+    SamplingBody,
+    ScoreRequest,
+    TemplateRequest,
+    TokenizeRequest,
+)
 from handspun.serve.served import Context, ServedModel, find_model
 from handspun.serve.translate import Wanted, as_api_errors, at_most, prepare, refuse
 
@@ -39,7 +47,7 @@ async def detokenize(context: Context, body: DetokenizeRequest) -> dict[str, Any
 
 
 async def apply_template(context: Context, body: TemplateRequest) -> dict[str, Any]:
-    """Return a conversation as the model sees it, and which tokens come from the messages and tools."""
+    """Return a conversation as the model sees it: each token with its text or its bytes, and who wrote it."""
     model = find_model(context, body.model)
     check_conversation(context, body.messages, body.tools)
 
@@ -47,7 +55,13 @@ async def apply_template(context: Context, body: TemplateRequest) -> dict[str, A
         messages, tools, goes_on = conversation_of(body)
         with as_api_errors("messages"):
             traced = trace_prompt(model.chat.template, messages, tools, continue_final_message=goes_on)
-        return {"prompt": traced.text, "tokens": traced.token_ids, "said": traced.is_content}
+        return {
+            "prompt": traced.text,
+            "tokens": traced.token_ids,
+            "pieces": [_piece(model, token_id) for token_id in traced.token_ids],
+            "said": traced.is_content,
+            "writers": traced.writers,
+        }
 
     return await _in_thread(model, trace)
 
@@ -103,6 +117,52 @@ async def explain(context: Context, body: ExplainRequest) -> dict[str, Any]:
     }
 
 
+async def score(context: Context, body: ScoreRequest) -> dict[str, Any]:
+    """Return how probable a model finds an answer that is given: each token's rank and log-probability.
+
+    The answer may be another model's. Log-probabilities are of the model's own distribution.
+    """
+    if (body.prompt is None) == (body.messages is None):
+        raise refuse("prompt", "give messages, or a prompt.")
+    if body.messages is not None:
+        check_conversation(context, body.messages, body.tools)
+    ids, top = body.answer_token_ids, body.top_logprobs or 0
+    at_most(len(ids), context.limits.max_tokens, "answer_token_ids", "tokens")
+    at_most(top, context.limits.max_top_logprobs, "top_logprobs", "alternatives per token")
+    wanted = Wanted(
+        is_chat=body.messages is not None,
+        max_tokens=0,
+        allows_none=True,
+        prompt_logprobs=True,
+        top_logprobs=top,
+    )
+    asked = SamplingBody.model_validate({"model": body.model, "temperature": 0.0, "cache_salt": body.cache_salt})
+    prepared = await prepare(context, asked, wanted, lambda model: [_prompt_ids(model, body) + ids])
+    [request] = prepared.requests
+    start = len(request.prompt_token_ids) - len(ids)
+    prepared = dataclasses.replace(prepared, requests=[dataclasses.replace(request, scored_from=start)])
+    results = await collect(prepared.submit(context))
+    counts = usage(prepared, results)
+    log_answers(context, counts, ["length"])
+    [result] = results
+    assert result.prompt_logprobs is not None
+    assert result.prompt_ranks is not None
+    tops = [[]] * len(ids) if result.prompt_top_logprobs is None else result.prompt_top_logprobs[start:]
+    scores = zip(ids, result.prompt_logprobs[start:], tops, strict=True)
+    tokens = [ScoredToken(token_id, logprob, best, 0) for token_id, logprob, best in scores]
+    entries = chat_logprobs(tokens, prepared.model.vocabulary)["content"]
+    return {
+        "object": "score",
+        "model": prepared.model.name,
+        "system_fingerprint": prepared.model.fingerprint,
+        "tokens": [
+            {"id": token_id, "rank": rank, **entry}
+            for token_id, rank, entry in zip(ids, result.prompt_ranks[start:], entries, strict=True)
+        ],
+        "usage": counts,
+    }
+
+
 async def _in_thread(model: ServedModel, work: Callable[[], Result]) -> Result:
     """Run work that uses the model's tokenizer."""
 
@@ -132,6 +192,6 @@ def _piece(model: ServedModel, token_id: int) -> str | list[int]:
         return list(data)
 
 
-def _prompt_ids(model: ServedModel, body: ExplainRequest) -> list[int]:
+def _prompt_ids(model: ServedModel, body: ExplainRequest | ScoreRequest) -> list[int]:
     check_token_ids(model, body.answer_token_ids, "answer_token_ids")
     return encode_messages(model, body) if body.prompt is None else encode_text(model, body.prompt)

@@ -1,6 +1,7 @@
 // One answer: asks for it, and notes in its message what comes.
 
 import { stream } from "./api.js";
+import { startSearch, withIds } from "./beams.js";
 import { toMessages } from "./store.js";
 import { toRequest } from "./options.js";
 
@@ -24,6 +25,7 @@ export async function receive(answer, before, onchange, signal) {
   Object.assign(answer, { content: textOf(start), tokens: [], calls: [], finish: null, error: null });
   const ids = start.map(({ id }) => id);
   const tokens = [];
+  const search = startSearch(answer);
   let first, last;
   try {
     const body = {
@@ -33,6 +35,7 @@ export async function receive(answer, before, onchange, signal) {
       return_token_ids: true,
       logprobs: true,
       ...(start.length && { answer_token_ids: ids.slice() }),
+      ...search?.fields,
     };
     for await (const event of stream("/v1/chat/completions", body, signal)) {
       if (event.handspun) answer.seed = event.handspun.seed;
@@ -40,6 +43,10 @@ export async function receive(answer, before, onchange, signal) {
       if (event.usage) answer.usage = event.usage;
       const [choice] = event.choices;
       if (!choice) continue;
+      if (search && !search.push(choice)) {
+        onchange();
+        continue;
+      }
       answer.content += choice.delta.content ?? "";
       for (const { index, ...call } of choice.delta.tool_calls ?? []) answer.calls[index] = call;
       ids.push(...(choice.token_ids ?? []));
@@ -55,10 +62,9 @@ export async function receive(answer, before, onchange, signal) {
     if (signal.aborted) answer.finish = "stopped";
     else answer.error = error.message;
   }
-  // An answer's last tokens may not be shown, so there can be more ids than texts.
-  const shown = tokens.map(({ token, logprob, bytes }, index) => ({ id: ids[start.length + index], token, logprob, bytes }));
-  answer.tokens = [...start, ...shown];
+  answer.tokens = [...start, ...withIds(tokens, ids.slice(start.length))];
   answer.count = ids.length;
+  if (search) answer.beams = { ...answer.beams }; // what is kept is written down once
   if (first && ids.length > first.tokens) answer.rate = (1000 * (ids.length - first.tokens)) / (last - first.at);
 }
 

@@ -2,6 +2,7 @@
 
 import { ask } from "./api.js";
 import { receive } from "./answer.js";
+import { PairView, withSameSeed } from "./compare.js";
 import { sendRow } from "./correct.js";
 import { button, byId, element } from "./dom.js";
 import { MessageView, Speaker } from "./message.js";
@@ -17,7 +18,7 @@ let running = null; // {controller, node}: the answer that is being received
 const views = new Map(); // of the messages that are shown, by their ids
 const speaker = new Speaker(byId("spoken"));
 const FILLED_AT_ONCE = 4000; // characters at the end of a conversation; the rest is filled when it comes near
-const actions = { edit, again, move, goOn, give, correct, forget, before };
+const actions = { edit, again, move, goOn, give, correct, forget, adopt, own, before };
 
 // What is shown
 
@@ -29,7 +30,7 @@ function showConversation() {
     // A long conversation would take long to show again: what is shown already is kept.
     const old = earlier.get(node.id);
     const isSame = old?.node === node && old.place.count === places.get(node).count;
-    views.set(node.id, isSame ? old : new MessageView(node, places.get(node), actions));
+    views.set(node.id, isSame ? old : viewOf(node, places.get(node)));
   }
   const shown = [...views.values()];
   let left = FILLED_AT_ONCE;
@@ -42,6 +43,12 @@ function showConversation() {
   showList();
   updateControls();
   scrollToEnd();
+}
+
+/** Return how a message is shown. An answer with a second model's beside it is shown with that. */
+function viewOf(node, place) {
+  const second = node.role === "assistant" && current.nodes[node.second];
+  return second ? new PairView(node, second, place, actions, () => models) : new MessageView(node, place, actions);
 }
 
 /** Show messages: those at the beginning that are shown already are left alone. */
@@ -176,7 +183,23 @@ function goOn(answer, tokens) {
   if (running) return;
   const { model, system, seed } = answer;
   const options = { ...answer.options, seed: String(seed) };
-  answerTo(current.nodes[answer.parent] ?? null, { model, system, options, start: tokens });
+  answerTo(own(current.nodes[answer.parent]) ?? null, { model, system, options, start: tokens });
+}
+
+/** Take an answer for the conversation's, on a branch of its own. changes: what is another in it, as in its search. */
+function adopt(answer, changes) {
+  if (running) return;
+  const message = own(current.nodes[answer.parent]);
+  const node = store.ensure(current, message?.id ?? null, { ...answer, ...changes });
+  store.show(current, node);
+  showConversation();
+  (views.get(node.id).root.querySelector(".take[aria-pressed=true]") ?? byId("prompt")).focus();
+  save(current);
+}
+
+/** Return a message in the conversation itself: one beside it, of a second model, is copied. */
+function own(message) {
+  return store.adopt(current, message);
 }
 
 /** Show what the address's link holds. The model is only asked once the reader says so. */
@@ -184,12 +207,12 @@ function offerLink() {
   const link = readLink(location.hash);
   if (!link) return;
   history.replaceState(null, "", "/");
-  const { model, system, options: saved, start, fingerprint: expected, messages } = link;
+  const { model, system, options: saved, start, taken, fingerprint: expected, messages } = link;
   const conversation = store.create(system);
   store.addMessages(conversation, messages);
   open(conversation);
   const isServed = models.some(({ id }) => id === model);
-  const given = { model: isServed ? model : byId("model").value, system, options: saved, start, expected };
+  const given = { model: isServed ? model : byId("model").value, system, options: saved, start, taken, expected };
   const text = isServed ? `This link leads to an answer of ${model}.` : `This link leads to an answer of ${model}, which is not served here.`;
   const ask = button("Answer", "Have the model answer", () => answerTo(conversation.nodes[conversation.leaf] ?? null, given));
   byId("messages").append(element("p", { class: "offer row" }, element("span", { class: "grow" }, text), ask));
@@ -215,6 +238,13 @@ async function answerTo(message, given = {}) {
   const conversation = current;
   const node = store.add(conversation, message?.id ?? null, "assistant", "");
   Object.assign(node, { model: byId("model").value, system: current.system, options: options.values(), ...given });
+  const answers = [node];
+  const other = byId("compare").value;
+  if (other && other !== node.model && !given.model) {
+    node.options = withSameSeed(node.options);
+    const { system, options } = node;
+    answers.push(Object.assign(store.addSecond(conversation, node, other), { system, options }));
+  }
   running = { controller: new AbortController(), node };
   speaker.restart();
   showConversation();
@@ -227,7 +257,8 @@ async function answerTo(message, given = {}) {
     speaker.update(node.content, false);
     if (follows && views.has(node.id)) scrollToEnd();
   });
-  await receive(node, store.path(conversation, node.parent), onchange, running.controller.signal);
+  const { signal } = running.controller;
+  await Promise.all(answers.map((one) => receive(one, store.path(conversation, one.parent), onchange, signal)));
   running = null;
   const follows = isAtEnd();
   views.get(node.id)?.update(true);
@@ -288,6 +319,8 @@ function saveOptions() {
 function chooseModel() {
   localStorage.setItem("model", byId("model").value);
   options.showDefaults(models.find((model) => model.id === byId("model").value).defaults);
+  for (const option of byId("compare").options) option.disabled = option.value === byId("model").value;
+  if (byId("compare").value === byId("model").value) byId("compare").value = "";
 }
 
 function connect() {
@@ -363,6 +396,8 @@ async function start() {
     showConversation();
     models = (await ask("/v1/models")).data;
     byId("model").replaceChildren(...models.map(({ id }) => new Option(id, id)));
+    byId("compare").replaceChildren(new Option("Compare with …", ""), ...models.map(({ id }) => new Option(`with ${id}`, id)));
+    byId("compare").hidden = models.length < 2;
     const last = localStorage.getItem("model");
     if (models.some(({ id }) => id === last)) byId("model").value = last;
     chooseModel();

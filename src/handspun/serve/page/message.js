@@ -3,6 +3,7 @@
 import { facts } from "./answer.js";
 import { correctionEditor } from "./correct.js";
 import { button, byId, copyButton, element } from "./dom.js";
+import { Extras } from "./extras.js";
 import { GrowingMarkdown } from "./markdown.js";
 import { linkTo } from "./replay.js";
 import { tokenView } from "./tokens.js";
@@ -16,8 +17,8 @@ const NAMES = { user: "You", tool: "Tools" };
 
 /**
  * A message on the page. actions: what its buttons do, each called with the message: edit(node, text), again(node),
- * move(node, by), goOn(node, tokens), give(node, results), correct(node, content, calls), forget(node); before(node)
- * are the messages that it answers.
+ * move(node, by), goOn(node, tokens), give(node, results), correct(node, content, calls), forget(node),
+ * adopt(node, changes); before(node) are the messages that it answers.
  *
  * A message far from what is seen is plain text at first, so that long conversations open fast.
  */
@@ -48,8 +49,11 @@ export class MessageView {
     this.calls = element("div", { class: "calls" });
     this.facts = element("p", { class: "facts" });
     this.error = element("p", { class: "error", role: "alert", hidden: true });
-    this.buttons = element("div", { class: "actions" }, ...this.makeButtons(this.node.role === "assistant", this.place));
+    const isAnswer = this.node.role === "assistant";
+    if (isAnswer) this.extras = new Extras(this.node, this.actions);
+    this.buttons = element("div", { class: "actions" }, ...this.makeButtons(isAnswer, this.place));
     this.root.append(this.calls, this.error, element("div", { class: "under" }, this.buttons, this.facts));
+    if (isAnswer) this.root.append(this.extras.root);
     this.update(isFinal);
     return this;
   }
@@ -63,7 +67,7 @@ export class MessageView {
       this.correction = button("Correct", "Correct this answer, as a row to train on", () => this.correct());
       buttons.push(button("Again", "Answer again, on a branch of its own", () => actions.again(node)), this.correction, this.tokens);
       this.link = copyButton("Link", "Copy a link that gives this answer again", () => linkTo(node, actions.before(node)));
-      buttons.push(this.link);
+      buttons.push(this.link, ...this.extras.buttons);
     } else {
       buttons.push(button("Edit", "Edit and send again, on a branch of its own", () => this.edit()));
     }
@@ -84,6 +88,7 @@ export class MessageView {
       if (isFinal) this.markdown.finish(node.content);
       else this.markdown.update(node.content);
     } else this.showText();
+    this.extras?.update(isFinal);
     this.root.classList.toggle("growing", !isFinal);
     this.facts.textContent = isFinal ? facts(node) : "";
     if (this.tokens) this.tokens.hidden = this.link.hidden = !node.tokens?.length;

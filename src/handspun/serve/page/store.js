@@ -4,6 +4,8 @@
 //   {id, title, changed, system, leaf, nodes: {id: {id, parent, role, content, ...what is known of an answer}}}
 // `leaf` is the last message of the branch that is shown. An answer may have `calls` of tools, in OpenAI's form; the
 // message after it then has `results`: [{id, name, content}]. `isRow` marks an answer that is to be trained on.
+// An answer may have a `second` beside it: another model's, which has `isSecond`, and so has the copy of a message that
+// only the second model answers.
 
 let database;
 
@@ -34,8 +36,8 @@ export const save = (conversation) => result(table("readwrite").put(packed(conve
 export const remove = (id) => result(table("readwrite").delete(id));
 
 // A browser copies one long text much faster than the many small objects of an answer's tokens. Typing would wait.
-const texts = new WeakMap(); // by lists of tokens
-const unread = new WeakMap(); // by messages whose tokens nobody has asked for
+const texts = new WeakMap(); // by lists of tokens, and searches
+const unread = { tokens: new WeakMap(), beams: new WeakMap() }; // by messages: what nobody has asked for
 
 function packed(conversation) {
   const nodes = Object.entries(conversation.nodes).map(([id, node]) => [id, packedNode(node)]);
@@ -43,32 +45,37 @@ function packed(conversation) {
 }
 
 function packedNode(node) {
-  const text = unread.get(node) ?? (node.tokens && textOf(node.tokens));
-  if (text === undefined) return node;
-  const others = Object.keys(node).filter((name) => name !== "tokens").map((name) => [name, node[name]]);
-  return { ...Object.fromEntries(others), tokens: text };
+  const members = Object.keys(node).map((name) => [name, name in unread ? packedMember(node, name) : node[name]]);
+  return Object.fromEntries(members);
 }
 
-function textOf(tokens) {
-  if (!texts.has(tokens)) texts.set(tokens, JSON.stringify(tokens));
-  return texts.get(tokens);
+function packedMember(node, name) {
+  return unread[name].get(node) ?? (node[name] && textOf(node[name]));
+}
+
+function textOf(value) {
+  if (!texts.has(value)) texts.set(value, JSON.stringify(value));
+  return texts.get(value);
 }
 
 function unpack(node) {
-  const text = node.tokens;
-  if (typeof text !== "string") return;
-  unread.set(node, text);
+  for (const name of Object.keys(unread)) if (typeof node[name] === "string") unpackMember(node, name);
+}
+
+function unpackMember(node, name) {
+  const text = node[name];
+  unread[name].set(node, text);
   const set = (value) => {
-    unread.delete(node);
-    Object.defineProperty(node, "tokens", { value, writable: true, enumerable: true, configurable: true });
+    unread[name].delete(node);
+    Object.defineProperty(node, name, { value, writable: true, enumerable: true, configurable: true });
     return value;
   };
   const get = () => {
-    const tokens = set(JSON.parse(text));
-    texts.set(tokens, text);
-    return tokens;
+    const value = set(JSON.parse(text));
+    texts.set(value, text);
+    return value;
   };
-  Object.defineProperty(node, "tokens", { get, set, enumerable: true, configurable: true });
+  Object.defineProperty(node, name, { get, set, enumerable: true, configurable: true });
 }
 
 /** Return an empty conversation. */
@@ -93,12 +100,50 @@ export function path(conversation, id = conversation.leaf) {
 
 /** Return a message and its alternatives, oldest first. */
 export function siblings(conversation, node) {
-  return Object.values(conversation.nodes).filter((other) => other.parent === node.parent);
+  return Object.values(conversation.nodes).filter((other) => other.parent === node.parent && !other.isSecond);
+}
+
+/**
+ * Add the answer of a second model beside an answer, and return it. It is no alternative: both are shown together.
+ *
+ * If the second model also answered before, beside the conversation, then it goes on behind its own answer.
+ */
+export function addSecond(conversation, answer, model) {
+  const { nodes, leaf } = conversation;
+  const message = nodes[answer.parent];
+  const before = nodes[nodes[message?.parent]?.second];
+  let parent = answer.parent;
+  if (before?.model === model) {
+    message.second ??= Object.assign(add(conversation, before.id, "user", message.content), { isSecond: true }).id;
+    parent = message.second;
+  }
+  const second = Object.assign(add(conversation, parent, "assistant", ""), { model, isSecond: true });
+  answer.second = second.id;
+  conversation.leaf = leaf;
+  return second;
+}
+
+const SAME = ["role", "model", "seed", "content", "taken"];
+
+/** Return a message behind a parent that says the same as another one; it is added if there is none. */
+export function ensure(conversation, parent, message) {
+  const isSame = (one) => one.parent === parent && !one.isSecond && SAME.every((name) => (one[name] || 0) === (message[name] || 0));
+  const there = Object.values(conversation.nodes).find(isSame);
+  if (there) return there;
+  const { id, second, isSecond, ...known } = message;
+  return Object.assign(add(conversation, parent, known.role, known.content), { ...known, parent });
+}
+
+/** Return a message in the conversation itself: one beside it is copied, with all before it. */
+export function adopt(conversation, message) {
+  if (!message || !path(conversation, message.id).some(({ isSecond }) => isSecond)) return message;
+  const before = adopt(conversation, conversation.nodes[message.parent]);
+  return ensure(conversation, before?.id ?? null, message);
 }
 
 /** Return where each message stands among its alternatives, and whether any follows it: {index, count, isLast}. */
 export function places(conversation) {
-  const families = Map.groupBy(Object.values(conversation.nodes), ({ parent }) => parent);
+  const families = Map.groupBy(Object.values(conversation.nodes), ({ id, parent, isSecond }) => (isSecond ? id : parent));
   const found = new Map();
   for (const family of families.values()) {
     for (const [index, node] of family.entries()) {
@@ -110,7 +155,7 @@ export function places(conversation) {
 
 /** Show the branch of a node: from it on, the newest messages. */
 export function show(conversation, node) {
-  const children = (id) => Object.values(conversation.nodes).filter((other) => other.parent === id);
+  const children = (id) => Object.values(conversation.nodes).filter((other) => other.parent === id && !other.isSecond);
   let last = node;
   for (let next = children(last.id).at(-1); next; next = children(last.id).at(-1)) last = next;
   conversation.leaf = last.id;

@@ -43,7 +43,8 @@ function tokenButton({ token, logprob, isGiven }, onclick) {
   return made;
 }
 
-function moveFocus(event, tokens) {
+/** Move the focus among tokens by arrow keys: only one of them is reached by Tab. */
+export function moveFocus(event, tokens) {
   const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   const next = by && tokens[tokens.indexOf(document.activeElement) + by];
   if (!next) return;
@@ -102,11 +103,11 @@ function alternatives(found, index, answer, goOn) {
 }
 
 /** Return a token with what cannot be seen of it. */
-function visible(text) {
+export function visible(text) {
   return text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/^ | $/g, "·") || "(nothing)";
 }
 
-const count = (number) => number.toLocaleString("en-US");
+export const count = (number) => number.toLocaleString("en-US");
 
 /** Return a probability as the command line shows it. */
 export function percent(probability) {
