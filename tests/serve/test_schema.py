@@ -26,7 +26,7 @@ def test_the_document_is_valid_and_has_every_route(server: Live) -> None:
     document = ask(server.port, "/openapi.json").json()
     validate(document)
     assert document["openapi"].startswith("3.1")
-    assert len(document["paths"]) == 14
+    assert len(document["paths"]) == 15
 
 
 @pytest.mark.parametrize(
