@@ -202,6 +202,8 @@ def test_step_ends_only_the_request_whose_forward_pass_fails(
             raise RuntimeError("injected")
         return attention(self, number, *rest)
 
+    assert isinstance(scheduler._engine, FusedEngine)
+    scheduler._engine.decoder = None  # from layer to layer: a native call does not end in its middle
     scheduler._engine.forward = watched  # type: ignore[method-assign]
     monkeypatch.setattr(FusedEngine, "_attention", failing_attention)
     *found, none = run_all(scheduler, [*others, failing])
