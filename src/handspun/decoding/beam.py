@@ -27,6 +27,7 @@ from handspun.decoding.explain import BeamTrace
 from handspun.decoding.processors import nothing_left, process
 from handspun.decoding.request import Completion, Request, Score
 from handspun.decoding.results import GenerationChunk, GenerationResult
+from handspun.decoding.top import top_values
 
 
 class Beams(Protocol):
@@ -308,7 +309,7 @@ def advance(searches: Sequence[BeamState], logits: Tensor) -> None:
     filtered = process(own, beams, searches[0].request.processors)
     width = max(2, 1 + len(options.eos_token_ids)) * options.num_beams
     # The best of all beams are among the best of each beam, so the second topk only sees (beams * width) values.
-    best, ids = filtered.topk(min(width, filtered.shape[-1]))  # (prompts * beams, width)
+    best, ids = top_values(filtered, min(width, filtered.shape[-1]))  # (prompts * beams, width)
     scores = best.new_tensor([search.scores for search in searches])  # (prompts, beams)
     together = (best + scores.view(-1, 1)).view(prompts, -1)
     top, index = together.topk(min(width, together.shape[-1]))  # (prompts, width), as are the next three

@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from handspun.decoding.top import top_values
+
 Bias = tuple[tuple[int, ...], float]
 """A sequence of token ids, and what is added to its last token's logit after the other tokens."""
 
@@ -78,7 +80,7 @@ def temperature(logits: Tensor, value: float) -> Tensor:
 
 def top_k(logits: Tensor, k: int) -> Tensor:
     """Keep the k most probable tokens, and those that tie with the last of them."""
-    last = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+    last = top_values(logits, min(k, logits.shape[-1]))[0][:, -1:]
     return logits.masked_fill(logits < last, -math.inf)
 
 

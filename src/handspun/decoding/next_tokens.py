@@ -9,6 +9,7 @@ from handspun.decoding.explain import explain
 from handspun.decoding.processors import check_some_left, process
 from handspun.decoding.request import Completion, Score, check_finite
 from handspun.decoding.sampling import gumbel_noise, select_tokens, stream_of
+from handspun.decoding.top import top_values
 from handspun.models.load import ChatModel
 
 
@@ -48,7 +49,7 @@ def score_tokens(logits: Tensor, token_ids: Sequence[int], top: int) -> list[Sco
     chosen = logprobs.gather(-1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
     if not top:
         return [Score(logprob, []) for logprob in chosen]
-    best, ids = logprobs.topk(min(top, logits.shape[-1]))
+    best, ids = top_values(logprobs, min(top, logits.shape[-1]))
     tops = [list(zip(*row, strict=True)) for row in zip(ids.tolist(), best.tolist(), strict=True)]
     return [Score(logprob, row) for logprob, row in zip(chosen, tops, strict=True)]
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from handspun.decoding.top import first_largest
+
 RngKey = tuple[int, int, int]
 """(seed, prompt index, return index): identifies an answer's stream of noise."""
 
@@ -57,7 +59,7 @@ def select_tokens(logits: Tensor, *, draws: Sequence[tuple[RngKey, int]] | None)
     draws: random stream and step of each row; None takes the most probable token.
     """
     if draws is None:
-        return logits.argmax(-1)
+        return first_largest(logits)
     tokens = [gumbel_argmax(row, stream, step) for row, (stream, step) in zip(logits, draws, strict=True)]
     return torch.tensor(tokens, device=logits.device)
 
