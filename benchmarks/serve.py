@@ -1,6 +1,7 @@
 """`handspun serve` against llama.cpp's server, over HTTP, both at the same requests on the same cores.
 
     python benchmarks/serve.py --model FOLDER --gguf FILE --llama-server PROGRAM [--clients 1 8 32] [--rounds 2]
+        [--load-tool PROGRAM]
 
 Each server runs alone, with two threads; the client runs on the same machine and takes part of it. Every client
 sends one completion after the other, 128 tokens in and 128 out, greedy, no prompt twice. Measured:
@@ -8,11 +9,14 @@ sends one completion after the other, 128 tokens in and 128 out, greedy, no prom
 * tokens per second, time to the first token and time between tokens, by clients;
 * the longest gap in four streams while a prompt of 2,000 tokens comes in;
 * the first token of a second turn behind 1,500 known tokens, against the same prompt when it is new;
-* Handspun's `generate` with 32 rows of the same prompts, without a server.
+* Handspun's `generate` with 32 rows of the same prompts, without a server;
+* with --load-tool (the program of `pip install llama-benchy`, in an environment of its own): what a load tool of
+  others measures, whose requests are chats of the same lengths.
 """
 
 import argparse
 import asyncio
+import hashlib
 import itertools
 import json
 import os
@@ -21,6 +25,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -31,7 +36,7 @@ import httpx
 
 import handspun
 from decode_prompts import QUESTIONS
-from measurements import Results, open_results, table
+from measurements import Results, model_folder, open_results, table
 
 NEW_TOKENS = 128
 PROMPT_WORDS = 90
@@ -113,6 +118,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=2, help="of each client")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--load-tool", type=Path, help="llama-benchy's program, to measure with it too")
     parser.add_argument("--results", metavar="NAME", help="of the saved figures (default: the model's folder)")
     parser.add_argument("--fresh", action="store_true")
     return parser.parse_args()
@@ -198,6 +204,11 @@ async def measure_server(results: Results, name: str, arguments: argparse.Namesp
             print(f"{name}, {clients} clients: {figures['rate']:.1f} tokens/s", flush=True)
         print(f"{name}: {results.add(f'{name}: long prompt', await gap_beside_long_prompt(server))}", flush=True)
         print(f"{name}: {results.add(f'{name}: second turn', await second_turn(server))}", flush=True)
+        if arguments.load_tool is not None:
+            found = await asyncio.to_thread(llama_benchy, str(server.client.base_url), server.model, arguments)
+            for clients, figures in found.items():
+                results.add(f"{name}: {clients}, llama-benchy", figures)
+                print(f"{name}, {clients} clients, llama-benchy: {figures['rate']:.1f} tokens/s", flush=True)
 
 
 async def load(server: Server, clients: int, requests: int) -> dict[str, float]:
@@ -235,6 +246,35 @@ async def second_turn(server: Server) -> dict[str, float]:
     cold = await server.complete(prompt, 1)
     warm = await server.complete(prompt + " and then?", 1)
     return {"cold": cold.arrivals[0], "warm": warm.arrivals[0]}
+
+
+def llama_benchy(address: str, model: str, arguments: argparse.Namespace) -> dict[int, dict[str, float]]:
+    """llama-benchy's figures, by clients: tokens per second of all, and the mean time to the first token.
+
+    It takes its prompts from a book that it downloads. Here it finds one of our words where it keeps books.
+    """
+    with tempfile.TemporaryDirectory() as home:
+        book, result = "https://book.example/", Path(home) / "result.json"
+        kept = Path(home) / ".cache" / "llama-benchy" / f"{hashlib.md5(book.encode()).hexdigest()}.txt"
+        kept.parent.mkdir(parents=True)
+        kept.write_text(" ".join(random.Random(0).choices(WORDS, k=50_000)))
+        command = [
+            *(str(arguments.load_tool), "--base-url", f"{address}/v1", "--model", model, "--book-url", book),
+            *("--tokenizer", model_folder(arguments.model), "--pp", "128", "--tg", str(NEW_TOKENS), "--exact-tg"),
+            *("--concurrency", *map(str, arguments.clients), "--runs", str(arguments.requests), "--no-cache"),
+            *("--latency-mode", "none", "--skip-coherence", "--format", "json", "--save-result", str(result)),
+        ]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(
+            command, env={**environment, "HOME": home}, capture_output=True, text=True, check=False
+        )
+        if done.returncode or not result.exists():
+            raise SystemExit(f"{arguments.load_tool} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        report = json.loads(result.read_text())
+    return {
+        run["concurrency"]: {"rate": run["tg_throughput"]["mean"], "first": run["e2e_ttft"]["mean"] / 1000}
+        for run in report["benchmarks"]
+    }
 
 
 def offline_rate(arguments: argparse.Namespace) -> float:
@@ -282,9 +322,15 @@ def summary(results: Results, names: list[str], clients: list[int]) -> str:
     behind = ["server", "worst gap beside a long prompt, s", "1,500 new tokens, s", "known, s", "ratio"]
     offline = statistics.median(run["rate"] for run in results.of("generate, 32 rows"))
     version = f"Handspun {handspun.__version__}"
-    return "\n\n".join(
-        [table(titles, rows), table(behind, more), f"{version}, generate with 32 rows: {offline:.1f} tokens/s"]
-    )
+    tables = [table(titles, rows), table(behind, more)]
+    if theirs := [
+        [str(count), name, f"{median(name, what, 'rate'):.1f}", f"{1000 * median(name, what, 'first'):.0f}"]
+        for count in clients
+        for name in names
+        if results.of(f"{name}: {(what := f'{count}, llama-benchy')}")
+    ]:
+        tables.append(table(["clients", "server", "tokens/s by llama-benchy", "first token, ms: mean"], theirs))
+    return "\n\n".join([*tables, f"{version}, generate with 32 rows: {offline:.1f} tokens/s"])
 
 
 if __name__ == "__main__":

@@ -110,6 +110,30 @@ def test_special_tokens_are_not_shown_but_stop_strings_see_them() -> None:
     assert answer.stop_string == "<|im_end|>\n"
 
 
+@pytest.mark.parametrize("stop", ["m", "<", "|>", "<|im_en", "im_end|>", "end|>b", "a<|i", "d|>b", "|><|im_end|>"])
+def test_a_stop_string_never_begins_or_ends_inside_of_a_special_token(stop: str) -> None:
+    answer = StreamingText.start(_WORDS, (stop,))
+    ids = [*_ids("a"), _IM_END, *_ids("b")]
+    assert "".join([*map(answer.push, ids), answer.finish()]) == "ab"
+    assert answer.stop_string is None
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"), [("<|im_end|>", "xa"), ("a<|im_end|>", "x"), ("<|im_end|><|im_end|>", "xa")]
+)
+def test_a_stop_string_may_hold_special_tokens(stop: str, expected: str) -> None:
+    answer = StreamingText.start(_WORDS, (stop,))
+    ids = [*_ids("xa"), _IM_END, _IM_END, *_ids("b")]
+    assert ("".join([*map(answer.push, ids), answer.finish()]), answer.stop_string) == (expected, stop)
+
+
+@pytest.mark.parametrize(("stop", "expected"), [("ab", "x"), ("b", "xa"), ("xab", ""), ("bx", "xabc")])
+def test_a_stop_string_does_not_see_what_is_hidden(stop: str, expected: str) -> None:
+    answer = StreamingText.start(_WORDS, (stop,))
+    ids = [*_ids("xa"), _IM_END, _IM_END, *_ids("bc")]
+    assert "".join([*map(answer.push, ids), answer.finish()]) == answer.text == expected
+
+
 def test_a_special_token_that_is_no_stop_leaves_no_trace() -> None:
     answer = StreamingText.start(_WORDS, ("<|im_end|>!",))
     ids = [*_ids("a"), _IM_END, *_ids("b")]

@@ -41,7 +41,7 @@ class Asker:
         """The answer, as a dict."""
 
         async def answer() -> dict[str, Any]:
-            found = await handler(self.context(), schemas.read(form, body))
+            found = await handler(self.context(), self._read(form, body))
             assert isinstance(found, dict)
             return found
 
@@ -51,7 +51,7 @@ class Asker:
         """The events of the stream."""
 
         async def events() -> list[dict[str, Any]]:
-            found = await handler(self.context(), schemas.read(form, {**body, "stream": True}))
+            found = await handler(self.context(), self._read(form, {**body, "stream": True}))
             assert not isinstance(found, dict)
             return [event async for event in found]
 
@@ -62,12 +62,16 @@ class Asker:
 
         async def error() -> ApiError:
             try:
-                await handler(self.context(), schemas.read(form, body))
+                await handler(self.context(), self._read(form, body))
             except ApiError as refusal:
                 return refusal
             raise AssertionError("it was not refused")
 
         return asyncio.run(asyncio.wait_for(error(), 60))
+
+    def _read(self, form: type[schemas.Model], body: dict[str, Any]) -> schemas.Model:
+        schemas.check_counts(body, self.limits)
+        return schemas.read(form, body)
 
     def context(self) -> Context:
         """What a handler is given; its log is kept."""

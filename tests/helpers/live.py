@@ -12,7 +12,7 @@ from handspun.models.load import ChatModel
 from handspun.serve.app import Service, make_app
 from handspun.serve.guard import Keys
 from handspun.serve.metrics import Metrics
-from handspun.serve.routes import ENDPOINTS
+from handspun.serve.routes import routes
 from handspun.serve.served import ServedModel
 from handspun.serve.worker import Worker, WorkerLimits
 from serving import Client, Reply, ask, served
@@ -93,7 +93,7 @@ def live(
     models = {name: ServedModel.of(name, chat) for name in names}
     service = Service(options, metrics, Keys(keys), models, worker)
     try:
-        with served(make_app(service, ENDPOINTS), options) as port:
+        with served(make_app(service, routes(options)), options) as port:
             yield Live(port, service)
     finally:
         worker.stop()

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from live import CHAT, COMPLETIONS
-
 _TOOL = {
     "type": "function",
     "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
@@ -19,11 +17,11 @@ _SCHEMA = {
 def _chat(text: str, **body: Any) -> tuple[str, dict[str, Any]]:
     system = {"role": "system", "content": _LONG}
     messages = [system, {"role": "user", "content": text}]
-    return CHAT, {"messages": messages, "max_tokens": 24, "seed": len(text), **body}
+    return "/v1/chat/completions", {"messages": messages, "max_tokens": 24, "seed": len(text), **body}
 
 
 def _plain(prompt: Any, **body: Any) -> tuple[str, dict[str, Any]]:
-    return COMPLETIONS, {"prompt": prompt, "max_tokens": 24, "seed": 7, **body}
+    return "/v1/completions", {"prompt": prompt, "max_tokens": 24, "seed": 7, **body}
 
 
 RECORDED: list[tuple[str, dict[str, Any]]] = [

@@ -84,9 +84,9 @@ class Kitchen:
 
 
 @contextmanager
-def served(app: ASGIApp, options: ServeOptions) -> Iterator[int]:
+def served(app: ASGIApp, options: ServeOptions, port: int = 0) -> Iterator[int]:
     """Serve an application from a thread, and yield its port."""
-    sock = listen("127.0.0.1", 0)
+    sock = listen("127.0.0.1", port)
     server = uvicorn.Server(HttpConfig(app, options))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
@@ -226,6 +226,15 @@ class Client:
         if not data:
             raise ConnectionError(f"the server closed the connection after {self._read!r}")
         self._read += data
+
+
+def longest_gap(client: Client) -> float:
+    """Seconds between two chunks of a stream, at most."""
+    newest, longest = time.monotonic(), 0.0
+    for _ in client.chunks():
+        longest = max(longest, time.monotonic() - newest)
+        newest = time.monotonic()
+    return longest
 
 
 def ask(port: int, path: str, body: Any = None, *headers: tuple[str, str], method: str = "") -> Reply:

@@ -2,19 +2,23 @@
 
 import json
 import re
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from prometheus_client.parser import text_string_to_metric_families
 
+from documents import ROOT
 from handspun import __version__
 from handspun.config.serving import ServeOptions
 from handspun.models.load import ChatModel
 from handspun.serve.app import Service, log_line, make_app
 from handspun.serve.guard import Exchange, Keys
 from handspun.serve.metrics import Metrics
+from handspun.serve.pages import git_commit
 from handspun.serve.routes import ABOUT, ENDPOINTS, with_openapi
 from handspun.serve.served import ServedModel
 from handspun.serve.worker import Worker, WorkerLimits
@@ -98,6 +102,28 @@ def test_version_names_versions_and_weights(port: int) -> None:
     assert found["weights"] == {"tiny": "float32", "a/b": "float32"}
     assert found["threads"] >= 1
     assert {"torch", "int8_kernels"} <= set(found)
+    assert found["git"] == git_commit()
+
+
+def test_git_commit_is_the_checkout_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    head = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    git_commit.cache_clear()
+    assert git_commit() == (head.stdout.strip() or None)
+    git_commit.cache_clear()
+    (tmp_path / "__init__.py").touch()
+    monkeypatch.setattr("handspun.__file__", str(tmp_path / "__init__.py"))  # installed, and in no checkout
+    assert git_commit() is None
+    git_commit.cache_clear()
+
+
+def test_a_service_can_be_served_again(worker: Worker, kitchen: Kitchen) -> None:
+    """In another event loop: an answer waits for nothing that belongs to the first."""
+    service = Service(OPTIONS, Metrics(), Keys([]), worker=worker)
+    for _ in range(2):
+        with served(make_app(service, kitchen.endpoints()), OPTIONS) as port:
+            assert ask(port, "/cook", {"text": "Hi"}).json() == {"text": "Hi"}
 
 
 def test_metrics_count_requests_by_route_and_never_by_a_clients_text(port: int) -> None:

@@ -5,14 +5,17 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
+from asking import served_chat
 from handspun.config.serving import ServeOptions
 from handspun.decoding.constraint import Constraint
+from handspun.display import log_lines_to
 from live import CHAT, COMPLETIONS, ENDLESS, HI, Live, live, live_chat
-from serving import Client, ask, wait_until
+from serving import ask, longest_gap, wait_until
 
 LONG_PROMPT = "Give me a brief introduction to the city. " * 60
 SHORT = {"messages": HI, "max_tokens": 6, "seed": 1}
@@ -21,6 +24,12 @@ SHORT = {"messages": HI, "max_tokens": 6, "seed": 1}
 @pytest.fixture(scope="module")
 def server() -> Iterator[Live]:
     with live(live_chat(), ServeOptions(log_requests=False, max_connections=400), rows=2) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def long() -> Iterator[Live]:
+    with live(served_chat(max_position_embeddings=16_384), kv_tokens=100_000, cache_bytes=0) as server:
         yield server
 
 
@@ -50,14 +59,39 @@ def test_a_queued_client_that_leaves_changes_no_other_answer(server: Live) -> No
         assert [future.result()["choices"] for future in running] == [expected, expected]
 
 
-def test_a_client_that_leaves_and_asks_again_piles_up_no_work(server: Live) -> None:
+def prompt_of_8k(number: int) -> list[int]:
+    """Token ids that begin like no other number's."""
+    return [65 + number, *[65 + (number + position) % 60 for position in range(8000)]]
+
+
+def test_a_client_that_leaves_and_asks_again_piles_up_no_work(long: Live) -> None:
     for number in range(20):
-        with server.begin(CHAT, messages=[{"role": "user", "content": f"{number} {LONG_PROMPT}"}]):
-            time.sleep(0.02)
+        with long.begin(COMPLETIONS, prompt=prompt_of_8k(number), max_tokens=1):
+            time.sleep(0.05)
     began = time.monotonic()
-    assert server.post(CHAT, **SHORT).status == 200
-    assert time.monotonic() - began < 2
-    wait_until(server.is_idle)
+    assert long.post(CHAT, **SHORT).status == 200
+    assert time.monotonic() - began < 1
+    wait_until(long.is_idle)
+
+
+@pytest.mark.parametrize("prompts", [1, 4])
+def test_streams_go_on_while_prompts_of_8k_come_in(long: Live, prompts: int) -> None:
+    body = {**ENDLESS, "max_tokens": 200, "min_tokens": 200, "stream": True}
+
+    def worst_gap() -> float:
+        with ExitStack() as stack, ThreadPoolExecutor(8) as pool:
+            streams = [stack.enter_context(long.begin(COMPLETIONS, **body)) for _ in range(4)]
+            for stream in streams:
+                stream.read_until(b"\r\n\r\n")
+            gaps = [pool.submit(longest_gap, stream) for stream in streams]
+            asked = [
+                pool.submit(long.post, COMPLETIONS, prompt=prompt_of_8k(number), max_tokens=1)
+                for number in range(prompts)
+            ]
+            assert {future.result().status for future in asked} == {200}
+            return max(future.result() for future in gaps)
+
+    assert any(worst_gap() < 0.3 for _ in range(4))  # other work on the machine makes gaps too
 
 
 def test_two_hundred_requests_that_are_left_cost_nothing(server: Live) -> None:
@@ -72,12 +106,8 @@ def test_two_hundred_requests_that_are_left_cost_nothing(server: Live) -> None:
 
 
 def test_any_stop_string_cuts_streams_and_answers_alike(server: Live) -> None:
-    special = {
-        "320": -100,
-        "321": -100,
-        "322": -100,
-    }  # they are not shown, and a stop string finds them all the same
-    body = {"messages": HI, "max_tokens": 40, "seed": 3, "ignore_eos": True, "logit_bias": special}
+    hidden = {"320": 5, "321": 5, "322": 5}  # special tokens, which are not shown, come often
+    body = {"messages": HI, "max_tokens": 40, "seed": 3, "ignore_eos": True, "logit_bias": hidden}
     whole = server.answer(CHAT, **body)["choices"][0]["message"]["content"]
     for start in range(0, len(whole) - 8, 7):
         for length in (1, 3, 8):
@@ -218,6 +248,8 @@ def test_a_key_s_prompts_are_known_to_that_key_alone() -> None:
         assert known("one") > 64
         assert known("one", cache_salt="s") == 0
         assert known("two", cache_salt="s") == 0
+        assert known("one", cache_prompt=False) == known("one", cache_prompt=False, seed=2) == 0
+        assert known("one", cache_prompt=True) > 64
 
 
 def test_a_fault_of_a_step_ends_one_stream_with_an_error_and_done(
@@ -257,40 +289,52 @@ def test_a_prompt_that_is_too_long_is_refused_with_both_counts(server: Live) -> 
 
 
 def test_a_refusal_comes_at_once(server: Live) -> None:
-    bodies = (
+    bodies: tuple[dict[str, Any], ...] = (
         {"n": 16_384},
         {"best_of": 10**6},
         {"stop": ["a"] * 50_000},
-        {"logit_bias": dict.fromkeys(map(str, range(2_000)), 1)},
+        {"logit_bias": dict.fromkeys(map(str, range(50_000)), 1)},
+        {"bad_words": [5] * 50_000},
+        {"tools": [{}] * 50_000},
     )
 
-    def seconds(body: dict[str, Any]) -> float:
-        began = time.monotonic()
-        assert server.post(CHAT, **SHORT, **body).status == 400
-        return time.monotonic() - began
+    def seconds(data: bytes) -> float:
+        began = time.process_time()  # of client and server, whatever else the machine does
+        assert ask(server.port, CHAT, data).status == 400
+        return time.process_time() - began
 
     for body in bodies:
-        assert min(seconds(body) for _ in range(3)) < 0.5, str(body)[:40]
+        data = json.dumps({**SHORT, **body}).encode()
+        assert min(seconds(data) for _ in range(5)) < 0.05, data[:80]
 
 
 def test_a_neighbor_s_tokens_come_while_hostile_grammars_are_read(server: Live) -> None:
     hostile = ["(a|a)*" * 30 + "b", "((a{1,1000}){1,1000}){1,1000}", "(([a-z])+.)+[A-Z]([a-z])+" * 20]
-    with server.begin(COMPLETIONS, **{**ENDLESS, "max_tokens": 1500, "min_tokens": 1500}, stream=True) as neighbor:
-        neighbor.read_until(b"\r\n\r\n")
-        with ThreadPoolExecutor(3) as pool:
+    body = {**ENDLESS, "max_tokens": 800, "min_tokens": 800, "stream": True}
+
+    def worst_gap() -> float:
+        with server.begin(COMPLETIONS, **body) as neighbor, ThreadPoolExecutor(3) as pool:
+            neighbor.read_until(b"\r\n\r\n")
             asked = [pool.submit(server.post, CHAT, **SHORT, guided_regex=regex) for regex in hostile]
             gap = longest_gap(neighbor)
             assert {future.result().status for future in asked} <= {200, 400}
-    assert gap < 1.5
+            return gap
+
+    assert any(worst_gap() < 0.5 for _ in range(3))
 
 
-def longest_gap(client: Client) -> float:
-    """Seconds between two chunks of a stream, at most."""
-    newest, longest = time.monotonic(), 0.0
-    for _ in client.chunks():
-        longest = max(longest, time.monotonic() - newest)
-        newest = time.monotonic()
-    return longest
+def test_a_request_is_one_line_of_the_log_whatever_it_asks() -> None:
+    bodies: tuple[dict[str, Any], ...] = (
+        {"max_tokens": 10**6, "stop": ["e"]},
+        {"repetition_penalty": 1.3},
+        {"temperature": 0, "top_k": 5},
+    )
+    lines = list[str]()
+    with live(live_chat(), ServeOptions()) as server, log_lines_to(lines.append):
+        for body in bodies:
+            assert server.post(CHAT, **{**SHORT, **body}).status == 200
+        wait_until(lambda: len(lines) == len(bodies))
+    assert all("POST /v1/chat/completions 200" in line for line in lines)
 
 
 def test_two_models_keep_their_token_tables(server: Live) -> None:

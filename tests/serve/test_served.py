@@ -1,5 +1,9 @@
 """`ServedModel`: names, defaults, constraints."""
 
+import shutil
+from pathlib import Path
+
+import peft
 import pytest
 
 from asking import Asker, served, served_chat
@@ -7,6 +11,7 @@ from handspun.config.serving import ServeOptions
 from handspun.decoding.constraint import grammar_of
 from handspun.decoding.options import SamplingParams
 from handspun.errors import ConfigError
+from handspun.models.load import load
 from handspun.serve.chat import chat_completions
 from handspun.serve.completions import completions
 from handspun.serve.errors import ApiError
@@ -41,6 +46,23 @@ def test_defaults_are_the_models_own() -> None:
     chat.model.generation_config.temperature = 0.7
     defaults = ServedModel.of("tiny", chat).describe()["defaults"]
     assert (defaults["do_sample"], defaults["temperature"], defaults["top_p"]) == (True, 0.7, 1.0)
+
+
+def test_a_run_s_checkpoint_and_an_adapter_name_their_base(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "run" / "checkpoint-best")
+    (tmp_path / "run" / "run.json").write_text('{"config": {"model": "Qwen/Qwen2.5-0.5B"}}')
+    model = load(str(tiny_folder)).model
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(tiny_folder)
+    adapted.save_pretrained(tmp_path / "adapter")
+
+    def told(path: Path) -> tuple[str | None, bool]:
+        entry = ServedModel.of("tiny", load(str(path))).describe()
+        return entry["base_model"], entry["adapter"]
+
+    assert told(tiny_folder) == (None, False)
+    assert told(tmp_path / "run" / "checkpoint-best") == ("Qwen/Qwen2.5-0.5B", False)
+    assert told(tmp_path / "adapter") == ("tiny-qwen2", True)  # not where it lies
 
 
 def test_settings_that_cannot_be_used_are_told_when_the_model_is_loaded() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from handspun.cli import main
 from handspun.config.serving import ServeOptions
+from handspun.display import log_lines_to
 from handspun.errors import ConfigError, ModelError
 from handspun.models.load import ChatModel
 from handspun.serve.connection import listen
@@ -148,6 +149,33 @@ def test_sigterm_ends_a_running_answer_with_an_error_after_the_time_to_drain(cha
     error, done = bodies[0].decode().split("\n\n")[-3:-1]
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "draining"
     assert done == "data: [DONE]"
+
+
+def test_sighup_reads_the_keys_again(chat: ChatModel, tmp_path: Path) -> None:
+    port, file, lines = free_port(), tmp_path / "keys.txt", list[str]()
+    file.write_text("old\n")
+
+    def status(key: str) -> int:
+        return ask(port, "/v1/models", None, ("X-Api-Key", key)).status
+
+    def hang_up_until(text: str) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        wait_until(lambda: text in lines[-1])
+
+    def act() -> None:
+        wait_until(lambda: is_ready(port), seconds=20)
+        assert (status("old"), status("new")) == (200, 401)
+        file.write_text("new\nnewer\n")
+        hang_up_until("read again: 2 keys")
+        assert (status("old"), status("new"), status("newer")) == (401, 200, 200)
+        file.write_text("")
+        hang_up_until("keys.txt holds no key. Write one per line. The keys stay as they were.")
+        assert (status("old"), status("new")) == (401, 200)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    options = ServeOptions(model=("tiny",), port=port, kv_tokens=512, api_key_file=str(file), log_requests=False)
+    with log_lines_to(lines.append):
+        serve_while(options, lambda _: chat, act)
 
 
 @contextmanager

@@ -153,7 +153,7 @@ def test_a_handler_ends_when_its_client_leaves(
         wait_until(lambda: kitchen.begun == begun + 1)
         assert kitchen.ended == ended
     wait_until(lambda: kitchen.ended == ended + 1, seconds=1)
-    wait_until(lambda: service.in_flight == 0, seconds=1)
+    wait_until(lambda: not service.answering, seconds=1)
     assert 'status="499"' in service.metrics.text(engine_up=True)
 
 
@@ -187,7 +187,7 @@ def test_running_answers_end_with_an_error_when_the_server_stops(
         wait_until(lambda: kitchen.begun == begun + 1)
         if "events" in order:
             time.sleep(0.1)  # let some be written
-        kitchen.loop.call_soon_threadsafe(service.stopping.set)
+        kitchen.loop.call_soon_threadsafe(service.stop_answers)
         reply = client.reply()
     assert reply.status == status
     assert '"code": "draining"' in reply.body.decode()

@@ -19,7 +19,7 @@ from handspun.models.fused import fused_weights
 from handspun.models.load import ChatModel
 from handspun.serve.errors import ApiError
 from handspun.serve.metrics import Metrics
-from handspun.serve.worker import Ticket, Worker, WorkerLimits
+from handspun.serve.worker import Ticket, Turns, Worker, WorkerLimits
 from tiny import tiny_model, tiny_tokenizer
 
 SMALL = WorkerLimits(rows=4, kv_tokens=4000, cache_bytes=2**22, queue=2)
@@ -117,12 +117,29 @@ def test_submit_refuses_more_than_the_queue_holds_and_takes_them_again_later(cha
             with pytest.raises(ApiError) as refused:
                 worker.submit("tiny", [request_for(chat, "Hi")])
             assert (refused.value.status, refused.value.code) == (429, "queue_full")
-            assert "Retry-After" in refused.value.headers
+            assert 1 <= int(refused.value.headers["Retry-After"]) <= 60
             first.cancel()
             assert len({await text_of(ticket) for ticket in waiting}) == 1
             assert await text_of(worker.submit("tiny", [request_for(chat, "Hi")]))
 
     run(check())
+
+
+def test_turns_tell_each_refused_client_a_later_time() -> None:
+    now = 0.0
+    turns = Turns(lambda: now)
+    assert turns.refuse() == 1  # at once, before anything has begun
+    for _ in range(4):  # a request leaves the queue every 2 seconds
+        now += 2.0
+        turns.begin(is_last=False)
+    assert [turns.refuse() for _ in range(3)] == [2, 4, 6]
+    turns.begin(is_last=False)  # 5 in 8 seconds; the first one's place is there
+    assert turns.refuse() == 5  # 3 * 8 / 5
+    now = 500.0
+    assert turns.refuse() == 60  # nothing has begun for minutes
+    turns.begin(is_last=True)
+    now = 501.0
+    assert turns.refuse() == 1  # all who were sent away could have had a place
 
 
 def test_cancel_frees_rows_at_once_whether_queued_or_running(chat: ChatModel) -> None:

@@ -34,7 +34,7 @@ class ServeOptions:
 
     api_key_file: str | None = None
     """File with one API key per line. Clients send one of them as a bearer token. HANDSPUN_API_KEY in the
-    environment is one more key. Without any, no key is asked for."""
+    environment is one more key. Without any, no key is asked for. SIGHUP has the file read again."""
 
     without_key: bool = False
     """Let other machines in without an API key, for a network that you trust."""
@@ -177,7 +177,7 @@ def served_models(models: tuple[str, ...]) -> dict[str, str]:
     for text in models:
         name, equals, path = text.partition("=")
         if not equals or Path(text).exists() or not _NAME.fullmatch(name):
-            name, path = _name_of(text), text
+            name, path = told_name(text), text
         if name in found:
             raise ConfigError(
                 f"--model {text}: there are two models named {name}. Name one of them differently, as in "
@@ -187,7 +187,8 @@ def served_models(models: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _name_of(path: str) -> str:
+def told_name(path: str) -> str:
+    """Return a model's name as clients see it: of a path that shows where it lies, only the last part."""
     plain = os.path.normpath(path)
     is_told = not os.path.isabs(plain) and not plain.startswith(("..", "~"))
     return plain.replace(os.sep, "/") if is_told else os.path.basename(os.path.abspath(os.path.expanduser(plain)))

@@ -8,6 +8,7 @@ import json
 import math
 import operator
 import types
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -77,8 +78,12 @@ def read_texts(hint: Any, texts: Sequence[str]) -> Any:
 
 
 def load_json(text: str) -> Any:
-    """Return the value of JSON text. Raises ValueError if it is not JSON, or if an object repeats a name."""
-    return json.loads(text, object_pairs_hook=_without_repetition, parse_constant=_no_constant)
+    """Return the value of JSON text.
+
+    Raises ValueError if it is not JSON, if an object repeats a name, or for a number that is too large.
+    """
+    hooks: dict[str, Any] = {"parse_constant": _no_constant, "parse_float": _finite}
+    return json.loads(text, object_pairs_hook=_without_repetition, **hooks)
 
 
 def _scalar(value: Any) -> Any:
@@ -250,12 +255,18 @@ def _read_runs(text: str) -> Sequence[Any]:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"an object has {short(name)} twice")
-        found[name] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"an object has {short(max(counts, key=counts.__getitem__))} twice")
     return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:30]} is too large for a number")
+    return value
 
 
 def _no_constant(name: str) -> float:

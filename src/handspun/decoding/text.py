@@ -2,7 +2,7 @@
 
 import codecs
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Protocol, Self
@@ -150,7 +150,10 @@ def _byte_lookup(backend: Tokenizer) -> Callable[[int], bytes]:
 
 @dataclass
 class StreamingText:
-    """The text of one answer as it grows. Special tokens are hidden, but stop strings can match them."""
+    """The text of one answer as it grows. Special tokens are hidden.
+
+    Stop strings see what is shown. One that holds a special token's name sees all names, each as a whole.
+    """
 
     vocabulary: Vocabulary
     stop_strings: tuple[str, ...]
@@ -159,15 +162,19 @@ class StreamingText:
     """The text emitted so far."""
     stop_string: str | None = None
     """The stop string that fired."""
+    _named: tuple[str, ...] = ()
+    """The stop strings that hold the name of a special token."""
     _buffer: str = ""
     """Text held back because it may be the beginning of a stop string."""
-    _shown: tuple[bool, ...] = ()
-    """For each buffered character, whether it is part of the text (a special token's characters are not)."""
+    _kinds: str = ""
+    """For each buffered character: "t" if it is shown, "s" if a special token begins here, "-" inside of one."""
 
     @classmethod
     def start(cls, vocabulary: Vocabulary, stop_strings: tuple[str, ...]) -> "StreamingText":
         """Return the text of an answer without tokens."""
-        return cls(vocabulary, stop_strings, vocabulary.detokenizer())
+        names = vocabulary.special.values()
+        named = tuple(stop for stop in stop_strings if any(name in stop for name in names))
+        return cls(vocabulary, stop_strings, vocabulary.detokenizer(), _named=named)
 
     def copy(self) -> "StreamingText":
         """Return an independent copy."""
@@ -181,37 +188,55 @@ class StreamingText:
         if self.stop_string is not None:
             return ""
         special = self.vocabulary.special.get(token_id)
-        new = self.detokenizer.push(token_id) if special is None else special
-        return self._add(new, shown=special is None)
+        if special is None:
+            return self._add(self.detokenizer.push(token_id), "t")
+        return self._add([special], "s" + "-" * (len(special) - 1))
 
     def finish(self) -> str:
         """End the answer and return the rest of its buffered text."""
-        shown = "" if self.stop_string is not None else self._add(self.detokenizer.finish(), shown=True)
+        shown = "" if self.stop_string is not None else self._add(self.detokenizer.finish(), "t")
         return shown + self._emit(len(self._buffer))
 
-    def _add(self, new: str, *, shown: bool) -> str:
-        for character in new:
-            self._buffer += character
-            self._shown += (shown,)
-            fired = [stop for stop in self.stop_strings if self._buffer.endswith(stop)]
+    def _add(self, pieces: Iterable[str], kinds: str) -> str:
+        """Add pieces inside of which no stop string ends. kinds: of each piece's characters."""
+        for piece in pieces:
+            self._buffer += piece
+            self._kinds += kinds
+            fired = [stop for stop in self.stop_strings if self._begins(stop, len(stop)) is not None]
             if fired:
                 self.stop_string = max(fired, key=len)
-                given = self._emit(len(self._buffer) - len(self.stop_string))
-                self._buffer, self._shown = "", ()
+                begin = self._begins(self.stop_string, len(self.stop_string))
+                given = self._emit(begin or 0)
+                self._buffer = self._kinds = ""
                 return given
         return self._emit(len(self._buffer) - self._partial_match())
 
     def _partial_match(self) -> int:
-        """Return the length of the longest suffix of the buffer that a stop string begins with."""
-        longest = max((len(stop) for stop in self.stop_strings), default=1) - 1
-        for length in range(min(longest, len(self._buffer)), 0, -1):
-            if any(stop.startswith(self._buffer[-length:]) for stop in self.stop_strings):
-                return length
-        return 0
+        """Return the number of characters to hold back: of the longest end that a stop string begins with."""
+        size = len(self._buffer)
+        begins = (
+            begin
+            for stop in self.stop_strings
+            for length in range(min(len(stop) - 1, size), 0, -1)
+            if (begin := self._begins(stop, length)) is not None
+        )
+        return size - min(begins, default=size)
+
+    def _begins(self, stop: str, length: int) -> int | None:
+        """Return where the stop string's first `length` characters begin, if the buffer ends with them."""
+        if stop in self._named:
+            begin = len(self._buffer) - length
+            is_end = self._buffer.endswith(stop[:length]) and self._kinds[begin] != "-"
+            return begin if is_end else None
+        if self._kinds.endswith("t" * length):  # the usual case: all of it is shown
+            return len(self._buffer) - length if self._buffer.endswith(stop[:length]) else None
+        shown = [index for index, kind in enumerate(self._kinds) if kind == "t"][-length:]
+        is_end = "".join(self._buffer[index] for index in shown) == stop[:length]
+        return shown[0] if is_end else None
 
     def _emit(self, count: int) -> str:
-        pairs = zip(self._buffer[:count], self._shown[:count], strict=True)
-        given = "".join(character for character, shown in pairs if shown)
-        self._buffer, self._shown = self._buffer[count:], self._shown[count:]
+        pairs = zip(self._buffer[:count], self._kinds[:count], strict=True)
+        given = "".join(character for character, kind in pairs if kind == "t")
+        self._buffer, self._kinds = self._buffer[count:], self._kinds[count:]
         self.text += given
         return given

@@ -148,6 +148,8 @@ class ModelSource:
     location: str
     gguf_file: str | None = None
     adapter: Path | None = None
+    base: str | None = None
+    """Of an adapter: its base, as its config names it."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -330,15 +332,15 @@ def _adapter_source(name: str, path: Path) -> ModelSource:
             f"{path / 'adapter_config.json'}: this version of peft ignores settings that it does not know: "
             f"{', '.join(unknown)}. A newer version may read them."
         )
-    base = _base_of(name, path, base)
-    if (Path(base) / "adapter_config.json").exists():
+    place = _base_of(name, path, base)
+    if (Path(place) / "adapter_config.json").exists():
         raise ModelError(
-            f"{name} is an adapter whose base, {base}, is an adapter itself. Merge that one first (handspun "
-            f"export --model {base} --merge --output-dir merged). Then set base_model_name_or_path in "
+            f"{name} is an adapter whose base, {place}, is an adapter itself. Merge that one first (handspun "
+            f"export --model {place} --merge --output-dir merged). Then set base_model_name_or_path in "
             f"{path / 'adapter_config.json'} to the merged folder's path."
         )
-    found = model_source(base)
-    return ModelSource(name, found.location, found.gguf_file, adapter=path)
+    found = model_source(place)
+    return ModelSource(name, found.location, found.gguf_file, adapter=path, base=base)
 
 
 def _base_of(name: str, adapter: Path, base: str) -> str:

@@ -27,7 +27,7 @@ from handspun.serve.guard import (
     read_json,
 )
 from handspun.serve.metrics import Metrics
-from handspun.serve.schemas import read
+from handspun.serve.schemas import check_counts, read
 from handspun.serve.served import Context, ServedModel
 from handspun.serve.sse import Answer, EventStream, answer, to_json
 from handspun.serve.worker import Worker
@@ -57,10 +57,16 @@ class Service:
     models: Mapping[str, ServedModel] = field(default_factory=dict)
     worker: Worker | None = None
     is_draining: bool = False
-    in_flight: int = 0
-    """Number of requests that are being answered."""
-    stopping: Event = field(default_factory=Event)
-    """Set when running answers have had their time: they end with an error."""
+    has_stopped: bool = False
+    """Running answers have had their time."""
+    answering: set[Event] = field(default_factory=set)
+    """One per request that is being answered. If it is set, the answer ends with an error."""
+
+    def stop_answers(self) -> None:
+        """End what is being answered with an error. Called in the event loop."""
+        self.has_stopped = True
+        for stopping in self.answering:
+            stopping.set()
 
     @property
     def state(self) -> State:
@@ -164,21 +170,32 @@ class _Endpoint:
             await _send_page(send, endpoint.page(service, scope["path_params"]), headers)
             return
         body = await self._read(headers, receive, exchange)
-        service.in_flight += 1
+        stopping = Event()  # of its own: an event belongs to the loop in which it is first waited for
+        service.answering.add(stopping)
+        if service.has_stopped:
+            stopping.set()
         try:
-            await self._answer(body, namespace, exchange, receive, send)
+            await self._answer(body, namespace, exchange, receive, send, stopping)
         finally:
-            service.in_flight -= 1
+            service.answering.discard(stopping)
 
     async def _read(self, headers: Headers, receive: Receive, exchange: Exchange) -> BaseModel:
         options = self._service.options
         check_content_type(headers)
         body = await read_body(headers, receive, exchange, options.max_body_bytes, options.read_seconds)
         assert self._endpoint.body is not None
-        return read(self._endpoint.body, read_json(body, depth=options.max_json_depth))
+        value = read_json(body, depth=options.max_json_depth)
+        check_counts(value, options)
+        return read(self._endpoint.body, value)
 
     async def _answer(
-        self, body: BaseModel, namespace: str, exchange: Exchange, receive: Receive, send: Send
+        self,
+        body: BaseModel,
+        namespace: str,
+        exchange: Exchange,
+        receive: Receive,
+        send: Send,
+        stopping: Event,
     ) -> None:
         service, handler = self._service, self._endpoint.handler
         assert handler is not None
@@ -196,7 +213,7 @@ class _Endpoint:
             lambda: handler(context, body),
             receive,
             EventStream(send, is_named=self._endpoint.is_named),
-            stopping=service.stopping,
+            stopping=stopping,
             ping_seconds=service.options.ping_seconds,
             as_error=lambda error: as_api_error(error, exchange),
         )

@@ -13,10 +13,18 @@ from handspun.models.embedding_rows import check_prompt
 from handspun.serve.answers import TicketStream, collect, details, finish_reason, log_answers, tree_nodes, usage
 from handspun.serve.completions import check_token_ids
 from handspun.serve.logprobs import ScoredToken, ShownTokens, chat_logprobs, shown_tokens
-from handspun.serve.schemas import ChatMessage, ChatRequest, ExplainRequest, NamedTool, RefusalPart, Tool
+from handspun.serve.schemas import (
+    ChatMessage,
+    ChatRequest,
+    ExplainRequest,
+    NamedTool,
+    RefusalPart,
+    Tool,
+    at_most,
+)
 from handspun.serve.served import Context, ServedModel
 from handspun.serve.tool_deltas import ToolDeltas, delta_of
-from handspun.serve.translate import Prepared, Wanted, as_api_errors, at_most, prepare, refuse
+from handspun.serve.translate import Prepared, Wanted, as_api_errors, prepare, refuse
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ async def prepare_chat(context: Context, body: ChatRequest, *, max_tokens: int |
 
     max_tokens: of an answer, if the endpoint has its own field for it.
     """
-    check_conversation(context, body.messages, body.tools)
+    check_conversation(body.messages, body.tools)
     if body.top_logprobs is not None:
         at_most(body.top_logprobs, context.limits.max_top_logprobs, "top_logprobs", "alternatives per token")
         if not body.logprobs:
@@ -112,10 +120,8 @@ async def prepare_chat(context: Context, body: ChatRequest, *, max_tokens: int |
     return ChatForm(identity, prepared, body, int(time.time()), ends_behind_call)
 
 
-def check_conversation(context: Context, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None) -> None:
-    """Raise ApiError for a conversation or tools over the limits, or that no model could read."""
-    at_most(len(messages), context.limits.max_messages, "messages", "messages")
-    at_most(len(tools or ()), context.limits.max_tools, "tools", "tools")
+def check_conversation(messages: Sequence[ChatMessage], tools: Sequence[Tool] | None) -> None:
+    """Raise ApiError for a conversation or tools that no model could read."""
     names = [tool.function.name for tool in tools or ()]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise refuse("tools", f"two tools are named {twice!r}. Rename one.")

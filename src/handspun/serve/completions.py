@@ -10,9 +10,9 @@ from handspun.decoding.results import GenerationChunk, GenerationResult
 from handspun.models.embedding_rows import check_prompt
 from handspun.serve.answers import TicketStream, collect, details, finish_reason, log_answers, tree_nodes, usage
 from handspun.serve.logprobs import ShownTokens, completion_logprobs, prompt_tokens, shown_tokens
-from handspun.serve.schemas import CompletionRequest
+from handspun.serve.schemas import CompletionRequest, at_most
 from handspun.serve.served import Context, ServedModel
-from handspun.serve.translate import Prepared, Wanted, as_api_errors, at_most, prepare, refuse
+from handspun.serve.translate import Prepared, Wanted, as_api_errors, prepare, refuse
 
 Prompts = list[str] | list[list[int]]
 

@@ -320,6 +320,11 @@ class Keys:
         return cls(keys)
 
     @property
+    def count(self) -> int:
+        """Number of keys."""
+        return len(self._keys)
+
+    @property
     def are_needed(self) -> bool:
         """Whether a request needs a key."""
         return bool(self._keys)
@@ -393,10 +398,12 @@ def _too_large(limit: int) -> ApiError:
 def read_json(body: bytes, *, depth: int) -> dict[str, Any]:
     """Return the object that a body holds. Raises ApiError for anything that is not strictly JSON, or too deep."""
     try:
-        value = load_json(body.decode("utf-8"))
+        text = body.decode("utf-8")
+        value = load_json(text)
         if exceeds_depth(value, depth - 1):  # its levels are those below the value
             raise _invalid_json(f"is nested more than {depth} levels deep")
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # finds lone surrogates and 1e999
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # finds lone surrogates
     except RecursionError:
         raise _invalid_json(f"is nested more than {depth} levels deep") from None
     except UnicodeDecodeError:

@@ -1,10 +1,16 @@
 """What the server says of itself: health, metrics, version, the list of models, and its own description."""
 
+import json
+import subprocess
 from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
+import handspun
 from handspun import __version__
 from handspun.display import join_names, printable
 from handspun.serve.app import Endpoint, Page, Service
@@ -28,7 +34,7 @@ def metrics(service: Service, _: Mapping[str, str]) -> Page:
 
 
 def version(service: Service, _: Mapping[str, str]) -> Page:
-    """Return versions, threads, each model's type of weights, and whether /collect keeps rows."""
+    """Return versions, git commit, threads, each model's type of weights, and whether /collect keeps rows."""
     import torch
 
     from handspun.kernels import kernels_for
@@ -36,6 +42,7 @@ def version(service: Service, _: Mapping[str, str]) -> Page:
     return Page(
         {
             "version": __version__,
+            "git": git_commit(),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "int8_kernels": kernels_for(torch.device("cpu")).name,
@@ -43,6 +50,23 @@ def version(service: Service, _: Mapping[str, str]) -> Page:
             "collects_rows": service.options.collect is not None,
         }
     )
+
+
+@cache
+def git_commit() -> str | None:
+    """Return the commit of this code, if it runs from a checkout or was installed from a repository."""
+    folder = Path(handspun.__file__).parent
+    try:
+        installed = metadata.distribution("handspun").read_text("direct_url.json")
+        if commit := json.loads(installed or "{}").get("vcs_info", {}).get("commit_id"):
+            return str(commit)
+        # A package that is installed inside of another project's checkout is not in its index.
+        git = ["git", "-C", str(folder)]
+        subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], check=True, capture_output=True)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    except (OSError, ValueError, subprocess.CalledProcessError, metadata.PackageNotFoundError):
+        return None
+    return head.stdout.strip()
 
 
 def models(service: Service, _: Mapping[str, str]) -> Page:

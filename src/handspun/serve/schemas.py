@@ -1,7 +1,7 @@
 """Bodies of requests, as pydantic models: every field, its range, and the reason why some are refused.
 
-A field that is not there is an error, which names the nearest one. Limits that are options of the server (how many
-messages, stop strings, answers...) are checked where a body is translated.
+A field that is not there is an error, which names the nearest one. Of the limits that are options of the server,
+those of many members (messages, stop strings...) are checked before a body is read, others where it is translated.
 """
 
 import difflib
@@ -12,13 +12,14 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from handspun.config.serving import ServeOptions
 from handspun.config.typed import short
 from handspun.serve.errors import ApiError
 
 _MOST_NAMED = 5
+_MOST_EXPLAINED = 200
+"""Each error of a body takes a while to put into words, and one body can have a hundred thousand."""
 _MOST = 10**9
-_MOST_MESSAGES = 20_000
-"""Whatever the server's own limit is: more are refused before each of them is read."""
 
 
 def _whole(value: Any) -> Any:
@@ -192,6 +193,9 @@ class SamplingBody(Body):
     cache_salt: Annotated[str, Field(max_length=256)] | None = Field(
         None, description="Only prompts with the same salt share what is cached."
     )
+    cache_prompt: bool | None = Field(
+        None, description="false: neither use nor keep anything in the prompt cache."
+    )
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
     user: Ignored = None
     metadata: Ignored = None
@@ -206,7 +210,7 @@ class SamplingBody(Body):
 class PromptFields(Body):
     """What a chat prompt is made of."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=_MOST_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
     tools: Annotated[list[Tool], Field(min_length=1)] | None = None
     continue_final_message: bool | None = Field(None, description="Go on with the last message, an assistant's.")
     add_generation_prompt: bool | None = None
@@ -422,7 +426,33 @@ _NOT_SUPPORTED = {
 
 _MEDIA = ("image_url", "input_image", "image", "input_audio", "audio", "video_url", "file", "input_file")
 
+_COUNTED = {
+    "messages": ("max_messages", "messages"),
+    "input": ("max_messages", "items"),
+    "tools": ("max_tools", "tools"),
+    "stop": ("max_stop_strings", "stop strings"),
+    "logit_bias": ("max_logit_bias", "token ids"),
+}
+"""Fields with many members: the limit of each, an option of the server, and what is counted."""
+
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def check_counts(value: Mapping[str, Any], limits: ServeOptions) -> None:
+    """Raise ApiError for a field of more members than the server takes, before any of them is read."""
+    for name, (option, what) in _COUNTED.items():
+        if isinstance(found := value.get(name), list | dict):
+            at_most(len(found), getattr(limits, option), name, what)
+
+
+def at_most(value: int, most: int, param: str, what: str) -> None:
+    """Raise ApiError if a value is over a limit of the server. what: is counted, as in "3 messages"."""
+    if value > most:
+        raise ApiError(
+            f"{param}: {value:,} {what} are more than this server takes (expected at most {most:,}).",
+            code="invalid_value",
+            param=param,
+        )
 
 
 def read(model: type[Model], value: Any) -> Model:
@@ -430,9 +460,11 @@ def read(model: type[Model], value: Any) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        problems = _most_specific([_problem(model, value, one) for one in error.errors(include_url=False)])
+        errors = error.errors(include_url=False)
+    problems = _most_specific([_problem(model, value, one) for one in errors[:_MOST_EXPLAINED]])
     path, _, code = problems[0]
-    more = f" ({len(problems) - _MOST_NAMED} more)" if len(problems) > _MOST_NAMED else ""
+    least = "at least " if len(errors) > _MOST_EXPLAINED else ""
+    more = f" ({least}{len(problems) - _MOST_NAMED} more)" if len(problems) > _MOST_NAMED else ""
     message = " ".join(text for _, text, _ in problems[:_MOST_NAMED]) + more
     raise ApiError(message, code=code, param=path or None)
 

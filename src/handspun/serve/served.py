@@ -8,18 +8,22 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from handspun import __version__
 from handspun.config import GenerationOptions
+from handspun.config.serving import told_name
 from handspun.decoding.constraint import Constraint, Grammar, compile_grammar, token_table
 from handspun.decoding.options import SamplingParams, resolve
 from handspun.decoding.prompts import context_length
 from handspun.decoding.text import Vocabulary, vocabulary
 from handspun.errors import HandspunError
+from handspun.files import read_json_object
 from handspun.models.embedding_rows import embedding_rows
 from handspun.models.fingerprints import model_fingerprints
-from handspun.models.load import ChatModel, model_source
+from handspun.models.load import ChatModel, ModelSource, model_source
+from handspun.runs.record import RUN_FILE
 from handspun.serve.errors import ApiError
 
 if TYPE_CHECKING:
@@ -56,6 +60,10 @@ class ServedModel:
     vocabulary_id: str
     """The same for models whose token ids mean the same."""
     created: int
+    base: str | None
+    """The model that it was fine-tuned from, if its folder says so."""
+    is_adapter: bool
+    """Whether LoRA adapters are merged into the base's weights."""
     defaults: dict[str, Any]
     """Sampling options of requests that say nothing about them."""
     samples_by_default: bool
@@ -72,14 +80,17 @@ class ServedModel:
         samples = says[0] is None and says[1] in (None, 1)
         is_chat = bool(chat.tokenizer.chat_template)
         params, _ = resolve(GenerationOptions(do_sample=samples or None), chat, chat=is_chat)
+        source = _source(chat)
         made = cls(
             name=name,
             chat=chat,
             vocabulary=vocabulary(chat.tokenizer),
             context=context_length(chat),
-            fingerprint=_fingerprint(chat),
+            fingerprint=_fingerprint(chat, source),
             vocabulary_id=_hash_of("v", chat.tokenizer.get_vocab()),
             created=int(time.time()),
+            base=None if source is None else _base(source),
+            is_adapter=source is not None and source.adapter is not None,
             defaults={option: getattr(params, option) for option in _TOLD},
             samples_by_default=samples,
         )
@@ -120,6 +131,8 @@ class ServedModel:
             "owned_by": "handspun",
             "max_model_len": self.context,
             "weights": _weights(self.chat),
+            "base_model": self.base,
+            "adapter": self.is_adapter,
             "system_fingerprint": self.fingerprint,
             "vocabulary": self.vocabulary_id,
             "defaults": self.defaults,
@@ -168,7 +181,23 @@ def _weights(chat: ChatModel) -> str:
     return "int8" if chat.fused is not None else str(chat.model.dtype).removeprefix("torch.")
 
 
-def _fingerprint(chat: ChatModel) -> str:
+def _source(chat: ChatModel) -> ModelSource | None:
+    try:
+        return model_source(chat.name)
+    except HandspunError:  # a model that was made in memory has no files
+        return None
+
+
+def _base(source: ModelSource) -> str | None:
+    """Return the name of an adapter's base, or of the model that a run has fine-tuned."""
+    if source.base is not None:
+        return told_name(source.base)
+    config = (read_json_object(Path(source.location).parent / RUN_FILE) or {}).get("config")
+    name = config.get("model") if isinstance(config, dict) else None
+    return told_name(name) if isinstance(name, str) else None
+
+
+def _fingerprint(chat: ChatModel, source: ModelSource | None) -> str:
     """Return a name for what decides a seed's answer."""
     known: dict[str, Any] = {
         "version": __version__,
@@ -176,10 +205,7 @@ def _fingerprint(chat: ChatModel) -> str:
         "template_args": chat.template_args,
         "config": chat.model.config.to_dict(),
     }
-    try:
-        known |= model_fingerprints(model_source(chat.name), chat.tokenizer)
-    except HandspunError:  # a model that was made in memory has no files
-        known["name"] = chat.name
+    known |= {"name": chat.name} if source is None else model_fingerprints(source, chat.tokenizer)
     return _hash_of("fp", known)
 
 

@@ -17,6 +17,7 @@ import uvicorn
 
 from handspun.config.serving import ServeOptions, served_models
 from handspun.display import count_of, logger
+from handspun.errors import ConfigError
 from handspun.models.load import ChatModel
 from handspun.runs.record import current_memory
 from handspun.serve.app import Service, make_app
@@ -121,25 +122,28 @@ class _Life:
         service.is_draining = True
         if service.worker is not None:
             service.worker.drain()
-        if service.in_flight:
+        if service.answering:
             logger.info(
-                f"finishing {count_of(service.in_flight, 'request')}, {service.options.drain_seconds:g} seconds "
-                "at most; a second Ctrl-C or SIGTERM leaves at once"
+                f"finishing {count_of(len(service.answering), 'request')}, {service.options.drain_seconds:g} "
+                "seconds at most; a second Ctrl-C or SIGTERM leaves at once"
             )
         for seconds in (service.options.drain_seconds, _LAST_WORDS_SECONDS):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
-                    while service.in_flight:
+                    while service.answering:
                         await asyncio.sleep(0.02)
-            service.stopping.set()
+            service.stop_answers()
 
     @contextlib.contextmanager
     def _signal_handlers(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():  # Python takes signals in no other
             yield
             return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        handlers: dict[int, Callable[[int, FrameType | None], None]]
+        handlers = {signal.SIGINT: self._on_signal, signal.SIGTERM: self._on_signal}
+        if self._service.options.api_key_file is not None and hasattr(signal, "SIGHUP"):
+            handlers[signal.SIGHUP] = self._on_hangup
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
         finally:
@@ -154,6 +158,18 @@ class _Life:
                     stream.flush()
             os._exit(0 if self._signals == 1 else 128 + number)
         self._loop.call_soon_threadsafe(self._stop.set)
+
+    def _on_hangup(self, _number: int, _frame: FrameType | None) -> None:
+        self._loop.call_soon_threadsafe(self._read_keys)
+
+    def _read_keys(self) -> None:
+        """Read the file of keys again. One that cannot be used changes nothing."""
+        try:
+            self._service.keys = Keys.read(self._service.options.api_key_file)
+        except ConfigError as error:
+            logger.error(f"{error} The keys stay as they were.")
+        else:
+            logger.info(f"the API keys were read again: {count_of(self._service.keys.count, 'key')}")
 
 
 async def _in_thread(work: Callable[[], Result]) -> Result:

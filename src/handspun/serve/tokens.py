@@ -19,9 +19,10 @@ from handspun.serve.schemas import (
     ScoreRequest,
     TemplateRequest,
     TokenizeRequest,
+    at_most,
 )
 from handspun.serve.served import Context, ServedModel, find_model
-from handspun.serve.translate import Wanted, as_api_errors, at_most, prepare, refuse
+from handspun.serve.translate import Wanted, as_api_errors, prepare, refuse
 
 Result = TypeVar("Result")
 
@@ -32,7 +33,7 @@ async def tokenize(context: Context, body: TokenizeRequest) -> dict[str, Any]:
         raise refuse("content", "give a text as content, or messages.")
     model = find_model(context, body.model)
     if body.messages is not None:
-        check_conversation(context, body.messages, body.tools)
+        check_conversation(body.messages, body.tools)
     ids = await _in_thread(model, lambda: _ids(model, body))
     if not body.with_pieces:
         return {"tokens": ids, "count": len(ids)}
@@ -49,7 +50,7 @@ async def detokenize(context: Context, body: DetokenizeRequest) -> dict[str, Any
 async def apply_template(context: Context, body: TemplateRequest) -> dict[str, Any]:
     """Return a conversation as the model sees it: each token with its text or its bytes, and who wrote it."""
     model = find_model(context, body.model)
-    check_conversation(context, body.messages, body.tools)
+    check_conversation(body.messages, body.tools)
 
     def trace() -> dict[str, Any]:
         messages, tools, goes_on = conversation_of(body)
@@ -77,7 +78,7 @@ async def explain(context: Context, body: ExplainRequest) -> dict[str, Any]:
         if getattr(body, name) not in (None, False):
             raise refuse(name, "one token is explained. Remove it.")
     if body.messages is not None:
-        check_conversation(context, body.messages, body.tools)
+        check_conversation(body.messages, body.tools)
     if body.seed is None and body.temperature != 0:
         raise refuse("seed", "give the seed that the answer names, so that the same token is drawn.")
     is_chat = body.messages is not None or (isinstance(body.prompt, list) and body.is_chat is not False)

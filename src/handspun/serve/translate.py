@@ -24,7 +24,7 @@ from handspun.decoding.processors import make_processors
 from handspun.decoding.request import Request
 from handspun.errors import ConfigError, HandspunError
 from handspun.serve.errors import ApiError
-from handspun.serve.schemas import SamplingBody
+from handspun.serve.schemas import SamplingBody, at_most
 from handspun.serve.served import Context, ServedModel, find_model
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ class Prepared:
     """Answers per prompt that the client gets."""
     computed: int = 1
     """Answers per prompt that are computed: more with best_of, and one if all would be the same."""
-    namespace: str = ""
+    namespace: str | None = ""
+    """Whose cached prompts may be used. None: nobody's."""
 
     @property
     def copies(self) -> int:
@@ -155,18 +156,14 @@ async def prepare(
         seeds=seeds,
         choices=body.n or 1,
         computed=computed,
-        namespace=f"{context.namespace}\n{body.cache_salt}" if body.cache_salt else context.namespace,
+        namespace=_namespace(context, body),
     )
 
 
-def at_most(value: int, most: int, param: str, what: str) -> None:
-    """Raise ApiError if a value is over a limit of the server. what: is counted, as in "3 messages"."""
-    if value > most:
-        raise ApiError(
-            f"{param}: {value:,} {what} are more than this server takes (expected at most {most:,}).",
-            code="invalid_value",
-            param=param,
-        )
+def _namespace(context: Context, body: SamplingBody) -> str | None:
+    if body.cache_prompt is False:
+        return None
+    return f"{context.namespace}\n{body.cache_salt}" if body.cache_salt else context.namespace
 
 
 def refuse(param: str, message: str) -> ApiError:
@@ -217,8 +214,6 @@ def _check_shared(body: SamplingBody, wanted: Wanted, limits: ServeOptions) -> N
     at_most(body.n or 1, most, "n", "answers")
     at_most(wanted.best_of, most, "best_of", "answers")
     at_most(body.num_beams or 1, most, "num_beams", "beams")
-    at_most(len(_stop_strings(body)), limits.max_stop_strings, "stop", "stop strings")
-    at_most(len(body.logit_bias or ()), limits.max_logit_bias, "logit_bias", "token ids")
     for text in _stop_strings(body):
         if not 1 <= len(text) <= _MAX_STOP_CHARACTERS:
             raise refuse("stop", f"a stop string has 1 to {_MAX_STOP_CHARACTERS} characters, got {len(text)}.")

@@ -4,10 +4,11 @@ The thread alone touches the schedulers. The event loop hands it tickets; it han
 """
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -25,25 +26,52 @@ from handspun.serve.translate import in_fields
 
 State = Literal["ready", "draining", "failed"]
 _STUCK_SECONDS = 30.0
+_LONGEST_RETRY = 60
+"""Seconds. openai's clients take no longer Retry-After for serious."""
 _IDLE_SECONDS = 0.5
 """Longest sleep of the idle thread; a new request wakes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerLimits:
-    """What the engine takes on at a time."""
+class WorkerLimits(BatchLimits):
+    """What the engine takes on at a time: of each model, what a batch's limits say, with these defaults."""
 
-    rows: int = 32
-    """Answers and beams that are decoded together, per model."""
     kv_tokens: int = 65536
-    """Tokens in the KV cache, per model. Each answer reserves its full length."""
     cache_bytes: int = 512 * 2**20
-    """Keys and values kept of earlier prompts, per model."""
+    step_seconds: float = 0.1
     queue: int = 64
     """Requests that wait."""
     queue_seconds: float = 60.0
     request_seconds: float = 600.0
-    step_seconds: float = 0.1
+
+
+class Turns:
+    """How often a place in the queue becomes free, and who was sent away since.
+
+    clock: returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._begun: deque[float] = deque([clock()], maxlen=33)
+        """When the newest requests left the queue, and first of all, when the server began."""
+        self._refused = 0
+
+    def begin(self, *, is_last: bool) -> None:
+        """Note that a request left the queue. is_last: the queue is empty now."""
+        self._begun.append(self._clock())
+        self._refused = 0 if is_last else max(0, self._refused - 1)
+
+    def refuse(self) -> int:
+        """Return the seconds after which there should be a place for one more of those who were sent away.
+
+        Clients that were sent away earlier have theirs before.
+        """
+        self._refused += 1
+        now = self._clock()
+        recent = [when for when in self._begun if now - when < _LONGEST_RETRY]
+        each = (now - recent[0]) / max(1, len(recent) - 1) if recent else _LONGEST_RETRY
+        return max(1, min(_LONGEST_RETRY, math.ceil(each * self._refused)))
 
 
 Item = GenerationChunk | ApiError | None
@@ -97,13 +125,7 @@ class Worker:
 
     def __init__(self, models: Mapping[str, ChatModel], limits: WorkerLimits, metrics: Metrics) -> None:
         self._limits, self._metrics = limits, metrics
-        batch = BatchLimits(
-            rows=limits.rows,
-            tokens=limits.kv_tokens,
-            step_seconds=limits.step_seconds,
-            kv_tokens=limits.kv_tokens,
-            cache_bytes=limits.cache_bytes,
-        )
+        batch = replace(limits, tokens=limits.kv_tokens)
         self._schedulers = {name: Scheduler(model, batch) for name, model in models.items()}
         self._vocabularies = {
             name: model.model.config.get_text_config().vocab_size for name, model in models.items()
@@ -115,6 +137,7 @@ class Worker:
         self._leaving: deque[Ticket] = deque()
         self._waiting = 0
         """Tickets of which nothing has begun."""
+        self._turns = Turns()
         self._unfinished = 0
         self._wake = threading.Event()
         self._is_draining = self._is_stopping = False
@@ -133,11 +156,11 @@ class Worker:
             return "failed"
         return "draining" if self._is_draining else "ready"
 
-    def submit(self, model: str, requests: Sequence[Request], *, namespace: str = "") -> Ticket:
+    def submit(self, model: str, requests: Sequence[Request], *, namespace: str | None = "") -> Ticket:
         """Queue requests. Call it in the event loop.
 
-        namespace: whose prompts' beginnings may be used again. Raises ApiError if the queue is full, if the server
-        stops, or if an answer can never fit into the KV cache.
+        namespace: whose prompts' beginnings may be used again; None for nobody's. Raises ApiError if the queue is
+        full, if the server stops, or if an answer can never fit into the KV cache.
         """
         state = self.state
         if state != "ready":
@@ -154,7 +177,7 @@ class Worker:
                 self._metrics.rejected("queue_full")
                 raise ApiError(
                     f"{self._waiting} requests are waiting, which is the most that --max-queue allows. Try later.",
-                    "rate_limit_error", code="queue_full", headers={"Retry-After": "2"},
+                    "rate_limit_error", code="queue_full", headers={"Retry-After": str(self._turns.refuse())},
                 )  # fmt: skip
             self._incoming.append(ticket)
             self._waiting += 1
@@ -302,6 +325,7 @@ class Worker:
         ticket.first_step = started
         with self._lock:
             self._waiting -= 1
+            self._turns.begin(is_last=self._waiting == 0)
         self._metrics.queued(started - ticket.submitted)
         self._metrics.request_started(ticket.model)
 
