@@ -242,7 +242,7 @@ class RowMessage(ChatMessage):
 class RowRequest(Body):
     """A body of /collect: a row to train on, in the format `messages`."""
 
-    messages: Annotated[list[RowMessage], Field(min_length=1, max_length=_MOST_MESSAGES)]
+    messages: Annotated[list[RowMessage], Field(min_length=1)]
     tools: Annotated[list[Tool], Field(min_length=1)] | None = None
 
 
