@@ -37,7 +37,7 @@ async def collect(context: Context, body: RowRequest) -> dict[str, Any]:
             "not_found_error",
             code="not_collecting",
         )
-    check_conversation(context, body.messages, body.tools)
+    check_conversation(body.messages, body.tools)
     row = row_of(body)
     check_row(row)
     line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
