@@ -119,7 +119,9 @@ class Shim:
         await answer.aclose()
         if is_own and answer.status_code == 200:
             return JSONResponse(own_answer(json.loads(text)))
-        kept = {name: value for name, value in answer.headers.items() if name != "content-length"}
+        # The body has been unpacked.
+        kept = {name: value for name, value in answer.headers.items() if name.split("-")[0] != "content"}
+        kept["content-type"] = kind
         return Response(text, answer.status_code, kept)
 
     async def _slots(self, _: Request) -> Response:
