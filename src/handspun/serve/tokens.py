@@ -126,7 +126,7 @@ async def score(context: Context, body: ScoreRequest) -> dict[str, Any]:
     if (body.prompt is None) == (body.messages is None):
         raise refuse("prompt", "give messages, or a prompt.")
     if body.messages is not None:
-        check_conversation(context, body.messages, body.tools)
+        check_conversation(body.messages, body.tools)
     ids, top = body.answer_token_ids, body.top_logprobs or 0
     at_most(len(ids), context.limits.max_tokens, "answer_token_ids", "tokens")
     at_most(top, context.limits.max_top_logprobs, "top_logprobs", "alternatives per token")
