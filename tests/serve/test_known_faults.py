@@ -305,7 +305,7 @@ def test_a_refusal_comes_at_once(server: Live) -> None:
 
     for body in bodies:
         data = json.dumps({**SHORT, **body}).encode()
-        assert min(seconds(data) for _ in range(5)) < 0.05, data[:80]
+        assert min(seconds(data) for _ in range(5)) < 0.1, data[:80]  # half of it on an idle machine
 
 
 def test_a_neighbor_s_tokens_come_while_hostile_grammars_are_read(server: Live) -> None:
