@@ -1,21 +1,18 @@
 # %% [markdown]
 # # The whole job in one file
 #
-# Fine-tune a small chat model on instructions, then decode in three ways. Plain PyTorch: transformers supplies the
-# tokenizer and the network, and everything else is here. Read it from top to bottom.
+# Fine-tune a small chat model on instructions, then decode in three ways. Plain PyTorch, to be read from top to
+# bottom: transformers supplies the tokenizer and the network, and everything else is here.
 #
 #     python train_inference.py --demo                 # the embedded model and rows, no network
 #     python -u train_inference.py > train.log 2>&1    # Qwen2.5-0.5B on the Alpaca rows of train.csv
 #
-# It saves `output/checkpoint-epoch-N/` after each epoch: ordinary transformers folders.
-#
-# The package gives the same losses and the same greedy and beam tokens (`tests/test_train_inference.py` compares
-# them). It also reads other formats and templates, keeps a user's text apart from the template's markup, accounts
-# for every row it drops, fits a batch into memory, resumes a run that was killed, and writes a report.
-#
-# On the demo's model and rows it trains 2.1 times as fast in float32, and 2.9 times in bfloat16, its default on a
-# CPU that is faster with it. Short answers take as long as here in float32, and come 2.1 to 3.6 times as fast with
-# int8 weights. (One thread of an Intel Sapphire Rapids server: `python benchmarks/whole_job.py`.)
+# The package gives the same losses and the same greedy and beam tokens (`tests/test_train_inference.py`). It also
+# reads other formats and templates, keeps a user's text apart from the template's markup, accounts for every row
+# it drops, fits a batch into memory, resumes a run that was killed, and writes a report. On the demo's model and
+# rows it trains 2.1 times as fast in float32, and 2.9 times in bfloat16. Short answers take as long as here in
+# float32, and come 2.1 to 3.6 times as fast with int8 weights. (`python benchmarks/whole_job.py`, one thread of
+# an Intel Sapphire Rapids server.)
 
 # %%
 import argparse
@@ -35,36 +32,33 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-BATCH_SIZE, MAX_LENGTH = 8, 2048
+BATCH_SIZE, MAX_LENGTH, SEED = 8, 2048, 0
 WARMUP_RATIO, MAX_GRAD_NORM = 0.03, 1.0
 LORA_RANK, LORA_ALPHA = 16, 32
-SEED = 0
 END_OF_TURN = "<|im_end|>"  # of ChatML, the template of Qwen2.5 and SmolLM2
 STOP_STRINGS = (END_OF_TURN, "\nUser:")
 IGNORED = -100  # label of a position without a target; cross_entropy skips it
 
+Example = dict[str, Tensor]  # input_ids and labels of a row, each (length,)
+Ending = Callable[[list[int]], str | None]  # why an answer has ended; None if it has not
+Scored = tuple[float | None, list[int]]  # an answer's score, None without beams, and its tokens
+
 # %% [markdown]
 # ## From a row to token ids and labels
 #
-# The chat template turns a conversation into text:
+# The chat template turns a conversation into text, such as
 #
 #     <|im_start|>user
 #     Name a color.<|im_end|>
 #     <|im_start|>assistant
 #     Blue.<|im_end|>
 #
-# Only the answer and the end of turn are targets: the model learns to answer and to stop, not to ask. All other
-# labels are -100.
+# Only the answer and its end of turn are targets: the model learns to answer and to stop, not to ask. All other
+# labels are -100. Rows differ in length, so a batch pads the shorter ones on the right. The attention mask hides
+# the padding from attention, and -100 hides it from the loss.
 
 
 # %%
-class Example(NamedTuple):
-    """One row, tokenized: two tensors of (length,)."""
-
-    input_ids: Tensor
-    labels: Tensor
-
-
 def encode_prompt(tokenizer: Any, user: str) -> tuple[str, list[int]]:
     """Return text and token ids of a user's turn, up to where the assistant's answer begins."""
     turns = [{"role": "user", "content": user}]
@@ -78,45 +72,29 @@ def encode_row(tokenizer: Any, row: dict[str, str]) -> Example:
     turns = [{"role": "user", "content": user}, {"role": "assistant", "content": row["output"]}]
     prompt, prompt_ids = encode_prompt(tokenizer, user)
     text = tokenizer.apply_chat_template(turns, tokenize=False)
-    answer = text.removeprefix(prompt)
-    assert answer != text, "this template writes a finished turn in another way than a prompt"
-    answer = answer[: answer.rindex(END_OF_TURN)] + END_OF_TURN  # without the line break after it
+    assert text.startswith(prompt), "this template writes a finished turn in another way than a prompt"
+    answer = text[len(prompt) : text.rindex(END_OF_TURN)] + END_OF_TURN  # without the line break after it
     answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
-    labels = [IGNORED] * len(prompt_ids) + answer_ids
-    return Example(torch.tensor(prompt_ids + answer_ids)[:MAX_LENGTH], torch.tensor(labels)[:MAX_LENGTH])
+    input_ids, labels = prompt_ids + answer_ids, [IGNORED] * len(prompt_ids) + answer_ids
+    return {"input_ids": torch.tensor(input_ids[:MAX_LENGTH]), "labels": torch.tensor(labels[:MAX_LENGTH])}
 
 
 def read_examples(file: str, tokenizer: Any) -> list[Example]:
     """Read a csv file with the columns instruction, input and output."""
     with open(file, encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, restval="")
-        if missing := {"instruction", "input", "output"} - {*(reader.fieldnames or ())}:
-            sys.exit(
-                f"{file}: there is no column {', '.join(sorted(missing))}. `handspun train` reads other formats."
-            )
         rows = list(reader)
-    complete = [row for row in rows if row["instruction"].strip() and row["output"].strip()]
-    encoded = [encode_row(tokenizer, row) for row in complete]
-    examples = [example for example in encoded if (example.labels != IGNORED).any()]
+    if missing := {"instruction", "input", "output"} - {*(reader.fieldnames or ())}:
+        sys.exit(f"{file}: there is no column {', '.join(sorted(missing))}. `handspun train` reads other formats.")
+    encoded = [encode_row(tokenizer, row) for row in rows if row["instruction"].strip() and row["output"].strip()]
+    examples = [example for example in encoded if (example["labels"] != IGNORED).any()]
     print(f"{file}: {len(rows)} rows, {len(examples)} with an answer to train on", flush=True)
     return examples
 
 
-# %% [markdown]
-# ## From examples to a loss
-#
-# Rows differ in length, so shorter ones are padded on the right. The attention mask hides the padding from
-# attention, and -100 hides it from the loss.
-#
-# The logits at position i predict token i + 1. So the loss compares the logits of all positions but the last with
-# the labels of all positions but the first.
-
-
-# %%
 def collate_fn(examples: Sequence[Example]) -> dict[str, Tensor]:
     """Return input_ids, attention_mask and labels of a batch, each (batch, length)."""
-    ids = [example.input_ids for example in examples]
-    labels = [example.labels for example in examples]
+    ids, labels = ([example[name] for example in examples] for name in ("input_ids", "labels"))
     return {
         "input_ids": pad_sequence(ids, batch_first=True),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
@@ -124,6 +102,15 @@ def collate_fn(examples: Sequence[Example]) -> dict[str, Tensor]:
     }
 
 
+# %% [markdown]
+# ## Training
+#
+# The logits at position i predict token i + 1. So the loss compares the logits of all positions but the last with
+# the labels of all positions but the first. A step is forward, backward, clip, update. The learning rate rises
+# over the first 3% of the steps, and then falls to zero.
+
+
+# %%
 def batch_loss(model: Any, examples: Sequence[Example]) -> tuple[Tensor, int]:
     """Return the summed loss of a batch's target tokens, and their number."""
     batch = {name: tensor.to(model.device) for name, tensor in collate_fn(examples).items()}
@@ -142,15 +129,8 @@ def evaluate(model: Any, examples: Sequence[Example]) -> float:
     return float(sum(sums)) / float(sum(counts))
 
 
-# %% [markdown]
-# ## The training loop
-#
-# Forward, backward, clip, update. The learning rate rises over the first 3% of the steps, and then falls to zero.
-
-
-# %%
 def load(name: str, *, lora: bool = False) -> tuple[Any, Any]:
-    """Return model and tokenizer, in float32, with the end of turn as an eos and perhaps with LoRA adapters."""
+    """Return model and tokenizer, in float32, with the end of turn as an eos token."""
     if name == "smollm2-135m":
         from handspun.models.embedded import embedded_folder
 
@@ -179,14 +159,13 @@ def load(name: str, *, lora: bool = False) -> tuple[Any, Any]:
 def learning_rate_at(step: int, total_steps: int, peak: float) -> float:
     """Return the learning rate of a step, counted from 0."""
     warmup_steps = math.ceil(total_steps * WARMUP_RATIO)
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    return peak * (1 - (step - warmup_steps) / (total_steps - warmup_steps))
+    rising, falling = (step + 1) / warmup_steps, (total_steps - step) / max(1, total_steps - warmup_steps)
+    return peak * min(rising, falling)
 
 
 def train_step(model: Any, optimizer: torch.optim.Optimizer, examples: Sequence[Example]) -> tuple[float, float]:
     """Take one optimizer step on a batch. Return its loss per target token, and the norm of its gradient."""
-    loss_sum, target_tokens = batch_loss(model, examples)
+    loss_sum, target_tokens = batch_loss(model.train(), examples)
     loss = loss_sum / target_tokens
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
@@ -195,17 +174,8 @@ def train_step(model: Any, optimizer: torch.optim.Optimizer, examples: Sequence[
     return loss.item(), norm.item()
 
 
-def earlier_checkpoints(output_dir: str) -> list[Path]:
-    """Return the folders that an earlier run has saved."""
-    return list(Path(output_dir).glob("checkpoint-epoch-*"))
-
-
 def train(
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    held_out: Sequence[Example],
-    options: argparse.Namespace,
+    model: Any, tokenizer: Any, examples: list[Example], held_out: list[Example], options: argparse.Namespace
 ) -> list[float]:
     """Train the model, and save a checkpoint after each epoch. Return the loss of each step."""
     peak = options.learning_rate or (5e-4 if options.lora else 5e-5)
@@ -213,31 +183,25 @@ def train(
     optimizer = torch.optim.AdamW(weights, lr=peak, weight_decay=0.0)
     total_steps = math.ceil(len(examples) / BATCH_SIZE) * options.num_epochs
     losses: list[float] = []
-    for folder in earlier_checkpoints(options.output_dir):
-        shutil.rmtree(folder)
+    for folder in Path(options.output_dir).glob("checkpoint-epoch-*"):
+        shutil.rmtree(folder)  # of an earlier run
     if held_out:
         print(f"held-out loss before training: {evaluate(model, held_out):.4f}", flush=True)
     for epoch in range(1, options.num_epochs + 1):
         generator = torch.Generator().manual_seed(SEED * 1_000_003 + epoch)
-        order = torch.randperm(len(examples), generator=generator)
-        for rows in order.split(BATCH_SIZE):
+        for rows in torch.randperm(len(examples), generator=generator).split(BATCH_SIZE):
             began = time.perf_counter()
-            rate = learning_rate_at(len(losses), total_steps, peak)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss, norm = train_step(model.train(), optimizer, [examples[row] for row in rows])
+            optimizer.param_groups[0]["lr"] = rate = learning_rate_at(len(losses), total_steps, peak)
+            loss, norm = train_step(model, optimizer, [examples[row] for row in rows])
             losses.append(loss)
+            figures = f"loss {loss:.4f}, learning rate {rate:.2e}, gradient norm {norm:.2f}"
             seconds = time.perf_counter() - began
-            print(
-                f"epoch {epoch}, step {len(losses)} of {total_steps}: loss {loss:.4f}, learning rate {rate:.2e}, "
-                f"gradient norm {norm:.2f}, {seconds:.1f} s", flush=True
-            )  # fmt: skip
+            print(f"epoch {epoch}, step {len(losses)} of {total_steps}: {figures}, {seconds:.1f} s", flush=True)
         if held_out:
             print(f"held-out loss after epoch {epoch}: {evaluate(model, held_out):.4f}", flush=True)
-        folder = Path(options.output_dir) / f"checkpoint-epoch-{epoch}"
-        model.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)  # adapters alone would not say what ends an answer
-        tokenizer.save_pretrained(folder)
+        # Adapters alone would not say what ends an answer, hence the generation config.
+        for part in (model, model.generation_config, tokenizer):
+            part.save_pretrained(Path(options.output_dir) / f"checkpoint-epoch-{epoch}")
     return losses
 
 
@@ -266,7 +230,7 @@ class Decoding:
 
 
 class Answer(NamedTuple):
-    """An answer. score: a beam's log-probability, divided by length ** length_penalty."""
+    """An answer. score: of beams, the log-probability divided by length ** length_penalty."""
 
     text: str
     token_ids: list[int]
@@ -274,102 +238,59 @@ class Answer(NamedTuple):
     score: float | None
 
 
-class KVCache:
-    """Keys and values of a batch of rows, and a mask that hides the padding on their left."""
-
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]]) -> None:
-        """Run the model on the prompts. `logits`, (rows, vocab), predict the next token of each."""
-        ids = [torch.tensor(prompt, device=model.device) for prompt in prompts]
-        ones = [torch.ones_like(row) for row in ids]
-        self.model, self.cache = model, DynamicCache()
-        self.mask = pad_sequence(ones, batch_first=True, padding_side="left")
-        self.logits = self._forward(pad_sequence(ids, batch_first=True, padding_side="left"))
-
-    def append(self, tokens: Tensor) -> None:
-        """Add one token to each row. tokens: (rows,)."""
-        self.mask = F.pad(self.mask, (0, 1), value=1)
-        self.logits = self._forward(tokens[:, None])
-
-    def select(self, rows: Any) -> None:
-        """Make row i a copy of row rows[i]."""
-        self.cache.reorder_cache(rows)
-        self.mask = self.mask[rows]
-
-    def _forward(self, new_ids: Tensor) -> Tensor:
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)  # padding is not counted
-        output = self.model(
-            input_ids=new_ids, attention_mask=self.mask, position_ids=positions[:, -new_ids.shape[1] :],
-            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        logits: Tensor = output.logits[:, -1]
-        return logits
+def pad_left(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return input_ids and attention_mask, each (prompts, length)."""
+    ids = [torch.tensor(prompt, device=device) for prompt in prompts]
+    ones = [torch.ones_like(row) for row in ids]
+    return pad_sequence(ids, True, padding_side="left"), pad_sequence(ones, True, padding_side="left")
 
 
-# %% [markdown]
-# Filters change the logits before a token is chosen, in this order: repetition penalty; then, only for sampling,
-# temperature, top-k, top-p.
-
-
-# %%
-def penalize_repetition(logits: Tensor, histories: Sequence[Sequence[int]], penalty: float) -> Tensor:
-    """Divide the positive logits of each row's earlier tokens by the penalty, and multiply the negative ones."""
-    logits = logits.clone()
-    for row, history in zip(logits, histories, strict=True):
-        seen = torch.tensor(sorted(set(history)), device=logits.device)
-        row[seen] = torch.where(row[seen] < 0, row[seen] * penalty, row[seen] / penalty)
-    return logits
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Exclude all but the k most probable tokens."""
-    return logits.masked_fill(logits < logits.topk(k).values[:, -1:], -torch.inf)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Exclude the least probable tokens, as many as have a total probability of at most 1 - p."""
-    ascending, order = logits.sort(-1)
-    removed = ascending.softmax(-1).cumsum(-1) <= 1 - p
-    removed[:, -1] = False
-    return logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
+def next_logits(model: Any, new_ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    """Run the model on the newest columns, which the cache does not hold. Return (rows, vocab)."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new_ids.shape[1] :]  # padding is not counted
+    logits: Tensor = model(
+        input_ids=new_ids, attention_mask=mask, position_ids=positions,
+        past_key_values=cache, use_cache=True, logits_to_keep=1,
+    ).logits  # fmt: skip
+    return logits[:, -1]
 
 
 def apply_filters(logits: Tensor, histories: Sequence[Sequence[int]], how: Decoding) -> Tensor:
-    """Return the filtered logits, (rows, vocab). histories: tokens of each row's prompt and answer."""
-    if how.repetition_penalty != 1:
-        logits = penalize_repetition(logits, histories, how.repetition_penalty)
+    """Return the logits, (rows, vocab), to choose tokens by. histories: ids of each row's prompt and answer."""
+    logits, penalty = logits.clone(), how.repetition_penalty
+    for row, history in zip(logits, histories, strict=True):
+        seen = torch.tensor(sorted(set(history)), device=logits.device)
+        row[seen] = torch.where(row[seen] < 0, row[seen] * penalty, row[seen] / penalty)
     if not how.do_sample:
         return logits
     logits = logits / how.temperature
-    logits = keep_top_k(logits, how.top_k) if how.top_k > 0 else logits
-    return keep_top_p(logits, how.top_p) if how.top_p < 1 else logits
+    if how.top_k > 0:  # exclude all but the k most probable tokens
+        logits = logits.masked_fill(logits < logits.topk(how.top_k).values[:, -1:], -torch.inf)
+    if how.top_p < 1:  # exclude the least probable tokens, as many as have a total probability of at most 1 - p
+        ascending, order = logits.sort(-1)
+        removed = ascending.softmax(-1).cumsum(-1) <= 1 - how.top_p
+        removed[:, -1] = False
+        logits = logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
+    return logits
 
 
-# %% [markdown]
-# Greedy decoding takes the most probable token, sampling draws one. A row that has ended stays in the batch until
-# all have, and its further tokens are dropped.
-
-
-# %%
-Ending = Callable[[list[int]], str | None]
-
-
-def decode(model: Any, prompts: Sequence[list[int]], how: Decoding, ending: Ending) -> list[list[int]]:
-    """Return the tokens of one answer per prompt. ending: why an answer has ended, None if it has not."""
+def decode(model: Any, prompts: Sequence[list[int]], how: Decoding, ending: Ending) -> list[Scored]:
+    """Return one answer per prompt: the most probable token of each step, or one that is drawn."""
     answers: list[list[int]] = [[] for _ in prompts]
     generator = torch.Generator(model.device).manual_seed(how.seed)
-    cache = KVCache(model, prompts)
-    while True:
+    tokens, mask = pad_left(prompts, model.device)
+    cache = DynamicCache()
+    while not all(map(ending, answers)):
         histories = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-        logits = apply_filters(cache.logits, histories, how)
-        tokens = logits.argmax(-1)  # (rows,)
+        logits = apply_filters(next_logits(model, tokens, mask, cache), histories, how)
+        tokens = logits.argmax(-1, keepdim=True)  # (rows, 1)
         if how.do_sample:
-            tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-        for answer, token in zip(answers, tokens.tolist(), strict=True):
-            if not ending(answer):
+            tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        for answer, token in zip(answers, tokens[:, 0].tolist(), strict=True):
+            if not ending(answer):  # one that has ended stays in the batch, and its further tokens are dropped
                 answer.append(token)
-        if all(map(ending, answers)):
-            return answers
-        cache.append(tokens)
+        mask = F.pad(mask, (0, 1), value=1)
+    return [(None, answer) for answer in answers]
 
 
 # %% [markdown]
@@ -383,43 +304,40 @@ def decode(model: Any, prompts: Sequence[list[int]], how: Decoding, ending: Endi
 
 
 # %%
-def beam_search(
-    model: Any, prompts: Sequence[list[int]], how: Decoding, ending: Ending
-) -> list[tuple[float, list[int]]]:
-    """Return (score, tokens) of the best answer to each prompt."""
+def beam_search(model: Any, prompts: Sequence[list[int]], how: Decoding, ending: Ending) -> list[Scored]:
+    """Return the best answer to each prompt."""
     n, count = how.num_beams, len(prompts)
-    width = n * max(2, 1 + len(model.generation_config.eos_token_id))  # n do not end, even if all beams may
-    cache = KVCache(model, [prompt for prompt in prompts for _ in range(n)])
-    beams: list[list[list[int]]] = [[[] for _ in range(n)] for _ in prompts]
+    width = n * (1 + len(model.generation_config.eos_token_id))  # n do not end, even if all beams may
+    beams: list[list[list[int]]] = [[[]] * n for _ in prompts]
     # A prompt's beams are the same at first, so all but one begin with a score that cannot win.
     beam_scores = torch.tensor([[0.0] + [-1e9] * (n - 1)] * count, device=model.device)  # (prompts, beams)
     finished: list[list[tuple[float, list[int]]]] = [[] for _ in prompts]
     done = [False] * count
+    tokens, mask = pad_left([prompt for prompt in prompts for _ in range(n)], model.device)
+    cache = DynamicCache()
     for length in range(1, how.max_new_tokens + 1):
         histories = [prompts[p] + beam for p in range(count) for beam in beams[p]]
-        logprobs = apply_filters(cache.logits.log_softmax(-1), histories, how)  # (prompts * beams, vocab)
-        totals = beam_scores.view(-1, 1) + logprobs
-        best = totals.view(count, -1).topk(width)  # values, indices: (prompts, width), the best first
-        parents, tokens = best.indices // logprobs.shape[-1], best.indices % logprobs.shape[-1]
-        next_rows, next_tokens = [], []
-        for p in range(count):
-            scores = best.values[p].tolist()
-            pairs = list(zip(parents[p].tolist(), tokens[p].tolist(), strict=True))
-            answers = [[*beams[p][parent], token] for parent, token in pairs]
+        logprobs = next_logits(model, tokens, mask, cache).log_softmax(-1)  # (prompts * beams, vocab)
+        totals = beam_scores.view(-1, 1) + apply_filters(logprobs, histories, how)
+        best = totals.view(count, -1).topk(width)  # values and indices: (prompts, width), the best first
+        kept: list[tuple[int, int]] = []  # (row of the cache, next token) of each next beam
+        for p, scores in enumerate(best.values.tolist()):
+            pairs = [divmod(index, logprobs.shape[-1]) for index in best.indices[p].tolist()]  # (beam, token)
+            answers = [[*beams[p][beam], token] for beam, token in pairs]
             ended = [ending(answer) is not None for answer in answers]
             if not done[p]:
                 finished[p] += [(scores[i] / length**how.length_penalty, answers[i]) for i in range(n) if ended[i]]
                 finished[p] = sorted(finished[p], key=lambda answer: -answer[0])[:n]
-            chosen = sorted(range(width), key=lambda i: (ended[i], -scores[i]))[:n]
+            chosen = sorted(range(width), key=lambda i: ended[i])[:n]
             beams[p], beam_scores[p] = [answers[i] for i in chosen], best.values[p, chosen]
-            next_rows += [p * n + pairs[i][0] for i in chosen]
-            next_tokens += [pairs[i][1] for i in chosen]
+            kept += [(p * n + pairs[i][0], pairs[i][1]) for i in chosen]
             best_score = scores[chosen[0]] / length**how.length_penalty
             done[p] |= all(ended) or (len(finished[p]) == n and best_score <= finished[p][-1][0])
         if all(done):
             break
-        cache.select(torch.tensor(next_rows, device=model.device))
-        cache.append(torch.tensor(next_tokens, device=model.device))
+        rows, tokens = torch.tensor(kept, device=model.device).split(1, dim=1)  # (prompts * beams, 1) each
+        cache.reorder_cache(rows[:, 0])
+        mask = F.pad(mask, (0, 1), value=1)  # the beams of a prompt are padded alike
     return [answers[0] for answers in finished]
 
 
@@ -435,13 +353,8 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], how: Decoding) 
         return "length" if len(token_ids) == how.max_new_tokens else None
 
     ids = [encode_prompt(tokenizer, prompt)[1] for prompt in prompts]
-    found: list[tuple[float | None, list[int]]] = []
-    if how.num_beams > 1:
-        found += beam_search(model, ids, how, ending)
-    else:
-        found += [(None, token_ids) for token_ids in decode(model, ids, how, ending)]
     answers = []
-    for score, token_ids in found:
+    for score, token_ids in (beam_search if how.num_beams > 1 else decode)(model, ids, how, ending):
         text = tokenizer.decode(token_ids, skip_special_tokens=True)
         for stop in STOP_STRINGS:
             text = text.split(stop)[0]
@@ -480,7 +393,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     for file in filter(None, (options.data, options.eval_data)):
         if not Path(file).is_file():
             parser.error(f"{file}: there is no such file. Name a csv file with --data, or try --demo.")
-    if earlier_checkpoints(options.output_dir) and not options.overwrite:
+    if [*Path(options.output_dir).glob("checkpoint-epoch-*")] and not options.overwrite:
         parser.error(f"{options.output_dir}: holds an earlier run. Choose another folder, or add --overwrite.")
     return options
 
@@ -505,11 +418,9 @@ if __name__ == "__main__":
 def show(title: str, prompts: Sequence[str], how: Decoding) -> None:
     """Print the prompt and its answers, with what ended each."""
     print(f"\n{title}\n> {prompts[0]}")
-    for answer in generate(model, tokenizer, prompts, how):
-        score = "" if answer.score is None else f", beam score {answer.score:.4f}"
-        print(
-            f"{answer.text}\n[{len(answer.token_ids)} tokens, ended by {answer.finish_reason}{score}]", flush=True
-        )
+    for text, token_ids, reason, score in generate(model, tokenizer, prompts, how):
+        ended = f"ended by {reason}" + ("" if score is None else f", beam score {score:.4f}")
+        print(f"{text}\n[{len(token_ids)} tokens, {ended}]", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ def blocks() -> Iterator[tuple[str, str]]:
     """(title, lines) of each step, in order. The model is trained by one step on the way."""
     model, tokenizer = script.load("smollm2-135m")
     example = script.encode_row(tokenizer, ROW)
-    yield "text", tokenizer.decode(example.input_ids)
+    yield "text", tokenizer.decode(example["input_ids"])
     yield "ids", ids_and_labels(tokenizer, example)
     yield "batch", batch_of_two([example, script.encode_row(tokenizer, LONGER)])
-    logits = model(input_ids=example.input_ids[None]).logits.detach()  # (1, length, vocab)
+    logits = model(input_ids=example["input_ids"][None]).logits.detach()  # (1, length, vocab)
     yield "logits", predictions(tokenizer, example, logits)
     yield "loss", losses(example, logits)
     yield "gradient of the logits", gradient_of_logits(tokenizer, example, logits)
@@ -45,7 +45,7 @@ def blocks() -> Iterator[tuple[str, str]]:
 
 def targets_of(example: script.Example) -> Iterator[tuple[int, int]]:
     """(position, target) of each position whose logits predict a target token."""
-    for position, label in enumerate(example.labels[1:].tolist()):
+    for position, label in enumerate(example["labels"][1:].tolist()):
         if label != script.IGNORED:
             yield position, label
 
@@ -57,10 +57,10 @@ def spelled(tokenizer: Any, token: int) -> str:
 
 def ids_and_labels(tokenizer: Any, example: script.Example) -> str:
     """The last tokens of the row, one a line."""
-    length = len(example.input_ids)
+    length = len(example["input_ids"])
     lines = [f"{length} tokens; the last 12:", "position  token            id    label"]
     for position in range(length - 12, length):
-        token, label = int(example.input_ids[position]), int(example.labels[position])
+        token, label = int(example["input_ids"][position]), int(example["labels"][position])
         lines.append(f"{position:8}  {spelled(tokenizer, token):14} {token:6}   {label:6}")
     return "\n".join(lines)
 
