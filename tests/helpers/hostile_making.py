@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 GOOD = "instruction,output\nSay hi.,Hi.\n"
-MANY = 1_000_000
+MANY, WIDE = 1_000_000, 300_000
 LARGE = 100 * 2**20
 """Characters of a cell."""
 
@@ -150,9 +150,9 @@ def null_messages() -> Any:
     return pa.table({"messages": pa.array([whole, [None, *whole]], pa.list_(message))})
 
 
-def a_million_columns(cells: str = "", names: str = "") -> Callable[[], str]:
-    header = ",".join(map(str, range(MANY)))
-    return lambda: csv("," * (MANY - 1 + bool(names)) + cells, header=header + names)()
+def columns(cells: str = "", names: str = "") -> Callable[[], str]:
+    header = ",".join(map(str, range(WIDE)))
+    return lambda: csv("," * (WIDE - 1 + bool(names)) + cells, header=header + names)()
 
 
 def hole_of_a_terabyte() -> str:

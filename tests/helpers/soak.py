@@ -1,6 +1,6 @@
 """`python soak.py STEPS`: so many optimizer steps and generations of random shapes on a tiny model.
 
-Prints the memory that is held after a fifth of them, and at the end.
+Prints the memory that is held after two fifths of them, and at the end.
 """
 
 import random
@@ -42,7 +42,7 @@ def training(steps: int, rng: random.Random) -> tuple[int, int]:
     with select_runner(model, config, rows, dtype=torch.float32, pad_token_id=0) as runner:
         loop = Loop(config=config, examples=rows, held_out=held_out, runner=runner)
         for event in train(loop, start(model, config)):
-            if event.step == steps // 5:
+            if event.step == steps * 2 // 5:
                 early = resident()
     return early, resident()
 
@@ -60,7 +60,7 @@ def generations(count: int, rng: random.Random) -> tuple[int, int]:
         ]
         kind = rng.choice(kinds)
         generate(chat, prompts, max_new_tokens=rng.randrange(1, 6), **kind)
-        if made == count // 5:
+        if made == count * 2 // 5:
             early = resident()
     return early, resident()
 

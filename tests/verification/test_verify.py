@@ -39,7 +39,7 @@ from handspun.verification.reference import (
     first_difference,
 )
 from handspun.verification.training import check_packed, check_prefix
-from handspun.verification.verify import perplexities, verify
+from handspun.verification.verify import DEFAULT_PROMPTS, perplexities, verify
 from tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = ("Say 3.", "Tell me a joke about computers.", "你好, list the colors.")
@@ -349,7 +349,8 @@ def test_a_failure_is_exit_code_one(
 @pytest.mark.embedded
 def test_the_embedded_model_passes(smollm2: ChatModel) -> None:
     rounded = handspun.load("smollm2-135m", weights="int8")
-    findings = list(verify(smollm2, rounded=rounded, rounded_name="int8", max_new_tokens=8))
+    prompts = [DEFAULT_PROMPTS[number] for number in (0, 3, 4)]  # a few words, Chinese, and code
+    findings = list(verify(smollm2, prompts, rounded=rounded, rounded_name="int8", max_new_tokens=6))
     assert [finding for finding in findings if finding.status == "fail"] == []
     passed = {(finding.check, finding.case) for finding in findings if finding.status == "pass"}
     assert {("batches", "int8, logits"), ("batches", "int8, greedy"), ("batches", "int8, sampled")} <= passed
