@@ -53,6 +53,7 @@ def config_of(job: Job, work: Path) -> handspun.TrainConfig:
         model=job.model,
         data=str(work / "rows.json"),
         eval_data=job.held_out,
+        eval_ratio=0.0,  # the peers train on all rows
         output_dir=str(work / "output"),
         num_epochs=1,
         seed=0,
