@@ -19,6 +19,7 @@ from handspun.kernels.native import (
     native_kernels,
     supported_sets,
 )
+from handspun.kernels.packed_attention import PackKernels
 from handspun.kernels.reference import AttendedSpan, HeadNorms, ReferenceKernels, Rotation
 
 SWITCH = "HANDSPUN_KERNELS"
@@ -42,7 +43,7 @@ class Int8Weight(Protocol):
         """Multiply quantized rows with the transposed matrix."""
 
 
-class Kernels(Protocol):
+class Kernels(PackKernels, Protocol):
     """A backend. reference.py says what each function returns."""
 
     name: str
@@ -82,6 +83,9 @@ class Kernels(Protocol):
 
     def decoder(self, layers: Sequence[Any], shape: DecoderShape) -> NativeDecoder | None:
         """Return what runs all int8 layers in one call, or None if the backend has no such thing."""
+
+    def can_attend_packs(self, heads: int, kv_heads: int, head_size: int) -> bool:
+        """Return whether `attend_pack` and its backward pass support such heads, and are worth using."""
 
 
 def kernels_for(device: torch.device) -> Kernels:

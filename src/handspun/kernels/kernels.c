@@ -1,6 +1,6 @@
-/* Kernels of decoding and of int8 training, compiled once for each instruction set (simd.h, setup.py).
+/* Kernels of decoding and of training, compiled once for each instruction set (simd.h, setup.py).
  *
- * Each function computes what reference.py computes with PyTorch, bit for bit, on every CPU. Each row is computed
+ * Each function here computes what reference.py computes with PyTorch, bit for bit, on every CPU. Each row is computed
  * separately, in an order that depends on nothing else, so its result does not depend on the other rows, on the
  * number of threads, or on the CPU.
  */
@@ -556,33 +556,37 @@ void rotate(float *qkv, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t
 }
 
 /* out = a @ b, or out += a @ b, for a few rows and a multiple of 16 columns. Each sum is a chain of fused multiply-adds
- * over `depth`, from 0. Strides are in floats. */
+ * over `depth`, from 0. Strides are in floats. transposed: a is given as its transpose. */
 typedef struct {
     const float *a, *b;
     float *out;
     int64_t a_stride, b_stride, out_stride, depth;
-    int adds;
+    int adds, transposed;
 } product;
 
 #if WIDTH == 16
 #define PRODUCT_ROWS 6
 #define PRODUCT_VECTORS 4
+#define PRODUCT_PAIR 2
 #elif WIDTH == 8
 #define PRODUCT_ROWS 6
 #define PRODUCT_VECTORS 1
+#define PRODUCT_PAIR 1
 #else
 #define PRODUCT_ROWS 4
 #define PRODUCT_VECTORS 1
+#define PRODUCT_PAIR 1
 #endif
 
 INLINE void product_block(product p, const int rows, const int vectors) {
     lanes sums[PRODUCT_ROWS][PRODUCT_VECTORS];
+    const int64_t row = p.transposed ? 1 : p.a_stride, step = p.transposed ? p.a_stride : 1;
     EACH(r, rows) EACH(v, vectors) sums[r][v] = splat(0.0f);
     for (int64_t k = 0; k < p.depth; k++) {
         lanes b[PRODUCT_VECTORS];
         EACH(v, vectors) b[v] = load(p.b + k * p.b_stride + v * LANES);
         EACH(r, rows) {
-            lanes a = splat(p.a[r * p.a_stride + k]);
+            lanes a = splat(p.a[r * row + k * step]);
             EACH(v, vectors) sums[r][v] = fused(a, b[v], sums[r][v]);
         }
     }
@@ -595,14 +599,16 @@ INLINE void product_block(product p, const int rows, const int vectors) {
 #define PRODUCT_OF(n)                                                     \
     case n:                                                               \
         if (vectors == PRODUCT_VECTORS) product_block(p, n, PRODUCT_VECTORS); \
-        else product_block(p, n, 1);                                      \
+        else if (vectors == 2) product_block(p, n, PRODUCT_PAIR);             \
+        else product_block(p, n, 1);                                          \
         break;
 static void multiply_floats(product all, int64_t rows, int64_t columns) {
     for (int64_t row = 0; row < rows; row += PRODUCT_ROWS)
         for (int64_t c = 0; c < columns;) {
-            int vectors = columns - c >= PRODUCT_VECTORS * LANES ? PRODUCT_VECTORS : 1;
+            int64_t left = (columns - c) / LANES;
+            int vectors = left >= PRODUCT_VECTORS ? PRODUCT_VECTORS : left >= PRODUCT_PAIR ? PRODUCT_PAIR : 1;
             product p = all;
-            p.a += row * p.a_stride, p.b += c, p.out += row * p.out_stride + c;
+            p.a += row * (p.transposed ? 1 : p.a_stride), p.b += c, p.out += row * p.out_stride + c;
             switch (rows - row < PRODUCT_ROWS ? rows - row : PRODUCT_ROWS) {
                 PRODUCT_OF(1) PRODUCT_OF(2) PRODUCT_OF(3) PRODUCT_OF(4)
 #if PRODUCT_ROWS > 4
@@ -614,14 +620,14 @@ static void multiply_floats(product all, int64_t rows, int64_t columns) {
 }
 
 /* Transpose up to KEYS keys, (count, size), to (size, KEYS): those of the others that fill 16 become 0, the rest is not
- * written. size: a multiple of 4. */
+ * written. size: a multiple of 4. stride: floats from one key to the next. */
 #define KEYS 64
-static void transpose_keys(const float *keys, int64_t count, int64_t size, float *out) {
+static void transpose_keys(const float *keys, int64_t stride, int64_t count, int64_t size, float *out) {
     static const float none[4];
     for (int64_t key = 0; key < (count + LANES - 1) / LANES * LANES; key += WIDTH)
         for (int64_t d = 0; d < size; d += 4) {
             const float *from[WIDTH];
-            EACH(i, WIDTH) from[i] = key + i < count ? keys + (key + i) * size + d : none;
+            EACH(i, WIDTH) from[i] = key + i < count ? keys + (key + i) * stride + d : none;
             floats turned[4];
             transpose_four(from, turned);
             EACH(i, 4) memcpy(out + (d + i) * KEYS + key, &turned[i], sizeof(floats));
@@ -677,8 +683,8 @@ static void attend_tokens(const float *queries, int64_t stride, const float *key
         memcpy(gathered + r * size, queries + (first + r / group) * stride + r % group * size, size * sizeof(float));
     for (int64_t key = 0; key < last; key += KEYS) {
         int64_t some = last - key < KEYS ? last - key : KEYS;
-        transpose_keys(keys + key * size, some, size, turned);
-        product p = {gathered, turned, scores + key, size, KEYS, padded, size, 0};
+        transpose_keys(keys + key * size, size, some, size, turned);
+        product p = {gathered, turned, scores + key, size, KEYS, padded, size, 0, 0};
         multiply_floats(p, rows, (some + LANES - 1) / LANES * LANES);
     }
     float factors[TOGETHER];
@@ -689,7 +695,7 @@ static void attend_tokens(const float *queries, int64_t stride, const float *key
     }
     memset(sums, 0, rows * size * sizeof(float));
     for (int64_t key = 0; key < last; key += KEYS) {
-        product p = {scores + key, values + key * size, sums, padded, size, size, last - key < KEYS ? last - key : KEYS, 1};
+        product p = {scores + key, values + key * size, sums, padded, size, size, last - key < KEYS ? last - key : KEYS, 1, 0};
         multiply_floats(p, rows, size);
     }
     for (int64_t r = 0; r < rows; r++)
@@ -726,3 +732,5 @@ void attend(const float *queries, int64_t stride, const float *pool, int64_t poo
     }
     free(ends);
 }
+
+#include "packed_attention.h"

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from handspun.kernels import packed_attention
 from handspun.kernels.cpu import cpu_flags
+from handspun.kernels.packed_attention import PackedHeads
 
 LANES = 16
 KEYS = 64
@@ -257,6 +259,20 @@ class ReferenceKernels:
             tokens = slice(span.first, span.first + span.count)
             output[tokens] = _attend_span(queries[tokens], pool, span)
         return output
+
+    def can_attend_packs(self, heads: int, kv_heads: int, head_size: int) -> bool:  # noqa: ARG002
+        """Return whether `attend_pack` is to be used: PyTorch's own attention is faster than this form of it."""
+        return self._attends
+
+    def attend_pack(self, heads: PackedHeads) -> tuple[Tensor, Tensor]:
+        """Return `packed_attention.attend_pack(heads)`."""
+        return packed_attention.attend_pack(heads)
+
+    def attend_pack_backward(
+        self, heads: PackedHeads, output: Tensor, log_sums: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `packed_attention.attend_pack_backward(...)`."""
+        return packed_attention.attend_pack_backward(heads, output, log_sums, gradient)
 
     def decoder(self, layers: Sequence[object], shape: object) -> None:
         """Return None: the engine's own loop over the layers is the reference."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from handspun.config import TrainConfig, option_name
 from handspun.data.examples import Example, learned_tokens_of, lengths_of
 from handspun.errors import HandspunError, TrainingError
+from handspun.kernels import kernels_for
 from handspun.models.int8 import Int8Linear
 from handspun.models.load import resolve_device
 from handspun.training.batching import Batching, batches, epoch_order, epochs_of_run, steps_of_run
@@ -186,12 +187,17 @@ def _activation_bytes_for(dtype: str, tokens: int, model: PreTrainedModel, confi
     text = model.config.get_text_config()
     hidden, heads, layers = int(text.hidden_size), int(text.num_attention_heads), int(text.num_hidden_layers)
     head_size = int(getattr(text, "head_dim", None) or hidden // heads)
-    keys = head_size * (getattr(text, "num_key_value_heads", None) or heads)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     compute_bytes = 2 if dtype == "bfloat16" else _FLOAT
     # Counted with saved-tensor hooks; tests/training/test_memory.py counts again. A layer keeps the inputs and
     # outputs of its norms, queries, keys, values, the attention's output, and four arrays between the gate, up,
-    # and down projections.
-    values = (4 if config.lora else 6) * hidden + 3 * heads * head_size + 5 * keys
+    # and down projections. PyTorch's attention keeps more, since it sees keys after a copy of the prefix's.
+    values = (4 if config.lora else 6) * hidden
+    kernels = kernels_for(resolve_device(config.device))
+    if config.batching == "packed" and kernels.can_attend_packs(heads, kv_heads, head_size):
+        values += (2 * heads + 2 * kv_heads) * head_size + heads
+    else:
+        values += (3 * heads + 5 * kv_heads) * head_size
     inputs = 4 * int(text.intermediate_size) + (7 * config.lora_rank if config.lora else 0)
     in_a_layer = tokens * (_FLOAT * values + compute_bytes * inputs)
     # With bfloat16 matmuls the four are half as large, but the inputs and weights of linear layers exist twice.

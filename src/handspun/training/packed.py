@@ -6,6 +6,7 @@ The LM head sees only positions that predict a target token, in chunks.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from handspun.data.examples import Example
+from handspun.kernels import kernels_for
 from handspun.kernels.onednn import without_cudnn
+from handspun.kernels.packed_attention import PackedHeads
+from handspun.kernels.packed_attention import packed_attention as attend_in_kernels
 from handspun.training.batching import Batching, Pack
 from handspun.training.objectives import (
     CallInForward,
@@ -55,14 +59,24 @@ def attention_of(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 class Masks:
     """A pack and its attention masks, made once for all layers.
 
-    dense: one mask for the pack, (tokens, tokens), 0 where a position attends and -inf elsewhere. per_sequence:
-    used if dense is None; one mask per sequence, (rest, prefix + rest), true where a position attends, or None if
-    plain causal attention does it.
+    dense: one mask for the pack, (tokens, tokens), 0 where a position attends and -inf elsewhere. Without it,
+    a kernel attends, or each sequence has a mask of its own.
     """
 
     pack: Pack
-    per_sequence: list[Tensor | None]
     dense: Tensor | None
+
+    @cached_property
+    def per_sequence(self) -> list[Tensor | None]:
+        """One mask per sequence, (rest, prefix + rest), true where a position attends; None means causal."""
+        pack = self.pack
+        prefix, device = pack.shared_prefix_length, pack.input_ids.device
+        return [_mask(stop - start, prefix, device) for start, stop in pack.sequence_bounds]
+
+    @property
+    def edges(self) -> list[int]:
+        """Where the prefix ends, and then where each sequence ends."""
+        return [self.pack.shared_prefix_length, *(stop for _, stop in self.pack.sequence_bounds)]
 
 
 def masks_of(packing: Pack, dtype: torch.dtype) -> Masks:
@@ -72,12 +86,8 @@ def masks_of(packing: Pack, dtype: torch.dtype) -> Masks:
     # instead of 256. On a CPU, one call per sequence computes nothing that a mask would hide, and nothing is
     # quadratic in the packed length.
     if device.type == "cuda" and tokens <= MAX_DENSE_MASK_TOKENS:
-        return Masks(packing, [], whole_mask(packing, dtype))
-    return Masks(
-        packing,
-        [_mask(end - start, packing.shared_prefix_length, device) for start, end in packing.sequence_bounds],
-        None,
-    )
+        return Masks(packing, whole_mask(packing, dtype))
+    return Masks(packing, None)
 
 
 def _mask(length: int, prefix: int, device: torch.device) -> Tensor | None:
@@ -111,10 +121,32 @@ def _attend(
     """Return (1, tokens, heads, size), as transformers expects. query: (1, heads, tokens, size)."""
     options = {"scale": scaling, "dropout_p": dropout}
     if masks.dense is not None:
-        output = _attend_dense(query, key, value, masks.dense, **options)
-    else:
-        output = _attend_per_sequence(query, key, value, masks, **options)
-    return output.transpose(1, 2), None
+        return _attend_dense(query, key, value, masks.dense, **options).transpose(1, 2), None
+    dtype = value.dtype
+    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # On a CPU, attention is slower in bfloat16 than in float32; backward takes three times as long.
+        query, key, value = (x.float() for x in (query, key, value))
+    with torch.autocast("cpu", enabled=False):
+        if not dropout and _kernels_attend(query, key, value):
+            output = _attend_in_kernels(query, key, value, masks, scaling)
+        else:
+            output = _attend_per_sequence(query, key, value, masks, **options).transpose(1, 2)
+    return output.to(dtype), None
+
+
+def _kernels_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return whether the device's kernels support these heads and their type."""
+    floats = all(x.dtype == torch.float32 for x in (query, key, value))
+    kernels = kernels_for(query.device)
+    return floats and kernels.can_attend_packs(query.shape[1], key.shape[1], query.shape[3])
+
+
+def _attend_in_kernels(query: Tensor, key: Tensor, value: Tensor, masks: Masks, scaling: float | None) -> Tensor:
+    """Attend the whole pack in one call: (1, tokens, heads, size)."""
+    queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
+    factor = query.shape[3] ** -0.5 if scaling is None else scaling
+    heads = PackedHeads(queries, keys, values, masks.edges, factor)
+    return attend_in_kernels(kernels_for(query.device), heads)[None]
 
 
 def _attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any) -> Tensor:
@@ -142,12 +174,7 @@ def _attend_per_sequence(query: Tensor, key: Tensor, value: Tensor, masks: Masks
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
     options |= {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": query.shape[1] != key.shape[1]}
-    if query.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-        return F.scaled_dot_product_attention(query, key, value, **options)
-    # On a CPU, attention is slower in bfloat16 than in float32; backward takes three times as long.
-    with torch.autocast("cpu", enabled=False):
-        output = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), **options)
-    return output.to(value.dtype)
+    return F.scaled_dot_product_attention(query, key, value, **options)
 
 
 LOGITS_CHUNK_BYTES = 128 * 2**20

@@ -1,0 +1,142 @@
+"""What a step costs a token at rows of several lengths: the kernel of packed attention against PyTorch's.
+
+    python benchmarks/long_rows.py [--model FOLDER] [--dtype bfloat16] [--lora] [--lengths 128 1024] [--threads 1]
+
+Steps of training, with AdamW, over rows of random tokens that begin alike. Both ways take turns in one process;
+figures are medians. With one thread, seconds are those of the CPU, so that others on the machine disturb less.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+from handspun.config import TrainConfig
+from handspun.data.examples import Example
+from handspun.models.embedded import EMBEDDED_NAME
+from handspun.models.int8 import quantize_base
+from handspun.models.load import load
+from handspun.models.lora import add_lora
+from handspun.training import packed
+from handspun.training.loop import Loop, TrainingState, start, train_step
+from handspun.training.runner import select_runner
+from measurements import table
+
+PREFIX = 24
+"""Tokens that all rows begin with: a chat template's system message."""
+KERNEL, SDPA = "kernel", "PyTorch"
+
+
+def main() -> None:
+    arguments = parser(__doc__).parse_args()
+    torch.set_num_threads(arguments.threads)
+    lines, seconds = [], {}
+    with training(arguments) as job:
+        for length in arguments.lengths:
+            seconds[length] = compare(job, length, arguments)
+            kernel, before = seconds[length][KERNEL], seconds[length][SDPA]
+            lines.append([str(length), *(f"{1e3 * x:.3f}" for x in (before, kernel)), f"{before / kernel:.2f}"])
+            print(" | ".join(lines[-1]), flush=True)
+    print(table(["tokens a row", "PyTorch's attention, ms a token", "kernel, ms a token", "ratio"], lines))
+    if 1024 in seconds and 128 in seconds:
+        for name in (SDPA, KERNEL):
+            print(
+                f"{name}: a token at 1,024 costs {seconds[1024][name] / seconds[128][name]:.2f} times one at 128"
+            )
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of the command line, which profile_step.py has too."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", default=EMBEDDED_NAME, help="a model's folder (default: the embedded one)")
+    made.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    made.add_argument("--lora", action="store_true")
+    made.add_argument("--base-weights", choices=["float32", "int8"], default="float32")
+    made.add_argument("--lengths", type=int, nargs="+", default=[100, 128, 256, 512, 1024, 2048])
+    made.add_argument("--tokens", type=int, default=2048, help="tokens a step, at least a row")
+    made.add_argument("--repeats", type=int, default=5, help="steps of each way")
+    made.add_argument("--threads", type=int, default=1)
+    return made
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model under training, and the number of its tokens."""
+
+    loop: Loop
+    state: TrainingState
+    vocabulary: int
+
+    def step(self, length: int, tokens: int, seed: int) -> int:
+        """Take a step over rows of a length. Return the tokens that it computed."""
+        batch = rows(length, max(1, tokens // length), self.vocabulary, seed)
+        self.state.step = 0  # of two, so that it is never the last
+        *_, step = train_step(self.loop, self.state, batch, epoch=1)
+        return int(step.tokens)  # type: ignore[union-attr]
+
+
+@contextmanager
+def training(arguments: argparse.Namespace) -> Iterator[Job]:
+    """Yield the job that the command line asks for."""
+    options: Any = {"dtype": arguments.dtype, "base_weights": arguments.base_weights}
+    config = TrainConfig(
+        model=arguments.model, lora=arguments.lora, max_tokens=2048, learning_rate=1e-6, **options
+    )
+    model = load(arguments.model, device="cpu", weights="float32").model
+    if arguments.base_weights == "int8":
+        quantize_base(model)
+    if arguments.lora:
+        model = add_lora(model, arguments.model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=0.0)
+    vocabulary = model.config.get_text_config().vocab_size
+    examples = rows(40, 2 * config.batch_size, vocabulary, seed=0)
+    dtype = getattr(torch, arguments.dtype)
+    model.train()
+    with select_runner(model, config, examples, dtype=dtype, pad_token_id=0) as runner:
+        yield Job(Loop(config=config, examples=examples, runner=runner), start(model, config), vocabulary)
+
+
+def rows(length: int, count: int, vocabulary: int, seed: int) -> list[Example]:
+    """Random rows that begin alike; the second half is learned."""
+    generator = torch.Generator().manual_seed(seed)
+    beginning = list(range(100, 100 + PREFIX))
+    learned = [i >= max(length // 2, PREFIX + 2) for i in range(length)]
+    return [
+        Example(
+            beginning + torch.randint(vocabulary, (length - PREFIX,), generator=generator).tolist(), learned, "", i
+        )
+        for i in range(count)
+    ]
+
+
+def compare(job: Job, length: int, arguments: argparse.Namespace) -> dict[str, float]:
+    """Return the seconds a token of both ways, which take turns. The first turn is not counted."""
+    clock = time.process_time if arguments.threads == 1 else time.perf_counter
+    seconds: dict[str, list[float]] = {KERNEL: [], SDPA: []}
+    for turn in range(arguments.repeats + 1):
+        for name, of_each in seconds.items():
+            with way(name):
+                began = clock()
+                tokens = job.step(length, arguments.tokens, seed=turn)
+                if turn:
+                    of_each.append((clock() - began) / tokens)
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+@contextmanager
+def way(name: str) -> Iterator[None]:
+    """Attend in this way within the block."""
+    if name == KERNEL:
+        yield
+        return
+    with mock.patch.object(packed, "_kernels_attend", return_value=False):
+        yield
+
+
+if __name__ == "__main__":
+    main()
