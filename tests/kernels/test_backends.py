@@ -97,16 +97,22 @@ def test_matmuls_equal_the_reference(name: str, rows: int, width: int, channels:
 
 @pytest.mark.parametrize("name", NATIVE)
 @PROPERTY
-@given(rows=st.integers(1, 5), sixteens=st.integers(1, 9), channels=st.integers(1, 11), seed=SEEDS)
-def test_bfloat16_matmuls_equal_the_reference(
-    name: str, rows: int, sixteens: int, channels: int, seed: int
+@given(
+    rows=st.integers(1, 5),
+    sixteens=st.integers(1, 9),
+    channels=st.integers(1, 11),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    seed=SEEDS,
+)
+def test_float_matmuls_equal_the_reference(
+    name: str, rows: int, sixteens: int, channels: int, dtype: torch.dtype, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, 16 * sixteens, generator=generator)
-    weight = torch.randn(channels, 16 * sixteens, generator=generator).bfloat16()
+    weight = torch.randn(channels, 16 * sixteens, generator=generator).to(dtype)
     bias = torch.randn(channels, generator=generator) if seed % 2 else None
-    found = backend(name).bfloat16_matmul(x, weight, bias)
-    assert_same(found, PLAIN.bfloat16_matmul(x, weight, bias))
+    found = backend(name).float_matmul(x, weight, bias)
+    assert_same(found, PLAIN.float_matmul(x, weight, bias))
     exact = nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
 

@@ -66,11 +66,11 @@ class Kernels(PackKernels, Protocol):
     def int8_weight(self, weight: Tensor) -> Int8Weight:
         """Lay out an int8 matrix."""
 
-    def can_multiply_bfloat16(self, width: int) -> bool:
-        """Return whether `bfloat16_matmul` supports rows of this width, and is worth using."""
+    def can_multiply_floats(self, width: int) -> bool:
+        """Return whether `float_matmul` supports rows of this width, and is worth using."""
 
-    def bfloat16_matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Multiply float rows with a bfloat16 matrix."""
+    def float_matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply float rows with a bfloat16 or float32 matrix."""
 
     def can_attend(self, heads: int, kv_heads: int, head_size: int) -> bool:
         """Return whether `rotate` and `attend` support such heads, and are worth using."""

@@ -51,11 +51,6 @@ def has_bfloat16() -> bool:
     return not cpu_flags().isdisjoint(_BFLOAT16)
 
 
-def is_intel() -> bool:
-    """Return whether the CPU is one of Intel's."""
-    return _field("vendor_id") == "GenuineIntel"
-
-
 def cpu_model() -> str:
     """Return the CPU's name and flags, as a key for cached measurements."""
     return f"{_field('model name', 'CPU implementer')}, {' '.join(sorted(cpu_flags()))}"

@@ -485,18 +485,24 @@ void transposed_matmul(const int8_t *x, const float *row_scale, int64_t rows, in
     free((void *)all.unsigned_values);
 }
 
-/* Multiply up to 2 rows of floats with 4 channels of bfloat16: one lane sum each. width: a multiple of 16. */
-INLINE void multiply_bfloat16(const float *x, const int rows, int64_t width, const uint16_t *weight, const int channels,
-                              const float *bias, float *out, int64_t out_stride) {
+/* The address of an element of a bfloat16 (`halves`) or float32 matrix. */
+INLINE const void *element(const void *weight, const int halves, int64_t i) {
+    return (const char *)weight + (halves ? 2 : 4) * i;
+}
+
+/* Multiply up to 2 rows of floats with 4 channels: one lane sum each. width: a multiple of 16. */
+INLINE void multiply_channels(const float *x, const int rows, int64_t width, const void *w, const int halves,
+                              const int channels, const float *bias, float *out, int64_t out_stride) {
     lanes sums[2][4];
     EACH(r, rows) EACH(c, channels) sums[r][c] = splat(0.0f);
     for (int64_t k = 0; k < width; k += LANES) {
         lanes some[2];
         EACH(r, rows) some[r] = load(x + r * width + k);
         EACH(c, channels) {
-            lanes w = widened(weight + c * width + k);
-            __builtin_prefetch(weight + c * width + k + 4 * width); /* of the next 4 channels: up to 1.5 times as fast */
-            EACH(r, rows) sums[r][c] = fused(some[r], w, sums[r][c]);
+            const void *at = element(w, halves, c * width + k);
+            lanes y = halves ? widened(at) : load(at);
+            __builtin_prefetch(element(w, halves, (c + 4) * width + k)); /* the next 4 channels: 1.5 times as fast */
+            EACH(r, rows) sums[r][c] = fused(some[r], y, sums[r][c]);
         }
     }
     EACH(r, rows) EACH(c, channels) {
@@ -505,18 +511,15 @@ INLINE void multiply_bfloat16(const float *x, const int rows, int64_t width, con
     }
 }
 
-/* Multiply rows of floats, (rows, width), with a bfloat16 matrix, (channels, width). width: a multiple of 16.
- * Each weight is read once for all rows, and floats are not rounded to bfloat16. */
-void bfloat16_matmul(const float *x, int64_t rows, int64_t width, const uint16_t *weight, const float *bias,
-                     int64_t channels, float *out, int threads) {
+INLINE void multiply_float_rows(const float *x, int64_t rows, int64_t width, const void *w, const int halves,
+                                const float *bias, int64_t channels, float *out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t c = 0; c < channels; c += 4) {
-        const uint16_t *some = weight + c * width;
-        const float *biases = bias ? bias + c : NULL;
+    for (int64_t c = 0; c < channels; c += 4)
         for (int64_t r = 0; r < rows; r += 2)
-            for (int64_t one = 0; one < 4 && c + one < channels; one += channels - c < 4 ? 1 : 4) {
-#define FOR(n, m) multiply_bfloat16(x + r * width, n, width, some + one * width, m, biases ? biases + one : NULL, \
-                                    out + r * channels + c + one, channels)
+            for (int64_t one = c; one < c + 4 && one < channels; one += channels - c < 4 ? 1 : 4) {
+                const void *some = element(w, halves, one * width);
+#define FOR(n, m) multiply_channels(x + r * width, n, width, some, halves, m, bias ? bias + one : NULL, \
+                                    out + r * channels + one, channels)
                 if (rows - r == 1) {
                     if (channels - c < 4) FOR(1, 1);
                     else FOR(1, 4);
@@ -524,7 +527,15 @@ void bfloat16_matmul(const float *x, int64_t rows, int64_t width, const uint16_t
                 else FOR(2, 4);
 #undef FOR
             }
-    }
+}
+
+/* Multiply rows of floats, (rows, width), with a float matrix, (channels, width). width: a multiple of 16. halves:
+ * whether the matrix is bfloat16, else float32. Each weight is read once for two rows, and nothing is rounded to
+ * bfloat16. */
+void float_matmul(const float *x, int64_t rows, int64_t width, const void *weight, int halves, const float *bias,
+                  int64_t channels, float *out, int threads) {
+    if (halves) multiply_float_rows(x, rows, width, weight, 1, bias, channels, out, threads);
+    else multiply_float_rows(x, rows, width, weight, 0, bias, channels, out, threads);
 }
 
 /* Normalize (if q_norm or k_norm, (size), are given) and rotate the queries and keys of qkv,

@@ -43,7 +43,7 @@ _SIGNATURES = {
     "tile": (_ARRAY, _INT, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _THREADS),
     "matmul": (_ARRAY, _ARRAY, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _ARRAY, _INT, _ARRAY, _THREADS),
     "transposed_matmul": (_ARRAY, _ARRAY, _INT, _INT, _ARRAY, _ARRAY, _INT, _INT, _ARRAY, _THREADS),
-    "bfloat16_matmul": (_ARRAY, _INT, _INT, _ARRAY, _ARRAY, _INT, _ARRAY, _THREADS),
+    "float_matmul": (_ARRAY, _INT, _INT, _ARRAY, ctypes.c_int, _ARRAY, _INT, _ARRAY, _THREADS),
     "rotate": (
         *(_ARRAY, _INT, _INT, _INT, _INT, _ARRAY, _ARRAY, _FLOAT),
         *(_ARRAY, _ARRAY, _ARRAY, _ARRAY, _INT, _THREADS),
@@ -212,24 +212,26 @@ class NativeKernels:
         )
         return out
 
-    def can_multiply_bfloat16(self, width: int) -> bool:
-        """Return whether `bfloat16_matmul` supports rows of this width."""
+    def can_multiply_floats(self, width: int) -> bool:
+        """Return whether `float_matmul` supports rows of this width."""
         return width % LANES == 0
 
-    def bfloat16_matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def float_matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return x @ weight.T + bias: (rows, out), float32.
 
         Args:
             x: (rows, in), float32; in: a multiple of 16.
-            weight: (out, in), bfloat16.
+            weight: (out, in), bfloat16 or float32.
             bias: (out,), float32, or None.
         """
         x = x.contiguous()
         assert weight.is_contiguous() and not x.shape[1] % LANES  # noqa: PT018
         out = torch.empty(len(x), len(weight))
-        self._library.bfloat16_matmul(
-            *(x.data_ptr(), *x.shape, weight.data_ptr(), None if bias is None else bias.data_ptr(), len(weight)),
-            *(out.data_ptr(), torch.get_num_threads()),
+        halves = weight.dtype == torch.bfloat16
+        assert halves or weight.dtype == torch.float32
+        self._library.float_matmul(
+            *(x.data_ptr(), *x.shape, weight.data_ptr(), halves, None if bias is None else bias.data_ptr()),
+            *(len(weight), out.data_ptr(), torch.get_num_threads()),
         )
         return out
 

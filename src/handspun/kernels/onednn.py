@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from handspun.kernels.cpu import is_intel
-
 
 def without_cudnn() -> AbstractContextManager[None]:
     """Exclude cuDNN's attention within the block."""
@@ -43,12 +41,11 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     x: (tokens, in). weight: (out, in). bias: (out,).
     """
-    if not _uses_onednn(weight) or (len(x) == 1 and is_intel()):
+    if not _uses_onednn(weight):
         return F.linear(x, weight, bias)
     # F.linear would use MKL, which is slower: on a Zen 4, all matrices of a 0.5B model take 76 ms instead of 136
-    # for one row, 117 instead of 241 for 8, and 222 instead of 387 for 32. On a Sapphire Rapids it is faster for
-    # one row (14.8 GB/s instead of 11.6 to 13.7, one thread). Weights laid out for oneDNN in advance would take 80
-    # ms for 8 rows, but twice the memory.
+    # for one row, 117 instead of 241 for 8, and 222 instead of 387 for 32. Weights laid out for oneDNN in advance
+    # would take 80 ms for 8 rows, but twice the memory.
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 

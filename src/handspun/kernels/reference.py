@@ -191,12 +191,12 @@ class ReferenceKernels:
         """Choose the attention. attends: use `attend`, whose order of sums costs seconds for a long prompt."""
         self._attends = attends
 
-    def can_multiply_bfloat16(self, width: int) -> bool:  # noqa: ARG002
+    def can_multiply_floats(self, width: int) -> bool:  # noqa: ARG002
         """Return False: PyTorch's own matmul is faster than this form of it."""
         return False
 
-    def bfloat16_matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x @ weight.T + bias: (rows, out). x: (rows, in), float32. weight: (out, in), bfloat16."""
+    def float_matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x @ weight.T + bias: (rows, out). x: (rows, in), float32. weight: (out, in), any float type."""
         lanes = x.new_zeros(len(x), len(weight), LANES)
         for some, part in zip(x.split(LANES, dim=1), weight.float().split(LANES, dim=1), strict=True):
             lanes = fused_multiply_add(some[:, None], part[None], lanes)
