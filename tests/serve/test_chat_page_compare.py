@@ -211,7 +211,7 @@ def test_each_model_goes_on_behind_its_own_answer(tab: Chromium, server: Server)
         assert shown[place + 2]["content"] == expected["choices"][0]["message"]["content"]
     assert tab.run("document.querySelectorAll('.pair').length") == 2
     assert tab.run("document.querySelectorAll('#messages > .user').length") == 2
-    tab.click(".pair:last-child [title^='Go on with the answer']")
+    tab.click(".pair:last-child [title^='Use base']")
     tab.until("document.querySelectorAll('.pair').length === 0")
     texts = tab.run("[...document.querySelectorAll('.assistant .body')].map((one) => one.textContent)")
     assert len(texts) == 2
@@ -392,7 +392,7 @@ def test_the_panels_fit_the_window(tab: Chromium, width: int) -> None:
     tab.look(width=width)
     fill(tab, num_beams=8, max_tokens=100, compare="base")
     send(tab, "Say 3. " + "word" * 60)
-    for title in ("What the model read", "Each token"):
+    for title in ("What the model read", "Compare tokens"):
         tab.click(f".pair [title^='{title}']")
     labels(tab, 1)
     tab.until("document.querySelectorAll('.runs button').length > 0")
@@ -412,7 +412,7 @@ def test_axe_finds_nothing_in_the_panels(tab: Chromium, scheme: str, width: int)
     tab.look(width=width, scheme=scheme)
     fill(tab, num_beams=4, max_tokens=12, compare="base")
     send(tab, "Say 3.")
-    for title in ("What the model read", "Each token"):
+    for title in ("What the model read", "Compare tokens"):
         tab.click(f".pair [title^='{title}']")
     labels(tab, 1)
     tab.click(".pair [title^='Tint']")

@@ -396,7 +396,7 @@ async function start() {
     showConversation();
     models = (await ask("/v1/models")).data;
     byId("model").replaceChildren(...models.map(({ id }) => new Option(id, id)));
-    byId("compare").replaceChildren(new Option("Compare with …", ""), ...models.map(({ id }) => new Option(`with ${id}`, id)));
+    byId("compare").replaceChildren(new Option("Compare …", ""), ...models.map(({ id }) => new Option(`with ${id}`, id)));
     byId("compare").hidden = models.length < 2;
     const last = localStorage.getItem("model");
     if (models.some(({ id }) => id === last)) byId("model").value = last;

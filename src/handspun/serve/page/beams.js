@@ -48,8 +48,9 @@ export class TreeView {
       this.draw(true);
     });
     this.all.setAttribute("aria-pressed", "false");
+    this.scrolled = 0; // where the tree was put; the reader may have scrolled since
     this.about = element("p", { class: "meaning" });
-    this.box = element("div", { class: "box", tabIndex: 0, role: "region", "aria-label": "Beams as a tree" });
+    this.box = element("div", { class: "box", tabIndex: 0, role: "group", "aria-label": "Beams as a tree" });
     this.root = element("div", { class: "panel tree" }, element("div", { class: "row" }, this.about, this.all), this.box);
   }
 
@@ -60,14 +61,16 @@ export class TreeView {
 
   draw(isFinal) {
     const { box } = this;
-    const follows = !isFinal && box.scrollHeight - box.scrollTop - box.clientHeight < 40;
     const showsAll = this.all.getAttribute("aria-pressed") === "true";
     const tree = new Tree(this.answer.beams.nodes, showsAll);
-    this.about.textContent = `${tree.summary} The number is a beam's log-probability so far. The best reads down the left edge.`;
+    this.about.textContent = `${tree.summary} The number is a beam's log-probability so far. The best comes first.`;
     this.all.textContent = `${showsAll ? "Hide" : "Show"} ${tree.lost} given up`;
+    this.all.setAttribute("aria-label", `${this.all.textContent} beams`);
     this.all.disabled = tree.lost === 0;
-    box.replaceChildren(...(tree.nodes.length ? [this.path(tree, tree.path(null))] : []));
-    if (follows) box.scrollTop = box.scrollHeight;
+    const follows = box.scrollTop === this.scrolled;
+    box.replaceChildren(...tree.children(null).map((place) => this.path(tree, tree.path(place))));
+    if (follows) box.scrollTop = isFinal ? 0 : Math.max(0, (box.firstChild?.offsetHeight ?? 0) - box.clientHeight + 40);
+    this.scrolled = box.scrollTop;
   }
 
   /** Return a path as a list of its stretches without a branch, each followed by what branches off there. */
@@ -76,20 +79,12 @@ export class TreeView {
   }
 
   stretch(tree, { nodes, branches }) {
-    const item = element("li", {});
-    if (nodes.length) {
-      const end = tree.nodes[nodes.at(-1)];
-      item.append(
-        element(
-          "div",
-          { class: "stretch" },
-          element("span", { class: "text" }, textOf(nodes.map((place) => tree.nodes[place]))),
-          ...(tree.children(nodes.at(-1)).length ? [] : [this.ending(tree, nodes.at(-1))]),
-          element("span", { class: "score" }, minus(end.score.toFixed(2))),
-        ),
-      );
-    }
-    if (branches.length) item.append(element("ul", { class: "branches" }, ...branches.map((path) => element("li", {}, this.path(tree, path)))));
+    const end = nodes.at(-1);
+    const ending = tree.children(end).length ? [] : [this.ending(tree, end)];
+    const text = element("span", { class: "text" }, textOf(nodes.map((place) => tree.nodes[place])));
+    const score = element("span", { class: "score" }, minus(tree.nodes[end].score.toFixed(2)));
+    const item = element("li", {}, element("div", { class: "stretch" }, text, ...ending, score));
+    if (branches.length) item.append(element("ul", { class: "sides" }, ...branches.map((path) => element("li", {}, this.path(tree, path)))));
     return item;
   }
 
@@ -100,8 +95,9 @@ export class TreeView {
     const number = node.return_index;
     const isTaken = number === (this.answer.taken ?? 0);
     const mean = minus((node.score / tree.depth(place)).toFixed(2));
-    const about = `${isTaken ? "This is the answer that is shown" : "Take this answer, on a branch of its own"}: log-probability ${minus(node.score.toFixed(2))}, per token ${mean}`;
-    const made = button(isTaken ? `Answer ${number + 1} ✓` : `Take answer ${number + 1}`, about, () => {
+    const name = isTaken ? `Answer ${number + 1} ✓` : `Take answer ${number + 1}`;
+    const about = `${name}${isTaken ? " is shown" : ", on a branch of its own"}: log-probability ${minus(node.score.toFixed(2))}, per token ${mean}`;
+    const made = button(name, about, () => {
       const { content, tokens, ids, finish } = this.answer.beams.answers[number];
       if (!isTaken) this.take({ content, tokens: withIds(tokens, ids), count: ids.length, finish, taken: number });
     });
@@ -164,18 +160,8 @@ class Tree {
     return found.sort((one, other) => this.best.get(other) - this.best.get(one));
   }
 
-  /** Return the way from below a node to its best end: stretches, each with the paths that branch off behind it. */
-  path(parent) {
-    const stretches = [];
-    let next = this.children(parent);
-    if (parent === null && next.length > 1) {
-      stretches.push({ nodes: [], branches: next.slice(1).map((child) => this.from(child)) });
-      next = next.slice(0, 1);
-    }
-    return [...stretches, ...(next.length ? this.from(next[0]) : [])];
-  }
-
-  from(first) {
+  /** Return the way from a node to its best end: stretches, each with the paths that branch off behind it. */
+  path(first) {
     const stretches = [];
     for (let place = first; place !== undefined; ) {
       const nodes = [place];
@@ -184,7 +170,7 @@ class Tree {
         nodes.push(next[0]);
         next = this.children(next[0]);
       }
-      stretches.push({ nodes, branches: next.slice(1).map((child) => this.from(child)) });
+      stretches.push({ nodes, branches: next.slice(1).map((child) => this.path(child)) });
       place = next[0];
     }
     return stretches;

@@ -27,8 +27,8 @@ export class PairView {
       new MessageView(node, place, actions),
       new MessageView(second, { ...place, index: 0, count: 1 }, { ...actions, ...isBeside }),
     ];
-    const use = button(`Use ${second.model}'s`, `Go on with the answer of ${second.model}, on a branch of its own`, () => actions.adopt(second, {}));
-    this.compare = toggle("Compare tokens", "Each token's rank and probability under the other model", (shows) => this.show(shows));
+    const use = button(`Use ${second.model}'s`, `Use ${second.model}'s answer from here on, on a branch of its own`, () => actions.adopt(second, {}));
+    this.compare = toggle("Compare tokens", "Compare tokens: rank and probability of each under the other model", (shows) => this.show(shows));
     this.tint = toggle("Tint", "Tint the tokens by their probability under the other model", (shows) => this.root.classList.toggle("tinted", shows));
     this.result = element("div", { class: "result", hidden: true });
     this.details = element("p", { class: "details", role: "status", hidden: true });
@@ -133,7 +133,7 @@ export class PairView {
   }
 
   token(row, isShared) {
-    const about = `“${row.text.replaceAll("\n", "↵")}” (id ${row.id}): ${odds(row)}${isShared ? "" : "; only in this answer"}`;
+    const about = `“${visible(row.text)}” (id ${row.id}): ${odds(row)}${isShared ? "" : "; only in this answer"}`;
     const made = element("button", { type: "button", class: "token", tabIndex: -1, "aria-label": about }, row.text.replaceAll("\n", "↵") || "∅");
     made.dataset.tint = String(Math.min(5, Math.floor(-row.others.logprob / 0.8)));
     return made;
