@@ -154,10 +154,19 @@ def test_tables_that_could_mean_several_things_are_refused(write: Write, content
     assert message in refusal(write("train.csv", content))
 
 
-def test_a_table_of_unknown_columns_with_semicolons_is_read_after_following_the_advice(write: Write) -> None:
-    content = "frage;antwort\na;b\n"
+@pytest.mark.parametrize("content", ["Frage;Antwort\na, c;b\n", '"Frage";"Antwort"\n"a, c";"b"\n'])
+def test_a_table_of_unknown_columns_with_semicolons_is_read(write: Write, content: str) -> None:
+    """Excel writes it so in half of Europe, and --columns says what the columns are."""
+    assert read(write("train.csv", content)) == (
+        [{"Frage": "a, c", "Antwort": "b"}],
+        ["separated by ;, not by ,"],
+    )
+
+
+def test_a_header_that_two_separators_split_is_read_after_following_the_advice(write: Write) -> None:
+    content = "frage;ant|wort\na;b\n"
     assert "Put the line sep=; above it" in refusal(write("train.csv", content))
-    assert read(write("train.csv", f"sep=;\n{content}"))[0] == [{"frage": "a", "antwort": "b"}]
+    assert read(write("train.csv", f"sep=;\n{content}"))[0] == [{"frage": "a", "ant|wort": "b"}]
 
 
 def test_carriage_returns_marks_and_excels_escapes_in_cells_are_counted(write: Write) -> None:

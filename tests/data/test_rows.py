@@ -272,7 +272,11 @@ def test_no_name_is_no_data(source: str) -> None:
         ("a.csv", 'a,b\n"x" y,3\n', "a.csv, line 2: malformed at line 2 (',' expected after '\"')"),
         ("a.csv", "a,b,a\n1,2,3\n", "a.csv, line 1: columns 1 and 3 are both named 'a'"),
         ("a.csv", "\n,a\nx,1\n", "a.csv, line 2: column 1 of the header has no name, but line 3 has 'x' in it"),
-        ("a.csv", "a;b\n1;2\n", "a.csv, line 1: the header is a single name, 'a;b'. It looks separated by ';'"),
+        (
+            "a.csv",
+            "a;b|c\n1;2\n",
+            "a.csv, line 1: the header is a single name, 'a;b|c'. It looks separated by ';'",
+        ),
         ("a.csv", "a,b\n1,2\nx\0y,3\n", "a.csv, line 3: there is a NUL character"),
         ("a.json", '[\n{"a": 1},\n{"a": }\n]', "a.json, line 3: malformed JSON at character 7 of the line"),
         ("a.json", '[{"a": 1}, 5]', "a.json, row 2: expected an object, found the number 5."),

@@ -43,7 +43,7 @@ CUT_SHORT_OR_MALFORMED = [
     Case(
         "csv with semicolons, of no format",
         csv("a;b", header="x;y"),
-        "train.csv, line 1: the header is a single name",
+        "train.csv: the columns fit no format. Found: x, y",
     ),
     Case("tabs under the name .csv", csv("a\tb", header="instruction\toutput"), kept=1),
     Case("Excel's first line, sep=;", file("train.csv", "\ufeffsep=;\r\ninstruction;output\r\na;b\r\n"), kept=1),

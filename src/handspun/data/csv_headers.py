@@ -50,15 +50,20 @@ class Columns:
 def find_separator(text: str, usual: str, notes: list[str]) -> tuple[str, int]:
     """Return the separator, and the position in the text where the header begins.
 
-    The suffix's separator (`usual`) is used, with two exceptions. Excel's first line may name another one. Or the
-    header fits a format only with another separator, and with exactly one.
+    The suffix's separator (`usual`) is used, with three exceptions. Excel's first line may name another one. The
+    header may fit a format only with another separator, and with exactly one. Or it is a single name that exactly
+    one other separator splits: columns that --columns may name.
     """
     hint = _EXCEL_HINT.match(text)
     if hint:
         notes.append(f"the first line, sep={_name(hint[1])}, is Excel's hint for the separator, not a row")
         return hint[1], hint.end()
-    if not fits_a_format(_first_cells(text, usual)):
-        others = [other for other in _SEPARATORS if other != usual and fits_a_format(_first_cells(text, other))]
+    header = _first_cells(text, usual)
+    if not fits_a_format(header):
+        cells = {other: _first_cells(text, other) for other in _SEPARATORS if other != usual}
+        others = [other for other in cells if fits_a_format(cells[other])]
+        if not others and len(header) < 2:
+            others = [other for other in cells if len(cells[other]) > 1]
         if len(others) == 1:
             notes.append(f"separated by {_name(others[0])}, not by {_name(usual)}")
             return others[0], 0
@@ -66,7 +71,7 @@ def find_separator(text: str, usual: str, notes: list[str]) -> tuple[str, int]:
 
 
 def check_separator(header: Record, separator: str, file: str) -> None:
-    """Raise DataError if the header is one name that another separator would split."""
+    """Raise DataError if the header is one name that several other separators would split."""
     only = header.cells[0]
     other = next((mark for mark in _SEPARATORS if mark != separator and mark in only), None)
     if len(header.cells) == 1 and other is not None:
