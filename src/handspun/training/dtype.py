@@ -38,8 +38,9 @@ def physical_cores() -> int:
 # Least speedup of matmuls that makes bfloat16's rounding worth it. On Zen 4 it is 2.3, and steps are 1.5 times as
 # fast.
 _MIN_SPEEDUP = 1.2
-# A speedup below this decides at any size: without bfloat16 instructions it is 0.01.
-_CLEARLY_SLOWER = 0.5
+# A speedup below this decides at any size: without bfloat16 instructions it is 0.01. With AMX it is 0.3 at the
+# smallest size, where most of the time is overhead, and 17 at the largest.
+_CLEARLY_SLOWER = 0.1
 _SIZES = ((8, 256), (64, 512), (256, 1024))
 """(tokens, width) of the timed matmuls, smallest first. The last decides: it is like a small model's."""
 _SECONDS = 0.25
@@ -120,7 +121,8 @@ def _cache_file() -> Path:
     limits = [
         os.environ.get(name, "") for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
     ]
-    about = "\0".join([cpu_model(), torch.__version__, str(torch.get_num_threads()), *limits])
+    probe = f"{_SIZES} {_CLEARLY_SLOWER}"  # another probe does not trust this one's answers
+    about = "\0".join([cpu_model(), torch.__version__, str(torch.get_num_threads()), probe, *limits])
     return cache_folder() / f"dtype-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
 
 
