@@ -38,6 +38,14 @@ def test_a_line_that_ends_with_a_backslash_goes_on(monkeypatch: pytest.MonkeyPat
     assert said(chat, "user") == ["one\ntwo", "three"]
 
 
+def test_lines_from_a_pipe_are_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat, _ = talk(monkeypatch, "one\\\ntwo\n")
+    assert said(chat, "user") == ["one\ntwo"]
+    assert capsys.readouterr().out == ""
+
+
 def test_reset_forgets_and_quit_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     chat, _ = talk(monkeypatch, "one\n/reset\ntwo\n/quit\nthree\n")
     assert said(chat, "user") == ["two"]

@@ -70,14 +70,16 @@ class Chat:
     def _read(self) -> str | None:
         """Return a message or command; None at the end of the input."""
         lines = []
-        prompt = "you: "
+        is_typed = is_terminal(sys.stdin)
+        prompt = "you: " if is_typed else ""  # a pipe's output is answers
         try:
             # Not the console's own input: line editing has to know the prompt to draw a long line again.
             while (line := input(prompt)).endswith("\\"):
                 lines.append(line.removesuffix("\\"))
-                prompt = "...: "
+                prompt = "...: " if is_typed else ""
         except (EOFError, KeyboardInterrupt):
-            self.console.print()
+            if is_typed:
+                self.console.print()
             return None
         except UnicodeDecodeError as error:
             raise DataError(f"standard input cannot be read: {error}") from error
