@@ -5,6 +5,7 @@ It passes requests on and answers back, and translates what is only spelled diff
 """
 
 import argparse
+import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
@@ -110,7 +111,17 @@ class Shim:
         asked = self._client.build_request(
             request.method, "/v1/completions" if is_own else path, content=data, headers=headers
         )
-        answer = await self._client.send(asked, stream=True)
+        # A client that leaves leaves our server too.
+        sending, left = (
+            asyncio.create_task(self._client.send(asked, stream=True)),
+            asyncio.create_task(gone(request)),
+        )
+        await asyncio.wait({sending, left}, return_when=asyncio.FIRST_COMPLETED)
+        left.cancel()
+        if not sending.done():
+            sending.cancel()
+            return Response(status_code=499)
+        answer = sending.result()
         kind = answer.headers.get("content-type", "")
         if kind.startswith("text/event-stream"):
             pieces = own_events(answer) if is_own else answer.aiter_bytes()
@@ -143,6 +154,12 @@ class Shim:
         if "model" in found:
             found["model"] = self._options.alias
         return found
+
+
+async def gone(request: Request) -> None:
+    """Wait until the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def closing(answer: httpx.Response, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
