@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from handspun.cli.views.chat import Chat, WordWrap
+from handspun.cli.views.chat import HELP, Chat, WordWrap
 from handspun.config import GenerationOptions
 from handspun.models.load import ChatModel
 from tiny import tiny_model, tiny_tokenizer
@@ -44,6 +44,18 @@ def test_lines_from_a_pipe_are_not_asked_for(
     chat, _ = talk(monkeypatch, "one\\\ntwo\n")
     assert said(chat, "user") == ["one\ntwo"]
     assert capsys.readouterr().out == ""
+
+
+def test_notes_are_broken_between_words(monkeypatch: pytest.MonkeyPatch, tiny_chat: ChatModel) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("/help\n/retry\none\n/retry\n"))
+    screen = Terminal()
+    Chat(tiny_chat, GenerationOptions(max_new_tokens=1), Console(file=screen, width=80, color_system=None)).loop()
+    assert HELP in screen.getvalue()
+    assert "Add --temperature 0.7, for \nexample." in screen.getvalue()
 
 
 def test_reset_forgets_and_quit_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,9 @@ from handspun.errors import DataError, HandspunError
 from handspun.models.load import ChatModel
 
 HELP = """\
-/retry          answer the last message again (another sample, if the options sample)
+/retry          answer the last message again (another sample, if it samples)
 /system TEXT    set the system message; without TEXT, the template's default
-/save FILE      append the conversation to a .jsonl file, as a row that `handspun train` reads
+/save FILE      append the conversation to a .jsonl file, as a row to train on
 /reset          start over
 /quit           exit (or Ctrl-D)
 A line that ends with \\ goes on in the next one. Ctrl-C stops an answer."""
@@ -156,7 +156,8 @@ class Chat:
         self._note(f"saved in {name}")
 
     def _note(self, text: str) -> None:
-        self.console.print(text, style="dim", markup=False, soft_wrap=True)
+        wraps = not is_terminal(self.console.file)  # a terminal itself would break lines within words
+        self.console.print(text, style="dim", markup=False, highlight=False, soft_wrap=wraps)
 
 
 class WordWrap:
