@@ -4,6 +4,7 @@
 
 Steps of training, with AdamW, over rows of random tokens that begin alike. Both ways take turns in one process;
 figures are medians. With one thread, seconds are those of the CPU, so that others on the machine disturb less.
+--attention times the attention of one layer alone, forward and backward, and counts the operations it needs.
 """
 
 import argparse
@@ -16,15 +17,18 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.int8 import quantize_base
-from handspun.models.load import load
+from handspun.models.load import load, load_config, model_source
 from handspun.models.lora import add_lora
 from handspun.training import packed
+from handspun.training.batching import Batching
 from handspun.training.loop import Loop, TrainingState, start, train_step
+from handspun.training.packed import masks_of
 from handspun.training.runner import select_runner
 from measurements import table
 
@@ -36,6 +40,9 @@ KERNEL, SDPA = "kernel", "PyTorch"
 def main() -> None:
     arguments = parser(__doc__).parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.attention:
+        print(attention_alone(arguments))
+        return
     lines, seconds = [], {}
     with training(arguments) as job:
         for length in arguments.lengths:
@@ -62,7 +69,49 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--tokens", type=int, default=2048, help="tokens a step, at least a row")
     made.add_argument("--repeats", type=int, default=5, help="steps of each way")
     made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--attention", action="store_true", help="attention alone")
     return made
+
+
+def attention_alone(arguments: argparse.Namespace) -> str:
+    """Return a table of milliseconds a layer, and of needed operations a second, of both ways."""
+    config = load_config(model_source(arguments.model)).get_text_config()
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    lines = []
+    for length in arguments.lengths:
+        batch = rows(length, max(1, arguments.tokens // length), config.vocab_size, seed=0)
+        pack = Batching("packed", share_prefix=True).pack(batch, torch.device("cpu"))
+        tokens, own = pack.input_ids.shape[1], [stop - start for start, stop in pack.sequence_bounds]
+        seen = sum(n * (n + 1) / 2 for n in [pack.shared_prefix_length, *own])
+        seen += pack.shared_prefix_length * sum(own)
+        inputs = [torch.randn(1, tokens, n, size).transpose(1, 2) for n in (heads, kv_heads, kv_heads)]
+        seconds = seconds_of_attention(
+            [x.requires_grad_() for x in inputs], masks_of(pack, torch.float32), arguments
+        )
+        operations = 14 * seen * heads * size  # two matmuls forward, five backward
+        line = [str(length)]
+        for name in (SDPA, KERNEL):
+            line += [f"{1e3 * seconds[name]:.1f}", f"{operations / seconds[name] / 1e9:.0f}"]
+        lines.append([*line, f"{seconds[SDPA] / seconds[KERNEL]:.2f}"])
+    header = ["tokens a row", "PyTorch's, ms", "GFLOP/s", "kernel, ms", "GFLOP/s", "ratio"]
+    return table(header, lines)
+
+
+def seconds_of_attention(
+    inputs: list[Tensor], masks: packed.Masks, arguments: argparse.Namespace
+) -> dict[str, float]:
+    """Return the seconds of both ways, which take turns: the median, without the first turn."""
+    clock = time.process_time if arguments.threads == 1 else time.perf_counter
+    seconds: dict[str, list[float]] = {KERNEL: [], SDPA: []}
+    for _ in range(arguments.repeats + 1):
+        for name, of_each in seconds.items():
+            with way(name):
+                began = clock()
+                output, _ = packed._attend(torch.nn.Module(), *inputs, None, masks=masks)
+                torch.autograd.grad(output, inputs, torch.ones_like(output))
+                of_each.append(clock() - began)
+    return {name: statistics.median(each[1:]) for name, each in seconds.items()}
 
 
 @dataclass(frozen=True)
