@@ -21,6 +21,7 @@ from torch import Tensor
 
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
+from handspun.kernels.allocator import disable_malloc_trim
 from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.int8 import quantize_base
 from handspun.models.load import load, load_config, model_source
@@ -40,6 +41,7 @@ KERNEL, SDPA = "kernel", "PyTorch"
 def main() -> None:
     arguments = parser(__doc__).parse_args()
     torch.set_num_threads(arguments.threads)
+    disable_malloc_trim()  # as runs do: otherwise PyTorch's way maps its memory anew each time
     if arguments.attention:
         print(attention_alone(arguments))
         return
