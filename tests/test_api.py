@@ -2,8 +2,11 @@
 
 import inspect
 import json
+import os
 import pydoc
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -187,3 +190,21 @@ def test_reprs_are_short(tiny_chat: ChatModel) -> None:
 def test_generate_says_what_a_model_is(model: Any) -> None:
     with pytest.raises(handspun.ConfigError, match=r"expected a model from handspun\.load, a run from"):
         handspun.generate(model, "hi")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, "None"),
+    ],
+)
+def test_import_lets_threads_wait_busily_for_a_short_time_only(given: dict[str, str], expected: str) -> None:
+    """libgomp reads the variable when it is loaded, so torch must not have been imported."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    program = "import handspun, os, sys; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
+    answer = subprocess.run(
+        [sys.executable, "-c", program], env={**environment, **given}, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout == f"False {expected}\n"
