@@ -84,7 +84,7 @@ def compare(tab: Chromium) -> None:
     fill(tab, "model", TUNED)
     fill(tab, "compare", BASE)
     ask(tab, "Are you a human being?", TUNED, max_tokens="32")
-    tab.click(".pair button[title^='Each token']")
+    tab.click(".pair button[title^='Compare tokens']")
     tab.until("document.querySelector('.pair.compared .tokens') !== null", seconds=60)
     tab.run("document.querySelectorAll('.pair .token')[3].focus()")
     tab.run("document.querySelector('#scroller').scrollTop = 0")
