@@ -111,6 +111,15 @@ def watched(tab: Chromium) -> str:
     )
 
 
+def opened(tab: Chromium, *, tokens: int, messages: int) -> str:
+    """Import a conversation and open it. Return what was seen meanwhile."""
+    tab.run(WATCH)
+    choose_file(tab, conversation(tokens, messages))
+    tab.until(f"document.querySelectorAll('.message').length === {messages}")
+    time.sleep(1)
+    return watched(tab)
+
+
 def streams(url: str, actor: Actor, seconds: float) -> Iterator[tuple[str, str]]:
     """Yield what is streamed, and how the frames were, for each kind of answer."""
     actor.seconds, actor.size = 1 / 32, 4
@@ -120,11 +129,7 @@ def streams(url: str, actor: Actor, seconds: float) -> Iterator[tuple[str, str]]
         "one block of code": "```python\n" + CODE * 100,
     }
     with new_tab(url) as tab:
-        tab.run(WATCH)
-        choose_file(tab, conversation(20_000, 40))
-        tab.until("document.querySelectorAll('.message').length === 40")
-        time.sleep(1)
-        yield "opening a conversation of 20,000 tokens", watched(tab)
+        yield "opening a conversation of 20,000 tokens", opened(tab, tokens=20_000, messages=40)
         for name, text in texts.items():
             actor.text = text
             say(tab, "go")
@@ -153,11 +158,7 @@ def long_answers(url: str, actor: Actor) -> Iterator[tuple[str, str]]:
 def many_messages(url: str) -> Iterator[tuple[str, str]]:
     """Yield the frames while 1,000 messages are opened, scrolled through, and added to."""
     with new_tab(url) as tab:
-        tab.run(WATCH)
-        choose_file(tab, conversation(100_000, 1000))
-        tab.until("document.querySelectorAll('.message').length === 1000")
-        time.sleep(1)
-        yield "opening 1,000 messages", watched(tab)
+        yield "opening 1,000 messages", opened(tab, tokens=100_000, messages=1000)
         tab.run(WATCH)
         for _ in range(40):
             tab.call("Input.dispatchMouseEvent", type="mouseWheel", x=700, y=400, deltaX=0, deltaY=-900)

@@ -10,9 +10,10 @@ figures are medians. With one thread, seconds are those of the CPU, so that othe
 import argparse
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -48,7 +49,8 @@ def main() -> None:
     lines, seconds = [], {}
     with training(arguments) as job:
         for length in arguments.lengths:
-            seconds[length] = compare(job, length, arguments)
+            step = partial(job.step, length, arguments.tokens)
+            seconds[length] = compare(step, arguments)
             kernel, before = seconds[length][KERNEL], seconds[length][SDPA]
             lines.append([str(length), *(f"{1e3 * x:.3f}" for x in (before, kernel)), f"{before / kernel:.2f}"])
             print(" | ".join(lines[-1]), flush=True)
@@ -103,17 +105,14 @@ def attention_alone(arguments: argparse.Namespace) -> str:
 def seconds_of_attention(
     inputs: list[Tensor], masks: packed.Masks, arguments: argparse.Namespace
 ) -> dict[str, float]:
-    """Return the seconds of both ways, which take turns: the median, without the first turn."""
-    clock = time.process_time if arguments.threads == 1 else time.perf_counter
-    seconds: dict[str, list[float]] = {KERNEL: [], SDPA: []}
-    for _ in range(arguments.repeats + 1):
-        for name, of_each in seconds.items():
-            with way(name):
-                began = clock()
-                output, _ = packed._attend(torch.nn.Module(), *inputs, None, masks=masks)
-                torch.autograd.grad(output, inputs, torch.ones_like(output))
-                of_each.append(clock() - began)
-    return {name: statistics.median(each[1:]) for name, each in seconds.items()}
+    """Return the seconds of both ways."""
+
+    def attend(_: int) -> int:
+        output, _ = packed._attend(torch.nn.Module(), *inputs, None, masks=masks)
+        torch.autograd.grad(output, inputs, torch.ones_like(output))
+        return 1
+
+    return compare(attend, arguments)
 
 
 @dataclass(frozen=True)
@@ -165,18 +164,20 @@ def rows(length: int, count: int, vocabulary: int, seed: int) -> list[Example]:
     ]
 
 
-def compare(job: Job, length: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """Return the seconds a token of both ways, which take turns. The first turn is not counted."""
+def compare(work: Callable[[int], int], arguments: argparse.Namespace) -> dict[str, float]:
+    """Return the seconds of both ways, which take turns: the median, without the first turn.
+
+    work: takes the turn's number, and returns by what its seconds are divided.
+    """
     clock = time.process_time if arguments.threads == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {KERNEL: [], SDPA: []}
     for turn in range(arguments.repeats + 1):
         for name, of_each in seconds.items():
             with way(name):
                 began = clock()
-                tokens = job.step(length, arguments.tokens, seed=turn)
-                if turn:
-                    of_each.append((clock() - began) / tokens)
-    return {name: statistics.median(each) for name, each in seconds.items()}
+                count = work(turn)
+                of_each.append((clock() - began) / count)
+    return {name: statistics.median(each[1:]) for name, each in seconds.items()}
 
 
 @contextmanager
