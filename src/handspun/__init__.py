@@ -38,8 +38,8 @@ __version__ = "0.1.0"
 
 # The threads of a matmul wait for each other busily, for a millisecond and more by libgomp's default. Where other
 # programs use the cores too, that keeps the awaited thread from running: beside six busy programs on two cores, an
-# int8 step of SmolLM2 took 218 ms (median), and takes 9 so. Some 50 microseconds bridge the gaps within a step: on a
-# quiet machine nothing is lost. libgomp reads this when PyTorch is imported.
+# int8 step of SmolLM2 took 218 ms in the median, and takes 9 so. Some 50 microseconds bridge the gaps within a
+# step, so nothing is lost on a quiet machine. libgomp reads this when PyTorch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
