@@ -18,10 +18,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import Tokenizer, pre_tokenizers
-from transformers import PreTrainedTokenizerBase
 
 from handspun.data.messages import Message
 from handspun.data.placeholders import (
@@ -35,6 +34,9 @@ from handspun.data.placeholders import (
 from handspun.data.rendering import check_template_args, render
 from handspun.data.text_loss import TextLoss
 from handspun.errors import TemplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SHAPES_REMEMBERED = 1000
 _MAX_REPEATS = 100
@@ -108,7 +110,9 @@ class ChatTemplate:
     with an added token. A model could not learn to stop with such a template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_args: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", template_args: Mapping[str, Any] | None = None
+    ) -> None:
         """Check and probe the template. template_args: more variables that it reads, such as enable_thinking."""
         self.tokenizer = tokenizer
         self.template_args = dict(template_args or {})

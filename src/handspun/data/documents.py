@@ -1,10 +1,12 @@
 """Plain text to continue pretraining on: documents without turns, of which every token is trained on."""
 
 from collections.abc import Iterator
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from handspun.data.chat_template import ChatTemplate, Layout, Span, TokenizedExample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SPLIT = "longer than max_length: split into pieces, and no token is left out"
 """Note on a document of several pieces."""
@@ -25,7 +27,7 @@ def lay_out_document(text: str, template: ChatTemplate) -> Layout:
     return Layout([*begin, Span(text, True, None, first=not begin), Span(token, True, [id])])
 
 
-def _begin_of_text(tokenizer: PreTrainedTokenizerBase) -> list[Span]:
+def _begin_of_text(tokenizer: "PreTrainedTokenizerBase") -> list[Span]:
     around = tokenizer("")["input_ids"]
     if tokenizer.bos_token_id is None or tokenizer.bos_token_id not in around[:1]:
         return []

@@ -2,18 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from handspun.data.examples import Example
 from handspun.display import visible
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _Item = TypeVar("_Item")
 
 
-def target_runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
+def target_runs(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[str, bool]]:
     """Yield (text, is it trained on) in order. The texts end to end are the example as the model reads it."""
     pairs = zip(example.input_ids, example.loss_mask, strict=True)
     for is_target, run in groupby(pairs, key=lambda pair: pair[1]):
@@ -22,7 +24,7 @@ def target_runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterato
         yield str(text), is_target
 
 
-def colored(example: Example, tokenizer: PreTrainedTokenizerBase, *, most: int | None = None) -> Text:
+def colored(example: Example, tokenizer: "PreTrainedTokenizerBase", *, most: int | None = None) -> Text:
     """Return the text with target tokens in bold green. most: characters per run; longer runs are shortened."""
     text = Text()
     for run, is_target in target_runs(example, tokenizer):
@@ -30,7 +32,7 @@ def colored(example: Example, tokenizer: PreTrainedTokenizerBase, *, most: int |
     return text
 
 
-def bracketed(example: Example, tokenizer: PreTrainedTokenizerBase, *, most: int | None = None) -> str:
+def bracketed(example: Example, tokenizer: "PreTrainedTokenizerBase", *, most: int | None = None) -> str:
     """Return the text with target tokens between ⟦ and ⟧, for output without color. most: as in `colored`."""
     runs = [(_cut(run, most), is_target) for run, is_target in target_runs(example, tokenizer)]
     text = "".join(f"⟦{run}⟧" if is_target else run for run, is_target in runs)

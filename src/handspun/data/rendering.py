@@ -11,23 +11,25 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError as JinjaError
 from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from transformers import PreTrainedTokenizerBase
 
 from handspun.config import option_name
 from handspun.data.messages import Message
 from handspun.errors import ConfigError, TemplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _MAX_TEMPLATE_BYTES = 1_000_000
 _GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """transformers' own tag, which Jinja does not know."""
 
 
-def choose_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> None:
+def choose_template(tokenizer: "PreTrainedTokenizerBase", choice: str | None) -> None:
     """Set the tokenizer's template to the user's choice: the name of one of its own, or a Jinja file.
 
     Raises ConfigError.
@@ -128,7 +130,7 @@ class EndlessTemplateError(TemplateError):
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     messages: list[Message],
     tools: list[dict[str, Any]] | None,
     *,

@@ -11,9 +11,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError
-
 from handspun.config.rows_in_memory import RowsInMemory
 from handspun.data.readers import SUFFIXES, check_depth, read_file, with_known_names, without_nulls
 from handspun.display import file_name, join_names, logger, printable
@@ -30,6 +27,9 @@ def stay_offline_if_unreachable(name: str, *, repo_type: Literal["model", "datas
     This sets the library's own switch (HF_HUB_OFFLINE) for the whole process. Anything that is not in the cache is
     then an error at once.
     """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
     if constants.HF_HUB_OFFLINE:
         return
     try:

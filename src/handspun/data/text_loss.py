@@ -5,7 +5,13 @@ import re
 from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """Return the character that stands for each byte in byte-level vocabularies (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
 def unencodable_bytes_pattern(backend: Tokenizer) -> re.Pattern[bytes]:

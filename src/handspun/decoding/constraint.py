@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from handspun.config import option_name
 from handspun.decoding.options import SamplingParams
@@ -26,6 +26,7 @@ from handspun.errors import ConfigError, check_installed
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+    from transformers import PreTrainedTokenizerBase
 
 _WHITESPACE = r"\n?[ ]{0,24}"
 """White space between the parts of a JSON answer. If it were unbounded, small models would emit it forever."""
@@ -128,7 +129,7 @@ class Grammar(NamedTuple):
     """The same in llguidance's form."""
 
 
-def make_constraint(options: SamplingParams, tokenizer: PreTrainedTokenizerBase) -> Constraint | None:
+def make_constraint(options: SamplingParams, tokenizer: "PreTrainedTokenizerBase") -> Constraint | None:
     """Return the constraint that the options ask for, or None.
 
     Raises ConfigError if it is malformed, if no answer can match it, or if it cannot be enforced.
@@ -154,7 +155,7 @@ def grammar_of(options: SamplingParams) -> Grammar | None:
 
 
 def tool_call_grammar(
-    tools: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, several: bool
+    tools: Sequence[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", *, several: bool
 ) -> Grammar:
     """Return the grammar of answers that are calls of some tools. Raises ConfigError.
 
@@ -183,7 +184,7 @@ def tool_call_grammar(
 
 def compile_grammar(
     grammar: Grammar,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     eos_token_ids: tuple[int, ...],
     limits: Mapping[str, Any] | None = None,
 ) -> Constraint:
@@ -245,14 +246,14 @@ def _grammar_text(options: SamplingParams) -> str:
     return LLMatcher.grammar_from_regex(regex)
 
 
-def _check(name: str, eos_token_ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> None:
+def _check(name: str, eos_token_ids: tuple[int, ...], tokenizer: "PreTrainedTokenizerBase") -> None:
     problems = []
     if not eos_token_ids:
         problems.append(
             f"{option_name(name)} needs an end-of-sequence token to end answers, but neither the model nor its "
             "tokenizer has one."
         )
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+    if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
         problems.append(
             f"{option_name(name)} needs a fast tokenizer, but {type(tokenizer).__name__} is slow. Convert it "
             "once: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
@@ -261,17 +262,19 @@ def _check(name: str, eos_token_ids: tuple[int, ...], tokenizer: PreTrainedToken
         raise ConfigError(problems)
 
 
-_TOKEN_TABLES: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, ...], "LLTokenizer"]] = (
+_TOKEN_TABLES: "WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, ...], LLTokenizer]]" = (
     WeakKeyDictionary()
 )
 
 
-def token_table(tokenizer: PreTrainedTokenizerBase, eos_token_ids: tuple[int, ...]) -> "LLTokenizer":
+def token_table(tokenizer: "PreTrainedTokenizerBase", eos_token_ids: tuple[int, ...]) -> "LLTokenizer":
     """Return llguidance's tokenizer. Qwen's takes seconds to build, so it is kept as long as the tokenizer is."""
-    from llguidance.hf import from_tokenizer
+    from llguidance import LLTokenizer
 
     tables = _TOKEN_TABLES.setdefault(tokenizer, {})
     if eos_token_ids not in tables:
-        assert isinstance(tokenizer, PreTrainedTokenizerFast)
-        tables[eos_token_ids] = from_tokenizer(tokenizer, eos_token=list(eos_token_ids))
+        backend = copy.copy(tokenizer.backend_tokenizer)
+        backend.no_padding()
+        backend.no_truncation()
+        tables[eos_token_ids] = LLTokenizer(backend.to_str(), eos_token=list(eos_token_ids))
     return tables[eos_token_ids]

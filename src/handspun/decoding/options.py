@@ -1,9 +1,7 @@
 """Resolve generation options: the user's values, then the model's generation_config, then the defaults."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Literal
 
 from handspun.config import CONSTRAINTS, NEXT_USER, SAMPLING_OPTIONS, GenerationOptions, option_name, read_option
 from handspun.config.typed import as_type
@@ -14,8 +12,11 @@ from handspun.models.embedding_rows import embedding_rows
 from handspun.models.end_of_turn import eos_token_ids
 from handspun.models.load import ChatModel
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def normalize(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+
+def normalize(values: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Return the options in decoding's form: token ids for words and biases, JSON text for schemas.
 
     Raises ConfigError for a schema that cannot be read.
@@ -46,7 +47,7 @@ def check_vocabulary(values: dict[str, Any], vocabulary: int) -> list[str]:
     return problems
 
 
-def _words_ids(words: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], ...]:
+def _words_ids(words: tuple[str, ...], tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[int, ...], ...]:
     """Return the token ids of each word, both alone and after a space."""
     spelled = [prefix + word.lstrip(" ") for word in words for prefix in ("", " ")]
     runs = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in spelled]

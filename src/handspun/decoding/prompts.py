@@ -2,9 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from handspun.config.typed import short
 from handspun.data.chat_template import ChatTemplate, content_token_ids
@@ -25,10 +23,13 @@ from handspun.errors import ConfigError, DataError
 from handspun.models.embedding_rows import check_prompt
 from handspun.models.load import ChatModel
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _MAX_NAMED = 12
 
 
-def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def plain_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Return the tokenizer's ids of a plain prompt, with two exceptions.
 
     A beginning-of-sequence token that the text already contains is not doubled. An end-of-sequence token that the
@@ -39,7 +40,7 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return own if head and own[: len(head)] == head else head + own
 
 
-def notices_about_plain(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[str]:
+def notices_about_plain(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> Iterator[str]:
     """Yield notices about prompts that already begin with bos, and about those that lost an appended token."""
     doubled, ended = list[int](), list[int]()
     tail = list[int]()
@@ -81,7 +82,7 @@ def notices_about_chat(template: ChatTemplate, conversations: Sequence[Sequence[
 
 
 def _split_special_tokens(
-    tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]
+    tokenizer: "PreTrainedTokenizerBase", text: str, ids: list[int]
 ) -> tuple[list[int], list[int], list[int]]:
     """Return the tokens that the tokenizer adds before the text, the text's own, and those it adds after it."""
     own: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

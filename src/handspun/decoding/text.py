@@ -5,11 +5,14 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from tokenizers import Tokenizer, decoders
-from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from handspun.data.text_loss import bytes_to_unicode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _REPLACEMENT = "\ufffd"
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
@@ -109,7 +112,7 @@ class Vocabulary:
         return self.ordinary_bytes(token_id) if name is None else name.encode()
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+def vocabulary(tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
     """Return a tokenizer's vocabulary for decoding token by token."""
     added = tokenizer.added_tokens_decoder
     special = {token_id: token.content for token_id, token in added.items() if token.special}

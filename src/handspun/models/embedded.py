@@ -21,9 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.error import URLError
 
-import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from handspun.display import logger, progress
 from handspun.errors import ModelError, OutputError
@@ -74,6 +72,9 @@ def embedded_folder() -> Path:
 
 def dequantize(gguf: Path, folder: Path) -> None:
     """Convert a .gguf file to a transformers folder in bfloat16, with the file's tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,

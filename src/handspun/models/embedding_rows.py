@@ -1,19 +1,22 @@
 """Checks that the model's embedding has a row for every token id of examples and prompts."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from handspun.data.examples import TokenDataset
 from handspun.errors import ModelError
 from handspun.models.load import ModelSource, load_config
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 _MAX_NAMED = 5
 
 
-def embedding_rows(model: PreTrainedModel) -> int:
+def embedding_rows(model: "PreTrainedModel") -> int:
     """Return the number of token ids that the model has an embedding for."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
@@ -29,7 +32,7 @@ def embedding_rows_of(source: ModelSource) -> int | None:
 
 
 def check_examples(
-    examples: TokenDataset, rows: int | None, tokenizer: PreTrainedTokenizerBase, name: str
+    examples: TokenDataset, rows: int | None, tokenizer: "PreTrainedTokenizerBase", name: str
 ) -> None:
     """Raise ModelError if the examples hold ids beyond the embedding, with the tokens and the first row.
 
@@ -52,7 +55,7 @@ def check_examples(
 
 
 def check_prompt(
-    ids: Sequence[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str
+    ids: Sequence[int], model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", where: str
 ) -> None:
     """Raise ModelError if a prompt holds ids beyond the model's embedding.
 
@@ -68,7 +71,7 @@ def check_prompt(
 
 
 def _beyond_embedding(
-    ids: Sequence[int], rows: int, tokenizer: PreTrainedTokenizerBase, name: str, where: str
+    ids: Sequence[int], rows: int, tokenizer: "PreTrainedTokenizerBase", name: str, where: str
 ) -> ModelError:
     named = ", ".join(f"{tokenizer.convert_ids_to_tokens(id)!r} (id {id})" for id in ids[:_MAX_NAMED])
     more = f" and {len(ids) - _MAX_NAMED} more" if len(ids) > _MAX_NAMED else ""

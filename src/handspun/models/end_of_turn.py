@@ -4,17 +4,20 @@ The base model Qwen2.5-0.5B has `<|endoftext|>` as its eos, while its template e
 fine-tuning, both are eos in generation_config, config, and tokenizer.
 """
 
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from typing import TYPE_CHECKING
 
 from handspun.models.load import ChatModel
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-def eos_token_ids(model: PreTrainedModel) -> list[int]:
+
+def eos_token_ids(model: "PreTrainedModel") -> list[int]:
     """Return the ids that end generation, from the generation_config, else from the config."""
     return eos_token_ids_of(model.generation_config, model.config)
 
 
-def eos_token_ids_of(*configs: GenerationConfig | PretrainedConfig | None) -> list[int]:
+def eos_token_ids_of(*configs: "GenerationConfig | PretrainedConfig | None") -> list[int]:
     """Return the eos ids of the first config that has any."""
     for config in configs:
         eos = getattr(config, "eos_token_id", None)

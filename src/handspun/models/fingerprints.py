@@ -4,16 +4,18 @@ import functools
 import hashlib
 import json
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from handspun.files import read_json_object, sha256_of
 from handspun.models.load import ModelSource, load_config
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 BASE_WEIGHTS = "base weights (sha256)"
 
 
-def model_fingerprints(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def model_fingerprints(source: ModelSource, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
     """Return the sha256 of chat template, tokenizer, configs, and weights, by readable names.
 
     For a hub model, the commit replaces the checksums of its files.

@@ -6,18 +6,20 @@ Qwen3, Mistral. Other models are decoded through transformers' own forward.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from handspun.kernels import kernels_for
 from handspun.kernels.cpu import has_bfloat16
 from handspun.kernels.onednn import linear_padded_rows
+from handspun.models.adapters import has_adapter, merged_weight
 from handspun.models.int8 import check_exact, quantize_channels
-from handspun.models.lora import has_adapter, merged_weight
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class InferenceLinear(Protocol):
@@ -177,7 +179,7 @@ class FusedWeights:
     is_int8: bool
 
 
-def fusing_unsupported_reason(config: PretrainedConfig) -> str | None:
+def fusing_unsupported_reason(config: "PretrainedConfig") -> str | None:
     """Return why a model must be decoded through transformers' forward, or None if its weights can be fused."""
     if config.model_type not in _FAMILIES:
         return f"{config.model_type} is not one of {', '.join(sorted(_FAMILIES))}"
@@ -196,7 +198,7 @@ def fusing_unsupported_reason(config: PretrainedConfig) -> str | None:
 # The model's weights stay tensors that can be trained, whatever mode the caller is in.
 @torch.inference_mode(False)
 @torch.no_grad()
-def fused_weights(model: PreTrainedModel, *, int8: bool = False) -> FusedWeights:
+def fused_weights(model: "PreTrainedModel", *, int8: bool = False) -> FusedWeights:
     """Return the model's weights laid out for decoding. LoRA adapters (peft's) are merged into copies.
 
     In float, the layers' own weights become views of the fused ones. With int8, their float weights are moved to
@@ -278,7 +280,7 @@ def _fused_bias(linears: Sequence[Any]) -> Tensor | None:
     )
 
 
-def unfuse_weights(model: PreTrainedModel) -> None:
+def unfuse_weights(model: "PreTrainedModel") -> None:
     """Give each weight its own memory again, after `fused_weights` made it a view of a fused one."""
     # So a run makes the same steps with and without answers before training.
     for weight in model.parameters():

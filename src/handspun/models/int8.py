@@ -13,23 +13,26 @@ gradient is transformed back.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from handspun.errors import ModelError
 from handspun.kernels import kernels_for, slower_without
 from handspun.kernels.reference import block_of, has_fast_int_mm, is_exact
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Bounds the memory of float copies: an embedding has 150,000 channels.
 _CHANNELS_AT_ONCE = 8192
 
 
-def quantize_base(model: PreTrainedModel) -> None:
+def quantize_base(model: "PreTrainedModel") -> None:
     """Replace the linear layers under a model's LoRA adapters (peft's) with int8 layers, one at a time."""
+    from peft.tuners.lora import LoraLayer
+
     # Embedding and head, which have no adapters, stay float: a row of a softmax's gradient is one large value and
     # thousands of small ones, which one scale per row would lose.
     for module in model.modules():

@@ -8,25 +8,15 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import constants, snapshot_download
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from handspun.config import TemplateArgs, Weights, read_template_args
 from handspun.data.chat_template import ChatTemplate
@@ -37,10 +27,13 @@ from handspun.errors import ConfigError, ModelError
 from handspun.kernels import slower_without
 from handspun.kernels.allocator import disable_malloc_trim, malloc_trim
 from handspun.kernels.onednn import limit_primitive_cache
+from handspun.models.adapters import embedding_rows
 from handspun.models.embedded import EMBEDDED_NAME, embedded_folder
 from handspun.models.fused import FusedWeights, check_exact_decoding, fused_weights, fusing_unsupported_reason
-from handspun.models.lora import embedding_rows, merge_adapter, unknown_settings
 from handspun.models.tokenizer_file import as_in_tokenizer_json, quiet
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _MAX_NAMED = 4
 
@@ -81,8 +74,8 @@ class ChatModel:
     being trained, so decoding must not move or merge its weights.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
     name: str
     fused: FusedWeights | None = None
     in_training: bool = False
@@ -116,8 +109,12 @@ def load(
     device: str = "auto",
     chat_template: str | None = None,
     template_args: TemplateArgs | None = None,
+    int8_loader: Callable[["ModelSource", torch.device], ChatModel] | None = None,
 ) -> ChatModel:
-    """Load a chat model by name. `handspun.load` documents the arguments and errors."""
+    """Load a chat model by name. `handspun.load` documents the arguments and errors.
+
+    int8_loader: loads int8 weights in place of `load_int8`.
+    """
     disable_malloc_trim()
     limit_primitive_cache()
     args, problems = read_template_args(template_args)
@@ -126,7 +123,7 @@ def load(
     torch_device = resolve_device(device)
     source = model_source(name)
     if weights == "int8":
-        return _with_template(_load_int8(source, torch_device), chat_template, args)
+        return _with_template((int8_loader or load_int8)(source, torch_device), chat_template, args)
     model = _load_merged(source, resolve_dtype(weights, torch_device))
     model.to(torch_device)  # type: ignore[arg-type]  # transformers wraps it and loses its types
     return _with_template(ChatModel(model.eval(), load_tokenizer(source), name), chat_template, args)
@@ -216,13 +213,15 @@ def load_trainable(source: ModelSource, template: ChatTemplate, device: torch.de
     return chat
 
 
-def load_tokenizer(source: ModelSource, *, warn: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource, *, warn: bool = False) -> "PreTrainedTokenizerBase":
     """Return the tokenizer of the model, or of an adapter's folder, with the ids of its tokenizer.json.
 
     warn: log it if AutoTokenizer would have given other ids.
     """
     if source.adapter is not None and (source.adapter / "tokenizer.json").exists():
         source = ModelSource(source.name, str(source.adapter))
+    from transformers import AutoTokenizer
+
     found: PreTrainedTokenizerBase
     found = _from_pretrained(AutoTokenizer, source.name, source.location, **source.arguments)
     if source.gguf_file:
@@ -230,8 +229,10 @@ def load_tokenizer(source: ModelSource, *, warn: bool = False) -> PreTrainedToke
     return as_in_tokenizer_json(found, source.name, source.location, warn=warn)
 
 
-def load_config(source: ModelSource) -> PretrainedConfig:
+def load_config(source: ModelSource) -> "PretrainedConfig":
     """Return the model's config, without reading its weights."""
+    from transformers import AutoConfig
+
     config: PretrainedConfig = _from_pretrained(AutoConfig, source.name, source.location, **source.arguments)
     # It names the folder's own code, which must never run.
     config.__dict__.pop("auto_map", None)
@@ -240,8 +241,10 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     return config
 
 
-def load_generation_config(source: ModelSource) -> GenerationConfig | None:
+def load_generation_config(source: ModelSource) -> "GenerationConfig | None":
     """Return the adapter's generation_config, else the model's; None if there is none."""
+    from transformers import GenerationConfig
+
     for place in (source.adapter, source.location) if source.adapter is not None else (source.location,):
         with suppress(OSError):
             return GenerationConfig.from_pretrained(str(place))
@@ -284,7 +287,7 @@ def resolve_dtype(dtype: Weights, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def context_length(config: PretrainedConfig) -> int | None:
+def context_length(config: "PretrainedConfig") -> int | None:
     """Return the model's context length in tokens, if its config has one."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else None
@@ -327,6 +330,8 @@ def _adapter_source(name: str, path: Path) -> ModelSource:
             f"{name}: the adapter's weights are missing (expected adapter_model.safetensors, found "
             f"{_listing(path)})."
         )
+    from handspun.models.lora import unknown_settings
+
     if unknown := unknown_settings(config):
         logger.warning(
             f"{path / 'adapter_config.json'}: this version of peft ignores settings that it does not know: "
@@ -393,23 +398,32 @@ def _json_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def _load_merged(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedModel:
+def _load_merged(source: ModelSource, dtype: torch.dtype | str) -> "PreTrainedModel":
     model = _load_weights(source, dtype)
     if source.adapter is None:
         return model
+    from handspun.models.lora import merge_adapter
+
     merged = merge_adapter(model, source.adapter, base_name=source.location)
     if (source.adapter / "generation_config.json").exists():
+        from transformers import GenerationConfig
+
         merged.generation_config = GenerationConfig.from_pretrained(source.adapter)
     return merged
 
 
-def _load_int8(source: ModelSource, device: torch.device) -> ChatModel:
-    config = load_config(source)
+def check_int8(name: str, config: "PretrainedConfig", device: torch.device) -> None:
+    """Raise ModelError if a model cannot be decoded in int8. Log it if the device has no kernels for it."""
     if reason := fusing_unsupported_reason(config):
-        raise ModelError(f"{source.name} does not support int8 decoding: {reason}. Use --weights float32.")
+        raise ModelError(f"{name} does not support int8 decoding: {reason}. Use --weights float32.")
     check_exact_decoding(device)
     if slower := slower_without(device):
         logger.warning(slower)
+
+
+def load_int8(source: ModelSource, device: torch.device) -> ChatModel:
+    """Load a model and round its weights to int8."""
+    check_int8(source.name, load_config(source), device)
     model = _load_merged(source, "auto")  # the type of the files
     # Rounding to int8 would turn them into wrong but finite numbers.
     if found := nonfinite_weights(model):
@@ -423,12 +437,12 @@ def _load_int8(source: ModelSource, device: torch.device) -> ChatModel:
     return chat
 
 
-def _load_weights(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedModel:
+def _load_weights(source: ModelSource, dtype: torch.dtype | str) -> "PreTrainedModel":
     """Load the model's weights. Raises ModelError if some are missing."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
     quantization = {}
     if source.gguf_file:
-        from transformers import GgufConfig
-
         quantization = {"quantization_config": GgufConfig(dequantize=True)}
     _download_weights(source)
     model, info = _from_pretrained(
@@ -454,7 +468,11 @@ def _load_weights(source: ModelSource, dtype: torch.dtype | str) -> PreTrainedMo
 
 def _download_weights(source: ModelSource) -> None:
     """Download the weights of a hub model with a progress bar, unless they are in the cache."""
-    if Path(source.location).exists() or constants.HF_HUB_OFFLINE:
+    if Path(source.location).exists():
+        return
+    from huggingface_hub import constants, snapshot_download
+
+    if constants.HF_HUB_OFFLINE:
         return
     try:
         snapshot_download(source.location, allow_patterns=[*_HUB_WEIGHTS, "config.json"])

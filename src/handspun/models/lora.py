@@ -15,13 +15,12 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from peft.tuners.lora import Linear, LoraLayer
-from peft.utils.other import TrainableTokensWrapper
-from safetensors import SafetensorError, safe_open
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from handspun.errors import ModelError
+from handspun.models.adapters import embedding_rows
 from handspun.models.tokenizer_file import quiet
 
 
@@ -112,10 +111,6 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-_EMBEDDINGS = {"embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings"}
-"""Names of the input embedding in different architectures."""
-
-
 def add_lora(
     model: PreTrainedModel,
     base_name: str,
@@ -183,26 +178,6 @@ def merge_adapter(model: PreTrainedModel, adapter: Path, *, base_name: str) -> P
     return merged
 
 
-def embedding_rows(adapter: Path) -> int | None:
-    """Return the number of rows of an adapter file's embedding, or None if it has no embedding.
-
-    Raises ModelError if it is not a safetensors file.
-    """
-    file = adapter / "adapter_model.safetensors"
-    try:
-        with safe_open(file, framework="pt") as weights:
-            shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file} cannot be read as safetensors: {error}") from error
-    rows = [
-        shape[0 if name.endswith("weight") else 1]
-        for name, shape in shapes.items()
-        if any(part in _EMBEDDINGS for part in name.split("."))
-        and ((name.endswith(".weight") and ".lora_" not in name) or name.endswith("lora_embedding_A"))
-    ]
-    return max(rows, default=None)
-
-
 def unknown_settings(config: dict[str, Any]) -> list[str]:
     """Return the non-empty keys of an adapter_config.json that this version of peft does not know."""
     known = {field.name for field in fields(LoraConfig)}
@@ -251,26 +226,6 @@ def _raise_if_any(names: Iterable[str], what: str, adapter: Path, base_name: str
             f"{adapter} does not fit its base {base_name}: it has {len(found)} {what} (first {found[0]}). Set "
             f"base_model_name_or_path in {adapter / 'adapter_config.json'} to the model that it was trained on."
         )
-
-
-def has_adapter(module: nn.Module) -> bool:
-    """Return whether peft adds something to the layer."""
-    return isinstance(module, LoraLayer | TrainableTokensWrapper)
-
-
-@torch.no_grad()
-def merged_weight(module: Any) -> Tensor:
-    """Return the layer's weight with its active adapters merged (a copy if there are any)."""
-    if isinstance(module, TrainableTokensWrapper):
-        return module.token_adapter.get_merged_weights(module.token_adapter.active_adapters)  # type: ignore
-    if not isinstance(module, LoraLayer):
-        return module.weight.detach()  # type: ignore[no-any-return]
-    base: Any = module.get_base_layer()
-    weight = base.float_weight() if hasattr(base, "float_weight") else base.weight.detach()
-    for name in module.active_adapters:
-        if name in module.lora_A:
-            weight = weight + module.get_delta_weight(name).to(weight.dtype)
-    return weight  # type: ignore[no-any-return]
 
 
 def _embedding_rows(model: PreTrainedModel, token_ids: Sequence[int]) -> dict[str, list[int]]:

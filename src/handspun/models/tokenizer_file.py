@@ -9,19 +9,21 @@ import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import cached_file
 
 from handspun.display import logger
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers, peft, and tqdm within the block. Exceptions pass through."""
+    from transformers.utils import logging as transformers_logging
+
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -57,8 +59,8 @@ _MODEL_SETTINGS = (
 
 
 def as_in_tokenizer_json(
-    tokenizer: PreTrainedTokenizerBase, name: str, location: str, *, warn: bool = False
-) -> PreTrainedTokenizerBase:
+    tokenizer: "PreTrainedTokenizerBase", name: str, location: str, *, warn: bool = False
+) -> "PreTrainedTokenizerBase":
     """Return the tokenizer, or one loaded from tokenizer.json if it does not behave as that file says.
 
     Args:
@@ -101,6 +103,8 @@ def _tokenizer_json(location: str) -> Path | None:
     if Path(location).is_dir():
         file = Path(location) / "tokenizer.json"
         return file if file.is_file() else None
+    from transformers.utils.hub import cached_file
+
     found = cached_file(
         location, "tokenizer.json", local_files_only=True, _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
@@ -130,9 +134,11 @@ def _settings(backend: Tokenizer) -> list[object]:
 
 
 def _load_from_file(
-    location: str, rebuilt: PreTrainedTokenizerBase, of_file: Tokenizer
-) -> PreTrainedTokenizerBase:
+    location: str, rebuilt: "PreTrainedTokenizerBase", of_file: Tokenizer
+) -> "PreTrainedTokenizerBase":
     """Return the file's tokenizer, plus the rebuilt one's special tokens that the file knows."""
+    from transformers import PreTrainedTokenizerFast
+
     with quiet():
         found: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(location)
     _turn_off_dropout(found.backend_tokenizer)

@@ -18,11 +18,12 @@ from handspun.decoding.options import resolve
 from handspun.decoding.results import GenerationResult
 from handspun.display import json_line, write_text
 from handspun.models.load import ChatModel
-from handspun.preflight.preview_data import preview_data
 
 
 def show_preview(config: DataConfig, model: str, console: Console, *, examples: int, plain: bool) -> None:
     """Print rendered examples, the length distribution, and the data report."""
+    from handspun.preflight.preview_data import preview_data
+
     found = preview_data(config, model, examples=examples)
     how = "between ⟦ and ⟧" if plain else "in green"
     console.print(f"tokens trained on are {how}\n", markup=False)

@@ -2,7 +2,6 @@
 
 from handspun.decoding.engines.base import Engine
 from handspun.decoding.engines.fused import FusedEngine
-from handspun.decoding.engines.transformers import TransformersEngine, truncation_unsupported_reason
 from handspun.models.fused import fused_weights, fusing_unsupported_reason
 from handspun.models.int8 import Int8Linear
 from handspun.models.load import ChatModel
@@ -28,13 +27,15 @@ def make_engine(chat: ChatModel, kv_tokens: int | None = None) -> Engine:
         return FusedEngine(chat.fused, kv_tokens)
     if fused_decoding_unsupported_reason(chat) is None:
         return FusedEngine(fused_weights(chat.model), kv_tokens)
+    from handspun.decoding.engines.transformers import TransformersEngine  # imports transformers
+
     return TransformersEngine(chat.model)
 
 
 def drafting_unsupported_reason(chat: ChatModel) -> str | None:
     """Return why rejected draft tokens cannot be removed from the KV cache, or None if they can."""
-    return (
-        None
-        if fused_decoding_unsupported_reason(chat) is None
-        else truncation_unsupported_reason(chat.model.config)
-    )
+    if fused_decoding_unsupported_reason(chat) is None:
+        return None
+    from handspun.decoding.engines.transformers import truncation_unsupported_reason  # imports transformers
+
+    return truncation_unsupported_reason(chat.model.config)
