@@ -64,7 +64,7 @@ def generate(
 
     check_no_model_among(prompts, source)
     show_answers(
-        load_model(source, template),
+        load_model(source, template, decodes_only=True),
         read_prompts(prompts, prompts_file),
         options,
         HarmlessConsole(),
@@ -100,4 +100,5 @@ def chat(
     """
     from handspun.cli.views.chat import Chat
 
-    Chat(load_model(with_name(source, name), template), options, HarmlessConsole(), system_prompt).loop()
+    model = load_model(with_name(source, name), template, decodes_only=True)
+    Chat(model, options, HarmlessConsole(), system_prompt).loop()

@@ -145,10 +145,16 @@ def check_no_model_among(prompts: Sequence[str], source: ModelOptions) -> None:
             raise ConfigError(f"{prompts[0]} is a model, not a prompt: write -m before it, as in -m {prompts[0]}.")
 
 
-def load_model(source: ModelOptions, template: TemplateOptions | DataConfig | None = None) -> "ChatModel":
-    """Load the model with the chosen chat template, and set the number of CPU threads."""
+def load_model(
+    source: ModelOptions, template: TemplateOptions | DataConfig | None = None, *, decodes_only: bool = False
+) -> "ChatModel":
+    """Load the model with the chosen chat template, and set the number of CPU threads.
+
+    decodes_only: int8 weights, which start faster, and the tokenizer need to have only what decoding uses.
+    """
     import torch
 
+    from handspun.models.direct import load_int8_directly
     from handspun.models.load import load
 
     if source.threads is not None:
@@ -159,6 +165,7 @@ def load_model(source: ModelOptions, template: TemplateOptions | DataConfig | No
         device=source.device,
         chat_template=template.chat_template if template else None,
         template_args=template.template_args if template else None,
+        int8_loader=load_int8_directly if decodes_only else None,
     )
 
 
