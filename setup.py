@@ -19,8 +19,8 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni",
 ARM = "-march=armv8-a"
 INSTRUCTIONS = {
     "x86_64": {
-        "avx2": ["-mavx2", "-mfma"],
-        "avxvnni": ["-mavx2", "-mfma", "-mavxvnni"],
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avxvnni": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
         "avx512vnni": AVX512,
         "amx": [*AVX512, "-mamx-tile", "-mamx-int8"],
     },

@@ -17,10 +17,10 @@ void matmul(const int8_t *, const float *, int64_t, int64_t, const int8_t *, con
             const float *, int64_t, float *, int);
 void transposed_matmul(const int8_t *, const float *, int64_t, int64_t, const int8_t *, const int32_t *, int64_t,
                        int64_t, float *, int);
-void rotate(float *, int64_t, int64_t, int64_t, int64_t, const float *, const float *, float, const float *,
-            const float *, const int64_t *, float *, int64_t, int);
-void attend(const float *, int64_t, const float *, int64_t, int64_t, int64_t, int64_t, const void *, int64_t, int64_t,
-            float, float *, int);
+void rotate_and_keep(float *, int64_t, int64_t, int64_t, int64_t, const float *, const float *, float, const float *,
+                     const float *, const int64_t *, void *, int, int64_t, int);
+void attend(const float *, int64_t, const void *, int, int64_t, int64_t, int64_t, int64_t, const void *, int64_t,
+            int64_t, float, float *, int);
 
 #define EPS 1e-6f
 
@@ -56,13 +56,14 @@ int main(void) {
             transposed_matmul(a[0], a[1], rows, n[4], a[2], a[3], padded, width, out, 2);
             put(out, rows * width * 4);
         } else if (n[0] == 8) {
-            /* rows: tokens; then heads, key heads, size, slots */
-            rotate(a[0], rows, n[4], n[5], n[6], a[1], a[2], EPS, a[3], a[4], a[5], a[6], n[7], 2);
+            /* rows: tokens; then heads, key heads, size, slots, float16 */
+            rotate_and_keep(a[0], rows, n[4], n[5], n[6], a[1], a[2], EPS, a[3], a[4], a[5], a[6], n[8], n[7], 2);
             for (int64_t i = 0; i < rows; i++) put((float *)a[0] + i * (n[4] + 2 * n[5]) * n[6], n[4] * n[6] * 4);
-            put(a[6], 2 * n[5] * n[7] * n[6] * 4);
+            put(a[6], 2 * n[5] * n[7] * n[6] * (n[8] ? 2 : 4));
         } else if (n[0] == 9) {
-            /* spans without masks: tokens, queries per key head, key heads, size, slots, spans, the longest */
-            attend(a[0], n[4] * n[5] * n[6], a[1], n[7], n[5], n[4], n[6], a[2], n[8], n[9], *(float *)a[3], out, 2);
+            /* spans without masks: tokens, queries per key head, key heads, size, slots, float16, spans, the longest */
+            attend(a[0], n[4] * n[5] * n[6], a[1], n[8], n[7], n[5], n[4], n[6], a[2], n[9], n[10], *(float *)a[3],
+                   out, 2);
             put(out, rows * n[4] * n[5] * n[6] * 4);
         }
         else if (n[0] == 10) {

@@ -88,18 +88,22 @@ def add_matmuls(calls: Calls, sizes: Any) -> None:
 def add_attention(calls: Calls) -> None:
     for group, kv_heads, size in [(3, 1, 64), (1, 2, 32), (7, 2, 64), (2, 1, 128)]:
         heads, slots, spans = group * kv_heads, 120, [(0, 20, 3, 20), (20, 1, 30, 77), (21, 4, 10, 90)]
+        is_half = kv_heads == 2
         qkv, pool = torch.randn(25, heads + 2 * kv_heads, size), torch.randn(2 * kv_heads, slots, size)
+        pool = pool.half() if is_half else pool
         (cosines, sines), norm = torch.randn(2, 25, size), torch.randn(size)
         slot = torch.randperm(slots)[:25]
         turned, cache = qkv.clone(), pool.clone()
         PLAIN.rotate(turned, HeadNorms(norm, norm, 1e-6), Rotation(cosines, sines, slot), cache)
         arrays = [qkv, norm, norm, cosines, sines, slot, pool]
-        calls.add(8, [25, 0, 0, heads, kv_heads, size, slots], list(arrays), turned[:, :heads].clone(), cache)
+        calls.add(
+            8, [25, 0, 0, heads, kv_heads, size, slots, is_half], list(arrays), turned[:, :heads].clone(), cache
+        )
         queries = torch.randn(25, heads, size)
         numbers = torch.tensor([[*span, 0] for span in spans])
         calls.add(
             9,
-            [25, 0, 0, group, kv_heads, size, slots, len(spans), 90],
+            [25, 0, 0, group, kv_heads, size, slots, is_half, len(spans), 90],
             [queries, pool, numbers, torch.tensor([size**-0.5])],
             PLAIN.attend(queries, pool, [AttendedSpan(*span, None) for span in spans]),
         )

@@ -134,10 +134,11 @@ def test_the_largest_sums_are_exact(name: str) -> None:
 @given(
     heads=st.sampled_from([(3, 1, 64), (2, 2, 32), (14, 2, 64), (4, 1, 128), (2, 1, 16), (1, 1, 80)]),
     lengths=st.lists(st.tuples(st.integers(1, 70), st.integers(0, 90)), min_size=1, max_size=4),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
     seed=SEEDS,
 )
 def test_rotating_and_attending_equal_the_reference(
-    name: str, heads: tuple[int, int, int], lengths: list[tuple[int, int]], seed: int
+    name: str, heads: tuple[int, int, int], lengths: list[tuple[int, int]], dtype: torch.dtype, seed: int
 ) -> None:
     """Prompts, pieces of them, single tokens, and trees, each of a length of its own, in one call."""
     kernels, generator = backend(name), torch.Generator().manual_seed(seed)
@@ -162,7 +163,7 @@ def test_rotating_and_attending_equal_the_reference(
         first, start = first + new, start + new + before
     found = []
     for one in (kernels, PLAIN):
-        x, cache = qkv.clone(), pool.clone()
+        x, cache = qkv.clone(), pool.to(dtype, copy=True)
         one.rotate(x, HeadNorms(*norms, 1e-6), Rotation(cosines, sines, torch.tensor(mapping)), cache)
         found.append((x[:, :queries], cache, one.attend(x[:, :queries], cache, spans)))
     for native, plain in zip(*found, strict=True):
@@ -170,9 +171,32 @@ def test_rotating_and_attending_equal_the_reference(
 
 
 @pytest.mark.parametrize("name", NATIVE)
+def test_keys_are_kept_to_the_nearest_float16(name: str) -> None:
+    """Between two, to the even one; subnormal ones too. What is too large becomes infinite, not the largest."""
+    values = [
+        1 + 2**-11,
+        1 + 3 * 2**-11,
+        65_504.0,
+        65_519.0,
+        65_520.0,
+        -1e30,
+        2**-24,
+        2**-25,
+        3 * 2**-26,
+        -0.0,
+        0.1,
+    ]
+    kept = [1.0, 1 + 2**-9, 65_504.0, 65_504.0, torch.inf, -torch.inf, 2**-24, 0.0, 2**-24, -0.0, 0.0999755859375]
+    qkv, pool = torch.tensor([*values, *[0.0] * 5]).repeat(1, 3, 1), torch.zeros(2, 1, 16, dtype=torch.float16)
+    ones, zeros, here = torch.ones(1, 16), torch.zeros(1, 16), torch.zeros(1, dtype=torch.long)
+    backend(name).rotate(qkv, HeadNorms(None, None, 1e-6), Rotation(ones, zeros, here), pool)
+    assert pool[1, 0, :11].tolist() == kept
+
+
+@pytest.mark.parametrize("name", NATIVE)
 def test_a_token_attends_the_same_however_the_prompt_is_cut(name: str) -> None:
     torch.manual_seed(0)
-    kernels, queries, pool = backend(name), torch.randn(150, 6, 64), torch.randn(4, 160, 64)
+    kernels, queries, pool = backend(name), torch.randn(150, 6, 64), torch.randn(4, 160, 64).half()
     whole = kernels.attend(queries, pool, [AttendedSpan(0, 150, 7, 150, None)])
     for cuts in ([1, 150], [64, 65, 150], [17, 80, 149, 150], list(range(1, 151))):
         starts = [0, *cuts[:-1]]

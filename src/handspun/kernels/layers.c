@@ -16,20 +16,21 @@ typedef struct {
     linear qkv, o, gate_up, down;
 } layer;
 
-/* The layers, and the keys and values of all: (count, 2 * kv_heads, pool_tokens, size). */
+/* The layers of a model. */
 typedef struct {
     const layer *layers;
     int64_t count, heads, kv_heads, size;
     float eps, scaling;
 } decoder;
 
-/* What a step needs besides its tokens, for `rotate` and `attend`. */
+/* What a step needs besides its tokens, for `rotate_and_keep` and `attend`. pool: the keys and values of all layers,
+ * (layers, 2 * kv_heads, pool_tokens, size), float16. */
 typedef struct {
     const float *cosines, *sines;
     const int64_t *places;
     const span *spans;
     int64_t span_count, longest;
-    float *pool;
+    uint16_t *pool;
     int64_t pool_tokens;
 } step;
 
@@ -48,15 +49,15 @@ static void add(float *x, const float *change, int64_t count) {
     for (int64_t i = 0; i < count; i++) x[i] += change[i];
 }
 
-static void run_layer(const decoder *d, const layer *l, float *pool, const step *now, const scratch *s, float *x,
+static void run_layer(const decoder *d, const layer *l, uint16_t *pool, const step *now, const scratch *s, float *x,
                       int64_t tokens, int threads) {
     int64_t hidden = l->qkv.width;
     norm_quantize(x, l->attention_norm, d->eps, tokens, hidden, l->qkv.depth, s->work, s->rows, s->scales, threads);
     multiply(&l->qkv, s, tokens, s->qkv, threads);
-    rotate(s->qkv, tokens, d->heads, d->kv_heads, d->size, l->q_norm, l->k_norm, d->eps, now->cosines, now->sines,
-           now->places, pool, now->pool_tokens, threads);
-    attend(s->qkv, l->qkv.channels, pool, now->pool_tokens, d->kv_heads, d->heads / d->kv_heads, d->size, now->spans,
-           now->span_count, now->longest, d->scaling, s->attended, threads);
+    rotate_and_keep(s->qkv, tokens, d->heads, d->kv_heads, d->size, l->q_norm, l->k_norm, d->eps, now->cosines,
+                    now->sines, now->places, pool, 1, now->pool_tokens, threads);
+    attend(s->qkv, l->qkv.channels, pool, 1, now->pool_tokens, d->kv_heads, d->heads / d->kv_heads, d->size,
+           now->spans, now->span_count, now->longest, d->scaling, s->attended, threads);
     quantize(s->attended, tokens, l->o.width, l->o.depth, s->work, s->rows, s->scales, threads);
     multiply(&l->o, s, tokens, s->change, threads);
     add(x, s->change, tokens * hidden);
@@ -84,7 +85,7 @@ int run_layers(const decoder *d, const step *now, float *x, int64_t tokens, int 
     s.scales = s.work + tokens * widest;
     s.rows = (int8_t *)(s.scales + tokens);
     for (int64_t i = 0; i < d->count; i++) {
-        float *pool = now->pool + i * 2 * d->kv_heads * now->pool_tokens * d->size;
+        uint16_t *pool = now->pool + i * 2 * d->kv_heads * now->pool_tokens * d->size;
         run_layer(d, d->layers + i, pool, now, &s, x, tokens, threads);
     }
     free(memory);

@@ -23,8 +23,8 @@ _AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"}
 INSTRUCTION_SETS = {
     "amx": {*_AVX512, "amx_tile", "amx_int8"},
     "avx512vnni": _AVX512,
-    "avxvnni": {"avx2", "fma", "avx_vnni"},
-    "avx2": {"avx2", "fma"},
+    "avxvnni": {"avx2", "fma", "f16c", "avx_vnni"},
+    "avx2": {"avx2", "fma", "f16c"},
     "i8mm": {"asimd", "asimddp", "i8mm"},
     "dotprod": {"asimd", "asimddp"},
     "neon": {"asimd"},
@@ -44,11 +44,14 @@ _SIGNATURES = {
     "matmul": (_ARRAY, _ARRAY, _INT, _INT, _ARRAY, _ARRAY, _ARRAY, _ARRAY, _INT, _ARRAY, _THREADS),
     "transposed_matmul": (_ARRAY, _ARRAY, _INT, _INT, _ARRAY, _ARRAY, _INT, _INT, _ARRAY, _THREADS),
     "float_matmul": (_ARRAY, _INT, _INT, _ARRAY, ctypes.c_int, _ARRAY, _INT, _ARRAY, _THREADS),
-    "rotate": (
+    "rotate_and_keep": (
         *(_ARRAY, _INT, _INT, _INT, _INT, _ARRAY, _ARRAY, _FLOAT),
-        *(_ARRAY, _ARRAY, _ARRAY, _ARRAY, _INT, _THREADS),
+        *(_ARRAY, _ARRAY, _ARRAY, _ARRAY, ctypes.c_int, _INT, _THREADS),
     ),
-    "attend": (_ARRAY, _INT, _ARRAY, _INT, _INT, _INT, _INT, _ARRAY, _INT, _INT, _FLOAT, _ARRAY, _THREADS),
+    "attend": (
+        *(_ARRAY, _INT, _ARRAY, ctypes.c_int, _INT, _INT, _INT, _INT),
+        *(_ARRAY, _INT, _INT, _FLOAT, _ARRAY, _THREADS),
+    ),
     "run_layers": (_ARRAY, _ARRAY, _ARRAY, _INT, _THREADS),
     "attend_pack": (_ARRAY, _ARRAY, _ARRAY, _THREADS),
     "attend_pack_backward": (_ARRAY, _ARRAY, _ARRAY, _ARRAY, _ARRAY, _ARRAY, _ARRAY, _THREADS),
@@ -100,27 +103,17 @@ def native_kernels(name: str) -> "NativeKernels | str":
     """Return the kernels of an instruction set that this CPU supports, or why they cannot be used."""
     file = library_file(name)
     if not file.is_file():
-        reason = "they were not compiled when the package was installed, for want of a C compiler"
-        return f"{reason}. Install one, such as gcc, and then the package again: {install_command()}"
+        return "they were not compiled when the package was installed, for want of a C compiler"
     try:
         library = ctypes.CDLL(str(file))
     except OSError as error:  # for example, there is no OpenMP
         return f"{file} cannot be loaded ({error})"
+    if not library.prepare():
+        return "the system does not let this process use AMX"
     try:
-        if not library.prepare():
-            return "the system does not let this process use AMX"
         return NativeKernels(name, library)
     except AttributeError as error:
-        return f"{file} is of another version ({error}). Install the package again: {install_command()}"
-
-
-def install_command() -> str:
-    """Return the command that compiles the kernels anew."""
-    root = Path(__file__).parents[3]
-    is_checkout = (root / "setup.py").is_file()
-    return (
-        f"pip install --no-deps -e {root}" if is_checkout else "pip install --force-reinstall --no-deps CHECKOUT"
-    )
+        return f"{file} is of another version ({error}). Install the package again"
 
 
 class NativeKernels:
@@ -253,7 +246,7 @@ class NativeKernels:
         """Rotate as the reference does."""
         assert qkv.is_contiguous() and pool.is_contiguous()  # noqa: PT018
         weights = (None if norm is None else norm.data_ptr() for norm in (norms.queries, norms.keys))
-        self._library.rotate(
+        self._library.rotate_and_keep(
             *(
                 qkv.data_ptr(),
                 len(qkv),
@@ -264,7 +257,7 @@ class NativeKernels:
                 norms.eps,
             ),
             *(rotation.cosines.data_ptr(), rotation.sines.data_ptr(), rotation.slot_mapping.data_ptr()),
-            *(pool.data_ptr(), pool.shape[1], torch.get_num_threads()),
+            *(pool.data_ptr(), _is_float16(pool), pool.shape[1], torch.get_num_threads()),
         )
 
     def attend(self, queries: Tensor, pool: Tensor, spans: Sequence[AttendedSpan]) -> Tensor:
@@ -273,8 +266,18 @@ class NativeKernels:
         assert queries.stride()[1:] == (size, 1) and pool.is_contiguous()  # noqa: PT018
         out, given = queries.new_empty(tokens, heads * size), _Spans(spans)
         self._library.attend(
-            *(queries.data_ptr(), queries.stride(0), pool.data_ptr(), pool.shape[1], kv_heads, heads // kv_heads),
-            *(size, given.array, len(spans), given.longest, size**-0.5, out.data_ptr(), torch.get_num_threads()),
+            *(queries.data_ptr(), queries.stride(0), pool.data_ptr(), _is_float16(pool), pool.shape[1]),
+            *(
+                kv_heads,
+                heads // kv_heads,
+                size,
+                given.array,
+                len(spans),
+                given.longest,
+                size**-0.5,
+                out.data_ptr(),
+                torch.get_num_threads(),
+            ),
         )
         return out
 
@@ -310,6 +313,11 @@ class NativeKernels:
         )
         queries, keys, values = found
         return queries, keys, values
+
+
+def _is_float16(pool: Tensor) -> bool:
+    assert pool.dtype in (torch.float16, torch.float32)
+    return pool.dtype == torch.float16
 
 
 class _Spans:
@@ -374,7 +382,11 @@ class NativeDecoder:
         )
 
     def run(self, x: Tensor, pool: Tensor, rotation: Rotation, spans: Sequence[AttendedSpan]) -> Tensor:
-        """Return x after all layers, (tokens, hidden), float32. pool: (layers, 2 * kv_heads, slots, size)."""
+        """Return x after all layers, (tokens, hidden), float32.
+
+        pool: (layers, 2 * kv_heads, slots, size), float16.
+        """
+        assert _is_float16(pool)
         assert pool.is_contiguous() and all(part.is_contiguous() for part in (rotation.cosines, rotation.sines))  # noqa: PT018
         x, given = x.clone(memory_format=torch.contiguous_format), _Spans(spans)
         step = _Step(

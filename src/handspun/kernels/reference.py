@@ -155,7 +155,7 @@ class AttendedSpan:
 
 def _attend_span(queries: Tensor, pool: Tensor, span: AttendedSpan) -> Tensor:
     (count, heads, size), kv_heads = queries.shape, len(pool) // 2
-    keys, values = pool[:, span.start : span.start + span.length].split(kv_heads)
+    keys, values = pool[:, span.start : span.start + span.length].float().split(kv_heads)
     rows = queries.view(count, kv_heads, -1, size).transpose(0, 1).reshape(kv_heads, -1, size)
     scores = rows.new_zeros(kv_heads, rows.shape[1], span.length)
     for d in range(size):
@@ -238,7 +238,7 @@ class ReferenceKernels:
             qkv: (tokens, heads + 2 * kv_heads, size); queries are overwritten.
             norms: the norms of queries and keys.
             rotation: where the tokens are.
-            pool: the KV cache, (2 * kv_heads, slots, size).
+            pool: the KV cache, (2 * kv_heads, slots, size), float32 or float16.
         """
         heads, kv_heads = qkv.shape[1] - len(pool), len(pool) // 2
         for norm, part in ((norms.queries, qkv[:, :heads]), (norms.keys, qkv[:, heads : heads + kv_heads])):
@@ -247,12 +247,12 @@ class ReferenceKernels:
         both = qkv[:, : heads + kv_heads]
         turned = both.roll(qkv.shape[2] // 2, -1)
         both.copy_(both * rotation.cosines[:, None] + turned * rotation.sines[:, None])
-        pool.index_copy_(1, rotation.slot_mapping, qkv[:, heads:].transpose(0, 1))
+        pool.index_copy_(1, rotation.slot_mapping, qkv[:, heads:].transpose(0, 1).to(pool.dtype))
 
     def attend(self, queries: Tensor, pool: Tensor, spans: Sequence[AttendedSpan]) -> Tensor:
         """Return attention, (tokens, heads * size), of queries, (tokens, heads, size), all float32.
 
-        pool: the KV cache, (2 * kv_heads, slots, size): keys, then values.
+        pool: the KV cache, (2 * kv_heads, slots, size), float32 or float16: keys, then values.
         """
         output = queries.new_empty(len(queries), queries.shape[1] * queries.shape[2])
         for span in spans:

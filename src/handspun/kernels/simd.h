@@ -119,6 +119,31 @@ INLINE lanes widened(const uint16_t *x) {
     return a;
 }
 
+/* 16 float16 values as floats. */
+INLINE lanes load_float16(const uint16_t *x) {
+    lanes a;
+#if WIDTH == 16
+    a.part[0] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
+#elif WIDTH == 8
+    EACH(p, PARTS) a.part[p] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + p * WIDTH)));
+#else
+    EACH(p, PARTS) a.part[p] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x + p * WIDTH)));
+#endif
+    return a;
+}
+
+/* To the nearest; to infinity from 65,520 on. */
+INLINE void store_float16(uint16_t *x, lanes a) {
+#if WIDTH == 16
+    _mm256_storeu_si256((__m256i *)x, _mm512_cvtps_ph(a.part[0], _MM_FROUND_TO_NEAREST_INT));
+#elif WIDTH == 8
+    EACH(p, PARTS)
+    _mm_storeu_si128((__m128i *)(x + p * WIDTH), _mm256_cvtps_ph(a.part[p], _MM_FROUND_TO_NEAREST_INT));
+#else
+    EACH(p, PARTS) vst1_u16(x + p * WIDTH, vreinterpret_u16_f16(vcvt_f16_f32(a.part[p])));
+#endif
+}
+
 #if WIDTH == 8
 /* -1 for the first `left` of 16 values, and 0 for the others: those of the part. */
 INLINE __m256i first_ones(int64_t left, int part) {

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar, cast
 
+import torch
 import uvicorn
 
 from handspun.config.serving import ServeOptions, served_models
@@ -228,7 +229,8 @@ def _kv_tokens(models: list[ServedModel], rows: int) -> int:
         config = served.chat.model.config.get_text_config()
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        bytes_per_token = 2 * 4 * config.num_hidden_layers * heads * size
+        dtype = torch.float32 if served.chat.fused is None else served.chat.fused.cache_dtype
+        bytes_per_token = 2 * dtype.itemsize * config.num_hidden_layers * heads * size
         most = (served.context or _CONTEXT) * rows
         sizes.append(most if room is None else min(most, room.available // 2 // len(models) // bytes_per_token))
     return max(1, min(sizes))

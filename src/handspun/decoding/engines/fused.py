@@ -127,10 +127,8 @@ class FusedEngine:
         shape = (len(model.layers), model.kv_heads, model.head_size)
         self.cache = KVCache(shape, dtype=model.cache_dtype, device=model.device, fixed_tokens=kv_tokens)
         self._kernels = kernels_for(model.device)
-        self._attends = (
-            model.device.type == "cpu"
-            and model.cache_dtype == torch.float32
-            and self._kernels.can_attend(model.heads, model.kv_heads, model.head_size)
+        self._attends = model.device.type == "cpu" and self._kernels.can_attend(
+            model.heads, model.kv_heads, model.head_size
         )
         form = DecoderShape(model.heads, model.kv_heads, model.head_size, model.norm_eps)
         self.decoder = self._kernels.decoder(model.layers, form) if self.is_exact else None
@@ -296,6 +294,8 @@ class FusedEngine:
     def _attend_span(self, number: int, queries: Tensor, part: TokenSpan) -> Tensor:
         """Attend one row's queries: (tokens, heads, size) to (tokens, heads * size)."""
         keys, values = self.cache.read(number, part.row, part.length)  # (kv_heads, length, size)
+        if self.model.device.type == "cpu":
+            keys, values = keys.float(), values.float()
         queries = queries.to(keys.dtype)
         count, heads, size = queries.shape
         if part.is_prompt:
