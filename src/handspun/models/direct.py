@@ -230,6 +230,10 @@ _HARMLESS = {
 """Settings of tokenizer_config.json that change no ids, or that are read below. Others must be off."""
 
 
+_CLASSES = ("GPT2Tokenizer", "PreTrainedTokenizerFast", "Qwen2Tokenizer", "TokenizersBackend")
+"""Classes whose ids are those of tokenizer.json."""
+
+
 def read_tokenizer(source: ModelSource) -> "FileTokenizer | None":
     """Return the tokenizer of a folder's tokenizer.json, or None if its ids may depend on more than this file."""
     folder = Path(source.location)
@@ -266,13 +270,10 @@ def read_tokenizer(source: ModelSource) -> "FileTokenizer | None":
 
 def _is_known(settings: Mapping[str, Any]) -> bool:
     """Return whether a tokenizer_config.json only adds the special tokens' roles to tokenizer.json."""
-    of_file = settings.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    # These classes have special tokens of their own where the file names none.
-    of_class = settings.get("tokenizer_class") in ("GPT2Tokenizer", "Qwen2Tokenizer") and settings.keys() >= {
-        *_SPECIAL
-    }
     return (
-        (of_file or of_class)
+        settings.get("tokenizer_class") in _CLASSES
+        # Where a role is not named, transformers may take the class's own token.
+        and settings.keys() >= {*_SPECIAL}
         and not any(value for name, value in settings.items() if name not in _HARMLESS)
         and all(isinstance(settings.get(name), str | None) for name in (*_SPECIAL, "chat_template"))
     )
