@@ -285,7 +285,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str, *argum
     found: dict[str, Any] = {}
     monkeypatch.setattr("handspun.runs.train.train", lambda config: found.update(config=config))
     monkeypatch.setattr("handspun.cli.views.answers.show_answers", lambda *a, **_: found.update(config=a[2]))
-    monkeypatch.setattr("handspun.cli.answering.load_model", lambda source, _: source)
+    monkeypatch.setattr("handspun.cli.answering.load_model", lambda source, _, **__: source)
     (tmp_path / "run.yaml").write_text(content, encoding="utf-8")
     assert main([*arguments, "--config", str(tmp_path / "run.yaml")]) == 0
     return found["config"]

@@ -4,10 +4,11 @@ import hashlib
 
 import pytest
 
-import handspun
 from backends import NATIVE, chosen
 from handspun.decoding.engines.base import ModelInput
 from handspun.decoding.engines.fused import FusedEngine
+from handspun.models.direct import FileTokenizer, load_int8_directly
+from handspun.models.load import load
 
 TEXTS = ["Name a color.", "请用一句话介绍上海。", "Why is the sky blue? " * 20]
 TOKENS = [
@@ -26,7 +27,8 @@ changes it: then record the new one."""
 @pytest.mark.parametrize("name", NATIVE)
 def test_int8_logits_are_those_recorded(name: str) -> None:
     with chosen(name):
-        chat = handspun.load("smollm2-135m", weights="int8")
+        chat = load("smollm2-135m", weights="int8", int8_loader=load_int8_directly)
+        assert isinstance(chat.tokenizer, FileTokenizer)  # not through transformers
         assert chat.fused is not None
         engine = FusedEngine(chat.fused)
     feeds = [ModelInput(engine.add(), list(chat.tokenizer(text)["input_ids"])) for text in TEXTS]

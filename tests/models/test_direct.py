@@ -47,15 +47,21 @@ NAME_ROLES = change_json("tokenizer_config.json", bos_token=None, unk_token=None
 
 def make_model(kind: str) -> Any:
     if kind == "qwen3":
-        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        shape: dict[str, Any] = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "head_dim": 16,
+        }
+        heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
         torch.manual_seed(0)
         return Qwen3ForCausalLM(Qwen3Config(vocab_size=330, **shape, **heads)).eval()
     if kind == "qwen2":
         return tiny_model("qwen2", tie_word_embeddings=True)
     if kind == "llama":
         return tiny_model("llama", tie_word_embeddings=True)
-    return tiny_model("llama").to(torch.bfloat16)
+    wide: Any = tiny_model("llama")
+    return wide.to(torch.bfloat16)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -80,7 +86,7 @@ def read(folder: Path) -> ChatModel | None:
 
 
 def tensors_of(fused: FusedWeights) -> list[Tensor]:
-    products = [fused.head]
+    products: list[Any] = [fused.head]
     found = [fused.norm, fused.frequencies]
     for layer in fused.layers:
         norms = (layer.attention_norm, layer.q_norm, layer.k_norm, layer.mlp_norm)
@@ -207,11 +213,10 @@ def test_the_tokenizer_is_that_of_transformers(make: Callable[[], Any], tmp_path
     tools = [{"type": "function", "function": {"name": "weather", "description": "<b>\u00fc</b>"}}]
     turns = [{"role": "system", "content": "Be & brief."}, {"role": "user", "content": "Hi", "tool_calls": None}]
     for given in ({}, {"tools": tools}, {"add_generation_prompt": True}, {"messages": turns[1:]}):
-        arguments = {"messages": turns, "tools": None, "add_generation_prompt": False, **given}
+        arguments: dict[str, Any] = {"messages": turns, "tools": None, "add_generation_prompt": False, **given}
         messages = arguments.pop("messages")
-        assert found.apply_chat_template(messages, tokenize=False, **arguments) == expected.apply_chat_template(
-            messages, tokenize=False, **arguments
-        )
+        rendered = expected.apply_chat_template(messages, tokenize=False, **arguments)
+        assert found.apply_chat_template(messages, tokenize=False, **arguments) == rendered
 
 
 SPECIAL_TEMPLATES = (

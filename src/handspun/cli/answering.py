@@ -11,6 +11,7 @@ from handspun.cli.app import (
     app,
     check_no_model_among,
     load_model,
+    quick_imports,
     read_prompts,
     with_name,
 )
@@ -60,7 +61,8 @@ def generate(
     prefill
         Beginning of every answer. The model continues it, and only the continuation is shown.
     """
-    from handspun.cli.views.answers import show_answers
+    with quick_imports():
+        from handspun.cli.views.answers import show_answers
 
     check_no_model_among(prompts, source)
     show_answers(
@@ -98,7 +100,8 @@ def chat(
     system_prompt
         System message. If not given, the chat template's default applies.
     """
-    from handspun.cli.views.chat import Chat
+    with quick_imports():
+        from handspun.cli.views.chat import Chat
 
     model = load_model(with_name(source, name), template, decodes_only=True)
     Chat(model, options, HarmlessConsole(), system_prompt).loop()

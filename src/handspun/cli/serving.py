@@ -3,7 +3,16 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
-from handspun.cli.app import FLAT, ComputeOptions, ModelOptions, TemplateOptions, app, default_model, load_model
+from handspun.cli.app import (
+    FLAT,
+    ComputeOptions,
+    ModelOptions,
+    TemplateOptions,
+    app,
+    default_model,
+    load_model,
+    quick_imports,
+)
 from handspun.config.serving import ServeOptions
 from handspun.errors import check_installed
 
@@ -27,7 +36,8 @@ def serve(
     """
     for package in ("uvicorn", "starlette", "pydantic"):
         check_installed(package, "serve", "handspun serve")
-    from handspun.serve.server import serve as run_server
+    with quick_imports():
+        from handspun.serve.server import serve as run_server
 
     def load(path: str) -> "ChatModel":
         source = ModelOptions(model=path, weights=compute.weights, device=compute.device, threads=compute.threads)

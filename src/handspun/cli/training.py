@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Annotated
 
-from handspun.cli.app import FLAT, Count, app, is_colorless, with_files
+from handspun.cli.app import FLAT, Count, app, is_colorless, quick_imports, with_files
 from handspun.config import DataConfig, TrainConfig
 from handspun.display import HarmlessConsole
 
@@ -20,7 +20,8 @@ def train(*files: str, config: Annotated[TrainConfig, FLAT] = TrainConfig()) -> 
     files
         Training rows, the same as --data.
     """
-    from handspun.runs.train import train as run_training
+    with quick_imports():
+        from handspun.runs.train import train as run_training
 
     run_training(with_files(config, files, "train"))
 
@@ -36,7 +37,8 @@ def preflight(*files: str, config: Annotated[TrainConfig, FLAT] = TrainConfig())
     files
         Training rows, the same as --data.
     """
-    from handspun.runs.train import train as run_training
+    with quick_imports():
+        from handspun.runs.train import train as run_training
 
     run_training(replace(with_files(config, files, "preflight"), dry_run=True))
 
