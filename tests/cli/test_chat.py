@@ -46,6 +46,32 @@ def test_lines_from_a_pipe_are_not_asked_for(
     assert capsys.readouterr().out == ""
 
 
+def test_control_c_at_the_prompt_says_how_to_exit(
+    monkeypatch: pytest.MonkeyPatch, tiny_chat: ChatModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may have been meant for an answer that has just ended."""
+
+    class Keyboard(io.StringIO):
+        presses = 2
+
+        def isatty(self) -> bool:
+            return True
+
+        def readline(self, size: int | None = -1, /) -> str:
+            if self.presses:
+                self.presses -= 1
+                raise KeyboardInterrupt
+            return super().readline(size or -1)
+
+    monkeypatch.setattr("sys.stdin", Keyboard("one\n"))
+    screen = io.StringIO()
+    chat = Chat(tiny_chat, GenerationOptions(max_new_tokens=1), Console(file=screen, width=80))
+    chat.loop()
+    assert said(chat, "user") == ["one"]
+    assert screen.getvalue().count("Ctrl-D or /quit exits.") == 2
+    assert "you: " in capsys.readouterr().out
+
+
 def test_notes_are_broken_between_words(monkeypatch: pytest.MonkeyPatch, tiny_chat: ChatModel) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

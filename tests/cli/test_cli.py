@@ -310,6 +310,32 @@ def test_a_prompt_on_standard_input_is_read_as_a_file_is(
     assert json.loads(capsys.readouterr().out)["prompt"] == "Wörter\n\u2028und mehr"
 
 
+@pytest.mark.parametrize(
+    ("prompts", "text", "expected"),
+    [
+        (["Summarize this."], "a mail\nof two lines\n", ["Summarize this.\n\na mail\nof two lines"]),
+        (["Hi"], "\n", ["Hi"]),
+        (["Hi", "Ho"], "not read", ["Hi", "Ho"]),
+    ],
+)
+def test_a_single_prompt_goes_on_with_a_redirected_file(
+    prompts: list[str],
+    text: str,
+    expected: list[str],
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "mail.txt").write_text(text)
+    with (tmp_path / "mail.txt").open(encoding="utf-8") as file:
+        monkeypatch.setattr("sys.stdin", file)
+        assert main(["generate", *prompts, "-m", str(tiny_folder), "--max-new-tokens", "1", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert [json.loads(line)["prompt"] for line in printed.out.splitlines()] == expected
+    assert ("goes on with standard input" in printed.err) == (len(prompts) == 1)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_schemas_and_configs_may_have_a_byte_order_mark(
     capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path, encoding: str

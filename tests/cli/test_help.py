@@ -28,7 +28,11 @@ def test_groups_of_has_each_option_of_a_command_once(command: str) -> None:
 
 def test_groups_of_names_options_that_exist() -> None:
     known = {name for command in COMMANDS for name in options_of(command)}
-    assert {name for listed in GROUPS.values() for name in listed.split()} | {"seed", "max-tokens"} == known
+    assert {name for listed in GROUPS.values() for name in listed.split()} | {
+        "batch-size",
+        "seed",
+        "max-tokens",
+    } == known
 
 
 def test_groups_of_an_option_without_a_group_is_an_error() -> None:

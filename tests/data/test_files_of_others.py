@@ -573,11 +573,11 @@ def test_tokenizing_says_how_far_it_has_come(monkeypatch: pytest.MonkeyPatch, wr
         load_splits(DataConfig(data=name), TEMPLATE, max_length=100)
     assert log[:3] == [
         "reading train.csv (0 MB)",
-        "1000 of 2500 rows tokenized",
-        "2000 of 2500 rows tokenized",
+        "1,000 of 2,500 rows tokenized",
+        "2,000 of 2,500 rows tokenized",
     ]
     assert len(log) == 4
-    assert log[3].startswith("2500 rows tokenized in ")
+    assert log[3].startswith("2,500 rows tokenized in ")
 
 
 def test_rows_are_let_go(write: Write) -> None:

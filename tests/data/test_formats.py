@@ -47,8 +47,15 @@ def test_no_hint_where_nothing_is_near() -> None:
     with pytest.raises(DataError) as caught:
         recognize_format(["instruction", "input"], "a.csv")
     assert str(caught.value).endswith(
-        "sharegpt needs conversations. Or name yours, as in --columns prompt=Question,completion=Reply."
+        "sharegpt needs conversations. Or name yours, as in --columns prompt=instruction,completion=input."
     )
+
+
+def test_two_columns_are_in_the_example_of_the_remedy() -> None:
+    with pytest.raises(DataError, match="as in --columns prompt=Frage,completion=Antwort"):
+        recognize_format(["Frage", "Antwort"], "a.csv")
+    with pytest.raises(DataError, match="as in --columns prompt=Question,completion=Reply"):
+        recognize_format(["Frage", "Antwort", "Nummer"], "a.csv")
 
 
 def test_columns_of_several_formats_are_for_the_user_to_choose() -> None:

@@ -1,7 +1,9 @@
 """Which rows are scored in the time allowed, and which are asked."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from handspun.config import TrainConfig
 from handspun.data.dataset import Dataset, load_splits
 from handspun.data.examples import Example
 from handspun.data.preview import spread_order
-from handspun.runs.artifacts import length_histogram, rows_for_report
+from handspun.display import captured_log
+from handspun.runs.artifacts import _LIMIT, _row_answers, length_histogram, rows_for_report
 from handspun.runs.row_losses import hardest_of, losses_by_row, rows_csv
 from handspun.runs.sample_answers import rows_to_ask, sample_prompts, short_questions
 
@@ -114,6 +117,25 @@ def test_short_questions_are_those_of_a_set_with_mostly_short_answers(
     assert len(training.rows) == 1
     assert short_questions(tiny_chat, config, training) == []
     assert short_questions(tiny_chat, config, None) == []
+
+
+@pytest.mark.parametrize("seconds", [1e-9, 60.0])
+def test_answers_that_are_not_complete_in_time_are_reported(
+    seconds: float,
+    tiny_chat: handspun.ChatModel,
+    datasets: tuple[TrainConfig, Dataset, Dataset],
+) -> None:
+    config, _, held_out = datasets
+    questions = short_questions(tiny_chat, config, held_out)
+    log = SimpleNamespace(phase=lambda _: nullcontext())
+    material: Any = SimpleNamespace(chat=tiny_chat, config=config, log=log)
+    with captured_log() as lines:
+        answers = _row_answers(material, questions, "after", seconds)
+    expected = len(questions) if seconds > 1 else 0
+    assert len(answers) == expected
+    assert [line for line in lines if "answered" in line] == (
+        [] if expected else [f"  0 of {len(questions)} answered: {_LIMIT}"]
+    )
 
 
 def test_length_histogram_has_bars_of_one_whole_width(datasets: tuple[TrainConfig, Dataset, Dataset]) -> None:

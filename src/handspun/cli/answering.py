@@ -55,7 +55,8 @@ def generate(
     Parameters
     ----------
     prompts
-        Prompts to answer. Without any and without --prompts-file, one prompt is read from standard input.
+        Prompts to answer. One prompt goes on with standard input if that is a pipe or a file; without any prompt
+        and without --prompts-file, standard input is the prompt.
     prompts_file
         A text file with one prompt per line.
     prefill

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from handspun.config import DataConfig, TrainConfig, Weights
 from handspun.config.names import options
 from handspun.config.ranges import MOST, wrong_values
 from handspun.data.text_files import BYTE_ORDER_MARK, decode_text, read_text, split_lines
+from handspun.display import logger
 from handspun.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -103,7 +105,7 @@ class TemplateOptions:
     """Name of one of the tokenizer's chat templates, or a Jinja file. If not given, the tokenizer's default."""
 
     template_args: tuple[str, ...] | dict[str, Any] | None = None
-    """Values for the chat template's variables, such as enable_thinking=false. May be given more than once."""
+    """Values for the chat template's variables, such as enable_thinking=false. Repeatable."""
 
 
 def with_files(config: Rows, files: Sequence[str], command: str) -> Rows:
@@ -194,7 +196,7 @@ def default_model() -> str:
 def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
     """Return the given prompts, then those of the file (one per line); without either, standard input.
 
-    Raises ConfigError if there is no prompt.
+    A single prompt goes on with the text of a pipe or a redirected file. Raises ConfigError if there is no prompt.
     """
     found = list(prompts)
     if file is not None:
@@ -202,9 +204,21 @@ def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
         found += [line for line in lines if line.strip()]
     if not found and sys.stdin is not None and not sys.stdin.isatty():
         found = [_prompt_on_standard_input()]
+    elif len(found) == 1 and _is_redirected():
+        logger.info("the prompt goes on with standard input (< /dev/null leaves it out)")
+        found = ["\n\n".join(text for text in (found[0], _prompt_on_standard_input()) if text.strip())]
     if not any(prompt.strip() for prompt in found):
         raise ConfigError('there is no prompt. Give one, as in handspun generate --model M "Tell me a joke."')
     return found
+
+
+def _is_redirected() -> bool:
+    """Return whether standard input is a pipe or a file, rather than a terminal, nothing, or a server's socket."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # there is none, or it is closed or replaced
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def _text_of_prompts(file: Path) -> str:

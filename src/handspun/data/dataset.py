@@ -21,7 +21,7 @@ from handspun.data.documents import end_of_text
 from handspun.data.examples import DataReport, TokenDataset, build_examples, check_rows_left, hold_out
 from handspun.data.formats import TEXT
 from handspun.data.rows import FileNotes, Row, read_sources
-from handspun.display import logger, printable
+from handspun.display import count_of, logger, printable
 from handspun.errors import ConfigError
 from handspun.files import from_json, sha256_of
 
@@ -288,15 +288,15 @@ def _examples(
     found = cache.find(key) if cache and key else None
     if found is not None:
         check_rows_left(found[1], strict=strict)
-        how = f"{len(rows)} tokenized rows loaded from the cache in {time.perf_counter() - started:.1f} s"
-        return *found, how
+        seconds = time.perf_counter() - started
+        return *found, f"{count_of(len(rows), 'tokenized row')} loaded from the cache in {seconds:.1f} s"
     examples, account = build_examples(rows, template, strict=strict, progress=_Progress(len(rows)), **options)
     seconds = time.perf_counter() - started
     if cache and key:
         kept = _keep(cache, key, examples, account)
     else:
         kept = "not cached, because the template writes the time" if cache else "not cached"
-    return examples, account, f"{len(rows)} rows tokenized in {seconds:.1f} s; {kept}"
+    return examples, account, f"{count_of(len(rows), 'row')} tokenized in {seconds:.1f} s; {kept}"
 
 
 @dataclass
@@ -310,7 +310,7 @@ class _Progress:
         now = time.perf_counter()
         if done < self.rows and now - self.last > _SECONDS_BETWEEN_LINES:
             self.last = now
-            logger.info(f"{done} of {self.rows} rows tokenized")
+            logger.info(f"{done:,} of {self.rows:,} rows tokenized")
 
 
 def _flagged_rows(rows: Sequence[Row], account: DataReport) -> list[Row]:

@@ -172,7 +172,8 @@ def recognize_format(columns: Collection[str], file: str) -> DataFormat:
     formats = "; ".join(f"{name} needs {' and '.join(needed)}" for name, needed in NEEDED.items())
     formats = f"plain text needs text; {formats}"
     message = f"the columns fit no format. Found: {names}. Expected: {formats}."
-    remedy = "Or name yours, as in --columns prompt=Question,completion=Reply."
+    yours = list(columns) if len(columns) == 2 else ["Question", "Reply"]
+    remedy = f"Or name yours, as in --columns prompt={printable(yours[0])},completion={printable(yours[1])}."
     raise DataError(" ".join([message, *hints(columns, dict(NEEDED.items())), remedy]), file=file)
 
 

@@ -243,7 +243,7 @@ def slow_lines(times: float, config: TrainConfig, dtype: torch.dtype) -> Iterato
         return
     if config.base_weights == "int8":
         remedy = "int8 layers may be slow on this CPU: try without --base-weights int8"
-    elif dtype == torch.bfloat16:
+    elif dtype == torch.bfloat16 and config.dtype == "bfloat16":  # chosen by the user, not by a probe
         remedy = "bfloat16 may be slow on this CPU: try --dtype float32"
     else:
         remedy = (

@@ -242,7 +242,8 @@ def _row_answers(material: Material, questions: list[Question], when: str, secon
             )
     except HandspunError as error:
         logger.info(f"exact matches {when} training are not counted: {error}")
-    if 0 < len(answers) < len(questions):
+        return []
+    if len(answers) < len(questions):
         logger.info(f"  {len(answers)} of {len(questions)} answered: {_LIMIT}")
     return [asdict(answer) for answer in answers]
 

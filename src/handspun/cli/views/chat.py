@@ -77,7 +77,13 @@ class Chat:
             while (line := input(prompt)).endswith("\\"):
                 lines.append(line.removesuffix("\\"))
                 prompt = "...: " if is_typed else ""
-        except (EOFError, KeyboardInterrupt):
+        except KeyboardInterrupt:
+            if not is_typed:
+                return None
+            self.console.print()
+            self._note("Ctrl-D or /quit exits.")  # the key may have been meant for an answer that has just ended
+            return ""
+        except EOFError:
             if is_typed:
                 self.console.print()
             return None

@@ -8,12 +8,11 @@ from cyclopts.help import DefaultFormatter, HelpEntry, HelpPanel
 from rich.text import Text
 
 GROUPS = {
-    "Arguments": "files models name",
-    "Prompts": "prompts prompts-file system-prompt prefill chat",
+    "Arguments": "files models name prompts runs",
+    "Prompts": "prompts-file system-prompt prefill chat",
     "Model": "model-a model-b model weights device threads chat-template template-args",
     "Rows": "data limit data-format columns role-map max-length strict cache-examples",
-    "Training": "num-epochs max-steps batch-size learning-rate lr-schedule warmup-ratio weight-decay"
-    " max-grad-norm",
+    "Training": "num-epochs max-steps learning-rate lr-schedule warmup-ratio weight-decay max-grad-norm",
     "LoRA": "lora lora-rank lora-alpha lora-dropout base-weights",
     "Evaluation": "eval-data eval-ratio eval-steps generate per-row",
     "Answers during training": "sample-answers sample-prompts sample-every",
@@ -32,7 +31,7 @@ GROUPS = {
     "Memory and speed": "batching activation-checkpointing optimizer-states dtype shard"
     " prompt-lookup-num-tokens max-matching-ngram-size",
     "Faults": "on-nonfinite max-skipped-steps",
-    "Files": "runs output-dir output-file save-dtype save-steps save-minutes keep-last resume overwrite dry-run"
+    "Files": "output-dir output-file save-dtype save-steps save-minutes keep-last resume overwrite dry-run"
     " log-to report-rows merge gguf html",
     "Hub": "push private token",
     "Check": "steps kills",
@@ -54,7 +53,8 @@ EXAMPLES = {
     "chat": ["chat", "chat output-lora --temperature 0.7"],
     "generate": [
         'generate "Tell me a joke."',
-        'generate -m output --temperature 0.7 --num-return-sequences 3 "Tell me a joke."',
+        'generate -m output --temperature 0.7 "Tell me a joke."',
+        'generate "Summarize this mail." < mail.txt',
         'generate -m output --choice yes --choice no "Is 7 a prime number?"',
     ],
     "serve": ["serve output", "serve --model tuned=output --model base=smollm2-135m --weights int8"],
@@ -114,8 +114,11 @@ def _repeatable(entry: HelpEntry) -> HelpEntry:
 def groups_of(names: Collection[str]) -> dict[str, list[str]]:
     """Return the names of a command's options by group. Raises ValueError for a name that has no group."""
     wanted = {title: [name for name in listed.split() if name in names] for title, listed in GROUPS.items()}
-    # A run's seed decides more than its samples. --max-tokens is a micro-batch's, or the limit of an answer.
+    # A run's seed decides more than its samples, and its batch size more than its speed. --max-tokens is a
+    # micro-batch's, or the limit of an answer.
     wanted["Training" if "num-epochs" in names else "Sampling"] += [name for name in ("seed",) if name in names]
+    where = "Training" if "num-epochs" in names else "Memory and speed"
+    wanted[where] = [name for name in ("batch-size",) if name in names] + wanted[where]
     group = "Limits of a request" if "max-choices" in names else "Memory and speed"
     wanted[group] = [name for name in ("max-tokens",) if name in names] + wanted[group]
     if missing := set(names) - {name for listed in wanted.values() for name in listed}:
