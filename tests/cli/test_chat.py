@@ -57,11 +57,11 @@ def test_control_c_at_the_prompt_says_how_to_exit(
         def isatty(self) -> bool:
             return True
 
-        def readline(self, size: int | None = -1, /) -> str:
+        def readline(self, *size: Any) -> Any:
             if self.presses:
                 self.presses -= 1
                 raise KeyboardInterrupt
-            return super().readline(size or -1)
+            return super().readline(*size)
 
     monkeypatch.setattr("sys.stdin", Keyboard("one\n"))
     screen = io.StringIO()
