@@ -1,5 +1,6 @@
 """Which kernels are used: the CPU's fastest, what the user names, or none, which is said."""
 
+import _ctypes
 import os
 import re
 import shutil
@@ -66,6 +67,19 @@ def test_a_library_that_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: p
         assert str(native.native_kernels("avx2")).startswith(f"{tmp_path}/broken.so cannot be loaded (")
     finally:
         native.native_kernels.cache_clear()
+
+
+def test_a_library_of_another_version_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Path(_ctypes.__file__)  # a library that lacks the kernels' functions
+    monkeypatch.setattr(native, "library_file", lambda _: other)
+    native.native_kernels.cache_clear()
+    try:
+        said = str(native.native_kernels("avx2"))
+    finally:
+        native.native_kernels.cache_clear()
+    assert said.startswith(f"{other} is of another version (")
+    root = Path(__file__).parents[2]
+    assert said.endswith(f"). Install the package again: pip install --no-deps -e {root}")
 
 
 @needs_kernels

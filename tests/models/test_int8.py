@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from backends import chosen
-from handspun.kernels.native import TiledInt8Weight
+from handspun.kernels.native import TiledInt8Weight, install_command
 from handspun.kernels.reference import quantize_rows
 from handspun.models import int8
 from handspun.models.int8 import (
@@ -115,14 +115,20 @@ def test_only_the_layers_under_adapters_are_rounded() -> None:
     assert not [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.shape == (64, 32)]
 
 
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("is_fast", [False, True])
-def test_a_base_that_saves_no_time_says_so(is_fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_without_kernels_says_what_it_costs(
+    is_fast: bool, is_int8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(int8, "has_fast_int_mm", lambda: is_fast)
+    assert speed_notices(torch.device("cuda"), is_int8=is_int8) == []
     with chosen("none"):
-        found = speed_notices(torch.device("cpu"))
-    assert found[0] == (
-        "int8 runs without native kernels, which is slower: they were not compiled when the package was "
-        "installed, for want of a C compiler"
+        first, *more = speed_notices(torch.device("cpu"), is_int8=is_int8)
+    assert first == (
+        "training runs without native kernels, which is slower: they were not compiled when the package was "
+        "installed, for want of a C compiler. Install one, such as gcc, and then the package again: "
+        f"{install_command()}"
     )
-    assert [notice[:36] for notice in found[1:]] == ([] if is_fast else ["int8 layers are computed in float32:"])
-    assert speed_notices(torch.device("cuda")) == []
+    assert [notice[:36] for notice in more] == (
+        ["int8 layers are computed in float32:"] if is_int8 and not is_fast else []
+    )

@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import handspun
+from backends import chosen
 from handspun.display import log_lines_to
 from handspun.errors import DataError, HandspunError, OutputError
 from handspun.runs.train import train
@@ -66,6 +67,16 @@ def test_the_log_is_plain_lines_in_file_and_output(tiny_folder: Path, data: Path
         assert re.search(r"held-out loss \d\.\d{4} before, \d\.\d{4} after\n", text)
     assert re.sub(r"^\d\d:\d\d:\d\d ", "", logged, flags=re.MULTILINE) == printed
     assert "".join(f"{line}\n" for line in lines) == printed
+
+
+@pytest.mark.cpu
+def test_missing_kernels_are_said_once_at_the_start(tiny_folder: Path, data: Path) -> None:
+    said = "training runs without native kernels, which is slower: "
+    for kernels, times in (("none", 1), ("reference", 0)):  # the second is what the user wants
+        lines = list[str]()
+        with chosen(kernels), log_lines_to(lines.append):
+            train(config(tiny_folder, data, dry_run=True), console=quiet_console())
+        assert "\n".join(lines).count(said) == times
 
 
 def test_a_base_models_new_end_of_turn_is_said_and_saved(tiny_folder: Path, data: Path) -> None:

@@ -93,10 +93,13 @@ def kernels_for(device: torch.device) -> Kernels:
     return _choose()[0] if device.type == "cpu" else ReferenceKernels()
 
 
-def slower_without(device: torch.device) -> str | None:
-    """Return a message for int8 users if the device is a CPU without native kernels, else None."""
+def slower_without(device: torch.device, what: str = "int8") -> str | None:
+    """Return a message for the user if the device is a CPU without native kernels, else None.
+
+    what: what is slower.
+    """
     reason = _choose()[1] if device.type == "cpu" else None
-    return reason and f"int8 runs without native kernels, which is slower: {reason}"
+    return reason and f"{what} runs without native kernels, which is slower: {reason}"
 
 
 def _choose() -> tuple[Kernels, str | None]:

@@ -103,17 +103,27 @@ def native_kernels(name: str) -> "NativeKernels | str":
     """Return the kernels of an instruction set that this CPU supports, or why they cannot be used."""
     file = library_file(name)
     if not file.is_file():
-        return "they were not compiled when the package was installed, for want of a C compiler"
+        reason = "they were not compiled when the package was installed, for want of a C compiler"
+        return f"{reason}. Install one, such as gcc, and then the package again: {install_command()}"
     try:
         library = ctypes.CDLL(str(file))
     except OSError as error:  # for example, there is no OpenMP
         return f"{file} cannot be loaded ({error})"
-    if not library.prepare():
-        return "the system does not let this process use AMX"
     try:
+        if not library.prepare():
+            return "the system does not let this process use AMX"
         return NativeKernels(name, library)
     except AttributeError as error:
-        return f"{file} is of another version ({error}). Install the package again"
+        return f"{file} is of another version ({error}). Install the package again: {install_command()}"
+
+
+def install_command() -> str:
+    """Return the command that compiles the kernels anew."""
+    root = Path(__file__).parents[3]
+    is_checkout = (root / "setup.py").is_file()
+    return (
+        f"pip install --no-deps -e {root}" if is_checkout else "pip install --force-reinstall --no-deps CHECKOUT"
+    )
 
 
 class NativeKernels:

@@ -63,12 +63,12 @@ def check_exact_matmuls(device: torch.device) -> None:
     check_exact(training_matmuls(), device, remedy="--base-weights float32")
 
 
-def speed_notices(device: torch.device) -> list[str]:
-    """Return messages for the user about the speed of int8 training on the device."""
-    slower = slower_without(device)
+def speed_notices(device: torch.device, *, is_int8: bool) -> list[str]:
+    """Return messages for the user about the speed of training on the device. is_int8: the base is int8."""
+    slower = slower_without(device, "training")
     if slower is None:
         return []
-    if has_fast_int_mm():
+    if has_fast_int_mm() or not is_int8:
         return [slower]
     return [
         slower,

@@ -534,8 +534,7 @@ def _compute_dtype(run: RunContext, record: RunRecord | None, point: ResumePoint
     each = "a share of the model" if processes.sharded else "the whole model"
     several = f"{processes.count} processes with {each} each, of " if processes.count > 1 else ""
     logger.info(f"{several}{where}, matmuls in {name} ({reason})")
-    if config.base_weights == "int8":
-        log_lines(speed_notices(device))
+    log_lines(speed_notices(device, is_int8=config.base_weights == "int8"))
     return dtype
 
 
