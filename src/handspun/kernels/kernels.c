@@ -209,7 +209,7 @@ void gate_quantize(const float *x, int64_t rows, int64_t width, int64_t padded, 
 #define ROWS 4
 #define BLOCK_OF(rows) ((rows) == 1 && GROUP == 4 ? 32 : 16)
 #endif
-#define AHEAD 4096 /* bytes that are fetched ahead: weights 1.2 to 1.4 times as fast for up to 8 rows */
+#define AHEAD 4096 /* bytes that are fetched ahead */
 #if defined(__AMX_INT8__)
 #define PAD 64
 #else
@@ -254,9 +254,11 @@ void tile(const int8_t *weight, int64_t channels, int64_t width, int64_t depth, 
             for (int64_t k = first; k < width && k < first + 64; k++) column_base[k] -= 128 * weight[c * width + k];
 }
 
-/* Rows as the instructions take them. */
+/* Rows as the instructions take them. values: their signs if SIGNED. unsigned_values: OF each value, or null. starts: of
+ * each row's sums if SIGNED. */
 typedef struct {
-    const int8_t *values, *unsigned_values; /* unsigned_values: OF each value, or null */
+    const int8_t *values, *unsigned_values;
+    const int32_t *starts;
     const float *scale;
     int64_t count, stride;
 } quantized_rows;
@@ -264,6 +266,7 @@ typedef struct {
 INLINE quantized_rows rows_from(quantized_rows x, int64_t first) {
     x.values += first * x.stride;
     if (x.unsigned_values) x.unsigned_values += first * x.stride;
+    if (x.starts) x.starts += first;
     x.scale += first;
     return x;
 }
@@ -274,21 +277,22 @@ INLINE ints four_bytes_at(const int8_t *x) {
     return four_bytes(four);
 }
 
-/* sums: (rows, TILE), of which `block` channels are written. base: the sums' starts if SHIFTED. */
+/* sums: (rows, TILE), of which `block` channels are written. base: the sums' starts if SHIFTED. ahead, step: the weights
+ * fetched into the cache meanwhile, and how far that advances for 4 of depth. */
 #if GROUP == 4
 INLINE void accumulate(quantized_rows x, const int rows, const int block, int64_t depth, const int8_t *weight,
-                       const int32_t *base, int32_t *sums) {
+                       const int32_t *base, const int8_t *ahead, int64_t step, int32_t *sums) {
     const int vectors = block / WIDTH;
     sums_of_four found[ROWS][TILE / WIDTH];
     EACH(r, rows) EACH(v, vectors) {
         if (SHIFTED) memcpy(&found[r][v], base + v * WIDTH, sizeof(sums_of_four));
+        else if (SIGNED) found[r][v] = (sums_of_four)four_bytes(x.starts[r]);
         else memset(&found[r][v], 0, sizeof(sums_of_four));
     }
-    for (int64_t k = 0; k < depth; k += 4, weight += 4 * TILE) {
+    for (int64_t k = 0; k < depth; k += 4, weight += 4 * TILE, ahead += step) {
         ints weights[TILE / WIDTH];
         EACH(v, vectors) memcpy(&weights[v], weight + 4 * WIDTH * v, sizeof(ints));
-        /* Two passes over half a tile each, and the jump between tiles, defeat the CPU's own prefetching. */
-        for (int line = 0; line < GROUP * block; line += 64) __builtin_prefetch(weight + AHEAD + line);
+        for (int line = 0; line < GROUP * block; line += 64) __builtin_prefetch(ahead + line, 0, 2);
         EACH(r, rows) {
             ints bytes = four_bytes_at(x.values + r * x.stride + k);
 #if defined(OF)
@@ -303,9 +307,9 @@ INLINE void accumulate(quantized_rows x, const int rows, const int block, int64_
 #else
 /* i8mm multiplies 2 rows with 2 channels, 8 bytes of each, into 4 sums. A last single row is paired with itself. */
 INLINE void accumulate(quantized_rows x, const int rows, const int block, int64_t depth, const int8_t *weight,
-                       const int32_t *base, int32_t *sums) {
+                       const int32_t *base, const int8_t *ahead, int64_t step, int32_t *sums) {
     const int pairs = (rows + 1) / 2, vectors = block / 2;
-    (void)base;
+    (void)base, (void)ahead, (void)step;
     sums_of_four found[(ROWS + 1) / 2][TILE / 2];
     EACH(r, pairs) EACH(v, vectors) found[r][v] = vdupq_n_s32(0);
     for (int64_t k = 0; k < depth; k += 8, weight += 8 * TILE) {
@@ -323,11 +327,16 @@ INLINE void accumulate(quantized_rows x, const int rows, const int block, int64_
 }
 #endif
 
-#define SUM(n)                                              \
-    for (int block = 0; block < TILE; block += BLOCK_OF(n)) \
-    accumulate(x, n, BLOCK_OF(n), depth, weight + block * GROUP, SHIFTED ? base + block : NULL, sums + block)
+#define SUM(n)                                                                                                        \
+    for (int block = 0; block < TILE; block += BLOCK_OF(n), ahead += depth / GROUP * step)                            \
+    accumulate(x, n, BLOCK_OF(n), depth, weight + block * GROUP, SHIFTED ? base + block : NULL, ahead, step, sums + block)
+/* part: one of `parts` calls for the tile. They read it several times, and fetch the next one meanwhile, each an equal
+ * share, into the second cache: 1.2 to 1.4 times as fast as what the CPU fetches by itself, for 2 to 32 rows. Where the
+ * tile is read once, weights that follow soon are fetched. */
 static void sum_rows(quantized_rows x, int64_t rows, int64_t depth, const int8_t *weight, const int32_t *base,
-                     int32_t *sums) {
+                     int64_t part, int64_t parts, int32_t *sums) {
+    int64_t step = GROUP * BLOCK_OF(rows) / parts, times = parts * TILE / BLOCK_OF(rows);
+    const int8_t *ahead = weight + (times == 1 ? AHEAD : depth * TILE + depth / GROUP * step * part * (TILE / BLOCK_OF(rows)));
     if (rows == 1) SUM(1);
     else if (rows == 2) SUM(2);
     else if (rows == 3) SUM(3);
@@ -427,19 +436,34 @@ static void multiply_tile(quantized_rows x, int64_t depth, const int8_t *weight,
             sum_many(rows_from(x, first), count, depth, weight, part ? NULL : weight + TILE * depth, sums);
         } else
 #endif
-            sum_rows(rows_from(x, first), count, depth, weight, base, sums);
+            sum_rows(rows_from(x, first), count, depth, weight, base, part, parts, sums);
         finish(sums, x.scale + first, count, scale, bias, left, out + first * channels, channels);
     }
 }
 
-/* Return the rows for `multiply_tile`. The caller frees `unsigned_values`. */
-static quantized_rows prepared(const int8_t *values, const float *scale, int64_t count, int64_t stride) {
-    quantized_rows x = {values, NULL, scale, count, stride};
+/* Return the rows for `multiply_tile`, and what the caller frees after it. */
+static quantized_rows prepared(const int8_t *values, const float *scale, int64_t count, int64_t stride,
+                               void **memory) {
+    quantized_rows x = {values, NULL, NULL, scale, count, stride};
+    *memory = NULL;
 #if defined(OF)
     if (MOST_ROWS > ROWS && count > ROWS) return x;
-    int8_t *copy = malloc(count * stride);
+    int8_t *copy = *memory = malloc(count * (SIGNED ? 2 * stride + 4 : stride));
     for (int64_t i = 0; i < count * stride; i++) copy[i] = OF(values[i]);
     x.unsigned_values = copy;
+#if SIGNED
+    int8_t *signs = copy + count * stride;
+    int32_t *starts = (int32_t *)(signs + count * stride);
+    for (int64_t row = 0; row < count; row++) {
+        int32_t start = 0;
+        for (int64_t i = row * stride; i < (row + 1) * stride; i++) {
+            signs[i] = values[i] >> 7;
+            start -= values[i] & signs[i];
+        }
+        starts[row] = start;
+    }
+    x.values = signs, x.starts = starts;
+#endif
 #endif
     return x;
 }
@@ -448,12 +472,13 @@ static quantized_rows prepared(const int8_t *values, const float *scale, int64_t
  * base: -128 times the sums of the channels, filled up to a multiple of TILE. */
 void matmul(const int8_t *x, const float *row_scale, int64_t rows, int64_t depth, const int8_t *weight,
             const int32_t *base, const float *scale, const float *bias, int64_t channels, float *out, int threads) {
-    quantized_rows all = prepared(x, row_scale, rows, depth);
+    void *memory;
+    quantized_rows all = prepared(x, row_scale, rows, depth, &memory);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t c = 0; c < channels; c += TILE)
         multiply_tile(all, depth, weight + c * depth, base + c, scale + c, bias ? bias + c : NULL, channels - c,
                       out + c, channels);
-    free((void *)all.unsigned_values);
+    free(memory);
 }
 
 /* Multiply with the transposed matrix: (rows, filled) to (rows, width). TILE columns at a time are rearranged as a
@@ -461,7 +486,8 @@ void matmul(const int8_t *x, const float *row_scale, int64_t rows, int64_t depth
  * depth: of the tiles. base: -128 times the sums of the columns, filled up to TILE. */
 void transposed_matmul(const int8_t *x, const float *row_scale, int64_t rows, int64_t filled, const int8_t *weight,
                        const int32_t *base, int64_t depth, int64_t width, float *out, int threads) {
-    quantized_rows all = prepared(x, row_scale, rows, filled);
+    void *memory;
+    quantized_rows all = prepared(x, row_scale, rows, filled, &memory);
 #pragma omp parallel num_threads(threads)
     {
         int8_t *panel = calloc(filled, TILE); /* (filled / GROUP, TILE, GROUP) */
@@ -482,7 +508,7 @@ void transposed_matmul(const int8_t *x, const float *row_scale, int64_t rows, in
         }
         free(panel);
     }
-    free((void *)all.unsigned_values);
+    free(memory);
 }
 
 /* The address of an element of a bfloat16 (`halves`) or float32 matrix. */

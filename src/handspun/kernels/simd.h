@@ -45,36 +45,44 @@ INLINE ints four_bytes(int32_t four) { return vreinterpretq_s8_s32(vdupq_n_s32(f
 #endif
 
 /* Sums of products of bytes: sums[i] += x[4i] * w[4i] + ... + x[4i + 3] * w[4i + 3], exact for |w| <= 127. x86 multiplies
- * unsigned bytes with signed ones, so it takes x also, or only, as `unsigned_x`: OF(x) for each byte.
- * SHIFTED: that is x + 128, and sums start at -128 times the sum of the weights. */
+ * unsigned bytes with signed ones, so it takes x as `unsigned_x`: OF(x) for each byte.
+ * SHIFTED: that is x + 128, and sums start at -128 times the sum of the weights.
+ * SIGNED: that is |x|, `signs` is -1 for each x < 0 and 0 else, and sums start at the sum of the row's |x| for x < 0. */
 #if defined(__AVX512VNNI__)
 #define SHIFTED 1
+#define SIGNED 0
 typedef __m512i sums_of_four;
 /* With its intrinsic, gcc 12 copies all sums, at half the speed. */
 #define OF(x) ((x) ^ -128)
-#define dot(sums, x, unsigned_x, w) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(unsigned_x), "v"(w))
+#define dot(sums, signs, unsigned_x, w) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(unsigned_x), "v"(w))
 #elif defined(__AVXVNNI__)
 #define SHIFTED 1
+#define SIGNED 0
 typedef __m256i sums_of_four;
 #define OF(x) ((x) ^ -128)
-#define dot(sums, x, unsigned_x, w) __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(unsigned_x), "x"(w))
+#define dot(sums, signs, unsigned_x, w) __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(unsigned_x), "x"(w))
 #elif defined(__AVX2__)
 #define SHIFTED 0
+#define SIGNED 1
 typedef __m256i sums_of_four;
-/* |x| * (w with x's sign): two products of at most 128 * 127 fit into 16 bits. */
+/* Two products of at most 128 * 128 fit into 16 bits. Where x < 0, -w - 1 takes the place of -w, and the sum of the row's
+ * |x| makes up for it: inverting bits runs on three ports, and negating (vpsignb) on the two that multiply. */
 #define OF(x) ((x) < 0 ? -(x) : (x))
-#define dot(sums, x, unsigned_x, w)                                                                              \
-    (sums) = _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(unsigned_x, _mm256_sign_epi8(w, x)), \
+#define dot(sums, signs, unsigned_x, w)                                                                              \
+    (sums) = _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(unsigned_x, _mm256_xor_si256(w, signs)), \
                                                       _mm256_set1_epi16(1)))
 #elif defined(__ARM_FEATURE_MATMUL_INT8)
 #define SHIFTED 0
+#define SIGNED 0
 typedef int32x4_t sums_of_four;
 #elif defined(__ARM_FEATURE_DOTPROD)
 #define SHIFTED 0
+#define SIGNED 0
 typedef int32x4_t sums_of_four;
 #define dot(sums, x, unsigned_x, w) (sums) = vdotq_s32(sums, x, w)
 #else
 #define SHIFTED 0
+#define SIGNED 0
 typedef int32x4_t sums_of_four;
 /* Products of -128 * 127 fit into 16 bits, and so do their sums by two. */
 #define dot(sums, x, unsigned_x, w)                                                                 \
