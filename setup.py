@@ -51,7 +51,9 @@ def extensions() -> list[Extension]:
         Extension(
             f"handspun.kernels.kernels_{name}",
             [f"{FOLDER}{file}" for file in ("kernels.c", "layers.c")],
-            depends=[f"{FOLDER}{file}" for file in ("kernels.h", "packed_attention.h", "simd.h")],
+            depends=[
+                f"{FOLDER}{file}" for file in ("between_matmuls.h", "kernels.h", "packed_attention.h", "simd.h")
+            ],
             extra_compile_args=[*FLAGS, *compiling, *flags],
             extra_link_args=linking,
             libraries=["m"],

@@ -1,9 +1,11 @@
-"""What a step costs a token at rows of several lengths: the kernel of packed attention against PyTorch's.
+"""What a step costs a token at rows of several lengths: the native kernels of training against PyTorch.
 
     python benchmarks/long_rows.py [--model FOLDER] [--dtype bfloat16] [--lora] [--lengths 128 1024] [--threads 1]
 
-Steps of training, with AdamW, over rows of random tokens that begin alike. Both ways take turns in one process;
-figures are medians. With one thread, seconds are those of the CPU, so that others on the machine disturb less.
+Steps of training, with AdamW, over rows of random tokens that begin alike: with our kernels for attention, norms,
+rotations and gates, and with PyTorch's attention in transformers' layers. Both ways take turns in one process;
+figures are medians, and ratios those of turns. With one thread, seconds are those of the CPU, so that others on
+the machine disturb less.
 --attention times the attention of one layer alone, forward and backward, and counts the operations it needs.
 """
 
@@ -27,7 +29,7 @@ from handspun.models.embedded import EMBEDDED_NAME
 from handspun.models.int8 import quantize_base
 from handspun.models.load import load, load_config, model_source
 from handspun.models.lora import add_lora
-from handspun.training import packed
+from handspun.training import packed, packed_layers
 from handspun.training.batching import Batching
 from handspun.training.loop import Loop, TrainingState, start, train_step
 from handspun.training.packed import masks_of
@@ -36,7 +38,7 @@ from measurements import table
 
 PREFIX = 24
 """Tokens that all rows begin with: a chat template's system message."""
-KERNEL, SDPA = "kernel", "PyTorch"
+KERNELS, SDPA = "kernels", "PyTorch"
 
 
 def main() -> None:
@@ -50,13 +52,13 @@ def main() -> None:
     with training(arguments) as job:
         for length in arguments.lengths:
             step = partial(job.step, length, arguments.tokens)
-            seconds[length] = compare(step, arguments)
-            kernel, before = seconds[length][KERNEL], seconds[length][SDPA]
-            lines.append([str(length), *(f"{1e3 * x:.3f}" for x in (before, kernel)), f"{before / kernel:.2f}"])
+            seconds[length], ratio = compare(step, arguments)
+            figures = (f"{1e3 * seconds[length][name]:.3f}" for name in (SDPA, KERNELS))
+            lines.append([str(length), *figures, f"{ratio:.2f}"])
             print(" | ".join(lines[-1]), flush=True)
-    print(table(["tokens a row", "PyTorch's attention, ms a token", "kernel, ms a token", "ratio"], lines))
+    print(table(["tokens a row", "PyTorch, ms a token", "kernels, ms a token", "ratio"], lines))
     if 1024 in seconds and 128 in seconds:
-        for name in (SDPA, KERNEL):
+        for name in (SDPA, KERNELS):
             print(
                 f"{name}: a token at 1,024 costs {seconds[1024][name] / seconds[128][name]:.2f} times one at 128"
             )
@@ -90,22 +92,22 @@ def attention_alone(arguments: argparse.Namespace) -> str:
         seen = sum(n * (n + 1) / 2 for n in [pack.shared_prefix_length, *own])
         seen += pack.shared_prefix_length * sum(own)
         inputs = [torch.randn(1, tokens, n, size).transpose(1, 2) for n in (heads, kv_heads, kv_heads)]
-        seconds = seconds_of_attention(
+        seconds, ratio = compare_attention(
             [x.requires_grad_() for x in inputs], masks_of(pack, torch.float32), arguments
         )
         operations = 14 * seen * heads * size  # two matmuls forward, five backward
         line = [str(length)]
-        for name in (SDPA, KERNEL):
+        for name in (SDPA, KERNELS):
             line += [f"{1e3 * seconds[name]:.1f}", f"{operations / seconds[name] / 1e9:.0f}"]
-        lines.append([*line, f"{seconds[SDPA] / seconds[KERNEL]:.2f}"])
+        lines.append([*line, f"{ratio:.2f}"])
     header = ["tokens a row", "PyTorch's, ms", "GFLOP/s", "kernel, ms", "GFLOP/s", "ratio"]
     return table(header, lines)
 
 
-def seconds_of_attention(
+def compare_attention(
     inputs: list[Tensor], masks: packed.Masks, arguments: argparse.Namespace
-) -> dict[str, float]:
-    """Return the seconds of both ways."""
+) -> tuple[dict[str, float], float]:
+    """Return the seconds of both ways, and their ratio."""
 
     def attend(_: int) -> int:
         output, _ = packed._attend(torch.nn.Module(), *inputs, None, masks=masks)
@@ -164,29 +166,33 @@ def rows(length: int, count: int, vocabulary: int, seed: int) -> list[Example]:
     ]
 
 
-def compare(work: Callable[[int], int], arguments: argparse.Namespace) -> dict[str, float]:
-    """Return the seconds of both ways, which take turns: the median, without the first turn.
+def compare(work: Callable[[int], int], arguments: argparse.Namespace) -> tuple[dict[str, float], float]:
+    """Return the seconds of both ways, which take turns, and their ratio: medians, without the first turn.
 
     work: takes the turn's number, and returns by what its seconds are divided.
     """
     clock = time.process_time if arguments.threads == 1 else time.perf_counter
-    seconds: dict[str, list[float]] = {KERNEL: [], SDPA: []}
+    seconds: dict[str, list[float]] = {KERNELS: [], SDPA: []}
     for turn in range(arguments.repeats + 1):
         for name, of_each in seconds.items():
             with way(name):
                 began = clock()
                 count = work(turn)
                 of_each.append((clock() - began) / count)
-    return {name: statistics.median(each[1:]) for name, each in seconds.items()}
+    ratio = statistics.median(a / b for a, b in zip(seconds[SDPA][1:], seconds[KERNELS][1:], strict=True))
+    return {name: statistics.median(each[1:]) for name, each in seconds.items()}, ratio
 
 
 @contextmanager
 def way(name: str) -> Iterator[None]:
-    """Attend in this way within the block."""
-    if name == KERNEL:
+    """Compute layers in this way within the block."""
+    if name == KERNELS:
         yield
         return
-    with mock.patch.object(packed, "_kernels_attend", return_value=False):
+    with (
+        mock.patch.object(packed_layers, "_can_compute", return_value=False),
+        mock.patch.object(packed, "_kernels_attend", return_value=False),
+    ):
         yield
 
 

@@ -19,8 +19,8 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from handspun.training import loop as loop_module
-from handspun.training import packed
-from long_rows import KERNEL, SDPA, Job, parser, training, way
+from handspun.training import packed, packed_layers
+from long_rows import KERNELS, SDPA, Job, parser, training, way
 from measurements import table
 
 PARTS = ("matmuls", "attention", "norms", "rotation", "MLP's gate", "loss head", "embedding", "optimizer", "other")
@@ -32,14 +32,14 @@ def main() -> None:
     arguments = parser(__doc__).parse_args()
     torch.set_num_threads(arguments.threads)
     with training(arguments) as job, parts_recorded(job):
-        for name in (SDPA, KERNEL):
+        for name in (SDPA, KERNELS):
             lines = []
             for length in arguments.lengths:
                 with way(name):
                     seconds, tokens = profiled(job, length, arguments)
                 figures = [f"{1e3 * seconds[part] / tokens:.3f}" for part in PARTS]
                 lines.append([str(length), *figures, f"{1e3 * sum(seconds.values()) / tokens:.3f}"])
-            print(f"\nms a token, with the attention of: {name}\n")
+            print(f"\nms a token, with: {name}\n")
             print(table(["tokens a row", *PARTS, "all"], lines), flush=True)
 
 
@@ -101,6 +101,10 @@ def parts_recorded(job: Job) -> Iterator[None]:
         code = sys.modules[type(packed_base(model)).__module__]
         for place, name, part in [
             (code, "apply_rotary_pos_emb", "rotation"),
+            (packed_layers, "add_norm", "norms"),
+            (packed_layers, "rotate_heads", "rotation"),
+            (packed_layers, "swiglu", "MLP's gate"),
+            (packed_layers, "packed_attention", "attention"),
             (packed, "_attend", "attention"),
             (packed, "_embedded", "embedding"),
             (packed, "linear_cross_entropy_backward", "loss head"),

@@ -1,6 +1,7 @@
 """The prediction of memory counts what is held: against what autograd keeps, and by hand."""
 
 from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from tiny import tiny_model
 SHARED = Batching("packed", share_prefix=True)
 
 
-def a_model(*, lora: bool = False) -> PreTrainedModel:
-    model = tiny_model("llama", hidden_size=64, intermediate_size=192, num_hidden_layers=6).train()
+def a_model(*, lora: bool = False, **config: Any) -> PreTrainedModel:
+    model = tiny_model("llama", hidden_size=64, intermediate_size=192, num_hidden_layers=6, **config).train()
     return add_lora(model, "tiny", rank=4, alpha=8, dropout=0.0) if lora else model
 
 
@@ -45,11 +46,17 @@ def kept_by_autograd(model: PreTrainedModel, part: list[Example], dtype: torch.d
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_what_a_micro_batch_keeps(lora: bool) -> None:
-    model, part = a_model(lora=lora), rows(8)
-    config = TrainConfig(lora=lora, lora_rank=4, dtype="float32")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_a_micro_batch_keeps(lora: bool, dtype: Literal["float32", "bfloat16"], dropout: float) -> None:
+    """With our layers, and with transformers': those whose attention may have dropout, which is off here."""
+    model, part = a_model(lora=lora, attention_dropout=dropout), rows(8)
+    module: Any
+    for module in model.modules():
+        module.attention_dropout = 0.0
+    config = TrainConfig(lora=lora, lora_rank=4, dtype=dtype)
     predicted = memory._activation_bytes(SHARED.computed_tokens(part), model, config)
-    assert predicted == pytest.approx(kept_by_autograd(model, part, torch.float32), rel=0.1)
+    assert predicted == pytest.approx(kept_by_autograd(model, part, getattr(torch, dtype)), rel=0.1)
 
 
 def test_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

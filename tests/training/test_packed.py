@@ -41,19 +41,19 @@ SMALL: dict[str, Any] = {
 }
 
 
-def model_of(family: str) -> PreTrainedModel:
+def model_of(family: str, *, head_size: int = 8) -> PreTrainedModel:
+    """head_size: native kernels support multiples of 16."""
     torch.manual_seed(0)
+    small, options = {**SMALL, "head_dim": head_size}, dict[str, Any](initializer_range=0.05, head_dim=head_size)
     if family == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(**SMALL))
+        return Qwen3ForCausalLM(Qwen3Config(**small))
     if family == "mistral":
-        return MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None))
-    if family == "kernel":  # heads of a size that the native attention supports
-        return tiny_model("qwen2", initializer_range=0.05, head_dim=16)
+        return MistralForCausalLM(MistralConfig(**small, sliding_window=None))
     if family == "tied":
-        return tiny_model("llama", initializer_range=0.05, tie_word_embeddings=True)
+        return tiny_model("llama", **options, tie_word_embeddings=True)
     if family == "padding":  # a token of the rows whose embedding is not trained
-        return tiny_model("qwen2", initializer_range=0.05, pad_token_id=12)
-    return tiny_model(family, initializer_range=0.05)  # type: ignore[arg-type]
+        return tiny_model("qwen2", **options, pad_token_id=12)
+    return tiny_model(family, **options)  # type: ignore[arg-type]
 
 
 def rows(count: int, *, prefix: int = 5, seed: int = 0) -> list[Example]:
@@ -74,10 +74,11 @@ def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("family", ["qwen2", "kernel", "llama", "qwen3", "mistral", "tied", "padding"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3", "mistral", "tied", "padding"])
+@pytest.mark.parametrize("head_size", [8, 16])
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_loss_and_gradients_are_those_of_padded_rows(family: str, share_prefix: bool) -> None:
-    model, batch = model_of(family), rows(6)
+def test_loss_and_gradients_are_those_of_padded_rows(family: str, head_size: int, share_prefix: bool) -> None:
+    model, batch = model_of(family, head_size=head_size), rows(6)
     expected = PaddedRunner(model, torch.float32, 0).backward(batch, 7)
     wanted = gradients(model)
     with packed_attention(model):
@@ -102,16 +103,14 @@ def test_row_losses_are_those_of_padded_rows(share_prefix: bool, monkeypatch: py
         assert packed.loss(batch) == pytest.approx(sum(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "kernel", "qwen3", "mistral"])
-@pytest.mark.parametrize("share_prefix", [True, False])
-def test_all_sequences_at_once_as_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, family: str, share_prefix: bool
-) -> None:
-    model, batch, found = model_of(family), rows(6), []
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("head_size", [8, 16])
+def test_all_sequences_at_once_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, family: str, head_size: int) -> None:
+    model, batch, found = model_of(family, head_size=head_size), rows(6), []
     with packed_attention(model):
         for mask in (masks_of, lambda made, dtype: Masks(made, whole_mask(made, dtype))):
             monkeypatch.setattr(packed_module, "masks_of", mask)
-            loss = Packed(model, torch.float32, Batching("packed", share_prefix)).backward(batch, 7)
+            loss = Packed(model, torch.float32, SHARED).backward(batch, 7)
             found.append((loss, gradients(model)))
     (expected, wanted), (loss, made) = found
     assert loss == pytest.approx(expected, rel=1e-6)
@@ -258,8 +257,8 @@ def test_packed_micro_batches_by_hand(lengths: list[int], max_tokens: int, parts
 RUNNER: dict[str, Any] = {"dtype": torch.float32, "pad_token_id": 0}
 
 
-def run(config: TrainConfig, examples: list[Example], family: str = "qwen2") -> list[Step]:
-    model = model_of(family)
+def run(config: TrainConfig, examples: list[Example], head_size: int = 8) -> list[Step]:
+    model = model_of("qwen2", head_size=head_size)
     if config.lora:
         torch.manual_seed(0)
         model = add_lora(model, "tiny", rank=4, alpha=8, dropout=config.lora_dropout)
@@ -269,14 +268,14 @@ def run(config: TrainConfig, examples: list[Example], family: str = "qwen2") -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lora", "family"), [(False, "qwen2"), (False, "kernel"), (True, "kernel")])
-def test_fifty_steps_agree_whatever_the_batching_and_the_cut(lora: bool, family: str) -> None:
+@pytest.mark.parametrize(("lora", "head_size"), [(False, 8), (False, 16), (True, 16)])
+def test_fifty_steps_agree_whatever_the_batching_and_the_cut(lora: bool, head_size: int) -> None:
     config = TrainConfig(num_epochs=5, batch_size=6, learning_rate=1e-3, lora=lora)
     examples = rows(60)
-    reference = run(replace(config, batching="padded"), examples, family)
+    reference = run(replace(config, batching="padded"), examples, head_size)
     assert len(reference) == 50
     for max_tokens in (2048, 60, 1):
-        found = run(replace(config, max_tokens=max_tokens), examples, family)
+        found = run(replace(config, max_tokens=max_tokens), examples, head_size)
         assert [s.loss for s in found] == pytest.approx([s.loss for s in reference], rel=1e-5)
         assert [s.grad_norm for s in found] == pytest.approx([s.grad_norm for s in reference], rel=1e-5)
 
@@ -396,9 +395,9 @@ def test_held_out_loss_is_computed_in_float32_whatever_the_products_of_training_
     assert padded[0] == padded[1]
 
 
-@pytest.mark.parametrize("family", ["llama", "kernel"])
-def test_bfloat16_products_stay_near_float32(family: str) -> None:
-    model, batch = model_of(family), rows(8)
+@pytest.mark.parametrize("head_size", [8, 16])
+def test_bfloat16_products_stay_near_float32(head_size: int) -> None:
+    model, batch = model_of("llama", head_size=head_size), rows(8)
     with packed_attention(model):
         exact = Packed(model, torch.float32, SHARED).backward(batch, 5)
         wanted = gradients(model)

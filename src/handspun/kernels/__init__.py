@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from handspun.errors import ConfigError
+from handspun.kernels.between_matmuls import LayerKernels
 from handspun.kernels.native import (
     INSTRUCTION_SETS,
     DecoderShape,
@@ -43,7 +44,7 @@ class Int8Weight(Protocol):
         """Multiply quantized rows with the transposed matrix."""
 
 
-class Kernels(PackKernels, Protocol):
+class Kernels(PackKernels, LayerKernels, Protocol):
     """A backend. reference.py says what each function returns."""
 
     name: str
@@ -85,7 +86,7 @@ class Kernels(PackKernels, Protocol):
         """Return what runs all int8 layers in one call, or None if the backend has no such thing."""
 
     def can_attend_packs(self, heads: int, kv_heads: int, head_size: int) -> bool:
-        """Return whether `attend_pack` and its backward pass support such heads, and are worth using."""
+        """Return whether `attend_pack` and `LayerKernels` support such heads, and are worth using."""
 
 
 def kernels_for(device: torch.device) -> Kernels:

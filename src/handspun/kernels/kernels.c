@@ -795,4 +795,5 @@ void attend(const float *queries, int64_t stride, const void *pool, int halves, 
     free(ends);
 }
 
+#include "between_matmuls.h"
 #include "packed_attention.h"

@@ -7,7 +7,6 @@ return the same bits as reference.py.
 import ctypes
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from handspun.kernels.cpu import cpu_flags
-from handspun.kernels.packed_attention import PackedHeads
+from handspun.kernels.native_training import TRAINING_SIGNATURES, NativeTrainingKernels
 from handspun.kernels.reference import LANES, AttendedSpan, HeadNorms, Rotation
 
 _AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"}
@@ -53,8 +52,7 @@ _SIGNATURES = {
         *(_ARRAY, _INT, _INT, _FLOAT, _ARRAY, _THREADS),
     ),
     "run_layers": (_ARRAY, _ARRAY, _ARRAY, _INT, _THREADS),
-    "attend_pack": (_ARRAY, _ARRAY, _ARRAY, _THREADS),
-    "attend_pack_backward": (_ARRAY, _ARRAY, _ARRAY, _ARRAY, _ARRAY, _ARRAY, _ARRAY, _THREADS),
+    **TRAINING_SIGNATURES,
 }
 
 
@@ -69,23 +67,6 @@ class DecoderShape(NamedTuple):
 
 _LARGEST_GROUP = 48
 """Query heads per key head: TOGETHER in kernels.c."""
-
-
-class _HeadsOf(ctypes.Structure):
-    """heads_of in packed_attention.h."""
-
-    _fields_ = [("at", _ARRAY), ("token", _INT), ("head", _INT)]
-
-
-class _Pack(ctypes.Structure):
-    """pack in packed_attention.h."""
-
-    _fields_ = [
-        *((name, _HeadsOf) for name in ("queries", "keys", "values")),
-        *((name, _INT) for name in ("kv_heads", "group", "size", "sequences")),
-        ("edges", ctypes.POINTER(_INT)),
-        ("scaling", _FLOAT),
-    ]
 
 
 def library_file(name: str) -> Path:
@@ -126,7 +107,7 @@ def install_command() -> str:
     )
 
 
-class NativeKernels:
+class NativeKernels(NativeTrainingKernels):
     """The kernels of one instruction set. Each returns what its namesake in reference.py does."""
 
     def __init__(self, name: str, library: ctypes.CDLL) -> None:
@@ -295,40 +276,6 @@ class NativeKernels:
         """Return what runs all decoder layers in one call."""
         return NativeDecoder(self._library, layers, shape)
 
-    def can_attend_packs(self, heads: int, kv_heads: int, head_size: int) -> bool:
-        """Return whether `attend_pack` supports such heads."""
-        return heads % kv_heads == 0 and head_size % LANES == 0
-
-    def attend_pack(self, heads: PackedHeads) -> tuple[Tensor, Tensor]:
-        """Attend as the reference does. All float32. The logs are to base 2."""
-        (tokens, count, size), some = heads.queries.shape, _with_whole_rows(heads)
-        output, log_sums = torch.empty(tokens, count, size), torch.empty(tokens, count)
-        pack = _pack(some)
-        self._library.attend_pack(
-            ctypes.byref(pack), output.data_ptr(), log_sums.data_ptr(), torch.get_num_threads()
-        )
-        return output, log_sums
-
-    def attend_pack_backward(
-        self, heads: PackedHeads, output: Tensor, log_sums: Tensor, gradient: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return gradients as the reference does."""
-        some, gradient = _with_whole_rows(heads), _whole_rows(gradient)
-        found = [torch.empty(x.shape) for x in (heads.queries, heads.keys, heads.values)]
-        pack, of_output = _pack(some), _heads_of(gradient)
-        self._library.attend_pack_backward(
-            *(ctypes.byref(pack), output.data_ptr(), ctypes.byref(of_output), log_sums.data_ptr()),
-            *(x.data_ptr() for x in found),
-            torch.get_num_threads(),
-        )
-        queries, keys, values = found
-        return queries, keys, values
-
-
-def _is_float16(pool: Tensor) -> bool:
-    assert pool.dtype in (torch.float16, torch.float32)
-    return pool.dtype == torch.float16
-
 
 class _Spans:
     """Spans as attend in kernels.c takes them. It keeps the masks alive."""
@@ -428,28 +375,9 @@ def _linear(linear: Any) -> _Linear:
     )
 
 
-def _whole_rows(x: Tensor) -> Tensor:
-    """Return x with the values of each head one after another."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _with_whole_rows(heads: PackedHeads) -> PackedHeads:
-    queries, keys, values = (_whole_rows(x) for x in (heads.queries, heads.keys, heads.values))
-    return replace(heads, queries=queries, keys=keys, values=values)
-
-
-def _heads_of(x: Tensor) -> _HeadsOf:
-    assert x.dtype == torch.float32
-    return _HeadsOf(x.data_ptr(), x.stride(0), x.stride(1))
-
-
-def _pack(heads: PackedHeads) -> _Pack:
-    """Return the inputs as the library takes them. They must live as long as it."""
-    kv_heads, size = heads.keys.shape[1:]
-    edges = (_INT * len(heads.edges))(*heads.edges)
-    shape = (kv_heads, heads.queries.shape[1] // kv_heads, size, len(edges) - 1)
-    all_heads = (_heads_of(x) for x in (heads.queries, heads.keys, heads.values))
-    return _Pack(*all_heads, *shape, edges, heads.scaling)
+def _is_float16(pool: Tensor) -> bool:
+    assert pool.dtype in (torch.float16, torch.float32)
+    return pool.dtype == torch.float16
 
 
 class TiledInt8Weight(nn.Module):

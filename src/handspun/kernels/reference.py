@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handspun.kernels import packed_attention
+from handspun.kernels.between_matmuls import PlainLayerKernels
 from handspun.kernels.cpu import cpu_flags
 from handspun.kernels.packed_attention import PackedHeads
 
@@ -182,7 +183,7 @@ def _attend_span(queries: Tensor, pool: Tensor, span: AttendedSpan) -> Tensor:
     return total.view(kv_heads, count, -1, size).transpose(0, 1).reshape(count, -1)
 
 
-class ReferenceKernels:
+class ReferenceKernels(PlainLayerKernels):
     """The kernels in PyTorch, on any device."""
 
     name = "reference"

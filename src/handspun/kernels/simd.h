@@ -152,6 +152,17 @@ INLINE void store_float16(uint16_t *x, lanes a) {
 #endif
 }
 
+/* 16 floats as bfloat16, rounded to the nearest one, or to the even one of two. */
+INLINE void store_halves(uint16_t *x, lanes a) {
+    EACH(p, PARTS) {
+        typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+        bits_of_floats bits = (bits_of_floats)a.part[p], nan = (bits_of_floats)(a.part[p] != a.part[p]);
+        bits_of_floats rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+        halves some = __builtin_convertvector((rounded & ~nan) | (nan & 0x7FC0), halves);
+        memcpy(x + p * WIDTH, &some, sizeof some);
+    }
+}
+
 #if WIDTH == 8
 /* -1 for the first `left` of 16 values, and 0 for the others: those of the part. */
 INLINE __m256i first_ones(int64_t left, int part) {

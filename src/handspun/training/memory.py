@@ -22,6 +22,7 @@ from handspun.training.batching import Batching, batches, epoch_order, epochs_of
 from handspun.training.distributed import Distributed
 from handspun.training.optim import BLOCK
 from handspun.training.packed import LOGITS_CHUNK_BYTES
+from handspun.training.packed_layers import can_compute_layers
 from handspun.training.runner import batching_for
 
 
@@ -190,19 +191,24 @@ def _activation_bytes_for(dtype: str, tokens: int, model: PreTrainedModel, confi
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     compute_bytes = 2 if dtype == "bfloat16" else _FLOAT
     # Counted with saved-tensor hooks; tests/training/test_memory.py counts again. A layer keeps the inputs and
-    # outputs of its norms, queries, keys, values, the attention's output, and four arrays between the gate, up,
-    # and down projections. PyTorch's attention keeps more, since it sees keys after a copy of the prefix's.
-    values = (4 if config.lora else 6) * hidden
-    kernels = kernels_for(resolve_device(config.device))
-    if config.batching == "packed" and kernels.can_attend_packs(heads, kv_heads, head_size):
-        values += (2 * heads + 2 * kv_heads) * head_size + heads
+    # outputs of its norms, queries, keys, values, the attention's output, and arrays between the gate, up, and
+    # down projections. PyTorch's attention keeps more, since it sees keys after a copy of the prefix's.
+    device, intermediate = resolve_device(config.device), int(text.intermediate_size)
+    inputs, kernels = 7 * config.lora_rank if config.lora else 0, kernels_for(device)
+    with_kernels = config.batching == "packed" and kernels.can_attend_packs(heads, kv_heads, head_size)
+    if with_kernels:
+        values = (2 * heads + 2 * kv_heads) * head_size + heads
     else:
-        values += (3 * heads + 5 * kv_heads) * head_size
-    inputs = 4 * int(text.intermediate_size) + (7 * config.lora_rank if config.lora else 0)
+        values = (3 * heads + 5 * kv_heads) * head_size
+    if with_kernels and can_compute_layers(text, device):
+        values += 2 * hidden + 2
+        inputs += 2 * hidden + 3 * intermediate + (heads * head_size if dtype == "bfloat16" else 0)
+    else:
+        values += (4 if config.lora else 6) * hidden + (hidden if dtype == "bfloat16" else 0)
+        inputs += 4 * intermediate
     in_a_layer = tokens * (_FLOAT * values + compute_bytes * inputs)
-    # With bfloat16 matmuls the four are half as large, but the inputs and weights of linear layers exist twice.
     if dtype == "bfloat16":
-        in_a_layer += 4 * tokens * hidden + 2 * _linear_weights(model) // layers
+        in_a_layer += 2 * _linear_weights(model) // layers  # a copy of the weights
     if config.activation_checkpointing:
         return in_a_layer + layers * tokens * hidden * _FLOAT
     return layers * in_a_layer + 2 * tokens * hidden * _FLOAT

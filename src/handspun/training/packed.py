@@ -28,6 +28,7 @@ from handspun.training.objectives import (
     linear_cross_entropy,
     linear_cross_entropy_backward,
 )
+from handspun.training.packed_layers import packed_layers
 
 _ATTENTION = "handspun_packed"
 MAX_DENSE_MASK_TOKENS = 8192
@@ -36,11 +37,14 @@ MAX_DENSE_MASK_TOKENS = 8192
 
 @contextmanager
 def packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Give the model packed attention within the block, through transformers' AttentionInterface."""
+    """Give the model packed attention within the block, through transformers' AttentionInterface.
+
+    Layers that our kernels support are computed by `packed_layers`, and do not come to that.
+    """
     AttentionInterface.register(_ATTENTION, _attend)
     # No square mask of transformers': sequences are sliced instead.
     AttentionMaskInterface.register(_ATTENTION, lambda *_, **__: None)
-    with attention_of(model, _ATTENTION):
+    with attention_of(model, _ATTENTION), packed_layers(model):
         yield
 
 
