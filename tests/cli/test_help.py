@@ -56,13 +56,19 @@ def test_help_shows_groups_in_order_and_wraps_at_the_window() -> None:
     assert '"float16", or "int8" (a third' in " ".join(text.split())
 
 
-def test_help_shows_repeatable_options_without_dots() -> None:
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("generate", r"--choice STR .*Constrain answers to one of these texts\. Repeatable\."),
+        ("train", "--data STR --no-data .*Training rows"),
+    ],
+)
+def test_help_shows_repeatable_options_without_dots(command: str, expected: str) -> None:
     """`--choice STR...` would invite several values after one option, which become prompts."""
-    command = [sys.executable, "-m", "handspun", "help", "generate"]
+    arguments = [sys.executable, "-m", "handspun", "help", command]
     environment = {**os.environ, "COLUMNS": "120", "PYTHONIOENCODING": "utf-8"}
-    page = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    line = next(line for line in page.splitlines() if "--choice" in line)
-    assert re.search(r"--choice STR .*Constrain answers to one of these texts\. Repeatable\.", line)
+    page = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment).stdout
+    assert re.search(expected, page)
     assert "..." not in page.replace("[ARGS...]", "")
 
 

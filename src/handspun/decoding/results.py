@@ -52,6 +52,11 @@ class GenerationResult:
     """Calls parsed from the text if tools were given:
     {"type": "function", "function": {"name": str, "arguments": dict}}."""
 
+    def __repr__(self) -> str:
+        """Return the text and how it ended; the ids would fill a notebook's cell."""
+        tokens = len(self.token_ids)
+        return f"GenerationResult({self.text!r}, {tokens} token{'s'[: tokens != 1]}, {self.finish_reason})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationChunk:

@@ -295,7 +295,11 @@ def _time_figure(run: RunFiles) -> tuple[str, str, str]:
 
 def _memory_figure(run: RunFiles) -> tuple[str, str, str]:
     peak, predicted = run.record.peak_memory_bytes, run.plan.peak_memory
-    return "Peak memory", f"{peak / 1e9:.1f} GB" if peak else "unknown", f"{predicted / 1e9:.1f} GB predicted"
+    return (
+        "Peak memory",
+        f"{peak / 1e9:.1f} GB" if peak else "unknown",
+        f"{predicted / 1e9:.1f} GB predicted; without this report",
+    )
 
 
 def _data_name(data: str | Sequence[str]) -> str:

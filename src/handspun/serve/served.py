@@ -18,6 +18,7 @@ from handspun.decoding.constraint import Constraint, Grammar, compile_grammar, t
 from handspun.decoding.options import SamplingParams, resolve
 from handspun.decoding.prompts import context_length
 from handspun.decoding.text import Vocabulary, vocabulary
+from handspun.display import captured_log
 from handspun.errors import HandspunError
 from handspun.files import read_json_object
 from handspun.models.embedding_rows import embedding_rows
@@ -183,7 +184,8 @@ def _weights(chat: ChatModel) -> str:
 
 def _source(chat: ChatModel) -> ModelSource | None:
     try:
-        return model_source(chat.name)
+        with captured_log():  # loading has said which checkpoint it is
+            return model_source(chat.name)
     except HandspunError:  # a model that was made in memory has no files
         return None
 

@@ -103,12 +103,13 @@ def option_of(entry: HelpEntry) -> str:
 
 def _repeatable(entry: HelpEntry) -> HelpEntry:
     """Return the entry without the dots of `STR...`, which would invite several values after one option."""
-    if not (entry.names and entry.metavar and entry.metavar.endswith("...")):
+    if not (entry.names and entry.metavar and "..." in entry.metavar):
         return entry
     text = getattr(entry.description, "primary_renderable", None)
     if isinstance(text, Text) and "epeatable" not in text.plain:
         text.append(" Repeatable.")
-    return evolve(entry, metavar=entry.metavar.rstrip("."))
+    kinds = dict.fromkeys(kind.rstrip(".") for kind in entry.metavar.split("|"))
+    return evolve(entry, metavar="|".join(kinds))
 
 
 def groups_of(names: Collection[str]) -> dict[str, list[str]]:
