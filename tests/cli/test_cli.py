@@ -318,7 +318,7 @@ def test_a_prompt_on_standard_input_is_read_as_a_file_is(
         (["Hi", "Ho"], "not read", ["Hi", "Ho"]),
     ],
 )
-def test_a_single_prompt_goes_on_with_a_redirected_file(
+def test_a_redirected_file_is_added_to_a_single_prompt(
     prompts: list[str],
     text: str,
     expected: list[str],
@@ -333,7 +333,7 @@ def test_a_single_prompt_goes_on_with_a_redirected_file(
         assert main(["generate", *prompts, "-m", str(tiny_folder), "--max-new-tokens", "1", "--json"]) == 0
     printed = capsys.readouterr()
     assert [json.loads(line)["prompt"] for line in printed.out.splitlines()] == expected
-    assert ("goes on with standard input" in printed.err) == (len(prompts) == 1)
+    assert ("standard input is added" in printed.err) == (len(prompts) == 1)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

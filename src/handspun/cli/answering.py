@@ -55,8 +55,8 @@ def generate(
     Parameters
     ----------
     prompts
-        Prompts to answer. One prompt goes on with standard input if that is a pipe or a file; without any prompt
-        and without --prompts-file, standard input is the prompt.
+        Prompts to answer. A pipe or a file on standard input is added to a single prompt. Without any prompt and
+        without --prompts-file, standard input is the prompt.
     prompts_file
         A text file with one prompt per line.
     prefill

@@ -196,7 +196,7 @@ def default_model() -> str:
 def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
     """Return the given prompts, then those of the file (one per line); without either, standard input.
 
-    A single prompt goes on with the text of a pipe or a redirected file. Raises ConfigError if there is no prompt.
+    The text of a pipe or a redirected file is added to a single prompt. Raises ConfigError if there is no prompt.
     """
     found = list(prompts)
     if file is not None:
@@ -205,7 +205,7 @@ def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
     if not found and sys.stdin is not None and not sys.stdin.isatty():
         found = [_prompt_on_standard_input()]
     elif len(found) == 1 and _is_redirected():
-        logger.info("the prompt goes on with standard input (< /dev/null leaves it out)")
+        logger.info("standard input is added to the prompt (< /dev/null leaves it out)")
         found = ["\n\n".join(text for text in (found[0], _prompt_on_standard_input()) if text.strip())]
     if not any(prompt.strip() for prompt in found):
         raise ConfigError('there is no prompt. Give one, as in handspun generate --model M "Tell me a joke."')
