@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -51,10 +52,21 @@ def cache_folder_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A transformers folder of a random Qwen2 that has <|endoftext|> as its eos, as Qwen2.5's base models have."""
-    folder = tmp_path_factory.mktemp("tiny") / "tiny-qwen2"
-    tokenizer = tiny_tokenizer()
+    return _folder_of_tiny_qwen2(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with heads of 16, which the native kernels of training support."""
+    return _folder_of_tiny_qwen2(tmp_path_factory.mktemp("kernel"), head_dim=16)
+
+
+def _folder_of_tiny_qwen2(parent: Path, **config: Any) -> Path:
+    folder, tokenizer = parent / "tiny-qwen2", tiny_tokenizer()
     end_of_text = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    model = tiny_model("qwen2", initializer_range=0.02, eos_token_id=end_of_text, tie_word_embeddings=True)
+    model = tiny_model(
+        "qwen2", initializer_range=0.02, eos_token_id=end_of_text, tie_word_embeddings=True, **config
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

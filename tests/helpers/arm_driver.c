@@ -22,6 +22,27 @@ void rotate_and_keep(float *, int64_t, int64_t, int64_t, int64_t, const float *,
 void attend(const float *, int64_t, const void *, int, int64_t, int64_t, int64_t, int64_t, const void *, int64_t,
             int64_t, float, float *, int);
 
+void add_norm(const float *, const void *, int, const float *, float, int64_t, int64_t, float *, void *, int, float *, int);
+void add_norm_backward(const float *, const float *, const float *, const void *const *, int64_t, int, const float *,
+                       int64_t, int64_t, float *, uint16_t *, float *, int);
+void rotate_heads(const void *, int64_t, int64_t, int64_t, const float *, const float *, int, int, void *, int);
+void swiglu(const void *, const void *, int, int64_t, int64_t, void *, int);
+void swiglu_backward(const void *, const void *, const void *, int, int64_t, int64_t, void *, void *, int);
+
+/* As in packed_attention.h. */
+typedef struct {
+    const float *at;
+    int64_t token, head;
+} heads_of;
+typedef struct {
+    heads_of queries, keys, values;
+    int64_t kv_heads, group, size, sequences;
+    const int64_t *edges;
+    float scaling;
+} pack;
+void attend_pack(const pack *, float *, float *, int);
+void attend_pack_backward(const pack *, const float *, const heads_of *, const float *, float *, float *, float *, int);
+
 #define EPS 1e-6f
 
 static void put(const void *values, size_t bytes) { fwrite(values, 1, bytes, stdout); }
@@ -69,6 +90,38 @@ int main(void) {
         else if (n[0] == 10) {
             tile(a[0], n[4], width, padded, quantized, (int32_t *)out, (int32_t *)work, 2);
             put(quantized, n[5] * padded), put(out, n[5] * 4), put(work, (padded + 31) / 32 * 32 * 4); /* TILE is 32 */
+        }
+        /* Training. rows, width; then whether arrays at the matmuls are bfloat16. */
+        const int halves = n[3], bytes_each = halves ? 2 : 4;
+        if (n[0] == 11) {
+            add_norm(a[0], a[1], halves, a[2], EPS, rows, width, out, work, halves, scales, 2);
+            put(out, rows * width * 4), put(work, rows * width * bytes_each), put(scales, rows * 4);
+        } else if (n[0] == 12) {
+            const void *gradients[] = {a[3], a[4]};
+            add_norm_backward(a[0], a[1], a[2], gradients, 2, halves, a[5], rows, width, out,
+                              halves ? (uint16_t *)quantized : NULL, work, 2);
+            put(out, rows * width * 4), put(halves ? (void *)quantized : out, rows * width * bytes_each);
+            put(work, width * 4);
+        } else if (n[0] == 13) {
+            rotate_heads(a[0], rows, n[4], width, a[1], a[2], halves, n[5], out, 2);
+            put(out, rows * n[4] * width * (n[5] ? bytes_each : 4));
+        } else if (n[0] == 14) {
+            swiglu(a[0], a[1], halves, rows, width, out, 2), put(out, rows * width * bytes_each);
+        } else if (n[0] == 15) {
+            swiglu_backward(a[0], a[1], a[2], halves, rows, width, out, work, 2);
+            put(out, rows * width * bytes_each), put(work, rows * width * bytes_each);
+        } else if (n[0] == 16) {
+            /* tokens, size; key heads, queries per key head, sequences */
+            int64_t size = width, kv_heads = n[4], group = n[5], heads = kv_heads * group;
+            float *queries = malloc(8 << 20), *keys = malloc(8 << 20), *values = malloc(8 << 20);
+            pack p = {{a[0], heads * size, size}, {a[1], kv_heads * size, size}, {a[2], kv_heads * size, size},
+                      kv_heads, group, size, n[6], a[3], *(float *)a[4]};
+            heads_of gradient = {a[5], heads * size, size};
+            attend_pack(&p, out, work, 2);
+            attend_pack_backward(&p, out, &gradient, work, queries, keys, values, 2);
+            put(out, rows * heads * size * 4), put(queries, rows * heads * size * 4);
+            put(keys, rows * kv_heads * size * 4), put(values, rows * kv_heads * size * 4);
+            free(queries), free(keys), free(values);
         }
         free(out), free(work), free(scales), free(quantized);
         for (int64_t i = 0; i < arrays; i++) free(a[i]);

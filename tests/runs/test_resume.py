@@ -20,7 +20,6 @@ from handspun.runs import train as run_module
 from handspun.training.checkpoint import TRAINING_STATE, is_checkpoint
 from handspun.training.loop import Event, Loop, TrainingState
 from interrupted_runs import ROWS, Crash, config, crash, events, train, weights
-from tiny import tiny_model, tiny_tokenizer
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 
@@ -37,16 +36,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "matmuls in bfloat16": {"dtype": "bfloat16"},
     "computed again": {"activation_checkpointing": True},
 }
-
-
-@pytest.fixture(scope="module")
-def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with heads of a size that the native kernels of training support."""
-    folder, tokenizer = tmp_path_factory.mktemp("tiny") / "tiny-qwen2", tiny_tokenizer()
-    end_of_text = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    tiny_model("qwen2", initializer_range=0.02, eos_token_id=end_of_text, head_dim=16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.slow

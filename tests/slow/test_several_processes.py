@@ -114,11 +114,16 @@ def test_what_cannot_be_sharded_is_said(tmp_path: Path, options: dict[str, Any],
 
 
 def configs(
-    tiny_folder: Path, folder: Path, processes: int, cases: Sequence[tuple[str, ...]]
+    kernel_folder: Path, folder: Path, processes: int, cases: Sequence[tuple[str, ...]]
 ) -> dict[tuple[str, ...], Any]:
     """By case: options of 10 steps. An epoch's last batch is one row, and micro-batches hold one to five."""
     (folder / "train.csv").write_text(ROWS, encoding="utf-8")
-    common = {"model": str(tiny_folder), "data": str(folder / "train.csv"), "eval_ratio": 0.1, "dtype": "float32"}
+    common = {
+        "model": str(kernel_folder),
+        "data": str(folder / "train.csv"),
+        "eval_ratio": 0.1,
+        "dtype": "float32",
+    }
     common |= {"num_epochs": 2, "batch_size": 9, "max_tokens": 128, "learning_rate": 1e-3, "threads": 1}
     common |= {"sample_answers": False, "report_rows": 0}
     return {
@@ -145,14 +150,14 @@ def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.fixture(scope="module")
-def made(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(kernel_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the runs of all cases with two and three processes, and of one process."""
     folder = tmp_path_factory.mktemp("runs")
-    for options in configs(tiny_folder, folder, 1, [case for case in CASES if case[2] == "replicated"]).values():
+    for options in configs(kernel_folder, folder, 1, [case for case in CASES if case[2] == "replicated"]).values():
         handspun.train(handspun.TrainConfig(**options))
     for processes in (2, 3):
         runs = list(
-            configs(tiny_folder, folder, processes, [case[1:] for case in RUNS if case[0] == processes]).values()
+            configs(kernel_folder, folder, processes, [case[1:] for case in RUNS if case[0] == processes]).values()
         )
         (folder / "configs.json").write_text(json.dumps(runs))
         done = torchrun(processes, str(HELPERS / "several_runs.py"), str(folder / "configs.json"))
