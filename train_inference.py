@@ -7,12 +7,11 @@
 #     python train_inference.py --demo                 # the embedded model and rows, no network
 #     python -u train_inference.py > train.log 2>&1    # Qwen2.5-0.5B on the Alpaca rows of train.csv
 #
-# The package gives the same losses and the same greedy and beam tokens (`tests/test_train_inference.py`). It also
-# reads other formats and templates, keeps a user's text apart from the template's markup, accounts for every row
-# it drops, fits a batch into memory, resumes a run that was killed, and writes a report. On the demo's model and
-# rows it trains 2.1 times as fast in float32, and 2.9 times in bfloat16. Short answers take as long as here in
-# float32, and come 2.1 to 3.6 times as fast with int8 weights. (`python benchmarks/whole_job.py`, one thread of
-# an Intel Sapphire Rapids server.)
+# The package gives the same losses, greedy and beam tokens (`tests/test_train_inference.py`). It also reads other
+# formats and templates, keeps a user's text apart from the template's markup, accounts for every row, fits a batch
+# into memory, resumes a killed run, and writes a report. It trains the demo 2.1 times as fast in float32 and 2.9
+# times in bfloat16; its short answers take as long in float32, and come 2.1 to 3.6 times as fast with int8 weights
+# (`python benchmarks/whole_job.py`, one thread of an Intel Sapphire Rapids server).
 
 # %%
 import argparse
@@ -20,7 +19,6 @@ import csv
 import math
 import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,9 +84,9 @@ def read_examples(file: str, tokenizer: Any) -> list[Example]:
         rows = list(reader)
     if missing := {"instruction", "input", "output"} - {*(reader.fieldnames or ())}:
         sys.exit(f"{file}: there is no column {', '.join(sorted(missing))}. `handspun train` reads other formats.")
-    encoded = [encode_row(tokenizer, row) for row in rows if row["instruction"].strip() and row["output"].strip()]
-    examples = [example for example in encoded if (example["labels"] != IGNORED).any()]
-    print(f"{file}: {len(rows)} rows, {len(examples)} with an answer to train on", flush=True)
+    examples = [encode_row(tokenizer, row) for row in rows if row["instruction"].strip() and row["output"].strip()]
+    examples = [example for example in examples if (example["labels"] != IGNORED).any()]
+    print(f"{file}: {len(rows)} rows, {len(examples)} with an answer to train on")
     return examples
 
 
@@ -179,26 +177,23 @@ def train(
 ) -> list[float]:
     """Train the model, and save a checkpoint after each epoch. Return the loss of each step."""
     peak = options.learning_rate or (5e-4 if options.lora else 5e-5)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=peak, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0)
     total_steps = math.ceil(len(examples) / BATCH_SIZE) * options.num_epochs
     losses: list[float] = []
     for folder in Path(options.output_dir).glob("checkpoint-epoch-*"):
         shutil.rmtree(folder)  # of an earlier run
     if held_out:
-        print(f"held-out loss before training: {evaluate(model, held_out):.4f}", flush=True)
+        print(f"held-out loss before training: {evaluate(model, held_out):.4f}")
     for epoch in range(1, options.num_epochs + 1):
         generator = torch.Generator().manual_seed(SEED * 1_000_003 + epoch)
         for rows in torch.randperm(len(examples), generator=generator).split(BATCH_SIZE):
-            began = time.perf_counter()
             optimizer.param_groups[0]["lr"] = rate = learning_rate_at(len(losses), total_steps, peak)
             loss, norm = train_step(model, optimizer, [examples[row] for row in rows])
             losses.append(loss)
             figures = f"loss {loss:.4f}, learning rate {rate:.2e}, gradient norm {norm:.2f}"
-            seconds = time.perf_counter() - began
-            print(f"epoch {epoch}, step {len(losses)} of {total_steps}: {figures}, {seconds:.1f} s", flush=True)
+            print(f"epoch {epoch}, step {len(losses)} of {total_steps}: {figures}", flush=True)
         if held_out:
-            print(f"held-out loss after epoch {epoch}: {evaluate(model, held_out):.4f}", flush=True)
+            print(f"held-out loss after epoch {epoch}: {evaluate(model, held_out):.4f}")
         # Adapters alone would not say what ends an answer, hence the generation config.
         for part in (model, model.generation_config, tokenizer):
             part.save_pretrained(Path(options.output_dir) / f"checkpoint-epoch-{epoch}")
@@ -248,11 +243,8 @@ def pad_left(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor
 def next_logits(model: Any, new_ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
     """Run the model on the newest columns, which the cache does not hold. Return (rows, vocab)."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new_ids.shape[1] :]  # padding is not counted
-    logits: Tensor = model(
-        input_ids=new_ids, attention_mask=mask, position_ids=positions,
-        past_key_values=cache, use_cache=True, logits_to_keep=1,
-    ).logits  # fmt: skip
-    return logits[:, -1]
+    logits = model(input_ids=new_ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+    return logits[:, -1]  # type: ignore[no-any-return]
 
 
 def apply_filters(logits: Tensor, histories: Sequence[Sequence[int]], how: Decoding) -> Tensor:
@@ -365,8 +357,7 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], how: Decoding) 
 # %% [markdown]
 # ## Run it
 #
-# A notebook has no command line; there it is the demo. (The committed one was executed on a machine that was busy
-# with other work, and its seconds say so: a step takes 6.6 seconds of one thread's time.)
+# A notebook has no command line; there it is the demo.
 
 
 # %%
