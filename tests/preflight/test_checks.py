@@ -265,6 +265,8 @@ def test_steps_far_slower_than_predicted_are_a_warning_with_a_remedy() -> None:
     first, *others = slow_lines(4.0, config, torch.float32)
     assert first == "warning: steps take 4 times as long as predicted"
     assert "other programs use the CPU" in " ".join(others)
+    assert "or --lora" in " ".join(others)
+    assert "or --lora" not in " ".join(slow_lines(4.0, TrainConfig(lora=True), torch.float32))
     assert max(map(len, others)) <= 80
     bfloat16 = TrainConfig(dtype="bfloat16")
     assert "--dtype float32" in " ".join(slow_lines(9.0, bfloat16, torch.bfloat16))

@@ -156,6 +156,13 @@ def test_matches_are_of_rows_that_were_answered_both_times() -> None:
     assert matches(run_of([1.0], [])) is None
 
 
+def test_a_run_of_a_few_steps_is_not_called_an_epoch() -> None:
+    found = verdict(run_of([1.5], [2.0, 1.2], max_steps=1))
+    assert found is not None
+    assert found.text == "Learned: the held-out loss fell by 40% in 1 step."
+    assert "--max-steps 2" in found.advice
+
+
 def test_next_commands_have_the_runs_paths() -> None:
     run = run_of([1.0], [], eval_data="held out.csv")
     assert checkpoint(run) == "my runs/one/checkpoint-best"

@@ -246,8 +246,8 @@ def slow_lines(times: float, config: TrainConfig, dtype: torch.dtype) -> Iterato
     elif dtype == torch.bfloat16 and config.dtype == "bfloat16":  # chosen by the user, not by a probe
         remedy = "bfloat16 may be slow on this CPU: try --dtype float32"
     else:
-        remedy = (
-            "see whether other programs use the CPU (top), or plan a shorter run: fewer --num-epochs, or --lora"
+        remedy = "see whether other programs use the CPU (top), or plan a shorter run: fewer --num-epochs" + (
+            "" if config.lora else ", or --lora"
         )
     yield f"warning: steps take {times:.0f} times as long as predicted"
     yield from _wrapped(f"-> {remedy}; Ctrl-C stops after a step and saves", "  ", "     ")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from handspun.display import count_of
 from handspun.runs.live import one_line, wrapped
 from handspun.runs.metrics import HARDEST, HELD_OUT, REPORT, RunFiles
 from handspun.runs.record import option_words
@@ -79,6 +80,11 @@ def verdict(run: RunFiles) -> Verdict | None:
             f"Learned: {fall}. The training rows are known almost by heart "
             f"({training[max(training)]:.4f} against {last:.4f}).",
             "More epochs will not help; more, and more varied, rows will.",
+        )
+    if epochs == 1 and run.record.config.get("max_steps"):
+        return Verdict(
+            f"Learned: {fall} in {count_of(len(steps), 'step')}.",
+            f"Two or three epochs usually learn more: raise --max-steps ({_longer(run, 3)}), or leave it out.",
         )
     if epochs == 1:
         return Verdict(
