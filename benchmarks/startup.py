@@ -3,8 +3,8 @@
     python benchmarks/startup.py [--model smollm2-135m] [--rounds 5] [--other CHECKOUT]
 
 Each command is a process of its own, and they take turns. Medians, lowest and highest of wall time; medians of the
-CPU time of all threads. The files are in the page cache after the first round, which is not counted. --other: another
-checkout, whose commands take turns with these.
+CPU time of all threads. The first round, which brings the files into the page cache, is not counted. --other:
+another checkout, whose commands take turns with these.
 """
 
 import argparse

@@ -47,12 +47,13 @@ def _read(source: ModelSource, device: torch.device) -> ChatModel | None:
     tokenizer = None if config is None else read_tokenizer(source)
     if config is None or generation is None or tokenizer is None:
         return None
-    check_int8(source.name, cast(Any, config), device)
-    fused = read_weights(folder, config)
-    if fused is None:
+    weights = read_weights(folder, config)
+    if weights is None:
         return None
+    check_int8(source.name, cast(Any, config), device)
+    fused = fused_weights(weights, int8=True)
     model: Any = DecodedModel(config, generation)
-    return ChatModel(model, cast(Any, tokenizer), source.name, fused)
+    return ChatModel(model, cast(Any, tokenizer), source.name, fused) if _is_finite(fused) else None
 
 
 class Config(SimpleNamespace):
@@ -136,14 +137,14 @@ class _Part(SimpleNamespace):
         self.__dict__.clear()
 
 
-def read_weights(folder: Path, config: Config) -> FusedWeights | None:
-    """Return the weights of model.safetensors in int8, or None if it does not hold exactly those expected.
+def read_weights(folder: Path, config: Config) -> Any:
+    """Return the weights of model.safetensors as `fused_weights` takes them: as the parts of transformers' model.
 
-    None also if a weight is NaN or infinite.
+    None if the file does not hold exactly those expected.
     """
-    shapes = _shapes(config)
     if (folder / "model.safetensors.index.json").exists():
         return None
+    shapes = _shapes(config)
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             if {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()} != shapes:  # noqa: SIM118
@@ -157,8 +158,7 @@ def read_weights(folder: Path, config: Config) -> FusedWeights | None:
     theta = config.rope_parameters["rope_theta"]
     frequencies = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim))
     base.model.rotary_emb = _Part(inv_freq=frequencies, attention_scaling=1.0)
-    fused = fused_weights(cast(Any, base), int8=True)
-    return fused if _is_finite(fused) else None
+    return base
 
 
 def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
