@@ -264,7 +264,7 @@ HEAVY = (
 
 
 def test_generate_in_int8_imports_nothing_heavy_but_torch(copied: Path) -> None:
-    """And in float32, what only training needs is left out: the start takes a third of the time so."""
+    """And in float32, and for training all weights, neither peft nor what reads hub datasets."""
     options = f"'--model', {str(copied)!r}, '--max-new-tokens', '4'"
     code = (
         "import sys; from handspun.cli import main\n"
@@ -272,9 +272,10 @@ def test_generate_in_int8_imports_nothing_heavy_but_torch(copied: Path) -> None:
         f"assert main(['generate', 'Say 3.', '--weights', 'int8', {options}]) == 0\n"
         "print('int8', loaded())\n"
         f"assert main(['generate', 'Say 3.', {options}]) == 0\n"
-        "print('float32', [name for name in ('datasets', 'peft') if name in sys.modules])\n"
+        "import handspun.runs.train\n"
+        "print('float32 and training', [name for name in ('datasets', 'peft') if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "int8 []" in done.stdout.splitlines()
-    assert "float32 []" in done.stdout.splitlines()
+    assert "float32 and training []" in done.stdout.splitlines()

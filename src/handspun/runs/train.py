@@ -45,7 +45,6 @@ from handspun.models.load import (
     resolve_device,
     resolve_dtype,
 )
-from handspun.models.lora import add_lora
 from handspun.preflight.checks import EndOfTurn, Finding, check_rows, end_of_turn, template_lines
 from handspun.preflight.print import (
     account_lines,
@@ -553,6 +552,8 @@ def shapes(source: ModelSource, config: TrainConfig, *, new_token_ids: Sequence[
 def _with_lora(
     model: PreTrainedModel, config: TrainConfig, base: str, new_token_ids: Sequence[int]
 ) -> PreTrainedModel:
+    from handspun.models.lora import add_lora  # imports peft
+
     return add_lora(
         model,
         recorded_base(base),
