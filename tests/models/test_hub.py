@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from handspun.cli import main
 from handspun.errors import ModelError
 from handspun.models.load import model_source
 
@@ -118,6 +119,29 @@ def test_a_hub_that_is_not_there_is_asked_once(command: list[str], tmp_path: Pat
     assert "thrown while requesting" not in said
     assert said.count("the hub does not answer") == 1
     assert said.count("nobody/tiny cannot be downloaded from the hub") == 1
+
+
+@pytest.mark.parametrize("command", ["preview", "train"])
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (b"Frage;Antwort\nWo?;Da\n", "the columns fit no format"),
+        ("question,answer\nMünchen?,Ja\n".encode("latin-1"), "UTF-8"),
+        (b"PK\x03\x04", "it is a workbook"),
+    ],
+    ids=["columns", "encoding", "Excel"],
+)
+def test_rows_that_cannot_be_used_are_an_error_before_the_hub_is_asked(
+    command: str, content: bytes, error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / ("rows.xlsx" if content.startswith(b"PK") else "rows.csv")
+    file.write_bytes(content)
+    output = ["--output-dir", str(tmp_path / "output")] if command == "train" else []
+    assert main([command, str(file), "--model", "nobody/tiny", *output]) == 2
+    printed = capsys.readouterr()
+    assert error in printed.err
+    assert "hub" not in printed.out + printed.err.replace("dataset on the hub", "")
+    assert not (tmp_path / "output").exists()
 
 
 def test_what_looks_like_a_path_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

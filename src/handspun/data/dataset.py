@@ -16,9 +16,17 @@ from typing import Any
 import numpy as np
 
 from handspun.config import DataConfig
+from handspun.config.rows_in_memory import RowsInMemory
 from handspun.data.chat_template import ChatTemplate
 from handspun.data.documents import end_of_text
-from handspun.data.examples import DataReport, TokenDataset, build_examples, check_rows_left, hold_out
+from handspun.data.examples import (
+    DataReport,
+    TokenDataset,
+    build_examples,
+    check_formats,
+    check_rows_left,
+    hold_out,
+)
 from handspun.data.formats import TEXT
 from handspun.data.rows import FileNotes, Row, read_sources
 from handspun.display import count_of, logger, printable
@@ -165,6 +173,25 @@ class Dataset:
     def release_rows(self, keep: Collection[tuple[str, int]] = ()) -> None:
         """Free all rows except those to keep, as (file, row number), and those that the report names."""
         self.rows[:] = [row for row in self.rows if (row.file, row.number) in keep]
+
+
+def check_small_files(config: DataConfig, sources: Sequence[str]) -> None:
+    """Raise DataError for files that cannot be read or fit no format: an answer now, not after a model's download.
+
+    They are read again afterwards. Large files, folders, and hub datasets are read once, and not here.
+    """
+    for source in sources:
+        if not isinstance(source, RowsInMemory) and _is_small_file(source):
+            rows = read_sources([source], columns=config.column_names, limit=config.limit)
+            check_formats(rows, config.data_format)
+
+
+def _is_small_file(source: str) -> bool:
+    path = os.path.expanduser(source)
+    try:
+        return os.path.isfile(path) and os.stat(path).st_size <= _LARGE
+    except (OSError, ValueError):  # reading raises the proper error
+        return False
 
 
 def load_splits(

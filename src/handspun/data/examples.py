@@ -388,6 +388,11 @@ _Columns = Sequence[tuple[str, tuple[str, ...]]]
 """Files, each with the columns of some of its rows."""
 
 
+def check_formats(rows: Sequence[Row], data_format: DataFormat) -> None:
+    """Raise DataError if the columns of a file's rows fit no format, or several."""
+    _formats(list(dict.fromkeys((row.file, tuple(row.values)) for row in rows)), data_format)
+
+
 def _formats(columns: _Columns, data_format: DataFormat) -> dict[str, str]:
     """Return the format of each file, recognized from the columns of all its rows."""
     of_file: dict[str, dict[str, None]] = {}

@@ -189,6 +189,11 @@ def model_source(name: str) -> ModelSource:
     return ModelSource(name, name)
 
 
+def is_on_disk(name: str) -> bool:
+    """Return whether a model of this name needs no hub."""
+    return name == EMBEDDED_NAME or os.path.lexists(os.path.expanduser(name))
+
+
 def checkpoint_of_run(folder: Path) -> Path | None:
     """Return the checkpoint that stands for a run: checkpoint-best, or the last epoch's, or the last step's.
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from handspun.config import DataConfig
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.dataset import Dataset, ExampleCache, load_splits, resolve_max_length
+from handspun.data.dataset import Dataset, ExampleCache, check_small_files, load_splits, resolve_max_length
 from handspun.data.examples import DataReport, Example
 from handspun.data.preview import bracketed, spread
 from handspun.data.rendering import choose_template
@@ -15,7 +15,7 @@ from handspun.data.rows import check_data_exists
 from handspun.errors import ConfigError
 from handspun.files import cache_folder
 from handspun.models.embedding_rows import check_examples, embedding_rows_of
-from handspun.models.load import context_length, load_config, load_tokenizer, model_source
+from handspun.models.load import context_length, is_on_disk, load_config, load_tokenizer, model_source
 from handspun.preflight.print import account_lines, length_lines
 
 
@@ -63,6 +63,8 @@ def preview_data(config: DataConfig, model: str, *, examples: int) -> Preview:
     if examples < 1:
         raise ConfigError(f"examples is {examples}: expected at least 1.")
     check_data_exists(*config.sources)
+    if not is_on_disk(model):
+        check_small_files(config, config.sources)
     source = model_source(model)
     tokenizer = load_tokenizer(source)
     choose_template(tokenizer, config.chat_template)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from handspun.config import TrainConfig, Weights
 from handspun.data.chat_template import ChatTemplate
-from handspun.data.dataset import Dataset, ExampleCache, load_splits, resolve_max_length
+from handspun.data.dataset import Dataset, ExampleCache, check_small_files, load_splits, resolve_max_length
 from handspun.data.rendering import choose_template, with_defaults
 from handspun.data.rows import check_data_exists
 from handspun.display import captured_log, command_here, count_of, duration, logger
@@ -36,6 +36,7 @@ from handspun.models.load import (
     ModelSource,
     check_base_is_no_adapter,
     context_length,
+    is_on_disk,
     load_config,
     load_generation_config,
     load_tokenizer,
@@ -180,6 +181,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
         check_same_options(config, processes)
         check_trackers_installed(config.log_to)
         check_data_exists(*config.sources, *config.eval_sources)
+        if not is_on_disk(config.model):
+            check_small_files(config, [*config.sources, *config.eval_sources])
         console.quiet = console.quiet or not processes.is_first
         folder = Path(config.output_dir) if processes.is_first and not config.dry_run else None
         if folder:
