@@ -13,7 +13,10 @@ import torch
 import decode
 import decode_tables
 import memory_bandwidth
+import time_to_quality
 from decode_prompts import Column, end_ids, prompts_of
+from handspun.data.examples import build_examples
+from handspun.data.rows import Row
 from handspun.models.load import ChatModel
 from measurements import Results
 
@@ -191,3 +194,70 @@ def job_in(folder: Path, model: Path, chat: ChatModel, column: Column) -> dict[s
         "threads": 1,
         "options": {"weights": "float32"},
     }
+
+
+def test_seconds_to_reach_is_on_the_line_between_two_evaluations() -> None:
+    curve = [(0.0, 2.0), (10.0, 1.8), (20.0, 1.9), (40.0, 1.5)]
+    reached = [time_to_quality.seconds_to_reach(curve, loss) for loss in (2.5, 1.9, 1.8, 1.6, 1.5, 1.4)]
+    assert reached == pytest.approx([0.0, 5.0, 10.0, 35.0, 40.0, None])
+
+
+def test_target_of_is_the_lowest_last_loss_of_trl_and_when_it_is_first_reached() -> None:
+    curves = {
+        "Handspun, full": [(0.0, 2.0), (4.0, 1.2)],
+        "TRL, full": [(0.0, 2.0), (10.0, 1.5), (20.0, 1.6)],
+        "TRL, LoRA": [(0.0, 2.0), (40.0, 1.55)],
+    }
+    target, seconds = time_to_quality.target_of(curves)
+    assert (target, seconds) == (1.55, pytest.approx(9.0))
+
+
+def test_points_are_evenly_spread_and_end_with_the_last_step() -> None:
+    task = time_to_quality.Task("rows", 397, {"batch_size": 8}, "")
+    assert task.steps() == 50
+    assert task.points(6) == [8, 16, 24, 32, 40, 48, 50]
+    assert task.points(1) == [50]
+
+
+def test_find_rate_doubles_until_the_loss_is_no_lower(tmp_path: Path) -> None:
+    """All that it asks for are saved runs: it would start one for 8e-4, and none is there."""
+    results, task = results_in(tmp_path), time_to_quality.Task("sweep", 16, {"batch_size": 8}, "")
+    for rate, loss in ((1e-4, 1.9), (2e-4, 1.8), (4e-4, 1.8)):
+        results.add("sweep: TRL, full", {"learning_rate": rate, "held_out": [[0, 2.0], [2, loss]]})
+    time_to_quality.find_rate(results, task, "TRL, full")
+    assert time_to_quality.best_rate(results, "TRL, full") == 2e-4
+
+
+def test_in_turns_fills_conversations_up_to_their_most_tokens(tiny_chat: ChatModel) -> None:
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(40)]
+    one = time_to_quality.tokens_in(
+        time_to_quality.in_turns(rows, 1, 60, tiny_chat.template)[0]["messages"], tiny_chat.template
+    )
+    first, second = time_to_quality.in_turns(rows, 2, 60, tiny_chat.template)
+    turns = len(first["messages"])
+    assert turns >= 4
+    assert first["messages"][:2] == [
+        {"role": "user", "content": "Say 0."},
+        {"role": "assistant", "content": "It is 0."},
+    ]
+    assert second["messages"][0]["content"] == f"Say {turns // 2}."
+    longer = [*first["messages"], *second["messages"][:2]]
+    assert one <= 60 < time_to_quality.tokens_in(longer, tiny_chat.template)
+    with pytest.raises(SystemExit, match="too few rows"):
+        time_to_quality.in_turns(rows, 40, 60, tiny_chat.template)
+
+
+@pytest.mark.usefixtures("contenders")
+def test_peers_learn_the_tokens_that_handspun_learns(tiny_chat: ChatModel, tmp_path: Path) -> None:
+    from job import Job
+    from peers import IGNORED, tokenized
+
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(6)]
+    conversations = time_to_quality.in_turns(rows, 1, 80, tiny_chat.template)
+    for given in (rows[:1], conversations):
+        file = tmp_path / "rows.json"
+        file.write_text(json.dumps(given), encoding="utf-8")
+        [theirs] = tokenized(Job(model="", rows=str(file), max_length=1000), tiny_chat.tokenizer)
+        [ours], _ = build_examples([Row("rows", 1, dict(given[0]))], tiny_chat.template, max_length=1000)
+        assert theirs["input_ids"] == list(ours.input_ids)
+        assert [label != IGNORED for label in theirs["labels"]] == list(ours.loss_mask)

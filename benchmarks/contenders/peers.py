@@ -12,23 +12,37 @@ IGNORED = -100
 
 
 def tokenized(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
-    """input_ids and labels of each row, through the chat template; learned is the answer with its end of turn.
+    """input_ids and labels of each row, through the chat template; learned are answers with their end of turn.
 
-    What the template writes after the end of turn (a newline) is left out, as Handspun leaves it out.
+    What the template writes after the last end of turn (a newline) is left out, as Handspun leaves it out.
     """
     return [_tokenized(row, tokenizer, job.max_length) for row in read_rows(job)]
 
 
-def _tokenized(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:
+def _tokenized(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:
+    messages = row.get("messages") or _messages(row)
+    input_ids: list[int] = []
+    labels: list[int] = []
+    done = ""
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = messages[:turn], messages[: turn + 1]
+        prompt = str(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(after, tokenize=False)).rstrip("\n")
+        assert whole.startswith(prompt)
+        assert prompt.startswith(done)
+        prompt_ids = tokenizer(prompt[len(done) :], add_special_tokens=False)["input_ids"]
+        answer_ids = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
+        input_ids += prompt_ids + answer_ids
+        labels += [IGNORED] * len(prompt_ids) + answer_ids
+        done = whole
+    return {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}
+
+
+def _messages(row: dict[str, str]) -> list[dict[str, str]]:
     user = row["instruction"] + ("\n" + row["input"] if row["input"] else "")
-    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": row["output"]}]
-    prompt = str(tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True))
-    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    assert whole.startswith(prompt)
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    answer_ids = tokenizer(whole[len(prompt) :].rstrip("\n"), add_special_tokens=False)["input_ids"]
-    labels = [IGNORED] * len(prompt_ids) + answer_ids
-    return {"input_ids": (prompt_ids + answer_ids)[:max_length], "labels": labels[:max_length]}
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": row["output"]}]
 
 
 def options_of(job: Job, output_dir: str) -> dict[str, Any]:

@@ -225,7 +225,8 @@ def test_frozen_weights_have_no_gradient_of_their_own_and_int8_ones_count_too() 
     assert operations(model, make_plan(model, examples, config), examples, config) == expected
 
 
-def test_the_time_is_operations_over_the_rate_of_all_threads() -> None:
+def test_the_time_is_operations_over_the_rate_of_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     config = TrainConfig()
     on_cpu: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
     assert predicted_seconds(150e9, config, threads=1, **on_cpu) == 2.0

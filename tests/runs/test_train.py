@@ -133,6 +133,12 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tiny_folder: Path, data: Pa
     assert run.plan.steps == 4
     assert "16 examples x 2 epochs in batches of 8: 4 steps" in printed
     assert "predicted peak memory" in printed
+    full, lora, int8 = run.ways
+    assert "\n-> full  " in printed
+    assert "\n   --lora --base-weights int8  " in printed
+    assert (full.peak_memory, full.fit, full.chosen) == (run.plan.peak_memory, "fits", True)
+    assert 0 < int8.peak_memory <= lora.peak_memory
+    assert all(way.seconds for way in run.ways)
 
 
 @pytest.mark.slow

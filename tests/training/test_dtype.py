@@ -94,6 +94,17 @@ def test_the_probe_ends_when_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("on_a_new_cpu")
+def test_the_probe_computes_on_one_thread_and_restores_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, set_threads = list[int](), torch.set_num_threads
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.append(count) or set_threads(count))
+    before = torch.get_num_threads()
+    choose_dtype(CPU)
+    assert threads == [1, before] * (len(threads) // 2)
+    assert len(threads) in (4, 8, 12)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.usefixtures("on_a_new_cpu")
 def test_the_probe_times_real_products() -> None:
     """In at most a second, on a machine with other work; 0.1 seconds alone."""
     spent: list[float] = []

@@ -26,7 +26,7 @@ from handspun.data.preview import bracketed, colored, spread
 from handspun.display import count_of, duration, join_names, logger, printable
 from handspun.files import readable_size
 from handspun.preflight.checks import EndOfTurn, Finding, Preflight, check_findings, headline, rows_named
-from handspun.preflight.time_estimate import MEASURED_ON, SLOW
+from handspun.preflight.time_estimate import SLOW, rates_here
 from handspun.training.batching import steps_of_epoch
 from handspun.training.memory import Plan, disk_at_most
 
@@ -229,7 +229,7 @@ def time_lines(seconds: float | None, *, is_brief: bool = False) -> Iterator[str
         yield f"predicted time {duration(seconds)} of steps, a guess that the first two steps correct"
         return
     yield f"predicted time {duration(seconds)} of steps, a guess by rates that were measured on"
-    yield f"  {MEASURED_ON}; the first two steps correct it"
+    yield f"  {rates_here().measured_on}; the first two steps correct it"
 
 
 def corrected_line(left: float, step: int) -> str:

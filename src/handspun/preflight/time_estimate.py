@@ -6,6 +6,7 @@ takes 6 n^2 times the width of all heads per layer, forward and backward, becaus
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,22 +14,49 @@ from transformers import PreTrainedModel
 
 from handspun.config import TrainConfig
 from handspun.data.examples import Example, lengths_of
+from handspun.kernels.cpu import cpu_flags
 from handspun.models.int8 import Int8Linear
 from handspun.training.loop import Event, Step
 from handspun.training.memory import Plan
 
-MEASURED_ON = "cores of an AMD EPYC server (Zen 4)"
-_RATES = {
-    ("full", "float32"): 75e9,
-    ("full", "bfloat16"): 115e9,
-    ("lora", "float32"): 66e9,
-    ("lora", "bfloat16"): 99e9,
-    ("lora", "int8"): 111e9,
-}
-"""Operations per second per thread, from `python benchmarks/training_rates.py`.
 
-On another machine they are a guess, and the log says so until the first two steps correct it.
-"""
+@dataclass(frozen=True)
+class Rates:
+    """Operations per second per thread by (method, type of matmuls), from `python benchmarks/training_rates.py`.
+
+    measured_on: the cores that they were measured on. On others they are a guess, and the log says so until the
+    first two steps correct it.
+    """
+
+    measured_on: str
+    each: dict[tuple[str, str], float]
+
+
+_AVX512 = Rates(
+    "cores of an AMD EPYC server (Zen 4)",
+    {
+        ("full", "float32"): 75e9,
+        ("full", "bfloat16"): 115e9,
+        ("lora", "float32"): 66e9,
+        ("lora", "bfloat16"): 99e9,
+        ("lora", "int8"): 111e9,
+    },
+)
+_AMX = Rates(
+    "cores of an Intel Xeon server (Sapphire Rapids)",
+    {
+        ("full", "float32"): 75e9,
+        ("full", "bfloat16"): 115e9,
+        ("lora", "float32"): 66e9,
+        ("lora", "bfloat16"): 99e9,
+        ("lora", "int8"): 111e9,
+    },
+)
+
+
+def rates_here() -> Rates:
+    """Return the rates of the CPU that is most like this one."""
+    return _AMX if "amx_bf16" in cpu_flags() else _AVX512
 
 
 def operations(model: PreTrainedModel, plan: Plan, examples: Sequence[Example], config: TrainConfig) -> float:
@@ -70,7 +98,7 @@ def predicted_seconds(
     if device.type != "cpu":
         return None
     matmuls = "int8" if config.base_weights == "int8" else str(dtype).removeprefix("torch.")
-    rate = _RATES["lora" if config.lora else "full", matmuls] * threads
+    rate = rates_here().each["lora" if config.lora else "full", matmuls] * threads
     return operations_of_run / rate
 
 

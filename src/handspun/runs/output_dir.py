@@ -14,6 +14,7 @@ from handspun.display import count_of, logger
 from handspun.errors import ConfigError, OutputError, StoppedError, TrainingError
 from handspun.files import exclusive, output_errors, readable_size
 from handspun.models.load import ChatModel, load
+from handspun.preflight.ways import Way
 from handspun.runs.incidents import Incident, write_batch
 from handspun.runs.log import RunLog
 from handspun.runs.metrics import KEPT, METRICS, REPORT
@@ -61,6 +62,8 @@ class TrainedRun:
     """Losses on the held-out rows."""
     incidents: list[Incident] = field(default_factory=list)
     """Skipped steps, spikes of the loss, and micro-batches that did not fit into memory."""
+    ways: list[Way] = field(default_factory=list)
+    """The ways to train that are possible, with predicted time and memory. Only after a dry run."""
 
     @property
     def model(self) -> ChatModel:

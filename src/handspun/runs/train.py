@@ -5,7 +5,7 @@ each event to its listeners (log, incidents, sample answers, checkpoints).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ from typing import cast
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from handspun.config import TrainConfig, Weights
 from handspun.data.chat_template import ChatTemplate
@@ -42,7 +42,6 @@ from handspun.models.load import (
     load_tokenizer,
     load_trainable,
     model_source,
-    recorded_base,
     resolve_device,
     resolve_dtype,
 )
@@ -59,7 +58,8 @@ from handspun.preflight.print import (
     show_preflight,
     slow_lines,
 )
-from handspun.preflight.time_estimate import Forecast, operations, predicted_seconds
+from handspun.preflight.time_estimate import Forecast
+from handspun.preflight.ways import Way, way_lines, ways_to_train
 from handspun.runs.artifacts import Material, report_around, rows_for_report
 from handspun.runs.checkpoints import CheckpointManager
 from handspun.runs.live import LiveState
@@ -77,6 +77,7 @@ from handspun.runs.output_dir import (
     record_incident,
     track_status,
 )
+from handspun.runs.predict import dtype_of, epochs_of_plan, predict, seconds_of_run, shapes, with_lora
 from handspun.runs.record import Resumed, RunRecord, new_record, peak_memory
 from handspun.runs.replacing import check_inputs_outside, pending
 from handspun.runs.resume import ResumePoint, check_same_run, execution_changes, make_way
@@ -84,14 +85,13 @@ from handspun.runs.sample_answers import Sampler, sample_prompts, sampler_of
 from handspun.runs.signals import StopRequest, stop_requests
 from handspun.runs.trackers import check_trackers_installed
 from handspun.training.agreement import check_same_options, check_same_rows, check_same_weights
-from handspun.training.batching import steps_of_epoch
 from handspun.training.checkpoint import TRAINING_STATE, read_optimizer, read_weights
 from handspun.training.distributed import Distributed, processes_of_this_run
-from handspun.training.dtype import choose_dtype, use_threads
+from handspun.training.dtype import use_threads
 from handspun.training.guards import OutOfMemory, SkippedStep, Spike
 from handspun.training.loop import Event, Loop, TrainingState, start
 from handspun.training.loop import train as training_events
-from handspun.training.memory import Plan, available_memory, check_fits_in_memory, make_plan
+from handspun.training.memory import AvailableMemory, Plan, available_memory, check_fits_in_memory, make_plan
 from handspun.training.runner import BatchRunner, select_runner
 
 _MANY_ROWS = 100_000
@@ -142,6 +142,8 @@ class RunPlan:
         ending: the end of turn that the rows teach.
         memory_doubts: why the run may not fit into memory.
         seconds: predicted for the steps; None if unknown.
+        memory: available to this process; None if unknown.
+        ways: the ways to train that are possible; in a dry run only.
     """
 
     plan: Plan
@@ -152,6 +154,8 @@ class RunPlan:
     ending: EndOfTurn
     memory_doubts: list[str]
     seconds: float | None
+    memory: AvailableMemory | None
+    ways: list[Way]
 
 
 def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
@@ -202,7 +206,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainedRun:
         check(run, data, planned)
         if config.dry_run:
             logger.info("a dry run: nothing was trained or written")
-            return TrainedRun(Path(config.output_dir), planned.plan)
+            return TrainedRun(Path(config.output_dir), planned.plan, ways=planned.ways)
         return fit(run, data, planned, load_model(run, data))
 
 
@@ -265,14 +269,11 @@ def plan_run(run: RunContext, data: LoadedData) -> RunPlan:
     dtype = _compute_dtype(run, record, point)
     shape = shapes_of(config)
     plan = make_plan(shape, examples, config)
-    seconds = predicted_seconds(
-        _epochs(run, plan) * operations(shape, plan, examples, config),
-        config,
-        dtype=dtype,
-        device=processes.device,
-        threads=torch.get_num_threads() * processes.count,
-    )
-    return RunPlan(plan, shape, record, point, dtype, ending, doubts, seconds)
+    seconds = seconds_of_run(shape, plan, examples, config, dtype=dtype, processes=processes)
+    ways = []
+    if config.dry_run and processes.is_first:
+        ways = ways_to_train(config, partial(predict, examples, shapes_of, processes=processes), memory)
+    return RunPlan(plan, shape, record, point, dtype, ending, doubts, seconds, memory, ways)
 
 
 def check(run: RunContext, data: LoadedData, planned: RunPlan) -> None:
@@ -286,14 +287,11 @@ def check(run: RunContext, data: LoadedData, planned: RunPlan) -> None:
         template_lines(data.template),
     )
     findings = [*data.findings, *doubts_about_memory(planned.memory_doubts)]
+    if planned.ways:
+        log_lines(way_lines(planned.ways, planned.memory))
     found = show_preflight(config, findings, planned.ending, planned.seconds)
     if planned.record is not None:
         planned.record.preflight = found
-
-
-def _epochs(run: RunContext, plan: Plan) -> float:
-    """Return the epochs of the run; `max_steps` may cut the last one."""
-    return plan.steps / steps_of_epoch(plan.examples, run.config)
 
 
 def load_model(run: RunContext, data: LoadedData) -> ChatModel:
@@ -317,7 +315,7 @@ def load_model(run: RunContext, data: LoadedData) -> ChatModel:
         )
     if config.lora:
         new_ids = [chat.template.end_of_turn_id] if is_new else []
-        chat.model = _with_lora(chat.model, config, data.source.name, new_ids)
+        chat.model = with_lora(chat.model, config, data.source.name, new_ids)
         if is_new:
             logger.info("its embedding row is trained along with the adapters: they alone could not teach it")
     if config.base_weights == "int8":
@@ -413,7 +411,7 @@ def _listeners(
 ) -> list[Listener]:
     """Return the listeners in the order in which they get each event."""
     config, processes, log = run.config, run.processes, run.log
-    forecast = Forecast(trained.plan, _epochs(run, trained.plan), planned.seconds)
+    forecast = Forecast(trained.plan, epochs_of_plan(trained.plan, config), planned.seconds)
 
     def log_event(event: Event, _state: TrainingState) -> None:
         log.event(event)
@@ -509,7 +507,7 @@ def _live_state(
 ) -> LiveState:
     return LiveState(
         total_steps=planned.plan.steps,
-        num_epochs=math.ceil(_epochs(run, planned.plan)),
+        num_epochs=math.ceil(epochs_of_plan(planned.plan, run.config)),
         held_out=data.held_out is not None,
         prompts=tuple(prompt.text for prompt in sampler.prompts) if sampler else (),
         stopping=lambda: bool(request.signal),
@@ -521,13 +519,9 @@ def _compute_dtype(run: RunContext, record: RunRecord | None, point: ResumePoint
     config, processes, device = run.config, run.processes, run.processes.device
     if config.dtype == "auto" and point is not None:
         dtype, reason = resolve_dtype(cast(Weights, point.state.run.dtype), device), "as before"
-    elif config.dtype == "auto" and config.base_weights == "int8":
-        dtype, reason = torch.float32, "beside the int8 layers"
-    elif config.dtype == "auto":
-        dtype, reason = choose_dtype(device)
-        dtype = torch.bfloat16 if processes.broadcast_scalar(dtype == torch.bfloat16) else torch.float32
     else:
-        dtype, reason = resolve_dtype(config.dtype, device), "asked for"
+        dtype, reason = dtype_of(config, device)
+        dtype = torch.bfloat16 if processes.broadcast_scalar(dtype == torch.bfloat16) else torch.float32
     name = str(dtype).removeprefix("torch.")
     threads = torch.get_num_threads()
     if record is not None:
@@ -538,33 +532,6 @@ def _compute_dtype(run: RunContext, record: RunRecord | None, point: ResumePoint
     logger.info(f"{several}{where}, matmuls in {name} ({reason})")
     log_lines(speed_notices(device, is_int8=config.base_weights == "int8"))
     return dtype
-
-
-def shapes(source: ModelSource, config: TrainConfig, *, new_token_ids: Sequence[int] = ()) -> PreTrainedModel:
-    """Return the model to train, on the meta device. new_token_ids: as in LoRA."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(source), dtype=torch.float32)
-        if config.lora:
-            model = _with_lora(model, config, source.name, new_token_ids)
-    if config.base_weights == "int8":
-        check_exact_matmuls(resolve_device(config.device))
-        quantize_base(model)
-    return model
-
-
-def _with_lora(
-    model: PreTrainedModel, config: TrainConfig, base: str, new_token_ids: Sequence[int]
-) -> PreTrainedModel:
-    from handspun.models.lora import add_lora  # imports peft
-
-    return add_lora(
-        model,
-        recorded_base(base),
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        new_token_ids=new_token_ids,
-    )
 
 
 def _odd_rows(config: TrainConfig, data: LoadedData) -> list[Finding]:

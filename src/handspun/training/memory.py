@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -310,6 +310,16 @@ def disk_at_most(plan: Plan, config: TrainConfig) -> int:
 # fit, and doubtful if six fifths do not.
 _MARGIN = 0.2
 
+Fit = Literal["fits", "may not fit", "does not fit"]
+
+
+def how_it_fits(peak: float, available: float) -> Fit:
+    """Compare a predicted peak with the memory available."""
+    if peak * (1 + _MARGIN) <= available:
+        return "fits"
+    return "may not fit" if peak * (1 - _MARGIN) <= available else "does not fit"
+
+
 _HEAVIEST_BATCHES = 16
 
 Shapes = Callable[[TrainConfig], PreTrainedModel]
@@ -343,14 +353,15 @@ def check_fits_in_memory(
     predicted = predicted_peak(shapes_of(config), heaviest, config)
     available = room.available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     taken = processes.max(predicted / max(available, 1))
-    if taken * (1 + _MARGIN) <= 1:
+    fit = how_it_fits(taken, 1)
+    if fit == "fits":
         return []
     lines = [
         f"predicted peak memory is {predicted / 1e9:.1f} GB{_per_process(processes)}, and "
         f"{available / 1e9:.1f} GB is available ({room.bound}).",
         *_remedies(config, heaviest, shapes_of, available),
     ]
-    if taken * (1 - _MARGIN) <= 1:
+    if fit == "may not fit":
         return ["this run may not fit in memory: " + "\n".join(lines)]
     problem = "this run will not fit in memory: " + "\n".join(lines)
     if config.dry_run or config.shard or processes.device.type != "cpu":
@@ -387,7 +398,7 @@ def _remedies(
             peak = predicted_peak(shapes(changed.lora, changed.base_weights), heaviest, changed)
         except HandspunError:  # int8 without LoRA, or int8 matmuls that are not exact on this machine
             continue
-        if peak * (1 + _MARGIN) <= available:
+        if how_it_fits(peak, available) == "fits":
             names = [f"{option_name(name)} {value}".removesuffix(" True") for name, value in options.items()]
             fitting[frozenset(options)] = f"  {' '.join(names)}: {peak / 1e9:.1f} GB"
     if not fitting:
