@@ -7,7 +7,7 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def write_rows(file: Path, rows: Sequence[Row]) -> Path:
     return file
 
 
-def rows_file(folder: str | Path, name: str, rows: Sequence[Row]) -> str:
+def rows_file(folder: str | Path, name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """A json file of rows, for the contenders."""
     file = Path(folder) / f"{name}.json"
     file.write_text(json.dumps(rows), encoding="utf-8")

@@ -1,6 +1,6 @@
 """Held-out loss against the seconds of training: three ways of Handspun and two of TRL at its best.
 
-    python benchmarks/time_to_quality.py --data train.csv [--rows 400] [--conversations 24] [--only-sweep]
+    python benchmarks/time_to_quality.py --data train.csv [--rows 400] [--conversations 16] [--only-sweep]
 
 One epoch over the same rows, the same held-out rows, batches, schedule and threads: full fine-tuning, LoRA, and
 LoRA on an int8 base. Each trainer gets a learning rate of its own for full fine-tuning and for LoRA: over the
@@ -120,7 +120,7 @@ def main() -> None:
             for way in WAYS:
                 run_once(results, task, way, best_rate(results, WAYS[way].rate_of), points=arguments.points)
             curves = {way: curve_of(results.of(f"{task.name}: {way}")[0]) for way in WAYS}
-            print(summary(results, task.name, curves))
+            print(summary(results, task.name, curves), predictions(results, task.name), sep="\n\n")
             plot(curves, IMAGES / f"time_to_quality_{task.name}.svg")
 
 
@@ -131,7 +131,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default=EMBEDDED_NAME, help="a model's folder (default: the embedded one)")
     parser.add_argument("--rows", type=int, default=250)
     parser.add_argument("--held-out", type=int, default=40)
-    parser.add_argument("--sweep-rows", type=int, default=128)
+    parser.add_argument("--sweep-rows", type=int, default=96)
     parser.add_argument("--conversations", type=int, default=0, help="of the second set (default: none)")
     parser.add_argument("--tokens", type=int, default=1024, help="most tokens of a conversation")
     parser.add_argument("--points", type=int, default=4, help="evaluations in the epoch")
@@ -168,13 +168,13 @@ def tasks_of(arguments: argparse.Namespace, settings: dict[str, Any], work: str)
         held_out_ones = in_turns(held_out_pool, max(arguments.held_out // 8, 1), arguments.tokens, template)
         job |= {"batch_size": max(arguments.batch_size // 4, 1), "max_length": arguments.tokens}
         job["held_out"] = rows_file(work, "held_out_conversations", held_out_ones)
-        rows = rows_file(work, "conversations", conversations)
-        yield Task("conversations", len(conversations), job | {"rows": rows}, work)
+        job["rows"] = rows_file(work, "conversations", conversations)
+        yield Task("conversations", len(conversations), job, work)
 
 
-def in_turns(rows: list[Row], count: int, tokens: int, template: ChatTemplate) -> list[Row]:
+def in_turns(rows: list[Row], count: int, tokens: int, template: ChatTemplate) -> list[dict[str, Any]]:
     """So many conversations: each asks and answers one row after another, as long as it has at most `tokens`."""
-    made: list[Any] = []
+    made: list[dict[str, Any]] = []
     messages: list[dict[str, str]] = []
     for row in rows:
         asked = row["instruction"] + ("\n" + row["input"] if row["input"] else "")
@@ -274,11 +274,28 @@ def summary(results: Results, task: str, curves: dict[str, Curve]) -> str:
     rows = []
     for way, curve in curves.items():
         run, reached = results.of(f"{task}: {way}")[0], seconds_to_reach(curve, target)
-        cells = ["not reached", ""] if reached is None else [f"{reached:.0f} s", f"{reached / theirs:.2f}"]
+        cells = (
+            ["not reached", ""]
+            if reached is None
+            else [f"{reached:.0f} s", f"{reached / theirs:.2f}" if theirs else ""]
+        )
         ends = [f"{run['learning_rate']:g}", f"{curve[0][1]:.4f}", f"{curve[-1][1]:.4f}", f"{curve[-1][0]:.0f} s"]
         rows.append([way, *ends, *cells, f"{run['peak_gb']:.1f} GB"])
     header = ["", "rate", "held-out loss before", "after", "epoch", f"to {target:.4f}", "ratio", "peak memory"]
     return table(header, rows)
+
+
+def predictions(results: Results, task: str) -> str:
+    """Time and memory of Handspun's ways, as `handspun preflight` predicts them and as they were."""
+    rows = []
+    for way in [way for way in WAYS if not WAYS[way].is_trl]:
+        run = results.of(f"{task}: {way}")[0]
+        seconds, memory = run["predicted_seconds"] / run["seconds"], run["predicted_gb"] / run["peak_gb"]
+        cells = [f"{run['predicted_seconds']:.0f} s", f"{run['seconds']:.0f} s", f"{seconds - 1:+.0%}"]
+        rows.append(
+            [way, *cells, f"{run['predicted_gb']:.1f} GB", f"{run['peak_gb']:.1f} GB", f"{memory - 1:+.0%}"]
+        )
+    return table(["", "predicted time", "measured", "error", "predicted peak memory", "measured", "error"], rows)
 
 
 def target_of(curves: dict[str, Curve]) -> tuple[float, float]:

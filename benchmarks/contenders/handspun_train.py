@@ -19,7 +19,8 @@ def main() -> None:
     job = job_of_this_process()
     with tempfile.TemporaryDirectory() as work:
         config = config_of(job, Path(work))
-        handspun.train(config, console=Console(quiet=True))
+        run = handspun.train(config, console=Console(quiet=True))
+        record = json.loads((Path(work) / "output" / "run.json").read_text(encoding="utf-8"))
         events = [json.loads(line) for line in (Path(work) / "output" / "metrics.jsonl").open(encoding="utf-8")]
     steps = [event for event in events if event["event"] == "step"]
     evaluations = [event for event in events if event["event"] == "evaluation"]
@@ -31,6 +32,8 @@ def main() -> None:
         losses=[step["loss"] for step in steps],
         held_out=[[evaluation["step"], evaluation["loss"]] for evaluation in evaluations],
         held_out_tokens=evaluations[0]["learned_tokens"] if evaluations else 0,
+        predicted_seconds=record["preflight"]["predicted_seconds"],
+        predicted_gb=run.plan.peak_memory / 1e9,
     )
 
 

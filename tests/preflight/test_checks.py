@@ -13,6 +13,7 @@ from handspun.config import TrainConfig
 from handspun.data.examples import Example
 from handspun.models.int8 import quantize_base
 from handspun.models.lora import add_lora
+from handspun.preflight import time_estimate
 from handspun.preflight.checks import (
     RowText,
     findings_in_answers,
@@ -232,6 +233,16 @@ def test_the_time_is_operations_over_the_rate_of_all_threads(monkeypatch: pytest
     assert predicted_seconds(150e9, config, threads=1, **on_cpu) == 2.0
     assert predicted_seconds(150e9, config, threads=4, **on_cpu) == 0.5
     assert predicted_seconds(75e9, config, threads=1, dtype=torch.float32, device=torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize(("flags", "seconds"), [({"avx512_bf16"}, 115.0), ({"avx512_bf16", "amx_bf16"}, 147.0)])
+def test_a_cpu_with_amx_has_rates_of_its_own(
+    flags: set[str], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What takes a second on one of them: full fine-tuning in bfloat16."""
+    monkeypatch.setattr(time_estimate, "cpu_flags", lambda: frozenset(flags))
+    on_cpu: dict[str, Any] = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "threads": 1}
+    assert predicted_seconds(seconds * 1e9, TrainConfig(), **on_cpu) == 1.0
 
 
 def step(number: int, seconds: float, total: int = 10) -> Step:

@@ -43,13 +43,13 @@ _AVX512 = Rates(
     },
 )
 _AMX = Rates(
-    "cores of an Intel Xeon server (Sapphire Rapids)",
+    "cores of an Intel Xeon (Sapphire Rapids)",
     {
-        ("full", "float32"): 75e9,
-        ("full", "bfloat16"): 115e9,
-        ("lora", "float32"): 66e9,
-        ("lora", "bfloat16"): 99e9,
-        ("lora", "int8"): 111e9,
+        ("full", "float32"): 94e9,
+        ("full", "bfloat16"): 147e9,
+        ("lora", "float32"): 77e9,
+        ("lora", "bfloat16"): 111e9,
+        ("lora", "int8"): 114e9,
     },
 )
 
