@@ -7,6 +7,7 @@ rotations and gates, and with PyTorch's attention in transformers' layers. Both 
 figures are medians, and ratios those of turns. With one thread, seconds are those of the CPU, so that others on
 the machine disturb less.
 --attention times the attention of one layer alone, forward and backward, and counts the operations it needs.
+--layer times one decoder layer alone, with random weights.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from handspun.config import TrainConfig
 from handspun.data.examples import Example
@@ -47,6 +49,9 @@ def main() -> None:
     disable_malloc_trim()  # as runs do: otherwise PyTorch's way maps its memory anew each time
     if arguments.attention:
         print(attention_alone(arguments))
+        return
+    if arguments.layer:
+        print(layer_alone(arguments))
         return
     lines, seconds = [], {}
     with training(arguments) as job:
@@ -76,6 +81,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--repeats", type=int, default=5, help="steps of each way")
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--attention", action="store_true", help="attention alone")
+    made.add_argument("--layer", action="store_true", help="a decoder layer alone")
     return made
 
 
@@ -102,6 +108,39 @@ def attention_alone(arguments: argparse.Namespace) -> str:
         lines.append([*line, f"{ratio:.2f}"])
     header = ["tokens a row", "PyTorch's, ms", "GFLOP/s", "kernel, ms", "GFLOP/s", "ratio"]
     return table(header, lines)
+
+
+def layer_alone(arguments: argparse.Namespace) -> str:
+    """Return a table of milliseconds a token of both ways, for all layers of the model."""
+    config = load_config(model_source(arguments.model)).get_text_config()
+    layers, config.num_hidden_layers, config.vocab_size = config.num_hidden_layers, 1, 1000
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    dtype, lines = getattr(torch, arguments.dtype), []
+    for length in arguments.lengths:
+        batch = rows(length, max(1, arguments.tokens // length), config.vocab_size, seed=0)
+        pack = Batching("packed", share_prefix=True).pack(batch, torch.device("cpu"))
+        hidden, gradient = torch.randn(2, 1, pack.input_ids.shape[1], config.hidden_size)
+        options = {
+            "position_embeddings": model.model.rotary_emb(hidden, pack.position_ids),
+            "masks": masks_of(pack, dtype),
+        }
+        seconds, ratio = compare(partial(layer_step, model, hidden, gradient, dtype, options), arguments)
+        figures = (f"{1e3 * layers * seconds[name]:.3f}" for name in (SDPA, KERNELS))
+        lines.append([str(length), *figures, f"{ratio:.2f}"])
+    return table(["tokens a row", "PyTorch, ms a token", "kernels, ms a token", "ratio"], lines)
+
+
+def layer_step(
+    model: Any, hidden: Tensor, gradient: Tensor, dtype: torch.dtype, options: dict[str, Any], _: int
+) -> int:
+    """Run the model's first layer, forward and backward. Return the number of tokens."""
+    hidden = hidden.clone().requires_grad_()
+    with packed.packed_attention(model):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            output = model.model.layers[0](hidden, **options)
+        output.backward(gradient)
+    model.zero_grad()
+    return hidden.shape[1]
 
 
 def compare_attention(
