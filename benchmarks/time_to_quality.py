@@ -225,8 +225,10 @@ def run_once(results: Results, task: Task, way: str, rate: float, *, points: int
         return
     steps, job = task.points(points), task.job | WAYS[way].job | {"learning_rate": rate}
     if WAYS[way].is_trl:
-        run = measure(Contender(TRLS), **job | {"save_at": steps, "save_dir": task.work})
-        evaluate_saved(run, job, {0: job["model"], **{n: f"{task.work}/step-{n}" for n in steps}})
+        # Of its own: an adapter that another way has left would be taken for this one's.
+        with tempfile.TemporaryDirectory(dir=task.work) as saved:
+            run = measure(Contender(TRLS), **job | {"save_at": steps, "save_dir": saved})
+            evaluate_saved(run, job, {0: job["model"], **{n: f"{saved}/step-{n}" for n in steps}})
     else:
         options = {"eval_steps": steps[0], **job.get("options", {})}
         run = measure(Contender(OURS), **job | {"options": options})
