@@ -153,11 +153,13 @@ def check_no_model_among(prompts: Sequence[str], source: ModelOptions) -> None:
 def quick_imports() -> Iterator[None]:
     """Pause Python's garbage collector within the block."""
     # Nearly all objects that an import makes stay. Looking through them takes a tenth of torch's import.
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()
 
 
 def load_model(
