@@ -3,8 +3,8 @@
 import json
 import re
 import subprocess
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ from handspun.serve.served import ServedModel
 from handspun.serve.worker import Worker, WorkerLimits
 from serving import Kitchen, ask, served, wait_until
 
-OPTIONS = ServeOptions()
+OPTIONS = ServeOptions(log_requests=False)
 
 
 @pytest.fixture(scope="module")
@@ -156,11 +156,22 @@ def requests(port: int) -> dict[tuple[str, str, str], float]:
     }
 
 
-def test_a_request_is_one_line_of_the_log(port: int, capfd: pytest.CaptureFixture[str]) -> None:
-    reply = ask(port, "/cook", {"text": "secret", "model": "tiny"})
-    ask(port, "/health")
-    ask(port, "/metrics")
-    [line] = printed_lines(capfd, 1)
+@contextmanager
+def served_for_a_test(worker: Worker, kitchen: Kitchen, options: ServeOptions) -> Iterator[int]:
+    """A server that ends with the block. A line of its log may be printed after the answer that it is of."""
+    service = Service(options, Metrics(), Keys([]), worker=worker)
+    with served(make_app(service, [*ABOUT, *kitchen.endpoints()]), options) as port:
+        yield port
+
+
+def test_a_request_is_one_line_of_the_log(
+    worker: Worker, kitchen: Kitchen, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with served_for_a_test(worker, kitchen, ServeOptions()) as port:
+        reply = ask(port, "/cook", {"text": "secret", "model": "tiny"})
+        ask(port, "/health")
+        ask(port, "/metrics")
+    [line] = capfd.readouterr().err.splitlines()
     assert re.fullmatch(
         r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ POST /cook 200 \d\.\d{3}s "
         rf'{reply.headers["x-request-id"]} model="tiny" prompt_tokens=6',
@@ -168,26 +179,18 @@ def test_a_request_is_one_line_of_the_log(port: int, capfd: pytest.CaptureFixtur
     )
 
 
-def printed_lines(capfd: pytest.CaptureFixture[str], count: int) -> list[str]:
-    """The lines of the log. They are printed when an answer has been sent, so they may come a little later."""
-    text = ""
-    end = time.monotonic() + 5
-    while text.count("\n") < count and time.monotonic() < end:
-        time.sleep(0.3)  # first: what is written while capfd empties its file is lost
-        text += capfd.readouterr().err
-    lines = (text + capfd.readouterr().err).splitlines()
-    assert len(lines) == count
-    return lines
-
-
-def test_a_client_cannot_forge_a_line_of_the_log(port: int, capfd: pytest.CaptureFixture[str]) -> None:
-    ask(port, "/cook", {"model": "a\n2026-01-01T00:00:00Z POST /forged 200\x1b[31m\x9b\u2028"})
-    ask(port, "/a%0Ab%1B[31m%C2%9B?secret=1")
-    lines = printed_lines(capfd, 2)
-    assert all(character.isprintable() for line in lines for character in line)
-    assert 'model="a\\n2026-01-01T00:00:00Z POST /forged 200\\u001b[31m' in lines[0]
-    assert "GET /a\\nb\\x1b[31m\\x9b 404" in lines[1]
-    assert "secret" not in lines[1]
+def test_a_client_cannot_forge_a_line_of_the_log(
+    worker: Worker, kitchen: Kitchen, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with served_for_a_test(worker, kitchen, ServeOptions()) as port:
+        ask(port, "/cook", {"model": "a\n2026-01-01T00:00:00Z POST /forged 200\x1b[31m\x9b\u2028"})
+        ask(port, "/a%0Ab%1B[31m%C2%9B?secret=1")
+    first, second = capfd.readouterr().err.splitlines()
+    assert first.isprintable()
+    assert second.isprintable()
+    assert 'model="a\\n2026-01-01T00:00:00Z POST /forged 200\\u001b[31m' in first
+    assert "GET /a\\nb\\x1b[31m\\x9b 404" in second
+    assert "secret" not in second
 
 
 def test_log_line_leaves_out_what_is_unknown() -> None:
@@ -198,9 +201,7 @@ def test_log_line_leaves_out_what_is_unknown() -> None:
 def test_no_line_is_printed_if_nobody_wants_it(
     worker: Worker, kitchen: Kitchen, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    options = ServeOptions(log_requests=False)
-    service = Service(options, Metrics(), Keys([]), worker=worker)
-    with served(make_app(service, kitchen.endpoints()), options) as port:
+    with served_for_a_test(worker, kitchen, ServeOptions(log_requests=False)) as port:
         ask(port, "/cook", {})
     assert capfd.readouterr().err == ""
 
