@@ -23,11 +23,10 @@ ENDLESS = {"prompt": "Hi", "max_tokens": 2000, "min_tokens": 2000, "seed": 1}
 
 
 @dataclass
-class Live:
-    """A server that runs."""
+class Remote:
+    """A server that runs, in this process or in another one."""
 
     port: int
-    service: Service
 
     @property
     def url(self) -> str:
@@ -69,6 +68,13 @@ class Live:
         """Whether nothing runs, nothing waits, and no memory is reserved."""
         names = ("handspun_running", "handspun_waiting", "handspun_kv_tokens_used")
         return all(self.figure(name) == 0 for name in names)
+
+
+@dataclass
+class Live(Remote):
+    """A server that runs in this process."""
+
+    service: Service
 
 
 def live_chat() -> ChatModel:

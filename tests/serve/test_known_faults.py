@@ -29,7 +29,9 @@ def server() -> Iterator[Live]:
 
 @pytest.fixture(scope="module")
 def long() -> Iterator[Live]:
-    with live(served_chat(max_position_embeddings=16_384), kv_tokens=100_000, cache_bytes=0) as server:
+    options = ServeOptions(log_requests=False, max_connections=400, max_tokens=10_000)
+    chat = served_chat(max_position_embeddings=16_384)
+    with live(chat, options, kv_tokens=100_000, cache_bytes=0, queue=200, step_seconds=0.03) as server:
         yield server
 
 
@@ -76,33 +78,32 @@ def test_a_client_that_leaves_and_asks_again_piles_up_no_work(long: Live) -> Non
 
 def test_streams_go_on_while_four_prompts_of_8k_come_in(long: Live) -> None:
     body = {**ENDLESS, "max_tokens": 200, "min_tokens": 200, "stream": True}
-
-    def worst_gap(prompts: int) -> float:
-        with ExitStack() as stack, ThreadPoolExecutor(8) as pool:
-            streams = [stack.enter_context(long.begin(COMPLETIONS, **body)) for _ in range(4)]
-            for stream in streams:
-                stream.read_until(b"\r\n\r\n")
-            gaps = [pool.submit(longest_gap, stream) for stream in streams]
-            asked = [
-                pool.submit(long.post, COMPLETIONS, prompt=prompt_of_8k(number), max_tokens=1)
-                for number in range(prompts)
-            ]
-            assert all(future.result().status == 200 for future in asked)
-            return max(future.result() for future in gaps)
-
-    # Other work on the machine makes gaps too, and these do not count.
-    assert any(worst_gap(4) < 0.3 + 5 * worst_gap(0) for _ in range(3))
+    with ExitStack() as stack, ThreadPoolExecutor(8) as pool:
+        streams = [stack.enter_context(long.begin(COMPLETIONS, **body)) for _ in range(4)]
+        for stream in streams:
+            stream.read_until(b"\r\n\r\n")
+        gaps = [pool.submit(longest_gap, stream) for stream in streams]
+        asked = [
+            pool.submit(long.post, COMPLETIONS, prompt=prompt_of_8k(number), max_tokens=1) for number in range(4)
+        ]
+        assert all(future.result().status == 200 for future in asked)
+        # A step may take 0.03 seconds here. Without a limit to steps, the gap is longer than this.
+        assert max(future.result() for future in gaps) < 0.15
 
 
-def test_two_hundred_requests_that_are_left_cost_nothing(server: Live) -> None:
-    clients = [server.begin(COMPLETIONS, **ENDLESS) for _ in range(200)]
-    wait_until(lambda: server.figure("handspun_running") == 2)
+def test_two_hundred_requests_that_are_left_cost_nothing(long: Live) -> None:
+    """Ten fit into the KV cache at a time, and the others wait."""
+    before = long.figure("handspun_cancelled_total")
+    body = {**ENDLESS, "max_tokens": 10_000, "min_tokens": 10_000}
+    clients = [long.begin(COMPLETIONS, **body) for _ in range(200)]
+    wait_until(lambda: long.figure("handspun_running") + long.figure("handspun_waiting") == 200)
     for client in clients:
         client.socket.close()
     began = time.monotonic()
-    wait_until(lambda: server.post(CHAT, **SHORT).status == 200)
+    wait_until(lambda: long.post(CHAT, **SHORT).status == 200)
     assert time.monotonic() - began < 5
-    wait_until(server.is_idle)
+    wait_until(long.is_idle)
+    assert long.figure("handspun_cancelled_total") == before + 200
 
 
 def test_any_stop_string_cuts_streams_and_answers_alike(server: Live) -> None:
@@ -230,7 +231,7 @@ def test_conversations_with_the_same_beginning_never_mix() -> None:
     with live(live_chat(), cache_bytes=0) as cold:
         expected = [cold.answer(CHAT, **body(number))["choices"] for number in range(16)]
     with live(live_chat(), cache_bytes=2**18) as warm, ThreadPoolExecutor(16) as pool:
-        for _ in range(4):
+        for _ in range(63):  # a thousand requests
             found = pool.map(lambda number: warm.answer(CHAT, **body(number))["choices"], range(16))
             assert list(found) == expected
 
@@ -292,35 +293,32 @@ def test_a_refusal_comes_at_once(server: Live) -> None:
     bodies: tuple[dict[str, Any], ...] = (
         {"n": 16_384},
         {"best_of": 10**6},
-        {"stop": ["a"] * 50_000},
+        {"stop": ["a"] * 400_000},  # more would be a body that is too large
+        {"messages": HI * 30_000},
         {"logit_bias": dict.fromkeys(map(str, range(50_000)), 1)},
         {"bad_words": [5] * 50_000},
         {"tools": [{}] * 50_000},
     )
 
     def seconds(data: bytes) -> float:
-        began = time.process_time()  # of client and server, whatever else the machine does
+        """Processor time of all threads but the client's: other work on the machine does not count."""
+        began = time.process_time() - time.thread_time()
         assert ask(server.port, CHAT, data).status == 400
-        return time.process_time() - began
+        return time.process_time() - time.thread_time() - began
 
     for body in bodies:
         data = json.dumps({**SHORT, **body}).encode()
-        assert min(seconds(data) for _ in range(5)) < 0.1, data[:80]  # half of it on an idle machine
+        assert min(seconds(data) for _ in range(5)) < 0.05, data[:80]
 
 
 def test_a_neighbor_s_tokens_come_while_hostile_grammars_are_read(server: Live) -> None:
     hostile = ["(a|a)*" * 30 + "b", "((a{1,1000}){1,1000}){1,1000}", "(([a-z])+.)+[A-Z]([a-z])+" * 20]
     body = {**ENDLESS, "max_tokens": 800, "min_tokens": 800, "stream": True}
-
-    def worst_gap() -> float:
-        with server.begin(COMPLETIONS, **body) as neighbor, ThreadPoolExecutor(3) as pool:
-            neighbor.read_until(b"\r\n\r\n")
-            asked = [pool.submit(server.post, CHAT, **SHORT, guided_regex=regex) for regex in hostile]
-            gap = longest_gap(neighbor)
-            assert {future.result().status for future in asked} <= {200, 400}
-            return gap
-
-    assert any(worst_gap() < 0.5 for _ in range(5))  # other work on the machine makes gaps too
+    with server.begin(COMPLETIONS, **body) as neighbor, ThreadPoolExecutor(3) as pool:
+        neighbor.read_until(b"\r\n\r\n")
+        asked = [pool.submit(server.post, CHAT, **SHORT, guided_regex=regex) for regex in hostile]
+        assert longest_gap(neighbor) < 0.5
+        assert {future.result().status for future in asked} <= {200, 400}
 
 
 def test_a_request_is_one_line_of_the_log_whatever_it_asks() -> None:

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +19,7 @@ from handspun.errors import ConfigError, ModelError
 from handspun.models.load import ChatModel
 from handspun.serve.connection import listen
 from handspun.serve.server import serve
-from serving import Client, ask, wait_until
+from serving import Client, ask, server_process, wait_until
 
 LONG = {"prompt": "Hi", "max_tokens": 400, "ignore_eos": True, "stream": True, "seed": 1}
 
@@ -192,26 +190,9 @@ def streaming(port: int) -> Iterator[Client]:
         yield client
 
 
-@contextmanager
-def process(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """`handspun serve` in a process of its own, and its port."""
-    command = [sys.executable, "-m", "handspun", "serve", str(folder), "--port", "0", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as running:
-        try:
-            lines = list[str]()
-            while not (match := re.match(r"ready: http://127\.0\.0\.1:(\d+)/v1", lines[-1] if lines else "")):
-                line = running.stderr.readline()
-                assert line, lines
-                lines.append(line)
-            yield running, int(match[1])
-        finally:
-            running.kill()
-
-
 @pytest.mark.slow
 def test_a_process_exits_with_0_after_a_signal(tiny_folder: Path) -> None:
-    with process(tiny_folder) as (running, port):
+    with server_process(tiny_folder) as (running, port):
         with streaming(port) as client:
             running.send_signal(signal.SIGINT)
             assert b"".join(client.chunks()).endswith(b"data: [DONE]\n\n")
@@ -221,7 +202,7 @@ def test_a_process_exits_with_0_after_a_signal(tiny_folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_second_signal_ends_a_process_at_once(tiny_folder: Path) -> None:
-    with process(tiny_folder) as (running, port), streaming(port):
+    with server_process(tiny_folder) as (running, port), streaming(port):
         running.send_signal(signal.SIGTERM)
         wait_until(lambda: ask(port, "/health").status == 503)
         begun = time.monotonic()
