@@ -27,6 +27,7 @@ FILES = {
 SHORTER = {
     **{command: ["--max-new-tokens", "4"] for command in ("generate", "eval", "compare", "verify")},
     "train": ["--no-sample-answers", "--report-rows", "2"],
+    "demo": ["--num-epochs", "1"],
 }
 
 

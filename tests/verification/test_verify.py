@@ -349,7 +349,7 @@ def test_a_failure_is_exit_code_one(
 @pytest.mark.embedded
 def test_the_embedded_model_passes(smollm2: ChatModel) -> None:
     rounded = handspun.load("smollm2-135m", weights="int8")
-    prompts = [DEFAULT_PROMPTS[number] for number in (0, 3, 4)]  # a few words, Chinese, and code
+    prompts = [DEFAULT_PROMPTS[number] for number in (0, 3)]  # a few words, and Chinese
     findings = list(verify(smollm2, prompts, rounded=rounded, rounded_name="int8", max_new_tokens=6))
     assert [finding for finding in findings if finding.status == "fail"] == []
     passed = {(finding.check, finding.case) for finding in findings if finding.status == "pass"}
