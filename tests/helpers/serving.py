@@ -112,6 +112,7 @@ def server_process(folder: Path, *options: str) -> Iterator[tuple[subprocess.Pop
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as running:
         try:
+            assert running.stderr is not None
             lines = list[str]()
             while not (match := re.match(r"ready: http://127\.0\.0\.1:(\d+)/v1", lines[-1] if lines else "")):
                 line = running.stderr.readline()
