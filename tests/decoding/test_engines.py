@@ -246,7 +246,7 @@ def int8_chat() -> ChatModel:
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["fastest", "none"])
 def test_int8_answers_do_not_depend_on_batch_mates(kernels: str) -> None:
-    """100 batches, of any answers in any order, that join and leave as they may: the same text, bit for bit."""
+    """40 batches, of any answers in any order, that join and leave as they may: the same text, bit for bit."""
     with chosen(kernels) if kernels == "none" else nullcontext():
         answers_stay_the_same(int8_chat())
 
@@ -263,7 +263,7 @@ def answers_stay_the_same(chat: ChatModel) -> None:
         return {n: (answer.token_ids, answer.logprobs) for n, answer in zip(chosen, found, strict=True)}
 
     alone = {n: answers([n])[n] for n in range(12)}
-    for _ in range(100):
+    for _ in range(40):
         chosen = choose.sample(range(12), choose.randint(2, 6))
         limits = {"batch_size": choose.randint(1, 5), "max_batch_tokens": choose.choice([60, 200, 10_000])}
         assert answers(chosen, **limits) == {n: alone[n] for n in chosen}
