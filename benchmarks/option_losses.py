@@ -78,7 +78,7 @@ def measured(arguments: argparse.Namespace, work: Path, choice: str) -> Run:
 
 
 def summary(results: Results, option: str) -> str:
-    """The table of docs/benchmarks.md."""
+    """The table of docs/benchmarks/quality.md."""
     exact = results.of(CHOICES[option][0])[0]
     rows = []
     for choice in CHOICES[option]:

@@ -80,7 +80,7 @@ WAYS = {
     "TRL, full": Way(TRLS, "TRL, full", {"options": TRL_AT_ITS_BEST}),
 }
 FIRST_RATES = {"full": 1e-4, "LoRA": 1e-3}
-"""Of the sweeps: lower ones were worse in docs/benchmarks.md, "Learning rates"."""
+"""Of the sweeps: lower ones were worse in docs/benchmarks/quality.md, "Learning rates"."""
 Curve = list[tuple[float, float]]
 """(seconds of training, held-out loss), from before the first step to after the last."""
 

@@ -26,7 +26,7 @@ CONTENDERS = ROOT / "benchmarks" / "contenders"
 
 def commands_of_decode() -> list[list[str]]:
     """As they stand in the documents and in the script's own head."""
-    texts = [page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]]
+    texts = [page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]]
     lines = re.findall(r"^ +python benchmarks/decode\.py(.*)$", "\n".join([*texts, decode.__doc__]), re.MULTILINE)
     return [shlex.split(re.sub(r"[\[\]]", "", line)) for line in lines]
 
