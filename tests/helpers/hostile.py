@@ -1,6 +1,6 @@
 """Data as it comes from anywhere: all that has gone wrong somewhere, made by code, with what must become of it.
 
-python tests/helpers/hostile.py     the table of docs/reliability.md
+python tests/helpers/hostile.py     the table of docs/data_from_anywhere.md
 """
 
 from hostile_files import CUT_SHORT_OR_MALFORMED, ENCODINGS, NO_FILES, SIZES
