@@ -2,6 +2,7 @@
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,27 @@ def test_control_c_at_the_prompt_says_how_to_exit(
     assert "you: " in capsys.readouterr().out
 
 
-def test_notes_are_broken_between_words(monkeypatch: pytest.MonkeyPatch, tiny_chat: ChatModel) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+def test_speed_is_shown_after_an_answer_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, tiny_chat: ChatModel
+) -> None:
+    """By this clock each token takes a quarter of a second. The first, which waits for the prompt, is left out."""
+    printed: list[str] = []
+    for screen in (Terminal(), io.StringIO()):
+        monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
+        console = Console(file=screen, width=80, color_system=None)
+        options = GenerationOptions(max_new_tokens=4, min_new_tokens=4)
+        Chat(tiny_chat, options, console, clock=partial(next, (n / 4 for n in range(100)))).loop()
+        printed.append(screen.getvalue())
+    assert "[4 tokens, 4.0 tokens/s]" in printed[0]
+    assert "tokens/s" not in printed[1]
+
+
+def test_notes_are_broken_between_words(monkeypatch: pytest.MonkeyPatch, tiny_chat: ChatModel) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("/help\n/retry\none\n/retry\n"))
     screen = Terminal()
     Chat(tiny_chat, GenerationOptions(max_new_tokens=1), Console(file=screen, width=80, color_system=None)).loop()

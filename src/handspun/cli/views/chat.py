@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from handspun.data.messages import Message
 from handspun.decoding.generate import stream
 from handspun.decoding.options import resolve
 from handspun.decoding.prompts import context_length
-from handspun.display import is_terminal, write_text
+from handspun.display import count_of, is_terminal, write_text
 from handspun.errors import DataError, HandspunError
 from handspun.models.load import ChatModel
 
@@ -40,6 +41,7 @@ class Chat:
     system_prompt: str | None = None
     messages: list[Message] = field(default_factory=list)
     retries: int = 0
+    clock: Callable[[], float] = time.perf_counter
 
     def loop(self) -> None:
         """Read messages and commands, and answer, until /quit or the end of the input."""
@@ -106,16 +108,28 @@ class Chat:
         seed = resolve(self.options, self.model, chat=True)[0].seed
         options = replace(self.options, seed=seed + self.retries if isinstance(seed, int) else seed)
         answer, wrap = "", WordWrap(self.console.width if is_terminal(self.console.file) else None)
+        tokens: list[int] = []
+        times: list[float] = []
         try:
             for chunk in stream(self.model, [messages], options=options, system_prompt=self.system_prompt):
                 if chunk.return_index == 0:  # a conversation continues from one answer
                     answer += chunk.text
+                    tokens.append(len(chunk.token_ids))
+                    times.append(self.clock())
                     write_text(self.console, wrap.push(chunk.text), end="")
             write_text(self.console, wrap.finish())
+            self._show_speed(tokens, times)
         except KeyboardInterrupt:
             write_text(self.console, wrap.finish(), end="")
             self.console.print(" (stopped)", style="dim")
         return answer
+
+    def _show_speed(self, tokens: list[int], times: list[float]) -> None:
+        """Print an answer's tokens per second on a terminal. tokens, times: number and time of each addition."""
+        later = sum(tokens[1:])  # the first addition also waits for the prompt
+        if later and times[-1] > times[0] and is_terminal(self.console.file):
+            rate = later / (times[-1] - times[0])
+            self._note(f"[{count_of(sum(tokens), 'token')}, {rate:.1f} tokens/s]")
 
     def _fitting(self, messages: list[Message]) -> list[Message]:
         """Return the messages without the oldest turns if these leave no room for an answer, and say so."""
