@@ -23,6 +23,14 @@ def test_held_out_rows_come_from_one_place() -> None:
     assert "eval_data and eval_ratio exclude each other" in found
 
 
+@pytest.mark.parametrize(
+    "options", [{"lora_target_modules": ("q_proj",)}, {"lora": True, "lora_target_modules": ()}]
+)
+def test_target_modules_are_for_lora_and_at_least_one(options: dict[str, object]) -> None:
+    (found,) = problems(TrainConfig, **options)
+    assert found.startswith("lora_target_modules names layers for LoRA adapters. Add")
+
+
 def test_beams_with_top_p_and_no_sampling_is_a_contradiction() -> None:
     (found,) = problems(GenerationOptions, num_beams=4, top_p=0.9)
     assert found.startswith("top_p only affects sampling, and num_beams=4 does not sample.")

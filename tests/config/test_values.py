@@ -395,7 +395,7 @@ def test_every_note_on_another_tool_s_option_names_options_that_there_are(names:
         (TrainConfig, "fp16", "--dtype"),
         (TrainConfig, "bf16", "--dtype"),
         (TrainConfig, "load_in_4bit", "--base-weights int8"),
-        (TrainConfig, "target_modules", "all linear layers"),
+        (TrainConfig, "target_modules", "--lora-target-modules"),
         (TrainConfig, "max_seq_length", "--max-length"),
         (TrainConfig, "num_train_epochs", "--num-epochs"),
         (TrainConfig, "total_steps", "--max-steps"),

@@ -104,15 +104,17 @@ def test_a_quarter_of_the_memory() -> None:
     assert not list(layer.parameters())
 
 
-def test_only_the_layers_under_adapters_are_rounded() -> None:
-    model: Any = add_lora(tiny_model("llama"), "tiny", rank=2, alpha=4, dropout=0.0)
+@pytest.mark.parametrize("targets", [None, ["q_proj"]])
+def test_all_layers_but_embedding_head_and_adapters_are_rounded(targets: list[str] | None) -> None:
+    model: Any = add_lora(tiny_model("llama"), "tiny", rank=2, alpha=4, dropout=0.0, target_modules=targets)
     quantize_base(model)
     kinds = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
     assert isinstance(model.base_model.model.lm_head, nn.Linear)
     assert isinstance(kinds["embed_tokens"], nn.Embedding)
     rounded = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
     assert len(rounded) == 2 * 7
-    assert not [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.shape == (64, 32)]
+    floats = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert {name.rpartition(".")[2] for name in floats} == {"default", "lm_head"}  # peft's name of the adapter
 
 
 @pytest.mark.parametrize("is_int8", [False, True])

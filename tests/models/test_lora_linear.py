@@ -9,6 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
+from handspun.errors import ConfigError
 from handspun.models.lora import LoraLinear, add_lora
 from tiny import tiny_model
 
@@ -32,6 +33,25 @@ def result_and_gradients(forward: Any, lora: LoraLinear, x: Tensor) -> list[Tens
     y = forward(x)
     weights = torch.arange(y.numel(), dtype=y.dtype).view_as(y) / y.numel()
     return [y, *torch.autograd.grad((y * weights).sum(), [x, a, b])]
+
+
+def test_add_lora_adapts_the_named_layers_alone() -> None:
+    model: Any = add_lora(
+        tiny_model("qwen2"), "tiny", rank=3, alpha=6, dropout=0.0, target_modules=["q_proj", "1.mlp.up_proj"]
+    )
+    adapted = {
+        name.partition(".layers.")[2] for name, module in model.named_modules() if isinstance(module, LoraLinear)
+    }
+    assert adapted == {"0.self_attn.q_proj", "1.self_attn.q_proj", "1.mlp.up_proj"}
+    trained = {name.rpartition(".lora_")[0] for name, weight in model.named_parameters() if weight.requires_grad}
+    assert {name.partition(".layers.")[2] for name in trained} == adapted
+
+
+@pytest.mark.parametrize("name", ["attn", "proj", "lm_head", "self_attn"])
+def test_add_lora_lists_the_layers_for_an_unknown_name(name: str) -> None:
+    names = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    with pytest.raises(ConfigError, match=rf"no linear layer {name} \(expected some of {names}\)"):
+        add_lora(tiny_model("qwen2"), "tiny", rank=3, alpha=6, dropout=0.0, target_modules=["q_proj", name])
 
 
 @pytest.mark.parametrize("bias", [True, False])

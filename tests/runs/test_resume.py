@@ -29,6 +29,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "full padded": {"batching": "padded"},
     "LoRA with dropout": LORA,
     "LoRA padded": {**LORA, "batching": "padded"},
+    "LoRA on two layers, int8 base": {
+        "lora": True,
+        "base_weights": "int8",
+        "lora_target_modules": ("q_proj", "up_proj"),
+    },
     "int8 base, computed again": {"lora": True, "base_weights": "int8", "activation_checkpointing": True},
     "states in 8 bits": {"optimizer_states": "8bit"},
     "states in bfloat16": {"optimizer_states": "bfloat16"},

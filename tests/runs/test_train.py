@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 import handspun
 from backends import chosen
 from handspun.display import log_lines_to
-from handspun.errors import DataError, HandspunError, OutputError
+from handspun.errors import ConfigError, DataError, HandspunError, OutputError
 from handspun.runs.train import train
 from handspun.training.checkpoint import is_checkpoint
 from small_runs import ROWS, printed_to, quiet_console
@@ -105,6 +107,39 @@ def test_an_int8_base_trains_packed_and_leaves_an_ordinary_adapter(tiny_folder: 
     assert losses["int8"] != losses["float32"]
     adapted = handspun.load(str(run.checkpoints[-1]))
     assert handspun.generate(adapted, "Say 3.", max_new_tokens=5)[0].token_ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base_weights", ["float32", "int8"])
+def test_adapters_on_some_layers_are_planned_saved_and_exported(
+    tiny_folder: Path, data: Path, base_weights: str
+) -> None:
+    options: dict[str, Any] = {
+        "lora": True,
+        "base_weights": base_weights,
+        "lora_target_modules": ("q_proj", "v_proj"),
+    }
+    run = train(config(tiny_folder, data, **options), console=quiet_console())
+    assert run.plan.trainable == sum(
+        value.numel() for value in load_file(run.checkpoints[-1] / "adapter_model.safetensors").values()
+    )
+    saved = json.loads((run.checkpoints[-1] / "adapter_config.json").read_text(encoding="utf-8"))
+    assert sorted(saved["target_modules"]) == ["q_proj", "v_proj"]
+    assert "on q_proj, v_proj" in (run.checkpoints[-1] / "README.md").read_text(encoding="utf-8")
+    merged = handspun.export(str(run.checkpoints[-1]), output_dir=str(data.with_name("merged")), merge=True)
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_folder, Path(merged)))
+    changed = {name.split(".")[-2] for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {"embed_tokens", "q_proj", "v_proj"}  # its end of turn is new to the tiny model
+
+
+def test_target_modules_that_the_model_has_not_are_an_error_before_anything_is_written(
+    tiny_folder: Path, data: Path
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"no linear layer c_attn \(expected some of down_proj, gate_proj, k_proj"
+    ):
+        train(config(tiny_folder, data, lora=True, lora_target_modules=("c_attn",)), console=quiet_console())
+    assert not data.with_name("output").exists()
 
 
 def test_the_best_checkpoint_is_kept_not_the_last(tiny_folder: Path, data: Path) -> None:

@@ -87,12 +87,12 @@ def test_bfloat16_gradients_are_no_farther_from_float64_than_those_of_transforme
 
 @needs_kernels
 @pytest.mark.parametrize("base", ["float32", "int8"])
-def test_adapters_have_the_gradients_of_padded_rows(base: str) -> None:
+@pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj"], ["k_proj", "up_proj"]])
+def test_adapters_have_the_gradients_of_padded_rows(base: str, targets: list[str] | None) -> None:
     torch.manual_seed(0)
-    model: Any = a_model()
+    model: Any = add_lora(a_model(), "tiny", rank=4, alpha=8, dropout=0.0, target_modules=targets)
     if base == "int8":
         quantize_base(model)
-    model = add_lora(model, "tiny", rank=4, alpha=8, dropout=0.0)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
@@ -102,8 +102,9 @@ def test_adapters_have_the_gradients_of_padded_rows(base: str) -> None:
         wanted = {
             name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None
         }
-        assert len(wanted) == 2 * 2 * 7  # A and B of the matrices of two layers
-        assert relative_error(gradients(model), wanted) < 1e-5
+        assert len(wanted) == 2 * 2 * len(targets or range(7))  # A and B of the matrices of two layers
+        # Gradients that go through int8 layers are rounded even here.
+        assert relative_error(gradients(model), wanted) < (0.01 if base == "int8" else 1e-5)
 
 
 @needs_kernels

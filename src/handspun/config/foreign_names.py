@@ -17,7 +17,7 @@ _FOUR_BITS = (
     "4-bit weights are not supported: {base_weights} int8 with {lora} keeps the frozen weights in a quarter of "
     "float32's memory."
 )
-_TARGETS = "LoRA adapters are always added to all linear layers except the head."
+_NO_MODULES_TO_SAVE = "With {lora}, everything but the adapters is frozen."
 _ANSWERS = "Only assistant messages are trained on. `handspun preview` shows them."
 _COLUMNS = "Columns are recognized by name (docs/data.md has the list). Rename yours."
 _TRUST = "Code that comes with a model or a data set is never run."
@@ -83,8 +83,8 @@ FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
     ("lora_r r rank lora_dim", "{lora_rank}"),
     ("alpha", "{lora_alpha}"),
     ("dropout lora_drop", "{lora_dropout}"),
-    ("target_modules lora_target lora_target_modules lora_modules lora_target_linear", _TARGETS),
-    ("modules_to_save lora_modules_to_save freeze_layers", _TARGETS),
+    ("target_modules lora_target lora_modules lora_target_linear lora_keys", "{lora_target_modules}"),
+    ("modules_to_save lora_modules_to_save freeze_layers", _NO_MODULES_TO_SAVE),
     ("use_rslora use_dora lora_bias bias init_lora_weights", "Adapters are plain LoRA, scaled by alpha / rank."),
     ("neftune_noise_alpha label_smoothing label_smoothing_factor", "The loss is plain cross-entropy."),
     ("train_on_inputs train_on_prompt train_on_source mask_prompt completion_only_loss", _ANSWERS),

@@ -156,6 +156,9 @@ class TrainConfig(DataConfig):
     lora_alpha: int = 32
     """LoRA scale: updates are multiplied by alpha / rank."""
 
+    lora_target_modules: tuple[str, ...] | None = None
+    """Names of the linear layers that get LoRA adapters, such as q_proj. Repeatable. Default: all but the head."""
+
     lora_dropout: float = 0.0
     """Dropout on the LoRA branch's input (0 to 1)."""
 
@@ -239,6 +242,11 @@ class TrainConfig(DataConfig):
             problems.append(
                 "--base-weights int8 needs --lora: int8 weights are frozen, so without adapters there would be "
                 "nothing to train. Add --lora, or remove --base-weights."
+            )
+        if self.lora_target_modules is not None and not (self.lora and self.lora_target_modules):
+            problems.append(
+                "--lora-target-modules names layers for LoRA adapters. Add --lora and at least one name, or "
+                "remove it."
             )
         if self.base_weights == "int8" and self.shard:
             problems.append(

@@ -30,14 +30,19 @@ _CHANNELS_AT_ONCE = 8192
 
 
 def quantize_base(model: "PreTrainedModel") -> None:
-    """Replace the linear layers under a model's LoRA adapters (peft's) with int8 layers, one at a time."""
+    """Replace a model's frozen linear layers, with LoRA adapters (peft's) or without, one at a time."""
     from peft.tuners.lora import LoraLayer
 
-    # Embedding and head, which have no adapters, stay float: a row of a softmax's gradient is one large value and
-    # thousands of small ones, which one scale per row would lose.
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and isinstance(module.base_layer, nn.Linear):
-            module.base_layer = int8_linear(module.base_layer)
+    # Embedding and head stay float: a row of a softmax's gradient is one large value and thousands of small ones,
+    # which one scale per row would lose.
+    head: Any = model.get_output_embeddings()
+    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    bases = {layer.base_layer for layer in adapted}
+    kept = {*head.modules(), *(part for layer in adapted for part in layer.modules() if part not in bases)}
+    for module in [*model.modules()]:
+        for name, layer in [*module.named_children()]:
+            if isinstance(layer, nn.Linear) and layer not in kept:
+                setattr(module, name, int8_linear(layer))
 
 
 def int8_linear(linear: nn.Linear) -> "Int8Linear":

@@ -1,4 +1,4 @@
-"""LoRA through peft: low-rank adapters on every linear layer but the head (Hu et al. 2021, arXiv:2106.09685)."""
+"""LoRA through peft: low-rank adapters on linear layers, never the head (Hu et al. 2021, arXiv:2106.09685)."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -19,7 +19,8 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from handspun.errors import ModelError
+from handspun.display import join_names
+from handspun.errors import ConfigError, ModelError
 from handspun.models.adapters import embedding_rows
 from handspun.models.tokenizer_file import quiet
 
@@ -118,6 +119,7 @@ def add_lora(
     rank: int,
     alpha: int,
     dropout: float,
+    target_modules: Sequence[str] | None = None,
     new_token_ids: Sequence[int] = (),
 ) -> PreTrainedModel:
     """Add trainable LoRA adapters to the model and freeze everything else.
@@ -128,15 +130,19 @@ def add_lora(
         rank: rank of the LoRA matrices.
         alpha: LoRA's scale: updates are multiplied by alpha / rank.
         dropout: dropout on the adapters' input.
+        target_modules: names of the linear layers that get adapters (None: all but the head).
         new_token_ids: ids whose rows of embedding and head are trained too. Adapters alone cannot teach a model to
             write a token that it was never trained on.
+
+    Raises ConfigError for names that no linear layer of the model has.
     """
+    _check_target_modules(model, target_modules or ())
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules="all-linear",
+        target_modules=[*target_modules] if target_modules else "all-linear",
         trainable_token_indices=_embedding_rows(model, new_token_ids) if new_token_ids else None,
     )
     # Experimental in peft, but its only way to use another class for its layers.
@@ -225,6 +231,19 @@ def _raise_if_any(names: Iterable[str], what: str, adapter: Path, base_name: str
         raise ModelError(
             f"{adapter} does not fit its base {base_name}: it has {len(found)} {what} (first {found[0]}). Set "
             f"base_model_name_or_path in {adapter / 'adapter_config.json'} to the model that it was trained on."
+        )
+
+
+def _check_target_modules(model: PreTrainedModel, names: Sequence[str]) -> None:
+    head = model.get_output_embeddings()
+    layers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    # peft's rule: a layer's name, or the end of it after a dot.
+    unknown = [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
+    if unknown:
+        there = join_names(sorted({layer.rpartition(".")[2] for layer in layers}))
+        raise ConfigError(
+            f"--lora-target-modules: the model has no linear layer {join_names(unknown)} "
+            f"(expected some of {there})."
         )
 
 

@@ -30,7 +30,7 @@ class Way:
 
 
 _KINDS: list[dict[str, Any]] = [
-    {"lora": False, "base_weights": "float32"},
+    {"lora": False, "base_weights": "float32", "lora_target_modules": None},
     {"lora": True, "base_weights": "float32"},
     {"lora": True, "base_weights": "int8"},
 ]

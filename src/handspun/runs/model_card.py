@@ -102,7 +102,9 @@ def _trained(record: RunRecord, checkpoint: Mapping[str, Any]) -> Iterator[tuple
     assert plan is not None
     yield "base model", base_name(config["model"])
     if config["lora"]:
-        yield "method", f"LoRA, rank {config['lora_rank']}, alpha {config['lora_alpha']}, on every linear layer"
+        names = config.get("lora_target_modules")  # runs of earlier versions have no such option
+        layers = ", ".join(names) if names else "every linear layer"
+        yield "method", f"LoRA, rank {config['lora_rank']}, alpha {config['lora_alpha']}, on {layers}"
     else:
         yield "method", "full fine-tuning"
     yield "parameters", f"{plan.parameters / 1e6:.1f}M, {plan.trainable / 1e6:.1f}M trained"

@@ -98,5 +98,6 @@ def with_lora(
         rank=config.lora_rank,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
         new_token_ids=new_token_ids,
     )

@@ -13,7 +13,7 @@ GROUPS = {
     "Model": "model-a model-b model weights device threads chat-template template-args",
     "Rows": "data limit data-format columns role-map max-length strict cache-examples",
     "Training": "num-epochs max-steps learning-rate lr-schedule warmup-ratio weight-decay max-grad-norm",
-    "LoRA": "lora lora-rank lora-alpha lora-dropout base-weights",
+    "LoRA": "lora lora-rank lora-alpha lora-target-modules lora-dropout base-weights",
     "Evaluation": "eval-data eval-ratio eval-steps generate per-row",
     "Answers during training": "sample-answers sample-prompts sample-every",
     "Length and end": "max-new-tokens min-new-tokens stop-strings",
