@@ -16,6 +16,7 @@ import handspun
 from handspun.display import captured_log
 from handspun.errors import ModelError, TemplateError
 from handspun.models import embedded
+from handspun.models import load as load_module
 from handspun.models.end_of_turn import end_of_turn_is_new, eos_token_ids, make_end_of_turn_eos
 from handspun.models.load import ChatModel, checkpoint_of_run, load, resolve_device
 from handspun.models.lora import add_lora
@@ -226,6 +227,15 @@ def test_load_a_runs_folder_loads_its_checkpoint_and_says_so(tmp_path: Path) -> 
         chat = load(str(tmp_path / "output"))
     assert torch.equal(chat.model.lm_head.weight, model.lm_head.weight)
     assert f"{tmp_path / 'output'}: checkpoint-epoch-2 of this run" in lines
+
+
+def test_resolve_device_auto_on_a_mac_says_once_that_it_takes_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_module._log_untried_gpu.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with captured_log() as log:
+        assert {resolve_device("auto").type, resolve_device("auto").type} == {"cpu"}
+    assert log == ["running on the CPU: this Mac's GPU has not been tried (--device mps takes it)"]
 
 
 @pytest.mark.parametrize(

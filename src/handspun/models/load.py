@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -264,6 +264,8 @@ _OTHER_NAMES = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "hip": "cuda", 
 def resolve_device(device: str) -> torch.device:
     """Return the named device, or a GPU (if there is one) for "auto". Raises ModelError if it is not available."""
     if device == "auto":
+        if torch.backends.mps.is_available():
+            _log_untried_gpu()
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
@@ -282,6 +284,12 @@ def resolve_device(device: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ModelError(f"--device {device} is not available here ({reason}). Use cpu or auto.") from error
     return found
+
+
+@cache
+def _log_untried_gpu() -> None:
+    """Log, once per process, that a Mac's GPU is left alone."""
+    logger.info("running on the CPU: this Mac's GPU has not been tried (--device mps takes it)")
 
 
 def resolve_dtype(dtype: Weights, device: torch.device) -> torch.dtype:

@@ -132,7 +132,8 @@ def plan_lines(plan: Plan, config: TrainConfig, max_length: int) -> list[str]:
         *head,
         f"tokens per epoch: {plan.tokens}, {plan.learned_tokens} of them targets,",
         f"  {plan.computed_tokens} computed ({plan.batching}); rows of at most {max_length}",
-        f"  in {plan.micro_batches} micro-batches of at most {config.max_tokens}",
+        f"  in {plan.micro_batches:,} micro-batch{'es' if plan.micro_batches != 1 else ''} of at most "
+        f"{config.max_tokens} tokens",
         rate,
         memory,
         f"disk: each checkpoint {readable_size(plan.checkpoint_size)}, the last {config.keep_last} with "
