@@ -36,6 +36,7 @@ from handspun.display import (
     logger,
     prefixed_log,
     print_error_line,
+    print_line,
     printable,
     progress,
     protected_streams,
@@ -324,3 +325,15 @@ def test_progress_without_a_terminal_is_a_line_every_ten_seconds(capsys: pytest.
         for done in (100, 1100, 1150, 1200):
             on_done(done)
     assert capsys.readouterr().err == "answering 1,200 prompts ...\n  1,100 of 1,200\n"
+
+
+def test_print_line_breaks_between_words_on_a_terminal_alone() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    printed = []
+    for stream in (Terminal(), io.StringIO()):
+        print_line(HarmlessConsole(file=stream, width=12, color_system=None), "some [bold] words")
+        printed.append(stream.getvalue())
+    assert printed == ["some [bold] \nwords\n", "some [bold] words\n"]

@@ -111,6 +111,11 @@ def write_text(console: Console, text: str, *, end: str = "\n") -> None:
         console.file.flush()
 
 
+def print_line(console: Console, line: str) -> None:
+    """Print a line, broken between words on a terminal, and whole in a file or a pipe."""
+    console.print(line, markup=False, soft_wrap=not is_terminal(console.file))
+
+
 def unfailing(stream: IO[str] | None) -> TextIO:
     """Return the stream with write failures ignored. A run's log continues in train.log."""
     return cast(TextIO, ProtectedStream(stream, "the output", is_ignored=True))

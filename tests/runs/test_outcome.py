@@ -303,3 +303,18 @@ def test_an_edited_file_of_hardest_rows_is_the_users(said: tuple[str, Path], tmp
     file.write_text(file.read_text(encoding="utf-8").replace("yes", "Yes"), encoding="utf-8")
     with pytest.raises(OutputError, match="did not write.*hardest_rows.csv"):
         check_no_foreign_files(tmp_path)
+
+
+def test_end_lines_breaks_answers_within_80_columns() -> None:
+    answer = {
+        "prompt": "Why? " * 40,
+        "expected": "Because. " * 40,
+        "text": "So it is. " * 40,
+        "finish_reason": "stop",
+    }
+    run = run_of([1.0], [], {name: {"answers": [answer]} for name in ("before", "after")})
+    lines = [
+        line for line in end_lines(run) if line.startswith(("> ", "  expected", "  before", "  after", " " * 12))
+    ]
+    assert len(lines) == 7  # one of the prompt, two of each text
+    assert {len(line) for line in lines} <= {*range(70, 81)}

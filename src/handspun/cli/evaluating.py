@@ -20,7 +20,7 @@ from handspun.cli.app import (
     with_files,
 )
 from handspun.config import DataConfig, GenerationOptions
-from handspun.display import HarmlessConsole, json_line, logger
+from handspun.display import HarmlessConsole, json_line, logger, print_line
 
 if TYPE_CHECKING:
     from handspun.models.load import ChatModel
@@ -90,7 +90,7 @@ def evaluate(
     console = HarmlessConsole()
     if scores.account is not None:
         for line in account_lines(scores.account, max_length=scores.max_length):
-            console.print(line, markup=False, soft_wrap=True)
+            print_line(console, line)
     console.print(scores_table(scores))
 
 

@@ -26,8 +26,8 @@ common. It is 0.8 to 1 in a short run on varied rows."""
 _OF_ROWS = ("data_format", "system_prompt", "role_map", "max_length")
 """Options by which rows are read, so evaluation needs them too."""
 
-_WIDTH = 84
-"""Columns of a prompt or an answer."""
+_WIDTH = 80
+"""Columns of a line with a prompt or an answer, its label included."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def _answer_lines(run: RunFiles) -> Iterator[str]:
     if not all(answers for _, answers in columns):
         return
     for prompt, answer in columns[1][1].items():
-        yield f"> {wrapped(one_line(prompt), _WIDTH, 1)[0]}"
+        yield f"> {wrapped(one_line(prompt), _WIDTH - 2, 1)[0]}"
         if answer.get("expected") is not None:
             yield from _labeled("expected", answer["expected"])
         for name, answers in columns:
@@ -263,5 +263,5 @@ def _answer_lines(run: RunFiles) -> Iterator[str]:
 
 
 def _labeled(name: str, text: str) -> Iterator[str]:
-    for place, part in enumerate(wrapped(one_line(text), _WIDTH - 10, 2)):
+    for place, part in enumerate(wrapped(one_line(text), _WIDTH - 12, 2)):
         yield f"  {name if place == 0 else '':<9} {part}"

@@ -16,7 +16,7 @@ from handspun.decoding.arguments import GenerateArguments
 from handspun.decoding.generate import stream
 from handspun.decoding.options import resolve
 from handspun.decoding.results import GenerationResult
-from handspun.display import json_line, write_text
+from handspun.display import json_line, print_line, write_text
 from handspun.models.load import ChatModel
 
 
@@ -34,7 +34,7 @@ def show_preview(config: DataConfig, model: str, console: Console, *, examples: 
         console.print(text, soft_wrap=True)
     console.print("---\n" if plain else Rule(), markup=False)
     for line in found.summary():
-        console.print(line, markup=False, soft_wrap=True)
+        print_line(console, line)
 
 
 def show_answers(
