@@ -279,3 +279,37 @@ def test_generate_in_int8_imports_nothing_heavy_but_torch(copied: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "int8 []" in done.stdout.splitlines()
     assert "float32 and training []" in done.stdout.splitlines()
+
+
+_PEAK = """
+import re, sys
+from pathlib import Path
+import torch
+from handspun.models.direct import load_int8_directly
+from handspun.models.load import model_source
+
+def megabytes(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+source = model_source(sys.argv[1])
+before = megabytes("VmRSS")
+chat = load_int8_directly(source, torch.device("cpu"))
+print(type(chat.model).__name__, megabytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from Linux's /proc")
+def test_load_int8_directly_holds_no_second_copy_of_the_model(tmp_path: Path) -> None:
+    """48 layers of 2.1 million weights are 192 MB of bfloat16 and 96 MB of int8; both at once would be 288."""
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 48}
+    heads: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=330, tie_word_embeddings=True, **sizes, **heads))
+    model.to(torch.bfloat16).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    tiny_tokenizer().save_pretrained(tmp_path)
+    NAME_ROLES(tmp_path)
+    file = (tmp_path / "model.safetensors").stat().st_size / 1024**2
+    assert 180 < file < 220
+    done = subprocess.run([sys.executable, "-c", _PEAK, tmp_path], capture_output=True, text=True, check=True)
+    kind, grown = done.stdout.split()
+    assert kind == "DecodedModel"
+    assert file / 2 < float(grown) < file * 0.85

@@ -28,10 +28,13 @@ def disable_malloc_trim() -> bool:
         return False
 
 
-def malloc_trim() -> None:
-    """Return freed memory to the system once, for example after a large temporary allocation."""
-    # Models have reference cycles, which hold their tensors until then.
-    gc.collect()
+def malloc_trim(*, collect: bool = True) -> None:
+    """Return freed memory to the system once, for example after a large temporary allocation.
+
+    collect: free what is in reference cycles first. Those of transformers' models hold their tensors until then.
+    """
+    if collect:
+        gc.collect()
     if sys.platform.startswith("linux"):
         with suppress(OSError, AttributeError):  # musl
             ctypes.CDLL("libc.so.6").malloc_trim(0)

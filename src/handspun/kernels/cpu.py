@@ -37,9 +37,13 @@ def cpu_flags() -> frozenset[str]:
     Returns an empty set if they are unknown.
     """
     onednn = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
-    forbidden = _FORBIDDEN_BY_ONEDNN.get(onednn.upper(), ())
-    forbidden += _FORBIDDEN_BY_PYTORCH.get(os.environ.get("ATEN_CPU_CAPABILITY", "").lower(), ())
-    return frozenset(flag for flag in _flags_of_the_cpu() if not flag.startswith(forbidden))
+    return _allowed(_flags_of_the_cpu(), onednn.upper(), os.environ.get("ATEN_CPU_CAPABILITY", "").lower())
+
+
+@cache
+def _allowed(flags: frozenset[str], onednn: str, pytorch: str) -> frozenset[str]:
+    forbidden = _FORBIDDEN_BY_ONEDNN.get(onednn, ()) + _FORBIDDEN_BY_PYTORCH.get(pytorch, ())
+    return frozenset(flag for flag in flags if not flag.startswith(forbidden))
 
 
 _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")

@@ -76,7 +76,8 @@ def library_file(name: str) -> Path:
 
 def supported_sets() -> list[str]:
     """Return the instruction sets that this CPU has and kernels exist for; the fastest first."""
-    return [name for name, needed in INSTRUCTION_SETS.items() if needed <= cpu_flags()]
+    flags = cpu_flags()
+    return [name for name, needed in INSTRUCTION_SETS.items() if needed <= flags]
 
 
 @cache

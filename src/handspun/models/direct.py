@@ -8,7 +8,7 @@ weights, ids, and prompts, to the bit (tests/models/test_direct.py).
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +20,11 @@ from jinja2 import TemplateError as JinjaError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, processors
-from torch import Tensor, nn
+from torch import nn
 
 from handspun.data.rendering import variables_of
 from handspun.files import read_json_object
+from handspun.kernels.allocator import malloc_trim
 from handspun.models.fused import FusedWeights, Int8Product, fused_weights
 from handspun.models.load import ChatModel, ModelSource, check_int8, load_int8, load_tokenizer
 
@@ -51,7 +52,11 @@ def _read(source: ModelSource, device: torch.device) -> ChatModel | None:
     if weights is None:
         return None
     check_int8(source.name, cast(Any, config), device)
-    fused = fused_weights(weights, int8=True)
+    try:
+        fused = fused_weights(weights, int8=True)  # reads layer by layer
+    except (OSError, SafetensorError):
+        return None
+    malloc_trim(collect=False)  # which would take 0.1 s
     model: Any = DecodedModel(config, generation)
     return ChatModel(model, cast(Any, tokenizer), source.name, fused) if _is_finite(fused) else None
 
@@ -140,29 +145,52 @@ class _Part(SimpleNamespace):
 def read_weights(folder: Path, config: Config) -> Any:
     """Return the weights of model.safetensors as `fused_weights` takes them: as the parts of transformers' model.
 
+    Layers are read as they are asked for, once.
     None if the file does not hold exactly those expected.
     """
     if (folder / "model.safetensors.index.json").exists():
         return None
-    shapes = _shapes(config)
+    path, (ends, layers) = folder / "model.safetensors", _shapes(config)
+    shapes = ends | {f"{prefix}{name}": shape for prefix, layer in layers.items() for name, shape in layer.items()}
     try:
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             if {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()} != shapes:  # noqa: SIM118
                 return None
-            base = _as_parts({name: file.get_tensor(name).to(config.dtype) for name in shapes})
+        embedding = _read_part(path, ["weight"], config, "model.embed_tokens.")
+        norm = _read_part(path, ["weight"], config, "model.norm.")
+        head = None if config.tie_word_embeddings else _read_part(path, ["weight"], config, "lm_head.")
     except (OSError, SafetensorError):
         return None
-    base.config, base.device, base.dtype = config, torch.device("cpu"), config.dtype
-    base.model.layers = [vars(base.model.layers)[str(number)] for number in range(config.num_hidden_layers)]
     dim = _head_size(config)
     theta = config.rope_parameters["rope_theta"]
     frequencies = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim))
-    base.model.rotary_emb = _Part(inv_freq=frequencies, attention_scaling=1.0)
-    return base
+    model = _Part(
+        embed_tokens=embedding,
+        norm=norm,
+        layers=(_read_part(path, names, config, prefix) for prefix, names in layers.items()),
+        rotary_emb=_Part(inv_freq=frequencies, attention_scaling=1.0),
+    )
+    return _Part(model=model, lm_head=head, config=config, device=torch.device("cpu"), dtype=config.dtype)
 
 
-def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all weights by name."""
+def _read_part(path: Path, names: Iterable[str], config: Config, prefix: str) -> Any:
+    """Return weights by their names behind the prefix, as the parts of a module.
+
+    They are views of the file as it is opened here: its pages leave memory with the last of them.
+    """
+    root = _Part()
+    with safe_open(path, framework="pt") as file:
+        for name in names:
+            *steps, last = name.split(".")
+            part = root
+            for step in steps:
+                part = vars(part).setdefault(step, _Part())
+            setattr(part, last, file.get_tensor(prefix + name).to(config.dtype))
+    return root
+
+
+def _shapes(config: Config) -> tuple[dict[str, tuple[int, ...]], dict[str, dict[str, tuple[int, ...]]]]:
+    """Return the shapes of all weights: those outside of layers by name, and each layer's by its prefix."""
     hidden, inner, size = config.hidden_size, config.intermediate_size, _head_size(config)
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
     layer: dict[str, tuple[int, ...]] = {
@@ -186,25 +214,12 @@ def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
     }
     if not config.tie_word_embeddings:
         ends["lm_head.weight"] = (config.vocab_size, hidden)
-    numbers = range(config.num_hidden_layers)
-    return ends | {f"model.layers.{n}.{name}": shape for n in numbers for name, shape in layer.items()}
+    return ends, {f"model.layers.{number}.": layer for number in range(config.num_hidden_layers)}
 
 
 def _head_size(config: Config) -> int:
     size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return size
-
-
-def _as_parts(weights: Mapping[str, Tensor]) -> Any:
-    """Return weights named `a.b.c` as attributes of attributes."""
-    root = _Part()
-    for name, weight in weights.items():
-        *path, last = name.split(".")
-        part = root
-        for step in path:
-            part = vars(part).setdefault(step, _Part())
-        setattr(part, last, weight)
-    return root
 
 
 def _is_finite(fused: FusedWeights) -> bool:

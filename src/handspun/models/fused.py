@@ -268,7 +268,8 @@ def _fused_float(linears: Sequence[Any]) -> InferenceLinear:
 
 
 def _fused_int8(linears: Sequence[Any]) -> InferenceLinear:
-    weight = torch.cat([merged_weight(linear) for linear in linears])
+    weights = [merged_weight(linear) for linear in linears]
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)  # a head is not copied
     matmul = Int8Product(weight, _fused_bias(linears))
     for linear in linears:
         # Layer by layer, so that the model is never held twice.

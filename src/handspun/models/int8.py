@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Bounds the memory of float copies: an embedding has 150,000 channels.
-_CHANNELS_AT_ONCE = 8192
+_CHANNELS_AT_ONCE = 4096
 
 
 def quantize_base(model: "PreTrainedModel") -> None:
@@ -54,10 +54,14 @@ def int8_linear(linear: nn.Linear) -> "Int8Linear":
 def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return (hadamard(weight) / block in int8, (out, in); scales, (out,)). weight: (out, in), float."""
     block, kernels = block_of(weight.shape[1]), kernels_for(weight.device)
-    parts = [kernels.quantize(part.float()) for part in weight.detach().split(_CHANNELS_AT_ONCE)]
+    rows = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(weight), 1, device=weight.device)
+    for first in range(0, len(weight), _CHANNELS_AT_ONCE):
+        some = slice(first, first + _CHANNELS_AT_ONCE)
+        quantized, scales[some] = kernels.quantize(weight.detach()[some].float())
+        rows[some] = quantized[:, : weight.shape[1]]  # kernels may have padded it
     # The block is a power of two, so dividing the scales by it gives the bits of dividing the values.
-    rows, scales = zip(*parts, strict=True)
-    return torch.cat(rows)[:, : weight.shape[1]], torch.cat(scales).squeeze(1) / block
+    return rows, scales.squeeze(1) / block
 
 
 def check_exact_matmuls(device: torch.device) -> None:
