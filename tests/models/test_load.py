@@ -249,3 +249,17 @@ def test_resolve_device_of_a_wrong_name_says_which_one_was_meant(device: str, hi
     assert str(raised.value).endswith(
         f"--device {device}: no such device (expected auto, cpu, cuda, cuda:1, or mps).{said}"
     )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_load_int8_keeps_norms_alone_in_float(tied: bool, tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    left = dict(load(str(tmp_path), weights="int8").model.named_parameters())
+    in_float = {name: weight for name, weight in left.items() if not weight.is_meta}
+    layers = model.config.num_hidden_layers
+    assert len(in_float) == 2 * layers + 1
+    assert all("norm" in name for name in in_float)
+    # None is a view of the file, which then would stay in memory as a whole.
+    assert all(weight.untyped_storage().nbytes() == weight.nbytes for weight in in_float.values())

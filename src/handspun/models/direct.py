@@ -158,7 +158,7 @@ def read_weights(folder: Path, config: Config) -> Any:
                 return None
         embedding = _read_part(path, ["weight"], config, "model.embed_tokens.")
         norm = _read_part(path, ["weight"], config, "model.norm.")
-        head = None if config.tie_word_embeddings else _read_part(path, ["weight"], config, "lm_head.")
+        head = _Part() if config.tie_word_embeddings else _read_part(path, ["weight"], config, "lm_head.")
     except (OSError, SafetensorError):
         return None
     dim = _head_size(config)

@@ -212,6 +212,8 @@ def fused_weights(model: "PreTrainedModel", *, int8: bool = False) -> FusedWeigh
     tied = config.tie_word_embeddings
     embedding = fuse([body.embed_tokens])
     head = embedding if tied else fuse([base.lm_head])
+    if int8 and tied:  # the head holds the embedding's weights, too
+        base.lm_head.to("meta")
     return FusedWeights(
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,

@@ -51,11 +51,11 @@ def nonfinite_weights(model: nn.Module) -> str:
 @torch.no_grad()
 def _nonfinite(model: nn.Module) -> Iterator[str]:
     for name, weight in model.named_parameters():
-        # The sum is finite if all values are, and needs no memory. Only if it is not, values are counted.
-        if weight.is_meta or bool(torch.isfinite(weight.sum(dtype=torch.float32))):
+        # NaN is both the lowest and the highest value. Unlike a mask, finding them needs no memory.
+        if weight.is_meta or not weight.numel() or all(map(torch.isfinite, weight.aminmax())):
             continue
-        if count := int((~torch.isfinite(weight)).sum()):
-            yield f"{name} ({count:,} of {weight.numel():,} values)"
+        count = int((~torch.isfinite(weight)).sum())
+        yield f"{name} ({count:,} of {weight.numel():,} values)"
 
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -446,6 +446,8 @@ def load_int8(source: ModelSource, device: torch.device) -> ChatModel:
         )
     model.to(device)  # type: ignore[arg-type]
     chat = ChatModel(model.eval(), load_tokenizer(source), source.name, fused_weights(model, int8=True))
+    for weight in model.parameters():  # what is left: norms, as views of the file, which would stay in memory
+        weight.data = weight.data.clone()
     malloc_trim()
     return chat
 
