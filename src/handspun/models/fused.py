@@ -223,7 +223,7 @@ def fused_weights(model: "PreTrainedModel", *, int8: bool = False) -> FusedWeigh
         frequencies=body.rotary_emb.inv_freq.float(),
         attention_scaling=body.rotary_emb.attention_scaling,
         layers=[_layer(layer, fuse) for layer in body.layers],
-        norm=body.norm.weight.detach().float(),
+        norm=_norm(body.norm),
         head=head,
         device=device,
         cache_dtype=_cache_dtype(device, dtype, int8=int8),
@@ -258,7 +258,7 @@ def _layer(layer: Any, fuse: Callable[[Sequence[Any]], InferenceLinear]) -> Fuse
 def _norm(norm: nn.Module) -> Tensor:
     weight = norm.weight
     assert isinstance(weight, Tensor)
-    return weight.detach().float()
+    return weight.detach().to(torch.float32, copy=True)  # a view of the model's file would keep it in memory
 
 
 def _fused_float(linears: Sequence[Any]) -> InferenceLinear:
