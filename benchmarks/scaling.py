@@ -1,11 +1,13 @@
 """How the cost of training grows with rows, with length, with batch and with model.
 
     python benchmarks/scaling.py --data train.csv [--models smollm2-135m FOLDER] [--dtype bfloat16] [--fresh]
+    python benchmarks/scaling.py --data train.csv --tables "tokens a row" --lengths 1024 --results NAME
 
 Full fine-tuning, every measurement a process of its own, as in train.py; TRL at its best is measured where it
-takes little time. Rows of a length are joined from shorter ones, questions to questions and answers to answers.
-Each figure is saved in benchmarks/results/ as it is measured, and a benchmark that is run again goes on from what
-is saved; --fresh starts over.
+takes little time, and at 1,024 tokens a row, in batches of 2 there, since it keeps all logits. Rows of a length
+are joined from shorter ones, questions to questions and answers to answers. Each figure is saved in
+benchmarks/results/ as it is measured, and a benchmark that is run again goes on from what is saved; --fresh
+starts over.
 """
 
 import argparse
@@ -40,6 +42,8 @@ CONTENDERS = {
     HANDSPUN: Contender("handspun_train.py"),
     TRL: Contender("trl_train.py", {"options": TRL_AT_ITS_BEST}),
 }
+TABLES = ("rows", "tokens a row", "batch", "model")
+LONG = 1024
 TOLERANCE = 0.1
 """A row of a length is at most so much shorter or longer, as a share."""
 
@@ -58,12 +62,12 @@ class Point:
 
 def main() -> None:
     arguments = parse()
-    name = f"scaling-{arguments.data.stem}-{arguments.dtype}"
+    name = f"scaling-{arguments.results or arguments.data.stem}-{arguments.dtype}"
     settings = {"data": arguments.data.name} | {
         key: getattr(arguments, key) for key in ("dtype", "threads", "few")
     }
     results = open_results(name, settings, fresh=arguments.fresh)
-    points = list(points_of(arguments))
+    points = [point for point in points_of(arguments) if point.varied in arguments.tables]
     with tempfile.TemporaryDirectory() as work:
         for point in points:
             for contender in point.contenders:
@@ -79,6 +83,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=[EMBEDDED_NAME], help="the first is used for all tables")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="those to measure")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="tokens a row")
+    parser.add_argument("--results", metavar="NAME", help="of the saved figures (default: the data's)")
     parser.add_argument("--few", action="store_true", help="the smallest values only: does it all run?")
     parser.add_argument("--fresh", action="store_true")
     return parser.parse_args()
@@ -92,9 +99,10 @@ def points_of(arguments: argparse.Namespace) -> Iterator[Point]:
     for count in [4] if few else [32, 64, 128]:
         yield Point("rows", str(count), first, pool[:count], 8, both if count < 128 else ours)
     lengths = RowsOfALength(first, pool)
-    for length in [128] if few else [64, 128, 256, 512, 1024]:
-        rows = lengths.make(length, 2 if few else 16)
-        yield Point("tokens a row", str(length), first, rows, 8, both if length < 512 else ours)
+    for length in [128] if few else arguments.lengths:
+        batch = 2 if length >= LONG else 8
+        rows = lengths.make(length, 2 if few else 2 * batch)
+        yield Point("tokens a row", str(length), first, rows, batch, ours if length == 512 else both)
     for size in [2] if few else [1, 4, 8, 16, 32]:
         yield Point(
             "batch", str(size), first, pool[: 4 if few else 32], size, both if size in (2, 8, 32) else ours

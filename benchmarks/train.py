@@ -63,7 +63,8 @@ def main() -> None:
     arguments = parse()
     method = "lora" if arguments.lora else "full"
     contenders = chosen(LORA if arguments.lora else FULL, arguments.only)
-    name = f"train-{method}-{Path(arguments.model).name}-{arguments.data.stem}-{arguments.rows}"
+    what = arguments.results or f"{Path(arguments.model).name}-{arguments.data.stem}-{arguments.rows}"
+    name = f"train-{method}-{what}"
     settings = {key: getattr(arguments, key) for key in ("rows", "batch_size", "max_length", "threads", "lora")}
     settings |= {"learning_rate": LEARNING_RATES[method], "data": arguments.data.name}
     results = open_results(name, settings, fresh=arguments.fresh)
@@ -84,6 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders, as they are called in the table")
+    parser.add_argument("--results", metavar="NAME", help="of the saved figures (default: model, data and rows)")
     parser.add_argument("--fresh", action="store_true")
     return parser.parse_args()
 
