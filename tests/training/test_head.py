@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+from handspun.training import objectives
 from handspun.training.objectives import linear_cross_entropy, linear_cross_entropy_backward
+
+
+@pytest.fixture(params=["MKL", "oneDNN"], autouse=True)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests run with either library, whichever this CPU would use."""
+    if request.param == "oneDNN" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch is without oneDNN")
+    monkeypatch.setattr(objectives, "beats_mkl", lambda _: request.param == "oneDNN")
+    monkeypatch.setattr(objectives, "_CHANNELS", 4)  # 11 channels are two times 4, and 3
 
 
 def a_head(*, bias: bool = False, frozen: bool = False) -> nn.Linear:

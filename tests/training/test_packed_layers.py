@@ -10,8 +10,10 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
 from backends import BACKENDS, chosen, needs_kernels
 from handspun.data.examples import Example
+from handspun.kernels import onednn
 from handspun.models.int8 import float_activations, quantize_base
 from handspun.models.lora import add_lora
+from handspun.training import objectives
 from handspun.training import packed_layers as module
 from handspun.training.batching import Batching
 from handspun.training.objectives import PaddedRunner
@@ -71,6 +73,27 @@ def test_gradients_of_every_backend_are_near_those_of_float64(name: str, dtype: 
     with chosen(name):
         found = gradients(a_model(), dtype)
     assert relative_error(found, exact) < {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+
+
+@needs_kernels
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradients_are_near_those_of_float64_with_either_library_of_matmuls(
+    lora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model: Any = add_lora(a_model(), "tiny", rank=4, alpha=8, dropout=0.0) if lora else a_model()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    found = []
+    for with_onednn in (True, False):
+        monkeypatch.setattr(onednn, "beats_mkl", lambda _, answer=with_onednn: answer)
+        monkeypatch.setattr(objectives, "beats_mkl", onednn.beats_mkl)
+        found.append(gradients(model))
+    model.double().zero_grad()
+    PaddedRunner(model, torch.float32, 0).backward(rows(), 10)
+    exact = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    assert [relative_error(some, exact) < 1e-6 for some in found] == [True, True]
 
 
 @needs_kernels

@@ -60,6 +60,11 @@ def cpu_model() -> str:
     return f"{_field('model name', 'CPU implementer')}, {' '.join(sorted(cpu_flags()))}"
 
 
+def is_amd() -> bool:
+    """Return whether the CPU is AMD's."""
+    return _field("vendor_id") == "AuthenticAMD"
+
+
 @cache
 def _flags_of_the_cpu() -> frozenset[str]:
     flags = _field("flags", "Features").split()

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from handspun.display import join_names
 from handspun.errors import ConfigError, ModelError
+from handspun.kernels import onednn
 from handspun.models.adapters import embedding_rows
 from handspun.models.tokenizer_file import quiet
 
@@ -78,10 +79,14 @@ class _Frozen:
     bias: Tensor | None
 
     def matmul(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return (onednn.matmul if self._with_onednn else F.linear)(x, self.weight, self.bias)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
-        return grad @ self.weight
+        return onednn.matmul(grad, self.weight.t()) if self._with_onednn else grad @ self.weight
+
+    @property
+    def _with_onednn(self) -> bool:
+        return self.weight.dtype == torch.float32 and onednn.beats_mkl(self.weight.device)
 
 
 class _LoraProduct(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from handspun.data.examples import Example
-from handspun.kernels.onednn import matmul, without_cudnn
+from handspun.kernels.onednn import beats_mkl, matmul, without_cudnn
 from handspun.training.batching import IGNORED, Batching, collate
 
 
@@ -118,8 +118,6 @@ def head_logits(head: nn.Module, hidden: Tensor) -> Tensor:
     if type(head) is nn.Linear and not torch.is_grad_enabled():
         # oneDNN: for so large a matrix, MKL (F.linear) makes another layout, and keeps 134 to 249 MB for it.
         # oneDNN takes 112 ms instead of 154 for 400 rows of SmolLM2, and 282 instead of 411 for 220 of Qwen2.5.
-        # The body stays with MKL: through oneDNN, steps were 1.0 to 1.1 times as fast depending on the hour, and
-        # 0.95 times with oneDNN limited to AVX2, which most laptops have.
         return matmul(hidden.float(), head.weight, head.bias)
     # Always float32, whatever the type of the body's matmuls: bfloat16 rounds a logit of 20 to a multiple of 1/8.
     logits: Tensor = head(hidden.float())
@@ -157,11 +155,21 @@ def _linear_backward(head: nn.Linear, hidden: Tensor, targets: Tensor, divisor: 
     loss = (total.log() + highest - at_target).sum().item()
     gradient = logits.div_(total * divisor)
     gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, -1 / divisor))
+    with_onednn = beats_mkl(hidden.device)
     if head.weight.requires_grad:
-        dense_gradient(head.weight).addmm_(gradient.t(), hidden)
+        sums = dense_gradient(head.weight)
+        if with_onednn:  # it has no matmul that adds to what is there
+            for channels, some in zip(gradient.split(_CHANNELS, dim=1), sums.split(_CHANNELS), strict=True):
+                some.add_(matmul(channels.t().contiguous(), hidden.t()))
+        else:
+            sums.addmm_(gradient.t(), hidden)
     if head.bias is not None and head.bias.requires_grad:
         dense_gradient(head.bias).add_(gradient.sum(0))
-    return loss, gradient @ head.weight
+    return loss, matmul(gradient, head.weight.t()) if with_onednn else gradient @ head.weight
+
+
+_CHANNELS = 4096
+"""Of the head, whose gradients are computed at a time: a temporary array of 9 MB for SmolLM2."""
 
 
 def dense_gradient(parameter: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from handspun.kernels import kernels_for
+from handspun.kernels import kernels_for, onednn
 from handspun.kernels.between_matmuls import RMSNorm, add_norm, rotate_heads, swiglu
 from handspun.kernels.packed_attention import PackedHeads, packed_attention
 from handspun.models.fused import fusing_unsupported_reason
@@ -76,7 +76,7 @@ def _layer(layer: Any, x: Tensor, positions: tuple[Tensor, Tensor], edges: list[
     norm, dtype = _norm(layer.input_layernorm), _input_dtype(attention.q_proj)
     x, *inputs = add_norm(kernels, x, None, norm, dtype=dtype, consumers=3)
     queries, keys, values = (
-        linear(y).unflatten(1, (-1, attention.head_dim))
+        _apply(linear, y).unflatten(1, (-1, attention.head_dim))
         for linear, y in zip((attention.q_proj, attention.k_proj, attention.v_proj), inputs, strict=True)
     )
     if hasattr(attention, "q_norm"):
@@ -87,9 +87,17 @@ def _layer(layer: Any, x: Tensor, positions: tuple[Tensor, Tensor], edges: list[
         heads = PackedHeads(queries, keys, values.float(), edges, attention.scaling)
         attended = packed_attention(kernels, heads).flatten(1)
     norm, dtype = _norm(layer.post_attention_layernorm), _input_dtype(mlp.gate_proj)
-    x, *inputs = add_norm(kernels, x, attention.o_proj(attended), norm, dtype=dtype, consumers=2)
-    change: Tensor = mlp.down_proj(swiglu(kernels, mlp.gate_proj(inputs[0]), mlp.up_proj(inputs[1])))
-    return x + change
+    x, *inputs = add_norm(kernels, x, _apply(attention.o_proj, attended), norm, dtype=dtype, consumers=2)
+    gate, up = _apply(mlp.gate_proj, inputs[0]), _apply(mlp.up_proj, inputs[1])
+    return x + _apply(mlp.down_proj, swiglu(kernels, gate, up))
+
+
+def _apply(layer: Any, x: Tensor) -> Tensor:
+    """Return the output of a linear layer, (tokens, out)."""
+    if type(layer) is nn.Linear and onednn.beats_mkl(x.device) and not torch.is_autocast_enabled("cpu"):
+        return onednn.linear(x, layer.weight, layer.bias)
+    y: Tensor = layer(x)
+    return y
 
 
 def _norm(norm: Any) -> RMSNorm:
