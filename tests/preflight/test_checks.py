@@ -235,8 +235,16 @@ def test_the_time_is_operations_over_the_rate_of_all_threads(monkeypatch: pytest
     assert predicted_seconds(75e9, config, threads=1, dtype=torch.float32, device=torch.device("cuda")) is None
 
 
-@pytest.mark.parametrize(("flags", "seconds"), [({"avx512_bf16"}, 115.0), ({"avx512_bf16", "amx_bf16"}, 147.0)])
-def test_a_cpu_with_amx_has_rates_of_its_own(
+@pytest.mark.parametrize(
+    ("flags", "seconds"),
+    [
+        ({"avx512f", "avx512_bf16"}, 115.0),
+        ({"avx512f", "avx512_bf16", "avx_vnni"}, 271.0),
+        ({"avx512f", "avx512_bf16", "avx_vnni", "amx_bf16"}, 147.0),
+        ({"avx2", "avx_vnni"}, 115.0),
+    ],
+)
+def test_kinds_of_cpus_have_rates_of_their_own(
     flags: set[str], seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What takes a second on one of them: full fine-tuning in bfloat16."""

@@ -42,6 +42,16 @@ _AVX512 = Rates(
         ("lora", "int8"): 111e9,
     },
 )
+_ZEN_5 = Rates(
+    "cores of an AMD EPYC server (Zen 5)",
+    {
+        ("full", "float32"): 187e9,
+        ("full", "bfloat16"): 271e9,
+        ("lora", "float32"): 175e9,
+        ("lora", "bfloat16"): 260e9,
+        ("lora", "int8"): 308e9,
+    },
+)
 _AMX = Rates(
     "cores of an Intel Xeon (Sapphire Rapids)",
     {
@@ -56,7 +66,11 @@ _AMX = Rates(
 
 def rates_here() -> Rates:
     """Return the rates of the CPU that is most like this one."""
-    return _AMX if "amx_bf16" in cpu_flags() else _AVX512
+    flags = cpu_flags()
+    if "amx_bf16" in flags:
+        return _AMX
+    # A Zen 4 and Intel's CPUs without AMX have no AVX-VNNI beside AVX-512.
+    return _ZEN_5 if flags >= {"avx512f", "avx_vnni"} else _AVX512
 
 
 def operations(model: PreTrainedModel, plan: Plan, examples: Sequence[Example], config: TrainConfig) -> float:
