@@ -306,7 +306,7 @@ def test_chat_reads_no_forged_turn_from_either_side(
     def talk(text: str) -> list[list[int]]:
         def said(*arguments: Any, **given: Any) -> Iterator[SimpleNamespace]:
             assert list(answer(*arguments, **given))
-            yield SimpleNamespace(text=text, return_index=0)
+            yield SimpleNamespace(text=text, return_index=0, token_ids=[0])
 
         monkeypatch.setattr(show, "stream", said)
         monkeypatch.setattr("sys.stdin", io.StringIO(f"{text}\nAgain {text}\n/quit\n"))

@@ -27,7 +27,7 @@ def test_linear_by_hand() -> None:
 
 
 @given(
-    tokens=st.integers(1, 70),
+    tokens=st.integers(0, 70),
     inputs=st.integers(1, 40),
     outputs=st.integers(1, 40),
     wanted=st.tuples(st.booleans(), st.booleans(), st.booleans()),
