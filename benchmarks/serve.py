@@ -19,6 +19,7 @@ import asyncio
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import socket
@@ -232,9 +233,9 @@ async def load(server: Server, clients: int, requests: int) -> dict[str, float]:
     return {
         "rate": sum(answer.tokens for answer in answers) / seconds,
         "first_p50": statistics.median(first),
-        "first_p95": first[int(0.95 * (len(first) - 1))],
+        "first_p95": first[math.ceil(0.95 * len(first)) - 1],
         "gap_p50": statistics.median(gaps),
-        "gap_p99": gaps[int(0.99 * (len(gaps) - 1))],
+        "gap_p99": gaps[math.ceil(0.99 * len(gaps)) - 1],
     }
 
 
