@@ -109,7 +109,8 @@ def main() -> None:
     keys = ("rows", "held_out", "sweep_rows", "conversations", "tokens", "points", "batch_size", "lr_schedule")
     settings = {key: getattr(arguments, key) for key in keys} | {"data": arguments.data.name}
     settings |= {"dtype": dtype_of(arguments), "threads": arguments.threads}
-    name = f"time-to-quality-{Path(arguments.model).name}-{arguments.data.stem}-{arguments.rows}"
+    what = arguments.results or f"{Path(arguments.model).name}-{arguments.data.stem}-{arguments.rows}"
+    name = f"time-to-quality-{what}"
     results = open_results(name, settings, fresh=arguments.fresh)
     with tempfile.TemporaryDirectory() as work:
         tasks = tasks_of(arguments, settings, work)
@@ -121,7 +122,8 @@ def main() -> None:
                 run_once(results, task, way, best_rate(results, WAYS[way].rate_of), points=arguments.points)
             curves = {way: curve_of(results.of(f"{task.name}: {way}")[0]) for way in WAYS}
             print(summary(results, task.name, curves), predictions(results, task.name), sep="\n\n")
-            plot(curves, IMAGES / f"time_to_quality_{task.name}.svg")
+            kind = f"_{arguments.results}" if arguments.results else ""
+            plot(curves, IMAGES / f"time_to_quality_{task.name}{kind}.svg")
 
 
 def parse() -> argparse.Namespace:
@@ -139,6 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr-schedule", choices=["cosine", "linear", "constant"], default="linear")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--results", metavar="NAME", help="of the saved figures (default: model, data and rows)")
     parser.add_argument("--only-sweep", action="store_true")
     parser.add_argument("--fresh", action="store_true")
     return parser.parse_args()
