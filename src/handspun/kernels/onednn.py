@@ -55,7 +55,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def beats_mkl(device: torch.device) -> bool:
     """Return whether float32 matmuls of training are faster through oneDNN than PyTorch's default."""
-    # That is MKL, which does not use AVX-512 on AMD's CPUs: a core of a Zen 5 makes 110 GFLOP/s, and 250 by
+    # That is MKL, which does not use AVX-512 on AMD's CPUs: a core of a Zen 5 makes 102 GFLOP/s, and 228 by
     # oneDNN. On a Zen 4, whose AVX-512 is as fast as its AVX2, steps are 1.0 to 1.1 times as fast.
     return device.type == "cpu" and _has_onednn() and is_amd() and "avx512f" in cpu_flags()
 
